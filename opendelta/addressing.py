@@ -1,0 +1,184 @@
+"""Names and patterns to modules: one walk over the tree, what matched, and what did not.
+
+A pattern is the end of a module's name, on a name boundary ("attention.output", "fc2", a full
+name), or `[r]` and a regular expression that matches such an end whole, as in OpenDelta. Modules
+inside a delta are never matched.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from .errors import AddressError, nearest
+from .record import SLOT, Record
+from .site import DeltaLayer, Stack
+
+
+@dataclass
+class Survey:
+    """A backbone as one walk found it.
+
+    Attributes:
+        root: the backbone.
+        modules: {full name: module} without the deltas; a module that is registered twice stands
+            under both names.
+        stacks: {full name of the site: its stack}, each once.
+    """
+
+    root: nn.Module
+    modules: dict[str, nn.Module] = field(default_factory=dict)
+    stacks: dict[str, Stack] = field(default_factory=dict)
+
+    def layers(self) -> Iterator[tuple[str, str, DeltaLayer]]:
+        """(name of the site, name of the delta, layer) of every delta layer."""
+        for where, stack in self.stacks.items():
+            for name, layer in stack.items():
+                yield where, name, layer  # type: ignore[misc]
+
+    def records(self) -> list[Record]:
+        """The attached deltas, in their total order."""
+        found = {id(layer.record): layer.record for _, _, layer in self.layers()}
+        return sorted(found.values(), key=lambda record: record.place)
+
+    def chain(self, where: str) -> Iterator[nn.Module]:
+        """The module called `where`, then its ancestors up to the root."""
+        yield self.modules[where]
+        while where:
+            where = where.rpartition(".")[0]
+            yield self.modules[where]
+
+
+def survey(root: nn.Module) -> Survey:
+    """Walk over `root` once."""
+    found = Survey(root)
+    seen: set[int] = set()
+    todo: list[tuple[str, nn.Module]] = [("", root)]
+    while todo:
+        name, module = todo.pop()
+        found.modules[name] = module
+        for key, child in reversed(module._modules.items()):
+            if isinstance(child, Stack):
+                if id(child) not in seen:
+                    seen.add(id(child))
+                    found.stacks[name] = child
+            elif child is not None:
+                todo.append((f"{name}.{key}" if name else key, child))
+    return found
+
+
+def ancestors(name: str) -> Iterator[str]:
+    """`name` itself, then the names of all modules that contain it, without the root."""
+    while name:
+        yield name
+        name = name.rpartition(".")[0]
+
+
+def compile_pattern(pattern: str) -> Callable[[str], bool]:
+    """A function that tells whether a full name is selected by `pattern`.
+
+    Raises:
+        AddressError: the pattern is not a string, or not a regular expression.
+    """
+    if not isinstance(pattern, str):
+        raise AddressError(f"a pattern must be a string, not {pattern!r}")
+    if not pattern.startswith("[r]"):
+        return lambda name: name == pattern or (bool(pattern) and name.endswith(f".{pattern}"))
+    try:
+        regex = re.compile(pattern[3:])
+    except re.error as error:
+        raise AddressError(f"{pattern!r} is no regular expression: {error}") from None
+
+    def matches(name: str) -> bool:
+        starts = [0, *(m.end() for m in re.finditer(r"\.", name))]
+        return any(regex.fullmatch(name, start) for start in starts)
+
+    return matches
+
+
+def as_list(patterns: str | Sequence[str] | None) -> list[str]:
+    """One pattern, several, or None, as a list."""
+    return [patterns] if isinstance(patterns, str) else list(patterns or ())
+
+
+def no_match(pattern: str, names: Iterable[str], where: object, what: str = "module") -> AddressError:
+    """The error for a pattern that selects nothing, with the nearest names that would."""
+    parts = 1 if pattern.startswith("[r]") else pattern.count(".") + 1
+    ends = Counter(".".join(name.split(".")[-parts:]) for name in names if name)
+    near = nearest(pattern.removeprefix("[r]"), (end for end in ends if not end.isdigit()))
+    hints = ", ".join(f"{end!r} ({ends[end]} {what}{'s' * (ends[end] > 1)})" for end in near)
+    return AddressError(
+        f"no {what} matches {pattern!r} in {type(where).__name__}; "
+        + (f"nearest: {hints}" if near else "opendelta.tree(model) prints all names")
+    )
+
+
+def select(
+    names: Iterable[str],
+    patterns: Sequence[str],
+    where: object,
+    inside: bool = False,
+    what: str = "module",
+) -> list[str]:
+    """The names that any of `patterns` selects, in the order of `names`.
+
+    Args:
+        inside: whether a pattern that selects an ancestor selects the name too.
+
+    Raises:
+        AddressError: a pattern selects none of the names.
+    """
+    names = list(names)
+    tests = {pattern: compile_pattern(pattern) for pattern in patterns}
+    used: set[str] = set()
+    chosen = []
+    for name in names:
+        ends = list(ancestors(name)) if inside else [name]
+        hits = {pattern for pattern, test in tests.items() if any(test(end) for end in ends)}
+        used |= hits
+        if hits:
+            chosen.append(name)
+    for pattern in patterns:
+        if pattern not in used:
+            raise no_match(pattern, names, where, what)
+    return chosen
+
+
+def resolve(found: Survey, modified: Sequence[str], excluded: Sequence[str]) -> list[str]:
+    """The full names that `modified` selects and `excluded` does not, each module once.
+
+    `"root"` selects the backbone itself, unless one of its modules is called so.
+
+    Raises:
+        AddressError: a pattern selects nothing, or nothing is left.
+    """
+    root = [""] if {"", "root"} & set(modified) and not _called_root(found) else []
+    patterns = [p for p in modified if not root or p not in ("", "root")]
+    chosen = root + select(found.modules, patterns, found.root)
+    left_out = set(select(found.modules, excluded, found.root, inside=True))
+    kept = {id(found.modules[name]): name for name in reversed(chosen) if name not in left_out}
+    if not kept:
+        raise AddressError(
+            f"exclude_modules={list(excluded)} leaves none of the {len(chosen)} modules that "
+            f"modified_modules={list(modified)} selects in {type(found.root).__name__}"
+        )
+    return [name for name in chosen if name in set(kept.values())]
+
+
+def _called_root(found: Survey) -> bool:
+    return any(name.rpartition(".")[2] == "root" for name in found.modules)
+
+
+def literal(found: Survey, names: Sequence[str]) -> list[str]:
+    """`names` as they stand: full names from a file, on which no pattern is ever run."""
+    for name in names:
+        if name not in found.modules:
+            raise no_match(name, found.modules, found.root)
+    return list(names)
+
+
+__all__ = ["SLOT", "Survey", "as_list", "literal", "resolve", "select", "survey"]

@@ -1,0 +1,77 @@
+"""Configs and deltas of any method, chosen by the name in a dict or a file."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from . import checkpoint
+from .delta import Delta, method
+from .errors import OptionError
+from .options import DeltaConfig
+
+
+class AutoDeltaConfig:
+    """Makes the config of the method that `delta_type` names."""
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **options: Any) -> DeltaConfig:
+        """A config from options by name, changed by `options`.
+
+        Args:
+            config_dict: the options and `"delta_type"`.
+
+        Raises:
+            OptionError: there is no such method, or it has no such option.
+
+        Example:
+            >>> from opendelta import AutoDeltaConfig
+            >>> AutoDeltaConfig.from_dict({"delta_type": "lora", "lora_r": 4}).lora_r
+            4
+        """
+        if "delta_type" not in config_dict:
+            raise OptionError(f"config_dict needs a 'delta_type'; given: {sorted(config_dict)}")
+        config_class = method(config_dict["delta_type"]).config_class
+        return config_class.from_dict({**config_dict, **options})
+
+    @classmethod
+    def from_finetuned(cls, finetuned_delta_path: str | os.PathLike) -> DeltaConfig:
+        """The config of a delta that `save_finetuned` wrote into this folder."""
+        return checkpoint.read_config(Path(finetuned_delta_path))[1]
+
+
+class AutoDeltaModel:
+    """Makes the delta of the method that a config or a folder names."""
+
+    @classmethod
+    def from_config(cls, config: DeltaConfig, backbone_model: nn.Module, **options: Any) -> Delta:
+        """Put a new delta with the options of `config`, changed by `options`, on a backbone."""
+        if not isinstance(config, DeltaConfig):
+            raise OptionError(
+                f"from_config takes a config, not {type(config).__name__}; make one of a dict with "
+                "AutoDeltaConfig.from_dict"
+            )
+        return method(config.delta_type).from_config(config, backbone_model, **options)
+
+    @classmethod
+    def from_finetuned(
+        cls,
+        finetuned_delta_path: str | os.PathLike,
+        backbone_model: nn.Module,
+        name: str | None = None,
+        local_files_only: bool = True,
+    ) -> Delta:
+        """Put a delta that `save_finetuned` wrote on a backbone, whatever its method.
+
+        Args:
+            finetuned_delta_path: the folder.
+            name: the delta's name here. None: its own, or the next free one.
+            local_files_only: folders are the only source, so this changes nothing.
+
+        Raises:
+            DeltaLoadError: the folder is damaged, or does not fit the backbone.
+        """
+        return Delta.from_finetuned(finetuned_delta_path, backbone_model, name, local_files_only)

@@ -1,0 +1,213 @@
+"""All deltas of a backbone: their order, which of them act, and what a module computes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from .addressing import no_match, select, survey
+from .delta import Delta, handle_of, known_records
+from .errors import AddressError, DeltaError, nearest
+from .layers import kind_of
+from .record import Record
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What one module computes: `str()` gives the formula and the flow, step by step.
+
+    Attributes:
+        module: full name of the module.
+        formula: such as `y = adapter(fc2(x) + lora(x))`.
+        steps: the module and its deltas from the inside out, one line each.
+    """
+
+    module: str
+    formula: str
+    steps: list[str]
+
+    def __str__(self) -> str:
+        arrows = ["x", *(f"  -> {step}" for step in self.steps), "y"]
+        return "\n".join([f"{self.module or 'the root'}:  {self.formula}", *arrows])
+
+
+class Composition:
+    """The attached deltas of a backbone, disabled ones included, in the order in which they act.
+
+    It is a view: it always shows the model as it is now.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        if not isinstance(model, nn.Module):
+            raise DeltaError(f"composition(model) takes a torch.nn.Module, not {model!r}")
+        self.model = model
+
+    def _records(self) -> list[Record]:
+        records = survey(self.model).records()
+        names = [record.name for record in records]
+        if len(set(names)) < len(names):
+            twice = sorted({name for name in names if names.count(name) > 1})
+            raise DeltaError(
+                f"{type(self.model).__name__} carries several deltas called {twice}: they were "
+                "attached through different modules of it; use composition() on those"
+            )
+        return records
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the attached deltas, in order."""
+        return [record.name for record in self._records()]
+
+    def __iter__(self) -> Iterator[Delta]:
+        found = survey(self.model)
+        return iter([handle_of(found, record) for record in self._records()])
+
+    def __len__(self) -> int:
+        return len(self._records())
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
+
+    def __getitem__(self, name: str) -> Delta:
+        return handle_of(survey(self.model), self._named([name])[0])
+
+    def __repr__(self) -> str:
+        return f"composition of {type(self.model).__name__}: {self.names}"
+
+    def _named(self, names: Sequence[str | Delta]) -> list[Record]:
+        records = {record.name: record for record in self._records()}
+        chosen = []
+        for given in names:
+            name = given.name if isinstance(given, Delta) else given
+            if name not in records:
+                near = nearest(str(name), records)
+                raise DeltaError(
+                    f"no delta {name!r} is attached to {type(self.model).__name__}; attached are "
+                    f"{list(records)}" + (f"; nearest: {near[0]!r}" if near else "")
+                )
+            chosen.append(records[name])
+        return chosen
+
+    def reorder(self, names: Sequence[str | Delta]) -> None:
+        """Let the attached deltas act in this order.
+
+        A detached delta that somebody holds keeps its distance to the start of the order.
+
+        Args:
+            names: all attached deltas, each once.
+
+        Raises:
+            DeltaError: a name is missing, unknown or given twice. Nothing is changed then.
+        """
+        wanted, attached = self._named(names), self._records()
+        if len(set(map(id, wanted))) < len(wanted) or len(wanted) < len(attached):
+            raise DeltaError(
+                f"reorder takes each attached delta once: {self.names}; given: "
+                f"{[record.name for record in wanted]}"
+            )
+        found = survey(self.model)
+        places = [record.place for record in attached]
+        for place, record in zip(places, wanted, strict=True):
+            record.place = place
+        for stack in found.stacks.values():
+            stack.sort()
+
+    @contextlib.contextmanager
+    def only(self, *names: str | Delta) -> Iterator[Composition]:
+        """Let just these deltas act inside a `with` block; none of them: the plain backbone."""
+        chosen = self._named(names)
+        before = [(record, record.active) for record in self._records()]
+        for record, _ in before:
+            record.active = record in chosen
+        try:
+            yield self
+        finally:
+            for record, active in before:
+                record.active = active
+
+    def explain(self, module: str) -> Explanation:
+        """What a module with deltas computes, as a formula and step by step.
+
+        Args:
+            module: its full name, or a pattern that selects just one module with deltas.
+
+        Raises:
+            AddressError: nothing is called so, or several modules are.
+        """
+        found = survey(self.model)
+        names = [module] if module in found.modules else select(found.modules, [module], self.model)
+        sites = [name for name in names if name in found.stacks] or names
+        if len(sites) > 1:
+            raise AddressError(f"{module!r} selects {len(sites)} modules: {', '.join(sites[:4])}, ...")
+        where = sites[0]
+        if where not in found.modules:
+            raise no_match(module, found.modules, self.model)
+        target = found.modules[where]
+        inner = where.rpartition(".")[2] or type(target).__name__
+        steps = [f"{inner}: {type(target).__name__}{_sizes(target)}"]
+        flows = []
+        for name, layer in found.stacks[where].items() if where in found.stacks else ():
+            record = layer.record  # type: ignore[union-attr]
+            trains = any(p.requires_grad for p in layer.parameters())  # type: ignore[union-attr]
+            state = f"{'active' if record.active else 'disabled'}, {'trains' if trains else 'frozen'}"
+            count = sum(p.numel() for p in layer.parameters())  # type: ignore[union-attr]
+            verb = FLOWS[layer.flow]  # type: ignore[index]
+            steps.append(f"{name}: {verb}; {record.config.delta_type}, {count:,} parameters, {state}")
+            if record.active:
+                flows.append((name, layer.flow))
+        return Explanation(where, f"y = {_formula(inner, flows, 'x')}", steps)
+
+
+FLOWS = {
+    "after": "acts on the output",
+    "before": "acts on the input",
+    "beside": "adds to the output",
+    "instead": "takes the module's place",
+}
+
+
+def _formula(inner: str, flows: list[Any], x: str) -> str:
+    if not flows:
+        return f"{inner}({x})"
+    *beneath, (name, flow) = flows
+    if flow == "instead":
+        return f"{name}({x})"
+    if flow == "before":
+        return _formula(inner, beneath, f"{name}({x})")
+    below = _formula(inner, beneath, x)
+    return f"{below} + {name}({x})" if flow == "beside" else f"{name}({below})"
+
+
+def _sizes(module: nn.Module) -> str:
+    kind = kind_of(module)
+    if kind is None or not kind.in_features:
+        return ""
+    return f" {kind.in_features} -> {kind.out_features}"
+
+
+def composition(model: nn.Module) -> Composition:
+    """The deltas of `model`: `.names`, `[name]`, `.reorder`, `.only`, `.explain`.
+
+    Example:
+        >>> from torch import nn
+        >>> import opendelta
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> lora = opendelta.LoraModel(model, modified_modules=["0"])
+        >>> adapter = opendelta.AdapterModel(model, modified_modules=["0"], name="style")
+        >>> c = opendelta.composition(model)
+        >>> c.names
+        ['lora', 'style']
+        >>> c.explain("0").formula
+        'y = style(0(x) + lora(x))'
+        >>> c.reorder(["style", "lora"])
+        >>> c.explain("0").formula
+        'y = style(0(x)) + lora(x)'
+    """
+    return Composition(model)
+
+
+__all__ = ["Composition", "Explanation", "composition", "known_records"]

@@ -1,0 +1,52 @@
+"""What can go wrong, by name: errors and warnings, and the search for the nearest name in a message."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class DeltaError(ValueError):
+    """Base of all errors of opendelta. The model is as it was before the call."""
+
+
+class AddressError(DeltaError):
+    """A pattern or a name that selects no module."""
+
+
+class OptionError(DeltaError, TypeError):
+    """An option that a method does not have, or a value it does not take."""
+
+
+class SiteError(DeltaError):
+    """A module that cannot carry this delta layer."""
+
+
+class DeltaLoadError(DeltaError):
+    """A checkpoint that does not fit, is damaged, or is not one."""
+
+
+class PristineError(DeltaError, AssertionError):
+    """Something of a delta is left on a backbone."""
+
+
+class DeltaWarning(UserWarning):
+    """Base of all warnings of opendelta."""
+
+
+class UnreachedWarning(DeltaWarning):
+    """An active delta layer that did not run in a whole forward of the backbone."""
+
+
+class UnsavedWarning(DeltaWarning):
+    """Trained tensors that a file does not hold, or that its reader will drop."""
+
+
+class TiedWeightWarning(DeltaWarning):
+    """A delta on one use of a weight that other modules use too."""
+
+
+def nearest(word: str, known: Iterable[str], n: int = 3) -> list[str]:
+    """The up to `n` names in `known` that look most like `word`, the best first."""
+    lower = {name.lower(): name for name in sorted(set(known))}
+    return [lower[m] for m in difflib.get_close_matches(word.lower(), lower, n=n, cutoff=0.4)]

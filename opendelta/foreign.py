@@ -1,0 +1,63 @@
+"""Somebody else's `forward` on a module instance: finding our own forward inside it.
+
+accelerate's hooks and tensor parallelism put a function on the instance and keep the module's bound
+forward in `_old_forward` or in a closure. A site must be the innermost forward, so when a module's
+class changes, the bound forward that such a wrapper keeps has to change with it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from types import FunctionType, MethodType
+from typing import Any
+
+from torch import nn
+
+ATTRIBUTES = ("forward", "_old_forward")
+Setter = Callable[[Any], None]
+
+
+def _kept(module: nn.Module) -> Iterator[tuple[Any, Setter]]:
+    """Every callable that wrappers on the instance keep, with the function that replaces it."""
+    own = module.__dict__
+    todo = [(own[k], functools.partial(own.__setitem__, k)) for k in ATTRIBUTES if k in own]
+    seen: set[FunctionType] = set()
+    while todo:
+        value, setter = todo.pop()
+        yield value, setter
+        if isinstance(value, functools.partial):
+            value = value.func
+        if not isinstance(value, FunctionType) or value in seen:
+            continue
+        seen.add(value)
+        for cell in value.__closure__ or ():
+            try:
+                content = cell.cell_contents
+            except ValueError:  # a cell that is still empty
+                continue
+            if isinstance(content, FunctionType | MethodType | functools.partial):
+                todo.append((content, functools.partial(setattr, cell, "cell_contents")))
+
+
+def holders(module: nn.Module) -> list[Setter]:
+    """Where foreign wrappers keep this module's own class-level forward, bound to it."""
+    own = type(module).forward
+    return [
+        setter
+        for value, setter in _kept(module)
+        if isinstance(value, MethodType) and value.__self__ is module and value.__func__ is own
+    ]
+
+
+def hides_forward(module: nn.Module) -> bool:
+    """Whether a wrapper on the instance would keep a class-level forward from ever running."""
+    return "forward" in module.__dict__ and not holders(module)
+
+
+def set_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Give `module` another class, and its foreign wrappers the forward of that class."""
+    setters = holders(module)
+    module.__class__ = cls
+    for setter in setters:
+        setter(MethodType(cls.forward, module))

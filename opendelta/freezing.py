@@ -1,0 +1,187 @@
+"""Which backbone parameters train, what `state_dict` shows, and how both go back to what they were."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import nn
+
+from .addressing import Survey, ancestors, compile_pattern, no_match
+from .errors import DeltaError, UnsavedWarning
+from .record import SLOT, Shared
+from .site import stack_of
+
+
+def tensors(found: Survey, name: str, kinds: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """(full name, tensor) of the tables `kinds` of the module called `name`, without children."""
+    module = found.modules[name]
+    for kind in kinds:
+        for key, tensor in getattr(module, kind).items():
+            if tensor is not None:
+                yield f"{name}.{key}" if name else key, tensor
+
+
+def backbone_parameters(found: Survey) -> dict[str, nn.Parameter]:
+    """The backbone's parameters by full name, without the deltas'; a tied one under each name."""
+    return {n: p for name in found.modules for n, p in tensors(found, name, ["_parameters"])}
+
+
+def delta_parameters(found: Survey) -> dict[str, nn.Parameter]:
+    """The parameters of all attached deltas by full name."""
+    prefixes = {w: f"{w}.{SLOT}." if w else f"{SLOT}." for w in found.stacks}
+    return {
+        f"{prefixes[where]}{name}": parameter
+        for where, stack in found.stacks.items()
+        for name, parameter in stack.named_parameters()
+    }
+
+
+def freeze(
+    found: Survey, shared: Shared, module: nn.Module | None, exclude: Sequence[str]
+) -> None:
+    """Freeze all parameters of `module` but those that `exclude` names; the last call decides.
+
+    A pattern in `exclude` names a parameter, a module around it, or a delta; "deltas" all deltas.
+
+    Raises:
+        AddressError: a pattern names nothing. Nothing is frozen then.
+        DeltaError: `module` is not a module of the backbone.
+    """
+    within = _name_of(found, module)
+    own, added = backbone_parameters(found), delta_parameters(found)
+    tests = {pattern: compile_pattern(pattern) for pattern in exclude if pattern != SLOT}
+    every = {part for name in (*own, *added) for part in ancestors(name)}
+    hits = {pattern: {n for n in every if test(n)} for pattern, test in tests.items()}
+    for pattern, hit in hits.items():
+        if not hit:
+            raise no_match(pattern, every, found.root, "module or parameter")
+    kept = set().union(*hits.values())
+    everything = {**own, **added}
+    spared = {  # by identity: a tied weight is spared under all of its names
+        id(parameter)
+        for name, parameter in everything.items()
+        if (SLOT in exclude and name in added) or any(part in kept for part in ancestors(name))
+    }
+    restore(found, shared, within)
+    for name, parameter in everything.items():
+        if within and not name.startswith(f"{within}."):
+            continue
+        if id(parameter) in spared:
+            shared.excluded |= {name} & own.keys()
+        elif parameter.requires_grad:
+            parameter.requires_grad_(False)
+            shared.frozen |= {name} & own.keys()
+
+
+def _name_of(found: Survey, module: nn.Module | None) -> str:
+    if module is None:
+        return ""
+    for name, candidate in found.modules.items():
+        if candidate is module:
+            return name
+    raise DeltaError(
+        f"freeze_module(module=...): that {type(module).__name__} is not a module of the backbone, "
+        f"a {type(found.root).__name__}"
+    )
+
+
+def restore(found: Survey, shared: Shared, within: str = "") -> None:
+    """Make trainable again what `freeze` froze inside `within`, and forget it.
+
+    The names may be relative to an inner or an outer module, if deltas were attached through both.
+    """
+    own = backbone_parameters(found)
+    inside = {name for name in shared.excluded if name.startswith(f"{within}." if within else "")}
+    shared.excluded -= inside
+    for frozen in sorted(shared.frozen):
+        if within and not frozen.startswith(f"{within}."):
+            continue
+        shared.frozen.discard(frozen)
+        if frozen in own:
+            own[frozen].requires_grad_(True)
+            continue
+        for name, parameter in own.items():
+            if name.endswith(f".{frozen}") or frozen.endswith(f".{name}"):
+                parameter.requires_grad_(True)
+
+
+# --------------------------------------------------------------------------------------- state dict
+class StateDictHook:
+    """Runs after `state_dict()` of a backbone that carries deltas.
+
+    It keeps only what trains, if `freeze_module(set_state_dict=True)` asked for that, and says what
+    becomes of the deltas when transformers' `save_pretrained` asked for the state.
+    """
+
+    def __init__(self) -> None:
+        self.only_trainable = False
+
+    def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, _meta: Any) -> None:
+        slotted = _slots(module, prefix)
+        deltas = {key for key in state if key.startswith(slotted)}
+        if self.only_trainable:
+            trains = {
+                f"{prefix}{name}"
+                for name, parameter in module.named_parameters(remove_duplicate=False)
+                if parameter.requires_grad
+            }
+            for key in [k for k in state if k.startswith(prefix)]:
+                if key not in trains and key not in deltas:
+                    del state[key]
+        if deltas and _for_save_pretrained():
+            held = "only trainable tensors and" if self.only_trainable else "the backbone and"
+            warnings.warn(
+                f"save_pretrained writes {held} {len(deltas)} delta tensors of "
+                f"{type(module).__name__}, and from_pretrained will drop the deltas. Save a delta "
+                "with delta.save_finetuned(folder); to save the plain backbone, detach the deltas "
+                "first",
+                UnsavedWarning,
+                stacklevel=2,
+            )
+
+
+def _slots(module: nn.Module, prefix: str) -> tuple[str, ...]:
+    """The prefixes of all delta keys under `module`."""
+    return tuple(
+        f"{prefix}{name}.{SLOT}." if name else f"{prefix}{SLOT}."
+        for name, child in module.named_modules(remove_duplicate=False)
+        if stack_of(child) is not None
+    )
+
+
+def _for_save_pretrained() -> bool:
+    """Whether transformers' save_pretrained asked for the state, and not for Trainer's checkpoints,
+
+    whose deltas `resume_from_checkpoint` and `load_best_model_at_end` do restore.
+    """
+    names = set()
+    frame = sys._getframe(1)
+    while frame is not None:
+        names.add(frame.f_code.co_name)
+        frame = frame.f_back  # type: ignore[assignment]
+    return "save_pretrained" in names and "_save_checkpoint" not in names
+
+
+def state_hook(module: nn.Module) -> StateDictHook | None:
+    """The hook on `module`, if there is one."""
+    hooks = module._state_dict_hooks.values()
+    return next((hook for hook in hooks if isinstance(hook, StateDictHook)), None)
+
+
+def watch_state(found: Survey) -> None:
+    """Put the hook on the backbone, and on the transformers models inside a wrapping module."""
+    wanted = [found.root, *(m for m in found.modules.values() if hasattr(m, "save_pretrained"))]
+    for module in wanted:
+        if state_hook(module) is None and (module is found.root or _slots(module, "")):
+            module.register_state_dict_post_hook(StateDictHook())
+
+
+def unwatch_state(found: Survey) -> None:
+    """Take the hooks away."""
+    for module in found.modules.values():
+        hooks = module._state_dict_hooks
+        for key in [k for k, hook in hooks.items() if isinstance(hook, StateDictHook)]:
+            del hooks[key]

@@ -1,0 +1,207 @@
+"""Counting and checking: parameters, layers that never ran, what is left on a backbone."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import freezing
+from .addressing import Survey, survey
+from .errors import DeltaError, PristineError, UnreachedWarning
+from .record import SLOT
+from .shapes import PROBING
+from .site import plain_class, stack_of
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Parameter counts of a backbone with its deltas; a tied weight counts once."""
+
+    total_parameters: int
+    trainable_parameters: int
+    delta_parameters: int
+
+    @property
+    def trainable_ratio(self) -> float:
+        """Share of all parameters that train."""
+        return self.trainable_parameters / max(1, self.total_parameters)
+
+    @property
+    def delta_ratio(self) -> float:
+        """Share of all parameters that belong to deltas."""
+        return self.delta_parameters / max(1, self.total_parameters)
+
+
+def statistics(model: nn.Module) -> Statistics:
+    """Count the parameters of `model`, deltas included."""
+    parameters = list(model.parameters())
+    deltas = freezing.delta_parameters(survey(model))
+    return Statistics(
+        total_parameters=sum(p.numel() for p in parameters),
+        trainable_parameters=sum(p.numel() for p in parameters if p.requires_grad),
+        delta_parameters=sum(p.numel() for p in {id(p): p for p in deltas.values()}.values()),
+    )
+
+
+# -------------------------------------------------------------------------------------- never fired
+def unreached(model: nn.Module) -> list[str]:
+    """The active delta layers that have not run yet outside of compiled code, by full name."""
+    return _unreached(survey(model))
+
+
+def _unreached(found: Survey) -> list[str]:
+    return [
+        f"{where}.{SLOT}.{name}".lstrip(".")
+        for where, name, layer in found.layers()
+        if layer.record.active and name not in found.stacks[where].ran
+    ]
+
+
+class FirstForward:
+    """After the first whole forward of a backbone: names the active layers that did not run."""
+
+    def __call__(self, model: nn.Module, _args: Any, _output: Any) -> None:
+        if torch.compiler.is_compiling() or PROBING.get():
+            return
+        found = survey(model)
+        unwatch_forward(found)
+        missed = _unreached(found)
+        if missed:
+            shown = ", ".join(missed[:3]) + (", ..." if len(missed) > 3 else "")
+            warnings.warn(
+                f"{len(missed)} delta layers did not run in the first forward of "
+                f"{type(model).__name__}: {shown}. If the parent reads the module's weight instead "
+                "of calling it, choose the parent, or pass reads=True; if this forward skipped "
+                "the module (experts, layer drop), all is well",
+                UnreachedWarning,
+                stacklevel=2,
+            )
+
+
+def watch_forward(found: Survey) -> None:
+    """Check the backbone's next whole forward."""
+    unwatch_forward(found)
+    found.root.register_forward_hook(FirstForward())
+
+
+def unwatch_forward(found: Survey) -> None:
+    """Take the check away."""
+    for module in found.modules.values():
+        hooks = module._forward_hooks
+        for key in [k for k, hook in hooks.items() if isinstance(hook, FirstForward)]:
+            del hooks[key]
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What `check` found; empty lists mean that all is well."""
+
+    unreached: list[str]
+
+    def __bool__(self) -> bool:
+        """Whether all is well."""
+        return not self.unreached
+
+    def __str__(self) -> str:
+        if self:
+            return "every active delta layer ran"
+        return "\n".join([f"{len(self.unreached)} delta layers did not run:", *self.unreached])
+
+
+def check(model: nn.Module, batch: Mapping[str, Any] | Sequence[Any] | Tensor) -> CheckReport:
+    """Run `model` once on `batch`, eagerly even if it is compiled, and report what never ran.
+
+    Args:
+        batch: the arguments of the forward: by keyword in a mapping, by position in a sequence, or
+            one tensor.
+
+    Raises:
+        DeltaError: `model` carries no delta.
+    """
+    plain = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    found = survey(plain)
+    if not found.records():
+        raise DeltaError(f"{type(plain).__name__} carries no delta, so there is nothing to check")
+    for stack in found.stacks.values():
+        stack.ran.clear()
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        if isinstance(batch, Mapping):
+            model(**batch)
+        else:
+            model(*([batch] if isinstance(batch, Tensor) else batch))
+    return CheckReport(_unreached(found))
+
+
+# ----------------------------------------------------------------------------------------- pristine
+def _bits(tensor: Tensor) -> str:
+    if tensor.device.type == "meta":
+        return "meta"
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.blake2b(flat.numpy(), digest_size=16).hexdigest()
+
+
+def _hooks(module: nn.Module) -> dict[str, int]:
+    tables = {k: v for k, v in module.__dict__.items() if "_hooks" in k and isinstance(v, dict)}
+    return {name: len(table) for name, table in tables.items()}
+
+
+def _facts(module: nn.Module) -> dict[str, Any]:
+    parameters = {k: p for k, p in module._parameters.items() if p is not None}
+    buffers = {k: b for k, b in module._buffers.items() if b is not None}
+    return {
+        "class": type(module),
+        "attributes": sorted(module.__dict__),
+        "children": list(module._modules),
+        "hooks": _hooks(module),
+        "requires_grad": {k: p.requires_grad for k, p in parameters.items()},
+        "values": {k: _bits(t) for k, t in (parameters | buffers).items()},
+        "training": module.training,
+    }
+
+
+def snapshot(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """What `assert_pristine(model, like=...)` compares: classes, attributes, flags, hashed bits."""
+    return {name: _facts(module) for name, module in model.named_modules(remove_duplicate=False)}
+
+
+def assert_pristine(model: nn.Module, like: dict[str, dict[str, Any]] | None = None) -> None:
+    """Raise unless `model` shows no trace of any delta.
+
+    Args:
+        like: a `snapshot` taken before the first delta; then classes, attributes, children, hooks,
+            `requires_grad` flags, the training flag and all bits must equal it.
+
+    Raises:
+        PristineError: names the module and what is left of a delta.
+    """
+    for name, module in model.named_modules(remove_duplicate=False):
+        here = f"{name or 'the root'} ({type(module).__name__})"
+        stack = stack_of(module)
+        if stack is not None and len(stack):
+            raise PristineError(f"{here} carries {', '.join(stack)}; detach first")
+        if plain_class(module) is not None:
+            raise PristineError(f"{here} still has the class of a site")
+        marks: list[tuple[str, Callable[[Any], bool]]] = [
+            ("_state_dict_hooks", lambda hook: isinstance(hook, freezing.StateDictHook)),
+            ("_forward_hooks", lambda hook: isinstance(hook, FirstForward)),
+        ]
+        for table, ours in marks:
+            if any(ours(hook) for hook in getattr(module, table).values()):
+                raise PristineError(f"{here} still has a hook of opendelta in {table}")
+    if like is None:
+        return
+    now = snapshot(model)
+    if now.keys() != like.keys():
+        raise PristineError(f"modules came or went: {sorted(now.keys() ^ like.keys())[:5]}")
+    for name, facts in now.items():
+        for what, value in facts.items():
+            if value != like[name][what]:
+                raise PristineError(
+                    f"{name or 'the root'}: {what} was {like[name][what]!r} and is {value!r}"
+                )

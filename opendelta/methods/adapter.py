@@ -1,0 +1,63 @@
+"""Bottleneck adapter: a small residual network after a module. arXiv:1902.00751."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from ..delta import Delta
+from ..layers import Site, activation
+from ..options import DeltaConfig, option
+from ..site import OutputLayer
+
+
+@dataclass
+class AdapterConfig(DeltaConfig):
+    """Options of the bottleneck adapter.
+
+    Attributes:
+        bottleneck_dim: width of the hidden layer.
+        non_linearity: its activation, by transformers' name.
+    """
+
+    bottleneck_dim: int = option(24, minimum=1)
+    non_linearity: str = "gelu_new"
+
+
+class AdapterLayer(OutputLayer):
+    """h + up(f(down(h))) on the module's output h [..., width]; up is 0 at the start."""
+
+    def __init__(self, site: Site, config: AdapterConfig) -> None:
+        super().__init__()
+        self.width = site.out_features
+        self.down_proj = site.linear(self.width, config.bottleneck_dim)
+        self.non_linearity = activation(config.non_linearity)
+        self.up_proj = site.linear(config.bottleneck_dim, self.width)
+        nn.init.normal_(self.down_proj.weight, std=0.01)
+        for start in (self.down_proj.bias, self.up_proj.weight, self.up_proj.bias):
+            nn.init.zeros_(start)
+
+    def change(self, h: Tensor) -> Tensor:
+        return h + self.up_proj(self.non_linearity(self.down_proj(h)))
+
+
+class AdapterModel(Delta):
+    """Bottleneck adapters after any module that returns hidden states. arXiv:1902.00751.
+
+    The output may be a tensor, a tuple or a ModelOutput; its first floating tensor of the right
+    width is adapted.
+
+    Example:
+        >>> from torch import nn
+        >>> from opendelta import AdapterModel
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> delta = AdapterModel(model, modified_modules=["0"], bottleneck_dim=3)
+        >>> sum(p.numel() for p in delta.parameters())
+        59
+    """
+
+    delta_type = "adapter"
+    config_class = AdapterConfig
+    layer_class = AdapterLayer
+    default_modified_modules = ("attn.proj", "ff.w2")

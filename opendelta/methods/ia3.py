@@ -1,0 +1,76 @@
+"""IA3: learned rescaling of a module's output or input. arXiv:2205.05638."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..delta import Delta
+from ..layers import Site, first_input, replace_input
+from ..options import DeltaConfig, option
+from ..site import DeltaLayer, Params
+
+
+@dataclass
+class IA3Config(DeltaConfig):
+    """Options of IA3.
+
+    Attributes:
+        feedforward_modules: those of the modified modules whose input is rescaled instead of
+            their output. None: the second layers of the feed-forward blocks.
+    """
+
+    feedforward_modules: list[str] | None = option(None, modules=["ff.w2"])
+
+
+class IA3Layer(DeltaLayer):
+    """y = l * (W x + b), or y = W (l * x) + b for feed-forward modules; l is 1 at the start."""
+
+    kinds = ("linear",)
+
+    def __init__(self, site: Site, config: IA3Config) -> None:
+        super().__init__()
+        assert site.kind is not None
+        self.kind = site.kind
+        self.flow = "before" if site.name in (config.feedforward_modules or ()) else "after"
+        size = site.in_features if self.flow == "before" else site.out_features
+        self.ia3_l = site.parameter(size)
+        nn.init.ones_(self.ia3_l)
+
+    def forward(self, call: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        if self.flow == "after":
+            out = call(*args, **kwargs)
+            return out * self.ia3_l.type_as(out)
+        x = first_input(args, kwargs)
+        args, kwargs = replace_input(args, kwargs, x * self.ia3_l.type_as(x))
+        return call(*args, **kwargs)
+
+    def fold(self, params: Params) -> Params:
+        matrix = self.kind.matrix(params["weight"])
+        columns = self.flow == "before"
+        matrix = matrix * (self.ia3_l if columns else self.ia3_l[:, None])
+        folded = params | {"weight": self.kind.like_weight(matrix, params["weight"])}
+        if "bias" in params and not columns:
+            folded["bias"] = (params["bias"] * self.ia3_l).type_as(params["bias"])
+        return folded
+
+
+class IA3Model(Delta):
+    """Learned rescaling of keys, values and feed-forward activations. arXiv:2205.05638.
+
+    Example:
+        >>> from torch import nn
+        >>> from opendelta import IA3Model
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> delta = IA3Model(model, modified_modules=["0"])
+        >>> [tuple(p.shape) for p in delta.parameters()]
+        [(8,)]
+    """
+
+    delta_type = "ia3"
+    config_class = IA3Config
+    layer_class = IA3Layer
+    default_modified_modules = ("attn.k", "attn.v", "ff.w2")

@@ -1,0 +1,44 @@
+"""The small record behind every delta layer: who it is, where it stands, whether it acts.
+
+A record is reachable from each layer of its delta and from nowhere else on the model, so that a
+deepcopy or an unpickled model carries a whole, independent composition.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+SLOT = "deltas"  # the child of a site that holds its delta layers
+
+
+@dataclass(eq=False)
+class Shared:
+    """What all deltas of one backbone share.
+
+    Attributes:
+        frozen: names of the backbone parameters that `freeze_module` froze, relative to the
+            backbone that was given to the delta.
+        excluded: names of those that its `exclude` named, which are saved with a delta.
+    """
+
+    frozen: set[str] = field(default_factory=set)
+    excluded: set[str] = field(default_factory=set)
+
+
+@dataclass(eq=False)
+class Record:
+    """One delta, without its tensors.
+
+    Attributes:
+        name: unique on the backbone; also the delta's key on every site.
+        config: the options of the method.
+        place: position in the one total order of the backbone's deltas; lower acts first.
+        active: whether the layers act. Read on every call, changed in constant time.
+    """
+
+    name: str
+    config: Any
+    place: int
+    shared: Shared
+    active: bool = True

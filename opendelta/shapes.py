@@ -1,0 +1,126 @@
+"""Output widths of modules that no table knows: one shape-only run of the backbone.
+
+The run uses fake tensors: no arithmetic, no memory, no random numbers, and nothing of it stays.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from .addressing import Survey, survey
+from .errors import SiteError
+from .layers import Embedding, device_and_dtype, hidden_key, kind_of
+
+
+PROBING: ContextVar[bool] = ContextVar("opendelta_probing", default=False)
+
+
+@contextlib.contextmanager
+def untouched(found: Survey) -> Iterator[None]:
+    """Put back what a forward may leave on modules: attributes, buffers, the notes of the stacks."""
+    own = [table for m in found.modules.values() for table in (m.__dict__, m._buffers)]
+    own += [stack.__dict__ for stack in found.stacks.values()]
+    kept = [dict(table) for table in own]
+    for stack in found.stacks.values():
+        stack.ran = set(stack.ran)
+    token = PROBING.set(True)
+    try:
+        yield
+    finally:
+        PROBING.reset(token)
+        for table, before in zip(own, kept, strict=True):
+            if table.keys() != before.keys() or any(table[k] is not before[k] for k in before):
+                table.clear()
+                table.update(before)
+
+
+def _inputs(found: Survey) -> Iterator[tuple[str, tuple, dict[str, Any]]]:
+    """(name of the module to run, args, kwargs), the likeliest first."""
+    outermost: list[str] = []
+    for name, module in found.modules.items():
+        inside = any(not o or name.startswith(f"{o}.") for o in outermost)
+        if not inside and isinstance(getattr(module, "dummy_inputs", None), dict):
+            outermost.append(name)
+            config = getattr(module, "config", None)
+            if getattr(module, "main_input_name", "") == "pixel_values" and config is not None:
+                side = getattr(config, "image_size", 224)
+                channels = getattr(config, "num_channels", 3)
+                yield name, (), {"pixel_values": torch.zeros(1, channels, side, side)}
+            yield name, (), dict(module.dummy_inputs)
+    first = next((k for m in found.modules.values() if (k := kind_of(m)) is not None), None)
+    ids = torch.zeros(1, 3, dtype=torch.long)
+    if isinstance(first, Embedding) or first is None:
+        yield "", (ids,), {}
+    elif hasattr(first, "patch"):
+        yield "", (torch.zeros(1, first.patch[0], 32, 32),), {}
+    else:
+        yield "", (torch.zeros(1, 3, first.in_features or first.out_features),), {}
+
+
+def _run(found: Survey, where: str, args: tuple, kwargs: dict[str, Any]) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    module = found.modules[where]
+    device, dtype = device_and_dtype([module])
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+
+        def fake(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            value = value.to(dtype) if value.is_floating_point() else value
+            return mode.from_tensor(value.to(device))
+
+        module(*tree_map(fake, args), **tree_map(fake, kwargs))
+
+
+def output_widths(model: nn.Module, names: Sequence[str]) -> dict[str, int]:
+    """The size of the last axis of what each named module returns, in one shape-only run.
+
+    The inputs are the backbone's own `dummy_inputs`, which every transformers model has; a model
+    without them is given token ids, vectors or images, by its first layer.
+
+    Raises:
+        SiteError: the run failed, or never reached a module.
+    """
+    found = survey(model)
+    widths: dict[str, int] = {}
+    failures = []
+
+    def note(name: str) -> Any:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
+            key = hidden_key(output)
+            widths[name] = (output if key is None else output[key]).shape[-1]
+
+        return hook
+
+    for where, args, kwargs in _inputs(found):
+        with untouched(found), contextlib.ExitStack() as hooks:
+            for name in names:
+                hook = found.modules[name].register_forward_hook(note(name))
+                hooks.callback(hook.remove)
+            try:
+                _run(found, where, args, kwargs)
+            except Exception as error:  # any model's forward: whatever it raises is told below
+                given = [*map(_shape, args), *(f"{k}={_shape(v)}" for k, v in kwargs.items())]
+                what = f"{type(error).__name__}: {str(error).strip().splitlines()[0:1]}"
+                failures.append(f"{type(found.modules[where]).__name__}({', '.join(given)}): {what}")
+        if all(name in widths for name in names):
+            return widths
+    unknown = next(name for name in names if name not in widths)
+    tried = "; ".join(failures) or "the shape-only run did not reach it"
+    raise SiteError(
+        f"the output width of {unknown!r} ({type(found.modules[unknown]).__name__}) is not known: "
+        f"{tried}. Set model.dummy_inputs = {{argument: tensor, ...}} to inputs of "
+        f"{type(model).__name__}.forward, or choose modules such as Linear whose width is known"
+    )
+
+
+def _shape(value: Any) -> str:
+    return str(list(value.shape)) if isinstance(value, Tensor) else repr(value)

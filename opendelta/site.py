@@ -1,0 +1,309 @@
+"""One module's ordered stack of delta layers: the class swap, the onion call, pickling.
+
+    f0 = the module's own forward;  f(i+1) = layer_i around f_i;  the module now computes f_n
+
+The stack is data, an ordered mapping: any layer may leave, return or move at any time. A module
+becomes a site by getting a generated subclass of its own class and one child, `deltas`; when the
+last layer leaves, both leave too.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import foreign, layers
+from .errors import SiteError
+from .record import SLOT, Record
+
+NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+Params = dict[str, Tensor]
+
+
+class DeltaLayer(nn.Module):
+    """One delta on one module; the base class of what a method author writes.
+
+    A subclass takes `(site, config)`, makes its parameters from the sizes of the site, starts as
+    the identity, and writes the paper's equation around the wrapped `call` in `forward`. If the
+    same change can be made to the weights, `fold` makes it.
+
+    Attributes:
+        kinds: the kinds of module it can be put on: keys of `layers.KINDS`.
+        flow: how it stands to the wrapped call, for drawings: "after", "before", "beside" (a
+            summand) or "instead".
+    """
+
+    kinds: tuple[str, ...] = tuple(layers.KINDS)
+    flow: str = "after"
+    record: Record
+
+    def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """The equation around `call`, the module's own forward with all layers beneath this one."""
+        raise NotImplementedError
+
+    def fold(self, params: Params) -> Params:
+        """The same change in weight space: new `weight` (and `bias`) from the given ones. Pure."""
+        raise NotImplementedError
+
+    @property
+    def folds(self) -> bool:
+        """Whether this layer can be written into the weights of its module."""
+        return type(self).fold is not DeltaLayer.fold
+
+
+class OutputLayer(DeltaLayer):
+    """A delta layer on the module's hidden states; a subclass sets `width` and writes `change`.
+
+    The module may return a tensor, a tuple or a ModelOutput: the first floating tensor [..., width]
+    in it is changed.
+    """
+
+    kinds = ("linear", "embedding", "norm", "other")
+    width: int
+
+    def change(self, h: Tensor) -> Tensor:
+        """The hidden states [..., width] that take the place of `h`."""
+        raise NotImplementedError
+
+    def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return layers.change_hidden(call(*args, **kwargs), self.width, self.change)
+
+
+class OwnedModule(DeltaLayer):
+    """The delta's own copy of a module, which acts in the module's place (`modules_to_save`)."""
+
+    flow = "instead"
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+
+def _step_aside(*_: Any) -> None:
+    """Does nothing: torch's fused paths look for hooks in the subtree and then call the children."""
+
+
+class Stack(nn.ModuleDict):
+    """The ordered delta layers of one site; the first is the innermost.
+
+    An empty stack computes what the plain module computes. `ran` holds the names of the layers that
+    have run outside of compiled code; DataParallel's replicas share it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ran: set[str] = set()
+        self.register_forward_pre_hook(_step_aside)
+
+    def _acting(self) -> list[DeltaLayer]:
+        acting: list[Any] = []
+        watched = not torch.compiler.is_compiling()  # no side effect, hence no guard, in a graph
+        for name, layer in self._modules.items():
+            if layer.record.active:  # type: ignore[union-attr]
+                acting.append(layer)
+                if watched:
+                    self.ran.add(name)
+        return acting
+
+    def around(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        """`call` with all active layers around it."""
+        for layer in self._acting():
+            call = functools.partial(layer, call)
+        return call
+
+    def fold(self, params: Params) -> Params:
+        """`params` with all active layers folded in."""
+        for layer in self._acting():
+            params = layer.fold(params)
+        return params
+
+    def sort(self) -> None:
+        """Put the layers into the total order. The mapping object itself stays the same."""
+        layers_ = sorted(self._modules.items(), key=lambda item: item[1].record.place)  # type: ignore
+        if [name for name, _ in layers_] != list(self._modules):
+            self._modules.clear()
+            self._modules.update(layers_)
+
+
+RESERVED = frozenset(dir(Stack()))
+
+
+# ------------------------------------------------------------------------------ the generated class
+def _reading(name: str) -> property:
+    """A property that shows a parameter as the parent must see it: with the deltas folded in."""
+
+    def read(self: nn.Module) -> Tensor | None:
+        raw = layers.stored(self, name)
+        stack = self._modules.get(SLOT)
+        if not stack or layers.is_sharded(raw):  # FSDP2 reads the parameter while it shards it
+            return raw
+        stored = {n: t for n in ("weight", "bias") if (t := layers.stored(self, n)) is not None}
+        return stack.fold(stored).get(name)  # type: ignore[union-attr, operator]
+
+    def write(self: nn.Module, value: Tensor) -> None:
+        # nn.Module stores Parameters itself; this gets the plain tensors of a replica
+        self.__dict__[name] = value
+
+    return property(read, write)
+
+
+@functools.cache
+def _site_meta(meta: type) -> type:
+    """The metaclass under which sites and plain modules of one class are instances of each other.
+
+    accelerate wraps every module that is an instance of the first class it finds by name, and that
+    class may be a site's.
+    """
+
+    def __instancecheck__(cls: type, instance: object) -> bool:
+        return meta.__instancecheck__(vars(cls).get("_site_of", cls), instance)
+
+    return type(meta.__name__, (meta,), {"__instancecheck__": __instancecheck__})
+
+
+@functools.cache
+def site_class(base: type[nn.Module], reads: bool = False) -> type[nn.Module]:
+    """The subclass of `base` whose forward runs the stack; it looks like `base` to everybody else.
+
+    With `reads`, `.weight` and `.bias` show the folded values, for parents that read them instead
+    of calling the module.
+    """
+    plain = layers.raw_forward(base) if reads else base.forward
+    assert plain is not None
+
+    # In the class body and wrapped, because transformers' checkpointing layers look at the body,
+    # and Trainer and generate() at the signature. No super(): somebody may keep this bound forward
+    # until after the site is gone.
+    @functools.wraps(base.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        call: Callable[..., Any] = functools.partial(plain, self)
+        stack = self._modules.get(SLOT)
+        if stack is not None:
+            call = stack.around(call)  # type: ignore[operator]
+        return call(*args, **kwargs)
+
+    def __reduce_ex__(self: nn.Module, protocol: object) -> tuple:
+        state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
+        return _unpickle, (base, reads), state
+
+    body: dict[str, Any] = {
+        "forward": forward,
+        "__reduce_ex__": __reduce_ex__,
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        "_site_of": base,
+        "_site_reads": reads,
+    }
+    if reads:
+        body |= {"weight": _reading("weight"), "bias": _reading("bias")}
+    return _site_meta(type(base))(base.__name__, (base,), body)
+
+
+def _unpickle(base: type[nn.Module], reads: bool) -> nn.Module:
+    cls = site_class(base, reads)
+    return cls.__new__(cls)
+
+
+def plain_class(module: nn.Module) -> type[nn.Module] | None:
+    """The class under the site; None if the class is not ours (plain, or subclassed on top)."""
+    return vars(type(module)).get("_site_of")
+
+
+def stack_of(module: nn.Module) -> Stack | None:
+    """The stack that `module` carries, or None. A stack may be empty."""
+    child = module._modules.get(SLOT)
+    return child if isinstance(child, Stack) else None
+
+
+# -------------------------------------------------------------------------------------------- verbs
+def wants_reads(module: nn.Module, asked: bool) -> bool:
+    """Whether the site must show folded weights: asked for, known to be read, or so already."""
+    known = type(module).__name__ == "NonDynamicallyQuantizableLinear"  # MultiheadAttention.out_proj
+    return asked or known or getattr(type(module), "_site_reads", False)
+
+
+def check_name(name: str) -> None:
+    """Raise unless `name` can be the key of a layer in every stack."""
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise SiteError(
+            f"{name!r} is no name for a delta: use 1 to 64 letters, digits, '_' or '-'"
+        )
+    if name in RESERVED:
+        raise SiteError(
+            f"{name!r} is no name for a delta: torch.nn.ModuleDict has an attribute of that name; "
+            f"use another, such as '{name}_delta'"
+        )
+
+
+def check(where: str, module: nn.Module, new: Sequence[tuple[str, DeltaLayer]], reads: bool) -> None:
+    """Raise if `module`, at `where`, cannot take the `new` named layers. Nothing is changed."""
+    stack, base = stack_of(module), plain_class(module) or type(module)
+    here = f"{where!r} ({base.__name__})"
+    if isinstance(module, torch.jit.ScriptModule):
+        raise SiteError(f"{here} is compiled by TorchScript; attach before torch.jit.script")
+    if stack is None and hasattr(module, SLOT):
+        raise SiteError(
+            f"{here} has an attribute {SLOT!r} of its own, which is where the layers would live; "
+            "rename it, or choose its parent or its children"
+        )
+    for name, _ in new:
+        if stack is not None and name in stack:
+            raise SiteError(f"{here} carries a delta {name!r} already; pass another name=")
+    if foreign.hides_forward(module):
+        raise SiteError(
+            f"{here} had its forward replaced by {module.__dict__['forward']!r}: the delta would "
+            "never run. Attach before that replacement, or remove it"
+        )
+    if not reads:
+        return
+    acting = [*(stack.items() if stack is not None else ()), *new]
+    for name, layer in acting:
+        if not layer.folds:  # type: ignore[union-attr, operator]
+            raise SiteError(
+                f"{here}: its parent reads .weight instead of calling it, so only layers that fold "
+                f"into the weight act there; {name!r} ({type(layer).__name__}) does not. Choose the "
+                "parent module instead"
+            )
+    if layers.raw_forward(base) is None or "weight" not in module._parameters:
+        raise SiteError(f"{here}: folded weights can be shown on Linear and Conv1D only")
+    if stack is not None and plain_class(module) is None and not type(module)._site_reads:  # type: ignore
+        raise SiteError(
+            f"{here} was subclassed by {type(module).__module__}; pass reads=True when the first "
+            "delta is attached"
+        )
+
+
+def add(module: nn.Module, name: str, layer: DeltaLayer, reads: bool) -> None:
+    """Put `layer` on the stack of `module`, at its place in the total order; `check` comes first."""
+    stack, base = stack_of(module), plain_class(module)
+    if stack is None:
+        stack = module._modules[SLOT] = Stack().train(module.training)
+        foreign.set_class(module, site_class(type(module), reads))
+    elif base is not None and reads != vars(type(module))["_site_reads"]:
+        foreign.set_class(module, site_class(base, reads))
+    stack[name] = layer.train(module.training)
+    stack.sort()
+
+
+def remove(module: nn.Module, name: str) -> None:
+    """Take a layer off, at any position; the last one takes the generated class along.
+
+    Where somebody subclassed the site meanwhile (FSDP2, parametrizations), the class cannot be
+    reset: the empty stack stays and computes what the plain module does.
+    """
+    stack, base = stack_of(module), plain_class(module)
+    assert stack is not None
+    del stack[name]
+    stack.ran.discard(name)
+    if not len(stack) and base is not None:
+        foreign.set_class(module, base)
+        del module._modules[SLOT]

@@ -1,0 +1,4 @@
+"""stub"""
+def tree(model, to=None): return ""
+class Visualization: pass
+def log(*a): print("log")
