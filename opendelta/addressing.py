@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from .errors import AddressError, nearest
-from .record import SLOT, Record
+from .record import Record
 from .site import DeltaLayer, Stack
 
 
@@ -37,8 +37,8 @@ class Survey:
     def layers(self) -> Iterator[tuple[str, str, DeltaLayer]]:
         """(name of the site, name of the delta, layer) of every delta layer."""
         for where, stack in self.stacks.items():
-            for name, layer in stack.items():
-                yield where, name, layer  # type: ignore[misc]
+            for name, layer in stack.in_order():
+                yield where, name, layer
 
     def records(self) -> list[Record]:
         """The attached deltas, in their total order."""
@@ -105,7 +105,9 @@ def as_list(patterns: str | Sequence[str] | None) -> list[str]:
     return [patterns] if isinstance(patterns, str) else list(patterns or ())
 
 
-def no_match(pattern: str, names: Iterable[str], where: object, what: str = "module") -> AddressError:
+def no_match(
+    pattern: str, names: Iterable[str], where: object, what: str = "module"
+) -> AddressError:
     """The error for a pattern that selects nothing, with the nearest names that would."""
     parts = 1 if pattern.startswith("[r]") else pattern.count(".") + 1
     ends = Counter(".".join(name.split(".")[-parts:]) for name in names if name)
@@ -148,29 +150,36 @@ def select(
     return chosen
 
 
-def resolve(found: Survey, modified: Sequence[str], excluded: Sequence[str]) -> list[str]:
-    """The full names that `modified` selects and `excluded` does not, each module once.
+def select_modules(found: Survey, patterns: Sequence[str]) -> list[str]:
+    """The full names of the modules that any of `patterns` selects.
 
-    `"root"` selects the backbone itself, unless one of its modules is called so.
+    `""` is the backbone itself, and so is `"root"` unless one of its modules is called so.
 
     Raises:
-        AddressError: a pattern selects nothing, or nothing is left.
+        AddressError: a pattern selects nothing.
     """
-    root = [""] if {"", "root"} & set(modified) and not _called_root(found) else []
-    patterns = [p for p in modified if not root or p not in ("", "root")]
-    chosen = root + select(found.modules, patterns, found.root)
-    left_out = set(select(found.modules, excluded, found.root, inside=True))
-    kept = {id(found.modules[name]): name for name in reversed(chosen) if name not in left_out}
-    if not kept:
+    own = {""} if any(n.rpartition(".")[2] == "root" for n in found.modules) else {"", "root"}
+    root = [""] if own & set(patterns) else []
+    return root + select(found.modules, [p for p in patterns if p not in own], found.root)
+
+
+def leave_out(found: Survey, names: Sequence[str], excluded: Sequence[str]) -> list[str]:
+    """`names` without what `excluded` selects and without what is inside that; each module once.
+
+    Raises:
+        AddressError: an exclusion selects nothing, or nothing is left.
+    """
+    out = set(select(found.modules, excluded, found.root, inside=True))
+    once: dict[int, str] = {}
+    for name in names:
+        if name not in out:
+            once.setdefault(id(found.modules[name]), name)
+    if not once:
         raise AddressError(
-            f"exclude_modules={list(excluded)} leaves none of the {len(chosen)} modules that "
-            f"modified_modules={list(modified)} selects in {type(found.root).__name__}"
+            f"exclude_modules={list(excluded)} leaves none of the {len(names)} modules that "
+            f"modified_modules selects in {type(found.root).__name__}: {', '.join(names[:3])}, ..."
         )
-    return [name for name in chosen if name in set(kept.values())]
-
-
-def _called_root(found: Survey) -> bool:
-    return any(name.rpartition(".")[2] == "root" for name in found.modules)
+    return list(once.values())
 
 
 def literal(found: Survey, names: Sequence[str]) -> list[str]:
@@ -179,6 +188,3 @@ def literal(found: Survey, names: Sequence[str]) -> list[str]:
         if name not in found.modules:
             raise no_match(name, found.modules, found.root)
     return list(names)
-
-
-__all__ = ["SLOT", "Survey", "as_list", "literal", "resolve", "select", "survey"]

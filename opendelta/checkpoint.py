@@ -1,4 +1,4 @@
-"""One delta in a folder: a JSON config and a safetensors file, written so that no crash breaks it."""
+"""One delta in a folder: a JSON config and a safetensors file, safe against a crash."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from .addressing import survey
-from .delta import Delta, free_name, known_records, method
+from .delta import Delta, method
 from .errors import DeltaLoadError, OptionError, UnsavedWarning
 from .freezing import backbone_parameters
 from .options import DeltaConfig
+from .order import free_name, known_records
 
 CONFIG = "config.json"
 FORMAT, SCHEMA = "opendelta", 1
@@ -146,7 +147,9 @@ def load(
     delta = cls.__new__(cls)
     delta._prepare(model, config, as_named=True)
     own = backbone_parameters(survey(model))
-    backbone: dict[str, Tensor] = {key: own[key] for key in facts["backbone_parameters"] if key in own}
+    backbone: dict[str, Tensor] = {
+        key: own[key] for key in facts["backbone_parameters"] if key in own
+    }
     if lost := set(facts["backbone_parameters"]) - set(own):
         raise DeltaLoadError(f"{path}: {type(model).__name__} has no parameters {sorted(lost)[:5]}")
     copy_into({**delta.state_dict(saved_as), **backbone}, tensors, str(path), allowed=backbone)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
-from .addressing import no_match, select, survey
-from .delta import Delta, handle_of, known_records
+from .addressing import select, survey
+from .delta import Delta, handle_of
 from .errors import AddressError, DeltaError, nearest
 from .layers import kind_of
 from .record import Record
@@ -142,22 +141,25 @@ class Composition:
         names = [module] if module in found.modules else select(found.modules, [module], self.model)
         sites = [name for name in names if name in found.stacks] or names
         if len(sites) > 1:
-            raise AddressError(f"{module!r} selects {len(sites)} modules: {', '.join(sites[:4])}, ...")
+            raise AddressError(
+                f"{module!r} selects {len(sites)} modules: {', '.join(sites[:4])}, ..."
+            )
         where = sites[0]
-        if where not in found.modules:
-            raise no_match(module, found.modules, self.model)
         target = found.modules[where]
         inner = where.rpartition(".")[2] or type(target).__name__
         steps = [f"{inner}: {type(target).__name__}{_sizes(target)}"]
-        flows = []
-        for name, layer in found.stacks[where].items() if where in found.stacks else ():
-            record = layer.record  # type: ignore[union-attr]
-            trains = any(p.requires_grad for p in layer.parameters())  # type: ignore[union-attr]
-            state = f"{'active' if record.active else 'disabled'}, {'trains' if trains else 'frozen'}"
-            count = sum(p.numel() for p in layer.parameters())  # type: ignore[union-attr]
-            verb = FLOWS[layer.flow]  # type: ignore[index]
-            steps.append(f"{name}: {verb}; {record.config.delta_type}, {count:,} parameters, {state}")
-            if record.active:
+        flows: list[tuple[str, str]] = []
+        stack = found.stacks.get(where)
+        for name, layer in stack.in_order() if stack is not None else ():
+            trains = any(p.requires_grad for p in layer.parameters())
+            facts = [
+                f"{FLOWS[layer.flow]}; {layer.record.config.delta_type}",
+                f"{sum(p.numel() for p in layer.parameters()):,} parameters",
+                "active" if layer.record.active else "disabled",
+                "trains" if trains else "frozen",
+            ]
+            steps.append(f"{name}: {', '.join(facts)}")
+            if layer.record.active:
                 flows.append((name, layer.flow))
         return Explanation(where, f"y = {_formula(inner, flows, 'x')}", steps)
 
@@ -170,7 +172,7 @@ FLOWS = {
 }
 
 
-def _formula(inner: str, flows: list[Any], x: str) -> str:
+def _formula(inner: str, flows: list[tuple[str, str]], x: str) -> str:
     if not flows:
         return f"{inner}({x})"
     *beneath, (name, flow) = flows
@@ -208,6 +210,3 @@ def composition(model: nn.Module) -> Composition:
         'y = style(0(x)) + lora(x)'
     """
     return Composition(model)
-
-
-__all__ = ["Composition", "Explanation", "composition", "known_records"]

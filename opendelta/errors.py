@@ -1,4 +1,4 @@
-"""What can go wrong, by name: errors and warnings, and the search for the nearest name in a message."""
+"""What can go wrong: errors and warnings, and the nearest name for a message."""
 
 from __future__ import annotations
 

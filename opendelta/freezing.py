@@ -1,4 +1,4 @@
-"""Which backbone parameters train, what `state_dict` shows, and how both go back to what they were."""
+"""Which backbone parameters train, what `state_dict` shows, and how both go back."""
 
 from __future__ import annotations
 
@@ -39,9 +39,7 @@ def delta_parameters(found: Survey) -> dict[str, nn.Parameter]:
     }
 
 
-def freeze(
-    found: Survey, shared: Shared, module: nn.Module | None, exclude: Sequence[str]
-) -> None:
+def freeze(found: Survey, shared: Shared, module: nn.Module | None, exclude: Sequence[str]) -> None:
     """Freeze all parameters of `module` but those that `exclude` names; the last call decides.
 
     A pattern in `exclude` names a parameter, a module around it, or a delta; "deltas" all deltas.
@@ -66,6 +64,7 @@ def freeze(
         if (SLOT in exclude and name in added) or any(part in kept for part in ancestors(name))
     }
     restore(found, shared, within)
+    shared.excluded -= {n for n in shared.excluded if n.startswith(f"{within}." if within else "")}
     for name, parameter in everything.items():
         if within and not name.startswith(f"{within}."):
             continue
@@ -94,8 +93,6 @@ def restore(found: Survey, shared: Shared, within: str = "") -> None:
     The names may be relative to an inner or an outer module, if deltas were attached through both.
     """
     own = backbone_parameters(found)
-    inside = {name for name in shared.excluded if name.startswith(f"{within}." if within else "")}
-    shared.excluded -= inside
     for frozen in sorted(shared.frozen):
         if within and not frozen.startswith(f"{within}."):
             continue
@@ -173,9 +170,12 @@ def state_hook(module: nn.Module) -> StateDictHook | None:
 
 def watch_state(found: Survey) -> None:
     """Put the hook on the backbone, and on the transformers models inside a wrapping module."""
-    wanted = [found.root, *(m for m in found.modules.values() if hasattr(m, "save_pretrained"))]
+    wanted = [found.root]
+    if not hasattr(found.root, "save_pretrained"):
+        outer = [n for n, module in found.modules.items() if hasattr(module, "save_pretrained")]
+        wanted += [found.modules[n] for n in outer if not (set(ancestors(n)) - {n}) & set(outer)]
     for module in wanted:
-        if state_hook(module) is None and (module is found.root or _slots(module, "")):
+        if state_hook(module) is None:
             module.register_state_dict_post_hook(StateDictHook())
 
 

@@ -143,7 +143,7 @@ def _bits(tensor: Tensor) -> str:
     if tensor.device.type == "meta":
         return "meta"
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.blake2b(flat.numpy(), digest_size=16).hexdigest()
+    return hashlib.blake2b(flat.numpy().tobytes(), digest_size=16).hexdigest()
 
 
 def _hooks(module: nn.Module) -> dict[str, int]:

@@ -1,7 +1,7 @@
 """The one table of module kinds: sizes, how a low-rank pair runs beside the module, weight layout.
 
-Sizes come from here and never from a weight's shape, which quantised modules pack. What a method may
-know about the module it is put on is a `Site`.
+Sizes come from here and never from a weight's shape, which quantised modules pack. What a method
+may know about the module it is put on is a `Site`.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from .errors import OptionError, SiteError, nearest
 from .record import SLOT
 
-# ------------------------------------------------------------------------------------- arithmetic
+# -------------------------------------------------------------------- arithmetic
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear` that computes in the dtype of `x`, so that float32 deltas serve 16-bit backbones."""
+    """`F.linear` in the dtype of `x`, so that float32 deltas serve 16-bit backbones."""
     if weight.dtype != x.dtype:
         weight = weight.to(x.dtype)
         bias = None if bias is None else bias.to(x.dtype)
@@ -76,8 +76,8 @@ def hidden_key(output: Any, width: int | None = None) -> Any:
         if _is_hidden(value, width):
             return key
     raise SiteError(
-        f"no floating tensor [..., {'width' if width is None else width}] in the module's output of "
-        f"type {type(output).__name__}; choose a module that returns one"
+        f"no floating tensor [..., {'width' if width is None else width}] in the module's output, "
+        f"a {type(output).__name__}; choose a module that returns one"
     )
 
 
@@ -125,7 +125,7 @@ def activation(name: str) -> nn.Module:
     raise OptionError(f"no activation {name!r}; nearest: {', '.join(nearest(name, known))}")
 
 
-# ---------------------------------------------------------------------------------------------- kinds
+# ------------------------------------------------------------------------- kinds
 @dataclass(frozen=True)
 class Kind:
     """A module whose output width is known from its type; weights, if any, are (out, in) matrices.
@@ -249,7 +249,7 @@ def kind_of(module: nn.Module) -> Kind | None:
     if isinstance(module, nn.LayerNorm | nn.RMSNorm):
         return Norm(0, module.normalized_shape[-1])
     if hasattr(module, "nx") and hasattr(module, "nf"):
-        return TransposedLinear(module.nx, module.nf)
+        return TransposedLinear(int(module.nx), int(module.nf))  # type: ignore[arg-type]
     sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
     if isinstance(sizes[0], int) and isinstance(sizes[1], int):
         return Kind(sizes[0], sizes[1])
@@ -257,7 +257,7 @@ def kind_of(module: nn.Module) -> Kind | None:
 
 
 def raw_forward(base: type[nn.Module]) -> Callable[..., Tensor] | None:
-    """The forward of a plain Linear or Conv1D on its stored parameters, or None for another class."""
+    """The forward of a Linear or Conv1D on its stored parameters, or None for another class."""
     if base.forward is nn.Linear.forward:
         return _raw_linear
     if getattr(base.forward, "__qualname__", "") == "Conv1D.forward":
@@ -289,7 +289,7 @@ def is_sharded(tensor: Tensor | None) -> bool:
     return isinstance(tensor, DTensor)
 
 
-# ----------------------------------------------------------------------------------------------- site
+# -------------------------------------------------------------------------- site
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -351,9 +351,9 @@ def device_and_dtype(chain: Iterable[nn.Module]) -> tuple[torch.device, torch.dt
     """
     device = None
     for module in chain:
-        hook = getattr(module, "_hf_hook", None)
-        if device is None and getattr(hook, "execution_device", None) is not None:
-            device = torch.device(hook.execution_device)
+        execution_device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+        if device is None and execution_device is not None:
+            device = torch.device(execution_device)
         for tensor in _tensors(module):
             device = device or tensor.device
             if tensor.dtype in FLOATS:

@@ -18,13 +18,12 @@ from .addressing import Survey, survey
 from .errors import SiteError
 from .layers import Embedding, device_and_dtype, hidden_key, kind_of
 
-
 PROBING: ContextVar[bool] = ContextVar("opendelta_probing", default=False)
 
 
 @contextlib.contextmanager
 def untouched(found: Survey) -> Iterator[None]:
-    """Put back what a forward may leave on modules: attributes, buffers, the notes of the stacks."""
+    """Put back what a forward may leave on modules: attributes, buffers, notes of the stacks."""
     own = [table for m in found.modules.values() for table in (m.__dict__, m._buffers)]
     own += [stack.__dict__ for stack in found.stacks.values()]
     kept = [dict(table) for table in own]
@@ -53,7 +52,7 @@ def _inputs(found: Survey) -> Iterator[tuple[str, tuple, dict[str, Any]]]:
                 side = getattr(config, "image_size", 224)
                 channels = getattr(config, "num_channels", 3)
                 yield name, (), {"pixel_values": torch.zeros(1, channels, side, side)}
-            yield name, (), dict(module.dummy_inputs)
+            yield name, (), dict(module.dummy_inputs)  # type: ignore[arg-type]
     first = next((k for m in found.modules.values() if (k := kind_of(m)) is not None), None)
     ids = torch.zeros(1, 3, dtype=torch.long)
     if isinstance(first, Embedding) or first is None:
@@ -110,7 +109,9 @@ def output_widths(model: nn.Module, names: Sequence[str]) -> dict[str, int]:
             except Exception as error:  # any model's forward: whatever it raises is told below
                 given = [*map(_shape, args), *(f"{k}={_shape(v)}" for k, v in kwargs.items())]
                 what = f"{type(error).__name__}: {str(error).strip().splitlines()[0:1]}"
-                failures.append(f"{type(found.modules[where]).__name__}({', '.join(given)}): {what}")
+                failures.append(
+                    f"{type(found.modules[where]).__name__}({', '.join(given)}): {what}"
+                )
         if all(name in widths for name in names):
             return widths
     unknown = next(name for name in names if name not in widths)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -88,7 +88,7 @@ class OwnedModule(DeltaLayer):
 
 
 def _step_aside(*_: Any) -> None:
-    """Does nothing: torch's fused paths look for hooks in the subtree and then call the children."""
+    """Does nothing: torch's fused paths see a hook in the subtree and then call the children."""
 
 
 class Stack(nn.ModuleDict):
@@ -104,14 +104,18 @@ class Stack(nn.ModuleDict):
         self.register_forward_pre_hook(_step_aside)
 
     def _acting(self) -> list[DeltaLayer]:
-        acting: list[Any] = []
+        acting = []
         watched = not torch.compiler.is_compiling()  # no side effect, hence no guard, in a graph
-        for name, layer in self._modules.items():
-            if layer.record.active:  # type: ignore[union-attr]
+        for name, layer in self.in_order():
+            if layer.record.active:
                 acting.append(layer)
                 if watched:
                     self.ran.add(name)
         return acting
+
+    def in_order(self) -> list[tuple[str, DeltaLayer]]:
+        """(name of the delta, layer), the innermost first."""
+        return list(self._modules.items())  # type: ignore[arg-type]
 
     def around(self, call: Callable[..., Any]) -> Callable[..., Any]:
         """`call` with all active layers around it."""
@@ -127,26 +131,28 @@ class Stack(nn.ModuleDict):
 
     def sort(self) -> None:
         """Put the layers into the total order. The mapping object itself stays the same."""
-        layers_ = sorted(self._modules.items(), key=lambda item: item[1].record.place)  # type: ignore
-        if [name for name, _ in layers_] != list(self._modules):
+        ordered = sorted(self.in_order(), key=lambda item: item[1].record.place)
+        if [name for name, _ in ordered] != list(self._modules):
             self._modules.clear()
-            self._modules.update(layers_)
+            self._modules.update(ordered)
 
 
 RESERVED = frozenset(dir(Stack()))
+F = TypeVar("F", bound=Callable[..., Any])
+_cache: Callable[[F], F] = functools.cache  # with the types of what it caches
 
 
-# ------------------------------------------------------------------------------ the generated class
+# ----------------------------------------------------------- the generated class
 def _reading(name: str) -> property:
     """A property that shows a parameter as the parent must see it: with the deltas folded in."""
 
     def read(self: nn.Module) -> Tensor | None:
         raw = layers.stored(self, name)
-        stack = self._modules.get(SLOT)
+        stack = stack_of(self)
         if not stack or layers.is_sharded(raw):  # FSDP2 reads the parameter while it shards it
             return raw
         stored = {n: t for n in ("weight", "bias") if (t := layers.stored(self, n)) is not None}
-        return stack.fold(stored).get(name)  # type: ignore[union-attr, operator]
+        return stack.fold(stored).get(name)
 
     def write(self: nn.Module, value: Tensor) -> None:
         # nn.Module stores Parameters itself; this gets the plain tensors of a replica
@@ -155,7 +161,7 @@ def _reading(name: str) -> property:
     return property(read, write)
 
 
-@functools.cache
+@_cache
 def _site_meta(meta: type) -> type:
     """The metaclass under which sites and plain modules of one class are instances of each other.
 
@@ -164,12 +170,12 @@ def _site_meta(meta: type) -> type:
     """
 
     def __instancecheck__(cls: type, instance: object) -> bool:
-        return meta.__instancecheck__(vars(cls).get("_site_of", cls), instance)
+        return meta.__instancecheck__(vars(cls).get("_site_of", cls), instance)  # type: ignore
 
     return type(meta.__name__, (meta,), {"__instancecheck__": __instancecheck__})
 
 
-@functools.cache
+@_cache
 def site_class(base: type[nn.Module], reads: bool = False) -> type[nn.Module]:
     """The subclass of `base` whose forward runs the stack; it looks like `base` to everybody else.
 
@@ -224,19 +230,19 @@ def stack_of(module: nn.Module) -> Stack | None:
     return child if isinstance(child, Stack) else None
 
 
-# -------------------------------------------------------------------------------------------- verbs
+# ------------------------------------------------------------------------- verbs
 def wants_reads(module: nn.Module, asked: bool) -> bool:
     """Whether the site must show folded weights: asked for, known to be read, or so already."""
-    known = type(module).__name__ == "NonDynamicallyQuantizableLinear"  # MultiheadAttention.out_proj
+    known = (
+        type(module).__name__ == "NonDynamicallyQuantizableLinear"
+    )  # MultiheadAttention.out_proj
     return asked or known or getattr(type(module), "_site_reads", False)
 
 
 def check_name(name: str) -> None:
     """Raise unless `name` can be the key of a layer in every stack."""
     if not isinstance(name, str) or not NAME.fullmatch(name):
-        raise SiteError(
-            f"{name!r} is no name for a delta: use 1 to 64 letters, digits, '_' or '-'"
-        )
+        raise SiteError(f"{name!r} is no name for a delta: use 1 to 64 letters, digits, '_' or '-'")
     if name in RESERVED:
         raise SiteError(
             f"{name!r} is no name for a delta: torch.nn.ModuleDict has an attribute of that name; "
@@ -244,7 +250,9 @@ def check_name(name: str) -> None:
         )
 
 
-def check(where: str, module: nn.Module, new: Sequence[tuple[str, DeltaLayer]], reads: bool) -> None:
+def check(
+    where: str, module: nn.Module, new: Sequence[tuple[str, DeltaLayer]], reads: bool
+) -> None:
     """Raise if `module`, at `where`, cannot take the `new` named layers. Nothing is changed."""
     stack, base = stack_of(module), plain_class(module) or type(module)
     here = f"{where!r} ({base.__name__})"
@@ -265,9 +273,9 @@ def check(where: str, module: nn.Module, new: Sequence[tuple[str, DeltaLayer]], 
         )
     if not reads:
         return
-    acting = [*(stack.items() if stack is not None else ()), *new]
+    acting = [*(stack.in_order() if stack is not None else ()), *new]
     for name, layer in acting:
-        if not layer.folds:  # type: ignore[union-attr, operator]
+        if not layer.folds:
             raise SiteError(
                 f"{here}: its parent reads .weight instead of calling it, so only layers that fold "
                 f"into the weight act there; {name!r} ({type(layer).__name__}) does not. Choose the "
@@ -275,15 +283,16 @@ def check(where: str, module: nn.Module, new: Sequence[tuple[str, DeltaLayer]], 
             )
     if layers.raw_forward(base) is None or "weight" not in module._parameters:
         raise SiteError(f"{here}: folded weights can be shown on Linear and Conv1D only")
-    if stack is not None and plain_class(module) is None and not type(module)._site_reads:  # type: ignore
+    shown = getattr(type(module), "_site_reads", False)
+    if stack is not None and plain_class(module) is None and not shown:
         raise SiteError(
             f"{here} was subclassed by {type(module).__module__}; pass reads=True when the first "
             "delta is attached"
         )
 
 
-def add(module: nn.Module, name: str, layer: DeltaLayer, reads: bool) -> None:
-    """Put `layer` on the stack of `module`, at its place in the total order; `check` comes first."""
+def add(module: nn.Module, name: str, layer: DeltaLayer, reads: bool) -> Stack:
+    """Put `layer` on the stack of `module`, as the outermost; `check` comes first."""
     stack, base = stack_of(module), plain_class(module)
     if stack is None:
         stack = module._modules[SLOT] = Stack().train(module.training)
@@ -291,7 +300,7 @@ def add(module: nn.Module, name: str, layer: DeltaLayer, reads: bool) -> None:
     elif base is not None and reads != vars(type(module))["_site_reads"]:
         foreign.set_class(module, site_class(base, reads))
     stack[name] = layer.train(module.training)
-    stack.sort()
+    return stack
 
 
 def remove(module: nn.Module, name: str) -> None:

@@ -1,4 +1,13 @@
 """stub"""
-def tree(model, to=None): return ""
-class Visualization: pass
-def log(*a): print("log")
+
+
+def tree(model, to=None):
+    return ""
+
+
+class Visualization:
+    pass
+
+
+def log(*a):
+    print("log")

@@ -1,0 +1,214 @@
+"""What a delta will be, before anything is touched: which modules, which sizes, which layers."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import warnings
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from . import foreign, site, structure
+from .addressing import Survey, as_list, leave_out, literal, select, select_modules
+from .errors import AddressError, SiteError, TiedWeightWarning
+from .layers import KINDS, Site, device_and_dtype, kind_of
+from .options import DeltaConfig
+from .record import SLOT
+from .shapes import output_widths
+from .site import DeltaLayer, OwnedModule
+
+Config = TypeVar("Config", bound=DeltaConfig)
+
+
+# --------------------------------------------------------------------------- names
+def resolve(found: Survey, config: Config, defaults: Sequence[str]) -> Config:
+    """The config with full names of modules in place of its patterns and roles.
+
+    Args:
+        defaults: the roles that get a layer where the config names no modules.
+
+    Raises:
+        AddressError: a pattern or a role selects nothing, or exclusions leave nothing.
+    """
+    wanted, by_role = config.modified_modules, bool(config.common_structure)
+    if wanted is None:
+        wanted, by_role = list(defaults), True
+    if not wanted:
+        raise AddressError("modified_modules is an empty list; None selects the default places")
+    names = structure.with_roles(found.root, wanted) if by_role else select_modules(found, wanted)
+    modified = leave_out(found, names, as_list(config.exclude_modules))
+    owned = select(found.modules, as_list(config.modules_to_save), found.root)
+    for name in modified:
+        if around := next((o for o in owned if f"{name}.".startswith(f"{o}.")), None):
+            raise AddressError(
+                f"{name!r} is selected by modified_modules, but modules_to_save={around!r} puts a "
+                f"copy in its place; add exclude_modules=[{around!r}]"
+            )
+    unfrozen = select(found.modules, as_list(config.unfrozen_modules), found.root)
+    some: dict[str, Any] = {
+        field.name: _some_of(found, modified, config, field)
+        for field in dataclasses.fields(config)
+        if "modules" in field.metadata
+    }
+    return dataclasses.replace(
+        config,
+        modified_modules=modified,
+        exclude_modules=None,
+        common_structure=None,
+        modules_to_save=owned or None,
+        unfrozen_modules=unfrozen or None,
+        **some,
+    )
+
+
+def _some_of(
+    found: Survey, modified: list[str], config: DeltaConfig, field: dataclasses.Field
+) -> list[str]:
+    """The modified modules that an option selects: by its patterns, or by its default roles."""
+    patterns = getattr(config, field.name)
+    if patterns is None:
+        known = structure.roles(found.root)
+        return [name for name in modified if known.get(name) in field.metadata["modules"]]
+    if config.common_structure:
+        patterns = structure.with_roles(found.root, patterns)
+    return select(modified, patterns, found.root, what="modified module")
+
+
+def take_literally(found: Survey, config: Config) -> Config:
+    """The same config, once every full name in it is known to be one; no pattern is run.
+
+    Raises:
+        AddressError: the backbone has no module of that name.
+    """
+    for names in (config.modified_modules, config.modules_to_save, config.unfrozen_modules):
+        literal(found, names or [])
+    return config
+
+
+# -------------------------------------------------------------------------- layers
+def make_layers(
+    found: Survey, config: DeltaConfig, layer_class: type[DeltaLayer]
+) -> dict[str, DeltaLayer]:
+    """{full name of the site: its new layer}, for a resolved config.
+
+    Raises:
+        SiteError: a module is of a kind that the method does not take, or of unknown width.
+    """
+    targets = config.modified_modules or []
+    unknown = [name for name in targets if kind_of(found.modules[name]) is None]
+
+    @functools.cache
+    def widths() -> dict[str, int]:
+        return output_widths(found.root, unknown)
+
+    sites = []
+    for name in targets:
+        module = found.modules[name]
+        kind = kind_of(module)
+        _check_kind(found, name, kind.name if kind is not None else "other", config, layer_class)
+        device, dtype = placement(found, name, config)
+        sites.append(Site(name, module, kind, device, dtype, lambda n: widths()[n]))
+    if layer_class.fold is not DeltaLayer.fold:
+        _warn_if_tied(found, targets, config.delta_type)
+    make: Any = layer_class  # a method's layer takes a site and its config
+    made: dict[str, DeltaLayer] = {place.name: make(place, config) for place in sites}
+    for name in config.modules_to_save or ():
+        made[name] = OwnedModule(_own_copy(found, name))
+    return made
+
+
+def _check_kind(
+    found: Survey, name: str, kind: str, config: DeltaConfig, layer_class: type[DeltaLayer]
+) -> None:
+    if kind in layer_class.kinds:
+        return
+    takes = "; ".join(KINDS[k] for k in layer_class.kinds)
+    inside = [
+        other
+        for other, module in found.modules.items()
+        if other.startswith(f"{name}." if name else "")
+        and (inner := kind_of(module)) is not None
+        and inner.name in layer_class.kinds
+    ]
+    raise SiteError(
+        f"{name or 'the root'!r} ({type(found.modules[name]).__name__}) cannot carry "
+        f"{config.delta_type!r}, which takes: {takes}."
+        + (f" Inside it there are {', '.join(map(repr, inside[:4]))}" if inside else "")
+    )
+
+
+def placement(found: Survey, name: str, config: DeltaConfig) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype of a layer on the module called `name`."""
+    device, dtype = device_and_dtype(found.chain(name))
+    return device, getattr(torch, config.dtype) if config.dtype else dtype
+
+
+def fit(layer: DeltaLayer, device: torch.device, dtype: torch.dtype) -> None:
+    """Move a layer to where its module computes; a module of the delta's own keeps its dtype."""
+    layer.to(device=device, dtype=None if isinstance(layer, OwnedModule) else dtype)
+
+
+def check_owned(found: Survey, where: str, layer: DeltaLayer) -> None:
+    """Raise if `layer` on `where` would never run, or would keep others from running.
+
+    A delta's own copy of a module acts in the module's place, so nothing inside the module runs.
+    """
+    prefix = f"{where}." if where else ""
+    for name, stack in found.stacks.items():
+        own = next((n for n, x in stack.in_order() if isinstance(x, OwnedModule)), None)
+        around = f"{name}." if name else ""
+        if own is not None and name != where and where.startswith(around):
+            raise SiteError(
+                f"{where!r} is inside {name!r}, in whose place {own!r} puts its own copy "
+                "(modules_to_save): a delta on it would never run"
+            )
+        if (
+            isinstance(layer, OwnedModule)
+            and len(stack)
+            and name != where
+            and name.startswith(prefix)
+        ):
+            raise SiteError(
+                f"modules_to_save={where!r}: {', '.join(stack)} on {name!r} inside it would "
+                "stop acting; detach it first, or put it on other modules"
+            )
+
+
+def _own_copy(found: Survey, name: str) -> nn.Module:
+    """A trainable copy of a backbone module, without the deltas that it carries."""
+    placeholder = nn.Module()
+    memo: dict[int, Any] = {id(stack): placeholder for stack in found.stacks.values()}
+    copied = copy.deepcopy(found.modules[name], memo)
+    for part in copied.modules():
+        if part._modules.get(SLOT) is placeholder:
+            del part._modules[SLOT]
+            base = site.plain_class(part)
+            if base is not None:
+                foreign.set_class(part, base)
+    for parameter in copied.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    return copied
+
+
+def _warn_if_tied(found: Survey, targets: Sequence[str], delta_type: str) -> None:
+    """Warn of a target whose weight other modules use too: a delta changes one use only."""
+    users: dict[int, dict[int, str]] = {}
+    for name, module in found.modules.items():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                users.setdefault(id(parameter), {})[id(module)] = name
+    chosen = set(targets)
+    for name in targets:
+        for parameter in found.modules[name]._parameters.values():
+            others = [n for n in users.get(id(parameter), {}).values() if n not in chosen]
+            if others:
+                warnings.warn(
+                    f"{delta_type!r} on {name!r} changes one use of a weight that "
+                    f"{', '.join(map(repr, others))} uses too",
+                    TiedWeightWarning,
+                    stacklevel=6,
+                )
