@@ -174,7 +174,7 @@ class Delta:
         found = survey(model)
         known = known_records(found)
         taken = [record.name for record in known]
-        name = config.name or free_name(config.delta_type, taken)
+        name = free_name(config.delta_type, taken) if config.name is None else config.name
         site.check_name(name)
         if name in taken:
             raise SiteError(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -138,8 +138,7 @@ class Stack(nn.ModuleDict):
 
 
 RESERVED = frozenset(dir(Stack()))
-F = TypeVar("F", bound=Callable[..., Any])
-_cache: Callable[[F], F] = functools.cache  # with the types of what it caches
+_cache: Any = functools.cache  # its own annotation takes no classes of modules as arguments
 
 
 # ----------------------------------------------------------- the generated class
@@ -278,8 +277,8 @@ def check(
         if not layer.folds:
             raise SiteError(
                 f"{here}: its parent reads .weight instead of calling it, so only layers that fold "
-                f"into the weight act there; {name!r} ({type(layer).__name__}) does not. Choose the "
-                "parent module instead"
+                f"into the weight act there; {name!r} ({type(layer).__name__}) does not. Choose "
+                "the parent module instead"
             )
     if layers.raw_forward(base) is None or "weight" not in module._parameters:
         raise SiteError(f"{here}: folded weights can be shown on Linear and Conv1D only")

@@ -1,0 +1,98 @@
+"""Small plain networks for tests, one for each kind of module, and deltas that visibly act."""
+
+import contextlib
+
+import torch
+from torch import nn
+
+import opendelta
+
+WIDTH = 8
+
+
+class Pair(nn.Module):
+    """Returns a tuple whose first item is the hidden states."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        return self.inner(x), x.sum()
+
+
+class Net(nn.Module):
+    """A network with every kind of module; `forward` takes token ids [batch, length]."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = nn.Embedding(11, WIDTH)
+        self.linear = nn.Linear(WIDTH, WIDTH)
+        self.bare = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.conv1d = Conv1D(WIDTH, WIDTH)
+        self.norm = nn.LayerNorm(WIDTH)
+        self.pair = Pair()
+        self.conv2d = nn.Conv2d(1, 3, (3, 3), padding=1)
+        self.head = nn.Linear(WIDTH, 3)
+
+    def forward(self, ids):
+        x = self.embedding(ids)
+        x = x + self.conv1d(torch.tanh(self.bare(torch.tanh(self.linear(x)))))
+        x = self.norm(self.pair(x)[0])
+        x = x + self.conv2d(x[:, None]).mean(1)
+        return self.head(x)
+
+
+class Conv1D(nn.Module):
+    """A linear layer that stores its weight as (in, out), like transformers' own of that name."""
+
+    def __init__(self, nf, nx):
+        super().__init__()
+        self.nf, self.nx = nf, nx
+        self.weight = nn.Parameter(torch.randn(nx, nf) * 0.3)
+        self.bias = nn.Parameter(torch.randn(nf) * 0.3)
+
+    def forward(self, x):
+        size = (*x.size()[:-1], self.nf)
+        return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(size)
+
+
+# kind of module -> its name in Net
+PLACES = {
+    "linear": ["linear", "bare", "conv1d"],
+    "embedding": ["embedding"],
+    "norm": ["norm"],
+    "conv2d": ["conv2d"],
+    "other": ["pair"],
+}
+
+IDS = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 10]])
+
+
+def net(seed=0):
+    """A network in evaluation mode with fixed weights."""
+    torch.manual_seed(seed)
+    return Net().eval()
+
+
+def places_of(method):
+    """The modules of Net that a method takes, by its layer's kinds."""
+    return [name for kind in method.layer_class.kinds for name in PLACES[kind]]
+
+
+def shake(delta, seed=1, scale=0.3):
+    """Give a delta other values than those it starts with, so that it acts."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in delta.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.add_((noise * scale).to(parameter.dtype))
+    return delta
+
+
+@contextlib.contextmanager
+def untouched(model):
+    """The model is, bit for bit, the same after the block as before."""
+    before = opendelta.snapshot(model)
+    yield
+    opendelta.assert_pristine(model, like=before)

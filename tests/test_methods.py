@@ -1,0 +1,251 @@
+"""The contract: what every registered method promises, tested once for all of them."""
+
+import copy
+import inspect
+import io
+import itertools
+import pickle
+
+import pytest
+import torch
+from nets import IDS, net, places_of, shake, untouched
+from torch import nn
+
+import opendelta
+from opendelta.delta import METHODS
+from opendelta.site import DeltaLayer
+
+NAMES = sorted(METHODS)
+PLACES = [(name, place) for name in NAMES for place in places_of(METHODS[name])]
+
+
+@pytest.fixture(params=NAMES)
+def method(request):
+    return METHODS[request.param]
+
+
+@pytest.fixture(params=PLACES, ids=lambda pair: "-".join(pair))
+def placed(request):
+    """(method, name of one module of the network that it takes)."""
+    return METHODS[request.param[0]], request.param[1]
+
+
+def test_it_starts_as_the_identity(placed):
+    method, place = placed
+    model = net()
+    plain = model(IDS)
+    method(model, modified_modules=[place])
+    assert torch.allclose(model(IDS), plain, atol=1e-6)
+
+
+def test_it_acts_and_leaves_without_a_trace(placed):
+    method, place = placed
+    model = net()
+    plain = model(IDS)
+    with untouched(model):
+        delta = shake(method(model, modified_modules=[place]))
+        assert not torch.allclose(model(IDS), plain)
+        delta.detach()
+        assert torch.equal(model(IDS), plain)
+
+
+def test_gradients_reach_all_of_its_parameters_and_no_others(placed):
+    method, place = placed
+    model = net()
+    delta = shake(method(model, modified_modules=[place]))
+    delta.freeze_module()
+    model(IDS).pow(2).sum().backward()
+    with_gradient = {n for n, p in model.named_parameters() if p.grad is not None}
+    assert with_gradient == {name for name, _ in delta.named_parameters()}
+    assert all(p.grad.abs().sum() > 0 for p in delta.parameters())
+
+
+def test_it_learns_in_twenty_steps(method):
+    model = net()
+    delta = method(model, modified_modules=places_of(method))
+    delta.freeze_module()
+    target = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(3))
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    losses = []
+    for _ in range(20):
+        loss = (model(IDS) - target).pow(2).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_its_tensors_stand_under_the_slot_of_its_modules(placed):
+    method, place = placed
+    model = net()
+    keys = list(model.state_dict())
+    delta = method(model, modified_modules=[place], name="mine")
+    added = [key for key in model.state_dict() if key not in keys]
+    assert added == list(delta.state_dict())
+    assert all(key.startswith(f"{place}.deltas.mine.") for key in added)
+    delta.detach()
+    assert list(model.state_dict()) == keys
+    assert list(delta.state_dict()) == added
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+def test_copies_are_whole_and_independent(method, how):
+    model = net()
+    delta = shake(method(model, modified_modules=places_of(method)))
+    expected = model(IDS)
+    if how == "deepcopy":
+        twin = copy.deepcopy(model)
+    elif how == "pickle":
+        twin = pickle.loads(pickle.dumps(model))
+    else:
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        twin = torch.load(file, weights_only=False)
+    assert torch.equal(twin(IDS), expected)
+    own = opendelta.composition(twin)[delta.name]
+    assert own is not delta
+    own.detach()
+    assert torch.equal(twin(IDS), net()(IDS))
+    assert torch.equal(model(IDS), expected)
+    own.attach()
+    assert torch.equal(twin(IDS), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_it_computes_in_the_dtype_of_its_module(method, dtype):
+    model = net().to(dtype)
+    delta = shake(method(model, modified_modules=places_of(method)))
+    assert {p.dtype for p in delta.parameters()} == {dtype}
+    out = model(IDS)
+    assert out.dtype == dtype
+    out.sum().backward()
+
+
+def test_float32_tensors_serve_a_bfloat16_backbone_when_asked(method):
+    model = net().to(torch.bfloat16)
+    delta = shake(method(model, modified_modules=places_of(method), dtype="float32"))
+    delta.freeze_module()
+    assert {p.dtype for p in delta.parameters()} == {torch.float32}
+    out = model(IDS)
+    assert out.dtype == torch.bfloat16
+    out.sum().backward()
+    assert {p.grad.dtype for p in delta.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+def test_folding_into_the_weights_equals_its_forward(placed, dtype, atol):
+    method, place = placed
+    if method.layer_class.fold is DeltaLayer.fold:
+        assert not next(iter(method(net(), modified_modules=[place]).layers.values())).folds
+        return
+    model = net().to(dtype)
+    delta = shake(method(model, modified_modules=[place]))
+    expected = model(IDS)
+    layer = delta.layers[place]
+    delta.detach()
+    module = model.get_submodule(place)
+    before = {name: p.detach().clone() for name, p in module.named_parameters()}
+    given = dict(before)
+    folded = layer.fold(given)
+    assert given.keys() == before.keys()
+    assert all(torch.equal(given[name], before[name]) for name in before), "fold must be pure"
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            parameter.copy_(folded[name])
+    assert torch.allclose(model(IDS), expected, atol=atol, rtol=atol)
+
+
+def test_it_compiles_into_one_graph(method):
+    model = net()
+    shake(method(model, modified_modules=places_of(method)))
+    expected = model(IDS)
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert torch.allclose(compiled(IDS), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradients_are_the_same_under_checkpointing(method, use_reentrant):
+    from torch.utils.checkpoint import checkpoint
+
+    grads = []
+    for checkpointed in (False, True):
+        model = net()
+        delta = shake(method(model, modified_modules=["linear"]))
+        x = torch.ones(2, 8, requires_grad=True)
+        if checkpointed:
+            out = checkpoint(model.linear, x, use_reentrant=use_reentrant)
+        else:
+            out = model.linear(x)
+        out.pow(2).sum().backward()
+        grads.append([p.grad for p in delta.parameters()])
+    assert all(torch.allclose(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_saved_and_loaded_it_gives_the_same_bits(method, tmp_path):
+    model = net()
+    delta = shake(method(model, modified_modules=places_of(method)))
+    delta.freeze_module()
+    expected = model(IDS)
+    delta.save_finetuned(tmp_path)
+    fresh = net()
+    loaded = opendelta.AutoDeltaModel.from_finetuned(tmp_path, backbone_model=fresh)
+    assert type(loaded) is type(delta)
+    assert torch.equal(fresh(IDS), expected)
+
+
+def test_it_refuses_modules_of_other_kinds(method):
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(4, 4, 3, groups=2)
+
+    model = Odd()
+    with untouched(model), pytest.raises(opendelta.SiteError, match=r"'conv' \(Conv2d\) cannot"):
+        method(model, modified_modules=["conv"])
+
+
+def test_its_signature_is_its_config(method):
+    names = list(inspect.signature(method).parameters)
+    assert names == ["backbone_model", *method.config_class.option_names()]
+    for name, parameter in list(inspect.signature(method).parameters.items())[1:]:
+        assert getattr(method.config_class(), name) == parameter.default
+
+
+def test_its_options_survive_json(method):
+    config = method.config_class(modified_modules=["a"], name="x", dtype="float32")
+    assert opendelta.AutoDeltaConfig.from_dict(config.to_dict()) == config
+
+
+def test_it_names_the_nearest_option(method):
+    model = net()
+    with untouched(model), pytest.raises(opendelta.OptionError, match="modified_modules"):
+        method(model, modified_module=["linear"])
+
+
+@pytest.mark.parametrize(
+    "pair", list(itertools.product(NAMES, NAMES)), ids=lambda pair: "+".join(pair)
+)
+def test_any_two_of_them_share_a_layer_in_both_orders(pair):
+    outputs = []
+    for order in ([0, 1], [1, 0]):
+        model = net()
+        plain = model(IDS)
+        with untouched(model):
+            deltas = {}
+            for i in order:
+                torch.manual_seed(i)
+                deltas[i] = METHODS[pair[i]](model, modified_modules=["linear"], name=f"d{i}")
+                shake(deltas[i], seed=i)
+            outputs.append(model(IDS))
+            assert opendelta.composition(model).names == [f"d{i}" for i in order]
+            with deltas[0].disabled(), deltas[1].disabled():
+                assert torch.equal(model(IDS), plain)
+            opendelta.composition(model).reorder([f"d{i}" for i in reversed(order)])
+            outputs.append(model(IDS))
+            deltas[0].detach()
+            deltas[1].detach()
+    assert torch.equal(outputs[0], outputs[3])
+    assert torch.equal(outputs[1], outputs[2])

@@ -1,0 +1,335 @@
+"""The onion: attaching order is stack order, and any layer may leave, return or move at any time."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from nets import IDS, net, shake, untouched
+from torch import nn
+
+import opendelta
+from opendelta import AdapterModel, DeltaConfig, IA3Model, LoraModel, LowRankAdapterModel
+from opendelta.delta import METHODS, Delta
+from opendelta.layers import first_input, replace_input
+from opendelta.site import DeltaLayer
+
+
+class ShiftLayer(DeltaLayer):
+    """Acts before the module: adds a vector to its input."""
+
+    kinds = ("linear",)
+    flow = "before"
+
+    def __init__(self, site, config):
+        super().__init__()
+        self.shift = site.parameter(site.in_features)
+        nn.init.zeros_(self.shift)
+
+    def forward(self, call, *args, **kwargs):
+        args, kwargs = replace_input(args, kwargs, first_input(args, kwargs) + self.shift)
+        return call(*args, **kwargs)
+
+
+class ShiftConfig(DeltaConfig):
+    pass
+
+
+class ShiftModel(Delta):
+    delta_type = "shift"
+    config_class = ShiftConfig
+    layer_class = ShiftLayer
+    default_modified_modules = ("ff.w1",)
+
+
+del METHODS["shift"]  # the contract suite is for the library's own methods
+MAKERS = {
+    "lora": lambda model: LoraModel(model, modified_modules=["0"], lora_r=2),
+    "adapter": lambda model: AdapterModel(model, modified_modules=["0"], bottleneck_dim=3),
+    "ia3": lambda model: IA3Model(model, modified_modules=["0"]),
+    "shift": lambda model: ShiftModel(model, modified_modules=["0"]),
+}
+ALL = tuple(MAKERS)
+X = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
+
+
+def small():
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 2))
+    model[0].bias.requires_grad_(False)
+    return model
+
+
+def attach(model, names):
+    deltas = {}
+    for name in names:
+        torch.manual_seed(7 + ALL.index(name))
+        deltas[name] = shake(MAKERS[name](model), seed=ALL.index(name), scale=0.5)
+    return deltas
+
+
+def algebra(model, deltas, order):
+    """The definition, written out independently: f(i+1) = layer_i around f_i."""
+
+    def f(y):
+        return F.linear(y, model[0].weight, model[0].bias)
+
+    def wrap(name, f):
+        p = {
+            key.rpartition(".deltas.")[2].partition(".")[2]: t
+            for key, t in deltas[name].named_parameters()
+        }
+        if name == "lora":
+            return lambda y: f(y) + F.linear(F.linear(y, p["lora_A"]), p["lora_B"]) * (16 / 2)
+        if name == "adapter":
+
+            def adapter(y):
+                h = f(y)
+                down = F.linear(h, p["down_proj.weight"], p["down_proj.bias"])
+                inner = F.gelu(down, approximate="tanh")
+                return h + F.linear(inner, p["up_proj.weight"], p["up_proj.bias"])
+
+            return adapter
+        if name == "ia3":
+            return lambda y: f(y) * p["ia3_l"]
+        return lambda y: f(y + p["shift"])
+
+    for name in order:
+        f = wrap(name, f)
+    return F.linear(torch.tanh(f(X)), model[2].weight, model[2].bias)
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(ALL)), ids="-".join)
+def test_outputs_follow_the_algebra_while_layers_leave_in_every_order(order):
+    for leaving in itertools.permutations(ALL):
+        model = small()
+        plain = model(X)
+        with untouched(model):
+            deltas = attach(model, order)
+            assert torch.allclose(model(X), algebra(model, deltas, order), atol=1e-6)
+            left = list(order)
+            for name in leaving:
+                deltas[name].detach()
+                left.remove(name)
+                assert torch.allclose(model(X), algebra(model, deltas, left), atol=1e-6)
+        assert torch.equal(model(X), plain)
+
+
+def test_lora_then_adapter_is_not_adapter_then_lora():
+    one, other = small(), small()
+    first = attach(one, ["lora", "adapter"])
+    second = attach(other, ["adapter", "lora"])
+    assert not torch.allclose(one(X), other(X), atol=1e-3)
+    assert torch.allclose(one(X), algebra(one, first, ["lora", "adapter"]), atol=1e-6)
+    assert torch.allclose(other(X), algebra(other, second, ["adapter", "lora"]), atol=1e-6)
+
+
+@pytest.mark.parametrize("leaving", list(itertools.permutations(ALL)), ids="-".join)
+@pytest.mark.parametrize("returning", [ALL, ALL[::-1], ("ia3", "lora", "shift", "adapter")])
+def test_a_delta_that_returns_takes_its_old_place(leaving, returning):
+    model = small()
+    deltas = attach(model, ALL)
+    expected = model(X)
+    for name in leaving:
+        deltas[name].detach()
+    for name in returning:
+        deltas[name].attach()
+    assert opendelta.composition(model).names == list(ALL)
+    assert torch.equal(model(X), expected)
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(ALL)), ids="-".join)
+def test_reordering_is_the_same_as_attaching_in_that_order(order):
+    model, other = small(), small()
+    attach(model, ALL)
+    attach(other, order)
+    opendelta.composition(model).reorder(list(order))
+    assert opendelta.composition(model).names == list(order)
+    assert torch.equal(model(X), other(X))
+
+
+verbs = st.lists(
+    st.tuples(
+        st.sampled_from(["attach", "before", "after", "detach", "toggle", "reorder", "only"]),
+        st.sampled_from(ALL),
+        st.sampled_from(ALL),
+        st.permutations(ALL),
+    ),
+    max_size=12,
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(steps=verbs, end=st.permutations(ALL))
+def test_any_walk_over_all_verbs_follows_a_plain_list(steps, end):
+    model = small()
+    plain = model(X)
+    before = opendelta.snapshot(model)
+    deltas = attach(model, ALL)
+    order, attached, active = list(ALL), set(ALL), set(ALL)
+    composition = opendelta.composition(model)
+    for verb, name, other, permutation in steps:
+        if verb == "attach":
+            deltas[name].attach()
+            attached.add(name)
+        elif verb in ("before", "after") and name != other:
+            deltas[name].attach(**{verb: deltas[other]})
+            attached.add(name)
+            order.remove(name)
+            order.insert(order.index(other) + (verb == "after"), name)
+        elif verb == "detach":
+            deltas[name].detach()
+            attached.discard(name)
+        elif verb == "toggle":
+            (deltas[name].disable if name in active else deltas[name].enable)()
+            active ^= {name}
+        elif verb == "reorder":
+            wanted = iter([n for n in permutation if n in attached])
+            composition.reorder([n for n in permutation if n in attached])
+            order = [next(wanted) if n in attached else n for n in order]
+        elif verb == "only" and name in attached:
+            with composition.only(name):
+                assert torch.allclose(model(X), algebra(model, deltas, [name]), atol=1e-6)
+        acting = [n for n in order if n in attached and n in active]
+        assert composition.names == [n for n in order if n in attached]
+        assert [d.name for d in composition] == composition.names
+        assert torch.allclose(model(X), algebra(model, deltas, acting), atol=1e-6)
+    for name in end:
+        deltas[name].detach()
+    opendelta.assert_pristine(model, like=before)
+    assert torch.equal(model(X), plain)
+
+
+def test_each_delta_has_a_unique_name_that_is_its_key_on_every_site():
+    model = net()
+    deltas = [
+        AdapterModel(model, modified_modules=["linear"]),
+        AdapterModel(model, modified_modules=["linear", "bare"]),
+        LowRankAdapterModel(model, modified_modules=["linear"]),
+        LoraModel(model, modified_modules=["linear"]),
+        LoraModel(model, modified_modules=["linear"], name="style"),
+    ]
+    names = ["adapter", "adapter_1", "low_rank_adapter", "lora", "style"]
+    assert [delta.name for delta in deltas] == names
+    assert list(model.linear.deltas) == names
+    assert list(model.bare.deltas) == ["adapter_1"]
+
+
+def test_a_detached_delta_keeps_its_name_while_somebody_holds_it():
+    model = net()
+    first = LoraModel(model, modified_modules=["linear"])
+    first.detach()
+    second = LoraModel(model, modified_modules=["linear"])
+    assert (first.name, second.name) == ("lora", "lora_1")
+    first.attach()
+    assert opendelta.composition(model).names == ["lora", "lora_1"]
+    first.detach()
+    del first
+    assert LoraModel(model, modified_modules=["bare"]).name == "lora"
+
+
+@pytest.mark.parametrize("name", ["type", "train", "items", "training", "forward", "in_order"])
+def test_names_that_a_module_dict_refuses_are_refused_clearly(name):
+    model = net()
+    with untouched(model), pytest.raises(opendelta.SiteError, match=f"'{name}' is no name"):
+        LoraModel(model, modified_modules=["linear"], name=name)
+
+
+@pytest.mark.parametrize("name", ["a.b", "", "..", "a/b", "a b", "x" * 65, "ü"])
+def test_names_that_are_no_key_are_refused(name):
+    model = net()
+    with untouched(model), pytest.raises(opendelta.DeltaError):
+        LoraModel(model, modified_modules=["linear"], name=name)
+
+
+def test_a_taken_name_is_refused():
+    model = net()
+    LoraModel(model, modified_modules=["linear"], name="mine")
+    with pytest.raises(opendelta.SiteError, match=r"has a delta 'mine' already.*'mine_1'"):
+        LoraModel(model, modified_modules=["bare"], name="mine")
+
+
+def test_attach_next_to_a_stranger_names_the_neighbours():
+    model, other = net(), net()
+    lora = LoraModel(model, modified_modules=["linear"])
+    AdapterModel(model, modified_modules=["linear"])
+    stranger = AdapterModel(other, modified_modules=["linear"], name="stranger")
+    for wrong in (stranger, "nobody", lora):
+        with pytest.raises(opendelta.DeltaError, match=r"the other deltas .* are \['adapter'\]"):
+            lora.attach(before=wrong)
+    with pytest.raises(opendelta.DeltaError, match="one neighbour"):
+        lora.attach(before="adapter", after="adapter")
+
+
+@pytest.mark.parametrize("wrong", [["lora"], ["lora", "lora"], ["lora", "adapter", "x"], []])
+def test_reorder_takes_exactly_the_attached_deltas(wrong):
+    model = net()
+    LoraModel(model, modified_modules=["linear"])
+    AdapterModel(model, modified_modules=["linear"])
+    with pytest.raises(opendelta.DeltaError):
+        opendelta.composition(model).reorder(wrong)
+    assert opendelta.composition(model).names == ["lora", "adapter"]
+
+
+def test_explain_shows_the_flow_as_a_formula_and_as_a_list():
+    model = net()
+    for name in ("lora", "style"):
+        kind = LoraModel if name == "lora" else AdapterModel
+        kind(model, modified_modules=["linear"], name=name)
+    IA3Model(model, modified_modules=["linear"], feedforward_modules=["linear"])
+    explanation = opendelta.composition(model).explain("linear")
+    assert explanation.formula == "y = style(linear(ia3(x)) + lora(ia3(x)))"
+    assert [step.partition(":")[0] for step in explanation.steps] == [
+        "linear",
+        "lora",
+        "style",
+        "ia3",
+    ]
+    assert str(explanation).splitlines()[0] == f"linear:  {explanation.formula}"
+    opendelta.composition(model)["style"].disable()
+    assert (
+        opendelta.composition(model).explain("linear").formula
+        == "y = linear(ia3(x)) + lora(ia3(x))"
+    )
+    assert opendelta.composition(model).explain("bare").formula == "y = bare(x)"
+    with pytest.raises(opendelta.AddressError, match=r"nearest: 'linear'"):
+        opendelta.composition(model).explain("linaer")
+
+
+def test_the_composition_gives_back_the_handles_that_somebody_holds():
+    model = net()
+    lora = LoraModel(model, modified_modules=["linear"])
+    composition = opendelta.composition(model)
+    assert composition["lora"] is lora
+    assert list(composition) == [lora]
+    assert "lora" in composition
+    assert len(composition) == 1
+    with pytest.raises(opendelta.DeltaError, match="no delta 'lroa'.*nearest: 'lora'"):
+        composition["lroa"]
+
+
+def test_only_restores_the_switches_even_after_an_error():
+    model = net()
+    lora = shake(LoraModel(model, modified_modules=["linear"]))
+    adapter = shake(AdapterModel(model, modified_modules=["linear"]))
+    adapter.disable()
+    with pytest.raises(RuntimeError), opendelta.composition(model).only("adapter"):
+        assert (lora.active, adapter.active) == (False, True)
+        raise RuntimeError
+    assert (lora.active, adapter.active) == (True, False)
+    with opendelta.composition(model).only():
+        assert torch.equal(model(IDS), net()(IDS))
+
+
+def test_deltas_attached_through_different_modules_of_one_model_are_one_composition():
+    wrapped = nn.Sequential(small())
+    inner = LoraModel(wrapped[0], modified_modules=["0"])
+    outer = AdapterModel(wrapped, modified_modules=["0.0"])
+    assert opendelta.composition(wrapped).names == ["lora", "adapter"]
+    opendelta.composition(wrapped).reorder(["adapter", "lora"])
+    assert list(wrapped[0][0].deltas) == ["adapter", "lora"]
+    inner.detach()
+    outer.detach()
+    opendelta.assert_pristine(wrapped)
