@@ -18,6 +18,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from . import sharding
 from .addressing import survey
 from .delta import Delta, method
 from .errors import DeltaLoadError, OptionError, UnsavedWarning
@@ -37,7 +38,8 @@ def save(delta: Delta, folder: str | os.PathLike) -> None:
     """Write `delta` into `folder`; see `Delta.save_finetuned`."""
     parameters = _backbone_part(delta)
     tensors = {**delta.state_dict(), **parameters}
-    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    whole = {name: sharding.full(tensor.detach()) for name, tensor in tensors.items()}
+    plain = {name: tensor.cpu().contiguous().clone() for name, tensor in whole.items()}
     weights = safetensors.torch.save(plain, metadata={"format": "pt"})
     config = {
         "format": FORMAT,
@@ -242,7 +244,7 @@ def copy_into(
     with torch.no_grad():
         for key, tensor in own.items():
             if key not in allowed:
-                tensor.copy_(given[key])
+                tensor.copy_(sharding.spread(given[key], like=tensor))
 
 
 def _some(what: str, names: Sequence[str]) -> list[str]:

@@ -284,10 +284,15 @@ class Delta:
         for where, name, layer in list(found.layers()):
             if layer.record is self.record:
                 site.remove(found.modules[where], name)
-        if not any(len(stack) for stack in found.stacks.values()):
-            freezing.restore(found, self.record.shared)
-            freezing.unwatch_state(found)
-            inspection.unwatch_forward(found)
+        # Deltas of this backbone may have been attached through an outer or an inner module of it.
+        shared = self.record.shared
+        roots = {id(h.backbone_model): h.backbone_model for h in HANDLES if h.record.shared is shared}
+        trees = [survey(root) for root in roots.values()]
+        if not any(len(stack) for tree in trees for stack in tree.stacks.values()):
+            for tree in trees:
+                freezing.unwatch_state(tree)
+                inspection.unwatch_forward(tree)
+                freezing.restore(tree, shared)
 
     # ---------------------------------------------------------- the switches
     def enable(self) -> None:

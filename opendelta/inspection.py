@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from . import freezing
 from .addressing import Survey, survey
 from .errors import DeltaError, PristineError, UnreachedWarning
+from .layers import is_sharded
 from .record import SLOT
 from .shapes import PROBING
 from .site import plain_class, stack_of
@@ -140,6 +141,8 @@ def check(model: nn.Module, batch: Mapping[str, Any] | Sequence[Any] | Tensor) -
 
 # ----------------------------------------------------------------------------------------- pristine
 def _bits(tensor: Tensor) -> str:
+    if is_sharded(tensor):
+        tensor = tensor.to_local()  # type: ignore[attr-defined]
     if tensor.device.type == "meta":
         return "meta"
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)

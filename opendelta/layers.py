@@ -53,7 +53,7 @@ def _is_hidden(value: Any, width: int | None) -> bool:
     """Whether `value` is a floating tensor [..., width]; with no width, any of two or more axes."""
     if not isinstance(value, Tensor) or not value.is_floating_point() or value.ndim < 2:
         return False
-    return width is None or value.shape[-1] == width
+    return width is None or value.size(-1) == width  # a nested tensor has no shape
 
 
 def hidden_key(output: Any, width: int | None = None) -> Any:

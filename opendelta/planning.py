@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from . import foreign, site, structure
+from . import foreign, sharding, site, structure
 from .addressing import Survey, as_list, leave_out, literal, select, select_modules
 from .errors import AddressError, SiteError, TiedWeightWarning
 from .layers import KINDS, Site, device_and_dtype, kind_of
@@ -180,6 +180,7 @@ def check_owned(found: Survey, where: str, layer: DeltaLayer) -> None:
 
 def _own_copy(found: Survey, name: str) -> nn.Module:
     """A trainable copy of a backbone module, without the deltas that it carries."""
+    sharding.check_copy(found, name)
     placeholder = nn.Module()
     memo: dict[int, Any] = {id(stack): placeholder for stack in found.stacks.values()}
     copied = copy.deepcopy(found.modules[name], memo)
@@ -201,10 +202,10 @@ def _warn_if_tied(found: Survey, targets: Sequence[str], delta_type: str) -> Non
         for parameter in module._parameters.values():
             if parameter is not None:
                 users.setdefault(id(parameter), {})[id(module)] = name
-    chosen = set(targets)
+    chosen = {id(found.modules[name]) for name in targets}
     for name in targets:
         for parameter in found.modules[name]._parameters.values():
-            others = [n for n in users.get(id(parameter), {}).values() if n not in chosen]
+            others = [n for m, n in users.get(id(parameter), {}).items() if m not in chosen]
             if others:
                 warnings.warn(
                     f"{delta_type!r} on {name!r} changes one use of a weight that "

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from . import sharding
 from .addressing import Survey, survey
 from .errors import SiteError
 from .layers import Embedding, device_and_dtype, hidden_key, kind_of
@@ -24,8 +25,7 @@ PROBING: ContextVar[bool] = ContextVar("opendelta_probing", default=False)
 @contextlib.contextmanager
 def untouched(found: Survey) -> Iterator[None]:
     """Put back what a forward may leave on modules: attributes, buffers, notes of the stacks."""
-    own = [table for m in found.modules.values() for table in (m.__dict__, m._buffers)]
-    own += [stack.__dict__ for stack in found.stacks.values()]
+    own = [table for m in found.root.modules() for table in (m.__dict__, m._buffers)]
     kept = [dict(table) for table in own]
     for stack in found.stacks.values():
         stack.ran = set(stack.ran)
@@ -76,6 +76,9 @@ def _run(found: Survey, where: str, args: tuple, kwargs: dict[str, Any]) -> None
             value = value.to(dtype) if value.is_floating_point() else value
             return mode.from_tensor(value.to(device))
 
+        for inside in module.modules():  # an operation on real tensors alone would change them
+            for key, buffer in inside._buffers.items():
+                inside._buffers[key] = None if buffer is None else mode.from_tensor(buffer)
         module(*tree_map(fake, args), **tree_map(fake, kwargs))
 
 
@@ -95,12 +98,12 @@ def output_widths(model: nn.Module, names: Sequence[str]) -> dict[str, int]:
     def note(name: str) -> Any:
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
             key = hidden_key(output)
-            widths[name] = (output if key is None else output[key]).shape[-1]
+            widths[name] = (output if key is None else output[key]).size(-1)
 
         return hook
 
     for where, args, kwargs in _inputs(found):
-        with untouched(found), contextlib.ExitStack() as hooks:
+        with untouched(found), sharding.whole(model), contextlib.ExitStack() as hooks:
             for name in names:
                 hook = found.modules[name].register_forward_hook(note(name))
                 hooks.callback(hook.remove)

@@ -1,73 +1,249 @@
-"""Deltas on sharded modules: the same start on every rank, then shards like those of the site."""
+"""Deltas on models that several ranks share: one start for all ranks, then shards like the site's."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from .addressing import Survey
 from .errors import SiteError
 from .layers import is_sharded
 
 
-def group_of(found: Survey, where: str, reads: bool) -> Any:
-    """FSDP2's parameter group around the module called `where`, or None if it is not sharded.
+@dataclasses.dataclass(frozen=True)
+class Ranks:
+    """The ranks that share a model, as a delta layer in it needs to know them.
+
+    Attributes:
+        meshes: the device meshes over which parameters of the model are spread.
+        group: the FSDP2 parameter group whose shards a layer's shards are to resemble, or None.
+    """
+
+    meshes: list[Any]
+    group: Any
+
+
+# ---------------------------------------------------------------------- attaching
+def group_of(
+    found: Survey, where: str, reads: bool, layer: nn.Module | None = None
+) -> Ranks | None:
+    """The ranks that share the module called `where`, or None if this process has it for itself.
+
+    Args:
+        reads: whether the parent reads the module's weight instead of calling it.
+        layer: the layer that is to go there.
 
     Raises:
-        SiteError: a delta there would diverge between ranks, or see a slice only.
+        SiteError: the layer would diverge between ranks, or see a slice only.
     """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not _distributed():
         return None
-    from torch.distributed.fsdp import FSDPModule
-
-    group = None
-    for module in found.chain(where):
-        if isinstance(module, nn.parallel.DistributedDataParallel):
-            raise SiteError(
-                f"{where!r} is inside DistributedDataParallel, which would not synchronise the "
-                "delta's gradients; attach to the module first, wrap it then"
-            )
-        if group is None and isinstance(module, FSDPModule):
-            groups = module._get_fsdp_state()._fsdp_param_groups
-            group = groups[0] if groups else None
-    for name, parameter in found.modules[where]._parameters.items():
-        if not is_sharded(parameter):
-            continue
-        if group is None or parameter.device_mesh != group.mesh_info.mesh:  # type: ignore
-            raise SiteError(
-                f"{where}.{name} is split by tensor parallelism ({parameter.placements}): a delta "  # type: ignore
-                "there would see a slice. Choose a module that is not split, such as the block or "
-                "its norm"
-            )
-    if group is not None and reads:
+    _check_wrappers(found, where)
+    group = _group_around(found, where)
+    _check_parallel(found, where, group)
+    if reads and group is not None and (layer is None or not _is_gathered(layer, group)):
         raise SiteError(
             f"{where!r}: its parent reads .weight, which is sharded; attach before fully_shard, so "
             "that the delta is gathered together with the weight"
         )
-    return group
+    meshes = _meshes(found, group)
+    return Ranks(meshes, group) if meshes else None
 
 
-def shard(layer: nn.Module, group: Any) -> None:
-    """Give every rank rank 0's values, then shard `layer` like the site around it.
+def shard(layer: nn.Module, ranks: Ranks) -> None:
+    """Give every rank the first rank's values, then shard `layer` like the site around it.
 
-    A layer that comes back with its shards keeps them. Resharding after forward is asked for
-    explicitly: a unit added after the first forward is a root of its own, roots stay gathered, and
-    an optimizer made then would hold tensors that never get a gradient.
+    A layer that comes back with its shards keeps them.
     """
     from torch.distributed.fsdp import fully_shard
 
-    mesh, own = group.mesh_info.mesh, list(layer.parameters())
-    if not own or all(is_sharded(parameter) for parameter in own):
+    group = ranks.group
+    if group is not None:
+        if _is_gathered(layer, group):
+            group.reshard()  # an optimizer made now must hold the shards
+            return
+        layer.to(group.device)
+    _start_alike(layer, ranks.meshes)
+    if group is None or next(layer.parameters(), None) is None:
         return
-    for parameter in own:
-        for axis in range(mesh.ndim):
-            torch.distributed.broadcast(parameter.data, group=mesh.get_group(axis), group_src=0)
+    layer.register_forward_hook(_return_no_view)
+    # The site's casts happen around the site; a layer that did its own would cast what it passes
+    # on to the module. Resharding is asked for explicitly: a unit that is added after the first
+    # forward is a root of its own, roots stay gathered, and an optimizer made then would hold
+    # tensors that never get a gradient.
     fully_shard(
         layer,
-        mesh=mesh,
-        mp_policy=group.mp_policy,
+        mesh=group.mesh_info.mesh,
+        mp_policy=dataclasses.replace(
+            group.mp_policy, cast_forward_inputs=False, output_dtype=None
+        ),
         offload_policy=group.offload_policy,
         reshard_after_forward=True,
     )
+
+
+def check_copy(found: Survey, name: str) -> None:
+    """Raise if the module called `name` is sharded: a copy would be one of shards.
+
+    Raises:
+        SiteError: it is.
+    """
+    if not _distributed():
+        return
+    parts = list(found.modules[name].modules())
+    sharded = any(is_sharded(p) for part in parts for p in part._parameters.values())
+    if sharded or any(map(_is_parallel, parts)) or _group_around(found, name) is not None:
+        raise SiteError(
+            f"modules_to_save={name!r}: the module is sharded, and a copy of its shards would not "
+            "run; make the delta before fully_shard"
+        )
+
+
+def _distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _check_wrappers(found: Survey, where: str) -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.nn.parallel import DistributedDataParallel
+
+    for module in found.chain(where):
+        if isinstance(module, DistributedDataParallel | FullyShardedDataParallel):
+            raise SiteError(
+                f"{where!r} is inside {type(module).__name__}, which would not synchronise the "
+                "delta's gradients; attach to the module first, wrap it then"
+            )
+
+
+def _check_parallel(found: Survey, where: str, group: Any) -> None:
+    module = found.modules[where]
+    advice = "Choose a module that is not split, such as the block around it"
+    for name, parameter in module._parameters.items():
+        if is_sharded(parameter) and not (
+            group is not None and parameter.device_mesh == group.mesh_info.mesh  # type: ignore
+        ):
+            raise SiteError(
+                f"{where}.{name} is split by tensor parallelism ({parameter.placements}): a delta "  # type: ignore
+                f"there would see a slice. {advice}"
+            )
+    if _is_parallel(module):
+        raise SiteError(
+            f"the forward of {where!r} is replaced by tensor parallelism: a delta there would see "
+            f"a slice or a partial sum. {advice}"
+        )
+
+
+def _is_parallel(module: nn.Module) -> bool:
+    """Whether transformers has put a parallel forward on `module`, split parameters or not."""
+    return "forward" in module.__dict__ and getattr(module, "_is_hooked", False)
+
+
+def _group_around(found: Survey, where: str) -> Any:
+    """The FSDP2 parameter group nearest to the module called `where`, or None outside of FSDP2."""
+    from torch.distributed.fsdp import FSDPModule
+
+    units = [module for module in found.chain(where) if isinstance(module, FSDPModule)]
+    if units:  # a unit has no group if its children hold all parameters: then theirs will do
+        units += [module for module in found.modules.values() if isinstance(module, FSDPModule)]
+    groups = (group for unit in units for group in unit._get_fsdp_state()._fsdp_param_groups)
+    return next(groups, None)
+
+
+def _is_gathered(layer: nn.Module, group: Any) -> bool:
+    """Whether FSDP2 gathers `layer` already: together with the site, or as a unit of its own."""
+    from torch.distributed.fsdp import FSDPModule
+
+    # The type of a parameter does not tell: at times a group is left gathered after forward.
+    with_site = {parameter._module_info.module for parameter in group.fsdp_params}
+    return isinstance(layer, FSDPModule) or not with_site.isdisjoint(layer.modules())
+
+
+def _meshes(found: Survey, group: Any) -> list[Any]:
+    """The meshes of all ranks that share the model, in an order in which all ranks have them."""
+    own = [] if group is None else [group.mesh_info.mesh]
+    for module in found.modules.values():
+        own += [p.device_mesh for p in module._parameters.values() if is_sharded(p)]  # type: ignore
+    return list(dict.fromkeys(own))
+
+
+def _start_alike(layer: nn.Module, meshes: list[Any]) -> None:
+    for tensor in (*layer.parameters(), *layer.buffers()):
+        for mesh in meshes:
+            for axis in range(mesh.ndim):
+                group = mesh.get_group(axis)
+                torch.distributed.broadcast(tensor.detach(), group=group, group_src=0)
+
+
+def _return_no_view(_layer: nn.Module, _args: Any, output: Any) -> Any:
+    """Copies a view that the layer passes on, such as the output of F.linear.
+
+    FSDP2 hangs the gathering for backward on the output, and loses it when the model writes into a
+    view in place.
+    """
+
+    def own(tensor: Tensor) -> Tensor:
+        return tensor.clone() if tensor.requires_grad and tensor._is_view() else tensor
+
+    return tree_map_only(Tensor, own, output)
+
+
+# ------------------------------------------------------------ whole tensors, whole modules
+def full(tensor: Tensor) -> Tensor:
+    """`tensor` without its shards; a collective call if it has some."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def spread(tensor: Tensor, like: Tensor) -> Tensor:
+    """`tensor`, which every rank has in full, in shards as those of `like`."""
+    from torch.distributed.tensor import distribute_tensor
+
+    if not is_sharded(like) or is_sharded(tensor):
+        return tensor
+    mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
+    return distribute_tensor(tensor.to(like.device), mesh, placements, src_data_rank=None)
+
+
+@contextlib.contextmanager
+def whole(root: nn.Module) -> Iterator[None]:
+    """Inside, `root` runs as if nobody had sharded it, on parameters without memory or values.
+
+    It is for shape-only runs: they must not communicate, and FSDP2 would keep what one gathers.
+    """
+    if not _distributed():
+        yield
+        return
+    kept: list[tuple[dict, dict]] = []
+    try:
+        for module in root.modules():
+            hooks = (module._forward_pre_hooks, module._forward_hooks)
+            kept += [(table, dict(table)) for table in (module._parameters, *hooks)]
+            for name, parameter in module._parameters.items():
+                if parameter is not None and is_sharded(parameter):
+                    module._parameters[name] = _stand_in(parameter)
+            for table in hooks:
+                for key in [key for key, hook in table.items() if _is_fsdp(hook)]:
+                    del table[key]
+            if _is_parallel(module):
+                kept.append((module.__dict__, dict(module.__dict__)))
+                del module.__dict__["forward"]
+        yield
+    finally:
+        for table, before in kept:
+            table.clear()
+            table.update(before)
+
+
+def _stand_in(parameter: Tensor) -> nn.Parameter:
+    """A parameter like `parameter`, of full shape, with one element of memory."""
+    one = torch.empty((), dtype=parameter.dtype, device=parameter.device)
+    return nn.Parameter(one.expand(parameter.shape), requires_grad=False)
+
+
+def _is_fsdp(hook: Callable[..., Any]) -> bool:
+    return getattr(hook, "__module__", "").startswith("torch.distributed.fsdp")

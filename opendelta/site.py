@@ -162,16 +162,22 @@ def _reading(name: str) -> property:
 
 @_cache
 def _site_meta(meta: type) -> type:
-    """The metaclass under which sites and plain modules of one class are instances of each other.
+    """The metaclass under which a site's class stands for its base when others use it as a class.
 
-    accelerate wraps every module that is an instance of the first class it finds by name, and that
-    class may be a site's.
+    Sites and plain modules are instances of each other's classes, because accelerate wraps every
+    module that is an instance of the first class it finds by name, and that may be a site's. A new
+    instance is a plain module, because `type(model).from_pretrained(...)` means a plain model.
     """
 
     def __instancecheck__(cls: type, instance: object) -> bool:
         return meta.__instancecheck__(vars(cls).get("_site_of", cls), instance)  # type: ignore
 
-    return type(meta.__name__, (meta,), {"__instancecheck__": __instancecheck__})
+    def __call__(cls: type, *args: Any, **kwargs: Any) -> Any:
+        return meta.__call__(vars(cls).get("_site_of", cls), *args, **kwargs)
+
+    return type(
+        meta.__name__, (meta,), {"__instancecheck__": __instancecheck__, "__call__": __call__}
+    )
 
 
 @_cache
@@ -225,7 +231,8 @@ def plain_class(module: nn.Module) -> type[nn.Module] | None:
 
 def stack_of(module: nn.Module) -> Stack | None:
     """The stack that `module` carries, or None. A stack may be empty."""
-    child = module._modules.get(SLOT)
+    # not .get(), which the children of a ScriptModule do not have
+    child = module._modules[SLOT] if SLOT in module._modules else None
     return child if isinstance(child, Stack) else None
 
 

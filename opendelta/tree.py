@@ -12,7 +12,6 @@ import torch
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.measure import Measurement
 from rich.segment import Segment
-from rich.terminal_theme import TerminalTheme
 from rich.text import Text
 from rich.tree import Tree
 from torch import Tensor, nn
@@ -20,42 +19,40 @@ from torch.nn.parameter import is_lazy
 
 from .errors import OptionError
 from .inspection import statistics
-from .site import DeltaLayer, OwnedModule, plain_class, stack_of
+from .site import DeltaLayer, OwnedModule, Stack, plain_class
 
 Note = tuple[str, str]  # a piece of a line: text, style
 NAME, FOLDED, TYPE, MARK = "white", "red", "green", "yellow"
+OWNED = ("in place of", MARK)  # drawn with the name of the module above
 PARAMETER = {  # (is it a delta's, does it train): style
     (False, True): "blue",
     (False, False): "grey50",
     (True, True): "magenta",
     (True, False): "dim magenta",
 }
-THEME = TerminalTheme(  # what the names of colours mean in a picture
-    background=(18, 18, 18),
-    foreground=(165, 165, 165),
-    normal=[
-        (0, 0, 0),
-        (255, 95, 95),  # red
-        (95, 200, 95),  # green
-        (225, 190, 80),  # yellow
-        (95, 165, 255),  # blue
-        (245, 125, 245),  # magenta
-        (80, 200, 200),
-        (240, 240, 240),  # white
-    ],
-)
-BACK, FRONT = THEME.background_color.hex, THEME.foreground_color.hex
+COLOURS = {  # what the styles look like in SVG and HTML
+    "white": "#f0f0f0",
+    "red": "#ff5f5f",
+    "green": "#5fc85f",
+    "yellow": "#e1be50",
+    "blue": "#5fa5ff",
+    "grey50": "#8c8c8c",
+    "magenta": "#f57df5",
+    "dim magenta": "#a05aa0",
+}
+BACK, FRONT = "#121212", "#a5a5a5"
 FONT = "Menlo, 'DejaVu Sans Mono', Consolas, 'Liberation Mono', monospace"
 HTML = f"""\
 <pre style="background: {BACK}; color: {FRONT}; font-family: {FONT}; line-height: 1.2; \
 padding: 1em; white-space: pre; overflow-x: auto">{{lines}}</pre>
 """
+WIDE = 1_000_000  # columns: no line is longer
 CELL, LINE, MARGIN = 8.45, 17, 12  # pixels of an SVG whose letters have the size 14
 SVG = f"""\
 <svg xmlns="http://www.w3.org/2000/svg" width="{{width}}" height="{{height}}" \
 viewBox="0 0 {{width}} {{height}}">
 <rect width="{{width}}" height="{{height}}" rx="6" fill="{BACK}"/>
-<g xml:space="preserve" font-family="{FONT}" font-size="14" fill="{FRONT}">
+<g font-family="{FONT}" font-size="14" fill="{FRONT}">
 {{lines}}
 </g>
 </svg>
@@ -70,7 +67,6 @@ class Node:
         names: the names of the siblings that this line stands for.
         type: the name of their class.
         notes: (text, style) of what stands behind the type: marks and parameters.
-        owned: it is a delta's own copy, in place of the module above it.
         children: the lines beneath.
         look: equal for siblings that differ in their names only.
     """
@@ -78,7 +74,6 @@ class Node:
     names: list[str]
     type: str
     notes: list[Note]
-    owned: bool
     children: list[Node]
     look: int
 
@@ -91,23 +86,18 @@ class Walk:
         self.looks: dict[Hashable, int] = {}
 
     def node(
-        self,
-        name: str,
-        module: nn.Module,
-        delta: bool = False,
-        marks: Sequence[Note] = (),
-        owned: bool = False,
+        self, name: str, module: nn.Module, delta: bool = False, marks: Sequence[Note] = ()
     ) -> Node:
         """The lines of `module`; `delta` says whether its parameters are a delta's."""
-        stack = stack_of(module)
-        layers: dict[str, DeltaLayer] = dict(stack.items()) if stack is not None else {}  # type: ignore
-        own = [(key, p) for key, p in module._parameters.items() if p is not None]
+        own = ((key, p) for key, p in module._parameters.items() if p is not None)
         notes = [*marks, *parameters(own, delta)]
-        nodes = [
-            self.node(key, child, delta)
-            for key, child in module._modules.items()
-            if child is not None and child is not stack
-        ]
+        layers: dict[str, DeltaLayer] = {}
+        nodes = []
+        for key, child in module._modules.items():
+            if isinstance(child, Stack):
+                layers = dict(child.items())  # type: ignore[arg-type]
+            elif child is not None:
+                nodes.append(self.node(key, child, delta))
         children = fold(n for n in nodes if self.keep_non_params or n.notes or n.children)
         for key, layer in layers.items():
             if layer.flow == "beside":
@@ -116,15 +106,15 @@ class Walk:
                 children.append(self.delta(key, layer))
         cls = plain_class(module) or type(module)
         beneath = tuple((tuple(child.names), child.look) for child in children)
-        look = self.looks.setdefault((cls, tuple(notes), owned, beneath), len(self.looks))
-        return Node([name], cls.__name__, notes, owned, children, look)
+        look = self.looks.setdefault((cls, tuple(notes), beneath), len(self.looks))
+        return Node([name], cls.__name__, notes, children, look)
 
     def delta(self, name: str, layer: DeltaLayer) -> Node:
         """The lines of a delta layer that stands beneath its module."""
-        marks = [] if layer.record.active else [("disabled", MARK)]
+        disabled = [] if layer.record.active else [("disabled", MARK)]
         if isinstance(layer, OwnedModule):
-            return self.node(name, layer.module, True, marks, owned=True)
-        return self.node(name, layer, True, marks)
+            return self.node(name, layer.module, True, [OWNED, *disabled])
+        return self.node(name, layer, True, disabled)
 
 
 def parameters(
@@ -171,9 +161,9 @@ def draw(node: Node, above: str = "") -> Tree:
     name = spell(node.names)
     parts = [(name, FOLDED if len(node.names) > 1 else NAME)]
     parts += [(f"({node.type})", TYPE)] if above else []
-    parts += [(f"in place of {above}", MARK)] if node.owned else []
+    parts += [(f"in place of {above}", MARK) if note == OWNED else note for note in node.notes]
     label = Text()
-    for text, style in parts + node.notes:
+    for text, style in parts:
         printable = text if text.isprintable() else repr(text)[1:-1]
         label.append(" " if label else "").append(printable, style)
     drawn = Tree(label)
@@ -182,12 +172,15 @@ def draw(node: Node, above: str = "") -> Tree:
 
 
 def coloured(line: Iterable[Segment], tag: Literal["span", "tspan"]) -> str:
-    """The line in HTML or SVG, each piece of it in a tag that gives its colour."""
+    """The line in HTML or SVG, with a tag around each piece that has a colour."""
+    attribute = 'fill="{}"' if tag == "tspan" else 'style="color: {}"'
     pieces = []
     for text, style, _ in line:
-        css = style.get_html_style(THEME).split(";")[0] if style else ""
-        css = css if tag == "span" else css.replace("color", "fill")
-        pieces.append(f'<{tag} style="{css}">{escape(text)}</{tag}>' if css else escape(text))
+        shown = escape(text)
+        if tag == "tspan":  # an SVG viewer joins successive spaces
+            shown = shown.replace(" ", "\u00a0")
+        colour = COLOURS.get(str(style))
+        pieces.append(f"<{tag} {attribute.format(colour)}>{shown}</{tag}>" if colour else shown)
     return "".join(pieces)
 
 
@@ -202,26 +195,19 @@ class ModelTree:
         if not isinstance(model, nn.Module):
             raise OptionError(f"model must be a torch.nn.Module, not {type(model).__name__}")
         self._tree = draw(Walk(keep_non_params).node("root", model))
-        console = Console(file=io.StringIO(), width=1_000_000)
-        self._width = Measurement.get(console, console.options, self._tree).maximum
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        # Where rich wraps, it would cut what is too long; where it does not, nothing may be cut.
-        wide = options.update(width=self._width) if options.no_wrap else options
-        yield from console.render(self._tree, wide)
+        # A console that may not wrap gets whole lines; any other cuts what is wider than itself.
+        if options.no_wrap:
+            options = options.update(width=WIDE, justify=None)
+        yield from console.render(self._tree, options)
 
     def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
         return Measurement.get(console, options, self._tree)
 
     def _lines(self) -> list[list[Segment]]:
-        console = Console(
-            file=io.StringIO(),
-            width=self._width,
-            force_terminal=False,
-            force_jupyter=False,
-            legacy_windows=False,
-        )
-        return console.render_lines(self._tree, pad=False)
+        console = Console(file=io.StringIO())
+        return console.render_lines(self._tree, console.options.update(width=WIDE), pad=False)
 
     def __str__(self) -> str:
         return "\n".join("".join(text for text, *_ in line) for line in self._lines())
@@ -231,15 +217,16 @@ class ModelTree:
     def _repr_html_(self) -> str:
         return HTML.format(lines="\n".join(coloured(line, "span") for line in self._lines()))
 
-    def _repr_svg_(self) -> str:
-        lines = [coloured(line, "tspan") for line in self._lines()]
+    def _svg(self) -> str:
+        lines = self._lines()
+        rows = [
+            f'<text x="{MARGIN}" y="{MARGIN + LINE * row + 13}">{coloured(line, "tspan")}</text>'
+            for row, line in enumerate(lines)
+        ]
         return SVG.format(
-            width=round(self._width * CELL + 2 * MARGIN),
+            width=round(max(map(Segment.get_line_length, lines)) * CELL + 2 * MARGIN),
             height=len(lines) * LINE + 2 * MARGIN,
-            lines="\n".join(
-                f'<text x="{MARGIN}" y="{MARGIN + LINE * row + 13}">{line}</text>'
-                for row, line in enumerate(lines)
-            ),
+            lines="\n".join(rows),
         )
 
     def show(self) -> None:
@@ -286,7 +273,7 @@ def tree(model: nn.Module, to: str | None = None) -> ModelTree | str:
     if to == "text":
         return str(drawn)
     if to == "svg":
-        return drawn._repr_svg_()
+        return drawn._svg()
     return drawn._repr_html_() if to == "html" else drawn
 
 

@@ -1,0 +1,303 @@
+"""Which modules a pattern selects, and what the error says when it selects none."""
+
+import warnings
+
+import pytest
+import torch
+import transformers
+from nets import net, places_of, untouched
+from torch import nn
+
+import opendelta
+from opendelta import AdapterModel, LoraModel
+from opendelta.delta import METHODS
+
+
+@pytest.fixture
+def bert():
+    config = transformers.BertConfig(
+        hidden_size=16, num_hidden_layers=12, num_attention_heads=2, intermediate_size=24,
+        vocab_size=30,
+    )  # fmt: skip
+    return transformers.BertForSequenceClassification(config)
+
+
+def modules(model, patterns, **options):
+    delta = LoraModel(model, modified_modules=patterns, **options)
+    names = delta.modified_modules
+    delta.detach()
+    return names
+
+
+def test_a_suffix_matches_on_a_name_boundary_only(bert):
+    assert len(modules(bert, ["self.query"])) == 12
+    assert len(modules(bert, ["1.attention.self.query"])) == 1
+    with pytest.raises(opendelta.AddressError, match=r"no module matches 'uery'"):
+        modules(bert, ["uery"])
+
+
+def test_a_full_name_selects_one_module(bert):
+    name = "bert.encoder.layer.3.attention.self.query"
+    assert modules(bert, [name]) == [name]
+    assert modules(bert, name) == [name]
+
+
+def test_a_regular_expression_matches_the_end_of_a_name_from_a_boundary(bert):
+    assert len(modules(bert, [r"[r][0-5]\.attention\.self\.query"])) == 6
+    assert len(modules(bert, [r"[r]1[01]?\.attention\.self\.(query|key)"])) == 6
+    assert len(modules(bert, [r"[r].*query"])) == 12
+    with pytest.raises(opendelta.AddressError, match=r"no module matches"):
+        modules(bert, [r"[r]uery"])
+    with pytest.raises(opendelta.AddressError, match=r"is no regular expression"):
+        modules(bert, [r"[r](query"])
+
+
+def test_modules_come_in_the_order_of_the_model_each_once(bert):
+    names = modules(bert, ["query", "self.query", r"[r]0\..*query"])
+    assert names == [f"bert.encoder.layer.{i}.attention.self.query" for i in range(12)]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("qeury", "no module matches 'qeury' in BertForSequenceClassification; nearest: 'query'"),
+        ("self.qury", r"nearest: 'self.query' \(12 modules\)"),
+        ("pooler.dens", r"nearest: 'pooler.dense' \(1 module\)"),
+        ("[r]qeury", "nearest: 'query'"),
+        ("xxxxxx", r"opendelta.tree\(model\) prints all names"),
+    ],
+)
+def test_a_pattern_that_matches_nothing_names_the_nearest(bert, pattern, message):
+    with untouched(bert), pytest.raises(opendelta.AddressError, match=message):
+        LoraModel(bert, modified_modules=[pattern])
+
+
+def test_one_of_several_patterns_that_matches_nothing_raises_too(bert):
+    with untouched(bert), pytest.raises(opendelta.AddressError, match=r"'vlaue'.*nearest: 'value'"):
+        LoraModel(bert, modified_modules=["query", "vlaue"])
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+@pytest.mark.parametrize("excluded", ["bare", "[r]b.re", "root.bare"])
+def test_every_method_heeds_exclude_modules(name, excluded):
+    holder = nn.Module()
+    holder.root = net()
+    delta = METHODS[name](holder, modified_modules=["linear", "bare"], exclude_modules=[excluded])
+    assert delta.modified_modules == ["root.linear"]
+
+
+@pytest.mark.parametrize(
+    "excluded",
+    ["layer.0", "bert.encoder.layer.0", r"[r]layer\.0", "0.attention", "0.attention.self"],
+)
+def test_exclusion_of_a_module_excludes_all_inside_it(bert, excluded):
+    names = modules(bert, ["query"], exclude_modules=[excluded])
+    assert names == [f"bert.encoder.layer.{i}.attention.self.query" for i in range(1, 12)]
+
+
+def test_exclusions_that_match_nothing_or_leave_nothing_raise(bert):
+    with pytest.raises(opendelta.AddressError, match=r"'poolr'.*nearest: 'pooler'"):
+        LoraModel(bert, modified_modules=["query"], exclude_modules=["poolr"])
+    with pytest.raises(opendelta.AddressError, match=r"leaves none of the 12 modules"):
+        LoraModel(bert, modified_modules=["query"], exclude_modules=["encoder"])
+    with pytest.raises(opendelta.AddressError, match=r"empty list"):
+        LoraModel(bert, modified_modules=[])
+
+
+def test_deltas_never_match_inside_a_delta():
+    model = net()
+    AdapterModel(model, modified_modules=["linear"])
+    with pytest.raises(opendelta.AddressError, match=r"no module matches 'down_proj'"):
+        LoraModel(model, modified_modules=["down_proj"])
+    assert LoraModel(model, modified_modules=["[r].*linear"]).modified_modules == ["linear"]
+
+
+def test_a_module_registered_twice_gets_one_layer():
+    model = nn.Module()
+    model.a = nn.Linear(2, 2)
+    model.b = model.a
+    delta = LoraModel(model, modified_modules=["a", "b"])
+    assert list(delta.layers) == ["a"]
+    delta.detach()
+    assert list(LoraModel(model, modified_modules=["b"]).layers) == ["b"]
+
+
+@pytest.mark.parametrize("pattern", ["", "root"])
+def test_the_backbone_itself_is_a_module_too(pattern):
+    model = nn.Linear(4, 4)
+    plain = model(torch.ones(1, 4))
+    delta = AdapterModel(model, modified_modules=[pattern])
+    assert sorted(delta.state_dict())[0] == "deltas.adapter.down_proj.bias"
+    assert sorted(model.state_dict())[0] == "bias"
+    with torch.no_grad():
+        delta.layers[""].up_proj.bias.fill_(1)
+    assert torch.equal(model(torch.ones(1, 4)), plain + 1)
+    delta.detach()
+    assert type(model) is nn.Linear
+
+
+def test_a_module_called_root_is_meant_by_root():
+    model = nn.Module()
+    model.root = nn.Linear(2, 2)
+    assert LoraModel(model, modified_modules=["root"]).modified_modules == ["root"]
+
+
+def test_a_kind_that_a_method_does_not_take_names_what_is_inside(bert):
+    message = (
+        r"'bert.encoder.layer.0.attention.self' \(BertSelfAttention\) cannot carry 'lora'.*"
+        r"Inside it there are 'bert.encoder.layer.0.attention.self.query'"
+    )
+    with untouched(bert), pytest.raises(opendelta.SiteError, match=message):
+        LoraModel(bert, modified_modules=["0.attention.self"])
+
+
+def tiny(kind):
+    T = transformers
+    if kind == "bert":
+        return T.BertModel(
+            T.BertConfig(
+                hidden_size=16,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                intermediate_size=24,
+                vocab_size=30,
+            )
+        )
+    if kind == "roberta":
+        return T.RobertaModel(
+            T.RobertaConfig(
+                hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24
+            )
+        )
+    if kind == "bart":
+        return T.BartModel(
+            T.BartConfig(
+                d_model=16,
+                encoder_layers=2,
+                decoder_layers=2,
+                encoder_attention_heads=2,
+                decoder_attention_heads=2,
+            )
+        )
+    if kind == "gpt2":
+        return T.GPT2Model(T.GPT2Config(n_embd=16, n_layer=2, n_head=2))
+    if kind == "t5":
+        return T.T5Model(T.T5Config(d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2))
+    return T.LlamaModel(T.LlamaConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+                                      intermediate_size=24))  # fmt: skip
+
+
+# What each method gets by default in the last block (of the decoder, where there are two stacks).
+# OpenDelta 0.3 puts nothing on cross-attention; IA3's places are those of its paper.
+DEFAULTS = {
+    "bert": {
+        "lora": ["attention.self.query", "attention.self.value"],
+        "adapter": ["attention.output.dense", "output.dense"],
+        "ia3": ["attention.self.key", "attention.self.value", "output.dense"],
+    },
+    "bart": {
+        "lora": ["self_attn.q_proj", "self_attn.v_proj"],
+        "adapter": ["self_attn.out_proj", "fc2"],
+        "ia3": ["self_attn.k_proj", "self_attn.v_proj", "fc2"],
+    },
+    "gpt2": {
+        "lora": ["attn.c_attn"],
+        "adapter": ["attn.c_proj", "mlp.c_proj"],
+        "ia3": ["attn.c_attn", "mlp.c_proj"],
+    },
+    "t5": {
+        "lora": ["layer.0.SelfAttention.q", "layer.0.SelfAttention.v"],
+        "adapter": ["layer.0.SelfAttention.o", "layer.2.DenseReluDense.wo"],
+        "ia3": [
+            "layer.0.SelfAttention.k", "layer.0.SelfAttention.v", "layer.2.DenseReluDense.wo"
+        ],
+    },
+    "llama": {
+        "lora": ["self_attn.q_proj", "self_attn.v_proj"],
+        "adapter": ["self_attn.o_proj", "mlp.down_proj"],
+        "ia3": ["self_attn.k_proj", "self_attn.v_proj", "mlp.down_proj"],
+    },
+}  # fmt: skip
+DEFAULTS["roberta"] = DEFAULTS["bert"]
+
+
+@pytest.mark.parametrize("name", ["lora", "adapter", "ia3"])
+@pytest.mark.parametrize("kind", sorted(DEFAULTS))
+def test_the_default_places_of_six_architectures(kind, name):
+    with torch.device("meta"):
+        model = tiny(kind)
+    places = METHODS[name](model).modified_modules
+    blocks = {"bert": 2, "roberta": 2, "gpt2": 2, "llama": 2, "bart": 4, "t5": 4}[kind]
+    expected = DEFAULTS[kind][name]
+    assert len(places) == blocks * len(expected)
+    last = [place.rpartition(".1.")[2] for place in places[-len(expected) :]]
+    if kind == "t5":
+        last = [f"layer.{p.rpartition('layer.')[2]}" for p in places[-len(expected) :]]
+    assert sorted(last) == sorted(expected)
+
+
+def test_roles_can_be_named_instead_of_modules(bert):
+    by_role = LoraModel(bert, modified_modules=["attn.q", "ff.w2"], common_structure=True)
+    assert len(by_role.modified_modules) == 24
+    same = LoraModel(bert, modified_modules=["attn@.q@", "ff@.w2@"], common_structure=True)
+    assert same.modified_modules == by_role.modified_modules
+    with pytest.raises(opendelta.AddressError, match=r"has the role 'attn.x'.*nearest: "):
+        LoraModel(bert, modified_modules=["attn.x"], common_structure=True)
+
+
+def test_an_unknown_architecture_says_what_to_do():
+    model = nn.Sequential(nn.Linear(2, 2))
+    message = r"architecture is not known. Name the modules instead: modified_modules=\[...\]"
+    with untouched(model), pytest.raises(opendelta.AddressError, match=message):
+        LoraModel(model)
+
+
+def test_a_tied_weight_is_warned_of():
+    with torch.device("meta"):
+        model = transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2)
+        )
+    model.lm_head.weight = model.transformer.wte.weight
+    with pytest.warns(opendelta.TiedWeightWarning, match=r"'transformer.wte'.*'lm_head' uses too"):
+        LoraModel(model, modified_modules=["wte"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        AdapterModel(model, modified_modules=["wte"])
+
+
+def test_every_option_error_says_what_was_given():
+    model = net()
+    wrong = {
+        "lora_r": [0, -1, "8", 1.5, None, True],
+        "lora_dropout": [1.0, -0.1, "x"],
+        "modified_modules": [3, [3]],
+        "dtype": ["int8", "float33"],
+        "name": [3],
+    }
+    for option, values in wrong.items():
+        for value in values:
+            options = {"modified_modules": ["linear"], option: value}
+            with untouched(model), pytest.raises(opendelta.OptionError, match=rf"{option}="):
+                LoraModel(model, **options)
+    with pytest.raises(opendelta.OptionError, match=r"no option 'lora_rank'; nearest: lora_r"):
+        LoraModel(model, modified_modules=["linear"], lora_rank=4)
+    with pytest.raises(opendelta.OptionError, match=r"no activation 'gelu_nwe'; nearest: gelu_new"):
+        AdapterModel(model, modified_modules=["linear"], non_linearity="gelu_nwe")
+    with pytest.raises(opendelta.OptionError, match=r"no method 'lroa'; nearest: lora"):
+        opendelta.AutoDeltaConfig.from_dict({"delta_type": "lroa"})
+    with pytest.raises(opendelta.OptionError, match=r"interactive_modify is not available"):
+        LoraModel(model, interactive_modify=True)
+    with pytest.raises(opendelta.OptionError, match=r"must be a torch.nn.Module"):
+        LoraModel("bert-base-cased")
+
+
+def test_options_may_be_given_by_position_as_in_0_3():
+    delta = LoraModel(net(), 2, 4, modified_modules=["linear"])
+    assert (delta.config.lora_r, delta.config.lora_alpha) == (2, 4)
+    with pytest.raises(opendelta.OptionError, match=r"given twice"):
+        LoraModel(net(), 2, lora_r=3, modified_modules=["linear"])
+
+
+def test_the_places_of_the_test_network_cover_all_kinds():
+    for method in METHODS.values():
+        assert places_of(method)

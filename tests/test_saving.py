@@ -1,0 +1,310 @@
+"""One delta in a folder: what is in it, what goes back, and what is refused."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import safetensors.torch
+import torch
+from nets import IDS, net, shake, untouched
+
+import opendelta
+from opendelta import AdapterModel, AutoDeltaConfig, AutoDeltaModel, LoraModel
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A folder with a LoRA delta, and the output it must give."""
+    model = net()
+    delta = shake(LoraModel(model, modified_modules=["linear", "bare"], lora_r=2))
+    delta.freeze_module()
+    delta.save_finetuned(tmp_path / "delta")
+    return tmp_path / "delta", model(IDS)
+
+
+def config_of(folder):
+    return json.loads((folder / "config.json").read_text())
+
+
+def rewrite(folder, tensors=None, **changes):
+    """Save the folder again with other tensors or another config, consistently."""
+    from opendelta.checkpoint import write_folder
+
+    config = {**config_of(folder), **changes}
+    if tensors is None:
+        content = (folder / config["weights"]).read_bytes()
+    else:
+        content = safetensors.torch.save(tensors)
+    config = {k: v for k, v in config.items() if k not in ("weights", "sha256")}
+    write_folder(folder, config, content)
+
+
+def tensors_of(folder):
+    return safetensors.torch.load_file(folder / config_of(folder)["weights"])
+
+
+def refuses(folder, message, error=opendelta.DeltaLoadError):
+    model = net()
+    with untouched(model), pytest.raises(error, match=message):
+        AutoDeltaModel.from_finetuned(folder, backbone_model=model)
+
+
+def test_the_folder_holds_one_json_and_one_safetensors_file(saved):
+    folder, _ = saved
+    assert sorted(path.suffix for path in folder.iterdir()) == [".json", ".safetensors"]
+    config = config_of(folder)
+    assert config["delta_type"] == "lora"
+    assert config["lora_r"] == 2
+    assert config["lora_alpha"] == 16
+    assert config["modified_modules"] == ["linear", "bare"]
+    assert config["name"] == "lora"
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 5_000
+
+
+def test_loading_runs_no_pattern(saved):
+    folder, expected = saved
+    model = net()
+    model.add_module("extra", torch.nn.Module())
+    model.extra.linear = torch.nn.Linear(8, 8)  # the pattern "linear" would select this one too
+    delta = AutoDeltaModel.from_finetuned(folder, backbone_model=model)
+    assert delta.modified_modules == ["linear", "bare"]
+    assert torch.equal(model(IDS), expected)
+    rewrite(folder, modified_modules=["[r](x+x+)+y"])
+    refuses(folder, "no module matches", opendelta.AddressError)
+
+
+def test_each_way_of_loading_gives_the_same(saved):
+    folder, expected = saved
+    for load in (AutoDeltaModel.from_finetuned, LoraModel.from_finetuned):
+        model = net()
+        load(str(folder), model, local_files_only=True)
+        assert torch.equal(model(IDS), expected)
+    config = AutoDeltaConfig.from_finetuned(folder)
+    assert (config.delta_type, config.lora_r) == ("lora", 2)
+    delta = LoraModel(net(), modified_modules=["head"])
+    model = net()
+    delta.from_finetuned(folder, model)
+    assert torch.equal(model(IDS), expected)
+    with pytest.raises(
+        opendelta.DeltaLoadError, match=r"holds a 'lora', which AdapterModel is not"
+    ):
+        AdapterModel.from_finetuned(folder, net())
+
+
+def test_a_config_makes_the_same_delta_on_another_backbone(saved):
+    folder, _ = saved
+    config = AutoDeltaConfig.from_finetuned(folder)
+    delta = AutoDeltaModel.from_config(config, backbone_model=net())
+    assert delta.modified_modules == ["linear", "bare"]
+    other = AutoDeltaModel.from_config(config, backbone_model=net(), lora_r=3, name="other")
+    assert (other.config.lora_r, other.name) == (3, "other")
+    with pytest.raises(opendelta.OptionError, match=r"not dict; make one .* AutoDeltaConfig"):
+        AutoDeltaModel.from_config(config.to_dict(), backbone_model=net())
+
+
+def test_a_second_delta_of_a_taken_name_gets_the_next_free_one(saved):
+    folder, _ = saved
+    model = net()
+    first = AutoDeltaModel.from_finetuned(folder, backbone_model=model)
+    second = AutoDeltaModel.from_finetuned(folder, backbone_model=model)
+    third = AutoDeltaModel.from_finetuned(folder, backbone_model=model, name="style")
+    assert opendelta.composition(model).names == ["lora", "lora_1", "style"]
+    for other in (second, third):
+        pairs = zip(first.parameters(), other.parameters(), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+    third.freeze_module()
+    third.save_finetuned(folder / "again")
+    fourth = AutoDeltaModel.from_finetuned(folder / "again", backbone_model=net())
+    assert fourth.name == "style"
+
+
+def test_a_detached_delta_can_be_saved(saved, tmp_path):
+    folder, expected = saved
+    model = net()
+    delta = AutoDeltaModel.from_finetuned(folder, backbone_model=model)
+    delta.detach()
+    delta.save_finetuned(tmp_path / "other")
+    fresh = net()
+    AutoDeltaModel.from_finetuned(tmp_path / "other", backbone_model=fresh)
+    assert torch.equal(fresh(IDS), expected)
+
+
+# ----------------------------------------------------------------- backbone parameters
+@pytest.mark.parametrize("how", ["unfrozen_modules", "exclude"])
+def test_backbone_parameters_trained_by_name_are_saved_and_go_back(how, tmp_path):
+    model = net()
+    options = {"unfrozen_modules": ["head"]} if how == "unfrozen_modules" else {}
+    delta = shake(LoraModel(model, modified_modules=["linear"], **options))
+    delta.freeze_module(exclude=["deltas"] if options else ["deltas", "head"])
+    assert model.head.weight.requires_grad
+    with torch.no_grad():
+        model.head.weight.add_(1)
+    expected = model(IDS)
+    delta.save_finetuned(tmp_path)
+    assert config_of(tmp_path)["backbone_parameters"] == ["head.bias", "head.weight"]
+    fresh = net()
+    loaded = AutoDeltaModel.from_finetuned(tmp_path, backbone_model=fresh)
+    assert torch.equal(fresh(IDS), expected)
+    loaded.freeze_module(exclude=["deltas", "head"])
+    loaded.save_finetuned(tmp_path)
+    again = net()
+    AutoDeltaModel.from_finetuned(tmp_path, backbone_model=again)
+    assert torch.equal(again(IDS), expected)
+
+
+def test_other_trainable_parameters_are_counted_in_a_warning(tmp_path):
+    model = net()
+    delta = LoraModel(model, modified_modules=["linear"])
+    values = sum(p.numel() for p in net().parameters())
+    count = len(list(net().parameters()))
+    message = rf"{count} trainable parameters of the backbone \({values:,} values\) are not saved"
+    with pytest.warns(opendelta.UnsavedWarning, match=message):
+        delta.save_finetuned(tmp_path)
+    assert config_of(tmp_path)["backbone_parameters"] == []
+    delta.freeze_module(exclude=["deltas", "head"])
+    model.norm.bias.requires_grad_(True)
+    with pytest.warns(opendelta.UnsavedWarning, match=r"1 trainable parameters .* \(8 values\)"):
+        delta.save_finetuned(tmp_path)
+
+
+# ----------------------------------------------------------------------------- refused
+def test_missing_unexpected_and_misshaped_tensors_are_named(saved):
+    folder, _ = saved
+    good = tensors_of(folder)
+    first, *others = good
+    rewrite(folder, {k: good[k] for k in others})
+    refuses(folder, rf"1 missing: {first}")
+    rewrite(folder, {**good, "bogus": torch.zeros(1)})
+    refuses(folder, "1 unexpected: bogus")
+    rewrite(folder, {**good, "head.weight": torch.zeros(3, 8)})
+    refuses(folder, "1 unexpected: head.weight")
+    rewrite(folder, {**good, first: torch.zeros(3, 3)})
+    refuses(folder, rf"1 of another shape: {first}: \[3, 3\] instead of \[2, 8\]")
+    rewrite(folder, {**good, first: good[first].to(torch.int8)})
+    refuses(folder, rf"1 not floating: {first}: torch.int8")
+
+
+def test_a_backbone_that_does_not_fit_is_refused(saved):
+    folder, _ = saved
+    with pytest.raises(opendelta.AddressError, match=r"no module matches 'linear' in Sequential"):
+        AutoDeltaModel.from_finetuned(folder, backbone_model=torch.nn.Sequential())
+    model = net()
+    model.bare = torch.nn.Linear(9, 8)
+    with untouched(model), pytest.raises(opendelta.DeltaLoadError, match=r"of another shape"):
+        AutoDeltaModel.from_finetuned(folder, backbone_model=model)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"delta_type": "lroa"}, "no method 'lroa'; nearest: lora"),
+        ({"lora_rank": 3}, "no option 'lora_rank'; nearest: lora_r"),
+        ({"lora_r": "8"}, "lora_r='8' must be int"),
+        ({"schema_version": 2}, "has schema 2.*update opendelta"),
+        ({"format": "peft"}, "was not written by save_finetuned"),
+        ({"backbone_parameters": 3}, "must be a list of names"),
+        ({"backbone_parameters": ["heed.weight"]}, r"has no parameters \['heed.weight'\]"),
+    ],
+)
+def test_a_config_that_is_not_right_is_refused(saved, changes, message):
+    folder, _ = saved
+    rewrite(folder, **changes)
+    refuses(folder, message, opendelta.DeltaError)
+
+
+def test_damage_is_noticed(saved, tmp_path):
+    folder, _ = saved
+    config = config_of(folder)
+    weights = folder / config["weights"]
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    refuses(folder, "is damaged: its sha256")
+    weights.unlink()
+    refuses(folder, "cannot be read")
+    for name in ("../x.safetensors", "/etc/passwd", "a.bin", 3, None):
+        (folder / "config.json").write_text(json.dumps({**config, "weights": name}))
+        refuses(folder, "no safetensors file beside it")
+    (folder / "config.json").write_text("{")
+    refuses(folder, "cannot be read as JSON")
+    (folder / "config.json").write_text("[]")
+    refuses(folder, "was not written by")
+    (folder / "config.json").unlink()
+    refuses(folder, "config.json is missing")
+
+
+def test_a_pickle_is_never_read(saved):
+    folder, _ = saved
+    config = config_of(folder)
+    config.pop("weights"), config.pop("sha256")
+    from opendelta.checkpoint import write_folder
+
+    torch.save({"a": torch.zeros(1)}, folder / "x.bin")
+    write_folder(folder, config, (folder / "x.bin").read_bytes())
+    refuses(folder, "is no safetensors file")
+
+
+def test_saving_again_replaces_the_old_content(saved):
+    folder, expected = saved
+    model = net()
+    delta = AutoDeltaModel.from_finetuned(folder, backbone_model=model)
+    delta.freeze_module()
+    shake(delta, seed=9)
+    delta.save_finetuned(folder)
+    fresh = net()
+    AutoDeltaModel.from_finetuned(folder, backbone_model=fresh)
+    assert torch.equal(fresh(IDS), model(IDS))
+    assert not torch.equal(fresh(IDS), expected)
+
+
+def test_a_failing_save_leaves_the_old_content(saved, monkeypatch):
+    folder, expected = saved
+    model = net()
+    delta = AutoDeltaModel.from_finetuned(folder, backbone_model=model)
+    delta.freeze_module()
+    shake(delta, seed=9)
+    for failing in ("fsync", "replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, failing, lambda *a: (_ for _ in ()).throw(OSError(28, "no space")))
+            with pytest.raises(OSError, match=r"no space"):
+                delta.save_finetuned(folder)
+        fresh = net()
+        AutoDeltaModel.from_finetuned(folder, backbone_model=fresh)
+        assert torch.equal(fresh(IDS), expected)
+        assert not list(folder.glob(".*"))
+
+
+@pytest.mark.slow
+def test_a_killed_save_leaves_the_old_content_or_the_new(tmp_path):
+    script = textwrap.dedent("""
+        import os, sys, torch
+        from torch import nn
+        from opendelta import LoraModel
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(64, 64))
+        delta = LoraModel(model, modified_modules=["0"])
+        delta.freeze_module()
+        calls, die_at = [0], int(sys.argv[2])
+        real = os.fsync
+        def fsync(file):
+            calls[0] += 1
+            if calls[0] == die_at:
+                os.kill(os.getpid(), 9)
+            real(file)
+        os.fsync = fsync
+        for value in (1.0, 2.0):
+            with torch.no_grad():
+                for p in delta.parameters():
+                    p.fill_(value)
+            delta.save_finetuned(sys.argv[1])
+    """)
+    for die_at in range(5, 9):  # each save syncs two files and the folder twice
+        folder = tmp_path / str(die_at)
+        command = [sys.executable, "-c", script, str(folder), str(die_at)]
+        assert subprocess.run(command, check=False).returncode == -9
+        model = torch.nn.Sequential(torch.nn.Linear(64, 64))
+        delta = LoraModel.from_finetuned(folder, model)
+        values = {float(v) for p in delta.parameters() for v in p.detach().unique()}
+        assert values in ({1.0}, {2.0})

@@ -1,0 +1,336 @@
+"""Attached, active and trainable are three switches, and none of them flips another."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from nets import IDS, net, shake, untouched
+from torch import nn
+
+import opendelta
+from opendelta import AdapterModel, IA3Model, LoraModel
+
+
+@pytest.fixture
+def model():
+    return net()
+
+
+@pytest.fixture
+def lora(model):
+    return shake(LoraModel(model, modified_modules=["linear"], lora_r=2))
+
+
+@pytest.fixture
+def adapter(model, lora):
+    return shake(AdapterModel(model, modified_modules=["linear", "bare"]))
+
+
+def switches(*deltas):
+    return [
+        (d.attached, d.active, {p.requires_grad for p in d.parameters()} == {True}) for d in deltas
+    ]
+
+
+def test_no_verb_flips_another_switch(model, lora, adapter):
+    on = (True, True, True)
+    assert switches(lora, adapter) == [on, on]
+    lora.disable()
+    assert switches(lora, adapter) == [(True, False, True), on]
+    lora.detach()
+    assert switches(lora, adapter) == [(False, False, True), on]
+    lora.requires_grad_(False)
+    assert switches(lora, adapter) == [(False, False, False), on]
+    lora.attach()
+    assert switches(lora, adapter) == [(True, False, False), on]
+    lora.enable()
+    assert switches(lora, adapter) == [(True, True, False), on]
+    with opendelta.composition(model).only("lora"):
+        assert switches(lora, adapter) == [(True, True, False), (True, False, True)]
+    opendelta.composition(model).reorder(["adapter", "lora"])
+    assert switches(lora, adapter) == [(True, True, False), on]
+    adapter.freeze_module()
+    assert switches(lora, adapter) == [(True, True, False), on]
+
+
+def test_loading_another_delta_leaves_the_switches_of_the_first(model, lora, tmp_path):
+    lora.freeze_module()
+    lora.save_finetuned(tmp_path)
+    lora.disable()
+    lora.requires_grad_(False)
+    second = opendelta.AutoDeltaModel.from_finetuned(tmp_path, backbone_model=model)
+    assert switches(lora, second) == [(True, False, False), (True, True, True)]
+
+
+def test_one_delta_trains_on_top_of_a_frozen_one(model, lora, adapter):
+    lora.requires_grad_(False)
+    lora.freeze_module()
+    kept = {name: p.detach().clone() for name, p in lora.named_parameters()}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model(IDS).pow(2).sum().backward()
+    optimizer.step()
+    assert all(torch.equal(p, kept[name]) for name, p in lora.named_parameters())
+    assert all(p.grad is not None for p in adapter.parameters())
+
+
+def test_a_disabled_delta_is_as_if_it_were_not_there(model, lora, adapter):
+    with_both = model(IDS)
+    adapter.detach()
+    only_lora = model(IDS)
+    adapter.attach()
+    adapter.disable()
+    assert torch.equal(model(IDS), only_lora)
+    adapter.enable()
+    with adapter.disabled():
+        assert torch.equal(model(IDS), only_lora)
+    assert torch.equal(model(IDS), with_both)
+
+
+def test_attach_and_detach_twice_change_nothing_more(model, lora):
+    lora.attach()
+    expected = model(IDS)
+    lora.detach()
+    lora.detach()
+    lora.attach()
+    lora.attach()
+    assert torch.equal(model(IDS), expected)
+
+
+def test_parameters_and_state_dict_work_whether_attached_or_not(model, lora, adapter):
+    names = [name for name, _ in adapter.named_parameters()]
+    state = adapter.state_dict()
+    adapter.detach()
+    assert [name for name, _ in adapter.named_parameters()] == names == list(state)
+    assert sum(p.numel() for p in adapter.parameters()) == 2 * (8 * 24 + 24 + 24 * 8 + 8)
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+    adapter.load_state_dict(zeros)
+    assert all(not p.any() for p in adapter.parameters())
+    adapter.attach()
+    with adapter.disabled():
+        expected = model(IDS)
+    assert torch.equal(model(IDS), expected)
+    with pytest.raises(opendelta.DeltaLoadError, match=r"1 missing: .*1 unexpected: bogus"):
+        adapter.load_state_dict({**dict(list(zeros.items())[1:]), "bogus": torch.zeros(1)})
+
+
+def test_train_and_eval_work_whether_attached_or_not(model):
+    delta = LoraModel(model, modified_modules=["linear"], lora_dropout=0.5)
+    layer = delta.layers["linear"]
+    assert layer.training is False
+    delta.train()
+    assert layer.training is True
+    delta.detach()
+    delta.eval()
+    assert layer.training is False
+    model.train()
+    delta.attach()
+    assert layer.training is True
+
+
+def test_dropout_acts_in_training_mode_only(model):
+    delta = shake(LoraModel(model, modified_modules=["linear"], lora_dropout=0.5))
+    assert torch.equal(model(IDS), model(IDS))
+    delta.train()
+    assert not torch.equal(model(IDS), model(IDS))
+
+
+# ------------------------------------------------------------------------ fitting
+@pytest.mark.parametrize("mode", [True, False])
+def test_a_new_delta_takes_the_training_flag_of_its_module(model, mode):
+    model.train(mode)
+    delta = LoraModel(model, modified_modules=["linear"])
+    assert delta.layers["linear"].training is mode
+
+
+def test_a_returning_delta_follows_its_module_to_another_dtype(model, lora):
+    lora.detach()
+    model.to(torch.bfloat16)
+    lora.attach()
+    assert {p.dtype for p in lora.parameters()} == {torch.bfloat16}
+    assert model(IDS).dtype == torch.bfloat16
+
+
+def test_a_dtype_that_was_asked_for_stays(model):
+    delta = LoraModel(model, modified_modules=["linear"], dtype=torch.float32)
+    delta.detach()
+    model.to(torch.bfloat16)
+    delta.attach()
+    assert {p.dtype for p in delta.parameters()} == {torch.float32}
+    model(IDS)
+
+
+def test_deltas_on_the_meta_device_take_no_memory():
+    with torch.device("meta"):
+        model = net()
+    delta = LoraModel(model, modified_modules=["linear"])
+    assert {p.device.type for p in delta.parameters()} == {"meta"}
+
+
+def test_a_quantised_module_gets_deltas_in_the_dtype_around_it():
+    class Int8Linear(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.in_features = self.out_features = 8
+            packed = torch.randint(-8, 8, (4, 16), dtype=torch.int8)
+            self.weight = nn.Parameter(packed, requires_grad=False)
+
+        def forward(self, x):
+            return x @ self.weight.view(8, 8).to(x.dtype) * 0.1
+
+    model = net().to(torch.bfloat16)
+    model.linear = Int8Linear()
+    lora = shake(LoraModel(model, modified_modules=["linear"]))
+    assert {p.dtype for p in lora.parameters()} == {torch.bfloat16}
+    model(IDS).sum().backward()
+    assert all(p.grad is not None for p in lora.parameters())
+
+
+# ----------------------------------------------------------------------- freezing
+def trainable(model):
+    return {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_freezing_leaves_just_what_is_excluded(model, lora, adapter):
+    lora.freeze_module(exclude=["deltas", "head", "norm.weight"])
+    own = {name for name, _ in [*lora.named_parameters(), *adapter.named_parameters()]}
+    assert trainable(model) == own | {"head.weight", "head.bias", "norm.weight"}
+
+
+def test_freezing_without_arguments_leaves_the_deltas(model, lora):
+    lora.freeze_module()
+    assert trainable(model) == {name for name, _ in lora.named_parameters()}
+
+
+def test_deltas_can_be_excluded_by_name(model, lora, adapter):
+    lora.freeze_module(exclude=["adapter"])
+    assert trainable(model) == {name for name, _ in adapter.named_parameters()}
+
+
+def test_the_last_call_decides_whichever_delta_it_is_called_on(model, lora, adapter):
+    lora.freeze_module()
+    adapter.freeze_module(exclude=["deltas", "head"])
+    assert {"head.weight", "head.bias"} <= trainable(model)
+    lora.freeze_module(exclude=["deltas", "norm"])
+    assert {"norm.weight", "norm.bias"} <= trainable(model)
+    assert "head.weight" not in trainable(model)
+
+
+def test_one_module_can_be_frozen_alone(model, lora):
+    lora.freeze_module(model.head)
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    assert frozen == {"head.weight", "head.bias"}
+    with pytest.raises(opendelta.DeltaError, match=r"not a module of the backbone"):
+        lora.freeze_module(nn.Linear(2, 2))
+
+
+def test_an_exclusion_that_names_nothing_freezes_nothing(model, lora):
+    before = trainable(model)
+    with pytest.raises(opendelta.AddressError, match=r"'haed'.*nearest: 'head'"):
+        lora.freeze_module(exclude=["deltas", "haed"])
+    assert trainable(model) == before
+
+
+def test_a_tied_weight_is_spared_under_each_of_its_names(model):
+    model.tied = nn.Linear(8, 11, bias=False)
+    model.tied.weight = model.embedding.weight
+    delta = LoraModel(model, modified_modules=["linear"])
+    delta.freeze_module(exclude=["deltas", "tied"])
+    assert model.embedding.weight.requires_grad
+
+
+def test_the_last_detach_restores_the_flags(model):
+    model.head.bias.requires_grad_(False)
+    with untouched(model):
+        lora = LoraModel(model, modified_modules=["linear"])
+        adapter = AdapterModel(model, modified_modules=["bare"])
+        lora.freeze_module()
+        lora.detach()
+        assert not model.head.weight.requires_grad
+        adapter.detach()
+
+
+def test_flags_that_the_user_changed_since_stay(model, lora):
+    lora.freeze_module()
+    model.head.weight.requires_grad_(True)
+    lora.detach()
+    assert model.head.weight.requires_grad
+
+
+def test_a_copy_restores_its_own_flags(model, lora):
+    lora.freeze_module()
+    twin = copy.deepcopy(model)
+    opendelta.composition(twin)["lora"].detach()
+    assert twin.head.weight.requires_grad
+    assert not model.head.weight.requires_grad
+
+
+@pytest.mark.parametrize("inner_first", [True, False])
+def test_flags_are_restored_when_deltas_came_through_different_modules(inner_first):
+    wrapped = nn.Sequential(net())
+    with untouched(wrapped):
+        inner = LoraModel(wrapped[0], modified_modules=["linear"])
+        outer = AdapterModel(wrapped, modified_modules=["bare"])
+        inner.freeze_module()
+        for delta in [inner, outer] if inner_first else [outer, inner]:
+            delta.detach()
+
+
+# --------------------------------------------------------------------- state dict
+def test_the_state_dict_holds_just_what_trains_until_the_last_detach(model, lora, adapter):
+    everything = set(model.state_dict())
+    lora.freeze_module(exclude=["deltas", "head"], set_state_dict=True)
+    assert set(model.state_dict()) == trainable(model)
+    wrapped = nn.ModuleDict({"inside": model, "beside": nn.Linear(1, 1)})
+    keys = {f"inside.{name}" for name in trainable(model)} | {"beside.weight", "beside.bias"}
+    assert set(wrapped.state_dict()) == keys
+    lora.detach()
+    assert set(model.state_dict()) == trainable(model)
+    adapter.detach()
+    assert set(model.state_dict()) == everything - {
+        name for d in (lora, adapter) for name in d.state_dict()
+    }
+
+
+def test_the_filter_can_be_left_out_and_taken_back(model, lora):
+    everything = set(model.state_dict())
+    lora.freeze_module(set_state_dict=False)
+    assert set(model.state_dict()) == everything
+    lora.freeze_module()
+    assert set(model.state_dict()) == trainable(model)
+    lora.freeze_module(set_state_dict=False)
+    assert set(model.state_dict()) == everything
+
+
+def test_the_filtered_state_dict_is_0_3_s_way_of_saving(model, lora):
+    lora.freeze_module()
+    expected = model(IDS)
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    fresh = net()
+    LoraModel(fresh, modified_modules=["linear"], lora_r=2)
+    result = fresh.load_state_dict(torch.load(file, weights_only=True), strict=False)
+    assert not result.unexpected_keys
+    assert torch.equal(fresh(IDS), expected)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copy_has_a_filter_of_its_own(model, lora, copied):
+    lora.freeze_module()
+    twin = copied(model)
+    assert set(twin.state_dict()) == trainable(model)
+    opendelta.composition(twin)["lora"].detach()
+    assert set(twin.state_dict()) == set(net().state_dict())
+    assert set(model.state_dict()) == trainable(model)
+
+
+def test_ia3_scales_inputs_of_feed_forward_modules_and_outputs_of_others(model):
+    delta = IA3Model(model, modified_modules=["linear", "conv1d"], feedforward_modules=["conv1d"])
+    assert {name: layer.flow for name, layer in delta.layers.items()} == {
+        "linear": "after",
+        "conv1d": "before",
+    }
+    with pytest.raises(opendelta.AddressError, match=r"no modified module matches 'bare'"):
+        IA3Model(net(), modified_modules=["linear"], feedforward_modules=["bare"])
