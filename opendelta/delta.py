@@ -196,6 +196,7 @@ class Delta:
     def _enter(self, before: Record | None = None, after: Record | None = None) -> None:
         """Plan, then commit: put all layers on the backbone, at the delta's place in the order."""
         found = survey(self.backbone_model)
+        planning.check_owned(found, self.layers)
         plan = [(where, layer, *self._plan(found, where)) for where, layer in self.layers.items()]
         known = [record for record in known_records(found) if record is not self.record]
         if any(record.name == self.name for record in known):
@@ -229,7 +230,6 @@ class Delta:
             raise no_match(where, found.modules, found.root)
         reads = site.wants_reads(found.modules[where], self.config.reads)
         site.check(where, found.modules[where], [(self.name, self.layers[where])], reads)
-        planning.check_owned(found, where, self.layers[where])
         return reads, sharding.group_of(found, where, reads)
 
     def attach(

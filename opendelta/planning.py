@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from . import foreign, sharding, site, structure
-from .addressing import Survey, as_list, leave_out, literal, select, select_modules
+from .addressing import Survey, ancestors, as_list, leave_out, literal, select, select_modules
 from .errors import AddressError, SiteError, TiedWeightWarning
 from .layers import KINDS, Site, device_and_dtype, kind_of
 from .options import DeltaConfig
@@ -152,29 +152,26 @@ def fit(layer: DeltaLayer, device: torch.device, dtype: torch.dtype) -> None:
     layer.to(device=device, dtype=None if isinstance(layer, OwnedModule) else dtype)
 
 
-def check_owned(found: Survey, where: str, layer: DeltaLayer) -> None:
-    """Raise if `layer` on `where` would never run, or would keep others from running.
+def check_owned(found: Survey, layers: dict[str, DeltaLayer]) -> None:
+    """Raise if one of `layers`, by full name, would never run, or keep another from running.
 
     A delta's own copy of a module acts in the module's place, so nothing inside the module runs.
     """
-    prefix = f"{where}." if where else ""
-    for name, stack in found.stacks.items():
-        own = next((n for n, x in stack.in_order() if isinstance(x, OwnedModule)), None)
-        around = f"{name}." if name else ""
-        if own is not None and name != where and where.startswith(around):
+    owners = {w: n for w, n, layer in found.layers() if isinstance(layer, OwnedModule)}
+    for where in layers:
+        around = next((name for name in [*ancestors(where)][1:] if name in owners), None)
+        if around is not None:
             raise SiteError(
-                f"{where!r} is inside {name!r}, in whose place {own!r} puts its own copy "
-                "(modules_to_save): a delta on it would never run"
+                f"{where!r} is inside {around!r}, in whose place {owners[around]!r} puts its own "
+                "copy (modules_to_save): a delta on it would never run"
             )
-        if (
-            isinstance(layer, OwnedModule)
-            and len(stack)
-            and name != where
-            and name.startswith(prefix)
-        ):
+    owned = {where for where, layer in layers.items() if isinstance(layer, OwnedModule)}
+    for name, stack in found.stacks.items() if owned else ():
+        around = next((w for w in [*ancestors(name)][1:] if w in owned), None)
+        if around is not None and len(stack):
             raise SiteError(
-                f"modules_to_save={where!r}: {', '.join(stack)} on {name!r} inside it would "
-                "stop acting; detach it first, or put it on other modules"
+                f"modules_to_save={around!r}: {', '.join(stack)} on {name!r} inside it would stop "
+                "acting; detach it first, or put it on other modules"
             )
 
 
