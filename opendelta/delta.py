@@ -286,7 +286,11 @@ class Delta:
                 site.remove(found.modules[where], name)
         # Deltas of this backbone may have been attached through an outer or an inner module of it.
         shared = self.record.shared
-        roots = {id(h.backbone_model): h.backbone_model for h in HANDLES if h.record.shared is shared}
+        roots = {
+            id(h.backbone_model): h.backbone_model
+            for h in list(HANDLES)
+            if h.record.shared is shared
+        }
         trees = [survey(root) for root in roots.values()]
         if not any(len(stack) for tree in trees for stack in tree.stacks.values()):
             for tree in trees:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from types import FunctionType, MethodType
 from typing import Any
 
+import torch
 from torch import nn
 
 ATTRIBUTES = ("forward", "_old_forward")
@@ -61,3 +62,16 @@ def set_class(module: nn.Module, cls: type[nn.Module]) -> None:
     module.__class__ = cls
     for setter in setters:
         setter(MethodType(cls.forward, module))
+
+
+def placing_hooks(module: nn.Module) -> list[Any]:
+    """accelerate's hooks on `module` that say on which device it computes."""
+    hook = module.__dict__.get("_hf_hook")
+    every = getattr(hook, "hooks", [hook])  # a SequentialHook holds several
+    return [each for each in every if getattr(each, "execution_device", None) is not None]
+
+
+def computing_device(module: nn.Module) -> torch.device | None:
+    """The device that accelerate's hooks on `module` bring its tensors and inputs to, if any do."""
+    hooks = placing_hooks(module)
+    return torch.device(hooks[-1].execution_device) if hooks else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -173,6 +173,10 @@ def snapshot(model: nn.Module) -> dict[str, dict[str, Any]]:
     return {name: _facts(module) for name, module in model.named_modules(remove_duplicate=False)}
 
 
+def _called(name: str, module: nn.Module) -> str:
+    return f"{name or 'the root'!r} ({type(module).__name__})"
+
+
 def assert_pristine(model: nn.Module, like: dict[str, dict[str, Any]] | None = None) -> None:
     """Raise unless `model` shows no trace of any delta.
 
@@ -183,20 +187,17 @@ def assert_pristine(model: nn.Module, like: dict[str, dict[str, Any]] | None = N
     Raises:
         PristineError: names the module and what is left of a delta.
     """
-    for name, module in model.named_modules(remove_duplicate=False):
-        here = f"{name or 'the root'} ({type(module).__name__})"
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name, module in modules.items():
         stack = stack_of(module)
         if stack is not None and len(stack):
-            raise PristineError(f"{here} carries {', '.join(stack)}; detach first")
+            raise PristineError(f"{_called(name, module)} carries {', '.join(stack)}; detach first")
+    for name, module in modules.items():
         if plain_class(module) is not None:
-            raise PristineError(f"{here} still has the class of a site")
-        marks: list[tuple[str, Callable[[Any], bool]]] = [
-            ("_state_dict_hooks", lambda hook: isinstance(hook, freezing.StateDictHook)),
-            ("_forward_hooks", lambda hook: isinstance(hook, FirstForward)),
-        ]
-        for table, ours in marks:
-            if any(ours(hook) for hook in getattr(module, table).values()):
-                raise PristineError(f"{here} still has a hook of opendelta in {table}")
+            raise PristineError(f"{_called(name, module)} still has the class of a site")
+        hooks = [*module._state_dict_hooks.values(), *module._forward_hooks.values()]
+        if left := [h for h in hooks if isinstance(h, freezing.StateDictHook | FirstForward)]:
+            raise PristineError(f"{_called(name, module)} still has the hook {left[0]!r}")
     if like is None:
         return
     now = snapshot(model)
@@ -206,5 +207,5 @@ def assert_pristine(model: nn.Module, like: dict[str, dict[str, Any]] | None = N
         for what, value in facts.items():
             if value != like[name][what]:
                 raise PristineError(
-                    f"{name or 'the root'}: {what} was {like[name][what]!r} and is {value!r}"
+                    f"{_called(name, model.get_submodule(name))}: {what} was {like[name][what]!r} and is {value!r}"
                 )

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import foreign
 from .errors import OptionError, SiteError, nearest
 from .record import SLOT
 
@@ -333,29 +334,34 @@ class Site:
         return Linear(in_features, out_features, device=self.device, dtype=self.dtype)
 
 
-def _tensors(module: nn.Module) -> Iterator[Tensor]:
-    """The tensors of `module`, its own first, without those of deltas."""
+def _tensors(
+    module: nn.Module, computing: torch.device | None
+) -> Iterator[tuple[Tensor, torch.device]]:
+    """The tensors of `module` without those of deltas, its own first, and where they compute."""
+    computing = foreign.computing_device(module) or computing
     for own in (module._parameters, module._buffers):
-        yield from (tensor for tensor in own.values() if tensor is not None)
+        for tensor in own.values():
+            if tensor is not None:
+                yield tensor, computing or tensor.device
     for name, child in module._modules.items():
         if child is not None and name != SLOT:
-            yield from _tensors(child)
+            yield from _tensors(child, computing)
 
 
 def device_and_dtype(chain: Iterable[nn.Module]) -> tuple[torch.device, torch.dtype]:
     """Where a delta on the first module of `chain` computes, and in what.
 
     The chain goes on with the module's ancestors, and the first floating tensor in it decides: a
-    quantised module has none of its own, and the backbone around it tells what it computes in. A
-    module offloaded by accelerate computes where its hook says.
+    quantised module has none of its own, and the backbone around it tells what it computes in. What
+    accelerate offloaded lies on the meta device and computes where a hook on it, or around it, says.
     """
-    device = None
+    device = meta = None
+    dtype = None
     for module in chain:
-        execution_device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
-        if device is None and execution_device is not None:
-            device = torch.device(execution_device)
-        for tensor in _tensors(module):
-            device = device or tensor.device
-            if tensor.dtype in FLOATS:
-                return device, tensor.dtype
-    return device or torch.device("cpu"), torch.get_default_dtype()
+        for tensor, where in _tensors(module, None):
+            meta = meta or (where if where.type == "meta" else None)
+            device = device or (where if where.type != "meta" else None)
+            dtype = dtype or (tensor.dtype if tensor.dtype in FLOATS else None)
+            if device is not None and dtype is not None:
+                return device, dtype
+    return device or meta or torch.device("cpu"), dtype or torch.get_default_dtype()

@@ -98,6 +98,7 @@ def make_layers(
     Raises:
         SiteError: a module is of a kind that the method does not take, or of unknown width.
     """
+    sharding.settle(found)
     targets = config.modified_modules or []
     unknown = [name for name in targets if kind_of(found.modules[name]) is None]
 

@@ -6,7 +6,7 @@ The run uses fake tensors: no arithmetic, no memory, no random numbers, and noth
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map
 from . import sharding
 from .addressing import Survey, survey
 from .errors import SiteError
+from .foreign import computing_device, placing_hooks
 from .layers import Embedding, device_and_dtype, hidden_key, kind_of
 
 PROBING: ContextVar[bool] = ContextVar("opendelta_probing", default=False)
@@ -24,8 +25,12 @@ PROBING: ContextVar[bool] = ContextVar("opendelta_probing", default=False)
 
 @contextlib.contextmanager
 def untouched(found: Survey) -> Iterator[None]:
-    """Put back what a forward may leave on modules: attributes, buffers, notes of the stacks."""
-    own = [table for m in found.root.modules() for table in (m.__dict__, m._buffers)]
+    """Put back what a forward may leave behind: attributes, tensors, hooks' and stacks' notes."""
+    own = [
+        table
+        for m in found.root.modules()
+        for table in (m.__dict__, m._parameters, m._buffers, *map(vars, placing_hooks(m)))
+    ]
     kept = [dict(table) for table in own]
     for stack in found.stacks.values():
         stack.ran = set(stack.ran)
@@ -76,10 +81,29 @@ def _run(found: Survey, where: str, args: tuple, kwargs: dict[str, Any]) -> None
             value = value.to(dtype) if value.is_floating_point() else value
             return mode.from_tensor(value.to(device))
 
-        for inside in module.modules():  # an operation on real tensors alone would change them
-            for key, buffer in inside._buffers.items():
-                inside._buffers[key] = None if buffer is None else mode.from_tensor(buffer)
+        _put_stand_ins(module, None, mode.from_tensor)
         module(*tree_map(fake, args), **tree_map(fake, kwargs))
+
+
+def _put_stand_ins(
+    module: nn.Module, device: torch.device | None, fake: Callable[[Tensor], Tensor]
+) -> None:
+    """Put fake tensors in the place of those that a run would change, or load from somewhere.
+
+    These are the buffers, because an operation on real tensors alone is carried out, even among
+    fake ones; and the parameters that accelerate offloaded.
+    """
+    device = computing_device(module) or device
+    for hook in placing_hooks(module):
+        hook.offload = False
+    for table in (module._parameters, module._buffers):
+        for name, tensor in table.items():
+            if tensor is not None and tensor.is_meta and device is not None:
+                table[name] = torch.empty_like(tensor, device=device)
+            elif tensor is not None and table is module._buffers:
+                table[name] = fake(tensor)
+    for child in module.children():
+        _put_stand_ins(child, device, fake)
 
 
 def output_widths(model: nn.Module, names: Sequence[str]) -> dict[str, int]:

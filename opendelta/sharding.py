@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -30,6 +30,15 @@ class Ranks:
 
 
 # ---------------------------------------------------------------------- attaching
+def settle(found: Survey) -> None:
+    """Put the shards of an FSDP2 model in place, which has some tensors gathered after a forward.
+
+    Those are in the dtype in which the model computes, which may not be that of its parameters.
+    """
+    for unit in _units(found.modules.values()):
+        unit.reshard()
+
+
 def group_of(
     found: Survey, where: str, reads: bool, layer: nn.Module | None = None
 ) -> Ranks | None:
@@ -44,15 +53,16 @@ def group_of(
     """
     if not _distributed():
         return None
+    settle(found)
     _check_wrappers(found, where)
     group = _group_around(found, where)
     _check_parallel(found, where, group)
-    if reads and group is not None and (layer is None or not _is_gathered(layer, group)):
+    if reads and group is not None and (layer is None or not _has_shards(layer)):
         raise SiteError(
             f"{where!r}: its parent reads .weight, which is sharded; attach before fully_shard, so "
             "that the delta is gathered together with the weight"
         )
-    meshes = _meshes(found, group)
+    meshes = _meshes(found)
     return Ranks(meshes, group) if meshes else None
 
 
@@ -63,11 +73,10 @@ def shard(layer: nn.Module, ranks: Ranks) -> None:
     """
     from torch.distributed.fsdp import fully_shard
 
+    if _has_shards(layer):
+        return
     group = ranks.group
     if group is not None:
-        if _is_gathered(layer, group):
-            group.reshard()  # an optimizer made now must hold the shards
-            return
         layer.to(group.device)
     _start_alike(layer, ranks.meshes)
     if group is None or next(layer.parameters(), None) is None:
@@ -144,32 +153,33 @@ def _is_parallel(module: nn.Module) -> bool:
     return "forward" in module.__dict__ and getattr(module, "_is_hooked", False)
 
 
-def _group_around(found: Survey, where: str) -> Any:
-    """The FSDP2 parameter group nearest to the module called `where`, or None outside of FSDP2."""
+def _units(modules: Iterable[nn.Module]) -> list[Any]:
+    """The units of FSDP2 among `modules`."""
+    if not _distributed():
+        return []
     from torch.distributed.fsdp import FSDPModule
 
-    units = [module for module in found.chain(where) if isinstance(module, FSDPModule)]
+    return [module for module in modules if isinstance(module, FSDPModule)]
+
+
+def _group_around(found: Survey, where: str) -> Any:
+    """The FSDP2 parameter group nearest to the module called `where`, or None outside of FSDP2."""
+    units = _units(found.chain(where))
     if units:  # a unit has no group if its children hold all parameters: then theirs will do
-        units += [module for module in found.modules.values() if isinstance(module, FSDPModule)]
+        units += _units(found.modules.values())
     groups = (group for unit in units for group in unit._get_fsdp_state()._fsdp_param_groups)
     return next(groups, None)
 
 
-def _is_gathered(layer: nn.Module, group: Any) -> bool:
-    """Whether FSDP2 gathers `layer` already: together with the site, or as a unit of its own."""
-    from torch.distributed.fsdp import FSDPModule
-
-    # The type of a parameter does not tell: at times a group is left gathered after forward.
-    with_site = {parameter._module_info.module for parameter in group.fsdp_params}
-    return isinstance(layer, FSDPModule) or not with_site.isdisjoint(layer.modules())
+def _has_shards(layer: nn.Module) -> bool:
+    return any(map(is_sharded, layer.parameters()))
 
 
-def _meshes(found: Survey, group: Any) -> list[Any]:
+def _meshes(found: Survey) -> list[Any]:
     """The meshes of all ranks that share the model, in an order in which all ranks have them."""
-    own = [] if group is None else [group.mesh_info.mesh]
-    for module in found.modules.values():
-        own += [p.device_mesh for p in module._parameters.values() if is_sharded(p)]  # type: ignore
-    return list(dict.fromkeys(own))
+    tables = [module._parameters.values() for module in found.modules.values()]
+    sharded = [parameter for table in tables for parameter in table if is_sharded(parameter)]
+    return list(dict.fromkeys(parameter.device_mesh for parameter in sharded))  # type: ignore
 
 
 def _start_alike(layer: nn.Module, meshes: list[Any]) -> None:

@@ -134,6 +134,17 @@ def test_float32_tensors_serve_a_bfloat16_backbone_when_asked(method):
     assert {p.grad.dtype for p in delta.parameters()} == {torch.float32}
 
 
+def test_it_runs_under_autocast(method):
+    model = net()
+    delta = shake(method(model, modified_modules=places_of(method)))
+    delta.freeze_module()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = model(IDS)
+    assert torch.allclose(out.float(), model(IDS), atol=0.1)
+    out.float().sum().backward()
+    assert {p.grad.dtype for p in delta.parameters()} == {torch.float32}
+
+
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
 def test_folding_into_the_weights_equals_its_forward(placed, dtype, atol):
     method, place = placed

@@ -1,0 +1,99 @@
+"""README and CONTRIBUTING are true: their Python runs, and prints what they say."""
+
+import re
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from nets import IDS, net, untouched
+
+import opendelta
+from opendelta import AutoDeltaModel, LoraModel
+from opendelta.delta import METHODS
+
+README = Path(__file__).parent.parent / "README.md"
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
+
+
+@pytest.fixture
+def offline(monkeypatch, tmp_path):
+    """`from_pretrained("roberta-base")` gives a model of that configuration, in an empty folder."""
+
+    def from_pretrained(name):
+        assert name == "roberta-base"
+        torch.manual_seed(0)
+        return transformers.RobertaForSequenceClassification(
+            transformers.RobertaConfig(
+                vocab_size=50265, max_position_embeddings=514, type_vocab_size=1, num_labels=2
+            )
+        ).eval()
+
+    auto = transformers.AutoModelForSequenceClassification
+    monkeypatch.setattr(auto, "from_pretrained", from_pretrained)
+    monkeypatch.chdir(tmp_path)
+
+
+def blocks(path=README):
+    return BLOCK.findall(path.read_text())
+
+
+@pytest.mark.slow
+def test_the_examples_run_and_print_what_the_readme_says(offline, capsys):
+    names = {"batch": {"input_ids": torch.tensor([[0, 5, 6, 2]])}}
+    printed = compared = 0
+    for language, code in blocks():
+        if language == "python":
+            printed = None
+            exec(compile(code, str(README), "exec"), names)
+            printed = capsys.readouterr().out
+        elif language == "text" and printed:
+            assert textwrap.dedent(code).strip() == printed.strip()
+            printed, compared = None, compared + 1
+    assert compared == 3
+
+
+def test_the_set_up_is_two_commands():
+    (commands,) = [code for language, code in blocks() if language == "sh"]
+    assert [line.split("#")[0].strip() for line in commands.splitlines()] == [
+        "make demo",
+        "make test",
+    ]
+
+
+def test_it_credits_its_predecessor_and_says_that_it_shares_no_code():
+    text = " ".join(README.read_text().split())
+    for fact in ("thunlp/OpenDelta", "2307.03084", "2203.06904", "shares no code"):
+        assert fact in text
+
+
+def test_the_method_in_contributing_is_a_whole_method(tmp_path):
+    (code,) = [
+        c for language, c in blocks(README.parent / "CONTRIBUTING.md") if language == "python"
+    ]
+    assert len([line for line in code.splitlines() if line.strip()]) < 40
+    names = {}
+    exec(compile(code, "CONTRIBUTING.md", "exec"), names)
+    del METHODS["scale"]
+    model = net()
+    with untouched(model):
+        delta = names["ScaleModel"](model, modified_modules=["linear"], start=2.0)
+        outer = LoraModel(model, modified_modules=["linear"])
+        assert (
+            opendelta.composition(model).explain("linear").formula
+            == "y = scale(linear(x)) + lora(x)"
+        )
+        expected = model(IDS)
+        delta.freeze_module()
+        delta.save_finetuned(tmp_path)
+        outer.detach()
+        delta.detach()
+    METHODS["scale"] = names["ScaleModel"]
+    try:
+        AutoDeltaModel.from_finetuned(tmp_path, backbone_model=model)
+    finally:
+        del METHODS["scale"]
+    assert torch.equal(model(IDS), expected)
+    with pytest.raises(opendelta.OptionError, match=r"start=-1.0 must be at least 0.0"):
+        names["ScaleConfig"](start=-1.0)
