@@ -55,7 +55,7 @@ def freeze(found: Survey, shared: Shared, module: nn.Module | None, exclude: Seq
     hits = {pattern: {n for n in every if test(n)} for pattern, test in tests.items()}
     for pattern, hit in hits.items():
         if not hit:
-            raise no_match(pattern, every, found.root, "module or parameter")
+            raise no_match(pattern, every, found.root, "name")
     kept = set().union(*hits.values())
     everything = {**own, **added}
     spared = {  # by identity: a tied weight is spared under all of its names

@@ -67,9 +67,10 @@ def hidden_key(output: Any, width: int | None = None) -> Any:
     Raises:
         SiteError: nothing in it is a floating tensor [..., width].
     """
+    items: list[tuple[Any, Any]]
     if isinstance(output, Tensor):
-        return None
-    if isinstance(output, dict):
+        items = [(None, output)]
+    elif isinstance(output, dict):
         items = list(output.items())
     else:
         items = list(enumerate(output)) if isinstance(output, tuple | list) else []

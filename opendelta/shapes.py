@@ -29,6 +29,7 @@ def untouched(found: Survey) -> Iterator[None]:
     own = [
         table
         for m in found.root.modules()
+        if not isinstance(m, torch.jit.ScriptModule)  # whose tables are views
         for table in (m.__dict__, m._parameters, m._buffers, *map(vars, placing_hooks(m)))
     ]
     kept = [dict(table) for table in own]
@@ -60,7 +61,9 @@ def _inputs(found: Survey) -> Iterator[tuple[str, tuple, dict[str, Any]]]:
             yield name, (), dict(module.dummy_inputs)  # type: ignore[arg-type]
     first = next((k for m in found.modules.values() if (k := kind_of(m)) is not None), None)
     ids = torch.zeros(1, 3, dtype=torch.long)
-    if isinstance(first, Embedding) or first is None:
+    if first is None:
+        return
+    if isinstance(first, Embedding):
         yield "", (ids,), {}
     elif hasattr(first, "patch"):
         yield "", (torch.zeros(1, first.patch[0], 32, 32),), {}
@@ -93,6 +96,8 @@ def _put_stand_ins(
     These are the buffers, because an operation on real tensors alone is carried out, even among
     fake ones; and the parameters that accelerate offloaded.
     """
+    if isinstance(module, torch.jit.ScriptModule):
+        return
     device = computing_device(module) or device
     for hook in placing_hooks(module):
         hook.offload = False
@@ -135,7 +140,8 @@ def output_widths(model: nn.Module, names: Sequence[str]) -> dict[str, int]:
                 _run(found, where, args, kwargs)
             except Exception as error:  # any model's forward: whatever it raises is told below
                 given = [*map(_shape, args), *(f"{k}={_shape(v)}" for k, v in kwargs.items())]
-                what = f"{type(error).__name__}: {str(error).strip().splitlines()[0:1]}"
+                reason = (str(error).strip().splitlines() or [""])[0]
+                what = f"{type(error).__name__}: {reason}"
                 failures.append(
                     f"{type(found.modules[where]).__name__}({', '.join(given)}): {what}"
                 )

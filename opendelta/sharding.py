@@ -1,4 +1,4 @@
-"""Deltas on models that several ranks share: one start for all ranks, then shards like the site's."""
+"""Deltas on models that several ranks share: the same start everywhere, shards like the site's."""
 
 from __future__ import annotations
 
@@ -231,10 +231,12 @@ def whole(root: nn.Module) -> Iterator[None]:
     kept: list[tuple[dict, dict]] = []
     try:
         for module in root.modules():
+            if isinstance(module, torch.jit.ScriptModule):  # its tables are views
+                continue
             hooks = (module._forward_pre_hooks, module._forward_hooks)
             kept += [(table, dict(table)) for table in (module._parameters, *hooks)]
             for name, parameter in module._parameters.items():
-                if parameter is not None and is_sharded(parameter):
+                if is_sharded(parameter):
                     module._parameters[name] = _stand_in(parameter)
             for table in hooks:
                 for key in [key for key, hook in table.items() if _is_fsdp(hook)]:

@@ -106,7 +106,7 @@ def with_roles(model: nn.Module, wanted: Sequence[str]) -> list[str]:
         if not hits:
             all_roles = sorted(set(known.values()))
             reason = (
-                f"the roles in it are {', '.join(all_roles)}; nearest: {nearest(role, all_roles)}"
+                f"the roles in it are {', '.join(all_roles)}; nearest: {', '.join(nearest(role, all_roles))}"
                 if known
                 else "its architecture is not known"
             )

@@ -241,8 +241,8 @@ def test_roles_can_be_named_instead_of_modules(bert):
     assert len(by_role.modified_modules) == 24
     same = LoraModel(bert, modified_modules=["attn@.q@", "ff@.w2@"], common_structure=True)
     assert same.modified_modules == by_role.modified_modules
-    with pytest.raises(opendelta.AddressError, match=r"has the role 'attn.x'.*nearest: "):
-        LoraModel(bert, modified_modules=["attn.x"], common_structure=True)
+    with pytest.raises(opendelta.AddressError, match=r"has the role 'attn.qq'.*nearest: attn.q"):
+        LoraModel(bert, modified_modules=["attn.qq"], common_structure=True)
 
 
 def test_an_unknown_architecture_says_what_to_do():
