@@ -191,7 +191,6 @@ class Delta:
         self.backbone_model = model
         for layer in self.layers.values():
             layer.record = self.record
-        HANDLES.add(self)
 
     def _enter(self, before: Record | None = None, after: Record | None = None) -> None:
         """Plan, then commit: put all layers on the backbone, at the delta's place in the order."""
@@ -203,12 +202,12 @@ class Delta:
             raise SiteError(f"another delta of this backbone is called {self.name!r} by now")
         done: list[nn.Module] = []
         try:
-            for where, layer, reads, group in plan:
+            for where, layer, reads, ranks in plan:
                 module = found.modules[where]
-                if group is None:
+                if ranks is None or ranks.group is None:
                     planning.fit(layer, *planning.placement(found, where, self.config))
-                else:
-                    sharding.shard(layer, group)
+                if ranks is not None:
+                    sharding.shard(layer, ranks)
                 found.stacks[where] = site.add(module, self.name, layer, reads)
                 done.append(module)
         except BaseException:
@@ -223,14 +222,16 @@ class Delta:
             stack.sort()
         inspection.watch_forward(found)
         freezing.watch_state(found)
+        HANDLES.add(self)
 
-    def _plan(self, found: Survey, where: str) -> tuple[bool, Any]:
-        """Whether the site shows folded weights, and its FSDP2 group; raises if it can't be one."""
+    def _plan(self, found: Survey, where: str) -> tuple[bool, sharding.Ranks | None]:
+        """Whether the site shows folded weights, and who shares it; raises if it can't be one."""
         if where not in found.modules:
             raise no_match(where, found.modules, found.root)
-        reads = site.wants_reads(found.modules[where], self.config.reads)
-        site.check(where, found.modules[where], [(self.name, self.layers[where])], reads)
-        return reads, sharding.group_of(found, where, reads)
+        module, layer = found.modules[where], self.layers[where]
+        reads = site.wants_reads(module, self.config.reads)
+        site.check(where, module, [(self.name, layer)], reads)
+        return reads, sharding.group_of(found, where, reads, layer)
 
     def attach(
         self, *, before: Delta | str | None = None, after: Delta | str | None = None

@@ -142,7 +142,7 @@ def check(model: nn.Module, batch: Mapping[str, Any] | Sequence[Any] | Tensor) -
 # ----------------------------------------------------------------------------------------- pristine
 def _bits(tensor: Tensor) -> str:
     if is_sharded(tensor):
-        tensor = tensor.to_local()  # type: ignore[attr-defined]
+        tensor = tensor.to_local()
     if tensor.device.type == "meta":
         return "meta"
     flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
@@ -207,5 +207,6 @@ def assert_pristine(model: nn.Module, like: dict[str, dict[str, Any]] | None = N
         for what, value in facts.items():
             if value != like[name][what]:
                 raise PristineError(
-                    f"{_called(name, model.get_submodule(name))}: {what} was {like[name][what]!r} and is {value!r}"
+                    f"{_called(name, modules[name])}: {what} was {like[name][what]!r} and is "
+                    f"{value!r}"
                 )

@@ -10,7 +10,7 @@ import importlib.util
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,9 @@ from torch import Tensor, nn
 from . import foreign
 from .errors import OptionError, SiteError, nearest
 from .record import SLOT
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 # -------------------------------------------------------------------- arithmetic
 
@@ -171,18 +174,14 @@ class TransposedLinear(Kind):
 
 
 @dataclass(frozen=True)
-class Embedding(Kind):
+class Embedding(TransposedLinear):
+    """The matrix is [embedding_dim, num_embeddings]."""
+
     name: ClassVar[str] = "embedding"
     scale: float = 1.0  # of the embeddings that multiply their output, such as BART's and Gemma's
 
     def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         return linear(F.embedding(x, A.T), B) * self.scale
-
-    def matrix(self, weight: Tensor) -> Tensor:
-        return weight.T
-
-    def like_weight(self, matrix: Tensor, weight: Tensor) -> Tensor:
-        return matrix.T.to(weight.dtype)
 
 
 @dataclass(frozen=True)
@@ -282,7 +281,7 @@ def _raw_conv1d(self: nn.Module, x: Tensor) -> Tensor:
     return flat.view(*x.shape[:-1], -1)
 
 
-def is_sharded(tensor: Tensor | None) -> bool:
+def is_sharded(tensor: Tensor | None) -> TypeGuard[DTensor]:
     """Whether `tensor` is a DTensor, as FSDP2 and tensor parallelism make them."""
     if not torch.distributed.is_available():
         return False
@@ -353,8 +352,8 @@ def device_and_dtype(chain: Iterable[nn.Module]) -> tuple[torch.device, torch.dt
     """Where a delta on the first module of `chain` computes, and in what.
 
     The chain goes on with the module's ancestors, and the first floating tensor in it decides: a
-    quantised module has none of its own, and the backbone around it tells what it computes in. What
-    accelerate offloaded lies on the meta device and computes where a hook on it, or around it, says.
+    quantised module has none of its own, and the backbone around it tells what it computes in.
+    What accelerate offloaded is on the meta device, and computes where a hook at or around it says.
     """
     device = meta = None
     dtype = None

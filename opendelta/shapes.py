@@ -26,12 +26,11 @@ PROBING: ContextVar[bool] = ContextVar("opendelta_probing", default=False)
 @contextlib.contextmanager
 def untouched(found: Survey) -> Iterator[None]:
     """Put back what a forward may leave behind: attributes, tensors, hooks' and stacks' notes."""
-    own = [
-        table
-        for m in found.root.modules()
-        if not isinstance(m, torch.jit.ScriptModule)  # whose tables are views
-        for table in (m.__dict__, m._parameters, m._buffers, *map(vars, placing_hooks(m)))
-    ]
+    own: list[dict[str, Any]] = []
+    for module in found.root.modules():
+        if not isinstance(module, torch.jit.ScriptModule):  # whose tables are views
+            own += [module.__dict__, module._parameters, module._buffers]
+            own += [vars(hook) for hook in placing_hooks(module)]
     kept = [dict(table) for table in own]
     for stack in found.stacks.values():
         stack.ran = set(stack.ran)
@@ -101,7 +100,8 @@ def _put_stand_ins(
     device = computing_device(module) or device
     for hook in placing_hooks(module):
         hook.offload = False
-    for table in (module._parameters, module._buffers):
+    tables: list[dict[str, Any]] = [module._parameters, module._buffers]
+    for table in tables:
         for name, tensor in table.items():
             if tensor is not None and tensor.is_meta and device is not None:
                 table[name] = torch.empty_like(tensor, device=device)

@@ -39,9 +39,7 @@ def settle(found: Survey) -> None:
         unit.reshard()
 
 
-def group_of(
-    found: Survey, where: str, reads: bool, layer: nn.Module | None = None
-) -> Ranks | None:
+def group_of(found: Survey, where: str, reads: bool, layer: nn.Module) -> Ranks | None:
     """The ranks that share the module called `where`, or None if this process has it for itself.
 
     Args:
@@ -62,7 +60,7 @@ def group_of(
             f"{where!r}: its parent reads .weight, which is sharded; attach before fully_shard, so "
             "that the delta is gathered together with the weight"
         )
-    meshes = _meshes(found)
+    meshes = _meshes(found, group)
     return Ranks(meshes, group) if meshes else None
 
 
@@ -105,9 +103,8 @@ def check_copy(found: Survey, name: str) -> None:
     """
     if not _distributed():
         return
-    parts = list(found.modules[name].modules())
-    sharded = any(is_sharded(p) for part in parts for p in part._parameters.values())
-    if sharded or any(map(_is_parallel, parts)) or _group_around(found, name) is not None:
+    sharded = any(map(is_sharded, found.modules[name].parameters()))
+    if sharded or _group_around(found, name) is not None:
         raise SiteError(
             f"modules_to_save={name!r}: the module is sharded, and a copy of its shards would not "
             "run; make the delta before fully_shard"
@@ -131,14 +128,12 @@ def _check_wrappers(found: Survey, where: str) -> None:
 
 
 def _check_parallel(found: Survey, where: str, group: Any) -> None:
-    module = found.modules[where]
+    module, mesh = found.modules[where], None if group is None else group.mesh_info.mesh
     advice = "Choose a module that is not split, such as the block around it"
     for name, parameter in module._parameters.items():
-        if is_sharded(parameter) and not (
-            group is not None and parameter.device_mesh == group.mesh_info.mesh  # type: ignore
-        ):
+        if is_sharded(parameter) and parameter.device_mesh != mesh:
             raise SiteError(
-                f"{where}.{name} is split by tensor parallelism ({parameter.placements}): a delta "  # type: ignore
+                f"{where}.{name} is split by tensor parallelism ({parameter.placements}): a delta "
                 f"there would see a slice. {advice}"
             )
     if _is_parallel(module):
@@ -175,11 +170,13 @@ def _has_shards(layer: nn.Module) -> bool:
     return any(map(is_sharded, layer.parameters()))
 
 
-def _meshes(found: Survey) -> list[Any]:
+def _meshes(found: Survey, group: Any) -> list[Any]:
     """The meshes of all ranks that share the model, in an order in which all ranks have them."""
-    tables = [module._parameters.values() for module in found.modules.values()]
-    sharded = [parameter for table in tables for parameter in table if is_sharded(parameter)]
-    return list(dict.fromkeys(parameter.device_mesh for parameter in sharded))  # type: ignore
+    meshes = [] if group is None else [group.mesh_info.mesh]
+    for module in found.modules.values():
+        sharded = filter(is_sharded, module._parameters.values())
+        meshes += [parameter.device_mesh for parameter in sharded]
+    return list(dict.fromkeys(meshes))
 
 
 def _start_alike(layer: nn.Module, meshes: list[Any]) -> None:
@@ -206,16 +203,16 @@ def _return_no_view(_layer: nn.Module, _args: Any, output: Any) -> Any:
 # ------------------------------------------------------------ whole tensors, whole modules
 def full(tensor: Tensor) -> Tensor:
     """`tensor` without its shards; a collective call if it has some."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def spread(tensor: Tensor, like: Tensor) -> Tensor:
     """`tensor`, which every rank has in full, in shards as those of `like`."""
     from torch.distributed.tensor import distribute_tensor
 
-    if not is_sharded(like) or is_sharded(tensor):
+    if not is_sharded(like):
         return tensor
-    mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
+    mesh, placements = like.device_mesh, like.placements
     return distribute_tensor(tensor.to(like.device), mesh, placements, src_data_rank=None)
 
 

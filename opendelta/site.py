@@ -231,8 +231,8 @@ def plain_class(module: nn.Module) -> type[nn.Module] | None:
 
 def stack_of(module: nn.Module) -> Stack | None:
     """The stack that `module` carries, or None. A stack may be empty."""
-    # not .get(), which the children of a ScriptModule do not have
-    child = module._modules[SLOT] if SLOT in module._modules else None
+    children = module._modules
+    child = children[SLOT] if SLOT in children else None  # noqa: SIM401  a ScriptModule has no get
     return child if isinstance(child, Stack) else None
 
 

@@ -105,8 +105,9 @@ def with_roles(model: nn.Module, wanted: Sequence[str]) -> list[str]:
         hits = {name for name, has in known.items() if _plays(has, role)}
         if not hits:
             all_roles = sorted(set(known.values()))
+            near = ", ".join(nearest(role, all_roles))
             reason = (
-                f"the roles in it are {', '.join(all_roles)}; nearest: {', '.join(nearest(role, all_roles))}"
+                f"the roles in it are {', '.join(all_roles)}; nearest: {near}"
                 if known
                 else "its architecture is not known"
             )
