@@ -80,7 +80,10 @@ class Delta:
             raise OptionError(f"{type(self).__name__} takes at most {len(names)} options")
         given = dict(zip(names, args, strict=False))
         if twice := given.keys() & options.keys():
-            raise OptionError(f"{type(self).__name__}: {sorted(twice)} given twice")
+            raise OptionError(
+                f"{type(self).__name__}: {sorted(twice)} given twice, by position and by name; "
+                f"after backbone_model come {', '.join(names[:4])}, ..."
+            )
         config = self.config_class.from_dict({**given, **options})
         self._prepare(backbone_model, config)
         self._enter()
@@ -117,6 +120,8 @@ class Delta:
         return checkpoint.load(finetuned_delta_path, backbone_model, name=name, expected=cls)
 
     def __repr__(self) -> str:
+        if not hasattr(self, "record"):
+            return f"{type(self).__name__}(refused)"
         count = sum(p.numel() for p in self.parameters())
         state = ["attached" if self.attached else "detached"]
         state.append("active" if self.active else "disabled")

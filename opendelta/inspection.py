@@ -64,6 +64,15 @@ def _unreached(found: Survey) -> list[str]:
     ]
 
 
+def _in_compiled(found: Survey, layer: str) -> bool:
+    """Whether `layer` is inside a module that is compiled, where nothing is noted."""
+    where = f".{layer}".rpartition(f".{SLOT}.")[0].removeprefix(".")
+    return any(
+        module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
+        for module in found.chain(where)
+    )
+
+
 class FirstForward:
     """After the first whole forward of a backbone: names the active layers that did not run."""
 
@@ -72,7 +81,7 @@ class FirstForward:
             return
         found = survey(model)
         unwatch_forward(found)
-        missed = _unreached(found)
+        missed = [name for name in _unreached(found) if not _in_compiled(found, name)]
         if missed:
             shown = ", ".join(missed[:3]) + (", ..." if len(missed) > 3 else "")
             warnings.warn(
@@ -131,11 +140,15 @@ def check(model: nn.Module, batch: Mapping[str, Any] | Sequence[Any] | Tensor) -
         raise DeltaError(f"{type(plain).__name__} carries no delta, so there is nothing to check")
     for stack in found.stacks.values():
         stack.ran.clear()
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        if isinstance(batch, Mapping):
-            model(**batch)
-        else:
-            model(*([batch] if isinstance(batch, Tensor) else batch))
+    token = PROBING.set(True)  # the report says it, so the first forward need not warn
+    try:
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            if isinstance(batch, Mapping):
+                model(**batch)
+            else:
+                model(*([batch] if isinstance(batch, Tensor) else batch))
+    finally:
+        PROBING.reset(token)
     return CheckReport(_unreached(found))
 
 
@@ -155,12 +168,12 @@ def _hooks(module: nn.Module) -> dict[str, int]:
 
 
 def _facts(module: nn.Module) -> dict[str, Any]:
-    parameters = {k: p for k, p in module._parameters.items() if p is not None}
-    buffers = {k: b for k, b in module._buffers.items() if b is not None}
+    parameters = dict(module.named_parameters(recurse=False, remove_duplicate=False))
+    buffers = dict(module.named_buffers(recurse=False, remove_duplicate=False))
     return {
         "class": type(module),
         "attributes": sorted(module.__dict__),
-        "children": list(module._modules),
+        "children": [name for name, _ in module.named_children()],
         "hooks": _hooks(module),
         "requires_grad": {k: p.requires_grad for k, p in parameters.items()},
         "values": {k: _bits(t) for k, t in (parameters | buffers).items()},

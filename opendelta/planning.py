@@ -41,7 +41,8 @@ def resolve(found: Survey, config: Config, defaults: Sequence[str]) -> Config:
         raise AddressError("modified_modules is an empty list; None selects the default places")
     names = structure.with_roles(found.root, wanted) if by_role else select_modules(found, wanted)
     modified = leave_out(found, names, as_list(config.exclude_modules))
-    owned = select(found.modules, as_list(config.modules_to_save), found.root)
+    chosen = select(found.modules, as_list(config.modules_to_save), found.root)
+    owned = [n for n in chosen if not ({*ancestors(n)} - {n}) & {*chosen}]  # the outermost ones
     for name in modified:
         if around := next((o for o in owned if f"{name}.".startswith(f"{o}.")), None):
             raise AddressError(

@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 
 from .errors import OptionError
 from .inspection import statistics
-from .site import DeltaLayer, OwnedModule, Stack, plain_class
+from .site import DeltaLayer, OwnedModule, Stack
 
 Note = tuple[str, str]  # a piece of a line: text, style
 NAME, FOLDED, TYPE, MARK = "white", "red", "green", "yellow"
@@ -104,10 +104,9 @@ class Walk:
                 notes += beside(key, layer)
             else:
                 children.append(self.delta(key, layer))
-        cls = plain_class(module) or type(module)
         beneath = tuple((tuple(child.names), child.look) for child in children)
-        look = self.looks.setdefault((cls, tuple(notes), beneath), len(self.looks))
-        return Node([name], cls.__name__, notes, children, look)
+        look = self.looks.setdefault((type(module), tuple(notes), beneath), len(self.looks))
+        return Node([name], type(module).__name__, notes, children, look)
 
     def delta(self, name: str, layer: DeltaLayer) -> Node:
         """The lines of a delta layer that stands beneath its module."""

@@ -122,6 +122,12 @@ def test_owning_a_module_around_other_deltas_is_refused():
     assert opendelta.composition(model).names == ["lora"]
 
 
+def test_of_owned_modules_inside_each_other_the_outermost_is_owned():
+    model = net()
+    delta = LoraModel(model, modified_modules=["linear"], modules_to_save=["pair", "inner"])
+    assert list(delta.layers) == ["linear", "pair"]
+
+
 def test_a_misspelt_module_to_save_is_refused():
     model = net()
     with untouched(model), pytest.raises(opendelta.AddressError, match=r"'haed'.*nearest: 'head'"):
