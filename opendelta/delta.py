@@ -11,7 +11,7 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
-from . import freezing, inspection, planning, sharding, site
+from . import foreign, freezing, inspection, planning, sharding, site
 from .addressing import Survey, as_list, no_match, survey
 from .errors import DeltaError, OptionError, SiteError, nearest
 from .options import DeltaConfig
@@ -234,6 +234,11 @@ class Delta:
         if where not in found.modules:
             raise no_match(where, found.modules, found.root)
         module, layer = found.modules[where], self.layers[where]
+        if any(map(foreign.loads_inside, found.chain(where))):
+            raise SiteError(
+                f"{where!r} ({type(module).__name__}): accelerate loads this module as part of a "
+                "whole (preload_module_classes) that the delta was not in; attach before offloading"
+            )
         reads = site.wants_reads(module, self.config.reads)
         site.check(where, module, [(self.name, layer)], reads)
         return reads, sharding.group_of(found, where, reads, layer)

@@ -75,3 +75,10 @@ def computing_device(module: nn.Module) -> torch.device | None:
     """The device that accelerate's hooks on `module` bring its tensors and inputs to, if any do."""
     hooks = placing_hooks(module)
     return torch.device(hooks[-1].execution_device) if hooks else None
+
+
+def loads_inside(module: nn.Module) -> bool:
+    """Whether accelerate loads all tensors inside `module`, by the names they had, for each run."""
+    return any(
+        getattr(hook, "offload", False) and hook.place_submodules for hook in placing_hooks(module)
+    )

@@ -151,6 +151,8 @@ def placement(found: Survey, name: str, config: DeltaConfig) -> tuple[torch.devi
 
 def fit(layer: DeltaLayer, device: torch.device, dtype: torch.dtype) -> None:
     """Move a layer to where its module computes; a module of the delta's own keeps its dtype."""
+    if any(parameter.is_meta for parameter in layer.parameters()) and device.type != "meta":
+        return  # accelerate offloaded the layer and brings its values for every run
     layer.to(device=device, dtype=None if isinstance(layer, OwnedModule) else dtype)
 
 
