@@ -104,10 +104,10 @@ class Stack(nn.ModuleDict):
         self.register_forward_pre_hook(_step_aside)
 
     def _acting(self) -> list[DeltaLayer]:
-        acting = []
+        acting: list[Any] = []
         watched = not torch.compiler.is_compiling()  # no side effect, hence no guard, in a graph
-        for name, layer in self.in_order():
-            if layer.record.active:
+        for name, layer in self._modules.items():
+            if layer.record.active:  # type: ignore[union-attr]
                 acting.append(layer)
                 if watched:
                     self.ran.add(name)

