@@ -113,9 +113,11 @@ def no_match(
     ends = Counter(".".join(name.split(".")[-parts:]) for name in names if name)
     near = nearest(pattern.removeprefix("[r]"), (end for end in ends if not end.isdigit()))
     hints = ", ".join(f"{end!r} ({ends[end]} {what}{'s' * (ends[end] > 1)})" for end in near)
+    is_plain = re.fullmatch(r"[\w.-]*|\[r\].*", pattern)
     return AddressError(
         f"no {what} matches {pattern!r} in {type(where).__name__}; "
         + (f"nearest: {hints}" if near else "opendelta.tree(model) prints all names")
+        + ("" if is_plain else f"; a regular expression is written '[r]{pattern}'")
     )
 
 
@@ -182,9 +184,13 @@ def leave_out(found: Survey, names: Sequence[str], excluded: Sequence[str]) -> l
     return list(once.values())
 
 
-def literal(found: Survey, names: Sequence[str]) -> list[str]:
-    """`names` as they stand: full names from a file, on which no pattern is ever run."""
+def literal(known: Iterable[str], names: Sequence[str], where: object) -> None:
+    """Raise unless all `names` are among the `known` ones as they stand; no pattern is run.
+
+    Raises:
+        AddressError: one is not.
+    """
+    known = set(known)
     for name in names:
-        if name not in found.modules:
-            raise no_match(name, found.modules, found.root)
-    return list(names)
+        if name not in known:
+            raise no_match(name, known, where)

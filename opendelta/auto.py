@@ -63,13 +63,15 @@ class AutoDeltaModel:
         backbone_model: nn.Module,
         name: str | None = None,
         local_files_only: bool = True,
+        check_hash: bool = True,
     ) -> Delta:
         """Put a delta that `save_finetuned` wrote on a backbone, whatever its method.
 
         Args:
             finetuned_delta_path: the folder.
             name: the delta's name here. None: its own, or the next free one.
-            local_files_only: folders are the only source, so this changes nothing.
+            local_files_only, check_hash: taken for OpenDelta 0.3's sake, without effect: folders
+                are the only source, and their files' own sha256 is always checked.
 
         Raises:
             DeltaLoadError: the folder is damaged, or does not fit the backbone.

@@ -8,7 +8,7 @@ import json
 import os
 import secrets
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from . import sharding
-from .addressing import survey
+from .addressing import ancestors, survey
 from .delta import Delta, method
-from .errors import DeltaLoadError, OptionError, UnsavedWarning
+from .errors import AddressError, DeltaLoadError, OptionError, SiteError, UnsavedWarning
 from .freezing import backbone_parameters
 from .options import DeltaConfig
 from .order import free_name, known_records
@@ -63,12 +63,8 @@ def own_version() -> str:
 def _backbone_part(delta: Delta) -> dict[str, nn.Parameter]:
     """The backbone parameters that are saved with the delta; warns of the other trainable ones."""
     own = backbone_parameters(survey(delta.backbone_model))
-    around = tuple(f"{name}." if name else "" for name in delta.unfrozen_modules)
-    named = {
-        name: parameter
-        for name, parameter in own.items()
-        if name in delta.record.shared.excluded or (around and name.startswith(around))
-    }
+    around = {*delta.unfrozen_modules, *delta.record.shared.excluded}
+    named = {name: p for name, p in own.items() if around & {"", *ancestors(name)}}
     known = set(map(id, named.values()))
     others = {id(p): p for p in own.values() if p.requires_grad and id(p) not in known}
     if others and delta.attached:
@@ -86,15 +82,37 @@ def _backbone_part(delta: Delta) -> dict[str, nn.Parameter]:
 def write_folder(folder: Path, config: dict[str, Any], weights: bytes) -> None:
     """Put config and weights into `folder`; at any moment it holds the old pair or the new one.
 
-    The weights file is named by its content; the config, which names that file, is replaced last.
+    The weights file is named by its content; the config, which names that file, is replaced last,
+    and then the weights that the old one named go.
     """
     folder.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256(weights).hexdigest()
     name = f"delta-{digest[:16]}.safetensors"
     text = json.dumps({**config, "weights": name, "sha256": digest}, indent=2) + "\n"
-    if not (folder / name).exists():
-        _replace(folder / name, weights)
-    _replace(folder / CONFIG, text.encode())
+    with _locked(folder):
+        old = list(folder.glob("delta-*.safetensors"))
+        if not (folder / name).exists():
+            _replace(folder / name, weights)
+        _replace(folder / CONFIG, text.encode())
+        for file in old:
+            if file.name != name:
+                file.unlink()
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep other processes from writing into `folder`, where the system can."""
+    if os.name != "posix":
+        yield
+        return
+    import fcntl
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _replace(path: Path, content: bytes) -> None:
@@ -146,18 +164,21 @@ def load(
     saved_as = config.name or config.delta_type
     taken = {record.name for record in known_records(survey(model))}
     config.name = name or free_name(saved_as, taken)
+    brought = facts["backbone_parameters"]
+    config.unfrozen_modules = [*dict.fromkeys([*(config.unfrozen_modules or []), *brought])] or None
     delta = cls.__new__(cls)
-    delta._prepare(model, config, as_named=True)
+    try:
+        delta._prepare(model, config, as_named=True)
+    except (AddressError, SiteError) as error:
+        raise DeltaLoadError(
+            f"{path}, saved from a {facts['backbone_class']}, does not fit this "
+            f"{type(model).__name__}: {error}"
+        ) from None
     own = backbone_parameters(survey(model))
-    backbone: dict[str, Tensor] = {
-        key: own[key] for key in facts["backbone_parameters"] if key in own
-    }
-    if lost := set(facts["backbone_parameters"]) - set(own):
-        raise DeltaLoadError(f"{path}: {type(model).__name__} has no parameters {sorted(lost)[:5]}")
+    backbone: dict[str, Tensor] = {key: own[key] for key in brought}
     copy_into({**delta.state_dict(saved_as), **backbone}, tensors, str(path), allowed=backbone)
     delta._enter()
     copy_into(backbone, {key: tensors[key] for key in backbone}, str(path))
-    delta.record.shared.excluded |= set(backbone)
     return delta
 
 
@@ -171,7 +192,10 @@ def read_config(path: Path) -> tuple[dict[str, Any], DeltaConfig]:
     try:
         given = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise DeltaLoadError(f"no delta in {str(path)!r}: {CONFIG} is missing") from None
+        raise DeltaLoadError(
+            f"no delta in {str(path)!r}: {CONFIG} is missing. Only folders are read; what is on the "
+            "hub comes into one with huggingface_hub.snapshot_download"
+        ) from None
     except (ValueError, RecursionError, OSError) as error:
         raise DeltaLoadError(f"{file} cannot be read as JSON: {error}") from None
     if not isinstance(given, dict) or given.get("format") != FORMAT:

@@ -69,7 +69,7 @@ class Composition:
         return len(self._records())
 
     def __contains__(self, name: object) -> bool:
-        return name in self.names
+        return (name.name if isinstance(name, Delta) else name) in self.names
 
     def __getitem__(self, name: str) -> Delta:
         return handle_of(survey(self.model), self._named([name])[0])
@@ -80,7 +80,9 @@ class Composition:
     def _named(self, names: Sequence[str | Delta]) -> list[Record]:
         records = {record.name: record for record in self._records()}
         chosen = []
-        for given in names:
+        for given in [names] if isinstance(names, str) else names:
+            if not isinstance(given, str | Delta):
+                raise DeltaError(f"{given!r} must be a delta or the name of one")
             name = given.name if isinstance(given, Delta) else given
             if name not in records:
                 near = nearest(str(name), records)
@@ -146,7 +148,9 @@ class Composition:
             )
         where = sites[0]
         target = found.modules[where]
-        inner = where.rpartition(".")[2] or type(target).__name__
+        *_, parent, inner = ["", "", *where.split(".")]
+        inner = f"{parent}.{inner}" if parent and inner.isdigit() else inner
+        inner = inner or type(target).__name__
         steps = [f"{inner}: {type(target).__name__}{_sizes(target)}"]
         flows: list[tuple[str, str]] = []
         stack = found.stacks.get(where)

@@ -32,7 +32,10 @@ def method(delta_type: str) -> type[Delta]:
     if delta_type not in METHODS:
         near = nearest(str(delta_type), METHODS)
         hint = f"nearest: {', '.join(near)}" if near else f"known: {', '.join(sorted(METHODS))}"
-        raise OptionError(f"no method {delta_type!r}; {hint}")
+        raise OptionError(
+            f"no method {delta_type!r}; {hint}. A method from elsewhere is known once the module "
+            "that defines it is imported"
+        )
     return METHODS[delta_type]
 
 
@@ -62,6 +65,7 @@ class Delta:
     record: Record
 
     def __init_subclass__(cls) -> None:
+        check_method(cls)
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
         fields = {field.name: field for field in dataclasses.fields(cls.config_class)}
         cls.config_class.delta_type = cls.delta_type
@@ -78,6 +82,8 @@ class Delta:
         names = self.config_class.option_names()
         if len(args) > len(names):
             raise OptionError(f"{type(self).__name__} takes at most {len(names)} options")
+        if args and isinstance(args[0], DeltaConfig):
+            raise OptionError(f"to use a config: {type(self).__name__}.from_config(config, model)")
         given = dict(zip(names, args, strict=False))
         if twice := given.keys() & options.keys():
             raise OptionError(
@@ -104,13 +110,15 @@ class Delta:
         backbone_model: nn.Module,
         name: str | None = None,
         local_files_only: bool = True,
+        check_hash: bool = True,
     ) -> AnyDelta:
         """Put a delta that `save_finetuned` wrote on `backbone_model`.
 
         Args:
             finetuned_delta_path: the folder.
             name: the delta's name here. None: its own, or the next free one.
-            local_files_only: folders are the only source, so this changes nothing.
+            local_files_only, check_hash: taken for OpenDelta 0.3's sake, without effect: folders
+                are the only source, and their files' own sha256 is always checked.
 
         Raises:
             DeltaLoadError: the folder holds another method, is damaged, or does not fit.
@@ -427,7 +435,9 @@ class Delta:
 
         log(self.backbone_model, delta_ratio, trainable_ratio, visualization, cuda_memory)
 
-    def save_finetuned(self, save_directory: str | os.PathLike = "./output") -> None:
+    def save_finetuned(
+        self, save_directory: str | os.PathLike = "./output", push_to_hub: bool = False
+    ) -> None:
         """Save the delta, the modules it owns, and the backbone parameters left trainable by name.
 
         These are the parameters of `unfrozen_modules`, and those that `freeze_module(exclude=...)`
@@ -436,10 +446,35 @@ class Delta:
 
         Args:
             save_directory: the folder; it is made if need be.
+            push_to_hub: not available yet.
         """
+        if push_to_hub:
+            raise OptionError(
+                "push_to_hub is not available yet: save, then upload the folder with "
+                "huggingface_hub.upload_folder"
+            )
         from . import checkpoint
 
         checkpoint.save(self, save_directory)
+
+
+def check_method(cls: type[Delta]) -> None:
+    """Raise unless a subclass of `Delta` has what a method needs, and a type of its own."""
+    needs = {"delta_type": str, "config_class": type, "layer_class": type}
+    for name, kind in {**needs, "default_modified_modules": tuple}.items():
+        value = getattr(cls, name, None)
+        if not isinstance(value, kind):
+            raise OptionError(f"{cls.__name__}.{name} must be a {kind.__name__}, not {value!r}")
+    if not issubclass(cls.config_class, DeltaConfig) or not issubclass(cls.layer_class, DeltaLayer):
+        raise OptionError(
+            f"{cls.__name__}: config_class must be a DeltaConfig, and layer_class a DeltaLayer"
+        )
+    other = METHODS.get(cls.delta_type, cls)
+    if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+        raise OptionError(
+            f"{cls.__name__}: delta_type {cls.delta_type!r} is that of "
+            f"{other.__module__}.{other.__qualname__}; choose another"
+        )
 
 
 def handle_of(found: Survey, record: Record) -> Delta:

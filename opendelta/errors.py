@@ -49,4 +49,6 @@ class TiedWeightWarning(DeltaWarning):
 def nearest(word: str, known: Iterable[str], n: int = 3) -> list[str]:
     """The up to `n` names in `known` that look most like `word`, the best first."""
     lower = {name.lower(): name for name in sorted(set(known))}
-    return [lower[m] for m in difflib.get_close_matches(word.lower(), lower, n=n, cutoff=0.4)]
+    parts = [name for name in lower if word.lower() in name.split("_")]
+    close = difflib.get_close_matches(word.lower(), lower, n=n, cutoff=0.4)
+    return [lower[name] for name in dict.fromkeys([*parts, *close])][:n]

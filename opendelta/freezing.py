@@ -72,7 +72,7 @@ def freeze(found: Survey, shared: Shared, module: nn.Module | None, exclude: Seq
             shared.excluded |= {name} & own.keys()
         elif parameter.requires_grad:
             parameter.requires_grad_(False)
-            shared.frozen |= {name} & own.keys()
+            shared.frozen.add(name)
 
 
 def _name_of(found: Survey, module: nn.Module | None) -> str:
@@ -92,17 +92,16 @@ def restore(found: Survey, shared: Shared, within: str = "") -> None:
 
     The names may be relative to an inner or an outer module, if deltas were attached through both.
     """
-    own = backbone_parameters(found)
+    own = {**backbone_parameters(found), **delta_parameters(found)}
     for frozen in sorted(shared.frozen):
         if within and not frozen.startswith(f"{within}."):
             continue
-        shared.frozen.discard(frozen)
-        if frozen in own:
-            own[frozen].requires_grad_(True)
-            continue
-        for name, parameter in own.items():
-            if name.endswith(f".{frozen}") or frozen.endswith(f".{name}"):
-                parameter.requires_grad_(True)
+        names = [frozen] if frozen in own else []
+        if not names and f".{SLOT}." not in f".{frozen}":
+            names = [n for n in own if n.endswith(f".{frozen}") or frozen.endswith(f".{n}")]
+        for name in names:
+            own[name].requires_grad_(True)
+            shared.frozen.discard(frozen)
 
 
 # --------------------------------------------------------------------------------------- state dict

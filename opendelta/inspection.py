@@ -57,11 +57,30 @@ def unreached(model: nn.Module) -> list[str]:
 
 
 def _unreached(found: Survey) -> list[str]:
-    return [
-        f"{where}.{SLOT}.{name}".lstrip(".")
+    silent = [
+        (where, name)
         for where, name, layer in found.layers()
         if layer.record.active and name not in found.stacks[where].ran
     ]
+    return [f"{where}.{SLOT}.{name}".lstrip(".") for where, name in [*silent, *lost(found)]]
+
+
+def lost(found: Survey) -> list[tuple[str, str]]:
+    """(name of the site, name of the delta) where a module was replaced, and its layer went along.
+
+    The names may be relative to an inner or an outer module, through which the delta was attached.
+    """
+    there: dict[int, list[str]] = {}
+    for where, _, layer in found.layers():
+        there.setdefault(id(layer.record), []).append(where)
+    missing = []
+    for record in found.records():
+        own, config = there[id(record)], record.config
+        expected = {*(config.modified_modules or ()), *(config.modules_to_save or ())}
+        for name in sorted(expected - set(own)):
+            if not any(f".{w}".endswith(f".{name}") or f".{name}".endswith(f".{w}") for w in own):
+                missing.append((name, record.name))
+    return missing
 
 
 def _in_compiled(found: Survey, layer: str) -> bool:
@@ -87,8 +106,8 @@ class FirstForward:
             warnings.warn(
                 f"{len(missed)} delta layers did not run in the first forward of "
                 f"{type(model).__name__}: {shown}. If the parent reads the module's weight instead "
-                "of calling it, choose the parent, or pass reads=True; if this forward skipped "
-                "the module (experts, layer drop), all is well",
+                "of calling it, choose the parent, or pass reads=True; if the module was replaced "
+                "since, attach anew; if this forward skipped it (experts, layer drop), all is well",
                 UnreachedWarning,
                 stacklevel=2,
             )

@@ -45,8 +45,8 @@ class DeltaConfig:
         modified_modules: the modules that get a layer: ends of names, or `[r]` and a regular
             expression. None: the method's default places.
         exclude_modules: the modules that do not, nor any module inside them.
-        unfrozen_modules: backbone modules that `freeze_module` leaves trainable and that are saved
-            with the delta.
+        unfrozen_modules: backbone modules or parameters that `freeze_module` leaves trainable and
+            that are saved with the delta.
         common_structure: `modified_modules` are roles such as "attn.q", as the defaults are.
         interactive_modify: OpenDelta 0.3's page for picking modules; not available.
         modules_to_save: modules of which the delta owns a copy, in the module's place while the

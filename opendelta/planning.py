@@ -15,6 +15,7 @@ from torch import nn
 from . import foreign, sharding, site, structure
 from .addressing import Survey, ancestors, as_list, leave_out, literal, select, select_modules
 from .errors import AddressError, SiteError, TiedWeightWarning
+from .freezing import backbone_parameters
 from .layers import KINDS, Site, device_and_dtype, kind_of
 from .options import DeltaConfig
 from .record import SLOT
@@ -49,7 +50,7 @@ def resolve(found: Survey, config: Config, defaults: Sequence[str]) -> Config:
                 f"{name!r} is selected by modified_modules, but modules_to_save={around!r} puts a "
                 f"copy in its place; add exclude_modules=[{around!r}]"
             )
-    unfrozen = select(found.modules, as_list(config.unfrozen_modules), found.root)
+    unfrozen = select(_names(found), as_list(config.unfrozen_modules), found.root, what="name")
     some: dict[str, Any] = {
         field.name: _some_of(found, modified, config, field)
         for field in dataclasses.fields(config)
@@ -85,9 +86,15 @@ def take_literally(found: Survey, config: Config) -> Config:
     Raises:
         AddressError: the backbone has no module of that name.
     """
-    for names in (config.modified_modules, config.modules_to_save, config.unfrozen_modules):
-        literal(found, names or [])
+    for names in (config.modified_modules, config.modules_to_save):
+        literal(found.modules, names or [], found.root)
+    literal(_names(found), config.unfrozen_modules or [], found.root)
     return config
+
+
+def _names(found: Survey) -> list[str]:
+    """The full names of all modules and of all parameters of the backbone."""
+    return [*found.modules, *backbone_parameters(found)]
 
 
 # -------------------------------------------------------------------------- layers
@@ -110,6 +117,12 @@ def make_layers(
     sites = []
     for name in targets:
         module = found.modules[name]
+        if isinstance(module, nn.ModuleList | nn.ModuleDict):
+            last = name.rpartition(".")[2]
+            raise SiteError(
+                f"{name!r} ({type(module).__name__}) is a list that is never called; choose its "
+                rf"items, such as r'[r]{last}\.\d+'"
+            )
         kind = kind_of(module)
         _check_kind(found, name, kind.name if kind is not None else "other", config, layer_class)
         device, dtype = placement(found, name, config)

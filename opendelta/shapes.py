@@ -127,7 +127,13 @@ def output_widths(model: nn.Module, names: Sequence[str]) -> dict[str, int]:
     def note(name: str) -> Any:
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
             key = hidden_key(output)
-            widths[name] = (output if key is None else output[key]).size(-1)
+            hidden = output if key is None else output[key]
+            if hidden.ndim > 3:
+                raise SiteError(
+                    f"{name!r} ({type(found.modules[name]).__name__}) returns an image or the like, "
+                    f"{list(hidden.shape)}: hidden states must be [..., width] in 2 or 3 axes"
+                )
+            widths[name] = hidden.size(-1)
 
         return hook
 
@@ -138,6 +144,8 @@ def output_widths(model: nn.Module, names: Sequence[str]) -> dict[str, int]:
                 hooks.callback(hook.remove)
             try:
                 _run(found, where, args, kwargs)
+            except SiteError:
+                raise
             except Exception as error:  # any model's forward: whatever it raises is told below
                 given = [*map(_shape, args), *(f"{k}={_shape(v)}" for k, v in kwargs.items())]
                 reason = (str(error).strip().splitlines() or [""])[0]

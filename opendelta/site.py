@@ -113,6 +113,10 @@ class Stack(nn.ModuleDict):
                     self.ran.add(name)
         return acting
 
+    def forward(self, input: Any) -> Any:
+        """`input`, unchanged: for modules such as Sequential, which call all of their children."""
+        return input
+
     def in_order(self) -> list[tuple[str, DeltaLayer]]:
         """(name of the delta, layer), the innermost first."""
         return list(self._modules.items())  # type: ignore[arg-type]
@@ -214,6 +218,9 @@ def site_class(base: type[nn.Module], reads: bool = False) -> type[nn.Module]:
         "_site_of": base,
         "_site_reads": reads,
     }
+    if issubclass(base, nn.Sequential):  # its items are its own modules, without the stack
+        body["__iter__"] = lambda self: iter([m for n, m in self._modules.items() if n != SLOT])
+        body["__len__"] = lambda self: len(self._modules) - (SLOT in self._modules)
     if reads:
         body |= {"weight": _reading("weight"), "bias": _reading("bias")}
     return _site_meta(type(base))(base.__name__, (base,), body)

@@ -105,7 +105,7 @@ def with_roles(model: nn.Module, wanted: Sequence[str]) -> list[str]:
         hits = {name for name, has in known.items() if _plays(has, role)}
         if not hits:
             all_roles = sorted(set(known.values()))
-            near = ", ".join(nearest(role, all_roles))
+            near = ", ".join(nearest(role, all_roles)) or "none"
             reason = (
                 f"the roles in it are {', '.join(all_roles)}; nearest: {near}"
                 if known
