@@ -184,7 +184,9 @@ def leave_out(found: Survey, names: Sequence[str], excluded: Sequence[str]) -> l
     return list(once.values())
 
 
-def literal(known: Iterable[str], names: Sequence[str], where: object) -> None:
+def literal(
+    known: Iterable[str], names: Sequence[str], where: object, what: str = "module"
+) -> None:
     """Raise unless all `names` are among the `known` ones as they stand; no pattern is run.
 
     Raises:
@@ -193,4 +195,4 @@ def literal(known: Iterable[str], names: Sequence[str], where: object) -> None:
     known = set(known)
     for name in names:
         if name not in known:
-            raise no_match(name, known, where)
+            raise no_match(name, known, where, what)

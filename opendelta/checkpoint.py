@@ -21,21 +21,22 @@ from torch import Tensor, nn
 from . import sharding
 from .addressing import ancestors, survey
 from .delta import Delta, method
-from .errors import AddressError, DeltaLoadError, OptionError, SiteError, UnsavedWarning
-from .freezing import backbone_parameters
+from .errors import AddressError, DeltaError, DeltaLoadError, OptionError, SiteError, UnsavedWarning
+from .freezing import backbone_tensors
 from .options import DeltaConfig
 from .order import free_name, known_records
 
 CONFIG = "config.json"
 FORMAT, SCHEMA = "opendelta", 1
 # Keys of the JSON beside `delta_type` and the options.
-FACTS = ("format", "schema_version", "opendelta_version", "backbone_class", "backbone_parameters")
+FACTS = ("format", "schema_version", "opendelta_version", "backbone_class", "backbone_tensors")
 FILES = ("weights", "sha256")
 
 
 # ------------------------------------------------------------------------------------------- saving
 def save(delta: Delta, folder: str | os.PathLike) -> None:
     """Write `delta` into `folder`; see `Delta.save_finetuned`."""
+    _check_folder(Path(folder))
     parameters = _backbone_part(delta)
     tensors = {**delta.state_dict(), **parameters}
     whole = {name: sharding.full(tensor.detach()) for name, tensor in tensors.items()}
@@ -48,9 +49,23 @@ def save(delta: Delta, folder: str | os.PathLike) -> None:
         **delta.config.to_dict(),
         "name": delta.name,
         "backbone_class": type(delta.backbone_model).__name__,
-        "backbone_parameters": sorted(parameters),
+        "backbone_tensors": sorted(parameters),
     }
     write_folder(Path(folder), config, weights)
+
+
+def _check_folder(folder: Path) -> None:
+    """Raise if `folder` holds the config of something else, which a save would destroy."""
+    with contextlib.suppress(FileNotFoundError):
+        try:
+            given = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        except (ValueError, RecursionError):
+            return  # the remains of a damaged delta, as far as one can tell
+        if not isinstance(given, dict) or given.get("format") != FORMAT:
+            raise DeltaError(
+                f"{folder} has a {CONFIG} that is not a delta's, such as a transformers model's; "
+                "save into a folder of its own"
+            )
 
 
 def own_version() -> str:
@@ -60,11 +75,11 @@ def own_version() -> str:
     return "unknown"
 
 
-def _backbone_part(delta: Delta) -> dict[str, nn.Parameter]:
-    """The backbone parameters that are saved with the delta; warns of the other trainable ones."""
-    own = backbone_parameters(survey(delta.backbone_model))
+def _backbone_part(delta: Delta) -> dict[str, Tensor]:
+    """The backbone tensors that are saved with the delta; warns of other trainable ones."""
+    own = backbone_tensors(survey(delta.backbone_model))
     around = {*delta.unfrozen_modules, *delta.record.shared.excluded}
-    named = {name: p for name, p in own.items() if around & {"", *ancestors(name)}}
+    named = {name: tensor for name, tensor in own.items() if around & {"", *ancestors(name)}}
     known = set(map(id, named.values()))
     others = {id(p): p for p in own.values() if p.requires_grad and id(p) not in known}
     if others and delta.attached:
@@ -76,7 +91,7 @@ def _backbone_part(delta: Delta) -> dict[str, nn.Parameter]:
             UnsavedWarning,
             stacklevel=4,
         )
-    return {name: parameter for name, parameter in named.items() if parameter.requires_grad}
+    return named
 
 
 def write_folder(folder: Path, config: dict[str, Any], weights: bytes) -> None:
@@ -91,8 +106,7 @@ def write_folder(folder: Path, config: dict[str, Any], weights: bytes) -> None:
     text = json.dumps({**config, "weights": name, "sha256": digest}, indent=2) + "\n"
     with _locked(folder):
         old = list(folder.glob("delta-*.safetensors"))
-        if not (folder / name).exists():
-            _replace(folder / name, weights)
+        _replace(folder / name, weights)
         _replace(folder / CONFIG, text.encode())
         for file in old:
             if file.name != name:
@@ -153,6 +167,8 @@ def load(
         DeltaLoadError: the folder is damaged, of another method, or does not fit `model`.
     """
     path = Path(folder)
+    if not isinstance(model, nn.Module):
+        raise OptionError(f"backbone_model must be a torch.nn.Module, not {model!r}")
     facts, config = read_config(path)
     cls = method(config.delta_type)
     if not issubclass(cls, expected):
@@ -164,7 +180,7 @@ def load(
     saved_as = config.name or config.delta_type
     taken = {record.name for record in known_records(survey(model))}
     config.name = name or free_name(saved_as, taken)
-    brought = facts["backbone_parameters"]
+    brought = facts["backbone_tensors"]
     config.unfrozen_modules = [*dict.fromkeys([*(config.unfrozen_modules or []), *brought])] or None
     delta = cls.__new__(cls)
     try:
@@ -174,7 +190,7 @@ def load(
             f"{path}, saved from a {facts['backbone_class']}, does not fit this "
             f"{type(model).__name__}: {error}"
         ) from None
-    own = backbone_parameters(survey(model))
+    own = backbone_tensors(survey(model))
     backbone: dict[str, Tensor] = {key: own[key] for key in brought}
     copy_into({**delta.state_dict(saved_as), **backbone}, tensors, str(path), allowed=backbone)
     delta._enter()
@@ -193,8 +209,8 @@ def read_config(path: Path) -> tuple[dict[str, Any], DeltaConfig]:
         given = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DeltaLoadError(
-            f"no delta in {str(path)!r}: {CONFIG} is missing. Only folders are read; what is on the "
-            "hub comes into one with huggingface_hub.snapshot_download"
+            f"no delta in {str(path)!r}: {CONFIG} is missing. Only folders are read; what is on "
+            "the hub comes into one with huggingface_hub.snapshot_download"
         ) from None
     except (ValueError, RecursionError, OSError) as error:
         raise DeltaLoadError(f"{file} cannot be read as JSON: {error}") from None
@@ -206,8 +222,8 @@ def read_config(path: Path) -> tuple[dict[str, Any], DeltaConfig]:
             f"{SCHEMA}: update opendelta"
         )
     facts = {key: given.pop(key, None) for key in (*FACTS, *FILES)}
-    if not _are_names(facts["backbone_parameters"]):
-        raise DeltaLoadError(f"{file}: backbone_parameters must be a list of names")
+    if not _are_names(facts["backbone_tensors"]):
+        raise DeltaLoadError(f"{file}: backbone_tensors must be a list of names")
     try:
         config = method(given.get("delta_type", "")).config_class.from_dict(given)
     except OptionError as error:

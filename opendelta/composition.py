@@ -84,7 +84,9 @@ class Composition:
             if not isinstance(given, str | Delta):
                 raise DeltaError(f"{given!r} must be a delta or the name of one")
             name = given.name if isinstance(given, Delta) else given
-            if name not in records:
+            if name not in records or (
+                isinstance(given, Delta) and given.record is not records[name]
+            ):
                 near = nearest(str(name), records)
                 raise DeltaError(
                     f"no delta {name!r} is attached to {type(self.model).__name__}; attached are "

@@ -15,7 +15,7 @@ from . import foreign, freezing, inspection, planning, sharding, site
 from .addressing import Survey, as_list, no_match, survey
 from .errors import DeltaError, OptionError, SiteError, nearest
 from .options import DeltaConfig
-from .order import HANDLES, free_name, known_records, renumber
+from .order import HANDLES, free_name, known_records, prefix_of, renumber
 from .record import SLOT, Record, Shared
 from .site import DeltaLayer
 
@@ -29,7 +29,7 @@ def method(delta_type: str) -> type[Delta]:
     Raises:
         OptionError: there is none.
     """
-    if delta_type not in METHODS:
+    if not isinstance(delta_type, str) or delta_type not in METHODS:
         near = nearest(str(delta_type), METHODS)
         hint = f"nearest: {', '.join(near)}" if near else f"known: {', '.join(sorted(METHODS))}"
         raise OptionError(
@@ -185,6 +185,7 @@ class Delta:
         if not isinstance(model, nn.Module):
             raise OptionError(f"backbone_model must be a torch.nn.Module, not {model!r}")
         found = survey(model)
+        check_root(found)
         known = known_records(found)
         taken = [record.name for record in known]
         name = free_name(config.delta_type, taken) if config.name is None else config.name
@@ -218,7 +219,7 @@ class Delta:
             for where, layer, reads, ranks in plan:
                 module = found.modules[where]
                 if ranks is None or ranks.group is None:
-                    planning.fit(layer, *planning.placement(found, where, self.config))
+                    planning.fit(layer, module, *planning.placement(found, where, self.config))
                 if ranks is not None:
                     sharding.shard(layer, ranks)
                 found.stacks[where] = site.add(module, self.name, layer, reads)
@@ -229,12 +230,13 @@ class Delta:
             raise
         if known and self.record.shared is not known[0].shared:
             known[0].shared.frozen |= self.record.shared.frozen
+            known[0].shared.excluded |= self.record.shared.excluded
             self.record.shared = known[0].shared
         renumber(known, self.record, before, after)
         for stack in found.stacks.values():
             stack.sort()
         inspection.watch_forward(found)
-        freezing.watch_state(found)
+        freezing.watch_state(found, self.record.shared)
         HANDLES.add(self)
 
     def _plan(self, found: Survey, where: str) -> tuple[bool, sharding.Ranks | None]:
@@ -248,7 +250,7 @@ class Delta:
                 "whole (preload_module_classes) that the delta was not in; attach before offloading"
             )
         reads = site.wants_reads(module, self.config.reads)
-        site.check(where, module, [(self.name, layer)], reads)
+        site.check(where, module, self.name, layer, reads)
         return reads, sharding.group_of(found, where, reads, layer)
 
     def attach(
@@ -303,19 +305,11 @@ class Delta:
         for where, name, layer in list(found.layers()):
             if layer.record is self.record:
                 site.remove(found.modules[where], name)
-        # Deltas of this backbone may have been attached through an outer or an inner module of it.
-        shared = self.record.shared
-        roots = {
-            id(h.backbone_model): h.backbone_model
-            for h in list(HANDLES)
-            if h.record.shared is shared
-        }
-        trees = [survey(root) for root in roots.values()]
-        if not any(len(stack) for tree in trees for stack in tree.stacks.values()):
-            for tree in trees:
-                freezing.unwatch_state(tree)
-                inspection.unwatch_forward(tree)
-                freezing.restore(tree, shared)
+        if not any(len(stack) for stack in found.stacks.values()):
+            freezing.unwatch_state(found)
+            inspection.unwatch_forward(found)
+            freezing.restore(found, self.record.shared)
+            self.record.shared.only_trainable = False
 
     # ---------------------------------------------------------- the switches
     def enable(self) -> None:
@@ -373,11 +367,10 @@ class Delta:
             AddressError: a name selects nothing. Nothing is frozen then.
         """
         found = survey(self.backbone_model)
-        names = [*as_list(exclude), *self.unfrozen_modules]
-        freezing.freeze(found, self.record.shared, module, names)
-        hook = freezing.state_hook(self.backbone_model)
-        if hook is not None:
-            hook.only_trainable = set_state_dict
+        shared = self.record.shared
+        unfrozen = {n for r in known_records(found) for n in r.config.unfrozen_modules or ()}
+        freezing.freeze(found, shared, module, as_list(exclude), unfrozen)
+        shared.only_trainable = set_state_dict
 
     # --------------------------------------------------------------- tensors
     def _prefix(self, where: str, name: str | None = None) -> str:
@@ -482,9 +475,37 @@ def handle_of(found: Survey, record: Record) -> Delta:
     for handle in list(HANDLES):
         if handle.record is record:
             return handle
+    prefix = prefix_of(found, record)
+    if prefix is None:
+        raise DeltaError(
+            f"{record.name!r} was attached through a module around this "
+            f"{type(found.root).__name__}; use composition() of that one"
+        )
     cls = method(record.config.delta_type)
     handle = cls.__new__(cls)
-    handle.backbone_model, handle.record = found.root, record
-    handle.layers = {where: x for where, _, x in found.layers() if x.record is record}
+    handle.backbone_model, handle.record = found.modules[prefix], record
+    own = [(where, layer) for where, _, layer in found.layers() if layer.record is record]
+    handle.layers = {w[len(prefix) + 1 if prefix else 0 :]: layer for w, layer in own}
     HANDLES.add(handle)
     return handle
+
+
+def check_root(found: Survey) -> None:
+    """Raise if the backbone has deltas that were attached through a module around it, or inside."""
+    what = type(found.root).__name__
+    for record in found.records():
+        prefix = prefix_of(found, record)
+        if prefix != "":
+            other = "a module around it" if prefix is None else f"its module {prefix!r}"
+            raise SiteError(
+                f"{record.name!r} was attached through {other}, not through this {what}; attach "
+                "all deltas of a model through the same module"
+            )
+    for handle in list(HANDLES):
+        outer = handle.backbone_model
+        around = outer is not found.root and any(m is found.root for m in outer.modules())
+        if around and handle.attached:
+            raise SiteError(
+                f"{handle.name!r} was attached through the {type(outer).__name__} around this "
+                f"{what}; attach all deltas of a model through the same module"
+            )

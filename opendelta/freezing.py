@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .addressing import Survey, ancestors, compile_pattern, no_match
 from .errors import DeltaError, UnsavedWarning
@@ -15,18 +15,25 @@ from .record import SLOT, Shared
 from .site import stack_of
 
 
-def tensors(found: Survey, name: str, kinds: Sequence[str]) -> Iterator[tuple[str, Any]]:
-    """(full name, tensor) of the tables `kinds` of the module called `name`, without children."""
-    module = found.modules[name]
-    for kind in kinds:
-        for key, tensor in getattr(module, kind).items():
-            if tensor is not None:
-                yield f"{name}.{key}" if name else key, tensor
-
-
 def backbone_parameters(found: Survey) -> dict[str, nn.Parameter]:
     """The backbone's parameters by full name, without the deltas'; a tied one under each name."""
-    return {n: p for name in found.modules for n, p in tensors(found, name, ["_parameters"])}
+    return {
+        f"{name}.{key}" if name else key: parameter
+        for name, module in found.modules.items()
+        for key, parameter in module._parameters.items()
+        if parameter is not None
+    }
+
+
+def backbone_tensors(found: Survey) -> dict[str, Tensor]:
+    """The backbone's parameters and saved buffers by full name, without the deltas'."""
+    buffers = {
+        f"{name}.{key}" if name else key: buffer
+        for name, module in found.modules.items()
+        for key, buffer in module._buffers.items()
+        if buffer is not None and key not in module._non_persistent_buffers_set
+    }
+    return {**backbone_parameters(found), **buffers}
 
 
 def delta_parameters(found: Survey) -> dict[str, nn.Parameter]:
@@ -39,39 +46,48 @@ def delta_parameters(found: Survey) -> dict[str, nn.Parameter]:
     }
 
 
-def freeze(found: Survey, shared: Shared, module: nn.Module | None, exclude: Sequence[str]) -> None:
-    """Freeze all parameters of `module` but those that `exclude` names; the last call decides.
+def freeze(
+    found: Survey,
+    shared: Shared,
+    module: nn.Module | None,
+    exclude: Sequence[str],
+    unfrozen: Collection[str],
+) -> None:
+    """Freeze all parameters of `module` but those that are named; the last call decides.
 
-    A pattern in `exclude` names a parameter, a module around it, or a delta; "deltas" all deltas.
+    Args:
+        exclude: patterns for a parameter, a module around it, or a delta; "deltas" is all deltas.
+        unfrozen: full names of parameters or of modules around them.
 
     Raises:
         AddressError: a pattern names nothing. Nothing is frozen then.
         DeltaError: `module` is not a module of the backbone.
     """
     within = _name_of(found, module)
-    own, added = backbone_parameters(found), delta_parameters(found)
+    inside = f"{within}." if within else ""
+    own, added = backbone_tensors(found), delta_parameters(found)
     tests = {pattern: compile_pattern(pattern) for pattern in exclude if pattern != SLOT}
     every = {part for name in (*own, *added) for part in ancestors(name)}
     hits = {pattern: {n for n in every if test(n)} for pattern, test in tests.items()}
     for pattern, hit in hits.items():
         if not hit:
             raise no_match(pattern, every, found.root, "name")
-    kept = set().union(*hits.values())
+    kept = {*unfrozen}.union(*hits.values())
     everything = {**own, **added}
     spared = {  # by identity: a tied weight is spared under all of its names
-        id(parameter)
-        for name, parameter in everything.items()
-        if (SLOT in exclude and name in added) or any(part in kept for part in ancestors(name))
+        id(tensor)
+        for name, tensor in everything.items()
+        if (SLOT in exclude and name in added) or kept & {"", *ancestors(name)}
     }
     restore(found, shared, within)
-    shared.excluded -= {n for n in shared.excluded if n.startswith(f"{within}." if within else "")}
-    for name, parameter in everything.items():
-        if within and not name.startswith(f"{within}."):
+    shared.excluded -= {name for name in shared.excluded if name.startswith(inside)}
+    for name, tensor in everything.items():
+        if not name.startswith(inside):
             continue
-        if id(parameter) in spared:
+        if id(tensor) in spared:
             shared.excluded |= {name} & own.keys()
-        elif parameter.requires_grad:
-            parameter.requires_grad_(False)
+        elif tensor.requires_grad:
+            tensor.requires_grad_(False)
             shared.frozen.add(name)
 
 
@@ -88,20 +104,12 @@ def _name_of(found: Survey, module: nn.Module | None) -> str:
 
 
 def restore(found: Survey, shared: Shared, within: str = "") -> None:
-    """Make trainable again what `freeze` froze inside `within`, and forget it.
-
-    The names may be relative to an inner or an outer module, if deltas were attached through both.
-    """
-    own = {**backbone_parameters(found), **delta_parameters(found)}
-    for frozen in sorted(shared.frozen):
-        if within and not frozen.startswith(f"{within}."):
-            continue
-        names = [frozen] if frozen in own else []
-        if not names and f".{SLOT}." not in f".{frozen}":
-            names = [n for n in own if n.endswith(f".{frozen}") or frozen.endswith(f".{n}")]
-        for name in names:
-            own[name].requires_grad_(True)
-            shared.frozen.discard(frozen)
+    """Make trainable again what `freeze` froze inside `within`, and forget it."""
+    inside = f"{within}." if within else ""
+    for name, parameter in {**backbone_tensors(found), **delta_parameters(found)}.items():
+        if name in shared.frozen and name.startswith(inside):
+            parameter.requires_grad_(True)
+            shared.frozen.discard(name)
 
 
 # --------------------------------------------------------------------------------------- state dict
@@ -112,13 +120,13 @@ class StateDictHook:
     becomes of the deltas when transformers' `save_pretrained` asked for the state.
     """
 
-    def __init__(self) -> None:
-        self.only_trainable = False
+    def __init__(self, shared: Shared) -> None:
+        self.shared = shared
 
     def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, _meta: Any) -> None:
         slotted = _slots(module, prefix)
         deltas = {key for key in state if key.startswith(slotted)}
-        if self.only_trainable:
+        if self.shared.only_trainable:
             trains = {
                 f"{prefix}{name}"
                 for name, parameter in module.named_parameters(remove_duplicate=False)
@@ -128,7 +136,9 @@ class StateDictHook:
                 if key not in trains and key not in deltas:
                     del state[key]
         if deltas and _for_save_pretrained():
-            held = "only trainable tensors and" if self.only_trainable else "the backbone and"
+            held = (
+                "only trainable tensors and" if self.shared.only_trainable else "the backbone and"
+            )
             warnings.warn(
                 f"save_pretrained writes {held} {len(deltas)} delta tensors of "
                 f"{type(module).__name__}, and from_pretrained will drop the deltas. Save a delta "
@@ -167,7 +177,7 @@ def state_hook(module: nn.Module) -> StateDictHook | None:
     return next((hook for hook in hooks if isinstance(hook, StateDictHook)), None)
 
 
-def watch_state(found: Survey) -> None:
+def watch_state(found: Survey, shared: Shared) -> None:
     """Put the hook on the backbone, and on the transformers models inside a wrapping module."""
     wanted = [found.root]
     if not hasattr(found.root, "save_pretrained"):
@@ -175,7 +185,7 @@ def watch_state(found: Survey) -> None:
         wanted += [found.modules[n] for n in outer if not (set(ancestors(n)) - {n}) & set(outer)]
     for module in wanted:
         if state_hook(module) is None:
-            module.register_state_dict_post_hook(StateDictHook())
+            module.register_state_dict_post_hook(StateDictHook(shared))
 
 
 def unwatch_state(found: Survey) -> None:

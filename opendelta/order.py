@@ -35,15 +35,27 @@ def known_records(found: Survey) -> list[Record]:
     return sorted(records.values(), key=lambda record: record.place)
 
 
+def prefix_of(found: Survey, record: Record) -> str | None:
+    """The name of the module through which a delta was attached; None: one around `found`."""
+    sites = [where for where, _, layer in found.layers() if layer.record is record]
+    config = record.config
+    names = {*(config.modified_modules or ()), *(config.modules_to_save or ())}
+    if names & set(sites):
+        return ""
+    for where in sites:
+        for name in names:
+            if name == "" or where.endswith(f".{name}"):
+                return where.removesuffix(name).removesuffix(".")
+    return None
+
+
 def renumber(
     known: list[Record], record: Record, before: Record | None, after: Record | None
-) -> bool:
-    """Give `record` its place among the `known` others; whether it got another than it had."""
+) -> None:
+    """Give `record` its place among the `known` others: its old one, or next to a neighbour."""
     order = sorted([*known, record], key=lambda r: (r.place, r is record))
     if before is not None or after is not None:
         order.remove(record)
-        at = order.index(before) if before is not None else order.index(after) + 1  # type: ignore
-        order.insert(at, record)
+        order.insert(order.index(before) if before is not None else order.index(after) + 1, record)  # type: ignore[arg-type]
     for place, each in enumerate(order):
         each.place = place
-    return before is not None or after is not None

@@ -15,7 +15,7 @@ from torch import nn
 from . import foreign, sharding, site, structure
 from .addressing import Survey, ancestors, as_list, leave_out, literal, select, select_modules
 from .errors import AddressError, SiteError, TiedWeightWarning
-from .freezing import backbone_parameters
+from .freezing import backbone_tensors
 from .layers import KINDS, Site, device_and_dtype, kind_of
 from .options import DeltaConfig
 from .record import SLOT
@@ -43,7 +43,8 @@ def resolve(found: Survey, config: Config, defaults: Sequence[str]) -> Config:
     names = structure.with_roles(found.root, wanted) if by_role else select_modules(found, wanted)
     modified = leave_out(found, names, as_list(config.exclude_modules))
     chosen = select(found.modules, as_list(config.modules_to_save), found.root)
-    owned = [n for n in chosen if not ({*ancestors(n)} - {n}) & {*chosen}]  # the outermost ones
+    outermost = [n for n in chosen if not ({*ancestors(n)} - {n}) & {*chosen}]
+    owned = list({id(found.modules[n]): n for n in reversed(outermost)}.values())[::-1]
     for name in modified:
         if around := next((o for o in owned if f"{name}.".startswith(f"{o}.")), None):
             raise AddressError(
@@ -88,13 +89,13 @@ def take_literally(found: Survey, config: Config) -> Config:
     """
     for names in (config.modified_modules, config.modules_to_save):
         literal(found.modules, names or [], found.root)
-    literal(_names(found), config.unfrozen_modules or [], found.root)
+    literal(_names(found), config.unfrozen_modules or [], found.root, what="name")
     return config
 
 
 def _names(found: Survey) -> list[str]:
-    """The full names of all modules and of all parameters of the backbone."""
-    return [*found.modules, *backbone_parameters(found)]
+    """The full names of all modules, parameters and saved buffers of the backbone."""
+    return [*found.modules, *backbone_tensors(found)]
 
 
 # -------------------------------------------------------------------------- layers
@@ -117,11 +118,10 @@ def make_layers(
     sites = []
     for name in targets:
         module = found.modules[name]
-        if isinstance(module, nn.ModuleList | nn.ModuleDict):
-            last = name.rpartition(".")[2]
+        if type(module).forward is nn.Module.forward:
             raise SiteError(
-                f"{name!r} ({type(module).__name__}) is a list that is never called; choose its "
-                rf"items, such as r'[r]{last}\.\d+'"
+                f"{name!r} ({type(module).__name__}) is never called, as it has no forward; choose "
+                rf"its items, such as r'[r]{name.rpartition('.')[2]}\.\d+'"
             )
         kind = kind_of(module)
         _check_kind(found, name, kind.name if kind is not None else "other", config, layer_class)
@@ -162,11 +162,18 @@ def placement(found: Survey, name: str, config: DeltaConfig) -> tuple[torch.devi
     return device, getattr(torch, config.dtype) if config.dtype else dtype
 
 
-def fit(layer: DeltaLayer, device: torch.device, dtype: torch.dtype) -> None:
-    """Move a layer to where its module computes; a module of the delta's own keeps its dtype."""
+def fit(layer: DeltaLayer, module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Move a layer to where its module computes; the delta's own copy of it takes its dtypes."""
     if any(parameter.is_meta for parameter in layer.parameters()) and device.type != "meta":
         return  # accelerate offloaded the layer and brings its values for every run
-    layer.to(device=device, dtype=None if isinstance(layer, OwnedModule) else dtype)
+    if not isinstance(layer, OwnedModule):
+        layer.to(device=device, dtype=dtype)
+        return
+    layer.to(device=device)
+    like = dict(module.named_parameters())
+    for name, parameter in layer.module.named_parameters():
+        if name in like and parameter.dtype != like[name].dtype:
+            parameter.data = parameter.data.to(like[name].dtype)
 
 
 def check_owned(found: Survey, layers: dict[str, DeltaLayer]) -> None:

@@ -17,13 +17,15 @@ class Shared:
     """What all deltas of one backbone share.
 
     Attributes:
-        frozen: names of the backbone parameters that `freeze_module` froze, relative to the
-            backbone that was given to the delta.
-        excluded: names of those that its `exclude` named, which are saved with a delta.
+        frozen: names of the parameters that `freeze_module` froze.
+        excluded: names of those that its `exclude` named, and of the buffers among them, which are
+            saved with a delta.
+        only_trainable: whether `state_dict()` of the backbone holds only what trains.
     """
 
     frozen: set[str] = field(default_factory=set)
     excluded: set[str] = field(default_factory=set)
+    only_trainable: bool = False
 
 
 @dataclass(eq=False)

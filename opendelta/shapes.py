@@ -1,6 +1,7 @@
 """Output widths of modules that no table knows: one shape-only run of the backbone.
 
-The run uses fake tensors: no arithmetic, no memory, no random numbers, and nothing of it stays.
+The run uses fake tensors: no arithmetic, no memory, no random numbers; what it leaves on modules
+is put back.
 """
 
 from __future__ import annotations
@@ -75,6 +76,7 @@ def _run(found: Survey, where: str, args: tuple, kwargs: dict[str, Any]) -> None
 
     module = found.modules[where]
     device, dtype = device_and_dtype([module])
+    dtype = torch.float32 if dtype == torch.float16 else dtype
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
 
         def fake(value: Any) -> Any:
@@ -105,6 +107,8 @@ def _put_stand_ins(
         for name, tensor in table.items():
             if tensor is not None and tensor.is_meta and device is not None:
                 table[name] = torch.empty_like(tensor, device=device)
+            elif tensor is not None and tensor.dtype == torch.float16:
+                table[name] = fake(tensor).float()  # float16 branches on values, to catch overflow
             elif tensor is not None and table is module._buffers:
                 table[name] = fake(tensor)
     for child in module.children():
@@ -130,7 +134,7 @@ def output_widths(model: nn.Module, names: Sequence[str]) -> dict[str, int]:
             hidden = output if key is None else output[key]
             if hidden.ndim > 3:
                 raise SiteError(
-                    f"{name!r} ({type(found.modules[name]).__name__}) returns an image or the like, "
+                    f"{name!r} ({type(found.modules[name]).__name__}) returns an image or so, "
                     f"{list(hidden.shape)}: hidden states must be [..., width] in 2 or 3 axes"
                 )
             widths[name] = hidden.size(-1)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -134,8 +134,13 @@ class Stack(nn.ModuleDict):
         return params
 
     def sort(self) -> None:
-        """Put the layers into the total order. The mapping object itself stays the same."""
-        ordered = sorted(self.in_order(), key=lambda item: item[1].record.place)
+        """Put the layers into the total order, those in the module's place beneath all others.
+
+        The mapping object itself stays the same.
+        """
+        ordered = sorted(
+            self.in_order(), key=lambda item: (item[1].flow != "instead", item[1].record.place)
+        )
         if [name for name, _ in ordered] != list(self._modules):
             self._modules.clear()
             self._modules.update(ordered)
@@ -263,10 +268,8 @@ def check_name(name: str) -> None:
         )
 
 
-def check(
-    where: str, module: nn.Module, new: Sequence[tuple[str, DeltaLayer]], reads: bool
-) -> None:
-    """Raise if `module`, at `where`, cannot take the `new` named layers. Nothing is changed."""
+def check(where: str, module: nn.Module, name: str, layer: DeltaLayer, reads: bool) -> None:
+    """Raise if `module`, at `where`, cannot take the layer. Nothing is changed."""
     stack, base = stack_of(module), plain_class(module) or type(module)
     here = f"{where!r} ({base.__name__})"
     if isinstance(module, torch.jit.ScriptModule):
@@ -276,9 +279,13 @@ def check(
             f"{here} has an attribute {SLOT!r} of its own, which is where the layers would live; "
             "rename it, or choose its parent or its children"
         )
-    for name, _ in new:
-        if stack is not None and name in stack:
-            raise SiteError(f"{here} carries a delta {name!r} already; pass another name=")
+    if base.forward is nn.Module.forward:
+        raise SiteError(
+            f"{here} is never called, as it has no forward; choose its items, such as "
+            rf"r'[r]{where.rpartition('.')[2]}\.\d+'"
+        )
+    if stack is not None and name in stack:
+        raise SiteError(f"{here} carries a delta {name!r} already; pass another name=")
     if foreign.hides_forward(module):
         raise SiteError(
             f"{here} had its forward replaced by {module.__dict__['forward']!r}: the delta would "
@@ -286,12 +293,12 @@ def check(
         )
     if not reads:
         return
-    acting = [*(stack.in_order() if stack is not None else ()), *new]
-    for name, layer in acting:
-        if not layer.folds:
+    acting = [*(stack.in_order() if stack is not None else ()), (name, layer)]
+    for each, other in acting:
+        if not other.folds:
             raise SiteError(
                 f"{here}: its parent reads .weight instead of calling it, so only layers that fold "
-                f"into the weight act there; {name!r} ({type(layer).__name__}) does not. Choose "
+                f"into the weight act there; {each!r} ({type(other).__name__}) does not. Choose "
                 "the parent module instead"
             )
     if layers.raw_forward(base) is None or "weight" not in module._parameters:
@@ -307,12 +314,13 @@ def check(
 def add(module: nn.Module, name: str, layer: DeltaLayer, reads: bool) -> Stack:
     """Put `layer` on the stack of `module`, as the outermost; `check` comes first."""
     stack, base = stack_of(module), plain_class(module)
+    layer.train(module.training)
     if stack is None:
         stack = module._modules[SLOT] = Stack().train(module.training)
         foreign.set_class(module, site_class(type(module), reads))
     elif base is not None and reads != vars(type(module))["_site_reads"]:
         foreign.set_class(module, site_class(base, reads))
-    stack[name] = layer.train(module.training)
+    stack[name] = layer
     return stack
 
 

@@ -265,6 +265,57 @@ def test_a_tied_weight_is_warned_of():
         AdapterModel(model, modified_modules=["wte"])
 
 
+@pytest.mark.parametrize("place", ["conv", "block", "norm"])
+def test_images_are_no_hidden_states(place):
+    class Images(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 8, 3, padding=1)
+            self.block = nn.Sequential(nn.Conv2d(8, 8, 1), nn.ReLU())
+            self.norm = nn.BatchNorm2d(8)
+
+        def forward(self, x):
+            return self.norm(self.block(self.conv(x)))
+
+    model = Images()
+    with untouched(model), pytest.raises(opendelta.SiteError, match=rf"'{place}'"):
+        AdapterModel(model, modified_modules=[place])
+
+
+def test_the_width_of_a_float16_block_is_found():
+    model = tiny("bart").to(torch.float16)
+    AdapterModel(model, modified_modules=["encoder.layers.0"])
+    assert model.encoder.layers[0].deltas["adapter"].width == 16
+
+
+def test_hints_for_those_who_write_a_regular_expression_or_another_name(bert):
+    with pytest.raises(opendelta.AddressError, match=r"is written '\[r\]layer.\*query'"):
+        LoraModel(bert, modified_modules=["layer.*query"])
+    with pytest.raises(opendelta.OptionError, match=r"no option 'r'; nearest: lora_r"):
+        LoraModel(bert, r=4)
+    with pytest.raises(opendelta.OptionError, match=r"from_config\(config, model\)"):
+        LoraModel(bert, opendelta.LoraConfig())
+
+
+def test_a_method_is_checked_when_it_is_defined():
+    from opendelta import AdapterConfig, Delta
+    from opendelta.methods import AdapterLayer
+
+    whole = {
+        "delta_type": "mine",
+        "config_class": AdapterConfig,
+        "layer_class": AdapterLayer,
+        "default_modified_modules": ("ff.w2",),
+    }
+    for name in whole:
+        with pytest.raises(opendelta.OptionError, match=rf"Mine.{name} must be a "):
+            type("Mine", (Delta,), {k: v for k, v in whole.items() if k != name})
+    with pytest.raises(opendelta.OptionError, match=r"layer_class a DeltaLayer"):
+        type("Mine", (Delta,), {**whole, "layer_class": nn.Linear})
+    with pytest.raises(opendelta.OptionError, match=r"'lora' is that of opendelta.methods.lora"):
+        type("Mine", (Delta,), {**whole, "delta_type": "lora"})
+
+
 def test_every_option_error_says_what_was_given():
     model = net()
     wrong = {

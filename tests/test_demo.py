@@ -113,7 +113,7 @@ def test_the_split_depends_on_the_seed_alone_and_shares_no_question():
     assert (first.train, first.test) == (again.train, again.test)
     assert first.train != other.train
     train, test = ([tuple(e["input_ids"]) for e in part] for part in (first.train, first.test))
-    assert (len(set(train)), len(set(test)), len(set(train + test))) == (300, 100, 400)
+    assert (len(train), len(test), len(set(train) & set(test))) == (300, 100, 0)
     assert test == sorted(test, key=len)
     assert first.collate(first.test[-2:])["input_ids"].shape == (2, len(test[-1]))
     fewer = demo.load_questions(20, 100, 0)

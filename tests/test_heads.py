@@ -79,10 +79,14 @@ def test_two_tasks_with_heads_of_their_own_live_side_by_side():
         assert torch.equal(model(IDS), plain)
 
 
-def test_deltas_on_the_module_act_on_the_copy_that_came_before():
+@pytest.mark.parametrize("owner_first", [True, False])
+def test_deltas_on_the_module_act_on_the_copy_whichever_came_first(owner_first):
     model = net()
-    with_head(model)
+    if owner_first:
+        with_head(model)
     lora = shake(LoraModel(model, modified_modules=["head"], name="on_head"))
+    if not owner_first:
+        with_head(model)
     explanation = opendelta.composition(model).explain("head")
     assert explanation.formula == "y = lora(x) + on_head(x)"
     changed = model(IDS)
@@ -143,6 +147,23 @@ def test_a_copied_model_has_a_head_of_its_own():
         head_of(delta).weight.zero_()
     assert torch.equal(twin(IDS), expected)
     assert not torch.equal(model(IDS), expected)
+
+
+def test_a_returning_head_follows_its_module_to_another_dtype():
+    model = net()
+    delta = with_head(model)
+    delta.detach()
+    model.to(torch.float64)
+    delta.attach()
+    assert head_of(delta).weight.dtype == torch.float64
+    assert model(IDS).dtype == torch.float64
+
+
+def test_a_module_of_two_names_is_owned_once():
+    model = net()
+    model.same = model.head
+    delta = LoraModel(model, modified_modules=["linear"], modules_to_save=["head", "same"])
+    assert list(delta.layers) == ["linear", "head"]
 
 
 def test_the_heads_own_dtype_stays_when_the_delta_has_another():

@@ -329,13 +329,93 @@ def test_only_restores_the_switches_even_after_an_error():
         assert torch.equal(model(IDS), net()(IDS))
 
 
-def test_deltas_attached_through_different_modules_of_one_model_are_one_composition():
+def test_all_deltas_of_a_model_are_attached_through_the_same_module():
     wrapped = nn.Sequential(small())
-    inner = LoraModel(wrapped[0], modified_modules=["0"])
-    outer = AdapterModel(wrapped, modified_modules=["0.0"])
-    assert opendelta.composition(wrapped).names == ["lora", "adapter"]
-    opendelta.composition(wrapped).reorder(["adapter", "lora"])
-    assert list(wrapped[0][0].deltas) == ["adapter", "lora"]
-    inner.detach()
-    outer.detach()
+    with untouched(wrapped):
+        inner = LoraModel(wrapped[0], modified_modules=["0"])
+        with pytest.raises(opendelta.SiteError, match=r"attached through its module '0', not"):
+            AdapterModel(wrapped, modified_modules=["0.0"])
+        inner.detach()
+        outer = AdapterModel(wrapped, modified_modules=["0.2"])
+        for where in (wrapped[0], wrapped[0][0]):
+            with pytest.raises(
+                opendelta.SiteError, match=r"through (a module|the Sequential) around"
+            ):
+                LoraModel(where, modified_modules=[""] if where is wrapped[0][0] else ["0"])
+        outer.detach()
+
+
+@pytest.mark.parametrize("held", [True, False])
+def test_a_composition_of_another_module_gives_whole_handles_or_says_where_to_look(held):
+    wrapped = nn.Sequential(small())
+    delta = LoraModel(wrapped[0], modified_modules=["0", "2"])
+    if not held:
+        del delta
+    handle = opendelta.composition(wrapped)["lora"]
+    assert handle.backbone_model is wrapped[0]
+    assert list(handle.layers) == ["0", "2"]
+    handle.detach()
     opendelta.assert_pristine(wrapped)
+    outer = LoraModel(wrapped, modified_modules=["0.0", "0.2"], name="outer")
+    if held:
+        assert opendelta.composition(wrapped[0])["outer"] is outer
+    else:
+        del outer
+        with pytest.raises(opendelta.DeltaError, match=r"attached through a module around this"):
+            opendelta.composition(wrapped[0])["outer"]
+
+
+def test_a_stranger_of_the_same_name_is_not_taken_for_our_own():
+    model, other = net(), net()
+    LoraModel(model, modified_modules=["linear"])
+    stranger = LoraModel(other, modified_modules=["linear"])
+    composition = opendelta.composition(model)
+    with pytest.raises(opendelta.DeltaError, match=r"no delta 'lora' is attached"):
+        composition.reorder([stranger])
+    with pytest.raises(opendelta.DeltaError), composition.only(stranger):
+        pass
+    with pytest.raises(opendelta.DeltaError, match=r"must be a delta or the name of one"):
+        composition.reorder([["lora"]])
+
+
+def test_numbered_modules_are_explained_with_their_list():
+    model = nn.Sequential(small())
+    LoraModel(model, modified_modules=["0.0"])
+    assert opendelta.composition(model).explain("0.0").formula == "y = 0.0(x) + lora(x)"
+
+
+# -------------------------------------------------------------------- containers
+def test_a_container_that_carries_a_delta_is_the_container_it_was():
+    model = small()
+    plain, items = model(X), list(model)
+    with untouched(model):
+        adapter = shake(AdapterModel(model, modified_modules=["root"], bottleneck_dim=2))
+        assert not torch.allclose(model(X), plain)
+        assert len(model) == 3
+        assert list(model) == items
+        assert model[-1] is items[-1]
+        with adapter.disabled():
+            assert torch.equal(model(X), plain)
+        adapter.detach()
+    assert torch.equal(model(X), plain)
+
+
+def test_a_container_can_be_owned_and_switched_off():
+    whole = nn.Sequential()
+    whole.add_module("body", nn.Linear(6, 6))
+    whole.add_module("head", nn.Sequential(nn.Linear(6, 2)))
+    plain = whole(X)
+    delta = shake(LoraModel(whole, modified_modules=["body"], modules_to_save=["head"]))
+    assert not torch.allclose(whole(X), plain)
+    with delta.disabled():
+        assert torch.equal(whole(X), plain)
+
+
+@pytest.mark.parametrize("option", ["modified_modules", "modules_to_save"])
+def test_a_list_that_is_never_called_is_refused(option):
+    model = nn.Module()
+    model.blocks = nn.ModuleList([nn.Linear(6, 6)])
+    model.other = nn.Linear(6, 6)
+    options = {"modified_modules": ["other"], option: ["blocks"]}
+    with untouched(model), pytest.raises(opendelta.SiteError, match=r"never called.*\[r\]blocks"):
+        AdapterModel(model, **options)

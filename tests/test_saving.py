@@ -73,7 +73,7 @@ def test_loading_runs_no_pattern(saved):
     assert delta.modified_modules == ["linear", "bare"]
     assert torch.equal(model(IDS), expected)
     rewrite(folder, modified_modules=["[r](x+x+)+y"])
-    refuses(folder, "no module matches", opendelta.AddressError)
+    refuses(folder, "saved from a Net, does not fit this Net: no module matches")
 
 
 def test_each_way_of_loading_gives_the_same(saved):
@@ -134,7 +134,7 @@ def test_a_detached_delta_can_be_saved(saved, tmp_path):
 
 # ----------------------------------------------------------------- backbone parameters
 @pytest.mark.parametrize("how", ["unfrozen_modules", "exclude"])
-def test_backbone_parameters_trained_by_name_are_saved_and_go_back(how, tmp_path):
+def test_backbone_tensors_trained_by_name_are_saved_and_go_back(how, tmp_path):
     model = net()
     options = {"unfrozen_modules": ["head"]} if how == "unfrozen_modules" else {}
     delta = shake(LoraModel(model, modified_modules=["linear"], **options))
@@ -144,15 +144,57 @@ def test_backbone_parameters_trained_by_name_are_saved_and_go_back(how, tmp_path
         model.head.weight.add_(1)
     expected = model(IDS)
     delta.save_finetuned(tmp_path)
-    assert config_of(tmp_path)["backbone_parameters"] == ["head.bias", "head.weight"]
+    assert config_of(tmp_path)["backbone_tensors"] == ["head.bias", "head.weight"]
     fresh = net()
     loaded = AutoDeltaModel.from_finetuned(tmp_path, backbone_model=fresh)
     assert torch.equal(fresh(IDS), expected)
-    loaded.freeze_module(exclude=["deltas", "head"])
+    loaded.freeze_module()
+    assert fresh.head.weight.requires_grad
     loaded.save_finetuned(tmp_path)
     again = net()
     AutoDeltaModel.from_finetuned(tmp_path, backbone_model=again)
     assert torch.equal(again(IDS), expected)
+
+
+def test_tensors_trained_by_name_are_saved_though_they_are_frozen_by_now(tmp_path):
+    model = net()
+    delta = shake(LoraModel(model, modified_modules=["linear"]))
+    delta.freeze_module(exclude=["deltas", "head"])
+    with torch.no_grad():
+        model.head.weight.add_(1)
+    model.requires_grad_(False)
+    delta.save_finetuned(tmp_path)
+    fresh = net()
+    AutoDeltaModel.from_finetuned(tmp_path, backbone_model=fresh)
+    assert torch.equal(fresh(IDS), model(IDS))
+
+
+@pytest.mark.parametrize("how", ["unfrozen_modules", "exclude"])
+def test_buffers_of_unfrozen_modules_are_saved_too(how, tmp_path):
+    def with_batch_norm():
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4))
+
+    model = with_batch_norm()
+    options = {"unfrozen_modules": ["1"]} if how == "unfrozen_modules" else {}
+    delta = LoraModel(model, modified_modules=["0"], **options)
+    delta.freeze_module(exclude=["deltas"] if options else ["deltas", "1"])
+    model(torch.randn(9, 4) * 3 + 1)
+    model.eval()
+    delta.save_finetuned(tmp_path)
+    fresh = with_batch_norm().eval()
+    AutoDeltaModel.from_finetuned(tmp_path, backbone_model=fresh)
+    x = torch.randn(5, 4)
+    assert torch.equal(fresh(x), model(x))
+
+
+def test_each_delta_keeps_its_unfrozen_modules_whoever_freezes(tmp_path):
+    model = net()
+    lora = LoraModel(model, modified_modules=["linear"])
+    AdapterModel(model, modified_modules=["bare"], unfrozen_modules=["head.bias"])
+    lora.freeze_module()
+    trains = {n for n, p in model.named_parameters() if p.requires_grad and ".deltas." not in n}
+    assert trains == {"head.bias"}
 
 
 def test_other_trainable_parameters_are_counted_in_a_warning(tmp_path):
@@ -163,7 +205,7 @@ def test_other_trainable_parameters_are_counted_in_a_warning(tmp_path):
     message = rf"{count} trainable parameters of the backbone \({values:,} values\) are not saved"
     with pytest.warns(opendelta.UnsavedWarning, match=message):
         delta.save_finetuned(tmp_path)
-    assert config_of(tmp_path)["backbone_parameters"] == []
+    assert config_of(tmp_path)["backbone_tensors"] == []
     delta.freeze_module(exclude=["deltas", "head"])
     model.norm.bias.requires_grad_(True)
     with pytest.warns(opendelta.UnsavedWarning, match=r"1 trainable parameters .* \(8 values\)"):
@@ -189,7 +231,7 @@ def test_missing_unexpected_and_misshaped_tensors_are_named(saved):
 
 def test_a_backbone_that_does_not_fit_is_refused(saved):
     folder, _ = saved
-    with pytest.raises(opendelta.AddressError, match=r"no module matches 'linear' in Sequential"):
+    with pytest.raises(opendelta.DeltaLoadError, match=r"saved from a Net, .* no module matches"):
         AutoDeltaModel.from_finetuned(folder, backbone_model=torch.nn.Sequential())
     model = net()
     model.bare = torch.nn.Linear(9, 8)
@@ -205,8 +247,8 @@ def test_a_backbone_that_does_not_fit_is_refused(saved):
         ({"lora_r": "8"}, "lora_r='8' must be int"),
         ({"schema_version": 2}, "has schema 2.*update opendelta"),
         ({"format": "peft"}, "was not written by save_finetuned"),
-        ({"backbone_parameters": 3}, "must be a list of names"),
-        ({"backbone_parameters": ["heed.weight"]}, r"has no parameters \['heed.weight'\]"),
+        ({"backbone_tensors": 3}, "must be a list of names"),
+        ({"backbone_tensors": ["heed.weight"]}, r"no name matches 'heed.weight'"),
     ],
 )
 def test_a_config_that_is_not_right_is_refused(saved, changes, message):
@@ -257,6 +299,38 @@ def test_saving_again_replaces_the_old_content(saved):
     AutoDeltaModel.from_finetuned(folder, backbone_model=fresh)
     assert torch.equal(fresh(IDS), model(IDS))
     assert not torch.equal(fresh(IDS), expected)
+    assert len(list(folder.iterdir())) == 2
+
+
+def test_saving_again_mends_damaged_weights(saved):
+    folder, expected = saved
+    model = net()
+    delta = AutoDeltaModel.from_finetuned(folder, backbone_model=model)
+    delta.freeze_module()
+    weights = folder / config_of(folder)["weights"]
+    weights.write_bytes(weights.read_bytes()[:20])
+    delta.save_finetuned(folder)
+    fresh = net()
+    AutoDeltaModel.from_finetuned(folder, backbone_model=fresh)
+    assert torch.equal(fresh(IDS), expected)
+
+
+def test_the_config_of_another_library_is_not_overwritten(saved):
+    folder, _ = saved
+    (folder / "config.json").write_text('{"model_type": "bert"}')
+    delta = LoraModel(net(), modified_modules=["linear"])
+    with pytest.raises(opendelta.DeltaError, match=r"config.json that is not a delta's"):
+        delta.save_finetuned(folder)
+    assert (folder / "config.json").read_text() == '{"model_type": "bert"}'
+
+
+def test_the_hub_is_said_to_be_out_of_reach(saved):
+    folder, _ = saved
+    delta = AutoDeltaModel.from_finetuned(folder, net(), check_hash=False)
+    with pytest.raises(opendelta.OptionError, match=r"push_to_hub is not available yet"):
+        delta.save_finetuned(folder, push_to_hub=True)
+    with pytest.raises(opendelta.DeltaLoadError, match=r"Only folders are read"):
+        AutoDeltaModel.from_finetuned("DeltaHub/lora_t5-base_mrpc", backbone_model=net())
 
 
 def test_a_failing_save_leaves_the_old_content(saved, monkeypatch):

@@ -266,15 +266,21 @@ def test_a_copy_restores_its_own_flags(model, lora):
     assert not model.head.weight.requires_grad
 
 
-@pytest.mark.parametrize("inner_first", [True, False])
-def test_flags_are_restored_when_deltas_came_through_different_modules(inner_first):
-    wrapped = nn.Sequential(net())
-    with untouched(wrapped):
-        inner = LoraModel(wrapped[0], modified_modules=["linear"])
-        outer = AdapterModel(wrapped, modified_modules=["bare"])
-        inner.freeze_module()
-        for delta in [inner, outer] if inner_first else [outer, inner]:
-            delta.detach()
+def test_the_last_call_decides_about_deltas_too(model, lora, adapter):
+    own = {d.name: {n for n, _ in d.named_parameters()} for d in (lora, adapter)}
+    lora.freeze_module(exclude=["adapter"])
+    assert trainable(model) == own["adapter"]
+    lora.freeze_module(exclude=["lora"])
+    assert trainable(model) == own["lora"]
+    lora.freeze_module(exclude=["deltas"])
+    assert trainable(model) == own["lora"] | own["adapter"]
+
+
+def test_a_delta_that_its_user_froze_stays_frozen(model, lora, adapter):
+    lora.requires_grad_(False)
+    adapter.freeze_module()
+    adapter.freeze_module(exclude=["deltas", "head"])
+    assert not any(p.requires_grad for p in lora.parameters())
 
 
 # --------------------------------------------------------------------- state dict
@@ -291,6 +297,13 @@ def test_the_state_dict_holds_just_what_trains_until_the_last_detach(model, lora
     assert set(model.state_dict()) == everything - {
         name for d in (lora, adapter) for name in d.state_dict()
     }
+
+
+def test_the_filter_is_kept_in_mind_while_no_delta_is_attached(model, lora):
+    lora.detach()
+    lora.freeze_module()
+    lora.attach()
+    assert set(model.state_dict()) == trainable(model)
 
 
 def test_the_filter_can_be_left_out_and_taken_back(model, lora):

@@ -23,7 +23,8 @@ class LoraConfig(DeltaConfig):
     Attributes:
         lora_r: rank of the change.
         lora_alpha: the change is scaled by lora_alpha / lora_r.
-        lora_dropout: probability of dropping an input of the change while training.
+        lora_dropout: probability of dropping an input of the change while training; embeddings,
+            and modules whose weight is read, have no such input.
     """
 
     lora_r: int = option(8, minimum=1)
@@ -45,10 +46,12 @@ class LoraLayer(DeltaLayer):
         self.dropout = config.lora_dropout if site.kind.name != "embedding" else 0.0
         self.lora_A = site.parameter(config.lora_r, site.in_features)
         self.lora_B = site.parameter(site.out_features, config.lora_r)
-        if site.kind.name == "embedding":  # a look-up must not start with values near zero in both
-            nn.init.zeros_(self.lora_A), nn.init.normal_(self.lora_B)
+        if site.kind.name == "embedding":  # as in loralib: kaiming's bound is 1 / sqrt(vocabulary)
+            nn.init.zeros_(self.lora_A)
+            nn.init.normal_(self.lora_B)
         else:
-            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5)), nn.init.zeros_(self.lora_B)
+            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+            nn.init.zeros_(self.lora_B)
 
     def forward(self, call: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         out, x = call(*args, **kwargs), first_input(args, kwargs)
