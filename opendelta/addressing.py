@@ -71,6 +71,14 @@ def survey(root: nn.Module) -> Survey:
     return found
 
 
+WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+
+
+def unwrapped(name: str) -> str:
+    """`name` without the steps that torch.compile, checkpointing and FSDP1 put into it."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
 def ancestors(name: str) -> Iterator[str]:
     """`name` itself, then the names of all modules that contain it, without the root."""
     while name:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import freezing
-from .addressing import Survey, survey
+from .addressing import Survey, survey, unwrapped
 from .errors import DeltaError, PristineError, UnreachedWarning
 from .layers import is_sharded
 from .record import SLOT
@@ -57,39 +57,42 @@ def unreached(model: nn.Module) -> list[str]:
 
 
 def _unreached(found: Survey) -> list[str]:
-    silent = [
-        (where, name)
+    return [*_silent(found), *_lost(found)]
+
+
+def _silent(found: Survey, compiled: bool = True) -> list[str]:
+    """The active layers that have not run; without `compiled`, but those in compiled code."""
+    return [
+        f"{where}.{SLOT}.{name}".lstrip(".")
         for where, name, layer in found.layers()
         if layer.record.active and name not in found.stacks[where].ran
+        if compiled or not _in_compiled(found, where)
     ]
-    return [f"{where}.{SLOT}.{name}".lstrip(".") for where, name in [*silent, *lost(found)]]
 
 
-def lost(found: Survey) -> list[tuple[str, str]]:
-    """(name of the site, name of the delta) where a module was replaced, and its layer went along.
-
-    The names may be relative to an inner or an outer module, through which the delta was attached.
-    """
-    there: dict[int, list[str]] = {}
-    for where, _, layer in found.layers():
-        there.setdefault(id(layer.record), []).append(where)
-    missing = []
-    for record in found.records():
-        own, config = there[id(record)], record.config
-        expected = {*(config.modified_modules or ()), *(config.modules_to_save or ())}
-        for name in sorted(expected - set(own)):
-            if not any(f".{w}".endswith(f".{name}") or f".{name}".endswith(f".{w}") for w in own):
-                missing.append((name, record.name))
-    return missing
-
-
-def _in_compiled(found: Survey, layer: str) -> bool:
-    """Whether `layer` is inside a module that is compiled, where nothing is noted."""
-    where = f".{layer}".rpartition(f".{SLOT}.")[0].removeprefix(".")
+def _in_compiled(found: Survey, where: str) -> bool:
     return any(
         module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
         for module in found.chain(where)
     )
+
+
+def _lost(found: Survey) -> list[str]:
+    """The layers that went along when somebody put another module in the place of theirs."""
+    there: dict[int, list[str]] = {}
+    for where, _, layer in found.layers():
+        there.setdefault(id(layer.record), []).append(f".{unwrapped(where)}")
+    missing = []
+    for record in found.records():
+        own, config = there[id(record)], record.config
+        expected = {*(config.modified_modules or ()), *(config.modules_to_save or ())}
+        if len(own) == len(expected):
+            continue
+        for name in sorted(expected):
+            # A name is relative to the module through which the delta was attached.
+            if not any(w.endswith(f".{name}") or f".{name}".endswith(w) for w in own):
+                missing.append(f"{name}.{SLOT}.{record.name}".lstrip("."))
+    return missing
 
 
 class FirstForward:
@@ -100,7 +103,7 @@ class FirstForward:
             return
         found = survey(model)
         unwatch_forward(found)
-        missed = [name for name in _unreached(found) if not _in_compiled(found, name)]
+        missed = [*_silent(found, compiled=False), *_lost(found)]
         if missed:
             shown = ", ".join(missed[:3]) + (", ..." if len(missed) > 3 else "")
             warnings.warn(

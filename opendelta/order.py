@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
-from .addressing import Survey
+from .addressing import Survey, unwrapped
 from .record import Record
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def known_records(found: Survey) -> list[Record]:
 
 def prefix_of(found: Survey, record: Record) -> str | None:
     """The name of the module through which a delta was attached; None: one around `found`."""
-    sites = [where for where, _, layer in found.layers() if layer.record is record]
+    sites = [unwrapped(where) for where, _, layer in found.layers() if layer.record is record]
     config = record.config
     names = {*(config.modified_modules or ()), *(config.modules_to_save or ())}
     if names & set(sites):

@@ -118,11 +118,7 @@ def make_layers(
     sites = []
     for name in targets:
         module = found.modules[name]
-        if type(module).forward is nn.Module.forward:
-            raise SiteError(
-                f"{name!r} ({type(module).__name__}) is never called, as it has no forward; choose "
-                rf"its items, such as r'[r]{name.rpartition('.')[2]}\.\d+'"
-            )
+        site.check_called(name, module)
         kind = kind_of(module)
         _check_kind(found, name, kind.name if kind is not None else "other", config, layer_class)
         device, dtype = placement(found, name, config)

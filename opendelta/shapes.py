@@ -132,7 +132,7 @@ def output_widths(model: nn.Module, names: Sequence[str]) -> dict[str, int]:
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
             key = hidden_key(output)
             hidden = output if key is None else output[key]
-            if hidden.ndim > 3:
+            if hidden.ndim > 3 and not _ends_in_width(found.modules[name], hidden):
                 raise SiteError(
                     f"{name!r} ({type(found.modules[name]).__name__}) returns an image or so, "
                     f"{list(hidden.shape)}: hidden states must be [..., width] in 2 or 3 axes"
@@ -166,6 +166,12 @@ def output_widths(model: nn.Module, names: Sequence[str]) -> dict[str, int]:
         f"{tried}. Set model.dummy_inputs = {{argument: tensor, ...}} to inputs of "
         f"{type(model).__name__}.forward, or choose modules such as Linear whose width is known"
     )
+
+
+def _ends_in_width(module: nn.Module, output: Tensor) -> bool:
+    """Whether a weight says that the last of many axes is the width, as a norm's does for heads."""
+    sizes = {p.numel() for p in module.parameters() if p.ndim == 1}
+    return output.size(-1) in sizes and output.size(1) not in sizes
 
 
 def _shape(value: Any) -> str:

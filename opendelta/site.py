@@ -268,6 +268,15 @@ def check_name(name: str) -> None:
         )
 
 
+def check_called(where: str, module: nn.Module) -> None:
+    """Raise if `module`, at `where`, has no forward, as ModuleList has none."""
+    if getattr(type(module), "forward", None) is nn.Module.forward:
+        raise SiteError(
+            f"{where!r} ({type(module).__name__}) is never called, having no forward; choose its "
+            rf"items, such as r'[r]{where.rpartition('.')[2]}\.\d+'"
+        )
+
+
 def check(where: str, module: nn.Module, name: str, layer: DeltaLayer, reads: bool) -> None:
     """Raise if `module`, at `where`, cannot take the layer. Nothing is changed."""
     stack, base = stack_of(module), plain_class(module) or type(module)
@@ -279,11 +288,7 @@ def check(where: str, module: nn.Module, name: str, layer: DeltaLayer, reads: bo
             f"{here} has an attribute {SLOT!r} of its own, which is where the layers would live; "
             "rename it, or choose its parent or its children"
         )
-    if base.forward is nn.Module.forward:
-        raise SiteError(
-            f"{here} is never called, as it has no forward; choose its items, such as "
-            rf"r'[r]{where.rpartition('.')[2]}\.\d+'"
-        )
+    check_called(where, module)
     if stack is not None and name in stack:
         raise SiteError(f"{here} carries a delta {name!r} already; pass another name=")
     if foreign.hides_forward(module):

@@ -419,3 +419,24 @@ def test_a_list_that_is_never_called_is_refused(option):
     options = {"modified_modules": ["other"], option: ["blocks"]}
     with untouched(model), pytest.raises(opendelta.SiteError, match=r"never called.*\[r\]blocks"):
         AdapterModel(model, **options)
+
+
+def test_a_module_that_took_the_place_of_a_site_is_noticed():
+    model = net()
+    delta = LoraModel(model, modified_modules=["linear", "head"])
+    model.head = nn.Linear(8, 3)
+    with pytest.warns(opendelta.UnreachedWarning, match=r"head.deltas.lora"):
+        model(IDS)
+    assert opendelta.check(model, IDS).unreached == ["head.deltas.lora"]
+    assert len(delta.layers) == 2
+
+
+def test_a_second_delta_goes_on_a_model_whose_blocks_were_wrapped_meanwhile():
+    model = small()
+    LoraModel(model, modified_modules=["0"])
+    model[0] = torch.compile(model[0], backend="eager")
+    AdapterModel(model, modified_modules=["2"])
+    assert opendelta.composition(model).names == ["lora", "adapter"]
+    opendelta.composition(model)["lora"].detach()
+    opendelta.composition(model)["adapter"].detach()
+    opendelta.assert_pristine(model)

@@ -344,9 +344,9 @@ def test_deltas_go_on_a_plain_net_inside_two_user_modules():
     model, x = nn.Sequential(nn.Sequential(tower(), nn.Tanh())), vectors(2, 8)
     plain, before = model(x), opendelta.snapshot(model)
     lora = shake(LoraModel(model, modified_modules=["fc"]))
-    inner = shake(LowRankAdapterModel(model[0][0], modified_modules=["[r]blocks\\.\\d"]))
+    inner = shake(LowRankAdapterModel(model, modified_modules=["[r]blocks\\.\\d"]))
     assert list(lora.layers) == ["0.0.blocks.0.fc", "0.0.blocks.1.fc"]
-    assert list(inner.layers) == ["blocks.0", "blocks.1"]
+    assert list(inner.layers) == ["0.0.blocks.0", "0.0.blocks.1"]
     assert opendelta.check(model, x)
     assert not torch.allclose(model(x), plain)
     detach([lora, inner])
