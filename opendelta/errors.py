@@ -38,6 +38,10 @@ class UnreachedWarning(DeltaWarning):
     """An active delta layer that did not run in a whole forward of the backbone."""
 
 
+class LostGradientWarning(DeltaWarning):
+    """A quantised module that passes no gradient on to what comes before it."""
+
+
 class UnsavedWarning(DeltaWarning):
     """Trained tensors that a file does not hold, or that its reader will drop."""
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from . import foreign, sharding, site, structure
 from .addressing import Survey, ancestors, as_list, leave_out, literal, select, select_modules
-from .errors import AddressError, SiteError, TiedWeightWarning
+from .errors import AddressError, LostGradientWarning, SiteError, TiedWeightWarning
 from .freezing import backbone_tensors
 from .layers import KINDS, Site, device_and_dtype, kind_of
 from .options import DeltaConfig
@@ -123,6 +123,7 @@ def make_layers(
         _check_kind(found, name, kind.name if kind is not None else "other", config, layer_class)
         device, dtype = placement(found, name, config)
         sites.append(Site(name, module, kind, device, dtype, lambda n: widths()[n]))
+    _warn_of_lost_gradients(found)
     if layer_class.fold is not DeltaLayer.fold:
         _warn_if_tied(found, targets, config.delta_type)
     make: Any = layer_class  # a method's layer takes a site and its config
@@ -210,6 +211,33 @@ def _own_copy(found: Survey, name: str) -> nn.Module:
     for parameter in copied.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     return copied
+
+
+def _warn_of_lost_gradients(found: Survey) -> None:
+    """Warn if torchao's weights pass no gradient on, as its dynamic-activation kinds do not.
+
+    One module of each kind of weight is tried.
+    """
+    tried: dict[type, str] = {}
+    for name, module in found.modules.items():
+        weight = module._parameters.get("weight")
+        if type(weight).__module__.startswith("torchao"):
+            tried.setdefault(type(weight), name)
+    for name in tried.values():
+        module, kind = found.modules[name], kind_of(found.modules[name])
+        if kind is None or not isinstance(weight := module._parameters["weight"], torch.Tensor):
+            continue
+        x = torch.zeros(2, kind.in_features, device=weight.device, dtype=weight.dtype)
+        with torch.enable_grad():
+            out = module(x.requires_grad_())
+            passed = torch.autograd.grad(out.sum(), x, allow_unused=True)[0]
+        if passed is None:
+            warnings.warn(
+                f"{name!r} is quantised so that no gradient passes through it: deltas on modules "
+                "before it will not train right. Use a weight-only kind of quantisation",
+                LostGradientWarning,
+                stacklevel=6,
+            )
 
 
 def _warn_if_tied(found: Survey, targets: Sequence[str], delta_type: str) -> None:
