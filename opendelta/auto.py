@@ -9,9 +9,10 @@ from typing import Any
 from torch import nn
 
 from . import checkpoint
-from .delta import Delta, method
+from .delta import Delta
 from .errors import OptionError
 from .options import DeltaConfig
+from .registry import method
 
 
 class AutoDeltaConfig:

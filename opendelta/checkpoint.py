@@ -20,11 +20,12 @@ from torch import Tensor, nn
 
 from . import sharding
 from .addressing import ancestors, survey
-from .delta import Delta, method
+from .delta import Delta
 from .errors import AddressError, DeltaError, DeltaLoadError, OptionError, SiteError, UnsavedWarning
 from .freezing import backbone_tensors
 from .options import DeltaConfig
 from .order import free_name, known_records
+from .registry import method
 
 CONFIG = "config.json"
 FORMAT, SCHEMA = "opendelta", 1

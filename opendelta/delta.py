@@ -13,30 +13,14 @@ from torch import Tensor, nn
 
 from . import foreign, freezing, inspection, planning, sharding, site
 from .addressing import Survey, as_list, no_match, survey
-from .errors import DeltaError, OptionError, SiteError, nearest
+from .errors import DeltaError, OptionError, SiteError
 from .options import DeltaConfig
-from .order import HANDLES, free_name, known_records, prefix_of, renumber
+from .order import HANDLES, check_root, free_name, known_records, prefix_of, renumber
 from .record import SLOT, Record, Shared
+from .registry import method, register
 from .site import DeltaLayer
 
-METHODS: dict[str, type[Delta]] = {}
 AnyDelta = TypeVar("AnyDelta", bound="Delta")
-
-
-def method(delta_type: str) -> type[Delta]:
-    """The class registered for `delta_type`.
-
-    Raises:
-        OptionError: there is none.
-    """
-    if not isinstance(delta_type, str) or delta_type not in METHODS:
-        near = nearest(str(delta_type), METHODS)
-        hint = f"nearest: {', '.join(near)}" if near else f"known: {', '.join(sorted(METHODS))}"
-        raise OptionError(
-            f"no method {delta_type!r}; {hint}. A method from elsewhere is known once the module "
-            "that defines it is imported"
-        )
-    return METHODS[delta_type]
 
 
 class Delta:
@@ -65,10 +49,9 @@ class Delta:
     record: Record
 
     def __init_subclass__(cls) -> None:
-        check_method(cls)
+        register(cls)
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
         fields = {field.name: field for field in dataclasses.fields(cls.config_class)}
-        cls.config_class.delta_type = cls.delta_type
         cls.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
             [inspect.Parameter("backbone_model", kind, annotation=nn.Module)]
             + [
@@ -76,7 +59,6 @@ class Delta:
                 for n in cls.config_class.option_names()
             ]
         )
-        METHODS[cls.delta_type] = cls
 
     def __init__(self, backbone_model: nn.Module, *args: Any, **options: Any) -> None:
         names = self.config_class.option_names()
@@ -451,25 +433,6 @@ class Delta:
         checkpoint.save(self, save_directory)
 
 
-def check_method(cls: type[Delta]) -> None:
-    """Raise unless a subclass of `Delta` has what a method needs, and a type of its own."""
-    needs = {"delta_type": str, "config_class": type, "layer_class": type}
-    for name, kind in {**needs, "default_modified_modules": tuple}.items():
-        value = getattr(cls, name, None)
-        if not isinstance(value, kind):
-            raise OptionError(f"{cls.__name__}.{name} must be a {kind.__name__}, not {value!r}")
-    if not issubclass(cls.config_class, DeltaConfig) or not issubclass(cls.layer_class, DeltaLayer):
-        raise OptionError(
-            f"{cls.__name__}: config_class must be a DeltaConfig, and layer_class a DeltaLayer"
-        )
-    other = METHODS.get(cls.delta_type, cls)
-    if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
-        raise OptionError(
-            f"{cls.__name__}: delta_type {cls.delta_type!r} is that of "
-            f"{other.__module__}.{other.__qualname__}; choose another"
-        )
-
-
 def handle_of(found: Survey, record: Record) -> Delta:
     """The handle of an attached delta: the one that somebody holds, or a new one."""
     for handle in list(HANDLES):
@@ -488,24 +451,3 @@ def handle_of(found: Survey, record: Record) -> Delta:
     handle.layers = {w[len(prefix) + 1 if prefix else 0 :]: layer for w, layer in own}
     HANDLES.add(handle)
     return handle
-
-
-def check_root(found: Survey) -> None:
-    """Raise if the backbone has deltas that were attached through a module around it, or inside."""
-    what = type(found.root).__name__
-    for record in found.records():
-        prefix = prefix_of(found, record)
-        if prefix != "":
-            other = "a module around it" if prefix is None else f"its module {prefix!r}"
-            raise SiteError(
-                f"{record.name!r} was attached through {other}, not through this {what}; attach "
-                "all deltas of a model through the same module"
-            )
-    for handle in list(HANDLES):
-        outer = handle.backbone_model
-        around = outer is not found.root and any(m is found.root for m in outer.modules())
-        if around and handle.attached:
-            raise SiteError(
-                f"{handle.name!r} was attached through the {type(outer).__name__} around this "
-                f"{what}; attach all deltas of a model through the same module"
-            )

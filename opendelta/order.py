@@ -7,6 +7,7 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from .addressing import Survey, unwrapped
+from .errors import SiteError
 from .record import Record
 
 if TYPE_CHECKING:
@@ -59,3 +60,24 @@ def renumber(
         order.insert(order.index(before) if before is not None else order.index(after) + 1, record)  # type: ignore[arg-type]
     for place, each in enumerate(order):
         each.place = place
+
+
+def check_root(found: Survey) -> None:
+    """Raise if the backbone has deltas that were attached through a module around it, or inside."""
+    what = type(found.root).__name__
+    for record in found.records():
+        prefix = prefix_of(found, record)
+        if prefix != "":
+            other = "a module around it" if prefix is None else f"its module {prefix!r}"
+            raise SiteError(
+                f"{record.name!r} was attached through {other}, not through this {what}; attach "
+                "all deltas of a model through the same module"
+            )
+    for handle in list(HANDLES):
+        outer = handle.backbone_model
+        around = outer is not found.root and any(m is found.root for m in outer.modules())
+        if around and handle.attached:
+            raise SiteError(
+                f"{handle.name!r} was attached through the {type(outer).__name__} around this "
+                f"{what}; attach all deltas of a model through the same module"
+            )

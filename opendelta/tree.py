@@ -314,13 +314,7 @@ def log(
     visualization: bool = True,
     cuda_memory: bool = True,
 ) -> None:
-    """Print the tree of `model`, the shares of its parameters that train and are deltas', memory.
-
-    Args:
-        delta_ratio: print the delta parameters' share of all parameters.
-        trainable_ratio: print the trainable parameters' share.
-        visualization: print the tree.
-        cuda_memory: print the memory in use, where there is CUDA.
+    """Print the tree of `model`, shares of its parameters, and memory; see `Delta.log`.
 
     Raises:
         OptionError: `model` is no module.

@@ -12,7 +12,7 @@ from nets import IDS, net, places_of, shake, untouched
 from torch import nn
 
 import opendelta
-from opendelta.delta import METHODS
+from opendelta.registry import METHODS
 from opendelta.site import DeltaLayer
 
 NAMES = sorted(METHODS)

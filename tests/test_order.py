@@ -12,8 +12,9 @@ from torch import nn
 
 import opendelta
 from opendelta import AdapterModel, DeltaConfig, IA3Model, LoraModel, LowRankAdapterModel
-from opendelta.delta import METHODS, Delta
+from opendelta.delta import Delta
 from opendelta.layers import first_input, replace_input
+from opendelta.registry import METHODS
 from opendelta.site import DeltaLayer
 
 

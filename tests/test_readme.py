@@ -11,7 +11,7 @@ from nets import IDS, net, untouched
 
 import opendelta
 from opendelta import AutoDeltaModel, LoraModel
-from opendelta.delta import METHODS
+from opendelta.registry import METHODS
 
 README = Path(__file__).parent.parent / "README.md"
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
