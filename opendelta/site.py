@@ -84,7 +84,8 @@ class OwnedModule(DeltaLayer):
         self.module = module
 
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return self.module(*args, **kwargs)
+        # Not through __call__: a hook for all modules of this class sees the site already.
+        return self.module.forward(*args, **kwargs)
 
 
 def _step_aside(*_: Any) -> None:

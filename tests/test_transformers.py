@@ -557,3 +557,17 @@ def test_the_model_itself_can_be_the_site(pattern):
     assert torch.equal(logits(model), expected)
     delta.detach()
     opendelta.assert_pristine(model, like=before)
+
+
+@attached_before_or_after
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_a_block_that_a_delta_owns_is_captured_once(name, captured_before_attaching):
+    model = build(name)
+    plain = build(name)(**inputs(model), output_hidden_states=True).hidden_states
+    if captured_before_attaching:
+        model(**inputs(model), output_hidden_states=True)
+    block = list(blocks(model, name))[-1][1]
+    LoraModel(model, exclude_modules=[block], modules_to_save=[block])
+    states = model(**inputs(model), output_hidden_states=True).hidden_states
+    assert len(states) == len(plain)
+    assert all(map(torch.equal, states, plain))
