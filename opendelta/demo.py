@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import random
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -110,9 +111,7 @@ def load_questions(train_size: int, test_size: int, seed: int) -> Questions:
     questions = read_questions(locate(TREC))
     most = len(questions) - test_size
     if not 1 <= train_size <= most:
-        raise DeltaError(
-            f"train_size={train_size} must be from 1 to {most}; the rest is to test on"
-        )
+        raise DeltaError(f"{train_size=} must be from 1 to {most}; the rest is to test on")
     random.Random(seed).shuffle(questions)
     classes = sorted({label for _, label in questions})
     tokenizer = AutoTokenizer.from_pretrained(locate(MINILM), local_files_only=True)
@@ -172,6 +171,7 @@ def train(
         train_sampling_strategy="group_by_length",
         seed=seed,
         eval_strategy="epoch",
+        logging_first_step=True,
         logging_steps=10,
         save_strategy="no",
         report_to=[],
@@ -265,7 +265,7 @@ def run(
     check_packages()
     console = Console(quiet=quiet, highlight=False, soft_wrap=True)
     console.print("Two deltas teach a pretrained MiniLM to sort questions by what they ask for.\n")
-    with quiet_transformers(), tempfile.TemporaryDirectory() as name:
+    with quiet_libraries(), tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         torch.manual_seed(seed)
         data = load_questions(train_size, test_size, seed)
@@ -287,19 +287,19 @@ def run(
 
 
 @contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Let transformers log errors only, and draw no bars of its own, inside a `with` block."""
-    from transformers.utils import logging
+def quiet_libraries() -> Iterator[None]:
+    """Let libraries log errors only, and transformers draw no bars, inside a `with` block."""
+    from transformers.utils import logging as bars
 
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    disabled, drawn = logging.root.manager.disable, bars.is_progress_bar_enabled()
+    logging.disable(logging.WARNING)
+    bars.disable_progress_bar()
     try:
         yield
     finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
+        logging.disable(disabled)
+        if drawn:
+            bars.enable_progress_bar()
 
 
 def compare(

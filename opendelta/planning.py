@@ -220,7 +220,7 @@ def _warn_of_lost_gradients(found: Survey) -> None:
     """
     tried: dict[type, str] = {}
     for name, module in found.modules.items():
-        weight = module._parameters.get("weight")
+        weight = dict(module._parameters.items()).get("weight")
         if type(weight).__module__.startswith("torchao"):
             tried.setdefault(type(weight), name)
     for name in tried.values():

@@ -1,5 +1,6 @@
 """The command `opendelta`, and the demo: on the real encoder and the real questions."""
 
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -132,7 +133,7 @@ def test_sizes_that_the_data_do_not_have_are_refused(train_size):
 @pytest.mark.slow
 def test_it_runs_from_end_to_end(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
-    plain, lora, adapter, both = demo.run(train_size=200, test_size=60, epochs=1)
+    plain, lora, adapter, both = demo.run(train_size=100, test_size=60, epochs=1)
     assert [plain.what, lora.what, adapter.what, both.what] == [
         "MiniLM", "lora", "adapter", "lora + adapter",
     ]  # fmt: skip
@@ -144,6 +145,9 @@ def test_it_runs_from_end_to_end(tmp_path, monkeypatch, capfd):
     assert "bert.encoder.layer.5.output.dense:  y = adapter(dense(x) + lora(x))" in lines
     assert "reloaded on a new MiniLM: all 360 logits are identical" in lines
     assert "detached, the first one first: that MiniLM is as it was, bit for bit" in lines
+    assert [
+        line for line in lines if re.fullmatch(r"epoch 1: loss \d\.\d+, test accuracy .*", line)
+    ]
     assert lines[-1] == f"test accuracy: {both.accuracy:.3f}"
     assert len(lines) < 70
     assert not [line for line in lines if "{'" in line or "UserWarning" in line]
