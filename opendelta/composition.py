@@ -15,7 +15,7 @@ from .layers import kind_of
 from .record import Record
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Explanation:
     """What one module computes: `str()` gives the formula and the flow, step by step.
 
@@ -28,6 +28,9 @@ class Explanation:
     module: str
     formula: str
     steps: list[str]
+
+    def __repr__(self) -> str:
+        return str(self)
 
     def __str__(self) -> str:
         arrows = ["x", *(f"  -> {step}" for step in self.steps), "y"]
@@ -158,8 +161,9 @@ class Composition:
         stack = found.stacks.get(where)
         for name, layer in stack.in_order() if stack is not None else ():
             trains = any(p.requires_grad for p in layer.parameters())
+            method = layer.record.config.delta_type
             facts = [
-                f"{FLOWS[layer.flow]}; {layer.record.config.delta_type}",
+                FLOWS[layer.flow] + ("" if method == name else f"; {method}"),
                 f"{sum(p.numel() for p in layer.parameters()):,} parameters",
                 "active" if layer.record.active else "disabled",
                 "trains" if trains else "frozen",
