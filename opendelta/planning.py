@@ -221,7 +221,8 @@ def _warn_of_lost_gradients(found: Survey) -> None:
     tried: dict[type, str] = {}
     for name, module in found.modules.items():
         weight = dict(module._parameters.items()).get("weight")
-        if type(weight).__module__.startswith("torchao"):
+        plain = name not in found.stacks  # deltas must not run, nor lend their gradient
+        if plain and type(weight).__module__.startswith("torchao"):
             tried.setdefault(type(weight), name)
     for name in tried.values():
         module, kind = found.modules[name], kind_of(found.modules[name])

@@ -91,3 +91,10 @@ def test_a_kind_that_loses_gradients_is_warned_of():
         opendelta.LostGradientWarning, match=r"'up' is quantised so that no gradient"
     ):
         LoraModel(model, modified_modules=["down"])
+
+
+def test_trying_for_gradients_runs_no_delta():
+    model = BACKBONES["torchao int8"]()
+    LoraModel(model, modified_modules=["up"])
+    AdapterModel(model, modified_modules=["down"])
+    assert opendelta.unreached(model) == ["up.deltas.lora", "down.deltas.adapter"]
