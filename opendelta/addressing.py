@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from .bases import DeltaLayer
 from .errors import AddressError, nearest
 from .record import Record
-from .site import DeltaLayer, Stack
+from .site import Stack
 
 
 @dataclass
@@ -45,12 +46,29 @@ class Survey:
         found = {id(layer.record): layer.record for _, _, layer in self.layers()}
         return sorted(found.values(), key=lambda record: record.place)
 
+    def common(self, names: Sequence[str]) -> str:
+        """The full name of the innermost module that is called and contains all of `names`."""
+        others = [{*ancestors(name)} for name in names[1:]]
+        return next(
+            (
+                name
+                for name in ancestors(names[0])
+                if is_called(self.modules[name]) and all(name in other for other in others)
+            ),
+            "",
+        )
+
     def chain(self, where: str) -> Iterator[nn.Module]:
         """The module called `where`, then its ancestors up to the root."""
         yield self.modules[where]
         while where:
             where = where.rpartition(".")[0]
             yield self.modules[where]
+
+
+def is_called(module: nn.Module) -> bool:
+    """Whether `module` has a forward, as ModuleList has none."""
+    return getattr(type(module), "forward", None) is not nn.Module.forward
 
 
 def survey(root: nn.Module) -> Survey:

@@ -169,7 +169,7 @@ class Composition:
                 "trains" if trains else "frozen",
             ]
             steps.append(f"{name}: {', '.join(facts)}")
-            if layer.record.active:
+            if layer.record.active and layer.flow != "none":
                 flows.append((name, layer.flow))
         return Explanation(where, f"y = {_formula(inner, flows, 'x')}", steps)
 
@@ -179,6 +179,8 @@ FLOWS = {
     "before": "acts on the input",
     "beside": "adds to the output",
     "instead": "takes the module's place",
+    "within": "acts inside",
+    "none": "serves the delta's other modules",
 }
 
 
@@ -190,6 +192,8 @@ def _formula(inner: str, flows: list[tuple[str, str]], x: str) -> str:
         return f"{name}({x})"
     if flow == "before":
         return _formula(inner, beneath, f"{name}({x})")
+    if flow == "within":
+        return _formula(f"{inner}[{name}]", beneath, x)
     below = _formula(inner, beneath, x)
     return f"{below} + {name}({x})" if flow == "beside" else f"{name}({below})"
 

@@ -6,19 +6,19 @@ import contextlib
 import dataclasses
 import inspect
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
 from . import foreign, freezing, inspection, planning, sharding, site
 from .addressing import Survey, as_list, no_match, survey
+from .bases import DeltaLayer
 from .errors import DeltaError, OptionError, SiteError
 from .options import DeltaConfig
 from .order import HANDLES, check_root, free_name, known_records, prefix_of, renumber
 from .record import SLOT, Record, Shared
 from .registry import method, register
-from .site import DeltaLayer
 
 AnyDelta = TypeVar("AnyDelta", bound="Delta")
 
@@ -47,6 +47,19 @@ class Delta:
     backbone_model: nn.Module
     layers: dict[str, DeltaLayer]
     record: Record
+
+    @classmethod
+    def layer_for(cls, config: Any) -> type[DeltaLayer]:
+        """The layer that these options ask for: `layer_class`, or a variant of it."""
+        return cls.layer_class
+
+    @classmethod
+    def shared_for(cls, config: Any) -> Callable[..., nn.Module] | None:
+        """What makes the tensors that all layers share, from their sites and the config, or None.
+
+        A layer finds them in `self.shared`.
+        """
+        return None
 
     def __init_subclass__(cls) -> None:
         register(cls)
@@ -180,10 +193,15 @@ class Delta:
         if as_named:
             config = planning.take_literally(found, config)
         else:
-            config = planning.resolve(found, config, self.default_modified_modules)
-        self.layers = planning.make_layers(found, config, self.layer_class)
+            config = planning.resolve(
+                found, config, self.default_modified_modules, self.layer_for(config)
+            )
+        self.layers = planning.make_layers(
+            found, config, self.layer_for(config), self.shared_for(config)
+        )
         shared = known[0].shared if known else Shared()
-        self.record = Record(name, config, known[-1].place + 1 if known else 0, shared)
+        place = known[-1].place + 1 if known else 0
+        self.record = Record(name, config, place, shared, tuple(self.layers))
         self.backbone_model = model
         for layer in self.layers.values():
             layer.record = self.record

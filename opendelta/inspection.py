@@ -84,11 +84,10 @@ def _lost(found: Survey) -> list[str]:
         there.setdefault(id(layer.record), []).append(f".{unwrapped(where)}")
     missing = []
     for record in found.records():
-        own, config = there[id(record)], record.config
-        expected = {*(config.modified_modules or ()), *(config.modules_to_save or ())}
-        if len(own) == len(expected):
+        own = there[id(record)]
+        if len(own) == len(record.sites):
             continue
-        for name in sorted(expected):
+        for name in sorted(record.sites):
             # A name is relative to the module through which the delta was attached.
             if not any(w.endswith(f".{name}") or f".{name}".endswith(w) for w in own):
                 missing.append(f"{name}.{SLOT}.{record.name}".lstrip("."))

@@ -41,6 +41,14 @@ class Linear(nn.Linear):
         return linear(input, self.weight, self.bias)
 
 
+class LayerNorm(nn.LayerNorm):
+    """An `nn.LayerNorm` that computes in the dtype of its input."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight, bias = self.weight.type_as(input), self.bias.type_as(input)
+        return F.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
+
+
 def first_input(args: tuple, kwargs: dict[str, Any]) -> Tensor:
     """The first argument of a call, positional or by keyword."""
     return args[0] if args else next(iter(kwargs.values()))
@@ -86,6 +94,12 @@ def hidden_key(output: Any, width: int | None = None) -> Any:
     )
 
 
+def hidden(output: Any) -> Tensor:
+    """The hidden states in an output: its first floating tensor of two or more axes."""
+    key = hidden_key(output)
+    return output if key is None else output[key]
+
+
 def change_hidden(output: Any, width: int, change: Callable[[Tensor], Tensor]) -> Any:
     """`output` with its hidden states [..., width] replaced by `change(hidden states)`."""
     if isinstance(output, Tensor):
@@ -101,6 +115,8 @@ def change_hidden(output: Any, width: int, change: Callable[[Tensor], Tensor]) -
         return output._replace(**{output._fields[key]: new})
     return type(output)([*output[:key], new, *output[key + 1 :]])
 
+
+GLOROT = {"glorot-uniform": nn.init.xavier_uniform_, "glorot-normal": nn.init.xavier_normal_}
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "gelu_new": lambda: nn.GELU(approximate="tanh"),
@@ -154,6 +170,10 @@ class Kind:
         """
         return linear(linear(x, A), B)
 
+    def product(self, x: Tensor, matrix: Tensor) -> Tensor:
+        """What the module would compute from `x` if its weight were [out_features, in_features]."""
+        return linear(x, matrix)
+
     def matrix(self, weight: Tensor) -> Tensor:
         """The module's weight as a matrix [out_features, in_features]; undone by `like_weight`."""
         return weight
@@ -183,6 +203,9 @@ class Embedding(TransposedLinear):
     def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         return linear(F.embedding(x, A.T), B) * self.scale
 
+    def product(self, x: Tensor, matrix: Tensor) -> Tensor:
+        return F.embedding(x, matrix.T) * self.scale
+
 
 @dataclass(frozen=True)
 class Conv2d(Kind):
@@ -197,12 +220,14 @@ class Conv2d(Kind):
     pad_sizes: tuple[int, ...] = ()
 
     def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        return F.conv2d(self.product(x, A), B.to(x.dtype)[..., None, None])
+
+    def product(self, x: Tensor, matrix: Tensor) -> Tensor:
         padding = self.padding
         if self.pad_mode != "zeros":
             x, padding = F.pad(x, self.pad_sizes, mode=self.pad_mode), 0
-        down = A.to(x.dtype).view(-1, *self.patch)
-        hidden = F.conv2d(x, down, None, self.stride, padding, self.dilation)
-        return F.conv2d(hidden, B.to(x.dtype)[..., None, None])
+        weight = matrix.to(x.dtype).view(-1, *self.patch)
+        return F.conv2d(x, weight, None, self.stride, padding, self.dilation)
 
     def matrix(self, weight: Tensor) -> Tensor:
         return weight.flatten(1)
@@ -217,16 +242,22 @@ class Convolution(Kind):
     name: ClassVar[str] = "convolution"
 
 
+@dataclass(frozen=True)
 class Norm(Kind):
+    """A normalisation over the last axis; it scales by its weight, or else does not fold."""
+
     name: ClassVar[str] = "norm"
+    scales_by_weight: bool = True
 
 
 KINDS = {
     "linear": "Linear, Conv1D and quantised linears",
     "embedding": "Embedding",
     "conv2d": "Conv2d without groups",
-    "norm": "LayerNorm, RMSNorm",
+    "norm": "LayerNorm, RMSNorm and others like them",
     "other": "any other module that returns hidden states [..., width]",
+    "attention": "attention modules that use transformers' attention interface",
+    "stack": "modules that embed tokens, with input_ids, inputs_embeds, attention_mask",
 }
 
 
@@ -240,6 +271,20 @@ def _convolution(module: Any) -> Kind:
     )  # fmt: skip
 
 
+ACROSS_CHANNELS = (nn.modules.batchnorm._NormBase, nn.GroupNorm)  # not over the last axis
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Whether `module` is a normalisation that somebody wrote, such as transformers' RMSNorms."""
+    if "norm" not in type(module).__name__.lower() or isinstance(module, ACROSS_CHANNELS):
+        return False
+    own = {name: p for name, p in module._parameters.items() if p is not None}
+    children = module._modules.keys() - {SLOT}
+    return (
+        not children and {"weight"} <= own.keys() <= {"weight", "bias"} and own["weight"].ndim == 1
+    )
+
+
 def kind_of(module: nn.Module) -> Kind | None:
     """The row of the table for `module`, or None if its type says nothing about its sizes."""
     if isinstance(module, nn.Embedding):
@@ -248,7 +293,9 @@ def kind_of(module: nn.Module) -> Kind | None:
     if isinstance(module, nn.modules.conv._ConvNd):
         return _convolution(module)
     if isinstance(module, nn.LayerNorm | nn.RMSNorm):
-        return Norm(0, module.normalized_shape[-1])
+        return Norm(0, module.normalized_shape[-1], len(module.normalized_shape) == 1)
+    if _is_norm(module):
+        return Norm(0, module._parameters["weight"].numel(), False)  # type: ignore[union-attr]
     if hasattr(module, "nx") and hasattr(module, "nf"):
         return TransposedLinear(int(module.nx), int(module.nf))  # type: ignore[arg-type]
     sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
@@ -270,6 +317,11 @@ def stored(module: nn.Module, name: str) -> Tensor | None:
     """The stored parameter, or on a DataParallel replica the plain tensor that stands for it."""
     own = module._parameters
     return own[name] if name in own else module.__dict__.get(name)
+
+
+def stored_params(module: nn.Module) -> dict[str, Tensor]:
+    """The stored weight and bias of `module`, as far as it has them."""
+    return {name: t for name in ("weight", "bias") if (t := stored(module, name)) is not None}
 
 
 def _raw_linear(self: nn.Module, input: Tensor) -> Tensor:
@@ -294,6 +346,16 @@ def is_sharded(tensor: Tensor | None) -> TypeGuard[DTensor]:
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
+@dataclass(frozen=True)
+class Heads:
+    """Sizes of the keys and values of an attention module, and of its input."""
+
+    count: int
+    key: int
+    value: int
+    hidden: int
+
+
 @dataclass
 class Site:
     """What a delta layer may know about the module it is put on.
@@ -305,6 +367,9 @@ class Site:
         device: where the layer's tensors belong.
         dtype: their dtype.
         width_of: finds the output width of a module that the table does not know.
+        heads_of: finds the sizes of an attention module's keys and values.
+        end: where the branch that starts here ends, for layers that are `paired`.
+        shared: the tensors that the delta's layers share, where its method has some.
     """
 
     name: str
@@ -313,6 +378,9 @@ class Site:
     device: torch.device
     dtype: torch.dtype
     width_of: Callable[[str], int]
+    heads_of: Callable[[str], Heads]
+    end: Site | None = None
+    shared: Any = None
 
     @property
     def in_features(self) -> int:
@@ -325,6 +393,11 @@ class Site:
         """Width of the module's output: the last axis of its hidden states."""
         return self.kind.out_features if self.kind is not None else self.width_of(self.name)
 
+    @property
+    def heads(self) -> Heads:
+        """Sizes of an attention module's keys and values."""
+        return self.heads_of(self.name)
+
     def parameter(self, *shape: int) -> nn.Parameter:
         """A new parameter of the right device and dtype; its values are not set."""
         return nn.Parameter(torch.empty(*shape, device=self.device, dtype=self.dtype))
@@ -332,6 +405,10 @@ class Site:
     def linear(self, in_features: int, out_features: int) -> Linear:
         """A new linear layer of the right device and dtype, with bias."""
         return Linear(in_features, out_features, device=self.device, dtype=self.dtype)
+
+    def layer_norm(self, width: int) -> LayerNorm:
+        """A new normalisation of the right device and dtype."""
+        return LayerNorm(width, device=self.device, dtype=self.dtype)
 
 
 def _tensors(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -20,7 +20,7 @@ def option(
     *,
     minimum: float | None = None,
     below: float | None = None,
-    choices: Sequence[Any] | None = None,
+    choices: Collection[Any] | None = None,
     modules: Sequence[str] | None = None,
 ) -> Any:
     """A field of a config: its default, and what its value must be.
@@ -29,8 +29,9 @@ def option(
         minimum: the smallest value allowed.
         below: values must be smaller than this.
         choices: the only values allowed.
-        modules: the value selects some of the modified modules, by the same rules; the method gets
-            their full names. These roles are selected where the value is None.
+        modules: the value selects some of the modified modules, by the same rules, or gives them
+            values, {pattern: value}; the method gets their full names. These roles are selected
+            where the value is None.
     """
     limits = {"minimum": minimum, "below": below, "choices": choices, "modules": modules}
     metadata = {name: limit for name, limit in limits.items() if limit is not None}
@@ -55,6 +56,8 @@ class DeltaConfig:
         dtype: of the delta's tensors, such as "float32". None: what the module computes in.
         reads: the parents of these modules read `.weight` instead of calling them, so the weight
             must show the change. MultiheadAttention's is known.
+        gate: scale what the delta changes by a learned gate of its input, as UniPELT does
+            (arXiv:2110.07577); it starts half open.
     """
 
     delta_type: ClassVar[str] = ""
@@ -70,6 +73,7 @@ class DeltaConfig:
         default=None, kw_only=True, metadata={"choices": (None, *DTYPES)}
     )
     reads: bool = dataclasses.field(default=False, kw_only=True)
+    gate: bool = dataclasses.field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))

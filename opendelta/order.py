@@ -39,8 +39,7 @@ def known_records(found: Survey) -> list[Record]:
 def prefix_of(found: Survey, record: Record) -> str | None:
     """The name of the module through which a delta was attached; None: one around `found`."""
     sites = [unwrapped(where) for where, _, layer in found.layers() if layer.record is record]
-    config = record.config
-    names = {*(config.modified_modules or ()), *(config.modules_to_save or ())}
+    names = set(record.sites)
     if names & set(sites):
         return ""
     for where in sites:

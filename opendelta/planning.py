@@ -6,31 +6,35 @@ import copy
 import dataclasses
 import functools
 import warnings
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from . import foreign, sharding, site, structure
+from . import attention, foreign, prompting, sharding, site, structure
 from .addressing import Survey, ancestors, as_list, leave_out, literal, select, select_modules
+from .bases import DeltaLayer, Gate, OwnedModule, SharedTensors
 from .errors import AddressError, LostGradientWarning, SiteError, TiedWeightWarning
 from .freezing import backbone_tensors
-from .layers import KINDS, Site, device_and_dtype, kind_of
+from .layers import KINDS, Heads, Site, device_and_dtype, kind_of
 from .options import DeltaConfig
 from .record import SLOT
-from .shapes import output_widths
-from .site import DeltaLayer, OwnedModule
+from .shapes import attention_heads, output_widths
 
 Config = TypeVar("Config", bound=DeltaConfig)
 
 
 # --------------------------------------------------------------------------- names
-def resolve(found: Survey, config: Config, defaults: Sequence[str]) -> Config:
+def resolve(
+    found: Survey, config: Config, defaults: Sequence[str], layer_class: type[DeltaLayer]
+) -> Config:
     """The config with full names of modules in place of its patterns and roles.
 
     Args:
         defaults: the roles that get a layer where the config names no modules.
+        layer_class: the layer, which may take modules in pairs, or those inside the ones named.
 
     Raises:
         AddressError: a pattern or a role selects nothing, or exclusions leave nothing.
@@ -40,8 +44,12 @@ def resolve(found: Survey, config: Config, defaults: Sequence[str]) -> Config:
         wanted, by_role = list(defaults), True
     if not wanted:
         raise AddressError("modified_modules is an empty list; None selects the default places")
-    names = structure.with_roles(found.root, wanted) if by_role else select_modules(found, wanted)
-    modified = leave_out(found, names, as_list(config.exclude_modules))
+    select_all = structure.with_roles if by_role else select_modules
+    if layer_class.paired:
+        modified = _pairs(found, wanted, select_all, as_list(config.exclude_modules))
+    else:
+        names = _inside(found, select_all(found, wanted), layer_class)
+        modified = leave_out(found, names, as_list(config.exclude_modules))
     chosen = select(found.modules, as_list(config.modules_to_save), found.root)
     outermost = [n for n in chosen if not ({*ancestors(n)} - {n}) & {*chosen}]
     owned = list({id(found.modules[n]): n for n in reversed(outermost)}.values())[::-1]
@@ -68,16 +76,98 @@ def resolve(found: Survey, config: Config, defaults: Sequence[str]) -> Config:
     )
 
 
+def _pairs(
+    found: Survey,
+    wanted: Sequence[str],
+    select_all: Callable[[Survey, Sequence[str]], list[str]],
+    excluded: Sequence[str],
+) -> list[str]:
+    """Full names: where a branch starts, where it ends, where the next one starts, ...
+
+    Raises:
+        AddressError: the names do not come in pairs, or a module would be in two of them.
+    """
+    if len(wanted) % 2:
+        raise AddressError(
+            f"modified_modules={list(wanted)} must come in pairs: where a branch starts, where it "
+            "ends; name a module twice for a branch around it"
+        )
+    out = set(select(found.modules, excluded, found.root, inside=True))
+    chosen: list[str] = []
+    for one, other in zip(wanted[::2], wanted[1::2], strict=True):
+        starts, ends = select_all(found, [one]), select_all(found, [other])
+        if len(starts) != len(ends):
+            raise AddressError(
+                f"modified_modules: {one!r} selects {len(starts)} modules and {other!r} "
+                f"{len(ends)}, which make no pairs: {', '.join(starts[:2])}, ... and "
+                f"{', '.join(ends[:2])}, ..."
+            )
+        for pair in zip(starts, ends, strict=True):
+            if not out & set(pair):
+                chosen += pair
+    pairs = list(zip(chosen[::2], chosen[1::2], strict=True))
+    needed = Counter(name for pair in pairs for name in dict.fromkeys(pair))
+    if twice := [name for name, count in needed.items() if count > 1]:
+        raise AddressError(
+            f"modified_modules={list(wanted)}: {twice[0]!r} is in two pairs; make two deltas"
+        )
+    if not chosen:
+        raise AddressError(f"exclude_modules={list(excluded)} leaves no pair of modules")
+    return chosen
+
+
+def _inside(found: Survey, names: list[str], layer_class: type[DeltaLayer]) -> list[str]:
+    """`names`, or, where the layer takes no such module but those inside it, their names."""
+    if not layer_class.inside:
+        return names
+    fitting = {name for name in found.modules if _kinds(found, name) & {*layer_class.kinds}}
+    expanded = []
+    for name in names:
+        within = [
+            n for n in found.modules if n in fitting and n.startswith(f"{name}." if name else "")
+        ]
+        expanded += [name] if name in fitting or not within else within
+    return list(dict.fromkeys(expanded))
+
+
+def _kinds(found: Survey, name: str) -> set[str]:
+    """The kinds of the module called `name`: that of the table, or "other", and what it does."""
+    module = found.modules[name]
+    kind = kind_of(module)
+    kinds = {"other" if kind is None else kind.name}
+    if attention.is_attention(module):
+        kinds.add("attention")
+    if set(prompting.arguments(module)) >= prompting.TAKES:
+        kinds |= {"stack"} if prompting.stacks(found.modules).get(name) is False else set()
+    return kinds
+
+
 def _some_of(
     found: Survey, modified: list[str], config: DeltaConfig, field: dataclasses.Field
-) -> list[str]:
-    """The modified modules that an option selects: by its patterns, or by its default roles."""
+) -> Any:
+    """The modified modules that an option selects: by its patterns, or by its default roles.
+
+    An option that gives modules a value, {pattern: value}, gets full names in their place; of
+    several patterns that select a module the first decides.
+    """
     patterns = getattr(config, field.name)
     if patterns is None:
         known = structure.roles(found.root)
-        return [name for name in modified if known.get(name) in field.metadata["modules"]]
+        return [name for name in modified if known.get(name) in field.metadata["modules"]] or None
+    if isinstance(patterns, dict):
+        values: dict[str, Any] = {}
+        for pattern, value in patterns.items():
+            for name in _some(found, modified, [pattern], config):
+                values.setdefault(name, value)
+        return values
+    return _some(found, modified, patterns, config)
+
+
+def _some(
+    found: Survey, modified: list[str], patterns: list[str], config: DeltaConfig
+) -> list[str]:
     if config.common_structure:
-        patterns = structure.with_roles(found.root, patterns)
+        patterns = structure.with_roles(found, patterns)
     return select(modified, patterns, found.root, what="modified module")
 
 
@@ -100,7 +190,10 @@ def _names(found: Survey) -> list[str]:
 
 # -------------------------------------------------------------------------- layers
 def make_layers(
-    found: Survey, config: DeltaConfig, layer_class: type[DeltaLayer]
+    found: Survey,
+    config: DeltaConfig,
+    layer_class: type[DeltaLayer],
+    shared_class: Callable[..., nn.Module] | None = None,
 ) -> dict[str, DeltaLayer]:
     """{full name of the site: its new layer}, for a resolved config.
 
@@ -108,6 +201,47 @@ def make_layers(
         SiteError: a module is of a kind that the method does not take, or of unknown width.
     """
     sharding.settle(found)
+    sites = _sites(found, config, layer_class)
+    starts = {n: s for n, s in sites.items() if s.end is not None or not layer_class.paired}
+    _warn_of_lost_gradients(found)
+    if layer_class.fold is not DeltaLayer.fold:
+        _warn_if_tied(found, list(sites), config.delta_type)
+    shared = shared_class(list(starts.values()), config) if shared_class is not None else None
+    make: Any = layer_class  # a method's layer takes a site and its config
+    made: dict[str, DeltaLayer] = {}
+    for name, place in starts.items():
+        place.shared = shared
+        layer = made[name] = make(place, config)
+        if config.gate:
+            layer.gate = _gate(layer, place)
+        if shared is not None:
+            layer.share(shared)
+    made |= _new(layer_class.companions(made, found.modules, config), made, config)
+    if shared is not None:
+        around = found.common(list(starts))
+        if around in starts:
+            made[around].tensors = shared
+        else:
+            made |= _new({around: SharedTensors(shared)}, made, config)
+    for name in config.modules_to_save or ():
+        made |= _new({name: OwnedModule(_own_copy(found, name))}, made, config)
+    return made
+
+
+def _new(
+    more: dict[str, DeltaLayer], made: dict[str, DeltaLayer], config: DeltaConfig
+) -> dict[str, DeltaLayer]:
+    """`more`, if none of its sites has a layer of this delta yet."""
+    if twice := more.keys() & made.keys():
+        raise SiteError(
+            f"{config.delta_type!r} would need two layers on {', '.join(map(repr, twice))}; leave "
+            "it out with exclude_modules"
+        )
+    return more
+
+
+def _sites(found: Survey, config: DeltaConfig, layer_class: type[DeltaLayer]) -> dict[str, Site]:
+    """What the layers may know about each modified module."""
     targets = config.modified_modules or []
     unknown = [name for name in targets if kind_of(found.modules[name]) is None]
 
@@ -115,36 +249,47 @@ def make_layers(
     def widths() -> dict[str, int]:
         return output_widths(found.root, unknown)
 
-    sites = []
-    for name in targets:
+    @functools.cache
+    def heads() -> dict[str, Heads]:
+        return attention_heads(found.root, targets)
+
+    sites = {}
+    for name in dict.fromkeys(targets):
         module = found.modules[name]
         site.check_called(name, module)
-        kind = kind_of(module)
-        _check_kind(found, name, kind.name if kind is not None else "other", config, layer_class)
+        _check_kind(found, name, config, layer_class)
         device, dtype = placement(found, name, config)
-        sites.append(Site(name, module, kind, device, dtype, lambda n: widths()[n]))
-    _warn_of_lost_gradients(found)
-    if layer_class.fold is not DeltaLayer.fold:
-        _warn_if_tied(found, targets, config.delta_type)
-    make: Any = layer_class  # a method's layer takes a site and its config
-    made: dict[str, DeltaLayer] = {place.name: make(place, config) for place in sites}
-    for name in config.modules_to_save or ():
-        made[name] = OwnedModule(_own_copy(found, name))
-    return made
+        of_width, of_heads = (lambda n: widths()[n]), (lambda n: heads()[n])
+        sites[name] = Site(name, module, kind_of(module), device, dtype, of_width, of_heads)
+    if layer_class.paired:
+        for start, end in zip(targets[::2], targets[1::2], strict=True):
+            sites[start].end = sites[end]
+    return sites
+
+
+def _gate(layer: DeltaLayer, place: Site) -> Gate:
+    """The gate of a layer, as wide as what it reads."""
+    linear = place.kind is not None and place.kind.name == "linear"
+    on_input = layer.flow == "before" or (layer.flow == "beside" and linear)
+    width = layer.gate_width
+    if width is None:
+        width = place.in_features if on_input else place.out_features
+    return Gate(place, width, on_input)
 
 
 def _check_kind(
-    found: Survey, name: str, kind: str, config: DeltaConfig, layer_class: type[DeltaLayer]
+    found: Survey, name: str, config: DeltaConfig, layer_class: type[DeltaLayer]
 ) -> None:
-    if kind in layer_class.kinds:
+    wanted = {*layer_class.kinds}
+    if _kinds(found, name) & wanted:
         return
     takes = "; ".join(KINDS[k] for k in layer_class.kinds)
     inside = [
         other
-        for other, module in found.modules.items()
-        if other.startswith(f"{name}." if name else "")
-        and (inner := kind_of(module)) is not None
-        and inner.name in layer_class.kinds
+        for other in found.modules
+        if other != name
+        and other.startswith(f"{name}." if name else "")
+        and _kinds(found, other) & (wanted - {"other"})
     ]
     raise SiteError(
         f"{name or 'the root'!r} ({type(found.modules[name]).__name__}) cannot carry "

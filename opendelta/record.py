@@ -36,6 +36,7 @@ class Record:
         name: unique on the backbone; also the delta's key on every site.
         config: the options of the method.
         place: position in the one total order of the backbone's deltas; lower acts first.
+        sites: the full names of the modules that carry its layers.
         active: whether the layers act. Read on every call, changed in constant time.
     """
 
@@ -43,4 +44,5 @@ class Record:
     config: Any
     place: int
     shared: Shared
+    sites: tuple[str, ...]
     active: bool = True

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from .bases import DeltaLayer
 from .errors import OptionError, nearest
 from .options import DeltaConfig
-from .site import DeltaLayer
 
 if TYPE_CHECKING:
     from .delta import Delta

@@ -1,4 +1,4 @@
-"""Output widths of modules that no table knows: one shape-only run of the backbone.
+"""Sizes of modules that no table knows: one shape-only run of the backbone.
 
 The run uses fake tensors: no arithmetic, no memory, no random numbers; what it leaves on modules
 is put back.
@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from . import sharding
+from . import attention, layers, sharding
 from .addressing import Survey, survey
 from .errors import SiteError
 from .foreign import computing_device, placing_hooks
-from .layers import Embedding, device_and_dtype, hidden_key, kind_of
+from .layers import Embedding, Heads, device_and_dtype, kind_of
 
 PROBING: ContextVar[bool] = ContextVar("opendelta_probing", default=False)
 
@@ -118,33 +118,69 @@ def _put_stand_ins(
 def output_widths(model: nn.Module, names: Sequence[str]) -> dict[str, int]:
     """The size of the last axis of what each named module returns, in one shape-only run.
 
-    The inputs are the backbone's own `dummy_inputs`, which every transformers model has; a model
-    without them is given token ids, vectors or images, by its first layer.
-
     Raises:
         SiteError: the run failed, or never reached a module.
     """
     found = survey(model)
     widths: dict[str, int] = {}
+
+    def note(name: str, output: Any) -> None:
+        hidden = layers.hidden(output)
+        if hidden.ndim > 3 and not _ends_in_width(found.modules[name], hidden):
+            raise SiteError(
+                f"{name!r} ({type(found.modules[name]).__name__}) returns an image or so, "
+                f"{list(hidden.shape)}: hidden states must be [..., width] in 2 or 3 axes"
+            )
+        widths[name] = hidden.size(-1)
+
+    _observe(found, names, note, "output width")
+    return widths
+
+
+def attention_heads(model: nn.Module, names: Sequence[str]) -> dict[str, Heads]:
+    """Sizes of the keys and values of each named attention module, from one shape-only run.
+
+    Raises:
+        SiteError: the run failed, or never reached a module.
+    """
+    found = survey(model)
+    attention.register()
+    with attention.observing({name: found.modules[name] for name in names}) as heads:
+        _observe(found, names, lambda *_: None, "number of heads", attention.show)
+    return heads
+
+
+def _observe(
+    found: Survey,
+    names: Sequence[str],
+    note: Callable[[str, Any], None],
+    what: str,
+    prepare: Callable[[nn.Module], None] = lambda _: None,
+) -> None:
+    """Run the backbone on shapes until `note` has had each named module's output.
+
+    The inputs are the backbone's own `dummy_inputs`, which every transformers model has; a model
+    without them is given token ids, vectors or images, by its first layer.
+
+    Args:
+        what: what is looked for, for the message.
+        prepare: called on each named module before a run, after which the module is put back.
+    """
+    reached: set[str] = set()
     failures = []
 
-    def note(name: str) -> Any:
+    def hook_of(name: str) -> Any:
         def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            key = hidden_key(output)
-            hidden = output if key is None else output[key]
-            if hidden.ndim > 3 and not _ends_in_width(found.modules[name], hidden):
-                raise SiteError(
-                    f"{name!r} ({type(found.modules[name]).__name__}) returns an image or so, "
-                    f"{list(hidden.shape)}: hidden states must be [..., width] in 2 or 3 axes"
-                )
-            widths[name] = hidden.size(-1)
+            note(name, output)
+            reached.add(name)
 
         return hook
 
     for where, args, kwargs in _inputs(found):
-        with untouched(found), sharding.whole(model), contextlib.ExitStack() as hooks:
+        with untouched(found), sharding.whole(found.root), contextlib.ExitStack() as hooks:
             for name in names:
-                hook = found.modules[name].register_forward_hook(note(name))
+                prepare(found.modules[name])
+                hook = found.modules[name].register_forward_hook(hook_of(name))
                 hooks.callback(hook.remove)
             try:
                 _run(found, where, args, kwargs)
@@ -153,18 +189,18 @@ def output_widths(model: nn.Module, names: Sequence[str]) -> dict[str, int]:
             except Exception as error:  # any model's forward: whatever it raises is told below
                 given = [*map(_shape, args), *(f"{k}={_shape(v)}" for k, v in kwargs.items())]
                 reason = (str(error).strip().splitlines() or [""])[0]
-                what = f"{type(error).__name__}: {reason}"
                 failures.append(
-                    f"{type(found.modules[where]).__name__}({', '.join(given)}): {what}"
+                    f"{type(found.modules[where]).__name__}({', '.join(given)}): "
+                    f"{type(error).__name__}: {reason}"
                 )
-        if all(name in widths for name in names):
-            return widths
-    unknown = next(name for name in names if name not in widths)
+        if reached >= set(names):
+            return
+    unknown = next(name for name in names if name not in reached)
     tried = "; ".join(failures) or "the shape-only run did not reach it"
     raise SiteError(
-        f"the output width of {unknown!r} ({type(found.modules[unknown]).__name__}) is not known: "
+        f"the {what} of {unknown!r} ({type(found.modules[unknown]).__name__}) is not known: "
         f"{tried}. Set model.dummy_inputs = {{argument: tensor, ...}} to inputs of "
-        f"{type(model).__name__}.forward, or choose modules such as Linear whose width is known"
+        f"{type(found.root).__name__}.forward, or choose other modules, such as Linear"
     )
 
 

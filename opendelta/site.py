@@ -17,75 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import foreign, layers
+from . import attention, foreign, layers
+from .bases import Beneath, DeltaLayer, Params, gated
 from .errors import SiteError
-from .record import SLOT, Record
+from .record import SLOT
 
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
-Params = dict[str, Tensor]
-
-
-class DeltaLayer(nn.Module):
-    """One delta on one module; the base class of what a method author writes.
-
-    A subclass takes `(site, config)`, makes its parameters from the sizes of the site, starts as
-    the identity, and writes the paper's equation around the wrapped `call` in `forward`. If the
-    same change can be made to the weights, `fold` makes it.
-
-    Attributes:
-        kinds: the kinds of module it can be put on: keys of `layers.KINDS`.
-        flow: how it stands to the wrapped call, for drawings: "after", "before", "beside" (a
-            summand) or "instead".
-    """
-
-    kinds: tuple[str, ...] = tuple(layers.KINDS)
-    flow: str = "after"
-    record: Record
-
-    def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The equation around `call`, the module's own forward with all layers beneath this one."""
-        raise NotImplementedError
-
-    def fold(self, params: Params) -> Params:
-        """The same change in weight space: new `weight` (and `bias`) from the given ones. Pure."""
-        raise NotImplementedError
-
-    @property
-    def folds(self) -> bool:
-        """Whether this layer can be written into the weights of its module."""
-        return type(self).fold is not DeltaLayer.fold
-
-
-class OutputLayer(DeltaLayer):
-    """A delta layer on the module's hidden states; a subclass sets `width` and writes `change`.
-
-    The module may return a tensor, a tuple or a ModelOutput: the first floating tensor [..., width]
-    in it is changed.
-    """
-
-    kinds = ("linear", "embedding", "norm", "other")
-    width: int
-
-    def change(self, h: Tensor) -> Tensor:
-        """The hidden states [..., width] that take the place of `h`."""
-        raise NotImplementedError
-
-    def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return layers.change_hidden(call(*args, **kwargs), self.width, self.change)
-
-
-class OwnedModule(DeltaLayer):
-    """The delta's own copy of a module, which acts in the module's place (`modules_to_save`)."""
-
-    flow = "instead"
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        # Not through __call__: a hook for all modules of this class sees the site already.
-        return self.module.forward(*args, **kwargs)
 
 
 def _step_aside(*_: Any) -> None:
@@ -122,10 +59,16 @@ class Stack(nn.ModuleDict):
         """(name of the delta, layer), the innermost first."""
         return list(self._modules.items())  # type: ignore[arg-type]
 
-    def around(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        """`call` with all active layers around it."""
-        for layer in self._acting():
-            call = functools.partial(layer, call)
+    def around(self, call: Callable[..., Any], module: nn.Module) -> Callable[..., Any]:
+        """`call`, the forward of `module`, with all active layers around it."""
+        acting = self._acting()
+        for index, layer in enumerate(acting):
+            if layer.sees_module:
+                call = Beneath(call, module, acting[:index])
+            if layer.gate is not None and not layer.gates_itself:
+                call = functools.partial(gated, layer, call)
+            else:
+                call = functools.partial(layer, call)
         return call
 
     def fold(self, params: Params) -> Params:
@@ -160,12 +103,30 @@ def _reading(name: str) -> property:
         stack = stack_of(self)
         if not stack or layers.is_sharded(raw):  # FSDP2 reads the parameter while it shards it
             return raw
-        stored = {n: t for n in ("weight", "bias") if (t := layers.stored(self, n)) is not None}
-        return stack.fold(stored).get(name)
+        return stack.fold(layers.stored_params(self)).get(name)
 
     def write(self: nn.Module, value: Tensor) -> None:
         # nn.Module stores Parameters itself; this gets the plain tensors of a replica
         self.__dict__[name] = value
+
+    return property(read, write)
+
+
+def _showing_config() -> property:
+    """The config of an attention module; while prefixes act, it names our attention function."""
+
+    def read(self: nn.Module) -> Any:
+        config, stack = self.__dict__["config"], stack_of(self)
+        if stack is None:
+            return config
+        prefixes = [
+            layer for layer in stack._modules.values()
+            if isinstance(layer, attention.PrefixLayer) and layer.record.active
+        ]  # fmt: skip
+        return attention.view_of(config) if prefixes else config
+
+    def write(self: nn.Module, value: Any) -> None:
+        self.__dict__["config"] = value
 
     return property(read, write)
 
@@ -208,7 +169,7 @@ def site_class(base: type[nn.Module], reads: bool = False) -> type[nn.Module]:
         call: Callable[..., Any] = functools.partial(plain, self)
         stack = self._modules.get(SLOT)
         if stack is not None:
-            call = stack.around(call)  # type: ignore[operator]
+            call = stack.around(call, self)  # type: ignore[operator]
         return call(*args, **kwargs)
 
     def __reduce_ex__(self: nn.Module, protocol: object) -> tuple:
@@ -229,6 +190,8 @@ def site_class(base: type[nn.Module], reads: bool = False) -> type[nn.Module]:
         body["__len__"] = lambda self: len(self._modules) - (SLOT in self._modules)
     if reads:
         body |= {"weight": _reading("weight"), "bias": _reading("bias")}
+    if attention.uses_interface(base):
+        body["config"] = _showing_config()
     return _site_meta(type(base))(base.__name__, (base,), body)
 
 

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from .addressing import survey
+from .addressing import Survey, survey
 from .errors import AddressError, nearest
+from .layers import Norm, kind_of
 
 # The end of a module's name -> its role, for BERT and RoBERTa, BART, GPT-2, T5, and Llama. The
 # longest end that fits decides, so that "attention.output.dense" wins over "output.dense".
@@ -81,28 +82,61 @@ def roles(model: nn.Module) -> dict[str, str]:
     `cross_attn.`, `ff.w1`, `ff.gate`, `ff.w2`, `embeddings` and `lm_head.proj`. Known are BERT,
     RoBERTa, BART, GPT-2, T5, Llama, and whatever names its modules as one of them does.
     """
-    named = {name: _role(name) for name in survey(model).modules}
+    return _roles(survey(model))
+
+
+def _roles(found: Survey) -> dict[str, str]:
+    named = {name: _role(name) for name in found.modules}
     return {name: role for name, role in named.items() if role is not None}
 
 
 def _plays(role: str, wanted: str) -> bool:
     sublayer, _, part = role.partition(".")
-    return wanted in (role, sublayer, *(f"{sublayer}.{p}" for p in FUSED.get(part, ())))
+    return wanted in (role, *(f"{sublayer}.{p}" for p in FUSED.get(part, ())))
 
 
-def with_roles(model: nn.Module, wanted: Sequence[str]) -> list[str]:
+def _sublayers(found: Survey, known: dict[str, str], wanted: str) -> list[str]:
+    """The modules that hold all of a sublayer, such as `attn`, or its parts where none holds them.
+
+    A module holds a sublayer if it is around its parts and around no part of another.
+    """
+    blocks: dict[str, list[str]] = {}
+    for name, role in known.items():
+        if role.partition(".")[0] == wanted:
+            path = name.split(".")
+            number = next((i for i in range(len(path), 0, -1) if path[i - 1].isdigit()), 0)
+            while number > 2 and path[number - 3].isdigit():  # T5 numbers its sublayers, too
+                number -= 2
+            blocks.setdefault(".".join(path[:number]), []).append(name)
+    chosen = []
+    for parts in blocks.values():
+        around = found.common(parts)
+        inside = {known[n].partition(".")[0] for n in known if n.startswith(f"{around}.")}
+        chosen += [around] if inside == {wanted} else parts
+    return chosen
+
+
+def with_roles(found: Survey, wanted: Sequence[str]) -> list[str]:
     """The full names of the modules that play any of the `wanted` roles.
 
-    A fused projection is found by each role it plays: GPT-2's `attn.qkv` is its `attn.q`. The
-    spelling of OpenDelta's files, `attn@.q@`, is the same as `attn.q`.
+    A fused projection is found by each role it plays: GPT-2's `attn.qkv` is its `attn.q`. A
+    sublayer, `attn`, is the module that holds all of it, or else its parts; `layer_norm` is every
+    normalisation, `root` the backbone itself. The spelling of OpenDelta's files, `attn@.q@`, is the
+    same as `attn.q`.
 
     Raises:
         AddressError: no module has such a role.
     """
-    known = roles(model)
+    known = _roles(found)
     chosen = set()
     for role in (w.replace("@", "") for w in wanted):
         hits = {name for name, has in known.items() if _plays(has, role)}
+        if role == "root":
+            hits = {""}
+        elif role == "layer_norm":
+            hits = {name for name, module in found.modules.items() if _is_norm(module)}
+        elif "." not in role and role not in known.values():
+            hits = set(_sublayers(found, known, role))
         if not hits:
             all_roles = sorted(set(known.values()))
             near = ", ".join(nearest(role, all_roles)) or "none"
@@ -112,8 +146,13 @@ def with_roles(model: nn.Module, wanted: Sequence[str]) -> list[str]:
                 else "its architecture is not known"
             )
             raise AddressError(
-                f"no module of {type(model).__name__} has the role {role!r}: {reason}. Name the "
-                "modules instead: modified_modules=[...]; opendelta.tree(model) prints their names"
+                f"no module of {type(found.root).__name__} has the role {role!r}: {reason}. Name "
+                "the modules instead: modified_modules=[...]; opendelta.tree(model) prints their "
+                "names"
             )
         chosen |= hits
-    return [name for name in known if name in chosen]
+    return [name for name in found.modules if name in chosen]
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return isinstance(kind_of(module), Norm)

@@ -17,9 +17,10 @@ from rich.tree import Tree
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from .bases import DeltaLayer, OwnedModule
 from .errors import OptionError
 from .inspection import statistics
-from .site import DeltaLayer, OwnedModule, Stack
+from .site import Stack
 
 Note = tuple[str, str]  # a piece of a line: text, style
 NAME, FOLDED, TYPE, MARK = "white", "red", "green", "yellow"

@@ -3,7 +3,10 @@
 import contextlib
 
 import torch
+import transformers
 from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import eager_attention_forward
 
 import opendelta
 
@@ -21,8 +24,29 @@ class Pair(nn.Module):
         return self.inner(x), x.sum()
 
 
+class Attention(nn.Module):
+    """Self-attention with two heads that finds its function as transformers' modules do."""
+
+    is_causal = False
+
+    def __init__(self):
+        super().__init__()
+        self.config = transformers.PreTrainedConfig()
+        self.config._attn_implementation = "sdpa"
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
+
+    def forward(self, hidden_states, attention_mask=None):
+        shape = (*hidden_states.shape[:-1], 3, 2, WIDTH // 2)
+        query, key, value = self.qkv(hidden_states).view(shape).permute(2, 0, 3, 1, 4)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        out, weights = attend(self, query, key, value, attention_mask)
+        return out.flatten(-2), weights
+
+
 class Net(nn.Module):
-    """A network with every kind of module; `forward` takes token ids [batch, length]."""
+    """A network with every kind of module; it takes token ids or their embeddings."""
 
     def __init__(self):
         super().__init__()
@@ -32,12 +56,14 @@ class Net(nn.Module):
         self.conv1d = Conv1D(WIDTH, WIDTH)
         self.norm = nn.LayerNorm(WIDTH)
         self.pair = Pair()
+        self.attention = Attention()
         self.conv2d = nn.Conv2d(1, 3, (3, 3), padding=1)
         self.head = nn.Linear(WIDTH, 3)
 
-    def forward(self, ids):
-        x = self.embedding(ids)
+    def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None):
+        x = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
         x = x + self.conv1d(torch.tanh(self.bare(torch.tanh(self.linear(x)))))
+        x = x + self.attention(x)[0]
         x = self.norm(self.pair(x)[0])
         x = x + self.conv2d(x[:, None]).mean(1)
         return self.head(x)
@@ -64,6 +90,8 @@ PLACES = {
     "norm": ["norm"],
     "conv2d": ["conv2d"],
     "other": ["pair"],
+    "attention": ["attention"],
+    "stack": [""],
 }
 
 IDS = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 10]])
@@ -78,6 +106,12 @@ def net(seed=0):
 def places_of(method):
     """The modules of Net that a method takes, by its layer's kinds."""
     return [name for kind in method.layer_class.kinds for name in PLACES[kind]]
+
+
+def put(method, model, *places, **options):
+    """A delta on the modules called `places`; branches go from each of them to itself."""
+    names = [p for p in places for _ in range(1 + method.layer_class.paired)]
+    return method(model, modified_modules=names, **options)
 
 
 def shake(delta, seed=1, scale=0.3):

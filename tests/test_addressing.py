@@ -77,13 +77,24 @@ def test_one_of_several_patterns_that_matches_nothing_raises_too(bert):
         LoraModel(bert, modified_modules=["query", "vlaue"])
 
 
+class Twins(nn.Module):
+    """Two networks side by side."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.other = net(), net()
+
+    def forward(self, ids):
+        return self.one(ids) + self.other(ids)
+
+
 @pytest.mark.parametrize("name", sorted(METHODS))
-@pytest.mark.parametrize("excluded", ["bare", "[r]b.re", "root.bare"])
+@pytest.mark.parametrize("excluded", ["other", "[r]o.her"])
 def test_every_method_heeds_exclude_modules(name, excluded):
-    holder = nn.Module()
-    holder.root = net()
-    delta = METHODS[name](holder, modified_modules=["linear", "bare"], exclude_modules=[excluded])
-    assert delta.modified_modules == ["root.linear"]
+    place = places_of(METHODS[name])[0]
+    names = [f"{twin}.{place}".rstrip(".") for twin in ("one", "other")]
+    delta = put(METHODS[name], Twins(), *names, exclude_modules=[excluded])
+    assert set(delta.modified_modules) == {names[0]}
 
 
 @pytest.mark.parametrize(
@@ -299,7 +310,7 @@ def test_hints_for_those_who_write_a_regular_expression_or_another_name(bert):
 
 def test_a_method_is_checked_when_it_is_defined():
     from opendelta import AdapterConfig, Delta
-    from opendelta.methods import AdapterLayer
+    from opendelta.methods.adapter import AdapterLayer
 
     whole = {
         "delta_type": "mine",

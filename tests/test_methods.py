@@ -6,14 +6,15 @@ import io
 import itertools
 import pickle
 
+import numpy as np
 import pytest
 import torch
-from nets import IDS, net, places_of, shake, untouched
+from nets import IDS, net, places_of, put, shake, untouched
 from torch import nn
 
 import opendelta
+from opendelta.bases import DeltaLayer
 from opendelta.registry import METHODS
-from opendelta.site import DeltaLayer
 
 NAMES = sorted(METHODS)
 PLACES = [(name, place) for name in NAMES for place in places_of(METHODS[name])]
@@ -34,8 +35,9 @@ def test_it_starts_as_the_identity(placed):
     method, place = placed
     model = net()
     plain = model(IDS)
-    method(model, modified_modules=[place])
-    assert torch.allclose(model(IDS), plain, atol=1e-6)
+    put(method, model, place)
+    same = torch.allclose(model(IDS), plain, atol=1e-6)
+    assert same == method.layer_class.identity  # the exceptions say so
 
 
 def test_it_acts_and_leaves_without_a_trace(placed):
@@ -43,7 +45,7 @@ def test_it_acts_and_leaves_without_a_trace(placed):
     model = net()
     plain = model(IDS)
     with untouched(model):
-        delta = shake(method(model, modified_modules=[place]))
+        delta = shake(put(method, model, place))
         assert not torch.allclose(model(IDS), plain)
         delta.detach()
         assert torch.equal(model(IDS), plain)
@@ -52,7 +54,7 @@ def test_it_acts_and_leaves_without_a_trace(placed):
 def test_gradients_reach_all_of_its_parameters_and_no_others(placed):
     method, place = placed
     model = net()
-    delta = shake(method(model, modified_modules=[place]))
+    delta = shake(put(method, model, place))
     delta.freeze_module()
     model(IDS).pow(2).sum().backward()
     with_gradient = {n for n, p in model.named_parameters() if p.grad is not None}
@@ -62,7 +64,7 @@ def test_gradients_reach_all_of_its_parameters_and_no_others(placed):
 
 def test_it_learns_in_twenty_steps(method):
     model = net()
-    delta = method(model, modified_modules=places_of(method))
+    delta = put(method, model, *places_of(method))
     delta.freeze_module()
     target = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(3))
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.02)
@@ -80,10 +82,10 @@ def test_its_tensors_stand_under_the_slot_of_its_modules(placed):
     method, place = placed
     model = net()
     keys = list(model.state_dict())
-    delta = method(model, modified_modules=[place], name="mine")
+    delta = put(method, model, place, name="mine")
     added = [key for key in model.state_dict() if key not in keys]
     assert added == list(delta.state_dict())
-    assert all(key.startswith(f"{place}.deltas.mine.") for key in added)
+    assert all(key.startswith(f"{place}.deltas.mine.".lstrip(".")) for key in added)
     delta.detach()
     assert list(model.state_dict()) == keys
     assert list(delta.state_dict()) == added
@@ -92,7 +94,7 @@ def test_its_tensors_stand_under_the_slot_of_its_modules(placed):
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
 def test_copies_are_whole_and_independent(method, how):
     model = net()
-    delta = shake(method(model, modified_modules=places_of(method)))
+    delta = shake(put(method, model, *places_of(method)))
     expected = model(IDS)
     if how == "deepcopy":
         twin = copy.deepcopy(model)
@@ -116,7 +118,7 @@ def test_copies_are_whole_and_independent(method, how):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_it_computes_in_the_dtype_of_its_module(method, dtype):
     model = net().to(dtype)
-    delta = shake(method(model, modified_modules=places_of(method)))
+    delta = shake(put(method, model, *places_of(method)))
     assert {p.dtype for p in delta.parameters()} == {dtype}
     out = model(IDS)
     assert out.dtype == dtype
@@ -125,7 +127,7 @@ def test_it_computes_in_the_dtype_of_its_module(method, dtype):
 
 def test_float32_tensors_serve_a_bfloat16_backbone_when_asked(method):
     model = net().to(torch.bfloat16)
-    delta = shake(method(model, modified_modules=places_of(method), dtype="float32"))
+    delta = shake(put(method, model, *places_of(method), dtype="float32"))
     delta.freeze_module()
     assert {p.dtype for p in delta.parameters()} == {torch.float32}
     out = model(IDS)
@@ -136,7 +138,7 @@ def test_float32_tensors_serve_a_bfloat16_backbone_when_asked(method):
 
 def test_it_runs_under_autocast(method):
     model = net()
-    delta = shake(method(model, modified_modules=places_of(method)))
+    delta = shake(put(method, model, *places_of(method)))
     delta.freeze_module()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = model(IDS)
@@ -148,11 +150,10 @@ def test_it_runs_under_autocast(method):
 @pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
 def test_folding_into_the_weights_equals_its_forward(placed, dtype, atol):
     method, place = placed
-    if method.layer_class.fold is DeltaLayer.fold:
-        assert not next(iter(method(net(), modified_modules=[place]).layers.values())).folds
-        return
     model = net().to(dtype)
-    delta = shake(method(model, modified_modules=[place]))
+    delta = shake(put(method, model, place))
+    if not delta.layers[place].folds:
+        return  # test_what_can_fold_folds_somewhere
     expected = model(IDS)
     layer = delta.layers[place]
     delta.detach()
@@ -168,9 +169,15 @@ def test_folding_into_the_weights_equals_its_forward(placed, dtype, atol):
     assert torch.allclose(model(IDS), expected, atol=atol, rtol=atol)
 
 
+def test_what_can_fold_folds_somewhere(method):
+    able = method.layer_class.fold is not DeltaLayer.fold
+    layers = [put(method, net(), place).layers[place] for place in places_of(method)]
+    assert any(layer.folds for layer in layers) == able
+
+
 def test_it_compiles_into_one_graph(method):
     model = net()
-    shake(method(model, modified_modules=places_of(method)))
+    shake(put(method, model, *places_of(method)))
     expected = model(IDS)
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend="eager")
@@ -181,15 +188,17 @@ def test_it_compiles_into_one_graph(method):
 def test_gradients_are_the_same_under_checkpointing(method, use_reentrant):
     from torch.utils.checkpoint import checkpoint
 
+    places = [place for place in places_of(method) if place != "embedding"]
     grads = []
     for checkpointed in (False, True):
         model = net()
-        delta = shake(method(model, modified_modules=["linear"]))
-        x = torch.ones(2, 8, requires_grad=True)
-        if checkpointed:
-            out = checkpoint(model.linear, x, use_reentrant=use_reentrant)
-        else:
-            out = model.linear(x)
+        delta = shake(put(method, model, *places))
+        x = torch.ones(2, 4, 8, requires_grad=True)
+
+        def run(x, model=model):
+            return model(inputs_embeds=x)
+
+        out = checkpoint(run, x, use_reentrant=use_reentrant) if checkpointed else run(x)
         out.pow(2).sum().backward()
         grads.append([p.grad for p in delta.parameters()])
     assert all(torch.allclose(a, b) for a, b in zip(*grads, strict=True))
@@ -197,7 +206,7 @@ def test_gradients_are_the_same_under_checkpointing(method, use_reentrant):
 
 def test_saved_and_loaded_it_gives_the_same_bits(method, tmp_path):
     model = net()
-    delta = shake(method(model, modified_modules=places_of(method)))
+    delta = shake(put(method, model, *places_of(method)))
     delta.freeze_module()
     expected = model(IDS)
     delta.save_finetuned(tmp_path)
@@ -215,7 +224,7 @@ def test_it_refuses_modules_of_other_kinds(method):
 
     model = Odd()
     with untouched(model), pytest.raises(opendelta.SiteError, match=r"'conv' \(Conv2d\) cannot"):
-        method(model, modified_modules=["conv"])
+        put(method, model, "conv")
 
 
 def test_its_signature_is_its_config(method):
@@ -236,11 +245,19 @@ def test_it_names_the_nearest_option(method):
         method(model, modified_module=["linear"])
 
 
+def on_one_layer(one, other):
+    """A module that both take, or else one for each."""
+    mine, others = places_of(METHODS[one]), places_of(METHODS[other])
+    both = [place for place in mine if place in others]
+    return (both[0], both[0]) if both else (mine[0], others[0])
+
+
 @pytest.mark.parametrize(
     "pair", list(itertools.product(NAMES, NAMES)), ids=lambda pair: "+".join(pair)
 )
 def test_any_two_of_them_share_a_layer_in_both_orders(pair):
     outputs = []
+    places = on_one_layer(*pair)
     for order in ([0, 1], [1, 0]):
         model = net()
         plain = model(IDS)
@@ -248,7 +265,7 @@ def test_any_two_of_them_share_a_layer_in_both_orders(pair):
             deltas = {}
             for i in order:
                 torch.manual_seed(i)
-                deltas[i] = METHODS[pair[i]](model, modified_modules=["linear"], name=f"d{i}")
+                deltas[i] = put(METHODS[pair[i]], model, places[i], name=f"d{i}")
                 shake(deltas[i], seed=i)
             outputs.append(model(IDS))
             assert opendelta.composition(model).names == [f"d{i}" for i in order]
@@ -260,3 +277,55 @@ def test_any_two_of_them_share_a_layer_in_both_orders(pair):
             deltas[1].detach()
     assert torch.equal(outputs[0], outputs[3])
     assert torch.equal(outputs[1], outputs[2])
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_any_number_of_them_share_a_model_in_any_order(seed):
+    random = np.random.default_rng(seed)
+    chosen = list(random.choice(NAMES, 6, replace=False))
+    order = list(random.permutation(6))
+
+    def attach(model, indices):
+        deltas = {}
+        for i in indices:
+            torch.manual_seed(int(i))
+            deltas[i] = put(METHODS[chosen[i]], model, *places_of(METHODS[chosen[i]]))
+            shake(deltas[i], seed=int(i), scale=0.1)
+        return deltas
+
+    model, again = net(), net()
+    with untouched(model):
+        deltas = attach(model, range(6))
+        attach(again, order)
+        opendelta.composition(model).reorder([deltas[i] for i in order])
+        assert torch.equal(model(IDS), again(IDS))
+        for i in random.permutation(6):
+            deltas[i].detach()
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_gate_scales_what_it_changes_from_nothing_to_all(placed, gated):
+    method, place = placed
+    if place == "" and not gated:
+        return  # what a closed gate leaves of a prompt is rows of zeros
+    model = net()
+    plain = model(IDS)
+    torch.manual_seed(0)
+    delta = shake(put(method, model, place), seed=5)
+    values = {name: p.detach().clone() for name, p in delta.state_dict("gated").items()}
+    full = model(IDS)
+    delta.detach()
+    gate = put(method, model, place, gate=True, name="gated")
+    opened = gate.layers[place].gate
+    with torch.no_grad():
+        for name, tensor in gate.state_dict().items():
+            if name in values:
+                tensor.copy_(values[name])
+        opened.bias.fill_(50.0 if gated else -50.0)
+    assert torch.allclose(model(IDS), full if gated else plain, atol=1e-5)
+    assert not gate.layers[place].folds
+    assert {p.grad_fn for p in opened.parameters()} == {None}
+    with torch.no_grad():
+        opened.bias.zero_()
+    model(IDS).pow(2).sum().backward()
+    assert all(p.grad is not None for p in opened.parameters())

@@ -1,21 +1,53 @@
 """The methods, one file each. Importing a file registers its method under its `delta_type`."""
 
-from .adapter import AdapterConfig, AdapterLayer, AdapterModel
-from .ia3 import IA3Config, IA3Layer, IA3Model
-from .lora import LoraConfig, LoraLayer, LoraModel
-from .low_rank_adapter import LowRankAdapterConfig, LowRankAdapterLayer, LowRankAdapterModel
+from .adapter import AdapterConfig, AdapterModel
+from .bitfit import BitFitConfig, BitFitModel
+from .compacter import CompacterConfig, CompacterModel
+from .fourierft import FourierFTConfig, FourierFTModel
+from .ia3 import IA3Config, IA3Model
+from .ln_tuning import LNTuningConfig, LNTuningModel
+from .loha import LohaConfig, LohaModel
+from .lokr import LokrConfig, LokrModel
+from .lora import LoraConfig, LoraModel
+from .loreft import LoReftConfig, LoReftModel
+from .low_rank_adapter import LowRankAdapterConfig, LowRankAdapterModel
+from .oft import OFTConfig, OFTModel
+from .parallel_adapter import ParallelAdapterConfig, ParallelAdapterModel
+from .prefix import PrefixConfig, PrefixModel
+from .soft_prompt import SoftPromptConfig, SoftPromptModel
+from .vera import VeraConfig, VeraModel
 
 __all__ = [
     "AdapterConfig",
-    "AdapterLayer",
     "AdapterModel",
+    "BitFitConfig",
+    "BitFitModel",
+    "CompacterConfig",
+    "CompacterModel",
+    "FourierFTConfig",
+    "FourierFTModel",
     "IA3Config",
-    "IA3Layer",
     "IA3Model",
+    "LNTuningConfig",
+    "LNTuningModel",
+    "LoReftConfig",
+    "LoReftModel",
+    "LohaConfig",
+    "LohaModel",
+    "LokrConfig",
+    "LokrModel",
     "LoraConfig",
-    "LoraLayer",
     "LoraModel",
     "LowRankAdapterConfig",
-    "LowRankAdapterLayer",
     "LowRankAdapterModel",
+    "OFTConfig",
+    "OFTModel",
+    "ParallelAdapterConfig",
+    "ParallelAdapterModel",
+    "PrefixConfig",
+    "PrefixModel",
+    "SoftPromptConfig",
+    "SoftPromptModel",
+    "VeraConfig",
+    "VeraModel",
 ]

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from ..bases import OutputLayer
 from ..delta import Delta
 from ..layers import Site, activation
 from ..options import DeltaConfig, option
-from ..site import OutputLayer
 
 
 @dataclass
@@ -19,27 +19,36 @@ class AdapterConfig(DeltaConfig):
     Attributes:
         bottleneck_dim: width of the hidden layer.
         non_linearity: its activation, by transformers' name.
+        scaling: the adapter's output is multiplied by this.
+        layer_norm: "before" or "after": normalise what goes into the adapter, or comes out of it.
     """
 
     bottleneck_dim: int = option(24, minimum=1)
     non_linearity: str = "gelu_new"
+    scaling: float = 1.0
+    layer_norm: str | None = option(None, choices=[None, "before", "after"])
 
 
 class AdapterLayer(OutputLayer):
-    """h + up(f(down(h))) on the module's output h [..., width]; up is 0 at the start."""
+    """h + s up(f(down(h))) on the module's output h [..., width]; up is 0 at the start."""
 
     def __init__(self, site: Site, config: AdapterConfig) -> None:
         super().__init__()
-        self.width = site.out_features
+        self.width, self.scaling = site.out_features, config.scaling
+        self.layer_norm = config.layer_norm
         self.down_proj = site.linear(self.width, config.bottleneck_dim)
         self.non_linearity = activation(config.non_linearity)
         self.up_proj = site.linear(config.bottleneck_dim, self.width)
+        if config.layer_norm is not None:
+            self.norm = site.layer_norm(self.width)
         nn.init.normal_(self.down_proj.weight, std=0.01)
         for start in (self.down_proj.bias, self.up_proj.weight, self.up_proj.bias):
             nn.init.zeros_(start)
 
     def change(self, h: Tensor) -> Tensor:
-        return h + self.up_proj(self.non_linearity(self.down_proj(h)))
+        x = self.norm(h) if self.layer_norm == "before" else h
+        x = self.up_proj(self.non_linearity(self.down_proj(x)))
+        return h + self.scaling * (self.norm(x) if self.layer_norm == "after" else x)
 
 
 class AdapterModel(Delta):

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..bases import DeltaLayer, Params
 from ..delta import Delta
 from ..layers import Site, first_input, replace_input
 from ..options import DeltaConfig, option
-from ..site import DeltaLayer, Params
 
 
 @dataclass

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch.nn.functional as F
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
+from ..bases import DeltaLayer, WeightLayer
 from ..delta import Delta
-from ..layers import Site, first_input
+from ..layers import Site
+from ..low_rank import START, start
 from ..options import DeltaConfig, option
-from ..site import DeltaLayer, Params
 
 
 @dataclass
@@ -25,43 +25,54 @@ class LoraConfig(DeltaConfig):
         lora_alpha: the change is scaled by lora_alpha / lora_r.
         lora_dropout: probability of dropping an input of the change while training; embeddings,
             and modules whose weight is read, have no such input.
+        use_rslora: scale by lora_alpha / sqrt(lora_r) instead. arXiv:2312.03732.
+        use_dora: split the weight into magnitude and direction, and train both. arXiv:2402.09353.
+        init: how A and B start. "kaiming" or "gaussian": A random, B zero. "pissa"
+            (arXiv:2404.02948) or "olora" (arXiv:2406.01775): from the weight, whose own part
+            A0, B0 is taken off again, so that the start is the identity too.
+        rank_pattern: {pattern: rank} for some of the modules, by the addressing rules.
+        alpha_pattern: {pattern: alpha} for some of the modules.
     """
 
     lora_r: int = option(8, minimum=1)
     lora_alpha: float = 16
     lora_dropout: float = option(0.0, minimum=0.0, below=1.0)
+    use_rslora: bool = False
+    use_dora: bool = False
+    init: str = option("kaiming", choices=START)
+    rank_pattern: dict[str, int] | None = option(None, minimum=1, modules=())
+    alpha_pattern: dict[str, float] | None = option(None, modules=())
 
 
-class LoraLayer(DeltaLayer):
+class LoraLayer(WeightLayer):
     """y = W x + (alpha / r) B A x, with A [r, in] and B [out, r]; B A is 0 at the start."""
 
-    kinds = ("linear", "embedding", "conv2d")
-    flow = "beside"
+    kinds: tuple[str, ...] = ("linear", "embedding", "conv2d")
+    start_A: Tensor
+    start_B: Tensor
 
     def __init__(self, site: Site, config: LoraConfig) -> None:
-        super().__init__()
-        assert site.kind is not None
-        self.kind = site.kind
-        self.scaling = config.lora_alpha / config.lora_r
-        self.dropout = config.lora_dropout if site.kind.name != "embedding" else 0.0
-        self.lora_A = site.parameter(config.lora_r, site.in_features)
-        self.lora_B = site.parameter(site.out_features, config.lora_r)
-        if site.kind.name == "embedding":  # as in loralib: kaiming's bound is 1 / sqrt(vocabulary)
-            nn.init.zeros_(self.lora_A)
-            nn.init.normal_(self.lora_B)
-        else:
-            nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-            nn.init.zeros_(self.lora_B)
+        super().__init__(site, config.lora_dropout)
+        rank = (config.rank_pattern or {}).get(site.name, config.lora_r)
+        alpha = (config.alpha_pattern or {}).get(site.name, config.lora_alpha)
+        self.scaling = alpha / (math.sqrt(rank) if config.use_rslora else rank)
+        self.lora_A = site.parameter(rank, site.in_features)
+        self.lora_B = site.parameter(site.out_features, rank)
+        start(self, site, config.init)
 
-    def forward(self, call: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        out, x = call(*args, **kwargs), first_input(args, kwargs)
-        if self.dropout:
-            x = F.dropout(x, self.dropout, self.training)
-        return out + self.scaling * self.kind.low_rank(x, self.lora_A, self.lora_B).type_as(out)
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """A and B, with those of the weight's own part where the start took it off."""
+        if not hasattr(self, "start_A"):
+            return self.lora_A, self.lora_B
+        A, B = torch.cat([self.lora_A, self.start_A]), torch.cat([self.lora_B, -self.start_B], 1)
+        return A, B
 
-    def fold(self, params: Params) -> Params:
-        matrix = self.kind.matrix(params["weight"]) + self.scaling * (self.lora_B @ self.lora_A)
-        return params | {"weight": self.kind.like_weight(matrix, params["weight"])}
+    def delta_weight(self) -> Tensor:
+        A, B = self.pair()
+        return self.scaling * (B @ A)
+
+    def product(self, x: Tensor) -> Tensor:
+        return self.scaling * self.kind.low_rank(x, *self.pair())
 
 
 class LoraModel(Delta):
@@ -80,3 +91,9 @@ class LoraModel(Delta):
     config_class = LoraConfig
     layer_class = LoraLayer
     default_modified_modules = ("attn.q", "attn.v")
+
+    @classmethod
+    def layer_for(cls, config: Any) -> type[DeltaLayer]:
+        from .dora import DoraLayer
+
+        return DoraLayer if config.use_dora else LoraLayer

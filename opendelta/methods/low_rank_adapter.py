@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from ..bases import OutputLayer
 from ..delta import Delta
-from ..layers import Site, activation, linear
+from ..layers import GLOROT, Site, activation, linear
 from ..options import DeltaConfig, option
-from ..site import OutputLayer
 
 
 @dataclass
@@ -25,7 +25,7 @@ class LowRankAdapterConfig(DeltaConfig):
 
     reduction_factor: int = option(32, minimum=1)
     non_linearity: str = "gelu_new"
-    low_rank_w_init: str = option("glorot-uniform", choices=["glorot-uniform", "glorot-normal"])
+    low_rank_w_init: str = option("glorot-uniform", choices=GLOROT)
     low_rank_rank: int = option(1, minimum=1)
 
 
@@ -37,9 +37,8 @@ class LowRankLinear(nn.Module):
         self.W_left = site.parameter(n_in, config.low_rank_rank)
         self.W_right = site.parameter(config.low_rank_rank, n_out)
         self.b = site.parameter(n_out)
-        start = config.low_rank_w_init.replace("glorot-", "xavier_") + "_"
         for factor in (self.W_left, self.W_right):
-            getattr(nn.init, start)(factor)
+            GLOROT[config.low_rank_w_init](factor)
         nn.init.zeros_(self.b)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,0 +1,76 @@
+"""How the low-rank factors of a change start: at random, or from the weight that they change."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import SiteError
+from .layers import FLOATS, Site, is_sharded
+
+START = ("kaiming", "gaussian", "pissa", "olora")
+
+
+def plain_weight(site: Site, reason: str) -> Tensor:
+    """The stored weight of the module in at least float32, where it is an ordinary floating tensor.
+
+    Args:
+        reason: the option that needs it, for the message.
+
+    Raises:
+        SiteError: it is quantised, sharded or offloaded.
+    """
+    weight = site.module._parameters.get("weight")
+    plain = type(weight) is nn.Parameter and weight.dtype in FLOATS and not is_sharded(weight)
+    if weight is None or not plain or weight.device.type != site.device.type:
+        raise SiteError(
+            f"{site.name!r} ({type(site.module).__name__}): {reason} needs the module's weight as "
+            "a plain floating tensor, not quantised, sharded or offloaded"
+        )
+    return weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+
+
+def start(layer: Any, site: Site, init: str) -> None:
+    """Set `layer.lora_A` [rank, in] and `layer.lora_B` [out, rank] to where they start.
+
+    "pissa" and "olora" start with a part of the weight itself, and keep it as the buffers `start_A`
+    and `start_B`, whose product the layer takes off again: PEFT takes it off the weight.
+    """
+    A, B = layer.lora_A, layer.lora_B
+    if init in ("pissa", "olora"):
+        _start_from_weight(layer, site, init)
+    elif site.kind is not None and site.kind.name == "embedding":
+        nn.init.zeros_(A)  # as in loralib: kaiming's bound would be 1 / sqrt(vocabulary)
+        nn.init.normal_(B)
+    else:
+        nn.init.zeros_(B)
+        if init == "gaussian":
+            nn.init.normal_(A, std=1 / A.size(0))
+        else:
+            nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+
+
+@torch.no_grad()
+def _start_from_weight(layer: Any, site: Site, init: str) -> None:
+    if site.kind is None or site.kind.name != "linear":
+        what = f"{site.name!r} ({type(site.module).__name__})"
+        raise SiteError(f"{what}: init={init!r} is for linear modules")
+    matrix, rank = site.kind.matrix(plain_weight(site, f"init={init!r}")), layer.lora_A.size(0)
+    if rank > min(matrix.shape):
+        raise SiteError(
+            f"{site.name!r}: init={init!r} needs a rank of at most {min(matrix.shape)}, not {rank}"
+        )
+    if init == "pissa":
+        U, S, V = torch.linalg.svd(matrix, full_matrices=False)
+        root = (S[:rank] / layer.scaling).sqrt()
+        A, B = root[:, None] * V[:rank], U[:, :rank] * root
+    else:
+        Q, R = torch.linalg.qr(matrix)
+        A, B = R[:rank], Q[:, :rank]
+    layer.lora_A.copy_(A)
+    layer.lora_B.copy_(B)
+    layer.register_buffer("start_A", layer.lora_A.detach().clone())
+    layer.register_buffer("start_B", layer.lora_B.detach().clone())

@@ -1,0 +1,66 @@
+"""BitFit: train biases alone. arXiv:2106.10199."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..bases import DeltaLayer, Params
+from ..delta import Delta
+from ..layers import Site
+from ..options import DeltaConfig
+
+
+@dataclass
+class BitFitConfig(DeltaConfig):
+    """BitFit has no options of its own.
+
+    A module of `modified_modules` that is no linear layer, convolution or normalisation stands for
+    all that are inside it.
+    """
+
+
+class BitFitLayer(DeltaLayer):
+    """y = f(x) + b, with b [out] that is 0 at the start: on top of a bias, or where none is."""
+
+    kinds = ("linear", "conv2d", "norm")
+    inside = True
+
+    def __init__(self, site: Site, config: BitFitConfig) -> None:
+        super().__init__()
+        self.axes = (-1, 1, 1) if site.kind is not None and site.kind.name == "conv2d" else (-1,)
+        self.has_bias = site.module._parameters.get("bias") is not None
+        self.bias = site.parameter(site.out_features)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, call: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        out = call(*args, **kwargs)
+        return out + self.bias.type_as(out).view(self.axes)
+
+    @property
+    def folds(self) -> bool:
+        return super().folds and self.has_bias
+
+    def fold(self, params: Params) -> Params:
+        return params | {"bias": (params["bias"] + self.bias).type_as(params["bias"])}
+
+
+class BitFitModel(Delta):
+    """Trainable biases, the delta's own, also where the backbone has none. arXiv:2106.10199.
+
+    Example:
+        >>> from torch import nn
+        >>> from opendelta import BitFitModel
+        >>> model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.ReLU(), nn.Linear(8, 2))
+        >>> delta = BitFitModel(model, modified_modules=["root"])
+        >>> [tuple(p.shape) for p in delta.parameters()]
+        [(8,), (2,)]
+    """
+
+    delta_type = "bitfit"
+    config_class = BitFitConfig
+    layer_class = BitFitLayer
+    default_modified_modules = ("attn", "ff", "layer_norm")

@@ -1,0 +1,59 @@
+"""DoRA: LoRA on the direction of a weight, and a magnitude for each output. arXiv:2402.09353."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..bases import Params
+from ..layers import Site, first_input
+from ..low_rank import plain_weight
+from .lora import LoraConfig, LoraLayer
+
+
+class DoraLayer(LoraLayer):
+    """y = n (W x + D x) + b, with D = (alpha / r) B A and n = m / |W + D|, row by row.
+
+    m [out] starts as |W|, so that n is 1. As in the paper, no gradient passes through |W + D|. W is
+    the weight with the foldable layers beneath.
+    """
+
+    kinds = ("linear", "conv2d")
+    flow = "after"
+    sees_module = True
+
+    def __init__(self, site: Site, config: LoraConfig) -> None:
+        super().__init__(site, config)
+        weight = self.kind.matrix(plain_weight(site, "use_dora"))
+        magnitude = self.norm(weight).to(site.device, site.dtype)
+        self.lora_magnitude_vector = nn.Parameter(magnitude)
+
+    @torch.no_grad()
+    def norm(self, weight: Tensor) -> Tensor:
+        """|W + s B A| of each row, from W A^T and A A^T: the sum is never built."""
+        A, B = (t.type_as(weight) for t in self.pair())
+        squares = weight.square().sum(1)
+        crossed = 2 * self.scaling * ((weight @ A.T) * B).sum(1)
+        own = self.scaling**2 * ((B @ (A @ A.T)) * B).sum(1)
+        return (squares + crossed + own).clamp_min(0).sqrt()
+
+    def _scale(self, params: Params) -> Tensor:
+        return self.lora_magnitude_vector / self.norm(self.kind.matrix(params["weight"]))
+
+    def forward(self, call: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        params = call.params()  # type: ignore[attr-defined]
+        out, x = call(*args, **kwargs), first_input(args, kwargs)
+        x = F.dropout(x, self.dropout, self.training) if self.dropout else x
+        axes = (-1, 1, 1) if self.kind.name == "conv2d" else (-1,)
+        scale = self._scale(params).type_as(out).view(axes)
+        bias = params["bias"].type_as(out).view(axes) if "bias" in params else 0.0
+        return scale * (out - bias + self.product(x).type_as(out)) + bias
+
+    def fold(self, params: Params) -> Params:
+        matrix = self.kind.matrix(params["weight"]) + self.delta_weight()
+        matrix = self._scale(params)[:, None] * matrix
+        return params | {"weight": self.kind.like_weight(matrix, params["weight"])}

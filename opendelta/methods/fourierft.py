@@ -1,0 +1,69 @@
+"""FourierFT: a change given by a few entries of its spectrum. arXiv:2405.03003."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..bases import WeightLayer
+from ..delta import Delta
+from ..layers import Site
+from ..options import DeltaConfig, option
+
+
+@dataclass
+class FourierFTConfig(DeltaConfig):
+    """Options of FourierFT.
+
+    Attributes:
+        n_frequency: entries of the spectrum that are trained; at most all.
+        scaling: the change is multiplied by this.
+        random_loc_seed: seed of where those entries are; they are found anew from it on loading.
+    """
+
+    n_frequency: int = option(1000, minimum=1)
+    scaling: float = 150.0
+    random_loc_seed: int = option(777, minimum=0)
+
+
+class FourierFTLayer(WeightLayer):
+    """y = W x + s Re(ifft2(F)) x, with F [out, in] 0 but for n entries, which start as 0 too."""
+
+    places: Tensor
+
+    def __init__(self, site: Site, config: FourierFTConfig) -> None:
+        super().__init__(site)
+        self.scaling = config.scaling
+        self.shape = (site.out_features, site.in_features)
+        size = site.out_features * site.in_features
+        generator = torch.Generator().manual_seed(config.random_loc_seed)
+        places = torch.randperm(size, generator=generator)[: config.n_frequency]
+        self.register_buffer("places", places.to(site.device), persistent=False)
+        self.fourierft_spectrum = site.parameter(min(config.n_frequency, size))
+        nn.init.zeros_(self.fourierft_spectrum)
+
+    def delta_weight(self) -> Tensor:
+        spectrum = self.fourierft_spectrum
+        values = spectrum.to(torch.promote_types(spectrum.dtype, torch.float32))
+        dense = values.new_zeros(self.shape[0] * self.shape[1]).index_put((self.places,), values)
+        return self.scaling * torch.fft.ifft2(dense.view(self.shape)).real.to(spectrum.dtype)
+
+
+class FourierFTModel(Delta):
+    """Changes of linear modules given by a few entries of their spectrum. arXiv:2405.03003.
+
+    Example:
+        >>> from torch import nn
+        >>> from opendelta import FourierFTModel
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> delta = FourierFTModel(model, modified_modules=["0"], n_frequency=10)
+        >>> [tuple(p.shape) for p in delta.parameters()]
+        [(10,)]
+    """
+
+    delta_type = "fourierft"
+    config_class = FourierFTConfig
+    layer_class = FourierFTLayer
+    default_modified_modules = ("attn.q", "attn.v")

@@ -1,0 +1,74 @@
+"""LN tuning: train the scales and biases of normalisations. arXiv:2312.11420."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..bases import DeltaLayer, Params
+from ..delta import Delta
+from ..layers import Norm, Site
+from ..options import DeltaConfig
+
+
+@dataclass
+class LNTuningConfig(DeltaConfig):
+    """LN tuning has no options of its own.
+
+    A module of `modified_modules` that is no normalisation stands for all that are inside it.
+    """
+
+
+class LNTuningLayer(DeltaLayer):
+    """y = s f(x) + b: a normalisation with the weight s w and the bias s c + b for its w and c.
+
+    s [width] is 1 and b [width] 0 at the start. The factor works for any kind of normalisation, and
+    on top of other deltas; where the normalisation has no bias, neither has the delta.
+    """
+
+    kinds = ("norm",)
+    inside = True
+
+    def __init__(self, site: Site, config: LNTuningConfig) -> None:
+        super().__init__()
+        self.by_weight = isinstance(site.kind, Norm) and site.kind.scales_by_weight
+        self.scale = nn.Parameter(nn.init.ones_(site.parameter(site.out_features)))
+        self.bias = None
+        if site.module._parameters.get("bias") is not None:
+            self.bias = nn.Parameter(nn.init.zeros_(site.parameter(site.out_features)))
+
+    def forward(self, call: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        out = call(*args, **kwargs)
+        out = out * self.scale.type_as(out)
+        return out if self.bias is None else out + self.bias.type_as(out)
+
+    @property
+    def folds(self) -> bool:
+        return super().folds and self.by_weight
+
+    def fold(self, params: Params) -> Params:
+        folded = {"weight": params["weight"] * self.scale}
+        if self.bias is not None:
+            folded["bias"] = params["bias"] * self.scale + self.bias
+        return params | {name: tensor.type_as(params[name]) for name, tensor in folded.items()}
+
+
+class LNTuningModel(Delta):
+    """Trainable scales and biases of LayerNorms and RMSNorms. arXiv:2312.11420.
+
+    Example:
+        >>> from torch import nn
+        >>> from opendelta import LNTuningModel
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
+        >>> delta = LNTuningModel(model, modified_modules=["root"])
+        >>> sorted(delta.state_dict())
+        ['1.deltas.ln_tuning.bias', '1.deltas.ln_tuning.scale']
+    """
+
+    delta_type = "ln_tuning"
+    config_class = LNTuningConfig
+    layer_class = LNTuningLayer
+    default_modified_modules = ("layer_norm",)

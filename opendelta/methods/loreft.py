@@ -1,0 +1,88 @@
+"""LoReFT: a change of hidden states in a low-rank subspace, at some positions. arXiv:2404.03592."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..bases import OutputLayer
+from ..delta import Delta
+from ..layers import Site, change_hidden
+from ..options import DeltaConfig, option
+from ..sequence import positions
+
+
+@dataclass
+class LoReftConfig(DeltaConfig):
+    """Options of LoReFT.
+
+    Attributes:
+        low_rank_dimension: rows of R.
+        first: change only this many tokens at the start, and those that `last` says.
+        last: change only this many tokens at the end. Both None: all tokens.
+    """
+
+    low_rank_dimension: int = option(4, minimum=1)
+    first: int | None = option(None, minimum=0)
+    last: int | None = option(None, minimum=0)
+
+
+class LoReftLayer(OutputLayer):
+    """h + R^T (W h + b - R h) on the output h [..., width], with R [r, width] of orthonormal rows.
+
+    R is the Q of the QR decomposition of what is trained. W starts as R and b as 0.
+    """
+
+    def __init__(self, site: Site, config: LoReftConfig) -> None:
+        super().__init__()
+        self.width, self.first, self.last = site.out_features, config.first, config.last
+        rank = min(config.low_rank_dimension, self.width)
+        self.rotate_layer = site.parameter(self.width, rank)
+        self.learned_source = site.linear(self.width, rank)
+        with torch.no_grad():
+            self.rotate_layer.copy_(nn.init.orthogonal_(torch.empty(self.width, rank)))
+            self.learned_source.weight.copy_(self.R())
+        nn.init.zeros_(self.learned_source.bias)
+
+    def R(self) -> Tensor:
+        """R [r, width]."""
+        raw = self.rotate_layer
+        Q = torch.linalg.qr(raw.to(torch.promote_types(raw.dtype, torch.float32))).Q
+        return Q.T.to(raw.dtype)
+
+    def change(self, h: Tensor) -> Tensor:
+        R = self.R().type_as(h)
+        return h + (self.learned_source(h) - h @ R.T) @ R
+
+    def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        out = call(*args, **kwargs)
+        if self.first is None and self.last is None:
+            return change_hidden(out, self.width, self.change)
+
+        def some(h: Tensor) -> Tensor:
+            chosen = positions(h, args, kwargs, self.first or 0, self.last or 0)
+            return torch.where(chosen[..., None], self.change(h), h)
+
+        return change_hidden(out, self.width, some)
+
+
+class LoReftModel(Delta):
+    """Low-rank changes of hidden states after any module that returns them. arXiv:2404.03592.
+
+    Example:
+        >>> from torch import nn
+        >>> from opendelta import LoReftModel
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> delta = LoReftModel(model, modified_modules=["0"], low_rank_dimension=2)
+        >>> sum(p.numel() for p in delta.parameters())
+        34
+    """
+
+    delta_type = "loreft"
+    config_class = LoReftConfig
+    layer_class = LoReftLayer
+    default_modified_modules = ("ff.w2",)

@@ -1,0 +1,103 @@
+"""OFT: a rotation of a module's input, block by block. arXiv:2306.07280."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..bases import DeltaLayer, Params
+from ..delta import Delta
+from ..layers import Site, first_input, replace_input
+from ..options import DeltaConfig, option
+
+
+@dataclass
+class OFTConfig(DeltaConfig):
+    """Options of OFT.
+
+    Attributes:
+        oft_block_size: rows of a block; the largest divisor of the module's input size up to this.
+        block_share: one block for all.
+        use_cayley_neumann: a sum in the place of the inverse in Cayley's formula: cheaper, and
+            orthogonal only nearly.
+        num_cayley_neumann_terms: the summands of that.
+    """
+
+    oft_block_size: int = option(32, minimum=2)
+    block_share: bool = False
+    use_cayley_neumann: bool = False
+    num_cayley_neumann_terms: int = option(5, minimum=4)
+
+
+class OFTLayer(DeltaLayer):
+    """y = f(x R), R = diag(R_1, ...), R_i = (I - Q_i) (I + Q_i)^-1, Q_i = -Q_i^T (Cayley).
+
+    The upper triangles of the Q_i are trained; they are 0 at the start, so that R is I.
+    """
+
+    kinds = ("linear",)
+    flow = "before"
+
+    def __init__(self, site: Site, config: OFTConfig) -> None:
+        super().__init__()
+        assert site.kind is not None
+        self.kind = site.kind
+        self.terms = config.num_cayley_neumann_terms if config.use_cayley_neumann else 0
+        limit = min(config.oft_block_size, site.in_features)
+        self.size = next(b for b in range(limit, 0, -1) if site.in_features % b == 0)
+        rows = 1 if config.block_share else site.in_features // self.size
+        self.oft_R = site.parameter(rows, self.size * (self.size - 1) // 2)
+        nn.init.zeros_(self.oft_R)
+
+    def rotations(self) -> Tensor:
+        """The R_i [blocks or 1, size, size], in at least float32."""
+        upper = self.oft_R.to(torch.promote_types(self.oft_R.dtype, torch.float32))
+        row, column = torch.triu_indices(self.size, self.size, 1, device=upper.device)
+        Q = upper.new_zeros(upper.size(0), self.size, self.size)
+        Q[:, row, column] = upper
+        Q = Q - Q.mT
+        one = torch.eye(self.size, dtype=Q.dtype, device=Q.device)
+        if not self.terms:
+            return torch.linalg.solve(one + Q, one - Q, left=False)
+        total, power = one + 2 * Q, Q
+        for _ in range(self.terms - 3):
+            power = power @ Q
+            total = total + 2 * power
+        return total + power @ Q
+
+    def rotate(self, x: Tensor, R: Tensor) -> Tensor:
+        """Each block of the last axis of `x` times its R_i."""
+        blocks = x.unflatten(-1, (-1, 1, self.size))
+        return (blocks @ R.type_as(x)).flatten(-3)
+
+    def forward(self, call: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        x = self.rotate(first_input(args, kwargs), self.rotations())
+        args, kwargs = replace_input(args, kwargs, x)
+        return call(*args, **kwargs)
+
+    def fold(self, params: Params) -> Params:
+        R = self.rotations()
+        matrix = self.rotate(self.kind.matrix(params["weight"]).to(R.dtype), R.mT)
+        return params | {"weight": self.kind.like_weight(matrix, params["weight"])}
+
+
+class OFTModel(Delta):
+    """Orthogonal transforms of the input of linear modules. arXiv:2306.07280.
+
+    Example:
+        >>> from torch import nn
+        >>> from opendelta import OFTModel
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> delta = OFTModel(model, modified_modules=["0"], oft_block_size=4)
+        >>> [tuple(p.shape) for p in delta.parameters()]
+        [(2, 6)]
+    """
+
+    delta_type = "oft"
+    config_class = OFTConfig
+    layer_class = OFTLayer
+    default_modified_modules = ("attn.q", "attn.v")

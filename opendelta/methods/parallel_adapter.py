@@ -1,0 +1,71 @@
+"""Parallel adapter: a bottleneck beside one module or several in a row. arXiv:2110.04366."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from ..bases import BranchLayer
+from ..delta import Delta
+from ..layers import Site, activation
+from ..options import DeltaConfig, option
+
+
+@dataclass
+class ParallelAdapterConfig(DeltaConfig):
+    """Options of the parallel adapter.
+
+    Its `modified_modules` come in pairs: the module whose input the adapter reads, and the one to
+    whose output it adds, such as `["fc1", "fc2"]`; `["fc2", "fc2"]` is around one module.
+
+    Attributes:
+        bottleneck_dim: width of the hidden layer.
+        non_linearity: its activation, by transformers' name.
+        scaled: the adapter's output is multiplied by this; the paper's best is 4, with
+            bottleneck_dim=512 beside the feed-forward layers.
+    """
+
+    bottleneck_dim: int = option(24, minimum=1)
+    non_linearity: str = "gelu_new"
+    scaled: float = 1.0
+
+
+class ParallelAdapterLayer(BranchLayer):
+    """y = f(x) + s up(g(down(x))) around all modules f of the pair; up is 0 at the start."""
+
+    def __init__(self, site: Site, config: ParallelAdapterConfig) -> None:
+        super().__init__()
+        assert site.end is not None
+        self.width, self.scaled = site.end.out_features, config.scaled
+        known = site.kind is not None and site.kind.name == "linear"
+        self.gate_width = site.in_features if known else self.width
+        self.down_proj = site.linear(self.gate_width, config.bottleneck_dim)
+        self.non_linearity = activation(config.non_linearity)
+        self.up_proj = site.linear(config.bottleneck_dim, self.width)
+        nn.init.normal_(self.down_proj.weight, std=0.01)
+        for start in (self.down_proj.bias, self.up_proj.weight, self.up_proj.bias):
+            nn.init.zeros_(start)
+
+    def branch(self, x: Tensor) -> Tensor:
+        return self.scaled * self.up_proj(self.non_linearity(self.down_proj(x)))
+
+
+class ParallelAdapterModel(Delta):
+    """Bottleneck adapters from the input of a module to the output of the same or a later one.
+
+    arXiv:2110.04366.
+
+    Example:
+        >>> from torch import nn
+        >>> from opendelta import ParallelAdapterModel
+        >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+        >>> delta = ParallelAdapterModel(model, modified_modules=["0", "2"], bottleneck_dim=3)
+        >>> sorted(delta.state_dict())[:2]
+        ['0.deltas.parallel_adapter.down_proj.bias', '0.deltas.parallel_adapter.down_proj.weight']
+    """
+
+    delta_type = "parallel_adapter"
+    config_class = ParallelAdapterConfig
+    layer_class = ParallelAdapterLayer
+    default_modified_modules = ("attn", "attn", "ff.w1", "ff.w2")

@@ -1,0 +1,96 @@
+"""VeRA: two small vectors around random matrices that all layers share. arXiv:2310.11454."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..bases import WeightLayer
+from ..delta import Delta
+from ..layers import Site, linear
+from ..options import DeltaConfig, option
+
+
+@dataclass
+class VeraConfig(DeltaConfig):
+    """Options of VeRA.
+
+    Attributes:
+        r: rank of the shared matrices; larger than LoRA's, as only vectors are trained.
+        d_initial: where d starts.
+        vera_dropout: probability of dropping an input of the change while training.
+        projection_prng_key: seed of the shared matrices; they are made anew from it on loading.
+        save_projection: save the shared matrices too.
+    """
+
+    r: int = option(256, minimum=1)
+    d_initial: float = 0.1
+    vera_dropout: float = option(0.0, minimum=0.0, below=1.0)
+    projection_prng_key: int = option(0, minimum=0)
+    save_projection: bool = False
+
+
+class Projections(nn.Module):
+    """A [r, largest in] and B [largest out, r], the same for the same seed and sizes; frozen."""
+
+    def __init__(self, sites: list[Site], config: VeraConfig) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(config.projection_prng_key)
+        sizes = max(s.in_features for s in sites), max(s.out_features for s in sites)
+        for name, shape in (("vera_A", (config.r, sizes[0])), ("vera_B", (sizes[1], config.r))):
+            bound = math.sqrt(6 / shape[1])  # kaiming's
+            tensor = torch.empty(shape).uniform_(-bound, bound, generator=generator)
+            tensor = tensor.to(sites[0].device, sites[0].dtype)
+            self.register_buffer(name, tensor, persistent=config.save_projection)
+
+
+class VeraLayer(WeightLayer):
+    """y = W x + b * B (d * A x), with d [r] and b [out]; b is 0 at the start."""
+
+    def __init__(self, site: Site, config: VeraConfig) -> None:
+        super().__init__(site, config.vera_dropout)
+        self.vera_lambda_d = nn.Parameter(
+            nn.init.constant_(site.parameter(config.r), config.d_initial)
+        )
+        self.vera_lambda_b = nn.Parameter(nn.init.zeros_(site.parameter(site.out_features)))
+
+    def pair(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """A [r, in] and B [out, r]: what this layer uses of the shared matrices."""
+        A, B = self.shared.vera_A, self.shared.vera_B
+        return A[:, : self.kind.in_features].to(x.device), B[: self.kind.out_features].to(x.device)
+
+    def delta_weight(self) -> Tensor:
+        A, B = self.pair(self.vera_lambda_b)
+        return (self.vera_lambda_b[:, None] * B) @ (self.vera_lambda_d[:, None] * A)
+
+    def product(self, x: Tensor) -> Tensor:
+        A, B = self.pair(x)
+        d, b = self.vera_lambda_d.type_as(x), self.vera_lambda_b.type_as(x)
+        return b * linear(d * linear(x, A), B)
+
+
+class VeraModel(Delta):
+    """Trained vectors around shared random matrices, beside linear modules. arXiv:2310.11454.
+
+    Example:
+        >>> from torch import nn
+        >>> from opendelta import VeraModel
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> delta = VeraModel(model, modified_modules=["0", "2"], r=4)
+        >>> sum(p.numel() for p in delta.parameters())
+        18
+    """
+
+    delta_type = "vera"
+    config_class = VeraConfig
+    layer_class = VeraLayer
+    default_modified_modules = ("attn.q", "attn.v")
+
+    @classmethod
+    def shared_for(cls, config: Any) -> Callable[..., nn.Module] | None:
+        return Projections
