@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 import transformers
-from nets import net, places_of, untouched
+from nets import net, places_of, put, untouched
 from torch import nn
 
 import opendelta
