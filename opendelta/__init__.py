@@ -3,7 +3,7 @@
 from .auto import AutoDeltaConfig, AutoDeltaModel
 from .bases import BranchLayer, DeltaLayer, OutputLayer, WeightLayer
 from .checkpoint import own_version
-from .composition import Composition, composition
+from .composition import Composition, composition, load
 from .delta import Delta
 from .errors import (
     AddressError,
@@ -116,6 +116,7 @@ __all__ = [
     "assert_pristine",
     "check",
     "composition",
+    "load",
     "option",
     "roles",
     "snapshot",

@@ -10,7 +10,7 @@ from torch import nn
 
 from . import checkpoint
 from .delta import Delta
-from .errors import OptionError
+from .errors import DeltaLoadError, OptionError
 from .options import DeltaConfig
 from .registry import method
 
@@ -41,7 +41,13 @@ class AutoDeltaConfig:
     @classmethod
     def from_finetuned(cls, finetuned_delta_path: str | os.PathLike) -> DeltaConfig:
         """The config of a delta that `save_finetuned` wrote into this folder."""
-        return checkpoint.read_config(Path(finetuned_delta_path))[1]
+        configs = checkpoint.read(Path(finetuned_delta_path))[1]
+        if len(configs) > 1:
+            raise DeltaLoadError(
+                f"{finetuned_delta_path} holds {len(configs)} deltas, so it has no single config; "
+                "use opendelta.load(folder, model)"
+            )
+        return configs[0]
 
 
 class AutoDeltaModel:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -135,6 +136,24 @@ class Composition:
             for record, active in before:
                 record.active = active
 
+    def save(self, folder: str | os.PathLike) -> None:
+        """Save all attached deltas as one: tensors, options, order, activity, what trains.
+
+        `opendelta.load(folder, model)` brings them back bit for bit. The folder gets one JSON file
+        and one safetensors file, and holds either its old or its new content at any moment.
+        Backbone modules that train in place by name are saved too, as by `Delta.save_finetuned`.
+
+        Raises:
+            DeltaError: no delta is attached, or the folder holds something else.
+        """
+        from . import checkpoint
+
+        if not self.names:
+            raise DeltaError(
+                f"no delta is attached to {type(self.model).__name__}: nothing to save"
+            )
+        checkpoint.save([self[name] for name in self.names], folder)
+
     def explain(self, module: str) -> Explanation:
         """What a module with deltas computes, as a formula and step by step.
 
@@ -223,4 +242,19 @@ def composition(model: nn.Module) -> Composition:
         >>> c.explain("0").formula
         'y = style(0(x)) + lora(x)'
     """
+    return Composition(model)
+
+
+def load(folder: str | os.PathLike, model: nn.Module) -> Composition:
+    """Put the deltas that `composition(...).save` or `save_finetuned` wrote on `model`.
+
+    They come after those that are there, in their own order, with the switches that they had; one
+    whose name is taken gets the next free one. Everything is compared before the model is touched.
+
+    Raises:
+        DeltaLoadError: the folder is damaged, or does not fit `model`.
+    """
+    from . import checkpoint
+
+    checkpoint.load(folder, model)
     return Composition(model)

@@ -120,7 +120,8 @@ class Delta:
         """
         from . import checkpoint
 
-        return checkpoint.load(finetuned_delta_path, backbone_model, name=name, expected=cls)
+        loaded: Any = checkpoint.load(finetuned_delta_path, backbone_model, name, expected=cls)
+        return loaded[0]
 
     def __repr__(self) -> str:
         if not hasattr(self, "record"):
@@ -171,11 +172,12 @@ class Delta:
         return self.record.active
 
     # ------------------------------------------------------- attaching, detaching
-    def _prepare(self, model: nn.Module, config: DeltaConfig, as_named: bool = False) -> None:
+    def _prepare(self, model: nn.Module, config: DeltaConfig, as_saved: bool = False) -> None:
         """Everything but changing the model: name, modules, sizes, layers.
 
         Args:
-            as_named: the config holds full names, on which no pattern is run.
+            as_saved: the config holds full names, on which no pattern is run, and the layers get no
+                memory: they are to be filled from a file.
         """
         if not isinstance(model, nn.Module):
             raise OptionError(f"backbone_model must be a torch.nn.Module, not {model!r}")
@@ -190,14 +192,14 @@ class Delta:
                 f"{type(model).__name__} has a delta {name!r} already, attached or detached but "
                 f"held; pass another name=, such as {free_name(name, taken)!r}"
             )
-        if as_named:
+        if as_saved:
             config = planning.take_literally(found, config)
         else:
             config = planning.resolve(
                 found, config, self.default_modified_modules, self.layer_for(config)
             )
         self.layers = planning.make_layers(
-            found, config, self.layer_for(config), self.shared_for(config)
+            found, config, self.layer_for(config), self.shared_for(config), not as_saved
         )
         shared = known[0].shared if known else Shared()
         place = known[-1].place + 1 if known else 0
@@ -376,11 +378,15 @@ class Delta:
     def _prefix(self, where: str, name: str | None = None) -> str:
         return (f"{where}." if where else "") + f"{SLOT}.{name or self.name}."
 
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """(full name, parameter) of the delta, the same whether it is attached or not."""
+    def named_parameters(self, named: str | None = None) -> Iterator[tuple[str, nn.Parameter]]:
+        """(full name, parameter) of the delta, the same whether it is attached or not.
+
+        Args:
+            named: give the full names that they would have if the delta were called so.
+        """
         for where, layer in self.layers.items():
             for name, parameter in layer.named_parameters():
-                yield self._prefix(where) + name, parameter
+                yield self._prefix(where, named) + name, parameter
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The delta's parameters."""
@@ -448,7 +454,7 @@ class Delta:
             )
         from . import checkpoint
 
-        checkpoint.save(self, save_directory)
+        checkpoint.save([self], save_directory)
 
 
 def handle_of(found: Survey, record: Record) -> Delta:

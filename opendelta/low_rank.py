@@ -25,7 +25,8 @@ def plain_weight(site: Site, reason: str) -> Tensor:
     """
     weight = site.module._parameters.get("weight")
     plain = type(weight) is nn.Parameter and weight.dtype in FLOATS and not is_sharded(weight)
-    if weight is None or not plain or weight.device.type != site.device.type:
+    offloaded = weight is not None and weight.is_meta and site.device.type != "meta"
+    if weight is None or not plain or offloaded:
         raise SiteError(
             f"{site.name!r} ({type(site.module).__name__}): {reason} needs the module's weight as "
             "a plain floating tensor, not quantised, sharded or offloaded"
@@ -58,6 +59,10 @@ def _start_from_weight(layer: Any, site: Site, init: str) -> None:
     if site.kind is None or site.kind.name != "linear":
         what = f"{site.name!r} ({type(site.module).__name__})"
         raise SiteError(f"{what}: init={init!r} is for linear modules")
+    if layer.lora_A.is_meta:
+        layer.register_buffer("start_A", torch.empty_like(layer.lora_A, requires_grad=False))
+        layer.register_buffer("start_B", torch.empty_like(layer.lora_B, requires_grad=False))
+        return
     matrix, rank = site.kind.matrix(plain_weight(site, f"init={init!r}")), layer.lora_A.size(0)
     if rank > min(matrix.shape):
         raise SiteError(

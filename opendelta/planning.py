@@ -194,14 +194,19 @@ def make_layers(
     config: DeltaConfig,
     layer_class: type[DeltaLayer],
     shared_class: Callable[..., nn.Module] | None = None,
+    memory: bool = True,
 ) -> dict[str, DeltaLayer]:
     """{full name of the site: its new layer}, for a resolved config.
+
+    Args:
+        shared_class: makes the tensors that all layers share.
+        memory: False: the tensors are on the meta device, until `materialise`.
 
     Raises:
         SiteError: a module is of a kind that the method does not take, or of unknown width.
     """
     sharding.settle(found)
-    sites = _sites(found, config, layer_class)
+    sites = _sites(found, config, layer_class, memory)
     starts = {n: s for n, s in sites.items() if s.end is not None or not layer_class.paired}
     _warn_of_lost_gradients(found)
     if layer_class.fold is not DeltaLayer.fold:
@@ -224,8 +229,33 @@ def make_layers(
         else:
             made |= _new({around: SharedTensors(shared)}, made, config)
     for name in config.modules_to_save or ():
-        made |= _new({name: OwnedModule(_own_copy(found, name))}, made, config)
+        made |= _new({name: OwnedModule(_own_copy(found, name, memory))}, made, config)
+    if memory:
+        _seed(made)
     return made
+
+
+def _seed(layers: dict[str, DeltaLayer]) -> None:
+    """Let modules fill the buffers that they make from a seed and do not save."""
+    for layer in layers.values():
+        for module in layer.modules():
+            if hasattr(module, "seed"):
+                module.seed()  # type: ignore[operator]
+
+
+def materialise(found: Survey, layers: dict[str, DeltaLayer], config: DeltaConfig) -> None:
+    """Give layers that have none memory, whose values are not set but for seeded buffers."""
+    for name, layer in layers.items():
+        device, _ = placement(found, name, config)
+        for module in layer.modules():
+            for key, tensor in module._parameters.items():
+                if tensor is not None and tensor.is_meta:
+                    empty = torch.empty_like(tensor, device=device)
+                    module._parameters[key] = nn.Parameter(empty, tensor.requires_grad)
+            for key, buffer in module._buffers.items():
+                if buffer is not None and buffer.is_meta:
+                    module._buffers[key] = torch.empty_like(buffer, device=device)
+    _seed(layers)
 
 
 def _new(
@@ -240,7 +270,9 @@ def _new(
     return more
 
 
-def _sites(found: Survey, config: DeltaConfig, layer_class: type[DeltaLayer]) -> dict[str, Site]:
+def _sites(
+    found: Survey, config: DeltaConfig, layer_class: type[DeltaLayer], memory: bool
+) -> dict[str, Site]:
     """What the layers may know about each modified module."""
     targets = config.modified_modules or []
     unknown = [name for name in targets if kind_of(found.modules[name]) is None]
@@ -259,6 +291,7 @@ def _sites(found: Survey, config: DeltaConfig, layer_class: type[DeltaLayer]) ->
         site.check_called(name, module)
         _check_kind(found, name, config, layer_class)
         device, dtype = placement(found, name, config)
+        device = device if memory else torch.device("meta")
         of_width, of_heads = (lambda n: widths()[n]), (lambda n: heads()[n])
         sites[name] = Site(name, module, kind_of(module), device, dtype, of_width, of_heads)
     if layer_class.paired:
@@ -341,11 +374,14 @@ def check_owned(found: Survey, layers: dict[str, DeltaLayer]) -> None:
             )
 
 
-def _own_copy(found: Survey, name: str) -> nn.Module:
+def _own_copy(found: Survey, name: str, memory: bool) -> nn.Module:
     """A trainable copy of a backbone module, without the deltas that it carries."""
-    sharding.check_copy(found, name)
+    if memory:
+        sharding.check_copy(found, name)
     placeholder = nn.Module()
     memo: dict[int, Any] = {id(stack): placeholder for stack in found.stacks.values()}
+    for parameter in found.modules[name].parameters() if not memory else ():
+        memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), False)
     copied = copy.deepcopy(found.modules[name], memo)
     for part in copied.modules():
         if part._modules.get(SLOT) is placeholder:

@@ -207,6 +207,8 @@ def rows_of(site: Site, embedding: str, config: Any, length: int) -> Tensor:
             f"{embedding!r} in {site.name or 'the root'!r} embeds"
         )
     index = torch.tensor([ids[i % len(ids)] for i in range(length)])
+    if site.device.type == "meta":
+        return torch.empty(length, kind.out_features, device="meta")
     weight: Any = stored(table, "weight")
     return (weight.detach()[index.to(weight.device)] * kind.scale).to(site.device, site.dtype)
 

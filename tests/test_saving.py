@@ -13,6 +13,7 @@ from nets import IDS, net, shake, untouched
 
 import opendelta
 from opendelta import AdapterModel, AutoDeltaConfig, AutoDeltaModel, LoraModel
+from opendelta.folder import write
 
 
 @pytest.fixture
@@ -29,17 +30,17 @@ def config_of(folder):
     return json.loads((folder / "config.json").read_text())
 
 
-def rewrite(folder, tensors=None, **changes):
+def rewrite(folder, tensors=None, delta=None, options=None, **changes):
     """Save the folder again with other tensors or another config, consistently."""
-    from opendelta.checkpoint import write_folder
-
     config = {**config_of(folder), **changes}
+    for first in config["deltas"][:1]:
+        first.update(delta or {})
+        first["options"].update(options or {})
     if tensors is None:
         content = (folder / config["weights"]).read_bytes()
     else:
         content = safetensors.torch.save(tensors)
-    config = {k: v for k, v in config.items() if k not in ("weights", "sha256")}
-    write_folder(folder, config, content)
+    write(folder, config, content)
 
 
 def tensors_of(folder):
@@ -56,9 +57,9 @@ def test_the_folder_holds_one_json_and_one_safetensors_file(saved):
     folder, _ = saved
     assert sorted(path.suffix for path in folder.iterdir()) == [".json", ".safetensors"]
     config = config_of(folder)
-    assert config["delta_type"] == "lora"
-    assert config["lora_r"] == 2
-    assert config["lora_alpha"] == 16
+    assert config["deltas"][0]["delta_type"] == "lora"
+    assert config["deltas"][0]["options"]["lora_r"] == 2
+    assert config["deltas"][0]["options"]["lora_alpha"] == 16
     assert config["modified_modules"] == ["linear", "bare"]
     assert config["name"] == "lora"
     assert sum(path.stat().st_size for path in folder.iterdir()) < 5_000
@@ -72,7 +73,7 @@ def test_loading_runs_no_pattern(saved):
     delta = AutoDeltaModel.from_finetuned(folder, backbone_model=model)
     assert delta.modified_modules == ["linear", "bare"]
     assert torch.equal(model(IDS), expected)
-    rewrite(folder, modified_modules=["[r](x+x+)+y"])
+    rewrite(folder, options={"modified_modules": ["[r](x+x+)+y"]})
     refuses(folder, "saved from a Net, does not fit this Net: no module matches")
 
 
@@ -226,7 +227,7 @@ def test_missing_unexpected_and_misshaped_tensors_are_named(saved):
     rewrite(folder, {**good, first: torch.zeros(3, 3)})
     refuses(folder, rf"1 of another shape: {first}: \[3, 3\] instead of \[2, 8\]")
     rewrite(folder, {**good, first: good[first].to(torch.int8)})
-    refuses(folder, rf"1 not floating: {first}: torch.int8")
+    refuses(folder, rf"1 not floating: {first}: I8")
 
 
 def test_a_backbone_that_does_not_fit_is_refused(saved):
@@ -242,11 +243,15 @@ def test_a_backbone_that_does_not_fit_is_refused(saved):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"delta_type": "lroa"}, "no method 'lroa'; nearest: lora"),
-        ({"lora_rank": 3}, "no option 'lora_rank'; nearest: lora_r"),
-        ({"lora_r": "8"}, "lora_r='8' must be int"),
+        ({"delta": {"delta_type": "lroa"}}, "no method 'lroa'; nearest: lora"),
+        ({"delta": {"active": 1}}, "active=1 must be a bool"),
+        ({"delta": {"frozen": "all"}}, "frozen='all' must be a list"),
+        ({"delta": {"more": 1}}, "each of deltas must have just delta_type, name, active"),
+        ({"deltas": []}, "deltas must be a list of at least one"),
+        ({"options": {"lora_rank": 3}}, "no option 'lora_rank'; nearest: lora_r"),
+        ({"options": {"lora_r": "8"}}, "lora_r='8' must be int"),
         ({"schema_version": 2}, "has schema 2.*update opendelta"),
-        ({"format": "peft"}, "was not written by save_finetuned"),
+        ({"format": "peft"}, "was not written by opendelta"),
         ({"backbone_tensors": 3}, "must be a list of names"),
         ({"backbone_tensors": ["heed.weight"]}, r"no name matches 'heed.weight'"),
     ],
@@ -281,10 +286,8 @@ def test_a_pickle_is_never_read(saved):
     folder, _ = saved
     config = config_of(folder)
     config.pop("weights"), config.pop("sha256")
-    from opendelta.checkpoint import write_folder
-
     torch.save({"a": torch.zeros(1)}, folder / "x.bin")
-    write_folder(folder, config, (folder / "x.bin").read_bytes())
+    write(folder, config, (folder / "x.bin").read_bytes())
     refuses(folder, "is no safetensors file")
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..bases import Params
 from ..layers import Site, first_input
@@ -28,9 +28,11 @@ class DoraLayer(LoraLayer):
 
     def __init__(self, site: Site, config: LoraConfig) -> None:
         super().__init__(site, config)
+        self.lora_magnitude_vector = site.parameter(site.out_features)
         weight = self.kind.matrix(plain_weight(site, "use_dora"))
-        magnitude = self.norm(weight).to(site.device, site.dtype)
-        self.lora_magnitude_vector = nn.Parameter(magnitude)
+        if not self.lora_A.is_meta:
+            with torch.no_grad():
+                self.lora_magnitude_vector.copy_(self.norm(weight))
 
     @torch.no_grad()
     def norm(self, weight: Tensor) -> Tensor:

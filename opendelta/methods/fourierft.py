@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -37,17 +38,22 @@ class FourierFTLayer(WeightLayer):
         super().__init__(site)
         self.scaling = config.scaling
         self.shape = (site.out_features, site.in_features)
-        size = site.out_features * site.in_features
-        generator = torch.Generator().manual_seed(config.random_loc_seed)
-        places = torch.randperm(size, generator=generator)[: config.n_frequency]
-        self.register_buffer("places", places.to(site.device), persistent=False)
-        self.fourierft_spectrum = site.parameter(min(config.n_frequency, size))
+        self.random_loc_seed = config.random_loc_seed
+        self.fourierft_spectrum = site.parameter(min(config.n_frequency, math.prod(self.shape)))
         nn.init.zeros_(self.fourierft_spectrum)
+        places = torch.empty_like(self.fourierft_spectrum, dtype=torch.long)
+        self.register_buffer("places", places, persistent=False)
+
+    def seed(self) -> None:
+        """Draw where the entries are, as PEFT does."""
+        generator = torch.Generator().manual_seed(self.random_loc_seed)
+        order = torch.randperm(math.prod(self.shape), generator=generator)
+        self.places.copy_(order[: self.places.numel()])
 
     def delta_weight(self) -> Tensor:
         spectrum = self.fourierft_spectrum
         values = spectrum.to(torch.promote_types(spectrum.dtype, torch.float32))
-        dense = values.new_zeros(self.shape[0] * self.shape[1]).index_put((self.places,), values)
+        dense = values.new_zeros(math.prod(self.shape)).index_put((self.places,), values)
         return self.scaling * torch.fft.ifft2(dense.view(self.shape)).real.to(spectrum.dtype)
 
 

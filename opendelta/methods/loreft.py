@@ -44,7 +44,8 @@ class LoReftLayer(OutputLayer):
         self.rotate_layer = site.parameter(self.width, rank)
         self.learned_source = site.linear(self.width, rank)
         with torch.no_grad():
-            self.rotate_layer.copy_(nn.init.orthogonal_(torch.empty(self.width, rank)))
+            start = torch.empty(self.width, rank, device=site.device)
+            self.rotate_layer.copy_(nn.init.orthogonal_(start))
             self.learned_source.weight.copy_(self.R())
         nn.init.zeros_(self.learned_source.bias)
 

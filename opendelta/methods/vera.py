@@ -40,13 +40,18 @@ class Projections(nn.Module):
 
     def __init__(self, sites: list[Site], config: VeraConfig) -> None:
         super().__init__()
-        generator = torch.Generator().manual_seed(config.projection_prng_key)
+        self.key, persistent = config.projection_prng_key, config.save_projection
         sizes = max(s.in_features for s in sites), max(s.out_features for s in sites)
-        for name, shape in (("vera_A", (config.r, sizes[0])), ("vera_B", (sizes[1], config.r))):
-            bound = math.sqrt(6 / shape[1])  # kaiming's
-            tensor = torch.empty(shape).uniform_(-bound, bound, generator=generator)
-            tensor = tensor.to(sites[0].device, sites[0].dtype)
-            self.register_buffer(name, tensor, persistent=config.save_projection)
+        A, B = sites[0].parameter(config.r, sizes[0]), sites[0].parameter(sizes[1], config.r)
+        self.register_buffer("vera_A", A.detach(), persistent)
+        self.register_buffer("vera_B", B.detach(), persistent)
+
+    def seed(self) -> None:
+        """Fill A and B, as kaiming's start does, with the numbers that PEFT gets."""
+        generator = torch.Generator().manual_seed(self.key)
+        for buffer in self.buffers():
+            bound = math.sqrt(6 / buffer.size(1))
+            buffer.copy_(torch.empty(buffer.shape).uniform_(-bound, bound, generator=generator))
 
 
 class VeraLayer(WeightLayer):
