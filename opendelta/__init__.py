@@ -54,6 +54,7 @@ from .methods import (
     VeraModel,
 )
 from .options import DeltaConfig, option
+from .recipes import adapter_drop, mam, unipelt
 from .structure import roles
 from .tree import Visualization, tree
 
@@ -113,14 +114,17 @@ __all__ = [
     "VeraModel",
     "Visualization",
     "WeightLayer",
+    "adapter_drop",
     "assert_pristine",
     "check",
     "composition",
     "load",
+    "mam",
     "option",
     "roles",
     "snapshot",
     "statistics",
     "tree",
+    "unipelt",
     "unreached",
 ]

@@ -179,13 +179,13 @@ class Composition:
         flows: list[tuple[str, str]] = []
         stack = found.stacks.get(where)
         for name, layer in stack.in_order() if stack is not None else ():
-            trains = any(p.requires_grad for p in layer.parameters())
+            flags = [p.requires_grad for p in layer.parameters()]
             method = layer.record.config.delta_type
             facts = [
                 FLOWS[layer.flow] + ("" if method == name else f"; {method}"),
                 f"{sum(p.numel() for p in layer.parameters()):,} parameters",
                 "active" if layer.record.active else "disabled",
-                "trains" if trains else "frozen",
+                *(["trains" if any(flags) else "frozen"] if flags else []),
             ]
             steps.append(f"{name}: {', '.join(facts)}")
             if layer.record.active and layer.flow != "none":

@@ -98,10 +98,11 @@ class DeltaConfig:
         limits = field.metadata
         if "choices" in limits and value not in limits["choices"]:
             raise OptionError(f"{where} must be one of {list(limits['choices'])}")
-        if "minimum" in limits and value is not None and not value >= limits["minimum"]:
-            raise OptionError(f"{where} must be at least {limits['minimum']}")
-        if "below" in limits and value is not None and not value < limits["below"]:
-            raise OptionError(f"{where} must be below {limits['below']}")
+        for number in value.values() if isinstance(value, dict) else [value]:
+            if "minimum" in limits and number is not None and not number >= limits["minimum"]:
+                raise OptionError(f"{where} must be at least {limits['minimum']}")
+            if "below" in limits and number is not None and not number < limits["below"]:
+                raise OptionError(f"{where} must be below {limits['below']}")
 
     @classmethod
     def option_names(cls) -> list[str]:

@@ -95,16 +95,17 @@ def _pairs(
     out = set(select(found.modules, excluded, found.root, inside=True))
     chosen: list[str] = []
     for one, other in zip(wanted[::2], wanted[1::2], strict=True):
-        starts, ends = select_all(found, [one]), select_all(found, [other])
+        starts, ends = (
+            [name for name in select_all(found, [pattern]) if name not in out]
+            for pattern in (one, other)
+        )
         if len(starts) != len(ends):
             raise AddressError(
                 f"modified_modules: {one!r} selects {len(starts)} modules and {other!r} "
                 f"{len(ends)}, which make no pairs: {', '.join(starts[:2])}, ... and "
                 f"{', '.join(ends[:2])}, ..."
             )
-        for pair in zip(starts, ends, strict=True):
-            if not out & set(pair):
-                chosen += pair
+        chosen += [name for pair in zip(starts, ends, strict=True) for name in pair]
     pairs = list(zip(chosen[::2], chosen[1::2], strict=True))
     needed = Counter(name for pair in pairs for name in dict.fromkeys(pair))
     if twice := [name for name, count in needed.items() if count > 1]:

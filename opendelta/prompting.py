@@ -51,7 +51,8 @@ def stacks(modules: Mapping[str, nn.Module]) -> dict[str, bool]:
         two = getattr(getattr(module, "config", None), "is_encoder_decoder", False)
         if two and hasattr(module, "get_decoder"):
             decoder: Any = module.get_decoder()  # type: ignore[operator]
-            decoders |= {id(part) for part in decoder.modules()}
+            if decoder is not module:  # as an encoder by itself says
+                decoders |= {id(part) for part in decoder.modules()}
     return {name: id(modules[name]) in decoders for name in inner}
 
 

@@ -1,6 +1,9 @@
 """README and CONTRIBUTING are true: their Python runs, and prints what they say."""
 
+import os
 import re
+import subprocess
+import sys
 import textwrap
 from pathlib import Path
 
@@ -97,3 +100,24 @@ def test_the_method_in_contributing_is_a_whole_method(tmp_path):
     assert torch.equal(model(IDS), expected)
     with pytest.raises(opendelta.OptionError, match=r"start=-1.0 must be at least 0.0"):
         names["ScaleConfig"](start=-1.0)
+
+
+@pytest.mark.slow
+def test_the_method_in_contributing_passes_the_contract_from_outside(tmp_path):
+    (code,) = [
+        c for language, c in blocks(README.parent / "CONTRIBUTING.md") if language == "python"
+    ]
+    (tmp_path / "contributed.py").write_text(code)
+    tests = README.parent / "tests"
+    path = os.pathsep.join([str(tmp_path), str(tests)])
+    result = subprocess.run(
+        [
+            *(sys.executable, "-m", "pytest", "-v", str(tests / "test_methods.py"), "-k", "scale"),
+            *("-p", "contributed", "-p", "no:cacheprovider", "-p", "no:xdist"),
+        ],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout[-3000:]
+    assert int(re.search(r"(\d+) passed", result.stdout)[1]) > 60
