@@ -24,7 +24,16 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import opendelta
-from opendelta import AdapterModel, Delta, IA3Model, LoraModel, SiteError
+from opendelta import (
+    AdapterModel,
+    CompacterModel,
+    Delta,
+    IA3Model,
+    LoraModel,
+    ParallelAdapterModel,
+    SiteError,
+    VeraModel,
+)
 
 WIDTH = 8
 
@@ -79,12 +88,16 @@ def shard(model: Net, mesh: DeviceMesh, how: str = "block-wise", **options: Any)
 
 
 def put_deltas(model: nn.Module, seed: int = 3) -> list[Delta]:
-    """Deltas beside, before and after modules, on leaves, on blocks, and on the head."""
+    """Deltas beside, before and after modules, on leaves, on blocks, around several, and shared."""
     torch.manual_seed(seed)
+    shared = {"shared_phm_rule": True, "hypercomplex_division": 2, "reduction_factor": 2}
     return [
         LoraModel(model, modified_modules=["q", "head"], lora_r=2, lora_alpha=2),
         IA3Model(model, modified_modules=["q", "o"], feedforward_modules=["o"]),
         AdapterModel(model, modified_modules=["blocks.0", "blocks.1"], bottleneck_dim=3),
+        ParallelAdapterModel(model, modified_modules=["q", "o"], bottleneck_dim=3),
+        CompacterModel(model, modified_modules=["blocks.0", "blocks.1"], **shared),
+        VeraModel(model, modified_modules=["o", "head"], r=3),
     ]
 
 
