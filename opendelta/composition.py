@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from torch import nn
 
 from .addressing import select, survey
-from .delta import Delta, handle_of
+from .delta import Delta
 from .errors import AddressError, DeltaError, nearest
 from .layers import kind_of
+from .order import handle_of
 from .record import Record
 
 

@@ -11,14 +11,14 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
-from . import foreign, freezing, inspection, planning, sharding, site
+from . import foreign, freezing, inspection, planning, sharding, site, targets
 from .addressing import Survey, as_list, no_match, survey
 from .bases import DeltaLayer
 from .errors import DeltaError, OptionError, SiteError
 from .options import DeltaConfig
-from .order import HANDLES, check_root, free_name, known_records, prefix_of, renumber
+from .order import HANDLES, check_root, free_name, known_records, renumber
 from .record import SLOT, Record, Shared
-from .registry import method, register
+from .registry import register
 
 AnyDelta = TypeVar("AnyDelta", bound="Delta")
 
@@ -192,18 +192,15 @@ class Delta:
                 f"{type(model).__name__} has a delta {name!r} already, attached or detached but "
                 f"held; pass another name=, such as {free_name(name, taken)!r}"
             )
+        layer_class, shared = self.layer_for(config), self.shared_for(config)
         if as_saved:
-            config = planning.take_literally(found, config)
+            config = targets.take_literally(found, config)
         else:
-            config = planning.resolve(
-                found, config, self.default_modified_modules, self.layer_for(config)
-            )
-        self.layers = planning.make_layers(
-            found, config, self.layer_for(config), self.shared_for(config), not as_saved
-        )
-        shared = known[0].shared if known else Shared()
+            config = targets.resolve(found, config, self.default_modified_modules, layer_class)
+        self.layers = planning.make_layers(found, config, layer_class, shared, memory=not as_saved)
         place = known[-1].place + 1 if known else 0
-        self.record = Record(name, config, place, shared, tuple(self.layers))
+        with_all = known[0].shared if known else Shared()
+        self.record = Record(name, config, place, with_all, tuple(self.layers))
         self.backbone_model = model
         for layer in self.layers.values():
             layer.record = self.record
@@ -251,7 +248,8 @@ class Delta:
                 f"{where!r} ({type(module).__name__}): accelerate loads this module as part of a "
                 "whole (preload_module_classes) that the delta was not in; attach before offloading"
             )
-        reads = site.wants_reads(module, self.config.reads)
+        chosen = where in self.modified_modules
+        reads = site.wants_reads(module, self.config.reads and chosen)
         site.check(where, module, self.name, layer, reads)
         return reads, sharding.group_of(found, where, reads, layer)
 
@@ -455,23 +453,3 @@ class Delta:
         from . import checkpoint
 
         checkpoint.save([self], save_directory)
-
-
-def handle_of(found: Survey, record: Record) -> Delta:
-    """The handle of an attached delta: the one that somebody holds, or a new one."""
-    for handle in list(HANDLES):
-        if handle.record is record:
-            return handle
-    prefix = prefix_of(found, record)
-    if prefix is None:
-        raise DeltaError(
-            f"{record.name!r} was attached through a module around this "
-            f"{type(found.root).__name__}; use composition() of that one"
-        )
-    cls = method(record.config.delta_type)
-    handle = cls.__new__(cls)
-    handle.backbone_model, handle.record = found.modules[prefix], record
-    own = [(where, layer) for where, _, layer in found.layers() if layer.record is record]
-    handle.layers = {w[len(prefix) + 1 if prefix else 0 :]: layer for w, layer in own}
-    HANDLES.add(handle)
-    return handle

@@ -7,8 +7,9 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from .addressing import Survey, unwrapped
-from .errors import SiteError
+from .errors import DeltaError, SiteError
 from .record import Record
+from .registry import method
 
 if TYPE_CHECKING:
     from .delta import Delta
@@ -80,3 +81,23 @@ def check_root(found: Survey) -> None:
                 f"{handle.name!r} was attached through the {type(outer).__name__} around this "
                 f"{what}; attach all deltas of a model through the same module"
             )
+
+
+def handle_of(found: Survey, record: Record) -> Delta:
+    """The handle of an attached delta: the one that somebody holds, or a new one."""
+    for handle in list(HANDLES):
+        if handle.record is record:
+            return handle
+    prefix = prefix_of(found, record)
+    if prefix is None:
+        raise DeltaError(
+            f"{record.name!r} was attached through a module around this "
+            f"{type(found.root).__name__}; use composition() of that one"
+        )
+    cls = method(record.config.delta_type)
+    handle = cls.__new__(cls)
+    handle.backbone_model, handle.record = found.modules[prefix], record
+    own = [(where, layer) for where, _, layer in found.layers() if layer.record is record]
+    handle.layers = {w[len(prefix) + 1 if prefix else 0 :]: layer for w, layer in own}
+    HANDLES.add(handle)
+    return handle

@@ -1,195 +1,26 @@
-"""What a delta will be, before anything is touched: which modules, which sizes, which layers."""
+"""What a delta will be, before anything is touched: the sizes of its modules, its layers."""
 
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
 import warnings
-from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
 
-from . import attention, foreign, prompting, sharding, site, structure
-from .addressing import Survey, ancestors, as_list, leave_out, literal, select, select_modules
+from . import foreign, sharding, site, targets
+from .addressing import Survey, ancestors
 from .bases import DeltaLayer, Gate, OwnedModule, SharedTensors
-from .errors import AddressError, LostGradientWarning, SiteError, TiedWeightWarning
-from .freezing import backbone_tensors
-from .layers import KINDS, Heads, Site, device_and_dtype, kind_of
+from .errors import LostGradientWarning, SiteError, TiedWeightWarning
+from .layers import Heads, Site, device_and_dtype, kind_of
 from .options import DeltaConfig
 from .record import SLOT
 from .shapes import attention_heads, output_widths
 
-Config = TypeVar("Config", bound=DeltaConfig)
 
-
-# --------------------------------------------------------------------------- names
-def resolve(
-    found: Survey, config: Config, defaults: Sequence[str], layer_class: type[DeltaLayer]
-) -> Config:
-    """The config with full names of modules in place of its patterns and roles.
-
-    Args:
-        defaults: the roles that get a layer where the config names no modules.
-        layer_class: the layer, which may take modules in pairs, or those inside the ones named.
-
-    Raises:
-        AddressError: a pattern or a role selects nothing, or exclusions leave nothing.
-    """
-    wanted, by_role = config.modified_modules, bool(config.common_structure)
-    if wanted is None:
-        wanted, by_role = list(defaults), True
-    if not wanted:
-        raise AddressError("modified_modules is an empty list; None selects the default places")
-    select_all = structure.with_roles if by_role else select_modules
-    if layer_class.paired:
-        modified = _pairs(found, wanted, select_all, as_list(config.exclude_modules))
-    else:
-        names = _inside(found, select_all(found, wanted), layer_class)
-        modified = leave_out(found, names, as_list(config.exclude_modules))
-    chosen = select(found.modules, as_list(config.modules_to_save), found.root)
-    outermost = [n for n in chosen if not ({*ancestors(n)} - {n}) & {*chosen}]
-    owned = list({id(found.modules[n]): n for n in reversed(outermost)}.values())[::-1]
-    for name in modified:
-        if around := next((o for o in owned if f"{name}.".startswith(f"{o}.")), None):
-            raise AddressError(
-                f"{name!r} is selected by modified_modules, but modules_to_save={around!r} puts a "
-                f"copy in its place; add exclude_modules=[{around!r}]"
-            )
-    unfrozen = select(_names(found), as_list(config.unfrozen_modules), found.root, what="name")
-    some: dict[str, Any] = {
-        field.name: _some_of(found, modified, config, field)
-        for field in dataclasses.fields(config)
-        if "modules" in field.metadata
-    }
-    return dataclasses.replace(
-        config,
-        modified_modules=modified,
-        exclude_modules=None,
-        common_structure=None,
-        modules_to_save=owned or None,
-        unfrozen_modules=unfrozen or None,
-        **some,
-    )
-
-
-def _pairs(
-    found: Survey,
-    wanted: Sequence[str],
-    select_all: Callable[[Survey, Sequence[str]], list[str]],
-    excluded: Sequence[str],
-) -> list[str]:
-    """Full names: where a branch starts, where it ends, where the next one starts, ...
-
-    Raises:
-        AddressError: the names do not come in pairs, or a module would be in two of them.
-    """
-    if len(wanted) % 2:
-        raise AddressError(
-            f"modified_modules={list(wanted)} must come in pairs: where a branch starts, where it "
-            "ends; name a module twice for a branch around it"
-        )
-    out = set(select(found.modules, excluded, found.root, inside=True))
-    chosen: list[str] = []
-    for one, other in zip(wanted[::2], wanted[1::2], strict=True):
-        starts, ends = (
-            [name for name in select_all(found, [pattern]) if name not in out]
-            for pattern in (one, other)
-        )
-        if len(starts) != len(ends):
-            raise AddressError(
-                f"modified_modules: {one!r} selects {len(starts)} modules and {other!r} "
-                f"{len(ends)}, which make no pairs: {', '.join(starts[:2])}, ... and "
-                f"{', '.join(ends[:2])}, ..."
-            )
-        chosen += [name for pair in zip(starts, ends, strict=True) for name in pair]
-    pairs = list(zip(chosen[::2], chosen[1::2], strict=True))
-    needed = Counter(name for pair in pairs for name in dict.fromkeys(pair))
-    if twice := [name for name, count in needed.items() if count > 1]:
-        raise AddressError(
-            f"modified_modules={list(wanted)}: {twice[0]!r} is in two pairs; make two deltas"
-        )
-    if not chosen:
-        raise AddressError(f"exclude_modules={list(excluded)} leaves no pair of modules")
-    return chosen
-
-
-def _inside(found: Survey, names: list[str], layer_class: type[DeltaLayer]) -> list[str]:
-    """`names`, or, where the layer takes no such module but those inside it, their names."""
-    if not layer_class.inside:
-        return names
-    fitting = {name for name in found.modules if _kinds(found, name) & {*layer_class.kinds}}
-    expanded = []
-    for name in names:
-        within = [
-            n for n in found.modules if n in fitting and n.startswith(f"{name}." if name else "")
-        ]
-        expanded += [name] if name in fitting or not within else within
-    return list(dict.fromkeys(expanded))
-
-
-def _kinds(found: Survey, name: str) -> set[str]:
-    """The kinds of the module called `name`: that of the table, or "other", and what it does."""
-    module = found.modules[name]
-    kind = kind_of(module)
-    kinds = {"other" if kind is None else kind.name}
-    if attention.is_attention(module):
-        kinds.add("attention")
-    if set(prompting.arguments(module)) >= prompting.TAKES:
-        kinds |= {"stack"} if prompting.stacks(found.modules).get(name) is False else set()
-    return kinds
-
-
-def _some_of(
-    found: Survey, modified: list[str], config: DeltaConfig, field: dataclasses.Field
-) -> Any:
-    """The modified modules that an option selects: by its patterns, or by its default roles.
-
-    An option that gives modules a value, {pattern: value}, gets full names in their place; of
-    several patterns that select a module the first decides.
-    """
-    patterns = getattr(config, field.name)
-    if patterns is None:
-        known = structure.roles(found.root)
-        return [name for name in modified if known.get(name) in field.metadata["modules"]] or None
-    if isinstance(patterns, dict):
-        values: dict[str, Any] = {}
-        for pattern, value in patterns.items():
-            for name in _some(found, modified, [pattern], config):
-                values.setdefault(name, value)
-        return values
-    return _some(found, modified, patterns, config)
-
-
-def _some(
-    found: Survey, modified: list[str], patterns: list[str], config: DeltaConfig
-) -> list[str]:
-    if config.common_structure:
-        patterns = structure.with_roles(found, patterns)
-    return select(modified, patterns, found.root, what="modified module")
-
-
-def take_literally(found: Survey, config: Config) -> Config:
-    """The same config, once every full name in it is known to be one; no pattern is run.
-
-    Raises:
-        AddressError: the backbone has no module of that name.
-    """
-    for names in (config.modified_modules, config.modules_to_save):
-        literal(found.modules, names or [], found.root)
-    literal(_names(found), config.unfrozen_modules or [], found.root, what="name")
-    return config
-
-
-def _names(found: Survey) -> list[str]:
-    """The full names of all modules, parameters and saved buffers of the backbone."""
-    return [*found.modules, *backbone_tensors(found)]
-
-
-# -------------------------------------------------------------------------- layers
 def make_layers(
     found: Survey,
     config: DeltaConfig,
@@ -275,8 +106,8 @@ def _sites(
     found: Survey, config: DeltaConfig, layer_class: type[DeltaLayer], memory: bool
 ) -> dict[str, Site]:
     """What the layers may know about each modified module."""
-    targets = config.modified_modules or []
-    unknown = [name for name in targets if kind_of(found.modules[name]) is None]
+    names = config.modified_modules or []
+    unknown = [name for name in names if kind_of(found.modules[name]) is None]
 
     @functools.cache
     def widths() -> dict[str, int]:
@@ -284,19 +115,19 @@ def _sites(
 
     @functools.cache
     def heads() -> dict[str, Heads]:
-        return attention_heads(found.root, targets)
+        return attention_heads(found.root, names)
 
     sites = {}
-    for name in dict.fromkeys(targets):
+    for name in dict.fromkeys(names):
         module = found.modules[name]
         site.check_called(name, module)
-        _check_kind(found, name, config, layer_class)
+        targets.check_kind(found, name, config, layer_class)
         device, dtype = placement(found, name, config)
         device = device if memory else torch.device("meta")
         of_width, of_heads = (lambda n: widths()[n]), (lambda n: heads()[n])
         sites[name] = Site(name, module, kind_of(module), device, dtype, of_width, of_heads)
     if layer_class.paired:
-        for start, end in zip(targets[::2], targets[1::2], strict=True):
+        for start, end in zip(names[::2], names[1::2], strict=True):
             sites[start].end = sites[end]
     return sites
 
@@ -309,27 +140,6 @@ def _gate(layer: DeltaLayer, place: Site) -> Gate:
     if width is None:
         width = place.in_features if on_input else place.out_features
     return Gate(place, width, on_input)
-
-
-def _check_kind(
-    found: Survey, name: str, config: DeltaConfig, layer_class: type[DeltaLayer]
-) -> None:
-    wanted = {*layer_class.kinds}
-    if _kinds(found, name) & wanted:
-        return
-    takes = "; ".join(KINDS[k] for k in layer_class.kinds)
-    inside = [
-        other
-        for other in found.modules
-        if other != name
-        and other.startswith(f"{name}." if name else "")
-        and _kinds(found, other) & (wanted - {"other"})
-    ]
-    raise SiteError(
-        f"{name or 'the root'!r} ({type(found.modules[name]).__name__}) cannot carry "
-        f"{config.delta_type!r}, which takes: {takes}."
-        + (f" Inside it there are {', '.join(map(repr, inside[:4]))}" if inside else "")
-    )
 
 
 def placement(found: Survey, name: str, config: DeltaConfig) -> tuple[torch.device, torch.dtype]:
