@@ -11,6 +11,7 @@ from torch import nn
 from . import checkpoint
 from .delta import Delta
 from .errors import DeltaLoadError, OptionError
+from .folder import read_config
 from .options import DeltaConfig
 from .registry import method
 
@@ -41,7 +42,8 @@ class AutoDeltaConfig:
     @classmethod
     def from_finetuned(cls, finetuned_delta_path: str | os.PathLike) -> DeltaConfig:
         """The config of a delta that `save_finetuned` wrote into this folder."""
-        configs = checkpoint.read(Path(finetuned_delta_path))[1]
+        folder = Path(finetuned_delta_path)
+        configs = checkpoint.configs_of(folder, read_config(folder))
         if len(configs) > 1:
             raise DeltaLoadError(
                 f"{finetuned_delta_path} holds {len(configs)} deltas, so it has no single config; "

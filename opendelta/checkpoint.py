@@ -6,6 +6,7 @@ import contextlib
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from . import folder as files
-from . import planning, sharding
+from . import interop, planning, sharding
 from .addressing import ancestors, survey
 from .delta import Delta
 from .errors import AddressError, DeltaLoadError, OptionError, SiteError, UnsavedWarning
@@ -102,23 +103,57 @@ def load(
     path = Path(folder)
     if not isinstance(model, nn.Module):
         raise OptionError(f"backbone_model must be a torch.nn.Module, not {model!r}")
-    facts, configs = read(path)
-    if expected is not None:
-        _check_type(path, configs, expected)
-    known = known_records(survey(model))
-    taken = {record.name for record in known}
-    deltas: list[Delta] = []
-    for place, (fact, config) in enumerate(zip(facts["deltas"], configs, strict=True)):
-        config.name = name or free_name(fact["name"], taken)
-        taken.add(config.name)
-        brought = [*(config.unfrozen_modules or ()), *facts["backbone_tensors"]]
-        config.unfrozen_modules = list(dict.fromkeys(brought)) or None
-        deltas.append(_planned(path, facts, config, model))
-        deltas[-1].record.place = (known[-1].place + 1 if known else 0) + place
-        deltas[-1].record.active = fact["active"]
-    with files.open_weights(path, facts) as weights:
-        _fill(path, facts, deltas, weights)
+    with _opened(path, model) as (facts, configs, given):
+        if expected is not None:
+            _check_type(path, configs, expected)
+        known = known_records(survey(model))
+        taken = {record.name for record in known}
+        deltas: list[Delta] = []
+        for place, (fact, config) in enumerate(zip(facts["deltas"], configs, strict=True)):
+            config.name = name or free_name(fact["name"], taken)
+            taken.add(config.name)
+            brought = [*(config.unfrozen_modules or ()), *facts["backbone_tensors"]]
+            config.unfrozen_modules = list(dict.fromkeys(brought)) or None
+            deltas.append(_planned(path, facts, config, model))
+            deltas[-1].record.place = (known[-1].place + 1 if known else 0) + place
+            deltas[-1].record.active = fact["active"]
+        _fill(path, facts, deltas, given)
     return deltas
+
+
+@contextlib.contextmanager
+def _opened(
+    path: Path, model: nn.Module
+) -> Iterator[tuple[dict[str, Any], list[DeltaConfig], Mapping[str, Any]]]:
+    """What a folder says, and its tensors by name, of which those in our own files stay on disk."""
+    reader = interop.reader_of(path)
+    if reader is not None:
+        facts, tensors = reader.translate(path, model)
+        yield facts, configs_of(path, facts), tensors
+        return
+    facts = files.read_config(path)
+    configs = configs_of(path, facts)
+    with files.open_weights(path, facts) as weights:
+        yield facts, configs, {key: Stored(weights, key) for key in weights.keys()}  # noqa: SIM118
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in an open file: its shape and dtype, and itself when it is read."""
+
+    file: Any
+    key: str
+
+    @property
+    def shape(self) -> list[int]:
+        return self.file.get_slice(self.key).get_shape()
+
+    @property
+    def dtype(self) -> str:
+        return self.file.get_slice(self.key).get_dtype()
+
+    def read(self) -> Tensor:
+        return self.file.get_tensor(self.key)
 
 
 def _check_type(path: Path, configs: Sequence[DeltaConfig], expected: type[Delta]) -> None:
@@ -149,18 +184,19 @@ def _planned(path: Path, facts: dict[str, Any], config: DeltaConfig, model: nn.M
     return delta
 
 
-def _fill(path: Path, facts: dict[str, Any], deltas: Sequence[Delta], weights: Any) -> None:
-    """Give the planned deltas memory and the tensors in `weights`, and put them on their model."""
+def _fill(
+    path: Path, facts: dict[str, Any], deltas: Sequence[Delta], given: Mapping[str, Any]
+) -> None:
+    """Give the planned deltas memory and the tensors in `given`, and put them on their model."""
     found = survey(deltas[0].backbone_model)
     own = backbone_tensors(found)
     backbone: dict[str, Tensor] = {key: own[key] for key in facts["backbone_tensors"]}
     entries = list(zip(facts["deltas"], deltas, strict=True))
     saved = {k: t for fact, d in entries for k, t in d.state_dict(fact["name"]).items()}
-    slices = {key: weights.get_slice(key) for key in weights.keys()}  # noqa: SIM118
-    compare({**saved, **backbone}, slices, str(path))
+    compare({**saved, **backbone}, given, str(path))
     for fact, delta in entries:
         planning.materialise(found, delta.layers, delta.config)
-        _copy(delta.state_dict(fact["name"]), weights)
+        _copy(delta.state_dict(fact["name"]), given)
         for name, parameter in delta.named_parameters(fact["name"]):
             parameter.requires_grad_(name not in fact["frozen"] and parameter.is_floating_point())
     entered: list[Delta] = []
@@ -172,16 +208,15 @@ def _fill(path: Path, facts: dict[str, Any], deltas: Sequence[Delta], weights: A
         for delta in entered:
             delta.detach()
         raise
-    _copy(backbone, weights)
+    _copy(backbone, given)
 
 
-def read(folder: Path) -> tuple[dict[str, Any], list[DeltaConfig]]:
-    """The JSON of a folder, and the options of its deltas.
+def configs_of(folder: Path, facts: dict[str, Any]) -> list[DeltaConfig]:
+    """The options of the deltas in a folder's JSON.
 
     Raises:
-        DeltaLoadError: it is not one of ours, or says what no delta can be.
+        DeltaLoadError: it says what no delta can be.
     """
-    facts = files.read_config(folder)
     where = folder / files.CONFIG
     if not _are_names(facts.setdefault("backbone_tensors", [])):
         raise DeltaLoadError(f"{where}: backbone_tensors must be a list of names")
@@ -193,7 +228,7 @@ def read(folder: Path) -> tuple[dict[str, Any], list[DeltaConfig]]:
     names = [fact["name"] for fact in given]
     if len(set(names)) < len(names):
         raise DeltaLoadError(f"{where}: two deltas have the same name: {names}")
-    return facts, configs
+    return configs
 
 
 FACTS = {"delta_type": str, "name": str, "active": bool, "frozen": list, "options": dict}
@@ -229,19 +264,19 @@ def copy_into(own: Mapping[str, Tensor], given: Mapping[str, Tensor], source: st
         DeltaLoadError: names, shapes or kinds of numbers differ. Nothing is copied then.
     """
     compare(own, given, source)
-    with torch.no_grad():
-        for key, tensor in own.items():
-            tensor.copy_(sharding.spread(given[key], like=tensor))
+    _copy(own, given)
 
 
-def _copy(own: Mapping[str, Tensor], weights: Any) -> None:
+def _copy(own: Mapping[str, Tensor], given: Mapping[str, Any]) -> None:
     with torch.no_grad():
         for key, tensor in own.items():
-            tensor.copy_(sharding.spread(weights.get_tensor(key), like=tensor))
+            value = given[key]
+            value = value if isinstance(value, Tensor) else value.read()
+            tensor.copy_(sharding.spread(value, like=tensor))
 
 
 def compare(own: Mapping[str, Tensor], given: Mapping[str, Any], source: str) -> None:
-    """Raise unless `given` tensors, or slices of a file, fit `own` ones.
+    """Raise unless `given` tensors, in memory or in a file, fit `own` ones.
 
     Raises:
         DeltaLoadError: names, shapes or kinds of numbers differ.
@@ -252,9 +287,9 @@ def compare(own: Mapping[str, Tensor], given: Mapping[str, Any], source: str) ->
         *_some("unexpected", [key for key in given if key not in own]),
         *_some("of another shape", list(_misshaped(both, own, given))),
         *_some("not floating", [
-            f"{key}: {_dtype(given[key])}"
+            f"{key}: {given[key].dtype}"
             for key in both
-            if own[key].is_floating_point() and not _is_floating(_dtype(given[key]))
+            if own[key].is_floating_point() and not _is_floating(str(given[key].dtype))
         ]),
     ]  # fmt: skip
     if problems:
@@ -265,14 +300,9 @@ def _misshaped(
     both: Sequence[str], own: Mapping[str, Tensor], given: Mapping[str, Any]
 ) -> Iterator[str]:
     for key in both:
-        tensor = given[key]
-        shape = list(tensor.shape if isinstance(tensor, Tensor) else tensor.get_shape())
+        shape = list(given[key].shape)
         if shape != list(own[key].shape):
             yield f"{key}: {shape} instead of {list(own[key].shape)}"
-
-
-def _dtype(tensor: Any) -> str:
-    return str(tensor.dtype) if isinstance(tensor, Tensor) else str(tensor.get_dtype())
 
 
 def _is_floating(dtype: str) -> bool:

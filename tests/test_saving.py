@@ -61,7 +61,7 @@ def test_the_folder_holds_one_json_and_one_safetensors_file(saved):
     assert config["deltas"][0]["options"]["lora_r"] == 2
     assert config["deltas"][0]["options"]["lora_alpha"] == 16
     assert config["deltas"][0]["options"]["modified_modules"] == ["linear", "bare"]
-    assert config["name"] == "lora"
+    assert config["deltas"][0]["name"] == "lora"
     assert sum(path.stat().st_size for path in folder.iterdir()) < 5_000
 
 

@@ -1,0 +1,22 @@
+"""Other libraries' checkpoints: what wrote a folder, and its content in our own terms.
+
+A reader is a module with `recognises(folder)` and `translate(folder, model)`, which gives what
+`opendelta.load` would find in a folder of ours: the JSON, and the tensors by full name.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+READERS = ("peft", "legacy", "adapters")
+
+
+def reader_of(folder: Path) -> Any:
+    """The module that reads what wrote `folder`, or None: it is ours, or nobody's."""
+    for name in READERS:
+        reader = import_module(f"{__name__}.{name}")
+        if reader.recognises(folder):
+            return reader
+    return None
