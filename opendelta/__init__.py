@@ -4,6 +4,7 @@ from .auto import AutoDeltaConfig, AutoDeltaModel
 from .bases import BranchLayer, DeltaLayer, OutputLayer, WeightLayer
 from .checkpoint import own_version
 from .composition import Composition, composition, load
+from .copies import shared_copy
 from .delta import Delta
 from .errors import (
     AddressError,
@@ -19,6 +20,7 @@ from .errors import (
     UnsavedWarning,
 )
 from .inspection import assert_pristine, check, snapshot, statistics, unreached
+from .merging import MergeReport
 from .methods import (
     AdapterConfig,
     AdapterModel,
@@ -95,6 +97,7 @@ __all__ = [
     "LostGradientWarning",
     "LowRankAdapterConfig",
     "LowRankAdapterModel",
+    "MergeReport",
     "OFTConfig",
     "OFTModel",
     "OptionError",
@@ -122,6 +125,7 @@ __all__ = [
     "mam",
     "option",
     "roles",
+    "shared_copy",
     "snapshot",
     "statistics",
     "tree",

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from . import merging
 from .addressing import select, survey
 from .delta import Delta
 from .errors import AddressError, DeltaError, nearest
 from .layers import kind_of
+from .merging import MergeReport
 from .order import handle_of
 from .record import Record
 
@@ -117,6 +119,8 @@ class Composition:
                 f"reorder takes each attached delta once: {self.names}; given: "
                 f"{[record.name for record in wanted]}"
             )
+        for record in attached if wanted != attached else ():
+            merging.check_apart(record, "cannot move deltas around")
         found = survey(self.model)
         places = [record.place for record in attached]
         for place, record in zip(places, wanted, strict=True):
@@ -129,6 +133,9 @@ class Composition:
         """Let just these deltas act inside a `with` block; none of them: the plain backbone."""
         chosen = self._named(names)
         before = [(record, record.active) for record in self._records()]
+        for record, active in before:
+            if active != (record in chosen):
+                merging.check_apart(record, "cannot switch")
         for record, _ in before:
             record.active = record in chosen
         try:
@@ -136,6 +143,49 @@ class Composition:
         finally:
             for record, active in before:
                 record.active = active
+
+    def merge(self, *names: str | Delta) -> MergeReport:
+        """Fold deltas into the weights of their modules, where they act at no cost.
+
+        A layer folds only if all beneath it on its module do. Without names the longest run that
+        folds is taken on each module, and the rest acts on top of it as before. Merged deltas stay
+        attached, and are taken out again by `unmerge`; until then they cannot be switched,
+        detached or moved, and training them changes nothing.
+
+        Args:
+            names: the deltas to merge whole. None: what folds of all of them.
+
+        Returns:
+            What was merged and what was left, and the errors of requantised weights.
+
+        Raises:
+            SiteError: a delta does not fold, or stands on one that does not or is not merged; a
+                weight is tied, sharded or without values; a result is not finite. Nothing is
+                changed then.
+        """
+        return merging.merge(survey(self.model), self._named(names) if names else None)
+
+    def unmerge(self) -> None:
+        """Put the weights back, bit for bit, as they were before the first `merge`.
+
+        Raises:
+            DeltaError: a merged weight was changed since. Nothing is changed then.
+        """
+        merging.unmerge(survey(self.model))
+
+    def to_backbone(self) -> nn.Module:
+        """A plain model of the same class whose weights hold all that acts on this one.
+
+        It has no deltas, so that `save_pretrained` and `from_pretrained` treat it as any other. It
+        shares the tensors that no delta changed with this model, which stays as it is; modules that
+        acting deltas own stand in their places.
+
+        Raises:
+            SiteError: something that acts does not fold, or a weight is tied or sharded.
+        """
+        from .copies import to_backbone
+
+        return to_backbone(self.model)
 
     def save(self, folder: str | os.PathLike) -> None:
         """Save all attached deltas as one: tensors, options, order, activity, what trains.
@@ -186,6 +236,7 @@ class Composition:
                 FLOWS[layer.flow] + ("" if method == name else f"; {method}"),
                 f"{sum(p.numel() for p in layer.parameters()):,} parameters",
                 "active" if layer.record.active else "disabled",
+                *(["merged"] if stack is not None and stack.holds(name) else []),
                 *(["trains" if any(flags) else "frozen"] if flags else []),
             ]
             steps.append(f"{name}: {', '.join(facts)}")

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
-from . import foreign, freezing, inspection, planning, sharding, site, targets
+from . import foreign, freezing, inspection, merging, planning, sharding, site, targets
 from .addressing import Survey, as_list, no_match, survey
 from .bases import DeltaLayer
 from .errors import DeltaError, OptionError, SiteError
@@ -277,6 +277,8 @@ class Delta:
         if not self.attached:
             self._enter(*neighbours)
         elif any(neighbours):
+            for record in known:
+                merging.check_apart(record, "cannot move deltas around")
             renumber([r for r in known if r is not self.record], self.record, *neighbours)
             for stack in found.stacks.values():
                 stack.sort()
@@ -301,6 +303,7 @@ class Delta:
         The last one to leave restores the flags that `freeze_module` changed and takes the
         state-dict filter along.
         """
+        merging.check_apart(self.record, "cannot detach")
         found = survey(self.backbone_model)
         for where, name, layer in list(found.layers()):
             if layer.record is self.record:
@@ -314,21 +317,26 @@ class Delta:
     # ---------------------------------------------------------- the switches
     def enable(self) -> None:
         """Let the delta act. Whether it is attached, and whether it trains, stays as it is."""
-        self.record.active = True
+        self._switch(True)
 
     def disable(self) -> None:
         """Let the backbone compute as if the delta were not there."""
-        self.record.active = False
+        self._switch(False)
+
+    def _switch(self, active: bool) -> None:
+        if active != self.record.active:
+            merging.check_apart(self.record, "cannot switch")
+        self.record.active = active
 
     @contextlib.contextmanager
     def disabled(self) -> Iterator[None]:
         """Disable the delta inside a `with` block."""
         before = self.record.active
-        self.record.active = False
+        self._switch(False)
         try:
             yield
         finally:
-            self.record.active = before
+            self._switch(before)
 
     def requires_grad_(self: AnyDelta, requires_grad: bool = True) -> AnyDelta:
         """Let the delta train, or freeze it; others are not touched."""
@@ -410,6 +418,7 @@ class Delta:
         """
         from . import checkpoint
 
+        merging.check_apart(self.record, "cannot load")
         checkpoint.copy_into(self.state_dict(), state, f"state_dict of {self.name!r}")
 
     # ------------------------------------------------------- showing, saving

@@ -66,6 +66,7 @@ def _silent(found: Survey, compiled: bool = True) -> list[str]:
         f"{where}.{SLOT}.{name}".lstrip(".")
         for where, name, layer in found.layers()
         if layer.record.active and name not in found.stacks[where].ran
+        if not found.stacks[where].holds(name)
         if compiled or not _in_compiled(found, where)
     ]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import warnings
 from collections.abc import Callable, Sequence
@@ -11,13 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import foreign, sharding, site, targets
+from . import copies, sharding, site, targets
 from .addressing import Survey, ancestors
 from .bases import DeltaLayer, Gate, OwnedModule, SharedTensors
 from .errors import LostGradientWarning, SiteError, TiedWeightWarning
 from .layers import Heads, Site, device_and_dtype, kind_of
 from .options import DeltaConfig
-from .record import SLOT
 from .shapes import attention_heads, output_widths
 
 
@@ -189,17 +187,10 @@ def _own_copy(found: Survey, name: str, memory: bool) -> nn.Module:
     """A trainable copy of a backbone module, without the deltas that it carries."""
     if memory:
         sharding.check_copy(found, name)
-    placeholder = nn.Module()
-    memo: dict[int, Any] = {id(stack): placeholder for stack in found.stacks.values()}
+    memo: dict[int, Any] = {}
     for parameter in found.modules[name].parameters() if not memory else ():
         memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), False)
-    copied = copy.deepcopy(found.modules[name], memo)
-    for part in copied.modules():
-        if part._modules.get(SLOT) is placeholder:
-            del part._modules[SLOT]
-            base = site.plain_class(part)
-            if base is not None:
-                foreign.set_class(part, base)
+    copied = copies.plain_copy(found, name, memo)
     for parameter in copied.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     return copied

@@ -38,6 +38,7 @@ class Record:
         place: position in the one total order of the backbone's deltas; lower acts first.
         sites: the full names of the modules that carry its layers.
         active: whether the layers act. Read on every call, changed in constant time.
+        merged: on how many modules they are merged into the weights.
     """
 
     name: str
@@ -46,3 +47,4 @@ class Record:
     shared: Shared
     sites: tuple[str, ...]
     active: bool = True
+    merged: int = 0

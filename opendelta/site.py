@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,27 +30,52 @@ def _step_aside(*_: Any) -> None:
     """Does nothing: torch's fused paths see a hook in the subtree and then call the children."""
 
 
+@dataclass
+class Step:
+    """One merging of layers into the weights of their module.
+
+    Attributes:
+        layers: the layers by name, the innermost first.
+        kept: {name of a parameter: what puts its old values back}.
+        marks: {name of a parameter: a number that tells whether its new values changed since}.
+    """
+
+    layers: dict[str, DeltaLayer] = field(default_factory=dict)
+    kept: dict[str, Any] = field(default_factory=dict)
+    marks: dict[str, int] = field(default_factory=dict)
+
+
 class Stack(nn.ModuleDict):
     """The ordered delta layers of one site; the first is the innermost.
 
     An empty stack computes what the plain module computes. `ran` holds the names of the layers that
-    have run outside of compiled code; DataParallel's replicas share it.
+    have run outside of compiled code; DataParallel's replicas share it. Layers that `steps` merged
+    do not act.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.ran: set[str] = set()
+        self.steps: list[Step] = []
         self.register_forward_pre_hook(_step_aside)
 
     def _acting(self) -> list[DeltaLayer]:
         acting: list[Any] = []
         watched = not torch.compiler.is_compiling()  # no side effect, hence no guard, in a graph
         for name, layer in self._modules.items():
-            if layer.record.active:  # type: ignore[union-attr]
+            if layer.record.active and not self.holds(name):  # type: ignore[union-attr]
                 acting.append(layer)
                 if watched:
                     self.ran.add(name)
         return acting
+
+    def holds(self, name: str) -> bool:
+        """Whether the layer of this name is merged into the module's weights."""
+        return any(name in step.layers for step in self.steps)
+
+    def merged(self) -> list[str]:
+        """The names of the layers that are merged into the weights, the innermost first."""
+        return [name for step in self.steps for name in step.layers]
 
     def forward(self, input: Any) -> Any:
         """`input`, unchanged: for modules such as Sequential, which call all of their children."""

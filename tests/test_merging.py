@@ -1,0 +1,243 @@
+"""Merging into the weights, and back: the same outputs, then the same bits."""
+
+import contextlib
+import copy
+import warnings
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from models import build, inputs, logits
+from nets import IDS, net, places_of, put, shake
+from test_quantised import BACKBONES, X
+
+import opendelta
+from opendelta import AdapterModel, IA3Model, LoraModel, OFTModel, VeraModel
+from opendelta.bases import DeltaLayer
+from opendelta.registry import METHODS
+
+
+@contextlib.contextmanager
+def same_bits(model):
+    """All modules, deltas included, are the same after the block as before, bit for bit."""
+    before = opendelta.snapshot(model)
+    yield
+    assert opendelta.snapshot(model) == before
+
+
+FOLDING = [n for n, m in sorted(METHODS.items()) if m.layer_class.fold is not DeltaLayer.fold]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", FOLDING)
+def test_merging_keeps_the_output_and_unmerging_restores_every_bit(name, dtype):
+    method = METHODS[name]
+    model = net().to(dtype)
+    delta = shake(put(method, model, *places_of(method)), scale=0.05)
+    c = opendelta.composition(model)
+    expected = model(IDS)
+    with same_bits(model):
+        for _ in range(3):
+            report = c.merge()
+            assert report.merged
+            tolerance = {torch.float64: 1e-10, torch.float32: 1e-5}.get(dtype, 0.1)
+            assert torch.allclose(model(IDS), expected, atol=tolerance, rtol=tolerance)
+            c.unmerge()
+            assert torch.equal(model(IDS), expected)
+    delta.detach()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_random_stack_merges_from_the_bottom_and_the_rest_acts_on_top(seed):
+    random = np.random.default_rng(seed)
+    model = net()
+    others = random.choice([*FOLDING, "adapter", "loreft"], 4)
+    for index, name in enumerate([random.choice(FOLDING), *others]):
+        places = [p for p in places_of(METHODS[name]) if p in ("linear", "conv1d", "norm")]
+        shake(put(METHODS[name], model, *places), seed=index, scale=0.1)
+    c = opendelta.composition(model)
+    expected, explained = model(IDS), c.explain("linear").formula
+    with same_bits(model):
+        report = c.merge()
+        assert torch.allclose(model(IDS), expected, atol=1e-4)
+        for where, names in report.merged.items():
+            assert [*names, *report.left.get(where, [])] == [
+                name for name in c.names if where in c[name].layers
+            ]
+        c.unmerge()
+        assert torch.equal(model(IDS), expected)
+    assert c.explain("linear").formula == explained
+
+
+def test_what_is_asked_for_and_does_not_fold_is_refused_by_name():
+    model = net()
+    AdapterModel(model, modified_modules=["linear"])
+    LoraModel(model, modified_modules=["linear", "bare"])
+    IA3Model(model, modified_modules=["bare"], feedforward_modules=[])
+    c = opendelta.composition(model)
+    with same_bits(model):
+        message = r"'linear': 'lora' stands on 'adapter', which \(AdapterLayer\) does not fold"
+        with pytest.raises(opendelta.SiteError, match=message):
+            c.merge("lora")
+        with pytest.raises(opendelta.SiteError, match=r"'adapter' \(AdapterLayer\) does not fold"):
+            c.merge("adapter")
+        message = r"'bare': 'lora' acts beneath 'ia3' and would no longer; merge it too"
+        with pytest.raises(opendelta.SiteError, match=message):
+            c.merge("ia3")
+        assert c.merge().merged == {"bare": ["lora", "ia3"]}
+        c.unmerge()
+
+
+def test_a_disabled_delta_is_neither_merged_nor_passed_over():
+    model = net()
+    first = LoraModel(model, modified_modules=["linear"])
+    second = LoraModel(model, modified_modules=["linear"])
+    c = opendelta.composition(model)
+    first.disable()
+    with pytest.raises(opendelta.SiteError, match=r"stands on 'lora', which is disabled"):
+        c.merge(second)
+    with pytest.raises(opendelta.SiteError, match=r"nothing to merge"):
+        c.merge()
+    first.enable()
+    assert c.merge(first).left == {"linear": ["lora_1"]}
+    assert c.merge(second).merged == {"linear": ["lora", "lora_1"]}
+    with pytest.raises(opendelta.SiteError, match=r"nothing to merge: all of it is merged"):
+        c.merge()
+
+
+def test_a_merged_delta_is_not_switched_moved_or_taken_off():
+    model = net()
+    lora = shake(LoraModel(model, modified_modules=["linear"]))
+    top = shake(AdapterModel(model, modified_modules=["linear"]))
+    c = opendelta.composition(model)
+    c.merge()
+    before = model(IDS)
+    verbs = [
+        lora.detach,
+        lora.disable,
+        lambda: lora.load_state_dict(lora.state_dict()),
+        lambda: c.reorder(["adapter", "lora"]),
+        lambda: lora.attach(after=top),
+        lambda: c.only("adapter").__enter__(),
+        lambda: lora.disabled().__enter__(),
+    ]
+    for verb in verbs:
+        with pytest.raises(opendelta.DeltaError, match=r"'lora': it is merged into .*unmerge"):
+            verb()
+    assert torch.equal(model(IDS), before)
+    lora.enable()
+    with c.only("lora"):
+        assert not torch.equal(model(IDS), before)
+    c.reorder(["lora", "adapter"])
+    top.detach()
+    assert "merged" in str(c.explain("linear"))
+    c.unmerge()
+    lora.detach()
+    opendelta.assert_pristine(model)
+
+
+def test_weights_that_were_changed_after_merging_are_not_overwritten():
+    model = net()
+    shake(LoraModel(model, modified_modules=["linear"]))
+    c = opendelta.composition(model)
+    c.merge()
+    with torch.no_grad():
+        model.linear.weight[0, 0] += 1
+    with pytest.raises(opendelta.DeltaError, match=r"linear.weight was changed after the merge"):
+        c.unmerge()
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_values_that_are_not_finite_are_refused_and_nothing_is_changed(value):
+    model = net()
+    delta = LoraModel(model, modified_modules=["bare", "linear"])
+    with torch.no_grad():
+        delta.layers["linear"].lora_B[0, 0] = value
+    with (
+        same_bits(model),
+        pytest.raises(opendelta.SiteError, match=r"weight with values .* finite"),
+    ):
+        opendelta.composition(model).merge()
+
+
+def test_tied_weights_are_refused_with_the_other_use():
+    model = build("gpt2")
+    with pytest.warns(opendelta.TiedWeightWarning):
+        LoraModel(model, modified_modules=["wte"])
+    message = r"its weight is tied to that of 'lm_head', which would change too"
+    with same_bits(model), pytest.raises(opendelta.SiteError, match=message):
+        opendelta.composition(model).merge()
+
+
+def test_a_merged_model_is_copied_and_pickled_whole():
+    model = net()
+    shake(LoraModel(model, modified_modules=["linear"]))
+    plain_weight = model.linear.weight.detach().clone()
+    opendelta.composition(model).merge()
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(IDS), model(IDS))
+    opendelta.composition(twin).unmerge()
+    assert torch.equal(twin.linear.weight, plain_weight)
+    assert not torch.equal(model.linear.weight, plain_weight)
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "t5", "bart"])
+def test_several_deltas_merge_on_transformers_models(name):
+    model = build(name)
+    for method in (LoraModel, VeraModel, IA3Model, OFTModel):
+        shake(method(model), scale=0.1)
+    expected = logits(model)
+    c = opendelta.composition(model)
+    with same_bits(model):
+        c.merge()
+        assert torch.allclose(logits(model), expected, atol=1e-4)
+        c.unmerge()
+        assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:bitsandbytes")
+@pytest.mark.parametrize("kind", sorted(BACKBONES))
+@pytest.mark.parametrize("used", [False, True])
+def test_quantised_weights_are_requantised_with_their_error(kind, used):
+    model = BACKBONES[kind]()
+    plain = model(X) if used else BACKBONES[kind]()(X)
+    delta = shake(LoraModel(model, modified_modules=["up", "down"]), scale=0.1)
+    expected = model(X)
+    c = opendelta.composition(model)
+    report = c.merge()
+    assert set(report.errors) == {"up", "down"}
+    assert all(0 < error < 1 for error in report.errors.values())
+    assert (model(X) - expected).norm() < 0.5 * (plain - expected).norm()
+    assert "relative error" in str(report)
+    c.unmerge()
+    assert torch.equal(model(X), expected)
+    delta.detach()
+    assert torch.equal(model(X), plain)
+
+
+def test_the_backbone_alone_is_a_plain_model(tmp_path):
+    model = build("llama")
+    shake(LoraModel(model), scale=0.1)
+    shake(IA3Model(model), scale=0.1)
+    expected, before = logits(model), opendelta.composition(model).names
+    plain = opendelta.composition(model).to_backbone()
+    opendelta.assert_pristine(plain)
+    assert torch.allclose(logits(plain), expected, atol=1e-5)
+    assert torch.equal(logits(model), expected)
+    assert opendelta.composition(model).names == before
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plain.save_pretrained(tmp_path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(again(**inputs(model)).logits, logits(plain))
+    untied = model.model.embed_tokens.weight
+    assert plain.model.embed_tokens.weight.data_ptr() == untied.data_ptr()
+
+
+def test_the_backbone_alone_needs_all_that_acts_to_fold():
+    model = build("llama")
+    LoraModel(model)
+    AdapterModel(model)
+    with same_bits(model), pytest.raises(opendelta.SiteError, match=r"'adapter' .* does not fold"):
+        opendelta.composition(model).to_backbone()
