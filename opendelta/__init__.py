@@ -2,8 +2,7 @@
 
 from .auto import AutoDeltaConfig, AutoDeltaModel
 from .bases import BranchLayer, DeltaLayer, OutputLayer, WeightLayer
-from .checkpoint import own_version
-from .composition import Composition, composition, load
+from .composition import Composition, LoadReport, composition, load
 from .copies import shared_copy
 from .delta import Delta
 from .errors import (
@@ -16,9 +15,11 @@ from .errors import (
     PristineError,
     SiteError,
     TiedWeightWarning,
+    UncheckedWarning,
     UnreachedWarning,
     UnsavedWarning,
 )
+from .folder import own_version
 from .inspection import assert_pristine, check, snapshot, statistics, unreached
 from .merging import MergeReport
 from .methods import (
@@ -88,6 +89,7 @@ __all__ = [
     "LNTuningModel",
     "LoReftConfig",
     "LoReftModel",
+    "LoadReport",
     "LohaConfig",
     "LohaModel",
     "LokrConfig",
@@ -111,6 +113,7 @@ __all__ = [
     "SoftPromptConfig",
     "SoftPromptModel",
     "TiedWeightWarning",
+    "UncheckedWarning",
     "UnreachedWarning",
     "UnsavedWarning",
     "VeraConfig",

@@ -71,18 +71,23 @@ class AutoDeltaModel:
         finetuned_delta_path: str | os.PathLike,
         backbone_model: nn.Module,
         name: str | None = None,
-        local_files_only: bool = True,
+        local_files_only: bool = False,
         check_hash: bool = True,
+        check_backbone: bool = True,
     ) -> Delta:
         """Put a delta that `save_finetuned` wrote on a backbone, whatever its method.
 
         Args:
-            finetuned_delta_path: the folder.
+            finetuned_delta_path: the folder, or "user/name" on the hub.
             name: the delta's name here. None: its own, or the next free one.
-            local_files_only, check_hash: taken for OpenDelta 0.3's sake, without effect: folders
-                are the only source, and their files' own sha256 is always checked.
+            local_files_only: take what was downloaded before.
+            check_backbone: raise if the weights that the delta stands on are not those that it was
+                trained on, as far as a few values tell.
+            check_hash: OpenDelta 0.3's name for that.
 
         Raises:
             DeltaLoadError: the folder is damaged, or does not fit the backbone.
         """
-        return Delta.from_finetuned(finetuned_delta_path, backbone_model, name, local_files_only)
+        return Delta.from_finetuned(
+            finetuned_delta_path, backbone_model, name, local_files_only, check_hash, check_backbone
+        )

@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +14,22 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from . import fingerprint, interop, planning, sharding
 from . import folder as files
-from . import interop, planning, sharding
-from .addressing import ancestors, survey
+from .addressing import Survey, ancestors, survey
 from .delta import Delta
-from .errors import AddressError, DeltaLoadError, OptionError, SiteError, UnsavedWarning
+from .errors import (
+    AddressError,
+    DeltaLoadError,
+    OptionError,
+    SiteError,
+    UncheckedWarning,
+    UnsavedWarning,
+)
 from .freezing import backbone_tensors
 from .options import DeltaConfig
 from .order import free_name, known_records
 from .registry import method
-
-
-def own_version() -> str:
-    """The installed version of opendelta."""
-    with contextlib.suppress(PackageNotFoundError):
-        return version("opendelta")
-    return "unknown"
 
 
 # ------------------------------------------------------------------------------------------- saving
@@ -42,12 +41,22 @@ def save(deltas: Sequence[Delta], folder: str | os.PathLike) -> None:
     whole = {name: sharding.full(tensor.detach()) for name, tensor in tensors.items()}
     plain = {name: tensor.cpu().contiguous().clone() for name, tensor in whole.items()}
     config = {
-        "opendelta_version": own_version(),
+        "opendelta_version": files.own_version(),
         "backbone_class": type(deltas[0].backbone_model).__name__,
         "backbone_tensors": sorted(backbone),
+        "fingerprint": fingerprint.take(
+            survey(deltas[0].backbone_model),
+            list(dict.fromkeys(name for delta in deltas for name in delta.modified_modules)),
+            _replaced(backbone, [delta.config for delta in deltas]),
+        ),
         "deltas": [_facts(delta) for delta in deltas],
     }
     files.write(Path(folder), config, safetensors.torch.save(plain, metadata={"format": "pt"}))
+
+
+def _replaced(backbone: Iterable[str], configs: Iterable[DeltaConfig]) -> set[str]:
+    """Names of tensors and modules whose values the file brings along."""
+    return {*backbone, *(name for config in configs for name in config.modules_to_save or ())}
 
 
 def _facts(delta: Delta) -> dict[str, Any]:
@@ -88,6 +97,7 @@ def load(
     model: nn.Module,
     name: str | None = None,
     expected: type[Delta] | None = None,
+    check_backbone: bool = True,
 ) -> list[Delta]:
     """Put the deltas that `folder` holds on `model`, after those that are there.
 
@@ -96,6 +106,8 @@ def load(
     Args:
         name: the delta's name here, if there is one delta. None: its own, or the next free one.
         expected: there must be one delta, and of this method.
+        check_backbone: compare a few values of the weights that the deltas stand on with those
+            that they had.
 
     Raises:
         DeltaLoadError: the folder is damaged, of another method, or does not fit `model`.
@@ -117,7 +129,7 @@ def load(
             deltas.append(_planned(path, facts, config, model))
             deltas[-1].record.place = (known[-1].place + 1 if known else 0) + place
             deltas[-1].record.active = fact["active"]
-        _fill(path, facts, deltas, given)
+        _fill(path, facts, deltas, given, check_backbone)
     return deltas
 
 
@@ -185,7 +197,11 @@ def _planned(path: Path, facts: dict[str, Any], config: DeltaConfig, model: nn.M
 
 
 def _fill(
-    path: Path, facts: dict[str, Any], deltas: Sequence[Delta], given: Mapping[str, Any]
+    path: Path,
+    facts: dict[str, Any],
+    deltas: Sequence[Delta],
+    given: Mapping[str, Any],
+    check_backbone: bool,
 ) -> None:
     """Give the planned deltas memory and the tensors in `given`, and put them on their model."""
     found = survey(deltas[0].backbone_model)
@@ -194,6 +210,9 @@ def _fill(
     entries = list(zip(facts["deltas"], deltas, strict=True))
     saved = {k: t for fact, d in entries for k, t in d.state_dict(fact["name"]).items()}
     compare({**saved, **backbone}, given, str(path))
+    if check_backbone:
+        replaced = _replaced(backbone, [delta.config for delta in deltas])
+        _check_backbone(path, found, facts["fingerprint"], replaced)
     for fact, delta in entries:
         planning.materialise(found, delta.layers, delta.config)
         _copy(delta.state_dict(fact["name"]), given)
@@ -211,6 +230,27 @@ def _fill(
     _copy(backbone, given)
 
 
+def _check_backbone(
+    path: Path, found: Survey, given: dict[str, Any], replaced: Collection[str]
+) -> None:
+    """Raise if the weights under the deltas are not those that they were saved from."""
+    differ, unchecked = fingerprint.differences(found, given, replaced)
+    if differ:
+        raise DeltaLoadError(
+            f"{path} was saved from another backbone: of {len(given)} weights under its deltas "
+            f"{len(differ)} differ in this {type(found.root).__name__}: "
+            f"{', '.join(differ[:3])}{', ...' if len(differ) > 3 else ''} (relative norm; up to "
+            f"{fingerprint.TOLERANCE} is rounding). If that is meant, pass check_backbone=False"
+        )
+    if unchecked:
+        warnings.warn(
+            f"{len(unchecked)} of {len(given)} weights under the deltas of {path} cannot be "
+            f"compared, being sharded, quantised or without values: {', '.join(unchecked[:3])}",
+            UncheckedWarning,
+            stacklevel=5,
+        )
+
+
 def configs_of(folder: Path, facts: dict[str, Any]) -> list[DeltaConfig]:
     """The options of the deltas in a folder's JSON.
 
@@ -220,6 +260,8 @@ def configs_of(folder: Path, facts: dict[str, Any]) -> list[DeltaConfig]:
     where = folder / files.CONFIG
     if not _are_names(facts.setdefault("backbone_tensors", [])):
         raise DeltaLoadError(f"{where}: backbone_tensors must be a list of names")
+    if not fingerprint.is_fingerprint(facts.setdefault("fingerprint", {})):
+        raise DeltaLoadError(f"{where}: fingerprint must hold a shape and values of each weight")
     facts.setdefault("backbone_class", "model")
     given = facts.get("deltas")
     if not isinstance(given, list) or not given:

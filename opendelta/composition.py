@@ -6,13 +6,14 @@ import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal, overload
 
 from torch import nn
 
 from . import merging
 from .addressing import select, survey
 from .delta import Delta
-from .errors import AddressError, DeltaError, nearest
+from .errors import AddressError, DeltaError, DeltaLoadError, nearest
 from .layers import kind_of
 from .merging import MergeReport
 from .order import handle_of
@@ -205,6 +206,20 @@ class Composition:
             )
         checkpoint.save([self[name] for name in self.names], folder)
 
+    def push_to_hub(
+        self, repo_id: str, private: bool | None = None, token: str | None = None
+    ) -> str:
+        """Save all attached deltas into a repository on the Hugging Face hub; its address.
+
+        Args:
+            repo_id: "user/name"; the repository is made if need be.
+            private: whether a new repository is private.
+            token: of the user. None: the one that was logged in with.
+        """
+        from . import hub
+
+        return hub.push([self[name] for name in self.names], repo_id, private, token)
+
     def explain(self, module: str) -> Explanation:
         """What a module with deltas computes, as a formula and step by step.
 
@@ -297,16 +312,76 @@ def composition(model: nn.Module) -> Composition:
     return Composition(model)
 
 
-def load(folder: str | os.PathLike, model: nn.Module) -> Composition:
+@dataclass(frozen=True)
+class LoadReport:
+    """What `load(..., strict=False)` did; true if the deltas are on the model.
+
+    Attributes:
+        names: the deltas that were put on the model.
+        problem: why none was, or None.
+    """
+
+    names: list[str]
+    problem: str | None = None
+
+    def __bool__(self) -> bool:
+        return self.problem is None
+
+
+@overload
+def load(
+    folder: str | os.PathLike,
+    model: nn.Module,
+    *,
+    check_backbone: bool = True,
+    local_files_only: bool = False,
+    strict: Literal[True] = True,
+) -> Composition: ...
+
+
+@overload
+def load(
+    folder: str | os.PathLike,
+    model: nn.Module,
+    *,
+    check_backbone: bool = True,
+    local_files_only: bool = False,
+    strict: Literal[False],
+) -> LoadReport: ...
+
+
+def load(
+    folder: str | os.PathLike,
+    model: nn.Module,
+    *,
+    check_backbone: bool = True,
+    local_files_only: bool = False,
+    strict: bool = True,
+) -> Composition | LoadReport:
     """Put the deltas that `composition(...).save` or `save_finetuned` wrote on `model`.
 
     They come after those that are there, in their own order, with the switches that they had; one
     whose name is taken gets the next free one. Everything is compared before the model is touched.
+    Folders of OpenDelta 0.3, PEFT and adapters are read too.
+
+    Args:
+        folder: the folder, or "user/name" on the hub.
+        check_backbone: raise if the weights that the deltas stand on are not those that they were
+            trained on, as far as a few values of each tell.
+        local_files_only: take what was downloaded from the hub before.
+        strict: False: return a report instead of raising.
 
     Raises:
-        DeltaLoadError: the folder is damaged, or does not fit `model`.
+        DeltaLoadError: the folder is damaged, or does not fit `model`. Nothing is loaded then.
     """
-    from . import checkpoint
+    from . import checkpoint, hub
 
-    checkpoint.load(folder, model)
-    return Composition(model)
+    try:
+        path = hub.folder_of(folder, local_files_only)
+        loaded = checkpoint.load(path, model, check_backbone=check_backbone)
+    except DeltaLoadError as error:
+        if strict:
+            raise
+        return LoadReport([], str(error))
+    names = [delta.name for delta in loaded]
+    return Composition(model) if strict else LoadReport(names)

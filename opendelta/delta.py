@@ -104,23 +104,28 @@ class Delta:
         finetuned_delta_path: str | os.PathLike,
         backbone_model: nn.Module,
         name: str | None = None,
-        local_files_only: bool = True,
+        local_files_only: bool = False,
         check_hash: bool = True,
+        check_backbone: bool = True,
     ) -> AnyDelta:
         """Put a delta that `save_finetuned` wrote on `backbone_model`.
 
         Args:
-            finetuned_delta_path: the folder.
+            finetuned_delta_path: the folder, or "user/name" on the hub.
             name: the delta's name here. None: its own, or the next free one.
-            local_files_only, check_hash: taken for OpenDelta 0.3's sake, without effect: folders
-                are the only source, and their files' own sha256 is always checked.
+            local_files_only: take what was downloaded before.
+            check_backbone: raise if the weights that the delta stands on are not those that it was
+                trained on, as far as a few values tell.
+            check_hash: OpenDelta 0.3's name for that.
 
         Raises:
             DeltaLoadError: the folder holds another method, is damaged, or does not fit.
         """
-        from . import checkpoint
+        from . import checkpoint, hub
 
-        loaded: Any = checkpoint.load(finetuned_delta_path, backbone_model, name, expected=cls)
+        folder = hub.folder_of(finetuned_delta_path, local_files_only)
+        check = check_hash and check_backbone
+        loaded: Any = checkpoint.load(folder, backbone_model, name, cls, check)
         return loaded[0]
 
     def __repr__(self) -> str:
@@ -442,7 +447,7 @@ class Delta:
         log(self.backbone_model, delta_ratio, trainable_ratio, visualization, cuda_memory)
 
     def save_finetuned(
-        self, save_directory: str | os.PathLike = "./output", push_to_hub: bool = False
+        self, save_directory: str | os.PathLike = "./output", push_to_hub: bool | str = False
     ) -> None:
         """Save the delta, the modules it owns, and the backbone parameters left trainable by name.
 
@@ -452,13 +457,26 @@ class Delta:
 
         Args:
             save_directory: the folder; it is made if need be.
-            push_to_hub: not available yet.
+            push_to_hub: "user/name": save it there too; see `push_to_hub`.
         """
-        if push_to_hub:
-            raise OptionError(
-                "push_to_hub is not available yet: save, then upload the folder with "
-                "huggingface_hub.upload_folder"
-            )
+        if push_to_hub is True:
+            raise OptionError('push_to_hub takes the name of the repository: "user/name"')
         from . import checkpoint
 
         checkpoint.save([self], save_directory)
+        if push_to_hub:
+            self.push_to_hub(push_to_hub)
+
+    def push_to_hub(
+        self, repo_id: str, private: bool | None = None, token: str | None = None
+    ) -> str:
+        """Save the delta into a repository on the Hugging Face hub; the address of its page.
+
+        Args:
+            repo_id: "user/name"; the repository is made if need be.
+            private: whether a new repository is private.
+            token: of the user. None: the one that was logged in with.
+        """
+        from . import hub
+
+        return hub.push([self], repo_id, private, token)

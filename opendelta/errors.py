@@ -46,6 +46,10 @@ class UnsavedWarning(DeltaWarning):
     """Trained tensors that a file does not hold, or that its reader will drop."""
 
 
+class UncheckedWarning(DeltaWarning):
+    """Weights of a backbone that cannot be compared with those that a delta was trained on."""
+
+
 class TiedWeightWarning(DeltaWarning):
     """A delta on one use of a weight that other modules use too."""
 

@@ -12,6 +12,7 @@ import json
 import os
 import secrets
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,13 @@ from .errors import DeltaError, DeltaLoadError
 CONFIG = "config.json"
 FORMAT, SCHEMA = "opendelta", 1
 LARGEST_CONFIG = 16 * 2**20  # bytes; 70 B models with many deltas need less than one
+
+
+def own_version() -> str:
+    """The installed version of opendelta."""
+    with contextlib.suppress(PackageNotFoundError):
+        return version("opendelta")
+    return "unknown"
 
 
 # ------------------------------------------------------------------------------------------ writing
@@ -108,8 +116,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         given = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DeltaLoadError(
-            f"no delta in {str(folder)!r}: {CONFIG} is missing. Only folders are read; what is on "
-            "the hub comes into one with huggingface_hub.snapshot_download"
+            f"no delta in {str(folder)!r}: {CONFIG} is missing. Give the folder that "
+            "save_finetuned or composition(model).save wrote, or 'user/name' for one on the hub"
         ) from None
     except DeltaLoadError:
         raise

@@ -330,10 +330,10 @@ def test_the_config_of_another_library_is_not_overwritten(saved):
 def test_the_hub_is_said_to_be_out_of_reach(saved):
     folder, _ = saved
     delta = AutoDeltaModel.from_finetuned(folder, net(), check_hash=False)
-    with pytest.raises(opendelta.OptionError, match=r"push_to_hub is not available yet"):
+    with pytest.raises(opendelta.OptionError, match=r'name of the repository: "user/name"'):
         delta.save_finetuned(folder, push_to_hub=True)
-    with pytest.raises(opendelta.DeltaLoadError, match=r"Only folders are read"):
-        AutoDeltaModel.from_finetuned("DeltaHub/lora_t5-base_mrpc", backbone_model=net())
+    with pytest.raises(opendelta.DeltaLoadError, match=r"no such folder here, and the hub says"):
+        AutoDeltaModel.from_finetuned("Delta/mrpc", backbone_model=net(), local_files_only=True)
 
 
 def test_a_failing_save_leaves_the_old_content(saved, monkeypatch):
@@ -382,6 +382,6 @@ def test_a_killed_save_leaves_the_old_content_or_the_new(tmp_path):
         command = [sys.executable, "-c", script, str(folder), str(die_at)]
         assert subprocess.run(command, check=False).returncode == -9
         model = torch.nn.Sequential(torch.nn.Linear(64, 64))
-        delta = LoraModel.from_finetuned(folder, model)
+        delta = LoraModel.from_finetuned(folder, model, check_backbone=False)
         values = {float(v) for p in delta.parameters() for v in p.detach().unique()}
         assert values in ({1.0}, {2.0})

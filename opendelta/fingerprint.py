@@ -1,0 +1,142 @@
+"""Is this the backbone that a delta was trained on? A few values of the weights under it."""
+
+from __future__ import annotations
+
+import base64
+import struct
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import quantised
+from .addressing import Survey, ancestors
+from .layers import is_sharded
+
+SAMPLES = 16  # values of each weight
+WEIGHTS = 4  # of a module that has none of its own, those of the first inside it
+# A cast to half precision and back changes values by up to 1.7e-3 in relative norm, training or
+# another model by 1e-2 and more.
+TOLERANCE = 4e-3
+
+
+def take(found: Survey, names: Collection[str], without: Collection[str]) -> dict[str, Any]:
+    """The fingerprint of a backbone, as JSON holds it.
+
+    Args:
+        names: full names of the modules that deltas stand on.
+        without: full names of tensors, and of modules around them, that are saved with the deltas.
+
+    Returns:
+        {full name of a weight: {"shape", "values"}}, where values are base64 of little-endian
+        float32 and None where they cannot be read: sharded, quantised or without memory.
+    """
+    prints = {}
+    for name, tensor in _weights(found, names, without):
+        values = _values(tensor)
+        text = None
+        if values is not None:
+            text = base64.b64encode(struct.pack(f"<{len(values)}f", *values)).decode()
+        prints[name] = {"shape": list(tensor.shape), "values": text}
+    return prints
+
+
+def differences(
+    found: Survey, given: dict[str, Any], without: Collection[str]
+) -> tuple[list[str], list[str]]:
+    """What of a backbone differs from a fingerprint, and the weights that cannot be compared.
+
+    Args:
+        without: as for `take`.
+    """
+    own = {
+        f"{module}.{key}".lstrip("."): tensor
+        for module, part in found.modules.items()
+        for key, tensor in _own(found, module, part).items()
+    }
+    differ, unchecked = [], []
+    for name, facts in given.items():
+        if without and {*without} & {*ancestors(name)}:
+            continue
+        tensor = own.get(name)
+        if tensor is None:
+            differ.append(f"{name} is missing")
+            continue
+        values = _values(tensor)
+        if values is None or facts["values"] is None:
+            unchecked.append(name)
+        elif list(tensor.shape) != facts["shape"]:
+            differ.append(f"{name} is {list(tensor.shape)} instead of {facts['shape']}")
+        elif (distance := _distance(values, _decoded(facts["values"]))) > TOLERANCE:
+            differ.append(f"{name} differs by {distance:.2g}")
+    return differ, unchecked
+
+
+def is_fingerprint(value: Any) -> bool:
+    """Whether `value` is what `take` gives, as far as types go."""
+    return isinstance(value, dict) and all(
+        isinstance(facts, dict)
+        and facts.keys() == {"shape", "values"}
+        and isinstance(facts["shape"], list)
+        and (facts["values"] is None or _decoded(facts["values"]) is not None)
+        for facts in value.values()
+    )
+
+
+def _decoded(text: Any) -> list[float] | None:
+    try:
+        content = base64.b64decode(text, validate=True)
+        return list(struct.unpack(f"<{len(content) // 4}f", content))
+    except (ValueError, TypeError, struct.error):
+        return None
+
+
+def _own(found: Survey, name: str, module: Any) -> dict[str, Tensor]:
+    """A module's parameters, as they were before deltas were merged into them."""
+    stack = found.stacks.get(name)
+    kept = stack.steps[0].kept if stack is not None and stack.steps else {}
+    own = {key: p for key, p in module._parameters.items() if p is not None}
+    return {**own, **{key: old for key, old in kept.items() if isinstance(old, Tensor)}}
+
+
+def _weights(
+    found: Survey, names: Collection[str], without: Collection[str]
+) -> Iterator[tuple[str, Tensor]]:
+    """(full name, tensor) of the weights that deltas on the modules called `names` stand on."""
+    seen = set()
+    for name in names:
+        inside = [n for n in found.modules if n == name or n.startswith(f"{name}." if name else "")]
+        count = 0
+        for module in inside:
+            for key, tensor in _own(found, module, found.modules[module]).items():
+                full = f"{module}.{key}".lstrip(".")
+                if key != "weight" or tensor.ndim < 1 or {*without} & {*ancestors(full)}:
+                    continue
+                count += 1
+                if full not in seen and count <= (1 if module == name else WEIGHTS):
+                    seen.add(full)
+                    yield full, tensor
+            if count >= WEIGHTS or (module == name and count):
+                break
+
+
+@torch.no_grad()
+def _values(tensor: Any) -> list[float] | None:
+    """Some values of a tensor at places that its size decides; None if it has none to read."""
+    plain = quantised.is_plain(tensor) or type(tensor) is Tensor
+    if is_sharded(tensor) or not plain or tensor.is_meta:
+        return None
+    size = tensor.numel()
+    places = sorted({(index * 2654435761 + size // 2) % size for index in range(SAMPLES)})
+    flat = tensor.detach().reshape(-1)
+    return flat[torch.tensor(places, device=flat.device)].float().cpu().tolist()
+
+
+def _distance(values: list[float], others: list[float] | None) -> float:
+    """|a - b| / |b| over all values; infinite where they are not as many."""
+    if others is None or len(values) != len(others):
+        return float("inf")
+    one, other = torch.tensor(values), torch.tensor(others)
+    change, size = (one - other).norm(), torch.maximum(one.norm(), other.norm())
+    return float(change / size) if size > 0 else float(change)
