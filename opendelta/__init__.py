@@ -2,6 +2,7 @@
 
 from .auto import AutoDeltaConfig, AutoDeltaModel
 from .bases import BranchLayer, DeltaLayer, OutputLayer, WeightLayer
+from .combining import Combination, combine
 from .composition import Composition, LoadReport, composition, load
 from .copies import shared_copy
 from .delta import Delta
@@ -72,6 +73,7 @@ __all__ = [
     "BitFitConfig",
     "BitFitModel",
     "BranchLayer",
+    "Combination",
     "CompacterConfig",
     "CompacterModel",
     "Composition",
@@ -123,6 +125,7 @@ __all__ = [
     "adapter_drop",
     "assert_pristine",
     "check",
+    "combine",
     "composition",
     "load",
     "mam",

@@ -91,6 +91,7 @@ class LoraModel(Delta):
     config_class = LoraConfig
     layer_class = LoraLayer
     default_modified_modules = ("attn.q", "attn.v")
+    combination: Any = None  # what `combine` tells of a delta that it made
 
     @classmethod
     def layer_for(cls, config: Any) -> type[DeltaLayer]:
