@@ -32,6 +32,7 @@ from opendelta import (
     LoraModel,
     ParallelAdapterModel,
     SiteError,
+    UncheckedWarning,
     VeraModel,
 )
 
@@ -428,10 +429,12 @@ def fsdp_saves_and_loads_a_delta(pair: Pair, attached: str) -> None:
     lora.save_finetuned(folder)
 
     plain = network()
-    loaded = LoraModel.from_finetuned(folder, plain)
+    with pytest.warns(UncheckedWarning, match="being sharded"):
+        loaded = LoraModel.from_finetuned(folder, plain)
     assert_on_both(values([loaded]), values([lora]))
     sharded = shard(network(), pair.mesh)
-    again = LoraModel.from_finetuned(folder, sharded)
+    with pytest.warns(UncheckedWarning, match="being sharded"):
+        again = LoraModel.from_finetuned(folder, sharded)
     assert all(isinstance(parameter, DTensor) for parameter in again.parameters())
     torch.testing.assert_close(output(sharded), output(plain))
 

@@ -79,6 +79,17 @@ FAMILIES = {
         blocks={"hidden_states": "model.layers"},
         inner=["model"],
     ),
+    "mistral": Family(
+        model=transformers.MistralForCausalLM,
+        config=transformers.MistralConfig(
+            vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+            num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+            sliding_window=5, eos_token_id=None, pad_token_id=0,
+        ),
+        projections=["q_proj", "down_proj"],
+        blocks={"hidden_states": "model.layers"},
+        inner=["model"],
+    ),
     "t5": Family(
         model=transformers.T5ForConditionalGeneration,
         config=transformers.T5Config(

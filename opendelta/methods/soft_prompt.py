@@ -55,7 +55,8 @@ class SoftPromptModel(Delta):
     """Trained rows before the embedded tokens of a model, and out again. arXiv:2104.08691.
 
     The prompt goes to the module that embeds the tokens: a decoder, an encoder, or the encoder of
-    an encoder-decoder.
+    an encoder-decoder. It stands before padding on the left, which a model with relative positions
+    or a sliding window counts as distance to it: T5 and Mistral give padded rows other values.
 
     Example:
         >>> import transformers
