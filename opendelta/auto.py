@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from . import checkpoint
+from . import checkpoint, hub, interop
 from .delta import Delta
 from .errors import DeltaLoadError, OptionError
 from .folder import read_config
+from .interop import legacy
 from .options import DeltaConfig
 from .registry import method
 
@@ -41,8 +41,23 @@ class AutoDeltaConfig:
 
     @classmethod
     def from_finetuned(cls, finetuned_delta_path: str | os.PathLike) -> DeltaConfig:
-        """The config of a delta that `save_finetuned` wrote into this folder."""
-        folder = Path(finetuned_delta_path)
+        """The config of a delta that `save_finetuned` wrote, OpenDelta 0.3's too.
+
+        Args:
+            finetuned_delta_path: the folder, or "user/name" on the hub.
+
+        Raises:
+            DeltaLoadError: the folder is damaged, holds several deltas, or is another library's.
+        """
+        folder = hub.folder_of(finetuned_delta_path)
+        reader = interop.reader_of(folder)
+        if reader is legacy:
+            return legacy.config_of(folder)
+        if reader is not None:
+            raise DeltaLoadError(
+                f"{folder} is another library's, whose options are ours only once they are on a "
+                "model: use AutoDeltaModel.from_finetuned(folder, model).config"
+            )
         configs = checkpoint.configs_of(folder, read_config(folder))
         if len(configs) > 1:
             raise DeltaLoadError(

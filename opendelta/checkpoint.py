@@ -130,6 +130,8 @@ def load(
             deltas[-1].record.place = (known[-1].place + 1 if known else 0) + place
             deltas[-1].record.active = fact["active"]
         _fill(path, facts, deltas, given, check_backbone)
+    if check_backbone and "unchecked" in facts:
+        warnings.warn(f"{path}: {facts['unchecked']}", UncheckedWarning, stacklevel=4)
     return deltas
 
 

@@ -39,7 +39,7 @@ def resolve(
     if layer_class.paired:
         modified = _pairs(found, wanted, select_all, as_list(config.exclude_modules))
     else:
-        names = _inside(found, select_all(found, wanted), layer_class)
+        names = inside(found, select_all(found, wanted), layer_class)
         modified = leave_out(found, names, as_list(config.exclude_modules))
     chosen = select(found.modules, as_list(config.modules_to_save), found.root)
     outermost = [n for n in chosen if not ({*ancestors(n)} - {n}) & {*chosen}]
@@ -108,7 +108,7 @@ def _pairs(
     return chosen
 
 
-def _inside(found: Survey, names: list[str], layer_class: type[DeltaLayer]) -> list[str]:
+def inside(found: Survey, names: list[str], layer_class: type[DeltaLayer]) -> list[str]:
     """`names`, or, where the layer takes no such module but those inside it, their names."""
     if not layer_class.inside:
         return names

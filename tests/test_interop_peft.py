@@ -697,7 +697,7 @@ def test_files_must_be_whole_and_no_pickles(adapter):
     (adapter / "adapter_config.json").write_text('{"peft_type": ')
     refused(adapter, "cannot be read as JSON")
     (adapter / "adapter_config.json").write_text("[]")
-    refused(adapter, "must be a JSON object")
+    refused(adapter, "must hold a JSON object")
 
 
 def test_a_link_out_of_the_folder_is_refused(adapter, tmp_path_factory):

@@ -1,10 +1,369 @@
-"""OpenDelta 0.3's checkpoints."""
+"""OpenDelta 0.3's checkpoints: a folder of one delta, or the state dict of a whole composition.
+
+Both hold pickles of tensors, and nothing else of a pickle is read.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import checkpoint, sharding, targets
+from ..addressing import Survey, as_list, survey
+from ..delta import Delta
+from ..errors import DeltaError, DeltaLoadError, OptionError
+from ..freezing import backbone_tensors
+from ..layers import stored_params
+from ..options import DeltaConfig
+from ..order import handle_of, known_records
+from ..record import SLOT
+from ..registry import method
+from ._files import read_json, read_pickle
+
+CONFIG, WEIGHTS = "config.json", "pytorch_model.bin"
+METHODS = {
+    "lora": "lora",
+    "adapter": "adapter",
+    "parallel_adapter": "parallel_adapter",
+    "low_rank_adapter": "low_rank_adapter",
+    "compactor": "compacter",
+    "bitfit": "bitfit",
+    "prefix": "prefix",
+}
+# Of two layers of one method on a module the second has _1 behind its name, the third _2.
+KEY = re.compile(rf"(?P<where>.+?)\.(?P<slot>{'|'.join(METHODS)})(?:_(?P<nth>\d+))?\.(?P<rest>.+)")
+NETWORK = re.compile(r".+\.reparams(?:_\d+)?\.(?P<rest>.+)")
+PROMPT = "soft_prompt_layer.soft_embeds"
+RENAMED = {  # how tensors are called here
+    "adapter": [(r"^modulelist\.", "")],
+    "parallel_adapter": [(r"^modulelist\.", "")],
+    "compacter": [(r"\.(?=phm_rule)", ".rule."), (r"\.(?=W)", ".blocks.")],
+}
+# What a config says of itself, or gives a value that computes nothing else.
+FREE = {
+    "delta_type", "modified_modules", "exclude_modules", "unfrozen_modules", "common_structure",
+    "interactive_modify", "backbone_checkpoint_name", "backbone_class", "backbone_hash",
+    "opendelta_version", "transformers_version", "sequential", "name", "dtype", "gate", "reads",
+    "modules_to_save",
+}  # fmt: skip
 
 
+@dataclass
+class Content:
+    """The tensors of a state dict of OpenDelta 0.3, by what they belong to.
+
+    Attributes:
+        sites: {(our name of a method, how many of it are on the module before): {full name of a
+            module: {our name of a tensor: values}}}.
+        network: that from which a prefix computes its keys and values.
+        prompt: the rows of a soft prompt.
+        others: those of the backbone.
+    """
+
+    sites: dict[tuple[str, int], dict[str, dict[str, Tensor]]] = field(
+        default_factory=lambda: defaultdict(lambda: defaultdict(dict))
+    )
+    network: dict[str, Tensor] = field(default_factory=dict)
+    prompt: Tensor | None = None
+    others: dict[str, Tensor] = field(default_factory=dict)
+
+
+def _content(given: dict[str, Tensor]) -> Content:
+    """Sort a state dict by its keys."""
+    content = Content()
+    for key, tensor in given.items():
+        if key == PROMPT:
+            content.prompt = tensor
+        elif (found := NETWORK.fullmatch(key)) and "." in found["rest"]:
+            content.network[found["rest"]] = tensor
+        elif found := KEY.fullmatch(key):
+            name, rest = METHODS[found["slot"]], found["rest"]
+            for pattern, ours in RENAMED.get(name, ()):
+                rest = re.sub(pattern, ours, rest)
+            content.sites[name, int(found["nth"] or 0)][found["where"]][rest] = tensor
+        elif not key.endswith(".reparams.input_tokens"):
+            content.others[key] = tensor
+    return content
+
+
+# --------------------------------------------------------------------------------------- a folder
 def recognises(folder: Path) -> bool:
     """Whether OpenDelta 0.3 wrote `folder`."""
-    return False
+    if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
+        return False
+    given = read_json(folder / CONFIG)
+    return "delta_type" in given and "format" not in given
+
+
+def config_of(folder: Path) -> DeltaConfig:
+    """The config of the delta that OpenDelta 0.3 saved in `folder`.
+
+    Raises:
+        DeltaLoadError: it says what no delta can be.
+    """
+    return _config(folder, read_json(folder / CONFIG))
+
+
+def translate(folder: Path, model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What OpenDelta 0.3 saved in `folder`, as what `opendelta.load` finds in a folder of ours.
+
+    Its md5 of the backbone can't be compared, as it depends on the versions of libraries.
+
+    Args:
+        model: the backbone, for the names of its modules, and for biases that 0.3 replaces.
+
+    Returns:
+        The JSON, and the tensors by full name.
+
+    Raises:
+        DeltaLoadError: the folder is damaged, or not of one delta.
+    """
+    config, found = read_json(folder / CONFIG), survey(model)
+    name, options = _options(folder, config)
+    content = _content(read_pickle(folder / WEIGHTS))
+    if strangers := {kind for kind, _ in content.sites} - {name}:
+        raise DeltaLoadError(
+            f"{folder / WEIGHTS} holds tensors of {sorted(strangers)} beside its {name!r}: put the "
+            "same deltas on a model and use opendelta.interop.legacy.load_state_dict(model, path)"
+        )
+    sites = {w: own for part in content.sites.values() for w, own in part.items()}
+    modified = _modules(folder, config, found, content, sites)
+    own = _own(name, found, content, sites, list(dict.fromkeys(modified)))
+    tensors = {
+        _key(where, name, tensor): value
+        for where, part in own.items()
+        for tensor, value in part.items()
+    }
+    fact = {
+        "delta_type": name,
+        "name": name,
+        "active": True,
+        "frozen": [],
+        "options": {**options, "modified_modules": modified},
+    }
+    facts = {
+        "backbone_class": str(config.get("backbone_class") or "model"),
+        "backbone_tensors": sorted(content.others),
+        "deltas": [fact],
+        "unchecked": "OpenDelta 0.3's md5 of the backbone is not compared",
+    }
+    return facts, {**tensors, **content.others}
+
+
+def _key(where: str, name: str, tensor: str) -> str:
+    return (f"{where}." if where else "") + f"{SLOT}.{name}.{tensor}"
+
+
+def _options(folder: Path, config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The method's name, and the options of it that are not null, which means 0.3's default."""
+    name = config["delta_type"]
+    if name not in {*METHODS.values(), "soft_prompt"}:
+        raise DeltaLoadError(
+            f"{folder / CONFIG}: delta_type={name!r} is none of OpenDelta 0.3's: "
+            f"{', '.join(METHODS.values())}, soft_prompt"
+        )
+    known = {option.name for option in dataclasses.fields(method(name).config_class)} - FREE
+    given = {key: value for key, value in config.items() if key not in FREE and value is not None}
+    if unknown := sorted(given.keys() - known):
+        raise DeltaLoadError(
+            f"{folder / CONFIG}: {unknown[0]}={given[unknown[0]]!r} is no option of {name!r} in "
+            "OpenDelta 0.3; remove it if it changes nothing"
+        )
+    if name == "soft_prompt":
+        given |= {"strip": False, "token_init": False}
+    return name, given
+
+
+def _config(folder: Path, config: dict[str, Any]) -> DeltaConfig:
+    name, options = _options(folder, config)
+    wanted = None if name == "soft_prompt" else config.get("modified_modules")
+    if wanted is not None:  # 0.3 marks with @ what it found by its role
+        options["modified_modules"] = [pattern.replace("@", "") for pattern in as_list(wanted)]
+        options["common_structure"] = bool(config.get("common_structure")) or None
+    try:
+        return method(name).config_class.from_dict(options)
+    except OptionError as error:
+        raise DeltaLoadError(f"{folder / CONFIG}: {error}") from None
+
+
+def _modules(
+    folder: Path,
+    config: dict[str, Any],
+    found: Survey,
+    content: Content,
+    sites: dict[str, dict[str, Tensor]],
+) -> list[str]:
+    """The modules that the delta changes: as the keys say, or where they don't, the config."""
+    name = config["delta_type"]
+    if name == "bitfit":
+        _take_biases(content, sites)
+    cls, own = method(name), _config(folder, config)
+    layer_class = cls.layer_for(own)
+    if not (layer_class.paired or content.network or name == "soft_prompt"):
+        return targets.inside(found, list(sites), layer_class)
+    try:
+        resolved = targets.resolve(found, own, cls.default_modified_modules, layer_class)
+    except DeltaError as error:
+        where = f"{folder / CONFIG}, on this {type(found.root).__name__}"
+        raise DeltaLoadError(f"{where}: {error}") from None
+    return resolved.modified_modules or []
+
+
+def _take_biases(content: Content, sites: dict[str, dict[str, Tensor]]) -> None:
+    """Let the biases of modules whose weight is not there too be those of BitFit."""
+    for key in [key for key in content.others if key.endswith(".bias")]:
+        where = key.removesuffix(".bias")
+        if f"{where}.weight" not in content.others:
+            sites.setdefault(where, {})["whole"] = content.others.pop(key)
+
+
+# ---------------------------------------------------------------------------------- a composition
+def load_state_dict(model: nn.Module, path: str | os.PathLike) -> None:
+    """Copy what OpenDelta 0.3 saved of several deltas into the same deltas on `model`.
+
+    That is a file of `torch.save(model.state_dict(), path)`, as 0.3's documentation saved a
+    composition. Attach the deltas in the order in which they were attached there, SoftPromptModel
+    with strip=False, which is what it did.
+
+    Args:
+        model: carries the deltas; the values of other trainable tensors of it are copied too.
+
+    Raises:
+        DeltaLoadError: the tensors are not those of these deltas. Nothing is copied then.
+    """
+    source, found = Path(path), survey(model)
+    content = _content(read_pickle(source))
+    deltas = [handle_of(found, record) for record in known_records(found)]
+    if not deltas:
+        raise DeltaLoadError(
+            f"{source} holds tensors of deltas, but this {type(model).__name__} has none: attach "
+            "the deltas that it was saved from first, in the same order"
+        )
+    counts: dict[tuple[str, str], int] = defaultdict(int)
+    into: dict[str, Tensor] = {}
+    given: dict[str, Tensor] = {}
+    for delta in deltas:
+        into |= delta.state_dict()
+        given |= _of_delta(delta, found, content, counts)
+    unused = {
+        f"{where}.{kind}": value
+        for (kind, _), part in content.sites.items()
+        for where, own in part.items()
+        for value in own.values()
+    }
+    backbone = _of_backbone(source, found, content.others)
+    into |= {key: backbone_tensors(found)[key] for key in backbone}
+    checkpoint.copy_into(into, {**given, **backbone, **unused}, str(source))
+
+
+def _of_delta(
+    delta: Delta, found: Survey, content: Content, counts: dict[tuple[str, str], int]
+) -> dict[str, Tensor]:
+    """The tensors for a delta by our full names, taken out of `content`.
+
+    Args:
+        counts: {(method, module): layers there of deltas before}; it is raised.
+    """
+    kind, wanted = delta.delta_type, list(dict.fromkeys(delta.modified_modules))
+    sites: dict[str, dict[str, Tensor]] = {}
+    for where in wanted:
+        nth = counts[kind, where]
+        counts[kind, where] += 1
+        part = content.sites.get((kind, nth), {})
+        # 0.3 put a prefix on the module around the attention that we put it on
+        around = (n for n in part if where == n or (kind == "prefix" and where.startswith(f"{n}.")))
+        if (theirs := next(around, None)) is not None:
+            sites[where] = part.pop(theirs)
+        if kind == "bitfit" and (key := f"{where}.bias") in content.others:
+            sites.setdefault(where, {})["whole"] = content.others.pop(key)
+    own = _own(kind, found, content, sites, wanted)
+    return {
+        _key(where, delta.name, tensor): value
+        for where, part in own.items()
+        for tensor, value in part.items()
+    }
+
+
+def _of_backbone(source: Path, found: Survey, given: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Those tensors of the backbone that are to be copied: the trainable ones.
+
+    Raises:
+        DeltaLoadError: another one differs from what the model has.
+    """
+    own = backbone_tensors(found)
+    copied = {}
+    for key, tensor in given.items():
+        there = own.get(key)
+        if there is None or there.shape != tensor.shape or there.requires_grad:
+            copied[key] = tensor
+        elif not torch.equal(sharding.full(there.detach()).cpu().to(tensor.dtype), tensor):
+            raise DeltaLoadError(
+                f"{source} brings other values for {key!r}, which is frozen here: it was saved "
+                "from another backbone, or trained it: make it trainable to take them"
+            )
+    return copied
+
+
+# -------------------------------------------------------------------------------- in our terms
+def _own(
+    name: str,
+    found: Survey,
+    content: Content,
+    sites: dict[str, dict[str, Tensor]],
+    wanted: Iterable[str],
+) -> dict[str, dict[str, Tensor]]:
+    """{full name of a module: {our tensor: values}}, for a delta on the modules `wanted`."""
+    wanted = list(wanted)
+    if name == "soft_prompt" and content.prompt is not None:
+        return {wanted[0]: {"soft_embeds": content.prompt}} if wanted else {}
+    if name == "bitfit":
+        return {where: {"bias": _change(found, where, own)} for where, own in sites.items()}
+    if name == "prefix" and content.network:
+        return _prefixes(found, content, wanted)
+    if name == "prefix":
+        around = {n: next(w for w in wanted if f"{w}.".startswith(f"{n}.")) for n in sites}
+        return {around[n]: own for n, own in sites.items()}
+    return sites
+
+
+def _change(found: Survey, where: str, own: dict[str, Tensor]) -> Tensor:
+    """What BitFit adds to a module's bias, of which 0.3 saved the whole."""
+    change = own.get("bias", torch.zeros(()))
+    if "whole" in own:
+        module = found.modules.get(where)
+        base = stored_params(module).get("bias") if module is not None else None
+        whole = own["whole"].float()
+        if base is not None and base.shape == whole.shape and not base.is_meta:
+            whole = whole - sharding.full(base.detach()).cpu().float()
+        change = change + whole
+    return change
+
+
+def _prefixes(found: Survey, content: Content, wanted: list[str]) -> dict[str, dict[str, Tensor]]:
+    """The network that all prefixes share, and the rows of its last layer for each of them."""
+    network = content.network
+    try:
+        last = [network.pop(f"control_trans.2.{end}") for end in ("weight", "bias")]
+        shared = {
+            "tensors.embedding": network.pop("wte.weight"),
+            "tensors.hidden.weight": network.pop("control_trans.0.weight"),
+            "tensors.hidden.bias": network.pop("control_trans.0.bias"),
+        }
+        weights, biases = (tensor.chunk(2 * len(wanted)) for tensor in last)
+    except (KeyError, RuntimeError) as error:
+        raise DeltaLoadError(f"the network of the prefix is not whole: {error}") from None
+    own: dict[str, dict[str, Tensor]] = {found.common(wanted): shared}
+    for place, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        part = ("key", "value")[place % 2]
+        tensors = own.setdefault(wanted[place // 2], {})
+        tensors |= {f"{part}.weight": weight, f"{part}.bias": bias}
+    return own

@@ -1,0 +1,251 @@
+"""An adapter of PEFT's, read from its folder: every tensor in its place, or an error."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ... import folder as files
+from ... import prompting, sharding
+from ...addressing import ancestors, survey
+from ...errors import DeltaLoadError
+from ...layers import (
+    device_and_dtype,
+    stored,
+)
+from .._files import read_json, read_safetensors
+from .methods import FINISH
+from .terms import (
+    CONFIG,
+    FREE,
+    METHODS,
+    MUTATING,
+    PICKLE,
+    PREFIX,
+    PROJECTIONS,
+    PROMPT,
+    PROMPT_PREFIX,
+    STARTS,
+    WEIGHTS,
+    WHY,
+    Adapter,
+)
+
+
+def recognises(folder: Path) -> bool:
+    """Whether PEFT wrote `folder`."""
+    config = folder / CONFIG
+    if not config.is_file():
+        return False
+    if (folder / WEIGHTS).is_file() or (folder / PICKLE).is_file():
+        return True
+    with open(config, "rb") as file:
+        return b'"peft_type"' in file.read(files.LARGEST_CONFIG)
+
+
+def translate(folder: Path, model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What PEFT saved in `folder`, as what `opendelta.load` finds in a folder of ours.
+
+    Nothing is unpickled, and the modules are those that the tensors name: no pattern selects them.
+
+    Args:
+        model: the backbone, for the names of its modules, and for weights that PEFT replaces.
+
+    Returns:
+        The JSON, and the tensors by full name.
+
+    Raises:
+        DeltaLoadError: the adapter does what no delta does, is damaged, or is of another model.
+    """
+    config = read_json(folder / CONFIG)
+    adapter = Adapter(folder, config, survey(model), _method_of(folder, config))
+    method = adapter.method
+    _check_fields(adapter)
+    for theirs, default in method.options.items():
+        adapter.options[method.renamed.get(theirs, theirs)] = config.get(theirs, default)
+    _sort_tensors(adapter, _read_tensors(folder))
+    if not adapter.sites:
+        raise adapter.error(f"{WEIGHTS} holds no tensor of a {method.peft_type}")
+    order = {name: place for place, name in enumerate(adapter.found.modules)}
+    adapter.sites = dict(sorted(adapter.sites.items(), key=lambda item: order[item[0]]))
+    _check_complete(adapter)
+    finish = FINISH.get(adapter.name)
+    if finish is not None:
+        finish(adapter)
+    own = {adapter.key(w, t): v for w, part in adapter.sites.items() for t, v in part.items()}
+    return _facts(adapter), {**own, **adapter.others}
+
+
+def _facts(adapter: Adapter) -> dict[str, Any]:
+    """The JSON that a folder of ours would have."""
+    mapping = adapter.config.get("auto_mapping")
+    made_for = mapping.get("base_model_class") if isinstance(mapping, dict) else None
+    made_for = made_for or adapter.config.get("base_model_name_or_path") or "model"
+    chains = [adapter.found.chain(where) for where in adapter.sites]
+    computes = {device_and_dtype(chain)[1] for chain in chains}
+    kinds = {tensor.dtype for own in adapter.sites.values() for tensor in own.values()}
+    full = kinds == {torch.float32} and computes & {torch.float16, torch.bfloat16}
+    common = {"modified_modules": list(adapter.sites), "dtype": "float32" if full else None}
+    fact = {
+        "delta_type": adapter.name,
+        "name": adapter.name,
+        "active": True,
+        "frozen": [],
+        "options": {**common, **adapter.options},
+    }
+    return {"backbone_class": str(made_for), "backbone_tensors": [], "deltas": [fact]}
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    path = folder / WEIGHTS
+    if not path.is_file():
+        hint = f"it has {PICKLE}, a pickle, which is never read: " * (folder / PICKLE).is_file()
+        raise DeltaLoadError(
+            f"{folder}: {WEIGHTS} is missing; {hint}load the adapter with PEFT and save it with "
+            "save_pretrained(folder, safe_serialization=True)"
+        )
+    return read_safetensors(path)
+
+
+def _method_of(folder: Path, config: dict[str, Any]) -> str:
+    given = config.get("peft_type")
+    for name, method in METHODS.items():
+        if method.peft_type == given:
+            return name
+    raise DeltaLoadError(
+        f"{folder / CONFIG}: peft_type={given!r} is none of those that opendelta reads: "
+        f"{', '.join(method.peft_type for method in METHODS.values())}"
+    )
+
+
+def _check_fields(adapter: Adapter) -> None:
+    """Raise for the first field that changes what the adapter computes, and is not understood."""
+    method, config = adapter.method, adapter.config
+    known = FREE | {*method.free, *method.options}
+    for name, value in config.items():
+        if name not in known and value and not (name == "bias" and value == "none"):
+            why = WHY.get(name, "no delta of opendelta does that")
+            raise adapter.refusal(name, f"{why}. Load it with PEFT")
+    start = config.get("init_lora_weights") if adapter.name == "lora" else None
+    if isinstance(start, str) and start.lower().startswith(MUTATING):
+        raise adapter.refusal(
+            "init_lora_weights",
+            "that start changed the weights of the backbone, and the adapter fits the changed ones "
+            "only; save it anew with PEFT's save_pretrained(folder, "
+            "path_initial_model_for_weight_conversion=<the adapter before training>), or put the "
+            "changed weights into the model, and true into this field",
+        )
+    if start not in STARTS:
+        raise adapter.refusal("init_lora_weights", "no such start is known; load it with PEFT")
+    owned = config.get("modules_to_save") or []
+    if not isinstance(owned, list) or not all(isinstance(n, str) and n for n in owned):
+        raise adapter.refusal("modules_to_save", "it must be a list of names")
+
+
+# ------------------------------------------------------------------------------ sorting the tensors
+def _sort_tensors(adapter: Adapter, given: dict[str, Tensor]) -> None:
+    """Give each tensor its place; those that have none are an error."""
+    names, unknown = adapter.found.modules, []
+    owners: dict[str, None] = {}
+    prompt = adapter.name == "soft_prompt"
+    for key, tensor in given.items():
+        name = key.removeprefix(PROMPT_PREFIX if prompt else PREFIX)
+        end = next((end for end in adapter.method.tensors if name.endswith(f".{end}")), "")
+        where = name[: -len(end) - 1] if end else ""
+        own = adapter.sites.get(where, {})
+        if prompt and name == PROMPT:
+            adapter.sites[_stack_of(adapter)] = {"soft_embeds": tensor}
+        elif end and where in names and adapter.method.tensors[end] not in own:
+            adapter.sites[where] = {**own, adapter.method.tensors[end]: tensor}
+        elif adapter.name == "vera" and key.removeprefix("base_model.") in PROJECTIONS:
+            adapter.others[key.removeprefix("base_model.")] = tensor
+        elif owner := _owner(adapter, name):
+            owners[owner] = None
+            adapter.others[adapter.key(owner, f"module{name[len(owner) :]}")] = tensor
+        elif not _is_of_backbone(adapter, name, tensor):
+            unknown.append(key)
+    if unknown:
+        raise adapter.error(
+            f"{len(unknown)} of {len(given)} tensors of this {adapter.method.peft_type} belong to "
+            f"nothing in {type(adapter.found.root).__name__}: {', '.join(unknown[:3])}"
+            f"{', ...' * (len(unknown) > 3)}; load it on the model that it was trained on"
+        )
+    adapter.options["modules_to_save"] = [name for name in names if name in owners] or None
+
+
+def _owner(adapter: Adapter, name: str) -> str | None:
+    """The outermost module around a tensor that modules_to_save names the end of."""
+    ends = tuple(adapter.config.get("modules_to_save") or ())
+    for around in reversed([*ancestors(name)][1:]):
+        if around in adapter.found.modules and ends and around.endswith(ends):
+            return around
+    return None
+
+
+def _is_of_backbone(adapter: Adapter, name: str, tensor: Tensor) -> bool:
+    """Whether a tensor is a backbone's weight that PEFT saved too, as it does with embeddings.
+
+    Raises:
+        DeltaLoadError: it is, but the model has another.
+    """
+    where = name.removesuffix(".weight").removesuffix(".base_layer")
+    module = adapter.found.modules.get(where)
+    own = None if module is None or where == name else stored(module, "weight")
+    if own is None:
+        return False
+    if own.shape == tensor.shape and not own.is_meta:
+        whole = sharding.full(own.detach()).cpu()
+        if torch.equal(whole.to(tensor.dtype), tensor):
+            return True
+    raise adapter.error(
+        f"it brings another weight {list(tensor.shape)} for {where!r}, which has "
+        f"{list(own.shape)} here: the vocabulary was resized, or the embeddings were trained; put "
+        f"{name!r} of {WEIGHTS} into the model first"
+    )
+
+
+def _stack_of(adapter: Adapter) -> str:
+    """The full name of the module that embeds the tokens."""
+    both = 2 if adapter.config.get("task_type") == "SEQ_2_SEQ_LM" else 1
+    if (adapter.config.get("num_transformer_submodules") or both) != 1:
+        raise adapter.refusal(
+            "num_transformer_submodules", "the decoder has a prompt of its own; train with 1"
+        )
+    adapter.options |= {"strip": False, "token_init": False}
+    stacks = [
+        n for n, is_decoder in prompting.stacks(adapter.found.modules).items() if not is_decoder
+    ]
+    if len(stacks) != 1:
+        raise adapter.error(
+            f"a prompt needs one module that embeds tokens; {type(adapter.found.root).__name__} "
+            f"has {len(stacks)}: {stacks}"
+        )
+    return stacks[0]
+
+
+def _check_complete(adapter: Adapter) -> None:
+    """Raise if a module that target_modules lists has no tensors, as in a file that was cut."""
+    config = adapter.config
+    targets = config.get("target_modules")
+    less = any(config.get(n) for n in ("layers_to_transform", "exclude_modules"))
+    if not isinstance(targets, list) or less:
+        return
+    missing, seen = [], {id(adapter.found.modules[name]) for name in adapter.sites}
+    for name, module in adapter.found.modules.items():
+        parts = name.split(".")
+        ends = {".".join(parts[i:]) for i in range(len(parts))}
+        kept = any(f".{m}." in f".{name}." for m in config.get("modules_to_save") or ())
+        if (
+            not kept
+            and ends & {t for t in targets if isinstance(t, str)}
+            and id(module) not in seen
+        ):
+            missing.append(name)
+    if missing:
+        raise adapter.error(
+            f"{WEIGHTS} has no tensors for {len(missing)} modules that target_modules selects: "
+            f"{', '.join(missing[:3])}{', ...' * (len(missing) > 3)}"
+        )

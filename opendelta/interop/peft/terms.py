@@ -1,0 +1,202 @@
+"""How PEFT calls what we have, and an adapter of its on the way to a delta."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ... import copies, sharding
+from ...addressing import Survey
+from ...errors import DeltaLoadError
+from ...layers import (
+    Conv2d,
+    Norm,
+    kind_of,
+    stored_params,
+)
+from ...record import SLOT
+
+CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+PREFIX, PROMPT_PREFIX = "base_model.model.", "base_model."
+PEFT_VERSION = "0.21.2"  # whose files these are; PEFT asks it of files with OFT
+PROMPT, PROJECTIONS = "prompt_embeddings", ("vera_A", "vera_B")
+
+
+@dataclass(frozen=True)
+class Method:
+    """PEFT's terms for one of our methods.
+
+    Attributes:
+        peft_type: its name there.
+        options: {PEFT's field: its default there} of the fields that are options of ours.
+        tensors: {how the key of a tensor ends: our tensor}.
+        free: further fields that change nothing, most of them how the training started.
+        renamed: {PEFT's field: our option} where those differ.
+    """
+
+    peft_type: str
+    options: dict[str, Any]
+    tensors: dict[str, str]
+    free: tuple[str, ...] = ()
+    renamed: dict[str, str] = field(default_factory=dict)
+
+
+PATTERNS: dict[str, Any] = {"rank_pattern": {}, "alpha_pattern": {}}
+LYCORIS = {"r": 8, "alpha": 8, **PATTERNS}
+METHODS = {
+    "lora": Method(
+        "LORA",
+        {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False, "use_dora": False,
+         **PATTERNS},
+        {"lora_A.weight": "lora_A", "lora_B.weight": "lora_B", "lora_embedding_A": "lora_A",
+         "lora_embedding_B": "lora_B", "lora_magnitude_vector": "lora_magnitude_vector",
+         "lora_magnitude_vector.weight": "lora_magnitude_vector"},
+        ("init_lora_weights", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
+         "megatron_core", "qalora_group_size", "runtime_config"),
+        {"r": "lora_r"},
+    ),
+    "ia3": Method("IA3", {}, {"ia3_l": "ia3_l"}, ("init_ia3_weights", "feedforward_modules")),
+    "loha": Method(
+        "LOHA", LYCORIS, {t: t for t in ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")},
+        ("use_effective_conv2d",),
+    ),
+    "lokr": Method(
+        "LOKR", {**LYCORIS, "decompose_both": False, "decompose_factor": -1},
+        {f"lokr_w{i}{end}": f"lokr_w{i}{end}" for i in (1, 2) for end in ("", "_a", "_b")},
+        ("use_effective_conv2d", "rank_dropout_scale"),
+    ),
+    "oft": Method(
+        "OFT",
+        {"block_share": False, "use_cayley_neumann": True, "num_cayley_neumann_terms": 5},
+        {"oft_R.weight": "oft_R"}, ("r", "oft_block_size", "eps"),
+    ),
+    "vera": Method(
+        "VERA",
+        {"r": 256, "d_initial": 0.1, "vera_dropout": 0.0, "projection_prng_key": 0,
+         "save_projection": True},
+        {"vera_lambda_b": "vera_lambda_b", "vera_lambda_d": "vera_lambda_d"},
+    ),
+    "fourierft": Method(
+        "FOURIERFT", {"n_frequency": 1000, "scaling": 150.0, "random_loc_seed": 777},
+        {"fourierft_spectrum": "fourierft_spectrum"},
+    ),
+    "ln_tuning": Method(
+        "LN_TUNING", {}, {"ln_tuning_layers.weight": "scale", "ln_tuning_layers.bias": "bias"}
+    ),
+    "soft_prompt": Method(
+        "PROMPT_TUNING", {"num_virtual_tokens": None}, {},
+        ("token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers",
+         "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path",
+         "tokenizer_kwargs"),
+        {"num_virtual_tokens": "soft_token_num"},
+    ),
+}  # fmt: skip
+FREE = {
+    "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
+    "inference_mode", "target_modules", "exclude_modules", "modules_to_save", "fan_in_fan_out",
+    "layers_to_transform", "layers_pattern", "init_weights",
+}  # fmt: skip
+WHY = {
+    "bias": "biases of the backbone were trained too: train with bias='none', and a BitFitModel",
+    "alora_invocation_tokens": "an activated LoRA acts after certain tokens only",
+    "trainable_token_indices": "rows of the embeddings were trained too",
+    "layer_replication": "layers of the model were repeated",
+    "target_parameters": "it changes parameters that are not the weight of a module",
+    "rank_dropout": "it acts in training only: set it to 0 in the file to load the rest",
+    "module_dropout": "it acts in training only: set it to 0 in the file to load the rest",
+}
+STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
+MUTATING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+TASKS = {
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
+HEADS = {  # the ends of names of what PEFT saves with a prompt for such a task
+    "SEQ_CLS": ["classifier", "score"],
+    "TOKEN_CLS": ["classifier", "score"],
+    "QUESTION_ANS": ["qa_outputs"],
+}
+
+
+@dataclass
+class Adapter:
+    """An adapter of PEFT's on its way to a delta.
+
+    Attributes:
+        folder: where it is.
+        config: its JSON.
+        found: the backbone.
+        name: our name of its method.
+        options: the delta's options so far.
+        sites: {full name of a module: {our tensor: values}}.
+        others: tensors by the full names that they have in our files.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    found: Survey
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+    sites: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    others: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def method(self) -> Method:
+        """PEFT's terms for its method."""
+        return METHODS[self.name]
+
+    def key(self, where: str, tensor: str) -> str:
+        """The full name that a tensor on the module called `where` has in our files."""
+        return (f"{where}." if where else "") + f"{SLOT}.{self.name}.{tensor}"
+
+    def error(self, what: str) -> DeltaLoadError:
+        """An error of this folder."""
+        return DeltaLoadError(f"{self.folder}: {what}")
+
+    def refusal(self, name: str, why: str) -> DeltaLoadError:
+        """The error for a field of the JSON."""
+        given = self.config.get(name)
+        return DeltaLoadError(f"{self.folder / CONFIG}: {name}={given!r} cannot be loaded: {why}")
+
+
+def norm_terms(found: Survey, where: str) -> tuple[float | None, dict[str, Tensor]]:
+    """(o, weight and bias) of a normalisation that scales by o + weight; o is 0, or 1 as in Gemma.
+
+    None: it does otherwise. What it does is seen by running a copy of it.
+    """
+    base = stored_params(found.modules[where])
+    norm = isinstance(kind_of(found.modules[where]), Norm) and "weight" in base
+    if not norm or any(t.is_meta or t.ndim != 1 for t in base.values()):
+        return None, {}
+    plain = copies.plain_copy(found, where, {})
+    outs = []
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter.zero_()
+        weight: Any = plain.weight
+        x = torch.linspace(1, 2, weight.numel(), device=weight.device, dtype=weight.dtype)
+        for value in (0.0, 1.0):
+            weight.fill_(value)
+            outs.append(plain(x[None, None]).double())
+        offsets = [
+            o for o in (0.0, 1.0) if torch.allclose((o + 1) * outs[0], o * outs[1], atol=1e-2)
+        ]
+    values = {n: sharding.full(t.detach()).cpu().double() for n, t in base.items()}
+    return (offsets[0] if offsets else None), values
+
+
+def conv_problem(name: str, module: nn.Module) -> str:
+    """Why PEFT computes something else than we do on a convolution, or nothing."""
+    kind = kind_of(module)
+    if isinstance(kind, Conv2d) and kind.pad_mode != "zeros":
+        return f"PEFT's {name} ignores padding_mode={kind.pad_mode!r} of this convolution"
+    if isinstance(kind, Conv2d) and name == "lora" and tuple(kind.dilation) != (1, 1):
+        return f"PEFT's LoRA ignores the dilation {tuple(kind.dilation)} of this convolution"
+    return ""

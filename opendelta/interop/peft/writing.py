@@ -1,0 +1,270 @@
+"""Deltas written as adapters of PEFT's."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from ... import copies, merging, sharding, site
+from ... import folder as files
+from ...addressing import Survey, survey, unwrapped
+from ...bases import OwnedModule
+from ...delta import Delta
+from ...errors import DeltaError
+from ...layers import (
+    TransposedLinear,
+    kind_of,
+)
+from .terms import (
+    CONFIG,
+    HEADS,
+    METHODS,
+    PATTERNS,
+    PEFT_VERSION,
+    PREFIX,
+    PROJECTIONS,
+    PROMPT,
+    PROMPT_PREFIX,
+    TASKS,
+    WEIGHTS,
+    conv_problem,
+    norm_terms,
+)
+
+
+def save(delta: Delta, folder: str | os.PathLike) -> None:
+    """Write a delta into `folder` as an adapter that PEFT and transformers read.
+
+    Whether it is active, and what trains, is not in such files. A LoRA that started from the
+    weights ("pissa", "olora") gets twice the rank, for the part that it takes off again.
+
+    Args:
+        folder: it is made if need be; an adapter of PEFT's in it is replaced.
+
+    Raises:
+        DeltaError: PEFT has no such delta, or the folder holds something else.
+    """
+    path, found = Path(folder), survey(delta.backbone_model)
+    _check_free(path)
+    _check_writable(delta, found)
+    names, owned = _owned_by_peft(delta, found)
+    config = {
+        "peft_type": METHODS[delta.delta_type].peft_type,
+        "task_type": _task(delta),
+        "base_model_name_or_path": getattr(
+            getattr(found.root, "config", None), "_name_or_path", None
+        ) or None,
+        "peft_version": PEFT_VERSION,
+        "inference_mode": True,
+        "modules_to_save": names or None,
+        **_fields(delta, found),
+    }  # fmt: skip
+    tensors = {**_tensors(delta, found), **owned}
+    plain = {k: sharding.full(t.detach()).cpu().contiguous().clone() for k, t in tensors.items()}
+    weights = safetensors.torch.save(plain, metadata={"format": "pt"})
+    path.mkdir(parents=True, exist_ok=True)
+    with files._locked(path):  # at any moment there is the old adapter, none, or the new one
+        (path / CONFIG).unlink(missing_ok=True)
+        files._replace(path / WEIGHTS, weights)
+        files._replace(path / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+
+
+def _check_free(folder: Path) -> None:
+    if (folder / files.CONFIG).exists():
+        raise DeltaError(
+            f"{folder} has a {files.CONFIG}, so it is a model's or another delta's; save into a "
+            "folder of its own"
+        )
+    path = folder / CONFIG
+    if path.exists() and b'"peft_type"' not in path.read_bytes():
+        raise DeltaError(f"{path} is not PEFT's; save into a folder of its own")
+
+
+def _check_writable(delta: Delta, found: Survey) -> None:
+    """Raise if PEFT has no such delta."""
+    name, config = delta.delta_type, delta.config
+    what = f"{delta.name!r} cannot be written for PEFT: "
+    if name not in METHODS:
+        raise DeltaError(f"{what}it has no {name!r}; it has {', '.join(METHODS)}")
+    if config.gate:
+        raise DeltaError(f"{what}it has no gates; make the delta with gate=False")
+    if config.unfrozen_modules:
+        raise DeltaError(
+            f"{what}it has no unfrozen_modules={config.unfrozen_modules}; use modules_to_save"
+        )
+    for where in delta.modified_modules:
+        module = found.modules[where]
+        kind, conv1d = kind_of(module), type(module).__name__ == "Conv1D"
+        why = conv_problem(name, module)
+        if unwrapped(where) != where:
+            why = "it is inside a wrapper such as torch.compile's; write it from the plain model"
+        if site.wants_reads(module, config.reads):
+            why = "its weight is read by the module around it, which PEFT's layer is not asked for"
+        if isinstance(kind, TransposedLinear) and name in ("loha", "lokr", "oft"):
+            why = f"PEFT's {name} takes no {'Conv1D' if conv1d else type(module).__name__}"
+        if why or (not where and name != "soft_prompt"):
+            raise DeltaError(f"{what}{where!r}: {why or 'PEFT changes no model as a whole'}")
+    layers: Any = delta.layers
+    stripped = name == "soft_prompt" and layers[delta.modified_modules[0]].strip
+    if stripped and _task(delta) != "CAUSAL_LM":
+        raise DeltaError(f"{what}its prompts stay in what the model gives; use strip=False")
+
+
+def _task(delta: Delta) -> str | None:
+    """PEFT's name of what the model is for; for others than prompts, it would add heads to some."""
+    model = delta.backbone_model
+    config = getattr(model, "config", None)
+    name = next((t for end, t in TASKS.items() if type(model).__name__.endswith(end)), None)
+    if delta.delta_type != "soft_prompt":
+        return "CAUSAL_LM" if name == "CAUSAL_LM" else None
+    default = "SEQ_2_SEQ_LM" if getattr(config, "is_encoder_decoder", False) else None
+    return name or default or "FEATURE_EXTRACTION"
+
+
+def _owned_by_peft(delta: Delta, found: Survey) -> tuple[list[str], dict[str, Tensor]]:
+    """The modules that PEFT will own, as it matches ends of names, and their tensors by key.
+
+    Raises:
+        DeltaError: those would be in each other, or in the way of the delta.
+    """
+    prompt = delta.delta_type == "soft_prompt"
+    own = delta.config.modules_to_save or []
+    ends = (*own, *(HEADS.get(_task(delta) or "", []) if prompt else []))
+    names = [name for name in found.modules if ends and name.endswith(ends)]
+    targets = [] if prompt else delta.modified_modules
+    tensors: dict[str, Tensor] = {}
+    for name in names:
+        clash = [o for o in names if o.startswith(f"{name}.")]
+        clash += [t for t in targets if f"{t}.".startswith(f"{name}.")]
+        clash += [t for t in targets for m in own if f".{m}." in f".{t}."]
+        if clash:
+            raise DeltaError(
+                f"{delta.name!r} cannot be written for PEFT: modules_to_save={own} means "
+                f"{name!r} too there, which keeps {clash[0]!r} from its own; rename a module"
+            )
+        layer = delta.layers.get(name)
+        module = (
+            layer.module if isinstance(layer, OwnedModule) else copies.plain_copy(found, name, {})
+        )
+        for key, tensor in module.state_dict().items():
+            tensors[f"{PROMPT_PREFIX if prompt else PREFIX}{name}.{key}"] = tensor
+    return names, tensors
+
+
+def _regex(names: Iterable[str]) -> str:
+    return "|".join(re.escape(name) for name in names)
+
+
+def _fields(delta: Delta, found: Survey) -> dict[str, Any]:
+    """The JSON fields of the method, and the modules that it is on."""
+    method, own, layers = METHODS[delta.delta_type], vars(delta.config), delta.layers
+    given = {theirs: own[method.renamed.get(theirs, theirs)] for theirs in method.options}
+    targets = delta.modified_modules
+    for name in PATTERNS.keys() & given.keys():
+        given[name] = {f"^{re.escape(w)}": value for w, value in (given[name] or {}).items()}
+    if delta.delta_type == "soft_prompt":
+        layer: Any = layers[targets[0]]
+        start = {"num_transformer_submodules": 1, "prompt_tuning_init": "RANDOM"}
+        return {**given, **start, "token_dim": layer.width}
+    ends = tuple(f".{name}" for name in targets)
+    unclear = any(name.endswith(ends) for name in found.modules)
+    if delta.delta_type == "ia3":
+        before = own["feedforward_modules"] or []
+        unclear |= any(n.endswith(tuple(before)) for n in targets if n not in before)
+        given["feedforward_modules"] = _regex(before) if unclear else before
+    if delta.delta_type in ("lora", "ia3", "vera", "fourierft"):
+        kinds = [kind_of(found.modules[name]) for name in targets]
+        given["fan_in_fan_out"] = all(
+            isinstance(kind, TransposedLinear) and kind.name == "linear" for kind in kinds
+        )
+    if delta.delta_type == "lora" and own["init"] in ("pissa", "olora"):
+        _double(given)
+    if delta.delta_type == "vera":
+        given["save_projection"] = True
+    if delta.delta_type == "oft":
+        given |= {"r": 0, "oft_block_size": _only(delta, "size")}
+    if delta.delta_type == "fourierft":
+        given["n_frequency"] = _only(delta, "fourierft_spectrum")
+    return {"target_modules": _regex(targets) if unclear else targets, **given}
+
+
+def _double(given: dict[str, Any]) -> None:
+    """Twice the ranks, and the alphas that leave the scalings as they are."""
+    factor = math.sqrt(2) if given["use_rslora"] else 2
+    given["r"], given["lora_alpha"] = 2 * given["r"], factor * given["lora_alpha"]
+    given["rank_pattern"] = {name: 2 * rank for name, rank in given["rank_pattern"].items()}
+    given["alpha_pattern"] = {name: factor * a for name, a in given["alpha_pattern"].items()}
+
+
+def _only(delta: Delta, attribute: str) -> int:
+    """The size that all layers have in common."""
+    layers: Mapping[str, Any] = {name: delta.layers[name] for name in delta.modified_modules}
+    given = {name: getattr(layer, attribute) for name, layer in layers.items()}
+    sizes = {n: v.numel() if isinstance(v, Tensor) else int(v) for n, v in given.items()}
+    if len(set(sizes.values())) > 1:
+        raise DeltaError(
+            f"{delta.name!r} cannot be written for PEFT: its modules differ in size: {sizes}; "
+            "make one delta for each size"
+        )
+    return next(iter(sizes.values()))
+
+
+def _tensors(delta: Delta, found: Survey) -> dict[str, Tensor]:
+    """The tensors of the delta by PEFT's keys."""
+    tensors: dict[str, Tensor] = {}
+    for where in delta.modified_modules:
+        layer: Any = delta.layers[where]
+        if delta.delta_type == "soft_prompt":
+            return {PROMPT: layer.soft_embeds}
+        own = _of_lora(layer) if delta.delta_type == "lora" else dict(layer.named_parameters())
+        if delta.delta_type == "ia3":
+            own = {"ia3_l": layer.ia3_l[None] if layer.flow == "before" else layer.ia3_l[:, None]}
+        if delta.delta_type == "oft":
+            own = {"oft_R.weight": layer.oft_R}
+        if delta.delta_type == "ln_tuning":
+            own = _ofnorm_terms(delta, found, where)
+        tensors |= {f"{PREFIX}{where}.{key}": tensor for key, tensor in own.items()}
+        if delta.delta_type == "vera":
+            tensors |= {f"base_model.{name}": getattr(layer.shared, name) for name in PROJECTIONS}
+    return tensors
+
+
+def _of_lora(layer: Any) -> dict[str, Tensor]:
+    A, B = layer.pair()
+    if layer.kind.name == "embedding":
+        return {"lora_embedding_A": A, "lora_embedding_B": B}
+    own: dict[str, Tensor] = {}
+    axes: tuple[int, ...] = ()
+    if layer.kind.name == "conv2d":
+        A, B, axes = A.unflatten(1, layer.kind.patch), B[..., None, None], (1, -1, 1, 1)
+    if hasattr(layer, "lora_magnitude_vector"):
+        magnitude = layer.lora_magnitude_vector
+        # PEFT's own key lacks the end, and reads both; transformers' load_adapter only this one
+        own["lora_magnitude_vector.weight"] = magnitude.view(axes) if axes else magnitude
+    return {"lora_A.weight": A, "lora_B.weight": B, **own}
+
+
+def _ofnorm_terms(delta: Delta, found: Survey, where: str) -> dict[str, Tensor]:
+    """The weight and bias that the normalisation has with the delta."""
+    merging.check_apart(delta.record, "cannot write for PEFT")
+    layer: Any = delta.layers[where]
+    offset, base = norm_terms(found, where)
+    if offset is None:
+        raise DeltaError(
+            f"{delta.name!r} cannot be written for PEFT: {where!r} "
+            f"({type(found.modules[where]).__name__}) does not scale by its weight"
+        )
+    scale = sharding.full(layer.scale.detach()).cpu().double()
+    own = {"weight": scale * (base["weight"] + offset) - offset}
+    if layer.bias is not None:
+        own["bias"] = scale * base["bias"] + sharding.full(layer.bias.detach()).cpu().double()
+    return {f"ln_tuning_layers.{n}": tensor.type_as(layer.scale) for n, tensor in own.items()}
