@@ -126,6 +126,14 @@ def view_of(config: Any) -> Any:
     return view
 
 
+def shown_config(module: nn.Module) -> Any:
+    """The config of an attention module; while prefixes act, it names our attention function."""
+    config, stack = module.__dict__["config"], module._modules.get(SLOT)
+    layers: Any = () if stack is None else stack._modules.values()
+    acts = any(isinstance(each, PrefixLayer) and each.record.active for each in layers)
+    return view_of(config) if acts else config
+
+
 # ---------------------------------------------------------------------------------- the computation
 @functools.cache
 def register() -> None:

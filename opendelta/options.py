@@ -52,6 +52,8 @@ class DeltaConfig:
         interactive_modify: OpenDelta 0.3's page for picking modules; not available.
         modules_to_save: modules of which the delta owns a copy, in the module's place while the
             delta is attached and active, trained and saved with it.
+        num_labels: how many labels the head in modules_to_save is for; if not as many as the
+            backbone's, its last layer is new, and the model's own loss goes by it while it acts.
         name: unique on the backbone, 1 to 64 of [A-Za-z0-9_-]. None: the type, then type_1, ...
         dtype: of the delta's tensors, such as "float32". None: what the module computes in.
         reads: the parents of these modules read `.weight` instead of calling them, so the weight
@@ -68,6 +70,7 @@ class DeltaConfig:
     common_structure: bool | None = dataclasses.field(default=None, kw_only=True)
     interactive_modify: bool | int = dataclasses.field(default=False, kw_only=True)
     modules_to_save: list[str] | None = dataclasses.field(default=None, kw_only=True)
+    num_labels: int | None = dataclasses.field(default=None, kw_only=True, metadata={"minimum": 1})
     name: str | None = dataclasses.field(default=None, kw_only=True)
     dtype: str | None = dataclasses.field(
         default=None, kw_only=True, metadata={"choices": (None, *DTYPES)}

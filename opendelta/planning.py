@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import copies, sharding, site, targets
+from . import copies, labels, sharding, site, targets
 from .addressing import Survey, ancestors
 from .bases import DeltaLayer, Gate, OwnedModule, SharedTensors
 from .errors import LostGradientWarning, SiteError, TiedWeightWarning
@@ -58,8 +58,7 @@ def make_layers(
             made[around].tensors = shared
         else:
             made |= _new({around: SharedTensors(shared)}, made, config)
-    for name in config.modules_to_save or ():
-        made |= _new({name: OwnedModule(_own_copy(found, name, memory))}, made, config)
+    made |= _new(_owned(found, config, memory), made, config)
     if memory:
         _seed(made)
     return made
@@ -181,6 +180,17 @@ def check_owned(found: Survey, layers: dict[str, DeltaLayer]) -> None:
                 f"modules_to_save={around!r}: {', '.join(stack)} on {name!r} inside it would stop "
                 "acting; detach it first, or put it on other modules"
             )
+
+
+def _owned(found: Survey, config: DeltaConfig, memory: bool) -> dict[str, DeltaLayer]:
+    """The copies that the delta owns, and what says on the root how many labels its head has."""
+    copied = {name: _own_copy(found, name, memory) for name in config.modules_to_save or ()}
+    more: dict[str, DeltaLayer] = {}
+    count = config.num_labels
+    if count is not None and count != labels.count_of(found.root):
+        copied = {name: labels.resized(own, found.root, count) for name, own in copied.items()}
+        more[""] = labels.LabelsLayer(found.root, count)
+    return {**{name: OwnedModule(module) for name, module in copied.items()}, **more}
 
 
 def _own_copy(found: Survey, name: str, memory: bool) -> nn.Module:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import attention, foreign, layers
+from . import attention, foreign, labels, layers
 from .bases import Beneath, DeltaLayer, Params, gated
 from .errors import SiteError
 from .record import SLOT
@@ -138,18 +138,11 @@ def _reading(name: str) -> property:
     return property(read, write)
 
 
-def _showing_config() -> property:
-    """The config of an attention module; while prefixes act, it names our attention function."""
+def _showing_config(shown: Callable[[nn.Module], Any]) -> property:
+    """The attribute `config`, as `shown` gives it."""
 
     def read(self: nn.Module) -> Any:
-        config, stack = self.__dict__["config"], stack_of(self)
-        if stack is None:
-            return config
-        prefixes = [
-            layer for layer in stack._modules.values()
-            if isinstance(layer, attention.PrefixLayer) and layer.record.active
-        ]  # fmt: skip
-        return attention.view_of(config) if prefixes else config
+        return shown(self)
 
     def write(self: nn.Module, value: Any) -> None:
         self.__dict__["config"] = value
@@ -217,7 +210,12 @@ def site_class(base: type[nn.Module], reads: bool = False) -> type[nn.Module]:
     if reads:
         body |= {"weight": _reading("weight"), "bias": _reading("bias")}
     if attention.uses_interface(base):
-        body["config"] = _showing_config()
+        body["config"] = _showing_config(attention.shown_config)
+    elif hasattr(base, "config_class"):  # a transformers model
+        body |= {
+            "config": _showing_config(labels.shown_config),
+            "num_labels": labels.showing_count(),
+        }
     return _site_meta(type(base))(base.__name__, (base,), body)
 
 

@@ -7,7 +7,9 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-from . import attention, prompting, structure
+from torch import nn
+
+from . import attention, labels, prompting, structure
 from .addressing import Survey, ancestors, as_list, leave_out, literal, select, select_modules
 from .bases import DeltaLayer
 from .errors import AddressError, SiteError
@@ -41,9 +43,7 @@ def resolve(
     else:
         names = inside(found, select_all(found, wanted), layer_class)
         modified = leave_out(found, names, as_list(config.exclude_modules))
-    chosen = select(found.modules, as_list(config.modules_to_save), found.root)
-    outermost = [n for n in chosen if not ({*ancestors(n)} - {n}) & {*chosen}]
-    owned = list({id(found.modules[n]): n for n in reversed(outermost)}.values())[::-1]
+    owned = _owned(found, as_list(config.modules_to_save))
     for name in modified:
         if around := next((o for o in owned if f"{name}.".startswith(f"{o}.")), None):
             raise AddressError(
@@ -61,10 +61,19 @@ def resolve(
         modified_modules=modified,
         exclude_modules=None,
         common_structure=None,
-        modules_to_save=owned or None,
+        modules_to_save=list(owned) or None,
+        num_labels=labels.check(found.root, owned, config.num_labels),
         unfrozen_modules=unfrozen or None,
         **some,
     )
+
+
+def _owned(found: Survey, wanted: Sequence[str]) -> dict[str, nn.Module]:
+    """The selected modules by full name, each once, without those inside another of them."""
+    chosen = select(found.modules, wanted, found.root)
+    outermost = [n for n in chosen if not ({*ancestors(n)} - {n}) & {*chosen}]
+    names = {id(found.modules[name]): name for name in reversed(outermost)}
+    return {name: found.modules[name] for name in reversed(names.values())}
 
 
 def _pairs(
