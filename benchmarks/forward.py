@@ -1,0 +1,93 @@
+"""Forward passes with LoRAs on every linear, over those of the plain backbone.
+
+Examples:
+    python benchmarks/forward.py
+    python benchmarks/forward.py --layers 3 --k 8
+    python benchmarks/forward.py --k 1,2,4 --shapes 1x1,8x256 --rounds 31
+    python benchmarks/forward.py --device cuda --json forward.json
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import harness
+import subjects
+import torch
+from harness import Contestant, Row
+
+import opendelta
+
+MUST = {(1, "4x128"): 1.07, (1, "1x1"): 1.08, (8, "4x128"): 1.15, (8, "1x1"): 1.25}
+MUST_FROZEN = {(8, "1x1"): 1.20}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of this script."""
+    parsed = harness.parser(__doc__, layers=3, rounds=15)
+    parsed.add_argument("--k", type=harness.numbers, default=[1, 8], help="how many LoRAs: 1,8")
+    parsed.add_argument(
+        "--shapes", type=harness.shapes, default=[(4, 128), (1, 1)], help="batch x tokens"
+    )
+    return parsed
+
+
+def measure(options: argparse.Namespace) -> list[Row]:
+    """A row for each number of LoRAs and each shape."""
+    plain = subjects.llama(options)
+    rows = []
+    for k in options.k:
+        ours, base = subjects.twin(plain), subjects.twin(plain)
+        deltas = subjects.loras(ours, k)
+        theirs = subjects.peft_loras(base, deltas)
+        for shape in options.shapes:
+            rows += compare(options, k, shape, {"plain": plain, "opendelta": ours, "peft": theirs})
+    return rows
+
+
+@torch.no_grad()
+def compare(
+    options: argparse.Namespace, k: int, shape: tuple[int, int], models: dict[str, torch.nn.Module]
+) -> list[Row]:
+    """The rows of k LoRAs at one shape."""
+    x = subjects.embeddings(options, shape)
+    outputs = {name: model(inputs_embeds=x)[0] for name, model in models.items()}
+    subjects.check_equal(outputs["opendelta"], outputs["peft"], f"{k} LoRAs, {shape}")
+
+    def runs(name: str) -> Contestant:
+        return Contestant(lambda: models[name](inputs_embeds=x))
+
+    case = "x".join(map(str, shape))
+    name = "forward, 1 LoRA" if k == 1 else f"forward, {k} LoRAs"
+    times = harness.race({name: runs(name) for name in models}, options)
+    theirs = times.ratio("peft", "plain")
+    rows = [
+        Row(
+            *(name, case, "x plain", times.ratio("opendelta", "plain"), theirs),
+            must=MUST.get((k, case)),
+            spread=times.spread("opendelta", "plain"),
+            memory=times.memory,
+        )
+    ]
+    frozen = getattr(opendelta.composition(models["opendelta"]), "frozen", None)
+    if frozen is not None:
+        with frozen():
+            times = harness.race({n: runs(n) for n in ("plain", "opendelta")}, options)
+        rows.append(
+            Row(
+                *(f"{name}, frozen()", case, "x plain", times.ratio("opendelta", "plain"), theirs),
+                must=MUST_FROZEN.get((k, case)),
+                spread=times.spread("opendelta", "plain"),
+                memory=times.memory,
+            )
+        )
+    return rows
+
+
+def main(arguments: list[str] | None = None) -> list[Row]:
+    """Run it."""
+    return harness.run(parser(), measure, arguments)
+
+
+if __name__ == "__main__":
+    main()
