@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from . import foreign, freezing, inspection, merging, quantised, site
+from . import foreign, freezing, inspection, labels, merging, quantised, site
 from .addressing import Survey, survey
 from .bases import OwnedModule
 from .errors import DeltaError
@@ -90,6 +90,7 @@ def to_backbone(model: Module) -> Module:
             _put(copied, where, copy.deepcopy(acting[-1].module))
         if run:
             merging.fold_into(where, fresh.modules[where], run)
+    labels.hand_on(model, copied)
     if model.training:
         copied.train()
     return copied

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from .bases import DeltaLayer
@@ -82,48 +85,70 @@ class LabelsLayer(DeltaLayer):
 
     def __init__(self, model: nn.Module, count: int) -> None:
         super().__init__()
-        self.count, self.problem_type = count, None
-        self.base = type(model.__dict__["config"])
-        self._make_view()
+        self.count = count
+        self.view: Any = _view_of(model.__dict__["config"], count)
 
-    def _make_view(self) -> None:
-        names = {number: f"LABEL_{number}" for number in range(self.count)}
-        numbers = {name: number for number, name in names.items()}
-
-        def remember(_: Any, value: Any) -> None:
-            self.problem_type = value
-
-        def plain(view: Any, _protocol: Any) -> tuple:
-            own = {"id2label": names, "label2id": numbers, "problem_type": self.problem_type}
-            return _plain_config, (self.base, {**view.__dict__, **own})
-
-        shown = {
-            "num_labels": property(lambda _: self.count),
-            "id2label": property(lambda _: names),
-            "label2id": property(lambda _: numbers),
-            "problem_type": property(lambda _: self.problem_type, remember),
-            "__reduce_ex__": plain,
-            "__module__": self.base.__module__,
-        }
-        self.view_class = type(self.base.__name__, (self.base,), shown)
-
-    def view(self, config: Any) -> Any:
-        """The same config, live, but for its labels."""
-        view: Any = object.__new__(self.view_class)
-        object.__setattr__(view, "__dict__", config.__dict__)
-        return view
+    def shown(self, config: Any) -> Any:
+        """The view of a config that is the model's."""
+        if self.view is None or self.view.real is not config:
+            self.view = _view_of(config, self.count)
+        if not torch.compiler.is_compiling():
+            self.view.follow()
+        return self.view
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "view_class"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._make_view()
+        return {**self.__dict__, "view": None}  # of a config that is not copied with the layer
 
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return call(*args, **kwargs)
 
 
+# ---------------------------------------------------------------------------------------- the view
+_cache: Any = functools.cache  # its own annotation takes no classes as arguments
+OWN = ("id2label", "label2id", "problem_type")  # what a view has of its own
+
+
+@_cache
+def _view_class(base: Any) -> Any:
+    """A class of configs that show another one of class `base`, live, but for their labels."""
+
+    def follow(self: Any) -> None:
+        fresh = {key: value for key, value in self.real.__dict__.items() if key not in OWN}
+        self.__dict__.update(fresh)
+
+    def __setattr__(self: Any, key: str, value: Any) -> None:
+        base.__setattr__(self, key, value)
+        if key not in (*OWN, "num_labels"):
+            setattr(self.real, key, value)
+
+    body = {
+        "__slots__": ("real",),
+        "__setattr__": __setattr__,
+        "__reduce_ex__": lambda self, protocol: (_plain_config, (base, dict(self.__dict__))),
+        "__module__": base.__module__,
+        "follow": follow,
+    }
+    return type(base.__name__, (base,), body)
+
+
+def _view_of(config: Any, count: int) -> Any:
+    """A view of `config` with so many labels."""
+    view: Any = object.__new__(_view_class(type(config)))
+    object.__setattr__(view, "real", config)
+    names = {number: f"LABEL_{number}" for number in range(count)}
+    numbers = {name: number for number, name in names.items()}
+    own = {"id2label": names, "label2id": numbers, "problem_type": None}
+    object.__setattr__(view, "__dict__", {**config.__dict__, **own})
+    return view
+
+
+def _plain_config(base: Any, state: dict[str, Any]) -> Any:
+    config = base.__new__(base)
+    config.__dict__.update(state)
+    return config
+
+
+# --------------------------------------------------------------------------- what the model shows
 def _acting(module: nn.Module) -> LabelsLayer | None:
     """The last layer on `module` that says how many labels there are."""
     stack = module._modules.get(SLOT)
@@ -135,19 +160,17 @@ def _acting(module: nn.Module) -> LabelsLayer | None:
 def shown_config(module: nn.Module) -> Any:
     """The config of a model as it is with the labels that act."""
     layer = _acting(module)
-    return module.__dict__["config"] if layer is None else layer.view(module.__dict__["config"])
+    return module.__dict__["config"] if layer is None else layer.shown(module.__dict__["config"])
 
 
 def showing_count() -> property:
     """The attribute `num_labels` of a transformers model, as it is with the labels that act."""
 
     def read(self: nn.Module) -> Any:
-        layer = _acting(self)
-        if layer is not None:
-            return layer.count
         if "num_labels" not in self.__dict__:
             raise AttributeError("num_labels")
-        return self.__dict__["num_labels"]
+        layer = _acting(self)
+        return self.__dict__["num_labels"] if layer is None else layer.count
 
     def write(self: nn.Module, value: Any) -> None:
         self.__dict__["num_labels"] = value
@@ -155,7 +178,10 @@ def showing_count() -> property:
     return property(read, write)
 
 
-def _plain_config(base: Any, state: dict[str, Any]) -> Any:
-    config = base.__new__(base)
-    config.__dict__.update(state)
-    return config
+def hand_on(model: nn.Module, plain: Any) -> None:
+    """Give `plain`, a copy of `model` without deltas, the labels that act on `model`."""
+    layer = _acting(model)
+    if layer is not None:
+        plain.config = copy.copy(layer.shown(model.__dict__["config"]))
+        if "num_labels" in plain.__dict__:
+            plain.num_labels = layer.count
