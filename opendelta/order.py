@@ -98,6 +98,9 @@ def handle_of(found: Survey, record: Record) -> Delta:
     handle = cls.__new__(cls)
     handle.backbone_model, handle.record = found.modules[prefix], record
     own = [(where, layer) for where, _, layer in found.layers() if layer.record is record]
-    handle.layers = {w[len(prefix) + 1 if prefix else 0 :]: layer for w, layer in own}
+    layers = {w[len(prefix) + 1 if prefix else 0 :]: layer for w, layer in own}
+    places = {name: place for place, name in enumerate(record.sites)}
+    ordered = sorted(layers, key=lambda where: places[unwrapped(where)])
+    handle.layers = {where: layers[where] for where in ordered}
     HANDLES.add(handle)
     return handle

@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 import opendelta
 from opendelta import AdapterModel, IA3Model, LoraModel
+from opendelta.registry import METHODS
 
 VOCABULARY = 96
 
@@ -239,6 +240,23 @@ def put_deltas(model, name, scale=0.2, **options):
     for delta in deltas:
         shake(delta, scale=scale)
     return deltas
+
+
+SMALL = {  # options with which a method is as small as the models
+    "prefix": {"prefix_token_num": 3, "embed_dim": 8, "mid_dim": 8},
+    "soft_prompt": {"soft_token_num": 3},
+    "oft": {"oft_block_size": 8},
+    "vera": {"r": 8},
+    "fourierft": {"n_frequency": 20},
+}
+SCALES = {"fourierft": 0.002, "vera": 0.1}
+
+
+def put_default(method, model, seed=7, **options):
+    """A delta where its paper has it, and that acts."""
+    torch.manual_seed(seed)
+    delta = METHODS[method](model, **SMALL.get(method, {}), **options)
+    return shake(delta, seed=seed, scale=SCALES.get(method, 0.05))
 
 
 def detach(deltas):

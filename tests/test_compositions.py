@@ -1,9 +1,14 @@
 """Compositions as one artifact: what is saved of several deltas, and what comes back."""
 
+import tempfile
+
 import nets
 import numpy as np
 import pytest
 import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from models import build, logits, put_default
 from nets import IDS, places_of, put, shake, untouched
 
 import opendelta
@@ -117,3 +122,41 @@ def test_nothing_to_save_says_so(tmp_path):
     with pytest.raises(opendelta.DeltaError, match=r"no delta is attached to Net"):
         opendelta.composition(net()).save(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+compositions = st.lists(
+    st.fixed_dictionaries(
+        {
+            "method": st.sampled_from(sorted(METHODS)),
+            "active": st.sampled_from([True, True, False]),
+            "trains": st.booleans(),
+            "options": st.sampled_from([{}, {}, {"gate": True}, {"dtype": "float64"}]),
+        }
+    ),
+    min_size=1,
+    max_size=5,
+)
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "t5", "llama"])
+@settings(max_examples=25, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+@given(facts=compositions, data=st.data())
+def test_any_composition_on_any_model_is_one_artifact(name, facts, data):
+    model = build(name).requires_grad_(False)
+    for place, fact in enumerate(facts):
+        delta = put_default(fact["method"], model, seed=place, **fact["options"])
+        delta.requires_grad_(fact["trains"])
+        if not fact["active"]:
+            delta.disable()
+    composed = opendelta.composition(model)
+    composed.reorder(data.draw(st.permutations(composed.names)))
+    fresh = build(name).requires_grad_(False)
+    plain = logits(fresh)
+    with untouched(fresh), tempfile.TemporaryDirectory() as folder:
+        composed.save(folder)
+        loaded = opendelta.load(folder, fresh)
+        assert torch.equal(logits(fresh), logits(model))
+        assert switches(fresh) == switches(model)
+        for delta in data.draw(st.permutations(list(loaded))):
+            delta.detach()
+        assert torch.equal(logits(fresh), plain)

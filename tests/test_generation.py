@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import build, token_ids
+from models import SMALL, build, put_default, token_ids
 from nets import shake
 
 from opendelta import (
@@ -16,14 +16,6 @@ from opendelta.registry import METHODS
 
 DECODERS = ["gpt2", "llama", "mistral"]
 MODELS = [*DECODERS, "t5", "bart"]
-SMALL = {  # options with which a method is as small as the models
-    "prefix": {"prefix_token_num": 3, "embed_dim": 8, "mid_dim": 8},
-    "soft_prompt": {"soft_token_num": 3},
-    "oft": {"oft_block_size": 8},
-    "vera": {"r": 8},
-    "fourierft": {"n_frequency": 20},
-}
-SCALES = {"fourierft": 0.002, "vera": 0.1}
 PAD = 0
 # A soft prompt stands before the padding on the left, which these count as distance to it: T5 in
 # its relative positions, Mistral in its window.
@@ -34,13 +26,6 @@ with_all_methods = pytest.mark.parametrize("method", METHODS)
 
 
 # ------------------------------------------------------------------------------------------ helpers
-def put(method, model):
-    """A delta where its paper has it, and that acts."""
-    torch.manual_seed(7)
-    delta = METHODS[method](model, **SMALL.get(method, {}))
-    return shake(delta, scale=SCALES.get(method, 0.05))
-
-
 def put_five(model):
     """Five deltas of different kinds, each of which acts."""
     torch.manual_seed(7)
@@ -102,7 +87,7 @@ def assert_padding_is_invisible(model, left):
 @with_all_methods
 def test_the_cache_changes_nothing_and_the_delta_acts(method, name):
     model = build(name)
-    put(method, model)
+    put_default(method, model)
     for beams in (1, 3):
         with_cache = generate(model, num_beams=beams, use_cache=True)
         without = generate(model, num_beams=beams, use_cache=False)
@@ -115,7 +100,7 @@ def test_the_cache_changes_nothing_and_the_delta_acts(method, name):
 @with_all_methods
 def test_padding_does_not_change_what_a_row_is_continued_with(method, name):
     model = build(name)
-    put(method, model)
+    put_default(method, model)
     for left in (True,) if name in DECODERS else (True, False):
         if name == "bart" and left:
             continue  # its positions count padding, with or without a delta
