@@ -58,6 +58,7 @@ from .methods import (
     VeraModel,
 )
 from .options import DeltaConfig, option
+from .plans import Plan, plan
 from .recipes import adapter_drop, mam, unipelt
 from .structure import roles
 from .tree import Visualization, tree
@@ -108,6 +109,7 @@ __all__ = [
     "OutputLayer",
     "ParallelAdapterConfig",
     "ParallelAdapterModel",
+    "Plan",
     "PrefixConfig",
     "PrefixModel",
     "PristineError",
@@ -130,6 +132,7 @@ __all__ = [
     "load",
     "mam",
     "option",
+    "plan",
     "roles",
     "shared_copy",
     "snapshot",

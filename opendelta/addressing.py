@@ -11,11 +11,13 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from torch import nn
 
 from .bases import DeltaLayer
 from .errors import AddressError, nearest
+from .layers import is_meta
 from .record import Record
 from .site import Stack
 
@@ -34,6 +36,11 @@ class Survey:
     root: nn.Module
     modules: dict[str, nn.Module] = field(default_factory=dict)
     stacks: dict[str, Stack] = field(default_factory=dict)
+
+    @cached_property
+    def is_meta(self) -> bool:
+        """Whether nothing in the backbone has memory, or gets some when it computes."""
+        return is_meta(self.root)
 
     def layers(self) -> Iterator[tuple[str, str, DeltaLayer]]:
         """(name of the site, name of the delta, layer) of every delta layer."""

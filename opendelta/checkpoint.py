@@ -189,7 +189,7 @@ def _planned(path: Path, facts: dict[str, Any], config: DeltaConfig, model: nn.M
     cls = method(config.delta_type)
     delta = cls.__new__(cls)
     try:
-        delta._prepare(model, config, as_saved=True)
+        delta._prepare(survey(model), config, "saved")
     except (AddressError, SiteError) as error:
         raise DeltaLoadError(
             f"{path}, saved from a {facts['backbone_class']}, does not fit this "

@@ -11,8 +11,8 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor, nn
 
-from . import foreign, freezing, inspection, merging, planning, sharding, site, targets
-from .addressing import Survey, as_list, no_match, survey
+from . import freezing, inspection, merging, planning, sharding, site, targets
+from .addressing import Survey, as_list, survey
 from .bases import DeltaLayer
 from .errors import DeltaError, OptionError, SiteError
 from .options import DeltaConfig
@@ -86,7 +86,9 @@ class Delta:
                 f"after backbone_model come {', '.join(names[:4])}, ..."
             )
         config = self.config_class.from_dict({**given, **options})
-        self._prepare(backbone_model, config)
+        if not isinstance(backbone_model, nn.Module):
+            raise OptionError(f"backbone_model must be a torch.nn.Module, not {backbone_model!r}")
+        self._prepare(survey(backbone_model), config)
         self._enter()
 
     @classmethod
@@ -177,16 +179,14 @@ class Delta:
         return self.record.active
 
     # ------------------------------------------------------- attaching, detaching
-    def _prepare(self, model: nn.Module, config: DeltaConfig, as_saved: bool = False) -> None:
+    def _prepare(self, found: Survey, config: DeltaConfig, values: planning.Values = "new") -> None:
         """Everything but changing the model: name, modules, sizes, layers.
 
         Args:
-            as_saved: the config holds full names, on which no pattern is run, and the layers get no
-                memory: they are to be filled from a file.
+            values: where those of the layers come from; if "saved", the config holds full names, on
+                which no pattern is run.
         """
-        if not isinstance(model, nn.Module):
-            raise OptionError(f"backbone_model must be a torch.nn.Module, not {model!r}")
-        found = survey(model)
+        model = found.root
         check_root(found)
         known = known_records(found)
         taken = [record.name for record in known]
@@ -198,11 +198,11 @@ class Delta:
                 f"held; pass another name=, such as {free_name(name, taken)!r}"
             )
         layer_class, shared = self.layer_for(config), self.shared_for(config)
-        if as_saved:
+        if values == "saved":
             config = targets.take_literally(found, config)
         else:
             config = targets.resolve(found, config, self.default_modified_modules, layer_class)
-        self.layers = planning.make_layers(found, config, layer_class, shared, memory=not as_saved)
+        self.layers = planning.make_layers(found, config, layer_class, shared, values)
         place = known[-1].place + 1 if known else 0
         with_all = known[0].shared if known else Shared()
         self.record = Record(name, config, place, with_all, tuple(self.layers))
@@ -213,15 +213,14 @@ class Delta:
     def _enter(self, before: Record | None = None, after: Record | None = None) -> None:
         """Plan, then commit: put all layers on the backbone, at the delta's place in the order."""
         found = survey(self.backbone_model)
-        planning.check_owned(found, self.layers)
-        plan = [(where, layer, *self._plan(found, where)) for where, layer in self.layers.items()]
+        plan = planning.places(found, self.name, self.config, self.layers)
         known = [record for record in known_records(found) if record is not self.record]
         if any(record.name == self.name for record in known):
             raise SiteError(f"another delta of this backbone is called {self.name!r} by now")
         done: list[nn.Module] = []
         try:
-            for where, layer, reads, ranks in plan:
-                module = found.modules[where]
+            for where, (reads, ranks) in plan.items():
+                module, layer = found.modules[where], self.layers[where]
                 if ranks is None or ranks.group is None:
                     planning.fit(layer, module, *planning.placement(found, where, self.config))
                 if ranks is not None:
@@ -242,21 +241,6 @@ class Delta:
         inspection.watch_forward(found)
         freezing.watch_state(found, self.record.shared)
         HANDLES.add(self)
-
-    def _plan(self, found: Survey, where: str) -> tuple[bool, sharding.Ranks | None]:
-        """Whether the site shows folded weights, and who shares it; raises if it can't be one."""
-        if where not in found.modules:
-            raise no_match(where, found.modules, found.root)
-        module, layer = found.modules[where], self.layers[where]
-        if any(map(foreign.loads_inside, found.chain(where))):
-            raise SiteError(
-                f"{where!r} ({type(module).__name__}): accelerate loads this module as part of a "
-                "whole (preload_module_classes) that the delta was not in; attach before offloading"
-            )
-        chosen = where in self.modified_modules
-        reads = site.wants_reads(module, self.config.reads and chosen)
-        site.check(where, module, self.name, layer, reads)
-        return reads, sharding.group_of(found, where, reads, layer)
 
     def attach(
         self, *, before: Delta | str | None = None, after: Delta | str | None = None

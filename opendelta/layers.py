@@ -368,6 +368,7 @@ class Site:
         dtype: their dtype.
         width_of: finds the output width of a module that the table does not know.
         heads_of: finds the sizes of an attention module's keys and values.
+        new: whether the layer's values start here, and do not come from a file.
         end: where the branch that starts here ends, for layers that are `paired`.
         shared: the tensors that the delta's layers share, where its method has some.
     """
@@ -379,6 +380,7 @@ class Site:
     dtype: torch.dtype
     width_of: Callable[[str], int]
     heads_of: Callable[[str], Heads]
+    new: bool = True
     end: Site | None = None
     shared: Any = None
 
@@ -425,12 +427,22 @@ def _tensors(
             yield from _tensors(child, computing)
 
 
-def device_and_dtype(chain: Iterable[nn.Module]) -> tuple[torch.device, torch.dtype]:
+def is_meta(module: nn.Module) -> bool:
+    """Whether nothing in `module` has memory, or gets some when it computes."""
+    return all(where.type == "meta" for _, where in _tensors(module, None))
+
+
+def device_and_dtype(
+    chain: Iterable[nn.Module], on_meta: bool = False
+) -> tuple[torch.device, torch.dtype]:
     """Where a delta on the first module of `chain` computes, and in what.
 
     The chain goes on with the module's ancestors, and the first floating tensor in it decides: a
     quantised module has none of its own, and the backbone around it tells what it computes in.
     What accelerate offloaded is on the meta device, and computes where a hook at or around it says.
+
+    Args:
+        on_meta: everything in the chain is known to be on the meta device.
     """
     device = meta = None
     dtype = None
@@ -439,6 +451,6 @@ def device_and_dtype(chain: Iterable[nn.Module]) -> tuple[torch.device, torch.dt
             meta = meta or (where if where.type == "meta" else None)
             device = device or (where if where.type != "meta" else None)
             dtype = dtype or (tensor.dtype if tensor.dtype in FLOATS else None)
-            if device is not None and dtype is not None:
-                return device, dtype
+            if dtype is not None and (device is not None or on_meta):
+                return device or where, dtype
     return device or meta or torch.device("cpu"), dtype or torch.get_default_dtype()

@@ -31,7 +31,8 @@ def plain_weight(site: Site, reason: str) -> Tensor:
             f"{site.name!r} ({type(site.module).__name__}): {reason} needs the module's weight as "
             "a plain floating tensor, not quantised, sharded or offloaded"
         )
-    return weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+    values = weight.detach().to("meta") if site.device.type == "meta" else weight.detach()
+    return values.to(torch.promote_types(weight.dtype, torch.float32))
 
 
 def start(layer: Any, site: Site, init: str) -> None:
@@ -59,15 +60,15 @@ def _start_from_weight(layer: Any, site: Site, init: str) -> None:
     if site.kind is None or site.kind.name != "linear":
         what = f"{site.name!r} ({type(site.module).__name__})"
         raise SiteError(f"{what}: init={init!r} is for linear modules")
-    if layer.lora_A.is_meta:
+    rank, most = layer.lora_A.size(0), min(site.in_features, site.out_features)
+    weight = plain_weight(site, f"init={init!r}") if site.new else None
+    if rank > most:
+        raise SiteError(f"{site.name!r}: init={init!r} needs a rank of at most {most}, not {rank}")
+    if weight is None or layer.lora_A.is_meta:
         layer.register_buffer("start_A", torch.empty_like(layer.lora_A, requires_grad=False))
         layer.register_buffer("start_B", torch.empty_like(layer.lora_B, requires_grad=False))
         return
-    matrix, rank = site.kind.matrix(plain_weight(site, f"init={init!r}")), layer.lora_A.size(0)
-    if rank > min(matrix.shape):
-        raise SiteError(
-            f"{site.name!r}: init={init!r} needs a rank of at most {min(matrix.shape)}, not {rank}"
-        )
+    matrix = site.kind.matrix(weight)
     if init == "pissa":
         U, S, V = torch.linalg.svd(matrix, full_matrices=False)
         root = (S[:rank] / layer.scaling).sqrt()

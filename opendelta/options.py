@@ -82,7 +82,8 @@ class DeltaConfig:
         hints = typing.get_type_hints(type(self))
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, str | tuple) and "list" in str(hints[field.name]):
+            takes_list = not _fits(value, hints[field.name]) and "list" in str(hints[field.name])
+            if isinstance(value, str | tuple) and takes_list:
                 value = [value] if isinstance(value, str) else list(value)
             if field.name == "dtype":
                 value = None if value is None else str(value).removeprefix("torch.")

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from . import copies, labels, sharding, site, targets
-from .addressing import Survey, ancestors
+from . import copies, foreign, labels, sharding, site, targets
+from .addressing import Survey, ancestors, no_match
 from .bases import DeltaLayer, Gate, OwnedModule, SharedTensors
 from .errors import LostGradientWarning, SiteError, TiedWeightWarning
 from .layers import Heads, Site, device_and_dtype, kind_of
 from .options import DeltaConfig
 from .shapes import attention_heads, output_widths
+
+# Where the values of layers come from: they start; they are to be read from a file, and until then
+# there is no memory for them; or they never come, as the layers are only looked at.
+Values = Literal["new", "saved", "never"]
 
 
 def make_layers(
@@ -24,19 +28,19 @@ def make_layers(
     config: DeltaConfig,
     layer_class: type[DeltaLayer],
     shared_class: Callable[..., nn.Module] | None = None,
-    memory: bool = True,
+    values: Values = "new",
 ) -> dict[str, DeltaLayer]:
     """{full name of the site: its new layer}, for a resolved config.
 
     Args:
         shared_class: makes the tensors that all layers share.
-        memory: False: the tensors are on the meta device, until `materialise`.
+        values: "new" or else the tensors are on the meta device, those "saved" until `materialise`.
 
     Raises:
         SiteError: a module is of a kind that the method does not take, or of unknown width.
     """
     sharding.settle(found)
-    sites = _sites(found, config, layer_class, memory)
+    sites = _sites(found, config, layer_class, values)
     starts = {n: s for n, s in sites.items() if s.end is not None or not layer_class.paired}
     _warn_of_lost_gradients(found)
     if layer_class.fold is not DeltaLayer.fold:
@@ -58,10 +62,63 @@ def make_layers(
             made[around].tensors = shared
         else:
             made |= _new({around: SharedTensors(shared)}, made, config)
-    made |= _new(_owned(found, config, memory), made, config)
-    if memory:
+    made |= _new(_owned(found, config, values), made, config)
+    if values == "new":
         _seed(made)
     return made
+
+
+def places(
+    found: Survey,
+    name: str,
+    config: DeltaConfig,
+    layers: Mapping[str, DeltaLayer],
+    planned: Mapping[str, PlannedStack] | None = None,
+) -> dict[str, tuple[bool, sharding.Ranks | None]]:
+    """{full name of a site: whether it shows folded weights, and who shares it}.
+
+    Args:
+        name: that of the delta.
+        planned: {full name: the stack that the module has by then}. None: they are as they are.
+
+    Raises:
+        SiteError: one of `layers`, by full name, cannot go where it should.
+    """
+    check_owned(found, layers)
+    before, chosen = planned or {}, {*(config.modified_modules or ())}
+    sites = {}
+    for where, layer in layers.items():
+        if where not in found.modules:
+            raise no_match(where, found.modules, found.root)
+        module = found.modules[where]
+        if any(map(foreign.loads_inside, found.chain(where))):
+            raise SiteError(
+                f"{where!r} ({type(module).__name__}): accelerate loads this module as part of a "
+                "whole (preload_module_classes) that the delta was not in; attach before offloading"
+            )
+        asked = (config.reads and where in chosen) or (where in before and before[where].reads)
+        reads = site.wants_reads(module, asked)
+        site.check(where, module, name, layer, reads, before.get(where))
+        sites[where] = (reads, sharding.group_of(found, where, reads, layer))
+    return sites
+
+
+class PlannedStack(site.Stack):
+    """The stack that a module would have with one more layer; the module does not carry it.
+
+    Attributes:
+        reads: whether the module would show folded weights.
+    """
+
+    def __init__(
+        self, before: site.Stack | None, name: str, layer: DeltaLayer, reads: bool
+    ) -> None:
+        super().__init__()
+        self.reads = reads
+        if before is not None:
+            self._modules.update(before._modules)
+            self.steps = before.steps
+        self._modules[name] = layer
 
 
 def _seed(layers: dict[str, DeltaLayer]) -> None:
@@ -100,7 +157,7 @@ def _new(
 
 
 def _sites(
-    found: Survey, config: DeltaConfig, layer_class: type[DeltaLayer], memory: bool
+    found: Survey, config: DeltaConfig, layer_class: type[DeltaLayer], values: Values
 ) -> dict[str, Site]:
     """What the layers may know about each modified module."""
     names = config.modified_modules or []
@@ -120,9 +177,10 @@ def _sites(
         site.check_called(name, module)
         targets.check_kind(found, name, config, layer_class)
         device, dtype = placement(found, name, config)
-        device = device if memory else torch.device("meta")
+        device = device if values == "new" else torch.device("meta")
         of_width, of_heads = (lambda n: widths()[n]), (lambda n: heads()[n])
-        sites[name] = Site(name, module, kind_of(module), device, dtype, of_width, of_heads)
+        kind, new = kind_of(module), values != "saved"
+        sites[name] = Site(name, module, kind, device, dtype, of_width, of_heads, new)
     if layer_class.paired:
         for start, end in zip(names[::2], names[1::2], strict=True):
             sites[start].end = sites[end]
@@ -141,7 +199,7 @@ def _gate(layer: DeltaLayer, place: Site) -> Gate:
 
 def placement(found: Survey, name: str, config: DeltaConfig) -> tuple[torch.device, torch.dtype]:
     """Device and dtype of a layer on the module called `name`."""
-    device, dtype = device_and_dtype(found.chain(name))
+    device, dtype = device_and_dtype(found.chain(name), found.is_meta)
     return device, getattr(torch, config.dtype) if config.dtype else dtype
 
 
@@ -159,7 +217,7 @@ def fit(layer: DeltaLayer, module: nn.Module, device: torch.device, dtype: torch
             parameter.data = parameter.data.to(like[name].dtype)
 
 
-def check_owned(found: Survey, layers: dict[str, DeltaLayer]) -> None:
+def check_owned(found: Survey, layers: Mapping[str, DeltaLayer]) -> None:
     """Raise if one of `layers`, by full name, would never run, or keep another from running.
 
     A delta's own copy of a module acts in the module's place, so nothing inside the module runs.
@@ -182,9 +240,9 @@ def check_owned(found: Survey, layers: dict[str, DeltaLayer]) -> None:
             )
 
 
-def _owned(found: Survey, config: DeltaConfig, memory: bool) -> dict[str, DeltaLayer]:
+def _owned(found: Survey, config: DeltaConfig, values: Values) -> dict[str, DeltaLayer]:
     """The copies that the delta owns, and what says on the root how many labels its head has."""
-    copied = {name: _own_copy(found, name, memory) for name in config.modules_to_save or ()}
+    copied = {name: _own_copy(found, name, values) for name in config.modules_to_save or ()}
     more: dict[str, DeltaLayer] = {}
     count = config.num_labels
     if count is not None and count != labels.count_of(found.root):
@@ -193,12 +251,12 @@ def _owned(found: Survey, config: DeltaConfig, memory: bool) -> dict[str, DeltaL
     return {**{name: OwnedModule(module) for name, module in copied.items()}, **more}
 
 
-def _own_copy(found: Survey, name: str, memory: bool) -> nn.Module:
+def _own_copy(found: Survey, name: str, values: Values) -> nn.Module:
     """A trainable copy of a backbone module, without the deltas that it carries."""
-    if memory:
+    if values != "saved":
         sharding.check_copy(found, name)
     memo: dict[int, Any] = {}
-    for parameter in found.modules[name].parameters() if not memory else ():
+    for parameter in found.modules[name].parameters() if values != "new" else ():
         memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), False)
     copied = copies.plain_copy(found, name, memo)
     for parameter in copied.parameters():
@@ -234,21 +292,29 @@ def _warn_of_lost_gradients(found: Survey) -> None:
             )
 
 
-def _warn_if_tied(found: Survey, targets: Sequence[str], delta_type: str) -> None:
-    """Warn of a target whose weight other modules use too: a delta changes one use only."""
+def tied(found: Survey, targets: Sequence[str]) -> dict[str, list[str]]:
+    """{target: the other modules, no targets, that use a weight of it too}."""
     users: dict[int, dict[int, str]] = {}
     for name, module in found.modules.items():
         for parameter in module._parameters.values():
             if parameter is not None:
                 users.setdefault(id(parameter), {})[id(module)] = name
     chosen = {id(found.modules[name]) for name in targets}
+    shared: dict[str, list[str]] = {}
     for name in targets:
         for parameter in found.modules[name]._parameters.values():
             others = [n for m, n in users.get(id(parameter), {}).items() if m not in chosen]
             if others:
-                warnings.warn(
-                    f"{delta_type!r} on {name!r} changes one use of a weight that "
-                    f"{', '.join(map(repr, others))} uses too",
-                    TiedWeightWarning,
-                    stacklevel=6,
-                )
+                shared[name] = [*shared.get(name, []), *others]
+    return shared
+
+
+def _warn_if_tied(found: Survey, targets: Sequence[str], delta_type: str) -> None:
+    """Warn of a target whose weight other modules use too: a delta changes one use only."""
+    for name, others in tied(found, targets).items():
+        warnings.warn(
+            f"{delta_type!r} on {name!r} changes one use of a weight that "
+            f"{', '.join(map(repr, others))} uses too",
+            TiedWeightWarning,
+            stacklevel=6,
+        )

@@ -191,6 +191,8 @@ def rows_of(site: Site, embedding: str, config: Any, length: int) -> Tensor:
     table = site.module.get_submodule(embedding)
     kind: Any = kind_of(table)
     chosen, size = config.token_init, kind.in_features
+    if not site.new:
+        return torch.empty(length, kind.out_features, device=site.device)
     if isinstance(chosen, str):
         if config.tokenizer is None:
             raise OptionError(
@@ -207,9 +209,9 @@ def rows_of(site: Site, embedding: str, config: Any, length: int) -> Tensor:
             f"token_init names {len(ids)} tokens {ids[:5]}; they must be some of the {size} that "
             f"{embedding!r} in {site.name or 'the root'!r} embeds"
         )
-    index = torch.tensor([ids[i % len(ids)] for i in range(length)])
     if site.device.type == "meta":
         return torch.empty(length, kind.out_features, device="meta")
+    index = torch.tensor([ids[i % len(ids)] for i in range(length)])
     weight: Any = stored(table, "weight")
     return (weight.detach()[index.to(weight.device)] * kind.scale).to(site.device, site.dtype)
 

@@ -265,13 +265,24 @@ def check_called(where: str, module: nn.Module) -> None:
         )
 
 
-def check(where: str, module: nn.Module, name: str, layer: DeltaLayer, reads: bool) -> None:
-    """Raise if `module`, at `where`, cannot take the layer. Nothing is changed."""
-    stack, base = stack_of(module), plain_class(module) or type(module)
-    here = f"{where!r} ({base.__name__})"
+def check(
+    where: str,
+    module: nn.Module,
+    name: str,
+    layer: DeltaLayer,
+    reads: bool,
+    planned: Stack | None = None,
+) -> None:
+    """Raise if `module`, at `where`, cannot take the layer. Nothing is changed.
+
+    Args:
+        planned: the stack that it would have by then. None: the one that it has.
+    """
+    stack = stack_of(module) if planned is None else planned
+    here = f"{where!r} ({(plain_class(module) or type(module)).__name__})"
     if isinstance(module, torch.jit.ScriptModule):
         raise SiteError(f"{here} is compiled by TorchScript; attach before torch.jit.script")
-    if stack is None and hasattr(module, SLOT):
+    if stack_of(module) is None and hasattr(module, SLOT):
         raise SiteError(
             f"{here} has an attribute {SLOT!r} of its own, which is where the layers would live; "
             "rename it, or choose its parent or its children"
@@ -284,9 +295,15 @@ def check(where: str, module: nn.Module, name: str, layer: DeltaLayer, reads: bo
             f"{here} had its forward replaced by {module.__dict__['forward']!r}: the delta would "
             "never run. Attach before that replacement, or remove it"
         )
-    if not reads:
-        return
-    acting = [*(stack.in_order() if stack is not None else ()), (name, layer)]
+    if reads:
+        _check_reads(here, module, stack, (name, layer))
+
+
+def _check_reads(
+    here: str, module: nn.Module, stack: Stack | None, new: tuple[str, DeltaLayer]
+) -> None:
+    """Raise if `module` cannot show its weight with the layers of `stack` and the new one."""
+    acting = [*(stack.in_order() if stack is not None else ()), new]
     for each, other in acting:
         if not other.folds:
             raise SiteError(
@@ -294,10 +311,11 @@ def check(where: str, module: nn.Module, name: str, layer: DeltaLayer, reads: bo
                 f"into the weight act there; {each!r} ({type(other).__name__}) does not. Choose "
                 "the parent module instead"
             )
+    base = plain_class(module) or type(module)
     if layers.raw_forward(base) is None or "weight" not in module._parameters:
         raise SiteError(f"{here}: folded weights can be shown on Linear and Conv1D only")
     shown = getattr(type(module), "_site_reads", False)
-    if stack is not None and plain_class(module) is None and not shown:
+    if stack_of(module) is not None and plain_class(module) is None and not shown:
         raise SiteError(
             f"{here} was subclassed by {type(module).__module__}; pass reads=True when the first "
             "delta is attached"
