@@ -2,6 +2,7 @@
 
 from .auto import AutoDeltaConfig, AutoDeltaModel
 from .bases import BranchLayer, DeltaLayer, OutputLayer, WeightLayer
+from .checking import CheckReport, check
 from .combining import Combination, combine
 from .composition import Composition, LoadReport, composition, load
 from .copies import shared_copy
@@ -21,7 +22,7 @@ from .errors import (
     UnsavedWarning,
 )
 from .folder import own_version
-from .inspection import assert_pristine, check, snapshot, statistics, unreached
+from .inspection import assert_pristine, snapshot, statistics, unreached
 from .merging import MergeReport
 from .methods import (
     AdapterConfig,
@@ -74,6 +75,7 @@ __all__ = [
     "BitFitConfig",
     "BitFitModel",
     "BranchLayer",
+    "CheckReport",
     "Combination",
     "CompacterConfig",
     "CompacterModel",

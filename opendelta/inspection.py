@@ -1,10 +1,9 @@
-"""Counting and checking: parameters, layers that never ran, what is left on a backbone."""
+"""Counting parameters, noticing layers that never ran, and what is left on a backbone."""
 
 from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from . import freezing
 from .addressing import Survey, survey, unwrapped
-from .errors import DeltaError, PristineError, UnreachedWarning
+from .errors import PristineError, UnreachedWarning
 from .layers import is_sharded
 from .record import SLOT
 from .shapes import PROBING
@@ -53,10 +52,11 @@ def statistics(model: nn.Module) -> Statistics:
 # -------------------------------------------------------------------------------------- never fired
 def unreached(model: nn.Module) -> list[str]:
     """The active delta layers that have not run yet outside of compiled code, by full name."""
-    return _unreached(survey(model))
+    return unreached_in(survey(model))
 
 
-def _unreached(found: Survey) -> list[str]:
+def unreached_in(found: Survey) -> list[str]:
+    """The same, of a backbone that was walked over before."""
     return [*_silent(found), *_lost(found)]
 
 
@@ -128,50 +128,6 @@ def unwatch_forward(found: Survey) -> None:
         hooks = module._forward_hooks
         for key in [k for k, hook in hooks.items() if isinstance(hook, FirstForward)]:
             del hooks[key]
-
-
-@dataclass(frozen=True)
-class CheckReport:
-    """What `check` found; empty lists mean that all is well."""
-
-    unreached: list[str]
-
-    def __bool__(self) -> bool:
-        """Whether all is well."""
-        return not self.unreached
-
-    def __str__(self) -> str:
-        if self:
-            return "every active delta layer ran"
-        return "\n".join([f"{len(self.unreached)} delta layers did not run:", *self.unreached])
-
-
-def check(model: nn.Module, batch: Mapping[str, Any] | Sequence[Any] | Tensor) -> CheckReport:
-    """Run `model` once on `batch`, eagerly even if it is compiled, and report what never ran.
-
-    Args:
-        batch: the arguments of the forward: by keyword in a mapping, by position in a sequence, or
-            one tensor.
-
-    Raises:
-        DeltaError: `model` carries no delta.
-    """
-    plain = getattr(model, "_orig_mod", model)  # what torch.compile wraps
-    found = survey(plain)
-    if not found.records():
-        raise DeltaError(f"{type(plain).__name__} carries no delta, so there is nothing to check")
-    for stack in found.stacks.values():
-        stack.ran.clear()
-    token = PROBING.set(True)  # the report says it, so the first forward need not warn
-    try:
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            if isinstance(batch, Mapping):
-                model(**batch)
-            else:
-                model(*([batch] if isinstance(batch, Tensor) else batch))
-    finally:
-        PROBING.reset(token)
-    return CheckReport(_unreached(found))
 
 
 # ----------------------------------------------------------------------------------------- pristine

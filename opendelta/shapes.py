@@ -71,13 +71,13 @@ def _inputs(found: Survey) -> Iterator[tuple[str, tuple, dict[str, Any]]]:
         yield "", (torch.zeros(1, 3, first.in_features or first.out_features),), {}
 
 
-def _run(found: Survey, where: str, args: tuple, kwargs: dict[str, Any]) -> None:
+def _run(found: Survey, where: str, args: tuple, kwargs: dict[str, Any], grad: bool = False) -> Any:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     module = found.modules[where]
     device, dtype = device_and_dtype([module])
     dtype = torch.float32 if dtype == torch.float16 else dtype
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.set_grad_enabled(grad):
 
         def fake(value: Any) -> Any:
             if not isinstance(value, Tensor):
@@ -86,7 +86,7 @@ def _run(found: Survey, where: str, args: tuple, kwargs: dict[str, Any]) -> None
             return mode.from_tensor(value.to(device))
 
         _put_stand_ins(module, None, mode.from_tensor)
-        module(*tree_map(fake, args), **tree_map(fake, kwargs))
+        return module(*tree_map(fake, args), **tree_map(fake, kwargs))
 
 
 def _put_stand_ins(
@@ -187,12 +187,7 @@ def _observe(
             except SiteError:
                 raise
             except Exception as error:  # any model's forward: whatever it raises is told below
-                given = [*map(_shape, args), *(f"{k}={_shape(v)}" for k, v in kwargs.items())]
-                reason = (str(error).strip().splitlines() or [""])[0]
-                failures.append(
-                    f"{type(found.modules[where]).__name__}({', '.join(given)}): "
-                    f"{type(error).__name__}: {reason}"
-                )
+                failures.append(_failure(found, where, args, kwargs, error))
         if reached >= set(names):
             return
     unknown = next(name for name in names if name not in reached)
@@ -202,6 +197,37 @@ def _observe(
         f"{tried}. Set model.dummy_inputs = {{argument: tensor, ...}} to inputs of "
         f"{type(found.root).__name__}.forward, or choose other modules, such as Linear"
     )
+
+
+def dry_run(found: Survey, look: Callable[[Any], None]) -> None:
+    """Run the backbone once on shapes, with gradients, and let `look` see what it gives.
+
+    Raises:
+        SiteError: it does not run on its `dummy_inputs`, nor on what its first layer takes.
+    """
+    failures = []
+    for where, args, kwargs in _inputs(found):
+        with untouched(found), sharding.whole(found.root):
+            try:
+                output = _run(found, where, args, kwargs, grad=True)
+            except Exception as error:  # any model's forward: whatever it raises is told below
+                failures.append(_failure(found, where, args, kwargs, error))
+                continue
+            look(output)
+            return
+    raise SiteError(
+        f"{type(found.root).__name__} does not run on shapes: {'; '.join(failures) or 'no layer'}. "
+        "Give a batch, or set model.dummy_inputs = {argument: tensor, ...}"
+    )
+
+
+def _failure(
+    found: Survey, where: str, args: tuple, kwargs: dict[str, Any], error: Exception
+) -> str:
+    given = [*map(_shape, args), *(f"{k}={_shape(v)}" for k, v in kwargs.items())]
+    reason = (str(error).strip().splitlines() or [""])[0]
+    called = f"{type(found.modules[where]).__name__}({', '.join(given)})"
+    return f"{called}: {type(error).__name__}: {reason}"
 
 
 def _ends_in_width(module: nn.Module, output: Tensor) -> bool:
