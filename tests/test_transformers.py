@@ -517,6 +517,8 @@ def test_deltas_find_their_places_in_a_transformers_model_inside_two_user_module
     assert sorted(lora.layers) == [
         f"body.transformer.bert.encoder.layer.{i}.attention.self.query" for i in range(2)
     ]
+    assert all(".cls." in name for name in opendelta.check(model, token_ids()).no_gradient)
+    lora.freeze_module()
     assert opendelta.check(model, token_ids())
     assert not torch.allclose(model(token_ids()), plain)
     detach([adapter, lora])
