@@ -3,32 +3,34 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import warnings
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import torch
 from torch import Tensor, nn
 
-from . import fingerprint, interop, planning, sharding
+from . import comparing, fingerprint, interop, planning, sharding
 from . import folder as files
 from .addressing import Survey, ancestors, survey
+from .comparing import Stored, compare
 from .delta import Delta
 from .errors import (
-    AddressError,
+    DeltaError,
     DeltaLoadError,
     OptionError,
-    SiteError,
     UncheckedWarning,
     UnsavedWarning,
+    shown,
 )
 from .freezing import backbone_tensors
 from .options import DeltaConfig
 from .order import free_name, known_records
+from .record import SLOT
 from .registry import method
 
 
@@ -39,6 +41,7 @@ def save(deltas: Sequence[Delta], folder: str | os.PathLike) -> None:
     backbone = _backbone_part(deltas)
     tensors = {**backbone, **{k: t for delta in deltas for k, t in delta.state_dict().items()}}
     whole = {name: sharding.full(tensor.detach()) for name, tensor in tensors.items()}
+    _check_finite(whole, deltas)
     plain = {name: tensor.cpu().contiguous().clone() for name, tensor in whole.items()}
     config = {
         "opendelta_version": files.own_version(),
@@ -52,6 +55,27 @@ def save(deltas: Sequence[Delta], folder: str | os.PathLike) -> None:
         "deltas": [_facts(delta) for delta in deltas],
     }
     files.write(Path(folder), config, safetensors.torch.save(plain, metadata={"format": "pt"}))
+
+
+def _check_finite(tensors: Mapping[str, Tensor], deltas: Sequence[Delta]) -> None:
+    """Raise if values of tensors by full name are NaN or infinite: no loader would take them."""
+    own = backbone_tensors(survey(deltas[0].backbone_model))
+    usual = {**own, **{k: t for d in deltas for k, t in _copied(own, tensors, d.name).items()}}
+    bad = [
+        key for key, tensor in tensors.items() if not comparing.is_finite(tensor, usual.get(key))
+    ]
+    if bad:
+        raise DeltaError(
+            f"{len(bad)} tensors hold values that are not finite: {', '.join(bad[:3])}"
+            f"{', ...' * (len(bad) > 3)}: the training diverged. Nothing was saved"
+        )
+
+
+def _copied(own: Mapping[str, Tensor], keys: Iterable[str], name: str) -> dict[str, Tensor]:
+    """{key of a tensor in a module that the delta called `name` owns: the backbone's own one}."""
+    slot = f".{SLOT}.{name}.module."
+    plain = {key: key.replace(slot, ".") for key in keys if slot in key}
+    return {key: own[place] for key, place in plain.items() if place in own}
 
 
 def _replaced(backbone: Iterable[str], configs: Iterable[DeltaConfig]) -> set[str]:
@@ -115,7 +139,8 @@ def load(
     path = Path(folder)
     if not isinstance(model, nn.Module):
         raise OptionError(f"backbone_model must be a torch.nn.Module, not {model!r}")
-    with _opened(path, model) as (facts, configs, given):
+    with _opened(path, model) as source:
+        facts, configs = source.facts, source.configs
         if expected is not None:
             _check_type(path, configs, expected)
         known = known_records(survey(model))
@@ -129,45 +154,44 @@ def load(
             deltas.append(_planned(path, facts, config, model))
             deltas[-1].record.place = (known[-1].place + 1 if known else 0) + place
             deltas[-1].record.active = fact["active"]
-        _fill(path, facts, deltas, given, check_backbone)
+        _fill(path, source, deltas, check_backbone)
     if check_backbone and "unchecked" in facts:
         warnings.warn(f"{path}: {facts['unchecked']}", UncheckedWarning, stacklevel=4)
     return deltas
 
 
+@dataclass(frozen=True)
+class Source:
+    """What a folder says, and its tensors by name, of which those in our own files stay on disk.
+
+    Attributes:
+        verify: raises if the tensors are not those that were saved.
+    """
+
+    facts: dict[str, Any]
+    configs: list[DeltaConfig]
+    tensors: Mapping[str, Any]
+    verify: Callable[[], None]
+
+
 @contextlib.contextmanager
-def _opened(
-    path: Path, model: nn.Module
-) -> Iterator[tuple[dict[str, Any], list[DeltaConfig], Mapping[str, Any]]]:
-    """What a folder says, and its tensors by name, of which those in our own files stay on disk."""
+def _opened(path: Path, model: nn.Module) -> Iterator[Source]:
     reader = interop.reader_of(path)
     if reader is not None:
-        facts, tensors = reader.translate(path, model)
-        yield facts, configs_of(path, facts), tensors
+        try:
+            facts, tensors = reader.translate(path, model)
+        except DeltaLoadError:
+            raise
+        except Exception as error:  # whatever stands where the reader looks for something else
+            kind = "" if isinstance(error, DeltaError) else f"{type(error).__name__}: "
+            raise DeltaLoadError(f"{path} is damaged, or no delta: {kind}{error}") from error
+        facts["fingerprint"] = {}
+        yield Source(facts, configs_of(path, facts), tensors, lambda: None)
         return
-    facts = files.read_config(path)
-    configs = configs_of(path, facts)
-    with files.open_weights(path, facts) as weights:
-        yield facts, configs, {key: Stored(weights, key) for key in weights.keys()}  # noqa: SIM118
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A tensor in an open file: its shape and dtype, and itself when it is read."""
-
-    file: Any
-    key: str
-
-    @property
-    def shape(self) -> list[int]:
-        return self.file.get_slice(self.key).get_shape()
-
-    @property
-    def dtype(self) -> str:
-        return self.file.get_slice(self.key).get_dtype()
-
-    def read(self) -> Tensor:
-        return self.file.get_tensor(self.key)
+    with files.open_folder(path) as (facts, weights, file):
+        stored = {key: Stored(weights, key) for key in weights.keys()}  # noqa: SIM118
+        verify = functools.partial(files.check_digest, path, facts, file)
+        yield Source(facts, configs_of(path, facts), stored, verify)
 
 
 def _check_type(path: Path, configs: Sequence[DeltaConfig], expected: type[Delta]) -> None:
@@ -188,48 +212,70 @@ def _planned(path: Path, facts: dict[str, Any], config: DeltaConfig, model: nn.M
     """A delta of these resolved options, off the model and without memory."""
     cls = method(config.delta_type)
     delta = cls.__new__(cls)
+    unfit = f"{path}, saved from a {facts['backbone_class']}, does not fit this "
+    unfit += type(model).__name__
     try:
         delta._prepare(survey(model), config, "saved")
-    except (AddressError, SiteError) as error:
-        raise DeltaLoadError(
-            f"{path}, saved from a {facts['backbone_class']}, does not fit this "
-            f"{type(model).__name__}: {error}"
-        ) from None
+    except DeltaError as error:
+        raise DeltaLoadError(f"{unfit}: {error}") from None
+    except Exception as error:  # of a method, or of torch, for options that no delta can have
+        raise DeltaLoadError(f"{unfit}: {type(error).__name__}: {error}") from error
+    if not delta.layers:
+        raise DeltaLoadError(f"{path}: {config.name!r} changes no module")
     return delta
 
 
-def _fill(
-    path: Path,
-    facts: dict[str, Any],
-    deltas: Sequence[Delta],
-    given: Mapping[str, Any],
-    check_backbone: bool,
-) -> None:
-    """Give the planned deltas memory and the tensors in `given`, and put them on their model."""
-    found = survey(deltas[0].backbone_model)
+def _fill(path: Path, source: Source, deltas: Sequence[Delta], check_backbone: bool) -> None:
+    """Give the planned deltas memory and the tensors of `source`, and put them on their model."""
+    found, facts, given = survey(deltas[0].backbone_model), source.facts, source.tensors
     own = backbone_tensors(found)
-    backbone: dict[str, Tensor] = {key: own[key] for key in facts["backbone_tensors"]}
+    if strangers := [key for key in facts["backbone_tensors"] if key not in own]:
+        raise DeltaLoadError(f"{path}: backbone_tensors names {strangers[0]!r}, which is no tensor")
+    backbone = {key: own[key] for key in facts["backbone_tensors"]}
     entries = list(zip(facts["deltas"], deltas, strict=True))
     saved = {k: t for fact, d in entries for k, t in d.state_dict(fact["name"]).items()}
     compare({**saved, **backbone}, given, str(path))
+    _check_frozen(path, entries)
     if check_backbone:
         replaced = _replaced(backbone, [delta.config for delta in deltas])
         _check_backbone(path, found, facts["fingerprint"], replaced)
+    source.verify()
+    brought = dict(comparing.values(backbone, given, str(path), own))
     for fact, delta in entries:
         planning.materialise(found, delta.layers, delta.config)
-        _copy(delta.state_dict(fact["name"]), given)
+        tensors = delta.state_dict(fact["name"])
+        usual = _copied(own, tensors, fact["name"])
+        for key, value in comparing.values(tensors, given, str(path), usual):
+            comparing.copy(tensors, {key: value})
         for name, parameter in delta.named_parameters(fact["name"]):
             parameter.requires_grad_(name not in fact["frozen"] and parameter.is_floating_point())
+    _enter(path, deltas)
+    comparing.copy(backbone, brought)
+
+
+def _check_frozen(path: Path, entries: Sequence[tuple[dict[str, Any], Delta]]) -> None:
+    """Raise if a name in `frozen` is no parameter of its delta."""
+    for fact, delta in entries:
+        names = {name for name, _ in delta.named_parameters(fact["name"])}
+        if strangers := [name for name in fact["frozen"] if name not in names]:
+            raise DeltaLoadError(
+                f"{path}: frozen names {strangers[0]!r}, which is no parameter of {fact['name']!r}"
+            )
+
+
+def _enter(path: Path, deltas: Sequence[Delta]) -> None:
+    """Put deltas on their model, all or none."""
     entered: list[Delta] = []
     try:
         for delta in deltas:
             delta._enter()
             entered.append(delta)
-    except BaseException:
+    except BaseException as error:
         for delta in entered:
             delta.detach()
+        if isinstance(error, DeltaError):
+            raise DeltaLoadError(f"{path} does not fit: {error}") from None
         raise
-    _copy(backbone, given)
 
 
 def _check_backbone(
@@ -238,11 +284,13 @@ def _check_backbone(
     """Raise if the weights under the deltas are not those that they were saved from."""
     differ, unchecked = fingerprint.differences(found, given, replaced)
     if differ:
+        first = ", ".join(f"{name} {how}" for name, how in [*differ.items()][:3])
         raise DeltaLoadError(
             f"{path} was saved from another backbone: of {len(given)} weights under its deltas "
             f"{len(differ)} differ in this {type(found.root).__name__}: "
-            f"{', '.join(differ[:3])}{', ...' if len(differ) > 3 else ''} (relative norm; up to "
-            f"{fingerprint.TOLERANCE} is rounding). If that is meant, pass check_backbone=False"
+            f"{first}{', ...' if len(differ) > 3 else ''} (relative norm; up to "
+            f"{fingerprint.TOLERANCE} is rounding). If that is meant, pass check_backbone=False",
+            differing=differ,
         )
     if unchecked:
         warnings.warn(
@@ -260,18 +308,18 @@ def configs_of(folder: Path, facts: dict[str, Any]) -> list[DeltaConfig]:
         DeltaLoadError: it says what no delta can be.
     """
     where = folder / files.CONFIG
-    if not _are_names(facts.setdefault("backbone_tensors", [])):
+    if not _are_names(facts.get("backbone_tensors")):
         raise DeltaLoadError(f"{where}: backbone_tensors must be a list of names")
-    if not fingerprint.is_fingerprint(facts.setdefault("fingerprint", {})):
+    if not fingerprint.is_fingerprint(facts.get("fingerprint")):
         raise DeltaLoadError(f"{where}: fingerprint must hold a shape and values of each weight")
-    facts.setdefault("backbone_class", "model")
+    facts["backbone_class"] = shown(facts.get("backbone_class", "model")).strip("'")
     given = facts.get("deltas")
     if not isinstance(given, list) or not given:
         raise DeltaLoadError(f"{where}: deltas must be a list of at least one")
     configs = [_config(where, fact) for fact in given]
     names = [fact["name"] for fact in given]
     if len(set(names)) < len(names):
-        raise DeltaLoadError(f"{where}: two deltas have the same name: {names}")
+        raise DeltaLoadError(f"{where}: two deltas have the same name: {shown(names)}")
     return configs
 
 
@@ -283,9 +331,13 @@ def _config(where: Path, fact: Any) -> DeltaConfig:
         raise DeltaLoadError(f"{where}: each of deltas must have just {', '.join(FACTS)}")
     for key, kind in FACTS.items():
         if not isinstance(fact[key], kind):
-            raise DeltaLoadError(f"{where}: {key}={fact[key]!r} must be a {kind.__name__}")
+            raise DeltaLoadError(f"{where}: {key}={shown(fact[key])} must be a {kind.__name__}")
     if not _are_names(fact["frozen"]):
         raise DeltaLoadError(f"{where}: frozen must be a list of names")
+    if pattern := next(_patterns(fact["options"].values()), None):
+        raise DeltaLoadError(
+            f"{where}: {shown(pattern)} is a pattern, where a saved delta has full names"
+        )
     try:
         options = {**fact["options"], "name": fact["name"]}
         return method(fact["delta_type"]).config_class.from_dict(options)
@@ -293,68 +345,12 @@ def _config(where: Path, fact: Any) -> DeltaConfig:
         raise DeltaLoadError(f"{where}: {error}") from None
 
 
+def _patterns(values: Iterable[Any]) -> Iterator[str]:
+    """The regular expressions in options: they may take forever, and are never run."""
+    for value in values:
+        names = value if isinstance(value, list | dict) else [value]
+        yield from (name for name in names if isinstance(name, str) and name.startswith("[r]"))
+
+
 def _are_names(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
-
-
-# ---------------------------------------------------------------------------------------- comparing
-def copy_into(own: Mapping[str, Tensor], given: Mapping[str, Tensor], source: str) -> None:
-    """Copy `given` tensors into `own` ones of the same names.
-
-    Args:
-        source: where `given` comes from, for the message.
-
-    Raises:
-        DeltaLoadError: names, shapes or kinds of numbers differ. Nothing is copied then.
-    """
-    compare(own, given, source)
-    _copy(own, given)
-
-
-def _copy(own: Mapping[str, Tensor], given: Mapping[str, Any]) -> None:
-    with torch.no_grad():
-        for key, tensor in own.items():
-            value = given[key]
-            value = value if isinstance(value, Tensor) else value.read()
-            tensor.copy_(sharding.spread(value, like=tensor))
-
-
-def compare(own: Mapping[str, Tensor], given: Mapping[str, Any], source: str) -> None:
-    """Raise unless `given` tensors, in memory or in a file, fit `own` ones.
-
-    Raises:
-        DeltaLoadError: names, shapes or kinds of numbers differ.
-    """
-    both = [key for key in own if key in given]
-    problems = [
-        *_some("missing", [key for key in own if key not in given]),
-        *_some("unexpected", [key for key in given if key not in own]),
-        *_some("of another shape", list(_misshaped(both, own, given))),
-        *_some("not floating", [
-            f"{key}: {given[key].dtype}"
-            for key in both
-            if own[key].is_floating_point() and not _is_floating(str(given[key].dtype))
-        ]),
-    ]  # fmt: skip
-    if problems:
-        raise DeltaLoadError(f"{source} does not fit: " + "; ".join(problems))
-
-
-def _misshaped(
-    both: Sequence[str], own: Mapping[str, Tensor], given: Mapping[str, Any]
-) -> Iterator[str]:
-    for key in both:
-        shape = list(given[key].shape)
-        if shape != list(own[key].shape):
-            yield f"{key}: {shape} instead of {list(own[key].shape)}"
-
-
-def _is_floating(dtype: str) -> bool:
-    """Whether a dtype of torch, or of a safetensors header, is floating."""
-    return "float" in dtype or dtype.startswith(("F", "BF"))
-
-
-def _some(what: str, names: Sequence[str]) -> list[str]:
-    if not names:
-        return []
-    return [f"{len(names)} {what}: {', '.join(sorted(names)[:3])}" + ", ..." * (len(names) > 3)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, overload
 
 from torch import nn
@@ -318,11 +318,23 @@ class LoadReport:
 
     Attributes:
         names: the deltas that were put on the model.
-        problem: why none was, or None.
+        problem: why none was, in words, or None.
+        missing: the tensors that the file lacks.
+        unexpected: the tensors in the file that the deltas do not have.
+        misshaped: {tensor: (its shape in the file, the shape it must have)}.
+        other_kind: {tensor: its dtype in the file} of floats for integers, or integers for floats.
+        not_finite: a tensor with NaN or infinite values.
+        differing: {weight of the backbone: how it differs from what the deltas were trained on}.
     """
 
     names: list[str]
     problem: str | None = None
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    misshaped: dict[str, tuple[list[int], list[int]]] = field(default_factory=dict)
+    other_kind: dict[str, str] = field(default_factory=dict)
+    not_finite: list[str] = field(default_factory=list)
+    differing: dict[str, str] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
         return self.problem is None
@@ -382,6 +394,6 @@ def load(
     except DeltaLoadError as error:
         if strict:
             raise
-        return LoadReport([], str(error))
+        return LoadReport([], str(error), **error.details)
     names = [delta.name for delta in loaded]
     return Composition(model) if strict else LoadReport(names)

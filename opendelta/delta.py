@@ -405,10 +405,10 @@ class Delta:
         Raises:
             DeltaLoadError: a tensor is missing, unexpected or misshaped. Nothing is copied then.
         """
-        from . import checkpoint
+        from . import comparing
 
         merging.check_apart(self.record, "cannot load")
-        checkpoint.copy_into(self.state_dict(), state, f"state_dict of {self.name!r}")
+        comparing.copy_into(self.state_dict(), state, f"state_dict of {self.name!r}")
 
     # ------------------------------------------------------- showing, saving
     def log(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class DeltaError(ValueError):
@@ -23,7 +24,15 @@ class SiteError(DeltaError):
 
 
 class DeltaLoadError(DeltaError):
-    """A checkpoint that does not fit, is damaged, or is not one."""
+    """A checkpoint that does not fit, is damaged, or is not one.
+
+    Attributes:
+        details: what of it does not fit, by the fields of `LoadReport`.
+    """
+
+    def __init__(self, message: str, **details: Any) -> None:
+        super().__init__(message)
+        self.details = details
 
 
 class PristineError(DeltaError, AssertionError):
@@ -60,3 +69,9 @@ def nearest(word: str, known: Iterable[str], n: int = 3) -> list[str]:
     parts = [name for name in lower if word.lower() in name.split("_")]
     close = difflib.get_close_matches(word.lower(), lower, n=n, cutoff=0.4)
     return [lower[name] for name in dict.fromkeys([*parts, *close])][:n]
+
+
+def shown(value: Any, longest: int = 200) -> str:
+    """`repr` of what somebody gave, shortened for a message."""
+    text = repr(value)
+    return text if len(text) <= longest else f"{text[:longest]}..."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import struct
 from collections.abc import Collection, Iterator
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from . import quantised
 from .addressing import Survey, ancestors
+from .errors import shown
 from .layers import is_sharded
 
 SAMPLES = 16  # values of each weight
@@ -44,8 +46,8 @@ def take(found: Survey, names: Collection[str], without: Collection[str]) -> dic
 
 def differences(
     found: Survey, given: dict[str, Any], without: Collection[str]
-) -> tuple[list[str], list[str]]:
-    """What of a backbone differs from a fingerprint, and the weights that cannot be compared.
+) -> tuple[dict[str, str], list[str]]:
+    """{weight that differs from a fingerprint: how}, and the weights that cannot be compared.
 
     Args:
         without: as for `take`.
@@ -55,21 +57,22 @@ def differences(
         for module, part in found.modules.items()
         for key, tensor in _own(found, module, part).items()
     }
-    differ, unchecked = [], []
+    differ: dict[str, str] = {}
+    unchecked = []
     for name, facts in given.items():
         if without and {*without} & {*ancestors(name)}:
             continue
         tensor = own.get(name)
         if tensor is None:
-            differ.append(f"{name} is missing")
+            differ[name] = "is missing"
             continue
         values = _values(tensor)
         if values is None or facts["values"] is None:
             unchecked.append(name)
         elif list(tensor.shape) != facts["shape"]:
-            differ.append(f"{name} is {list(tensor.shape)} instead of {facts['shape']}")
-        elif (distance := _distance(values, _decoded(facts["values"]))) > TOLERANCE:
-            differ.append(f"{name} differs by {distance:.2g}")
+            differ[name] = f"is {list(tensor.shape)} instead of {shown(facts['shape'])}"
+        elif not (distance := _distance(values, _decoded(facts["values"]))) <= TOLERANCE:
+            differ[name] = f"differs by {distance:.2g}"
     return differ, unchecked
 
 
@@ -105,10 +108,13 @@ def _weights(
 ) -> Iterator[tuple[str, Tensor]]:
     """(full name, tensor) of the weights that deltas on the modules called `names` stand on."""
     seen = set()
+    order = list(found.modules)  # a module, then those inside it
+    at = {name: place for place, name in enumerate(order)}
     for name in names:
-        inside = [n for n in found.modules if n == name or n.startswith(f"{name}." if name else "")]
         count = 0
-        for module in inside:
+        for module in itertools.islice(order, at[name], None):
+            if module != name and not module.startswith(f"{name}." if name else ""):
+                break
             for key, tensor in _own(found, module, found.modules[module]).items():
                 full = f"{module}.{key}".lstrip(".")
                 if key != "weight" or tensor.ndim < 1 or {*without} & {*ancestors(full)}:
@@ -127,10 +133,11 @@ def _values(tensor: Any) -> list[float] | None:
     plain = quantised.is_plain(tensor) or type(tensor) is Tensor
     if is_sharded(tensor) or not plain or tensor.is_meta:
         return None
-    size = tensor.numel()
+    size = max(1, tensor.numel())
     places = sorted({(index * 2654435761 + size // 2) % size for index in range(SAMPLES)})
-    flat = tensor.detach().reshape(-1)
-    return flat[torch.tensor(places, device=flat.device)].float().cpu().tolist()
+    where = torch.tensor(places[: tensor.numel()], device=tensor.device)
+    # By coordinates: to flatten a transposed weight would copy all of it.
+    return tensor.detach()[torch.unravel_index(where, tensor.shape)].float().cpu().tolist()
 
 
 def _distance(values: list[float], others: list[float] | None) -> float:
@@ -138,5 +145,6 @@ def _distance(values: list[float], others: list[float] | None) -> float:
     if others is None or len(values) != len(others):
         return float("inf")
     one, other = torch.tensor(values), torch.tensor(others)
-    change, size = (one - other).norm(), torch.maximum(one.norm(), other.norm())
+    change = torch.where(one == other, 0, one - other).norm()
+    size = torch.maximum(one.norm(), other.norm())
     return float(change / size) if size > 0 else float(change)

@@ -9,20 +9,27 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import safetensors
 
-from .errors import DeltaError, DeltaLoadError
+from .errors import DeltaError, DeltaLoadError, shown
 
 CONFIG = "config.json"
 FORMAT, SCHEMA = "opendelta", 1
-LARGEST_CONFIG = 16 * 2**20  # bytes; 70 B models with many deltas need less than one
+# What is beyond these is refused unread. 70 B models with many deltas need a tenth of them.
+LARGEST = 16 * 2**20  # bytes of a JSON file, and of the header of a weights file
+MOST_ITEMS = 500_000  # of a JSON file
+LONGEST, DEEPEST = 1_000, 32  # characters of a text in our JSON, and how deep lists are nested
+TRIES = 50  # of opening the weights, while other processes save
+TEMPORARY = re.compile(r"\.delta-[0-9a-f]{16}\.tmp")
 
 
 def own_version() -> str:
@@ -50,41 +57,53 @@ def check_free(folder: Path) -> None:
 def write(folder: Path, config: dict[str, Any], weights: bytes) -> None:
     """Put a config and the content of a safetensors file into `folder`, which is made if need be.
 
-    The weights that an older config named go at the end.
+    The weights that an older config named go at the end, and what a killed process left behind.
+
+    Raises:
+        DeltaError: the config or the header of the weights is larger than `open_folder` reads.
+        OSError: the disk is full, or cannot be written to. The folder holds what it held before.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256(weights).hexdigest()
     name = f"delta-{digest[:16]}.safetensors"
     facts = {"format": FORMAT, "schema_version": SCHEMA, **config}
-    text = json.dumps({**facts, "weights": name, "sha256": digest}, indent=2) + "\n"
-    with _locked(folder):
-        old = list(folder.glob("delta-*.safetensors"))
+    text = (json.dumps({**facts, "weights": name, "sha256": digest}, indent=2) + "\n").encode()
+    if problem := _excess(text) or _header_excess(weights):
+        raise DeltaError(f"what is to be saved in {folder} {problem}: save fewer deltas in one")
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder) as alone:
+        old = [file for file in folder.glob("delta-*.safetensors") if file.name != name]
+        if alone:  # so nobody is writing into a temporary file that is there
+            old += [file for file in folder.glob(".*.tmp") if TEMPORARY.fullmatch(file.name)]
         _replace(folder / name, weights)
-        _replace(folder / CONFIG, text.encode())
+        _replace(folder / CONFIG, text)
         for file in old:
-            if file.name != name:
+            with contextlib.suppress(OSError):  # the new state is whole in any case
                 file.unlink()
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keep other processes from writing into `folder`, where the system can."""
+def _locked(folder: Path) -> Iterator[bool]:
+    """Keep other processes from writing into `folder`; gives False where the system can't."""
     if os.name != "posix":
-        yield
+        yield False
         return
     import fcntl
 
     handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
+        alone = True
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError:  # some network file systems have no locks
+            alone = False
+        yield alone
     finally:
         os.close(handle)
 
 
 def _replace(path: Path, content: bytes) -> None:
     """Write a file in one step: a temporary file, fsync, rename, fsync of the folder."""
-    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
+    temporary = path.with_name(f".delta-{secrets.token_hex(8)}.tmp")
     try:
         with open(temporary, "xb") as file:
             file.write(content)
@@ -102,6 +121,67 @@ def _replace(path: Path, content: bytes) -> None:
 
 
 # ------------------------------------------------------------------------------------------ reading
+def read_json(path: Path, longest: int = LONGEST) -> Any:
+    """What a JSON file holds, once it is known that it can do no harm by its size.
+
+    Args:
+        longest: characters that a text in it may have.
+
+    Raises:
+        DeltaLoadError: it is no JSON file, or holds more than any configuration does.
+    """
+    try:
+        if not path.is_file():
+            raise DeltaLoadError(f"{path} cannot be read: it is no file")
+        if (size := path.stat().st_size) > LARGEST:
+            raise DeltaLoadError(f"{path} has {size:,} bytes, more than {LARGEST:,}")
+        content = path.read_bytes()
+        if problem := _excess(content):
+            raise DeltaLoadError(f"{path} {problem}")
+        given = json.loads(content.decode("utf-8"))
+    except DeltaLoadError:
+        raise
+    except (ValueError, RecursionError, OSError) as error:
+        raise DeltaLoadError(f"{path} cannot be read as JSON: {error}") from None
+    _check_items(path, given, longest)
+    return given
+
+
+def _excess(text: bytes) -> str | None:
+    """What a JSON text has too much of."""
+    if len(text) > LARGEST:
+        return f"has {len(text):,} bytes, more than {LARGEST:,}"
+    if (items := sum(text.count(sign) for sign in (b",", b"[", b"{"))) > MOST_ITEMS:
+        return f"has {items:,} items, more than {MOST_ITEMS:,}"
+    return None
+
+
+def _header_excess(start: bytes) -> str | None:
+    """What the header of a safetensors file has too much of, by its first eight bytes."""
+    size = int.from_bytes(start[:8], "little")
+    return f"has a header of {size:,} bytes, more than {LARGEST:,}" if size > LARGEST else None
+
+
+def _check_items(path: Path, given: Any, longest: int) -> None:
+    """Raise for a text, a number or a nesting that no configuration has."""
+    todo = [(given, 0)]
+    while todo:
+        value, depth = todo.pop()
+        if isinstance(value, str) and len(value) > longest:
+            what = f"a text of {len(value):,} characters, more than {longest:,}"
+        elif isinstance(value, float) and not math.isfinite(value):
+            what = f"the number {value}"
+        elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+            what = "an integer of more than 64 bits"
+        elif depth > DEEPEST:
+            what = f"lists or objects nested more than {DEEPEST} deep"
+        else:
+            parts = [*value, *value.values()] if isinstance(value, dict) else value
+            todo += [(part, depth + 1) for part in parts] if isinstance(parts, list) else []
+            continue
+        raise DeltaLoadError(f"{path} holds {what}")
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """The JSON of a folder, known to be of this format.
 
@@ -109,70 +189,101 @@ def read_config(folder: Path) -> dict[str, Any]:
         DeltaLoadError: there is no such file, or it is not one of ours.
     """
     file = folder / CONFIG
-    try:
-        size = file.stat().st_size
-        if size > LARGEST_CONFIG:
-            raise DeltaLoadError(f"{file} has {size:,} bytes, more than {LARGEST_CONFIG:,}")
-        given = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not file.exists():
         raise DeltaLoadError(
             f"no delta in {str(folder)!r}: {CONFIG} is missing. Give the folder that "
             "save_finetuned or composition(model).save wrote, or 'user/name' for one on the hub"
-        ) from None
-    except DeltaLoadError:
-        raise
-    except (ValueError, RecursionError, OSError) as error:
-        raise DeltaLoadError(f"{file} cannot be read as JSON: {error}") from None
+        )
+    given = read_json(file)
     if not isinstance(given, dict) or given.get("format") != FORMAT:
         raise DeltaLoadError(f"{file} was not written by opendelta 1.0 or later")
     if given.get("schema_version") != SCHEMA:
         raise DeltaLoadError(
-            f"{file} has schema {given.get('schema_version')!r}; this version of opendelta reads "
-            f"{SCHEMA}: update opendelta"
+            f"{file} has schema {shown(given.get('schema_version'))}; this version of opendelta "
+            f"reads {SCHEMA}: update opendelta"
         )
     return given
 
 
 @contextlib.contextmanager
-def open_weights(folder: Path, config: dict[str, Any]) -> Iterator[Any]:
-    """The weights that `config` names, open: `keys()`, `get_slice(key)`, `get_tensor(key)`.
+def open_folder(folder: Path) -> Iterator[tuple[dict[str, Any], Any, BinaryIO]]:
+    """A folder's JSON, and the weights that it names, open, as tensors and as a file.
 
-    Nothing is read into memory but what is asked for.
+    Nothing of the tensors is read into memory but what is asked for. Both stay readable when
+    another process replaces them.
 
     Raises:
-        DeltaLoadError: the file is missing, damaged, elsewhere or no safetensors file.
+        DeltaLoadError: the folder is no delta's; the weights are missing, elsewhere or damaged.
+    """
+    with contextlib.ExitStack() as stack:
+        for left in reversed(range(TRIES)):
+            config = read_config(folder)
+            path = weights_path(folder, config)
+            try:
+                file = stack.enter_context(open(path, "rb"))
+                weights = stack.enter_context(open_safetensors(path, file))
+                break
+            except OSError as error:
+                # Perhaps it was replaced after the config was read.
+                if not left or not isinstance(error, FileNotFoundError):
+                    raise DeltaLoadError(f"{path} cannot be read: {error}") from None
+        yield config, weights, file
+
+
+def weights_path(folder: Path, config: dict[str, Any]) -> Path:
+    """Where the weights are that a folder's JSON names.
+
+    Raises:
+        DeltaLoadError: elsewhere than in the folder.
     """
     name = str(config.get("weights"))
     plain = Path(name).name == name and "\\" not in name and name.endswith(".safetensors")
-    if not plain:
+    if not plain or "\0" in name:
         raise DeltaLoadError(f"{folder / CONFIG}: {name!r} is no safetensors file beside it")
     path = folder / name
-    if path.is_symlink() and path.resolve().parent != folder.resolve():
-        _check_cached(path, folder)
-    try:
-        digest = _sha256(path)
-    except OSError as error:
-        raise DeltaLoadError(f"{path} cannot be read: {error}") from None
-    if digest != config.get("sha256"):
-        raise DeltaLoadError(f"{path} is damaged: its sha256 is not the one in {CONFIG}")
-    try:
-        opened = safetensors.safe_open(path, framework="pt")
-    except (safetensors.SafetensorError, OSError) as error:
-        raise DeltaLoadError(f"{path} is no safetensors file: {error}") from None
-    with opened as weights:
-        yield weights
+    if path.exists() and not path.is_file():
+        raise DeltaLoadError(f"{path} cannot be read: it is no file")
+    check_link(path)
+    return path
 
 
-def _sha256(path: Path) -> str:
+def open_safetensors(path: Path, file: BinaryIO) -> Any:
+    """The tensors of a file that is open as bytes too.
+
+    Raises:
+        DeltaLoadError: it is no safetensors file, or its header is larger than any needs to be.
+    """
+    if problem := _header_excess(file.read(8)):
+        raise DeltaLoadError(f"{path} is no safetensors file: it {problem}")
+    try:
+        return safetensors.safe_open(path, framework="pt")
+    except safetensors.SafetensorError as error:
+        raise DeltaLoadError(f"{path} is damaged, or no safetensors file: {error}") from None
+
+
+def check_digest(folder: Path, config: dict[str, Any], file: BinaryIO) -> None:
+    """Raise unless the open weights are those that were saved.
+
+    Raises:
+        DeltaLoadError: their sha256 is not the one in the JSON.
+    """
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while part := file.read(2**20):
-            digest.update(part)
-    return digest.hexdigest()
+    file.seek(0)
+    while part := file.read(2**20):
+        digest.update(part)
+    if digest.hexdigest() != config.get("sha256"):
+        raise DeltaLoadError(
+            f"{folder / str(config['weights'])} is damaged: its sha256 is not the one in {CONFIG}"
+        )
 
 
-def _check_cached(path: Path, folder: Path) -> None:
-    """Raise unless a link out of `folder` is one of the hub cache's, from snapshots/ to blobs/."""
-    repository = folder.resolve().parent.parent
-    if path.resolve().parent != repository / "blobs":
+def check_link(path: Path) -> None:
+    """Raise if a file is a link out of its folder.
+
+    But one of the hub cache's, from snapshots/ to blobs/, is none.
+    """
+    folder = path.parent.resolve()
+    if not path.is_symlink() or path.resolve().parent == folder:
+        return
+    if path.resolve().parent != folder.parent.parent / "blobs":
         raise DeltaLoadError(f"{path} is a link out of its folder, to {path.resolve()}")

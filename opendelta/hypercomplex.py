@@ -49,6 +49,11 @@ class Blocks(nn.Module):
     def __init__(self, site: Site, n_in: int, n_out: int, config: Any, zero: bool) -> None:
         super().__init__()
         n, rank = config.hypercomplex_division, config.phm_rank
+        if n_in % n or n_out % n:
+            raise OptionError(
+                f"{site.name!r}: hypercomplex_division={n} must divide the adapter's sizes, which "
+                f"are {n_in} and {n_out}"
+            )
         self.factorized = config.factorized_phm
         start = GLOROT[config.hypercomplex_nonlinearity]
         if self.factorized:
@@ -79,12 +84,6 @@ class HypercomplexLinear(nn.Module):
         self, site: Site, n_in: int, n_out: int, config: Any, bias: bool, zero: bool = False
     ) -> None:
         super().__init__()
-        n = config.hypercomplex_division
-        if n_in % n or n_out % n:
-            raise OptionError(
-                f"{site.name!r}: hypercomplex_division={n} must divide the adapter's sizes, which "
-                f"are {n_in} and {n_out}"
-            )
         self.key = f"{n_in}x{n_out}"
         self.rule = None if config.shared_phm_rule else Rule(site, config)
         self.blocks = None if config.shared_W_phm else Blocks(site, n_in, n_out, config, zero)

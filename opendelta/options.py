@@ -9,10 +9,11 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
-from .errors import OptionError, nearest
+from .errors import OptionError, nearest, shown
 
 Config = TypeVar("Config", bound="DeltaConfig")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+LARGEST = 1e6  # of numbers that scale: with more, half precision overflows and float32 is noise
 
 
 def option(
@@ -96,7 +97,7 @@ class DeltaConfig:
             )
 
     def _check(self, field: dataclasses.Field, value: Any, hint: Any) -> None:
-        where = f"{type(self).__name__}: {field.name}={value!r}"
+        where = f"{type(self).__name__}: {field.name}={shown(value)}"
         if not _fits(value, hint):
             raise OptionError(f"{where} must be {_spell(hint)}, not {type(value).__name__}")
         limits = field.metadata
@@ -107,6 +108,9 @@ class DeltaConfig:
                 raise OptionError(f"{where} must be at least {limits['minimum']}")
             if "below" in limits and number is not None and not number < limits["below"]:
                 raise OptionError(f"{where} must be below {limits['below']}")
+            scales = "float" in str(hint) and isinstance(number, int | float)
+            if scales and not -LARGEST <= number <= LARGEST:
+                raise OptionError(f"{where} must be a number between {-LARGEST:g} and {LARGEST:g}")
 
     @classmethod
     def option_names(cls) -> list[str]:
@@ -123,7 +127,7 @@ class DeltaConfig:
             if name not in names:
                 near = nearest(name, names)
                 raise OptionError(
-                    f"{cls.delta_type!r} has no option {name!r}; "
+                    f"{cls.delta_type!r} has no option {shown(name)}; "
                     + (f"nearest: {', '.join(near)}" if near else f"it has {', '.join(names)}")
                 )
 

@@ -10,6 +10,7 @@ from .addressing import Survey, unwrapped
 from .errors import DeltaError, SiteError
 from .record import Record
 from .registry import method
+from .site import LONGEST_NAME
 
 if TYPE_CHECKING:
     from .delta import Delta
@@ -23,7 +24,8 @@ def free_name(wanted: str, taken: Collection[str]) -> str:
     name, count = wanted, 0
     while name in taken:
         count += 1
-        name = f"{wanted}_{count}"
+        end = f"_{count}"
+        name = wanted[: LONGEST_NAME - len(end)] + end
     return name
 
 

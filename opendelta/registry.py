@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .bases import DeltaLayer
-from .errors import OptionError, nearest
+from .errors import OptionError, nearest, shown
 from .options import DeltaConfig
 
 if TYPE_CHECKING:
@@ -24,8 +24,8 @@ def method(delta_type: str) -> type[Delta]:
         near = nearest(str(delta_type), METHODS)
         hint = f"nearest: {', '.join(near)}" if near else f"known: {', '.join(sorted(METHODS))}"
         raise OptionError(
-            f"no method {delta_type!r}; {hint}. A method from elsewhere is known once the module "
-            "that defines it is imported"
+            f"no method {shown(delta_type)}; {hint}. A method from elsewhere is known once the "
+            "module that defines it is imported"
         )
     return METHODS[delta_type]
 

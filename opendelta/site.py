@@ -23,7 +23,8 @@ from .bases import Beneath, DeltaLayer, Params, gated
 from .errors import SiteError
 from .record import SLOT
 
-NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+LONGEST_NAME = 64
+NAME = re.compile(rf"[A-Za-z0-9_-]{{1,{LONGEST_NAME}}}")
 
 
 def _step_aside(*_: Any) -> None:

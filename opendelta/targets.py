@@ -180,6 +180,9 @@ def take_literally(found: Survey, config: Config) -> Config:
     """
     for names in (config.modified_modules, config.modules_to_save):
         literal(found.modules, names or [], found.root)
+    if config.num_labels is not None:
+        owned = {name: found.modules[name] for name in config.modules_to_save or ()}
+        labels.check(found.root, owned, config.num_labels)
     literal(_names(found), config.unfrozen_modules or [], found.root, what="name")
     return config
 

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import checkpoint, sharding, targets
+from .. import comparing, sharding, targets
+from .. import folder as files
 from ..addressing import Survey, as_list, survey
 from ..delta import Delta
 from ..errors import DeltaError, DeltaLoadError, OptionError
@@ -27,7 +28,7 @@ from ..options import DeltaConfig
 from ..order import handle_of, known_records
 from ..record import SLOT
 from ..registry import method
-from ._files import read_json, read_pickle
+from ._files import read_json, read_pickle, repeats_too_much
 
 CONFIG, WEIGHTS = "config.json", "pytorch_model.bin"
 METHODS = {
@@ -127,6 +128,7 @@ def translate(folder: Path, model: nn.Module) -> tuple[dict[str, Any], dict[str,
     Raises:
         DeltaLoadError: the folder is damaged, or not of one delta.
     """
+    files.check_link(folder / WEIGHTS)
     config, found = read_json(folder / CONFIG), survey(model)
     name, options = _options(folder, config)
     content = _content(read_pickle(folder / WEIGHTS))
@@ -166,7 +168,12 @@ def _key(where: str, name: str, tensor: str) -> str:
 def _options(folder: Path, config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """The method's name, and the options of it that are not null, which means 0.3's default."""
     name = config["delta_type"]
-    if name not in {*METHODS.values(), "soft_prompt"}:
+    for pattern in as_list(config.get("modified_modules")):
+        if str(pattern).startswith("[r]") and repeats_too_much(pattern):
+            raise DeltaLoadError(
+                f"{folder / CONFIG}: {pattern!r} repeats too much; write names of modules"
+            )
+    if str(name) not in {*METHODS.values(), "soft_prompt"}:
         raise DeltaLoadError(
             f"{folder / CONFIG}: delta_type={name!r} is none of OpenDelta 0.3's: "
             f"{', '.join(METHODS.values())}, soft_prompt"
@@ -262,7 +269,7 @@ def load_state_dict(model: nn.Module, path: str | os.PathLike) -> None:
     }
     backbone = _of_backbone(source, found, content.others)
     into |= {key: backbone_tensors(found)[key] for key in backbone}
-    checkpoint.copy_into(into, {**given, **backbone, **unused}, str(source))
+    comparing.copy_into(into, {**given, **backbone, **unused}, str(source))
 
 
 def _of_delta(
@@ -341,9 +348,9 @@ def _change(found: Survey, where: str, own: dict[str, Tensor]) -> Tensor:
     if "whole" in own:
         module = found.modules.get(where)
         base = stored_params(module).get("bias") if module is not None else None
-        whole = own["whole"].float()
+        whole = own["whole"]
         if base is not None and base.shape == whole.shape and not base.is_meta:
-            whole = whole - sharding.full(base.detach()).cpu().float()
+            whole = whole.float() - sharding.full(base.detach()).cpu().float()
         change = change + whole
     return change
 

@@ -26,7 +26,7 @@ class FourierFTConfig(DeltaConfig):
 
     n_frequency: int = option(1000, minimum=1)
     scaling: float = 150.0
-    random_loc_seed: int = option(777, minimum=0)
+    random_loc_seed: int = option(777, minimum=0, below=2**63)
 
 
 class FourierFTLayer(WeightLayer):

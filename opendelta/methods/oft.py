@@ -30,7 +30,7 @@ class OFTConfig(DeltaConfig):
     oft_block_size: int = option(32, minimum=2)
     block_share: bool = False
     use_cayley_neumann: bool = False
-    num_cayley_neumann_terms: int = option(5, minimum=4)
+    num_cayley_neumann_terms: int = option(5, minimum=4, below=1000)
 
 
 class OFTLayer(DeltaLayer):

@@ -28,10 +28,10 @@ class VeraConfig(DeltaConfig):
         save_projection: save the shared matrices too.
     """
 
-    r: int = option(256, minimum=1)
+    r: int = option(256, minimum=1, below=2**16)
     d_initial: float = 0.1
     vera_dropout: float = option(0.0, minimum=0.0, below=1.0)
-    projection_prng_key: int = option(0, minimum=0)
+    projection_prng_key: int = option(0, minimum=0, below=2**63)
     save_projection: bool = False
 
 

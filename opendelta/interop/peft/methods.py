@@ -12,13 +12,14 @@ from torch import Tensor
 from ...layers import (
     kind_of,
 )
+from .._files import repeats_too_much
 from .terms import PATTERNS, PROJECTIONS, Adapter, conv_problem, norm_terms
 
 
 def _test_of(adapter: Adapter, name: str, pattern: Any, form: str = "{}") -> re.Pattern[str]:
     """A regular expression of the JSON, put into `form`, unless it could take forever."""
     try:
-        if re.search(r"\)[*+{]", pattern) or len(re.findall(r"[*+{]", pattern)) > 3:
+        if repeats_too_much(pattern):
             raise adapter.refusal(name, f"{pattern!r} repeats too much; write names of modules")
         return re.compile(form.replace("{}", pattern))
     except (re.error, TypeError, OverflowError, RecursionError) as error:

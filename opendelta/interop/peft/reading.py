@@ -43,7 +43,7 @@ def recognises(folder: Path) -> bool:
     if (folder / WEIGHTS).is_file() or (folder / PICKLE).is_file():
         return True
     with open(config, "rb") as file:
-        return b'"peft_type"' in file.read(files.LARGEST_CONFIG)
+        return b'"peft_type"' in file.read(files.LARGEST)
 
 
 def translate(folder: Path, model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
