@@ -22,7 +22,7 @@ SECONDS, BYTES = 1.0, 100e6
 
 @contextlib.contextmanager
 def cheap():
-    """What is inside takes less than a second of this process, and less than 100 MB at any moment."""
+    """What is inside takes less than a second of CPU time, and less than 100 MB at any time."""
     peak = Path("/proc/self/clear_refs")
     if peak.exists():
         peak.write_text("5")  # forget the largest size so far
