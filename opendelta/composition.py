@@ -212,7 +212,7 @@ class Composition:
         """Save all attached deltas into a repository on the Hugging Face hub; its address.
 
         Args:
-            repo_id: "user/name"; the repository is made if need be.
+            repo_id: "user/name", or "name" for one of one's own; it is made if need be.
             private: whether a new repository is private.
             token: of the user. None: the one that was logged in with.
         """

@@ -441,15 +441,15 @@ class Delta:
 
         Args:
             save_directory: the folder; it is made if need be.
-            push_to_hub: "user/name": save it there too; see `push_to_hub`.
+            push_to_hub: save it on the hub too, in the repository "user/name"; True: in one of
+                one's own that is called as the folder is. See the method `push_to_hub`.
         """
-        if push_to_hub is True:
-            raise OptionError('push_to_hub takes the name of the repository: "user/name"')
         from . import checkpoint
 
         checkpoint.save([self], save_directory)
         if push_to_hub:
-            self.push_to_hub(push_to_hub)
+            name = os.path.basename(os.path.realpath(save_directory))
+            self.push_to_hub(name if push_to_hub is True else push_to_hub)
 
     def push_to_hub(
         self, repo_id: str, private: bool | None = None, token: str | None = None
@@ -457,7 +457,7 @@ class Delta:
         """Save the delta into a repository on the Hugging Face hub; the address of its page.
 
         Args:
-            repo_id: "user/name"; the repository is made if need be.
+            repo_id: "user/name", or "name" for one of one's own; it is made if need be.
             private: whether a new repository is private.
             token: of the user. None: the one that was logged in with.
         """

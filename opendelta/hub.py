@@ -81,7 +81,7 @@ def card(deltas: Sequence[Delta], repo_id: str) -> str:
     ]
     return CARD.format(
         types=", ".join(types),
-        base=f"base_model: {source}\\n" if source and not Path(source).exists() else "",
+        base=f"base_model: {source}\n" if source and not Path(source).exists() else "",
         name=repo_id,
         count=f"{len(deltas)} deltas" if len(deltas) > 1 else "A delta",
         version=own_version(),
@@ -97,7 +97,7 @@ def push(
     """Save deltas into a repository on the hub, with a page that describes them; its address.
 
     Args:
-        repo_id: "user/name"; the repository is made if need be.
+        repo_id: "user/name", or "name" for one of one's own; it is made if need be.
         private: whether a new repository is private.
         token: of the user. None: the one that was logged in with.
     """
@@ -108,10 +108,10 @@ def push(
     api = huggingface_hub.HfApi(token=token)
     with tempfile.TemporaryDirectory() as folder:
         save(deltas, folder)
-        Path(folder, "README.md").write_text(card(deltas, repo_id), encoding="utf-8")
         address = api.create_repo(repo_id, private=private, exist_ok=True)
+        Path(folder, "README.md").write_text(card(deltas, address.repo_id), encoding="utf-8")
         api.upload_folder(
-            repo_id=repo_id,
+            repo_id=address.repo_id,
             folder_path=folder,
             delete_patterns="delta-*.safetensors",
             commit_message=f"Save {', '.join(delta.name for delta in deltas)}",
