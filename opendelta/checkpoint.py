@@ -122,7 +122,7 @@ def load(
     name: str | None = None,
     expected: type[Delta] | None = None,
     check_backbone: bool = True,
-) -> list[Delta]:
+) -> tuple[list[Delta], str | None]:
     """Put the deltas that `folder` holds on `model`, after those that are there.
 
     Everything is compared before memory is taken, and before the model is touched.
@@ -132,6 +132,9 @@ def load(
         expected: there must be one delta, and of this method.
         check_backbone: compare a few values of the weights that the deltas stand on with those
             that they had.
+
+    Returns:
+        The deltas, and the class of the model that they were saved from, if the folder says.
 
     Raises:
         DeltaLoadError: the folder is damaged, of another method, or does not fit `model`.
@@ -151,13 +154,13 @@ def load(
             taken.add(config.name)
             brought = [*(config.unfrozen_modules or ()), *facts["backbone_tensors"]]
             config.unfrozen_modules = list(dict.fromkeys(brought)) or None
-            deltas.append(_planned(path, facts, config, model))
+            deltas.append(_planned(path, source.saved_from, config, model))
             deltas[-1].record.place = (known[-1].place + 1 if known else 0) + place
             deltas[-1].record.active = fact["active"]
         _fill(path, source, deltas, check_backbone)
     if check_backbone and "unchecked" in facts:
         warnings.warn(f"{path}: {facts['unchecked']}", UncheckedWarning, stacklevel=4)
-    return deltas
+    return deltas, source.saved_from
 
 
 @dataclass(frozen=True)
@@ -172,6 +175,12 @@ class Source:
     configs: list[DeltaConfig]
     tensors: Mapping[str, Any]
     verify: Callable[[], None]
+
+    @property
+    def saved_from(self) -> str | None:
+        """The class of the model that the deltas were on."""
+        name = self.facts.get("backbone_class")
+        return name if isinstance(name, str) else None
 
 
 @contextlib.contextmanager
@@ -208,11 +217,11 @@ def _check_type(path: Path, configs: Sequence[DeltaConfig], expected: type[Delta
         )
 
 
-def _planned(path: Path, facts: dict[str, Any], config: DeltaConfig, model: nn.Module) -> Delta:
+def _planned(path: Path, saved_from: str | None, config: DeltaConfig, model: nn.Module) -> Delta:
     """A delta of these resolved options, off the model and without memory."""
     cls = method(config.delta_type)
     delta = cls.__new__(cls)
-    unfit = f"{path}, saved from a {facts['backbone_class']}, does not fit this "
+    unfit = f"{path}, saved from a {saved_from or 'model'}, does not fit this "
     unfit += type(model).__name__
     try:
         delta._prepare(survey(model), config, "saved")
@@ -312,7 +321,6 @@ def configs_of(folder: Path, facts: dict[str, Any]) -> list[DeltaConfig]:
         raise DeltaLoadError(f"{where}: backbone_tensors must be a list of names")
     if not fingerprint.is_fingerprint(facts.get("fingerprint")):
         raise DeltaLoadError(f"{where}: fingerprint must hold a shape and values of each weight")
-    facts["backbone_class"] = shown(facts.get("backbone_class", "model")).strip("'")
     given = facts.get("deltas")
     if not isinstance(given, list) or not given:
         raise DeltaLoadError(f"{where}: deltas must be a list of at least one")

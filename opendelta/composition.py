@@ -319,6 +319,7 @@ class LoadReport:
     Attributes:
         names: the deltas that were put on the model.
         problem: why none was, in words, or None.
+        saved_from: the class of the model that the deltas were on; None where nobody says.
         missing: the tensors that the file lacks.
         unexpected: the tensors in the file that the deltas do not have.
         misshaped: {tensor: (its shape in the file, the shape it must have)}.
@@ -329,6 +330,7 @@ class LoadReport:
 
     names: list[str]
     problem: str | None = None
+    saved_from: str | None = None
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     misshaped: dict[str, tuple[list[int], list[int]]] = field(default_factory=dict)
@@ -390,10 +392,10 @@ def load(
 
     try:
         path = hub.folder_of(folder, local_files_only)
-        loaded = checkpoint.load(path, model, check_backbone=check_backbone)
+        loaded, saved_from = checkpoint.load(path, model, check_backbone=check_backbone)
     except DeltaLoadError as error:
         if strict:
             raise
         return LoadReport([], str(error), **error.details)
     names = [delta.name for delta in loaded]
-    return Composition(model) if strict else LoadReport(names)
+    return Composition(model) if strict else LoadReport(names, saved_from=saved_from)

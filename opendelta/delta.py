@@ -7,7 +7,7 @@ import dataclasses
 import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, cast
 
 from torch import Tensor, nn
 
@@ -127,8 +127,8 @@ class Delta:
 
         folder = hub.folder_of(finetuned_delta_path, local_files_only)
         check = check_hash and check_backbone
-        loaded: Any = checkpoint.load(folder, backbone_model, name, cls, check)
-        return loaded[0]
+        loaded, _ = checkpoint.load(folder, backbone_model, name, cls, check)
+        return cast(AnyDelta, loaded[0])
 
     def __repr__(self) -> str:
         if not hasattr(self, "record"):

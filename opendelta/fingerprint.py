@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import functools
 import itertools
+import math
 import struct
 from collections.abc import Collection, Iterator
 from typing import Any
@@ -133,18 +135,28 @@ def _values(tensor: Any) -> list[float] | None:
     plain = quantised.is_plain(tensor) or type(tensor) is Tensor
     if is_sharded(tensor) or not plain or tensor.is_meta:
         return None
-    size = max(1, tensor.numel())
-    places = sorted({(index * 2654435761 + size // 2) % size for index in range(SAMPLES)})
-    where = torch.tensor(places[: tensor.numel()], device=tensor.device)
+    if not tensor.numel():
+        return []
     # By coordinates: to flatten a transposed weight would copy all of it.
-    return tensor.detach()[torch.unravel_index(where, tensor.shape)].float().cpu().tolist()
+    return tensor.detach()[_places(tensor.shape)].float().cpu().tolist()
+
+
+@functools.lru_cache(maxsize=64)  # the layers of a model have few shapes
+def _places(shape: torch.Size) -> tuple[list[int], ...]:
+    """Where some values are: their coordinates on each axis."""
+    size = shape.numel()
+    axes: list[list[int]] = [[] for _ in shape]
+    for place in sorted({(i * 2654435761 + size // 2) % size for i in range(SAMPLES)}):
+        for axis in reversed(range(len(shape))):
+            place, at = divmod(place, shape[axis])
+            axes[axis].append(at)
+    return tuple(axes)
 
 
 def _distance(values: list[float], others: list[float] | None) -> float:
-    """|a - b| / |b| over all values; infinite where they are not as many."""
+    """|a - b| over the larger of |a| and |b|; infinite where they are not as many."""
     if others is None or len(values) != len(others):
-        return float("inf")
-    one, other = torch.tensor(values), torch.tensor(others)
-    change = torch.where(one == other, 0, one - other).norm()
-    size = torch.maximum(one.norm(), other.norm())
-    return float(change / size) if size > 0 else float(change)
+        return math.inf
+    change = math.hypot(*(a - b for a, b in zip(values, others, strict=True) if a != b))
+    size = max(math.hypot(*values), math.hypot(*others))
+    return change / size if size > 0 else change

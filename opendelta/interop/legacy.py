@@ -153,7 +153,7 @@ def translate(folder: Path, model: nn.Module) -> tuple[dict[str, Any], dict[str,
         "options": {**options, "modified_modules": modified},
     }
     facts = {
-        "backbone_class": str(config.get("backbone_class") or "model"),
+        "backbone_class": config.get("backbone_class"),
         "backbone_tensors": sorted(content.others),
         "deltas": [fact],
         "unchecked": "OpenDelta 0.3's md5 of the backbone is not compared",

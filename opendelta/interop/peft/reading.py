@@ -96,7 +96,7 @@ def _facts(adapter: Adapter) -> dict[str, Any]:
         "frozen": [],
         "options": {**common, **adapter.options},
     }
-    return {"backbone_class": str(made_for), "backbone_tensors": [], "deltas": [fact]}
+    return {"backbone_class": made_for, "backbone_tensors": [], "deltas": [fact]}
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
