@@ -198,6 +198,14 @@ def assert_pristine(model: nn.Module, like: dict[str, dict[str, Any]] | None = N
         for what, value in facts.items():
             if value != like[name][what]:
                 raise PristineError(
-                    f"{_called(name, modules[name])}: {what} was {like[name][what]!r} and is "
-                    f"{value!r}"
+                    f"{_called(name, modules[name])}: {what} {_change(like[name][what], value)}"
                 )
+
+
+def _change(was: Any, now: Any) -> str:
+    """What is other in `now`, in words; of lists and mappings only the items that differ."""
+    if isinstance(now, list) and set(was) != set(now):
+        return f"lost {sorted(set(was) - set(now))} and got {sorted(set(now) - set(was))}"
+    if isinstance(now, dict) and was.keys() == now.keys():
+        return f"changed: {', '.join(key for key in now if now[key] != was[key])}"
+    return f"was {was!r} and is {now!r}"

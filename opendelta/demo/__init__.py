@@ -1,0 +1,268 @@
+"""The demo: two tasks on one pretrained encoder are learnt, saved, switched between, and leave."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from ..composition import composition, load
+from ..delta import Delta
+from ..errors import DeltaError
+from ..inspection import assert_pristine, snapshot, statistics
+from ..methods import AdapterModel, LoraModel
+from ..tree import tree
+from . import data
+from .data import Texts
+from .training import accuracy, predict, quiet_libraries, train
+
+SITE = "layer.5.output.dense"  # carries both deltas of the first task
+
+
+@dataclass
+class Row:
+    """What the backbone with some of the deltas comes to.
+
+    Attributes:
+        what: the deltas that act; without any, the backbone.
+        accuracy: the share of the test questions that it sorts right.
+        parameters: how many these deltas, or the backbone, have.
+        size: of the files that hold them, in bytes.
+    """
+
+    what: str
+    accuracy: float
+    parameters: int
+    size: int
+
+
+@dataclass
+class Outcome:
+    """What the demo comes to.
+
+    Attributes:
+        rows: for the questions: the plain backbone, each delta alone, and last both.
+        messages: the share of the test messages that are sorted right.
+    """
+
+    rows: list[Row]
+    messages: float
+
+    @property
+    def questions(self) -> float:
+        """The share of the test questions that are sorted right."""
+        return self.rows[-1].accuracy
+
+
+# ---------------------------------------------------------------------------------------- the model
+def load_backbone(classes: int) -> nn.Module:
+    """The pretrained MiniLM with a new, random classifier.
+
+    It has no dropout: in so few epochs it learns better without, and faster.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    return AutoModelForSequenceClassification.from_pretrained(
+        data.locate("MiniLM"),
+        num_labels=classes,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        local_files_only=True,
+    )
+
+
+def attach_questions(model: nn.Module) -> list[Delta]:
+    """Put LoRA, which owns the classifier, and then adapters on `model`; only they train."""
+    lora = LoraModel(
+        model,
+        modified_modules=["query", "value", "output.dense"],
+        lora_r=8,
+        modules_to_save=["classifier"],
+    )
+    adapter = AdapterModel(model, modified_modules=["output.dense"], bottleneck_dim=16)
+    adapter.freeze_module(exclude=["deltas"])
+    return [lora, adapter]
+
+
+def attach_messages(model: nn.Module, classes: int) -> Delta:
+    """Put a LoRA with a classifier of its own, for so many classes, on `model`; only it trains."""
+    spam = LoraModel(model, modules_to_save=["classifier"], num_labels=classes, name="spam")
+    spam.freeze_module(exclude=["deltas"])
+    return spam
+
+
+# ----------------------------------------------------------------------------------------- the demo
+def run(
+    train_size: int = 3600,
+    test_size: int = 900,
+    epochs: int = 2,
+    seed: int = 0,
+    quiet: bool = False,
+) -> Outcome:
+    """Two tasks on one MiniLM: compose, train, compare, save, reload, switch, detach; print it all.
+
+    Args:
+        train_size: questions to train on; messages are a third as many.
+        test_size: questions, and messages, to test on.
+        epochs: how often each text is trained on.
+        seed: of the split, of the new weights and of the order.
+        quiet: print nothing.
+
+    Raises:
+        DeltaError: a package is missing, or what the demo is to show is not so.
+    """
+    data.check_packages()
+    console = Console(quiet=quiet, highlight=False, soft_wrap=True)
+    with quiet_libraries(), tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        torch.manual_seed(seed)
+        tasks = {
+            "questions": data.load("questions", train_size, test_size, seed),
+            "messages": data.load("messages", max(1, train_size // 3), test_size, seed),
+        }
+        model = load_backbone(len(tasks["questions"].classes))
+        rows, questions = learn_questions(model, tasks["questions"], epochs, seed, folder, console)
+        messages = learn_messages(model, tasks["messages"], epochs, seed, folder, console)
+        expected = {"questions": questions, "messages": messages}
+        share(folder, tasks, expected, console)
+        outcome = Outcome(rows, accuracy(messages, labels_of(tasks["messages"])))
+    console.print(
+        f"test accuracy: {outcome.questions:.3f} on questions, {outcome.messages:.3f} on messages"
+    )
+    return outcome
+
+
+def learn_questions(
+    model: nn.Module, texts: Texts, epochs: int, seed: int, folder: Path, console: Console
+) -> tuple[list[Row], Tensor]:
+    """The first task: LoRA and adapters, trained, compared, saved and taken off; their logits."""
+    console.print("1. Two deltas teach a MiniLM to sort questions by what they ask for.\n")
+    deltas = attach_questions(model)
+    console.print(tree(model), "", str(composition(model).explain(SITE)), sep="\n")
+    introduce(texts, "questions", console)
+    train(model, texts, epochs, 2e-3, seed, folder / "trainer", console)
+    for delta in deltas:
+        delta.save_finetuned(folder / delta.name)
+    composition(model).save(folder / "questions")
+    rows, logits = compare(model, deltas, texts, folder)
+    console.print("", table(rows, statistics(model).trainable_ratio), "", sep="\n")
+    for delta in deltas:
+        delta.detach()
+    return rows, logits
+
+
+def learn_messages(
+    model: nn.Module, texts: Texts, epochs: int, seed: int, folder: Path, console: Console
+) -> Tensor:
+    """The second task, on the same backbone: a LoRA with two labels, trained and saved."""
+    console.print("2. They leave, and another delta teaches the same MiniLM to find spam.")
+    spam = attach_messages(model, len(texts.classes))
+    introduce(texts, "text messages", console)
+    train(model, texts, epochs, 5e-3, seed, folder / "trainer", console)
+    composition(model).save(folder / "messages")
+    logits = predict(model, texts)
+    spam.detach()
+    return logits
+
+
+def introduce(texts: Texts, what: str, console: Console) -> None:
+    """Print how many texts there are, and of which classes."""
+    labels = labels_of(texts)
+    largest = labels.bincount().max().item() / len(labels)
+    console.print(
+        f"\n{len(texts.train):,} {what} to train on, {len(texts.test):,} to test on; "
+        f"classes: {', '.join(texts.classes)}; the largest is {largest:.0%} of them"
+    )
+
+
+def labels_of(texts: Texts) -> Tensor:
+    """The right labels of the test texts."""
+    return torch.tensor([example["labels"] for example in texts.test])
+
+
+def compare(
+    model: nn.Module, deltas: Sequence[Delta], texts: Texts, folder: Path
+) -> tuple[list[Row], Tensor]:
+    """Test the backbone with no delta, with each alone, and with all; also the logits with all.
+
+    Args:
+        folder: where they are saved, each in a folder of its name.
+    """
+    costs = {}
+    for delta in deltas:
+        parameters = sum(p.numel() for p in delta.parameters())
+        costs[delta.name] = (parameters, size_of(folder / delta.name))
+    total = statistics(model)
+    backbone = (
+        total.total_parameters - total.delta_parameters,
+        (data.locate("MiniLM") / "model.safetensors").stat().st_size,
+    )
+    rows = []
+    for names in [[], *([name] for name in costs), list(costs)]:
+        with composition(model).only(*names):
+            logits = predict(model, texts)
+        what = " + ".join(names) or "MiniLM"
+        chosen = [costs[name] for name in names] or [backbone]
+        parameters, size = (sum(column) for column in zip(*chosen, strict=True))
+        rows.append(Row(what, accuracy(logits, labels_of(texts)), parameters, size))
+    return rows, logits
+
+
+def size_of(folder: Path) -> int:
+    """Of the files in a folder, in bytes."""
+    return sum(file.stat().st_size for file in folder.iterdir())
+
+
+def table(rows: Sequence[Row], trained: float) -> Table:
+    """What acts, how well, and at what cost; `trained` is a share of all parameters."""
+    caption = (
+        f"{trained:.2%} of all parameters were trained.\n"
+        "The trained classifier belongs to lora, and acts only with it."
+    )
+    drawn = Table("what acts", caption=caption, caption_justify="left")
+    for column in ("test accuracy", "parameters", "on disk"):
+        drawn.add_column(column, justify="right")
+    for row in rows:
+        cells = [f"{row.accuracy:.3f}", f"{row.parameters:,}", f"{row.size / 1e6:.1f} MB"]
+        drawn.add_row(row.what, *cells)
+    return drawn
+
+
+def share(
+    folder: Path, tasks: Mapping[str, Texts], expected: Mapping[str, Tensor], console: Console
+) -> None:
+    """Put both saved compositions on a new backbone, switch between them, take them off again.
+
+    Raises:
+        DeltaError: a task gives other logits than those that it was saved with.
+    """
+    console.print("\n3. Both compositions on a new MiniLM, side by side, switched for each task.\n")
+    backbone = load_backbone(len(tasks["questions"].classes))
+    before = snapshot(backbone)
+    names: dict[str, list[str]] = {}
+    for task in tasks:
+        known = composition(backbone).names
+        names[task] = [n for n in load(folder / task, backbone).names if n not in known]
+    both = composition(backbone)
+    drawn = Table("task", "what acts")
+    for column in ("labels", "accuracy", "on disk", "logits as saved"):
+        drawn.add_column(column, justify="right")
+    for task in [*tasks, *tasks]:  # twice: switching there and back changes nothing
+        with both.only(*names[task]):
+            logits = predict(backbone, tasks[task])
+        if not torch.equal(logits, expected[task]):
+            raise DeltaError(f"the reloaded {task} compute other logits than those that were saved")
+        right = accuracy(logits, labels_of(tasks[task]))
+        facts = [f"{logits.size(1)}", f"{right:.3f}", f"{size_of(folder / task) / 1e6:.1f} MB"]
+        drawn.add_row(task, " + ".join(names[task]), *facts, f"all {logits.numel():,}")
+    console.print(drawn)
+    for delta in list(both):
+        delta.detach()
+    assert_pristine(backbone, like=before)
+    console.print("detached, the first one first: that MiniLM is as it was, bit for bit\n")

