@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -138,6 +138,21 @@ def as_list(patterns: str | Sequence[str] | None) -> list[str]:
     return [patterns] if isinstance(patterns, str) else list(patterns or ())
 
 
+def repeated(modules: Mapping[str, nn.Module], most: int = 3) -> str:
+    """The repeated blocks of a module tree, for a message: "encoder.layer.0-11 (BertLayer)"."""
+    stacks: dict[tuple[str, type], list[int]] = {}
+    for name, module in modules.items():
+        holder, _, key = name.rpartition(".")
+        if key.isdigit() and any(True for _ in module.children()):
+            alike = re.sub(r"(?<![^.])\d+(?![^.])", "*", holder)
+            stacks.setdefault((alike, type(module)), []).append(int(key))
+    stacks = {stack: numbers for stack, numbers in stacks.items() if len(numbers) > 1}
+    return ", ".join(
+        f"{f'{holder}.' if holder else ''}{min(numbers)}-{max(numbers)} ({cls.__name__})"
+        for (holder, cls), numbers in list(stacks.items())[:most]
+    )
+
+
 def no_match(
     pattern: str, names: Iterable[str], where: object, what: str = "module"
 ) -> AddressError:
@@ -146,10 +161,12 @@ def no_match(
     ends = Counter(".".join(name.split(".")[-parts:]) for name in names if name)
     near = nearest(pattern.removeprefix("[r]"), (end for end in ends if not end.isdigit()))
     hints = ", ".join(f"{end!r} ({ends[end]} {what}{'s' * (ends[end] > 1)})" for end in near)
+    blocks = repeated(dict(where.named_modules())) if isinstance(where, nn.Module) else ""
     is_plain = re.fullmatch(r"[\w.-]*|\[r\].*", pattern)
     return AddressError(
         f"no {what} matches {pattern!r} in {type(where).__name__}; "
         + (f"nearest: {hints}" if near else "opendelta.tree(model) prints all names")
+        + (f"; its repeated blocks: {blocks}" if blocks else "")
         + ("" if is_plain else f"; a regular expression is written '[r]{pattern}'")
     )
 

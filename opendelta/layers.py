@@ -289,6 +289,8 @@ def kind_of(module: nn.Module) -> Kind | None:
     """The row of the table for `module`, or None if its type says nothing about its sizes."""
     if isinstance(module, nn.Embedding):
         scale = getattr(module, "embed_scale", 1.0)  # a float, or a buffer of one element
+        if isinstance(scale, Tensor) and scale.is_meta:  # as on a backbone without weights
+            scale = getattr(module, "scalar_embed_scale", 1.0)
         return Embedding(module.num_embeddings, module.embedding_dim, float(scale))
     if isinstance(module, nn.modules.conv._ConvNd):
         return _convolution(module)

@@ -49,7 +49,9 @@ class DeltaConfig:
         exclude_modules: the modules that do not, nor any module inside them.
         unfrozen_modules: backbone modules or parameters that `freeze_module` leaves trainable and
             that are saved with the delta.
-        common_structure: `modified_modules` are roles such as "attn.q", as the defaults are.
+        common_structure: `modified_modules` are roles such as "attn.q", as the defaults are; see
+            `opendelta.roles`. {pattern: role} decides the roles of modules that match, as its
+            `override` does.
         interactive_modify: OpenDelta 0.3's page for picking modules; not available.
         modules_to_save: modules of which the delta owns a copy, in the module's place while the
             delta is attached and active, trained and saved with it.
@@ -68,7 +70,9 @@ class DeltaConfig:
     modified_modules: list[str] | None = dataclasses.field(default=None, kw_only=True)
     exclude_modules: list[str] | None = dataclasses.field(default=None, kw_only=True)
     unfrozen_modules: list[str] | None = dataclasses.field(default=None, kw_only=True)
-    common_structure: bool | None = dataclasses.field(default=None, kw_only=True)
+    common_structure: bool | dict[str, str | None] | None = dataclasses.field(
+        default=None, kw_only=True
+    )
     interactive_modify: bool | int = dataclasses.field(default=False, kw_only=True)
     modules_to_save: list[str] | None = dataclasses.field(default=None, kw_only=True)
     num_labels: int | None = dataclasses.field(default=None, kw_only=True, metadata={"minimum": 1})

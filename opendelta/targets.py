@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -32,12 +33,10 @@ def resolve(
     Raises:
         AddressError: a pattern or a role selects nothing, or exclusions leave nothing.
     """
-    wanted, by_role = config.modified_modules, bool(config.common_structure)
-    if wanted is None:
-        wanted, by_role = list(defaults), True
+    wanted = list(defaults) if config.modified_modules is None else config.modified_modules
     if not wanted:
         raise AddressError("modified_modules is an empty list; None selects the default places")
-    select_all = structure.with_roles if by_role else select_modules
+    select_all = _selection(config, layer_class)
     if layer_class.paired:
         modified = _pairs(found, wanted, select_all, as_list(config.exclude_modules))
     else:
@@ -66,6 +65,25 @@ def resolve(
         unfrozen_modules=unfrozen or None,
         **some,
     )
+
+
+def _selection(
+    config: DeltaConfig, layer_class: type[DeltaLayer]
+) -> Callable[[Survey, Sequence[str]], list[str]]:
+    """How the config's names select modules: as patterns, or as roles.
+
+    Of the default roles an architecture need not have all.
+    """
+    by_default = config.modified_modules is None
+    if not by_default and not config.common_structure:
+        return select_modules
+    some = by_default and not layer_class.paired
+    return functools.partial(structure.with_roles, override=_override(config), some=some)
+
+
+def _override(config: DeltaConfig) -> dict[str, str | None] | None:
+    """The roles that the user decides."""
+    return config.common_structure if isinstance(config.common_structure, dict) else None
 
 
 def _owned(found: Survey, wanted: Sequence[str]) -> dict[str, nn.Module]:
@@ -153,7 +171,7 @@ def _some_of(
     """
     patterns = getattr(config, field.name)
     if patterns is None:
-        known = structure.roles(found.root)
+        known = structure.roles(found.root, _override(config))
         return [name for name in modified if known.get(name) in field.metadata["modules"]] or None
     if isinstance(patterns, dict):
         values: dict[str, Any] = {}
@@ -168,7 +186,7 @@ def _some(
     found: Survey, modified: list[str], patterns: list[str], config: DeltaConfig
 ) -> list[str]:
     if config.common_structure:
-        patterns = structure.with_roles(found, patterns)
+        patterns = structure.with_roles(found, patterns, _override(config))
     return select(modified, patterns, found.root, what="modified module")
 
 

@@ -69,4 +69,4 @@ class AdapterModel(Delta):
     delta_type = "adapter"
     config_class = AdapterConfig
     layer_class = AdapterLayer
-    default_modified_modules = ("attn.proj", "ff.w2")
+    default_modified_modules = ("attn.proj", "ff.w2", "mixer.out")

@@ -63,4 +63,4 @@ class BitFitModel(Delta):
     delta_type = "bitfit"
     config_class = BitFitConfig
     layer_class = BitFitLayer
-    default_modified_modules = ("attn", "ff", "layer_norm")
+    default_modified_modules = ("attn", "ff", "mixer", "layer_norm")

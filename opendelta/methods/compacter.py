@@ -88,7 +88,7 @@ class CompacterModel(Delta):
     delta_type = "compacter"
     config_class = CompacterConfig
     layer_class = CompacterLayer
-    default_modified_modules = ("attn.proj", "ff.w2")
+    default_modified_modules = ("attn.proj", "ff.w2", "mixer.out")
 
     @classmethod
     def shared_for(cls, config: Any) -> Callable[..., nn.Module] | None:

@@ -72,4 +72,4 @@ class FourierFTModel(Delta):
     delta_type = "fourierft"
     config_class = FourierFTConfig
     layer_class = FourierFTLayer
-    default_modified_modules = ("attn.q", "attn.v")
+    default_modified_modules = ("attn.q", "attn.v", "mixer.in")

@@ -73,4 +73,4 @@ class IA3Model(Delta):
     delta_type = "ia3"
     config_class = IA3Config
     layer_class = IA3Layer
-    default_modified_modules = ("attn.k", "attn.v", "ff.w2")
+    default_modified_modules = ("attn.k", "attn.v", "ff.w2", "mixer.in")

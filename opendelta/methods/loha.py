@@ -80,4 +80,4 @@ class LohaModel(Delta):
     delta_type = "loha"
     config_class = LohaConfig
     layer_class = LohaLayer
-    default_modified_modules = ("attn.q", "attn.v")
+    default_modified_modules = ("attn.q", "attn.v", "mixer.in")

@@ -97,4 +97,4 @@ class LokrModel(Delta):
     delta_type = "lokr"
     config_class = LokrConfig
     layer_class = LokrLayer
-    default_modified_modules = ("attn.q", "attn.v")
+    default_modified_modules = ("attn.q", "attn.v", "mixer.in")

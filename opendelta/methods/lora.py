@@ -90,7 +90,7 @@ class LoraModel(Delta):
     delta_type = "lora"
     config_class = LoraConfig
     layer_class = LoraLayer
-    default_modified_modules = ("attn.q", "attn.v")
+    default_modified_modules = ("attn.q", "attn.v", "mixer.in")
     combination: Any = None  # what `combine` tells of a delta that it made
 
     @classmethod

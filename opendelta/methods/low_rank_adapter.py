@@ -76,4 +76,4 @@ class LowRankAdapterModel(Delta):
     delta_type = "low_rank_adapter"
     config_class = LowRankAdapterConfig
     layer_class = LowRankAdapterLayer
-    default_modified_modules = ("attn.proj", "ff.w2")
+    default_modified_modules = ("attn.proj", "ff.w2", "mixer.out")

@@ -100,4 +100,4 @@ class OFTModel(Delta):
     delta_type = "oft"
     config_class = OFTConfig
     layer_class = OFTLayer
-    default_modified_modules = ("attn.q", "attn.v")
+    default_modified_modules = ("attn.q", "attn.v", "mixer.in")

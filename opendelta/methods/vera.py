@@ -94,7 +94,7 @@ class VeraModel(Delta):
     delta_type = "vera"
     config_class = VeraConfig
     layer_class = VeraLayer
-    default_modified_modules = ("attn.q", "attn.v")
+    default_modified_modules = ("attn.q", "attn.v", "mixer.in")
 
     @classmethod
     def shared_for(cls, config: Any) -> Callable[..., nn.Module] | None:
