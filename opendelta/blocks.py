@@ -22,12 +22,6 @@ def class_of(module: nn.Module) -> str:
     return (plain_class(module) or type(module)).__name__
 
 
-def inside(found: Survey, around: str) -> Iterator[str]:
-    """The names of the modules in the one called `around`, without itself, in order."""
-    start = f"{around}." if around else ""
-    return (name for name in found.modules if name.startswith(start) and name != around)
-
-
 @dataclass
 class Tree:
     """A survey, with the children of each module."""

@@ -40,7 +40,8 @@ def resolve(
     if layer_class.paired:
         modified = _pairs(found, wanted, select_all, as_list(config.exclude_modules))
     else:
-        names = inside(found, select_all(found, wanted), layer_class)
+        by_role = select_all is not select_modules
+        names = inside(found, select_all(found, wanted), layer_class, by_role)
         modified = leave_out(found, names, as_list(config.exclude_modules))
     owned = _owned(found, as_list(config.modules_to_save))
     for name in modified:
@@ -135,8 +136,13 @@ def _pairs(
     return chosen
 
 
-def inside(found: Survey, names: list[str], layer_class: type[DeltaLayer]) -> list[str]:
-    """`names`, or, where the layer takes no such module but those inside it, their names."""
+def inside(
+    found: Survey, names: list[str], layer_class: type[DeltaLayer], by_role: bool = False
+) -> list[str]:
+    """`names`, or, where the layer takes no such module but those inside it, their names.
+
+    Of modules selected `by_role`, those with none inside, such as fused experts, are left out.
+    """
     if not layer_class.inside:
         return names
     fitting = {name for name in found.modules if _kinds(found, name) & {*layer_class.kinds}}
@@ -145,8 +151,8 @@ def inside(found: Survey, names: list[str], layer_class: type[DeltaLayer]) -> li
         within = [
             n for n in found.modules if n in fitting and n.startswith(f"{name}." if name else "")
         ]
-        expanded += [name] if name in fitting or not within else within
-    return list(dict.fromkeys(expanded))
+        expanded += [name] if name in fitting or not (within or by_role) else within
+    return list(dict.fromkeys(expanded)) or names
 
 
 def _kinds(found: Survey, name: str) -> set[str]:
