@@ -1,0 +1,213 @@
+"""The equations of the papers, written out in float64 with numpy, against what the methods give."""
+
+import copy
+
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+from models import build, token_ids
+from nets import WIDTH, put, shake
+from torch import nn
+
+import opendelta
+from opendelta import (
+    AdapterModel,
+    CompacterModel,
+    LoraModel,
+    LoReftModel,
+    LowRankAdapterModel,
+    ParallelAdapterModel,
+    SoftPromptModel,
+)
+
+X = torch.randn(3, 5, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+
+
+class Two(nn.Module):
+    """A feed-forward layer of two linear modules, on vectors of WIDTH."""
+
+    def __init__(self):
+        super().__init__()
+        self.w1 = nn.Linear(WIDTH, 12)
+        self.w2 = nn.Linear(12, WIDTH)
+
+    def forward(self, x):
+        return self.w2(torch.tanh(self.w1(x)))
+
+
+def two():
+    torch.manual_seed(0)
+    return Two().double().eval()
+
+
+def affine(x, module):
+    """x W^T + b."""
+    return x @ value(module.weight).T + value(module.bias)
+
+
+def value(tensor):
+    return tensor.detach().numpy()
+
+
+def plain(model):
+    """What `model` gives without its deltas."""
+    with opendelta.composition(model).only():
+        return value(model(X))
+
+
+def near(model, expected):
+    np.testing.assert_allclose(value(model(X)), expected, rtol=1e-10, atol=1e-10)
+
+
+def tanh_gelu(x):
+    """gelu_new: the approximation of arXiv:1606.08415."""
+    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+@pytest.mark.parametrize("scaling", [1.0, 4.0])
+@pytest.mark.parametrize("where", [None, "before", "after"])
+def test_the_bottleneck_adapter_of_1902_00751(scaling, where):
+    model = two()
+    delta = shake(
+        AdapterModel(
+            model, modified_modules=["w2"], bottleneck_dim=3, scaling=scaling, layer_norm=where
+        )
+    )
+    layer, h = delta.layers["w2"], plain(model)
+
+    def norm(x):
+        spread = np.sqrt(x.var(-1, keepdims=True) + layer.norm.eps)
+        return (x - x.mean(-1, keepdims=True)) / spread * value(layer.norm.weight) + value(
+            layer.norm.bias
+        )
+
+    x = norm(h) if where == "before" else h
+    x = affine(tanh_gelu(affine(x, layer.down_proj)), layer.up_proj)
+    near(model, h + scaling * (norm(x) if where == "after" else x))
+
+
+@pytest.mark.parametrize("places", [["w2", "w2"], ["w1", "w2"]])
+def test_the_scaled_parallel_adapter_of_2110_04366(places):
+    model = two()
+    delta = shake(
+        ParallelAdapterModel(
+            model, modified_modules=places, bottleneck_dim=3, non_linearity="relu", scaled=4.0
+        )
+    )
+    layer, h = delta.layers[places[0]], plain(model)
+    x = value(X) if places[0] == "w1" else np.tanh(affine(value(X), model.w1))
+    near(model, h + 4 * affine(np.maximum(affine(x, layer.down_proj), 0), layer.up_proj))
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_the_low_rank_adapter_of_2106_04647(rank):
+    model = two()
+    delta = shake(
+        LowRankAdapterModel(
+            model, modified_modules=["w2"], reduction_factor=2, low_rank_rank=rank,
+            non_linearity="relu",
+        )
+    )  # fmt: skip
+    layer, h = delta.layers["w2"], plain(model)
+
+    def sampler(x, part):
+        return x @ (value(part.W_left) @ value(part.W_right)) + value(part.b)
+
+    near(model, h + sampler(np.maximum(sampler(h, layer.down_sampler), 0), layer.up_sampler))
+
+
+@pytest.mark.parametrize("factorized", [True, False])
+@pytest.mark.parametrize("shared", [True, False])
+def test_the_sums_of_kronecker_products_of_compacter_2106_04647(factorized, shared):
+    n = 2
+    model = two()
+    delta = CompacterModel(
+        model, modified_modules=["w2"], reduction_factor=2, hypercomplex_division=n,
+        non_linearity="relu", factorized_phm=factorized, factorized_phm_rule=factorized,
+        shared_phm_rule=shared, shared_W_phm=shared,
+    )  # fmt: skip
+    shake(delta)
+    layer, h = delta.layers["w2"], plain(model)
+
+    def product(module, left, right, whole):
+        """The n matrices of a module: stored whole, or as factors."""
+        if factorized:
+            return np.einsum("nij,njk->nik", value(left(module)), value(right(module)))
+        return value(whole(module))
+
+    def sampler(x, part):
+        rule = layer.shared.rule if shared else part.rule
+        blocks = layer.shared.blocks[part.key] if shared else part.blocks
+        A = product(
+            rule, lambda m: m.phm_rule_left, lambda m: m.phm_rule_right, lambda m: m.phm_rule
+        )
+        B = product(blocks, lambda m: m.W_left, lambda m: m.W_right, lambda m: m.W)
+        return x @ sum(np.kron(A[i], B[i]) for i in range(n)) + value(part.b)
+
+    near(model, h + sampler(np.maximum(sampler(h, layer.down_sampler), 0), layer.up_sampler))
+
+
+@pytest.mark.parametrize(("first", "last"), [(None, None), (1, 2), (0, 1), (9, 9)])
+def test_the_low_rank_change_of_loreft_2404_03592(first, last):
+    model = two()
+    delta = shake(put(LoReftModel, model, "w2", low_rank_dimension=2, first=first, last=last))
+    layer, h = delta.layers["w2"], plain(model)
+    Q, _ = np.linalg.qr(value(layer.rotate_layer))
+    R = Q.T
+    np.testing.assert_allclose(R @ R.T, np.eye(2), atol=1e-12)
+    changed = h + (affine(h, layer.learned_source) - h @ R.T) @ R
+    count = h.shape[1]
+    place = np.arange(count)
+    chosen = (place < (first or 0)) | (place >= count - (last or 0))
+    if first is last is None:
+        chosen[:] = True
+    near(model, np.where(chosen[None, :, None], changed, h))
+
+
+# --------------------------------------------------------------------------------------- the starts
+LLAMA = transformers.LlamaConfig(
+    hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48, vocab_size=60,
+)  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:PiSSA changes the base weights:UserWarning")
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_it_starts_from_the_weight_as_peft_does(init):
+    torch.manual_seed(0)
+    base = transformers.LlamaForCausalLM(LLAMA).eval()
+    config = peft.LoraConfig(
+        r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], init_lora_weights=init
+    )
+    theirs = peft.get_peft_model(copy.deepcopy(base), config).base_model.model
+    delta = LoraModel(
+        base, modified_modules=["q_proj", "down_proj"], lora_r=4, lora_alpha=8, init=init
+    )
+    for name, layer in delta.layers.items():
+        other = theirs.get_submodule(name)
+        A, B = other.lora_A.default.weight, other.lora_B.default.weight
+        assert torch.allclose(layer.lora_B @ layer.lora_A, B @ A, atol=1e-5)
+        # what trains has the same directions, up to the sign of each that an SVD leaves open
+        assert torch.allclose(layer.lora_A.abs(), A.abs(), atol=1e-4)
+    ids = token_ids().remainder(60)
+    assert torch.allclose(base(ids).logits, theirs(ids).logits, atol=1e-4)
+
+
+def test_a_soft_prompt_starts_as_the_embeddings_of_a_text(tmp_path):
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+
+    words = {word: number for number, word in enumerate(["[UNK]", "sort", "these", "films", "by"])}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path)
+    model = build("gpt2")
+    delta = SoftPromptModel(
+        model, soft_token_num=6, token_init="sort these films", tokenizer=str(tmp_path)
+    )
+    (layer,) = delta.layers.values()
+    (prompt,) = layer.parameters()
+    wanted = model.transformer.wte.weight[[1, 2, 3, 1, 2, 3]]
+    assert torch.equal(prompt.reshape(6, -1), wanted)
