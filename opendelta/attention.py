@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import inspect
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -29,6 +30,7 @@ from .record import SLOT
 NAME = "opendelta|"  # before the name of transformers' own function
 SUPPORTED = ("eager", "sdpa")
 
+looking = threading.RLock()  # held by who sets what follows
 observed: dict[int, Heads] | None = None  # {id(module): sizes}, while a shape-only run looks
 
 
@@ -239,8 +241,12 @@ def show(module: nn.Module) -> None:
 
 @contextlib.contextmanager
 def observing(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Heads]]:
-    """Inside, a run of `modules`, after `show`, notes the sizes of keys, values and inputs."""
+    """Inside, a run of `modules`, after `show`, notes the sizes of keys, values and inputs.
+
+    One thread at a time.
+    """
     global observed
+    looking.acquire()
     before, observed = observed, {}
     sizes: dict[str, Heads] = {}
     hidden: dict[str, int] = {}
@@ -257,5 +263,6 @@ def observing(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Heads]]:
             sizes[name] = dataclasses.replace(observed[id(module)], hidden=hidden[name])
     finally:
         observed = before
+        looking.release()
         for hook in hooks:
             hook.remove()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING
 
 from .addressing import Survey, unwrapped
@@ -15,8 +16,28 @@ from .site import LONGEST_NAME
 if TYPE_CHECKING:
     from .delta import Delta
 
-# Who holds a detached delta keeps its name and its place; this set keeps nothing alive.
-HANDLES: weakref.WeakSet[Delta] = weakref.WeakSet()
+
+class Handles:
+    """The deltas that somebody holds, as `iter()` finds them while other threads add theirs.
+
+    Who holds a detached delta keeps its name and its place; this set keeps nothing alive.
+    """
+
+    def __init__(self) -> None:
+        self._known: weakref.WeakSet[Delta] = weakref.WeakSet()
+        self._lock = threading.Lock()
+
+    def add(self, handle: Delta) -> None:
+        """Know one more."""
+        with self._lock:
+            self._known.add(handle)
+
+    def __iter__(self) -> Iterator[Delta]:
+        with self._lock:
+            return iter(list(self._known))
+
+
+HANDLES = Handles()
 
 
 def free_name(wanted: str, taken: Collection[str]) -> str:
@@ -33,7 +54,7 @@ def known_records(found: Survey) -> list[Record]:
     """The deltas of a backbone in total order: the attached, and the detached that are held."""
     records = {id(record): record for record in found.records()}
     inside = {id(module) for module in found.modules.values()}
-    for handle in list(HANDLES):
+    for handle in HANDLES:
         if id(handle.backbone_model) in inside:
             records.setdefault(id(handle.record), handle.record)
     return sorted(records.values(), key=lambda record: record.place)
@@ -75,7 +96,7 @@ def check_root(found: Survey) -> None:
                 f"{record.name!r} was attached through {other}, not through this {what}; attach "
                 "all deltas of a model through the same module"
             )
-    for handle in list(HANDLES):
+    for handle in HANDLES:
         outer = handle.backbone_model
         around = outer is not found.root and any(m is found.root for m in outer.modules())
         if around and handle.attached:
@@ -87,7 +108,7 @@ def check_root(found: Survey) -> None:
 
 def handle_of(found: Survey, record: Record) -> Delta:
     """The handle of an attached delta: the one that somebody holds, or a new one."""
-    for handle in list(HANDLES):
+    for handle in HANDLES:
         if handle.record is record:
             return handle
     prefix = prefix_of(found, record)

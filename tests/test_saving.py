@@ -228,6 +228,36 @@ def test_missing_unexpected_and_misshaped_tensors_are_named(saved):
     refuses(folder, rf"1 not floating: {first}: I8")
 
 
+def test_a_report_tells_by_name_what_does_not_fit(saved):
+    folder, expected = saved
+    good = tensors_of(folder)
+    first, second, third, _ = good
+    other = torch.full_like(good[second], 2, dtype=torch.int8)
+    changed = {first: torch.zeros(3, 3), second: other, "bogus": torch.zeros(1)}
+    rewrite(folder, {**good, **changed})
+    (folder / config_of(folder)["weights"]).rename(folder / "kept")
+    model = net()
+    with untouched(model):
+        report = opendelta.load(folder, model, strict=False)
+        assert not report
+        assert "cannot be read" in report.problem
+        (folder / "kept").rename(folder / config_of(folder)["weights"])
+        report = opendelta.load(folder, model, strict=False)
+    assert (report.names, report.missing, report.unexpected) == ([], [], ["bogus"])
+    assert report.misshaped == {first: ([3, 3], list(good[first].shape))}
+    assert report.other_kind == {second: "I8"}
+    assert "1 unexpected: bogus; 1 of another shape" in report.problem
+    rewrite(folder, {key: value for key, value in good.items() if key != third})
+    assert opendelta.load(folder, model, strict=False).missing == [third]
+    rewrite(folder, {**good, third: good[third] * float("nan")})
+    assert opendelta.load(folder, model, strict=False).not_finite == [third]
+    rewrite(folder, good)
+    report = opendelta.load(folder, model, strict=False)
+    assert report
+    assert report == opendelta.LoadReport(["lora"], saved_from="Net")
+    assert torch.equal(model(IDS), expected)
+
+
 def test_a_backbone_that_does_not_fit_is_refused(saved):
     folder, _ = saved
     with pytest.raises(opendelta.DeltaLoadError, match=r"saved from a Net, .* no module matches"):
@@ -328,6 +358,27 @@ def test_the_config_of_another_library_is_not_overwritten(saved):
 def test_the_hub_is_said_to_be_out_of_reach():
     with pytest.raises(opendelta.DeltaLoadError, match=r"no such folder here, and the hub says"):
         AutoDeltaModel.from_finetuned("Delta/mrpc", backbone_model=net(), local_files_only=True)
+
+
+def test_a_save_between_reading_the_config_and_the_weights_is_no_damage(saved, monkeypatch):
+    folder, _ = saved
+    model = net()
+    delta = AutoDeltaModel.from_finetuned(folder, backbone_model=model)
+    delta.freeze_module()
+    shake(delta, seed=9)
+    real, old = opendelta.folder.read_config, config_of(folder)["weights"]
+
+    def read_config(path):
+        config = real(path)
+        if config["weights"] == old:
+            delta.save_finetuned(folder)
+        return config
+
+    monkeypatch.setattr(opendelta.folder, "read_config", read_config)
+    fresh = net()
+    AutoDeltaModel.from_finetuned(folder, backbone_model=fresh)
+    assert torch.equal(fresh(IDS), model(IDS))
+    assert not (folder / old).exists()
 
 
 def test_a_failing_save_leaves_the_old_content(saved, monkeypatch):
