@@ -1,9 +1,12 @@
 """The pages in docs/ are true: their Python runs, and what is generated is up to date."""
 
+import base64
+import json
 import re
 from pathlib import Path
 
 import methods_table
+import numpy as np
 import torch
 import transformers
 
@@ -46,3 +49,52 @@ def test_the_examples_in_the_page_of_methods_run():
     assert model(ids).logits.shape == (2, 7, 3000)
     assert len(opendelta.composition(model).names) == 14
     assert opendelta.unreached(model) == []
+
+
+# ---------------------------------------------------------------------------- docs/format.md
+FORMAT = (DOCS / "format.md").read_text()
+
+
+def test_the_page_of_the_format_names_every_key(tmp_path):
+    delta = opendelta.LoraModel(bert())
+    delta.freeze_module()
+    delta.save_finetuned(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (fact,) = config["deltas"]
+    keys = re.findall(r"^\| `(\w+)` \|", FORMAT, re.M)
+    assert keys == [*config, *fact]
+    assert f"is\nschema {config['schema_version']}" in FORMAT
+    folder = opendelta.folder
+    assert f"{folder.LARGEST // 2**20} MiB and {folder.MOST_ITEMS:,} items" in FORMAT
+    assert f"is at most {opendelta.fingerprint.TOLERANCE}" in FORMAT.replace("\n", " ")
+    assert f"{opendelta.fingerprint.SAMPLES} values" in FORMAT.replace("\n", " ")
+
+
+def test_the_places_of_the_fingerprint_are_as_the_page_says(tmp_path):
+    model = bert()
+    delta = opendelta.LoraModel(model)
+    delta.freeze_module()
+    delta.save_finetuned(tmp_path)
+    prints = json.loads((tmp_path / "config.json").read_text())["fingerprint"]
+    (places,) = re.findall(r"`(sorted\(.*\))`", FORMAT)
+    for name, facts in prints.items():
+        flat = model.get_parameter(name).detach().flatten()
+        values = flat[eval(places, {"n": flat.numel()})]
+        given = np.frombuffer(base64.b64decode(facts["values"]), "<f4")
+        assert given.tolist() == values.tolist()
+
+
+def test_the_format_is_read_without_opendelta_as_the_page_does(tmp_path, monkeypatch, capsys):
+    model = bert()
+    opendelta.LoraModel(model, lora_r=2)
+    opendelta.AdapterModel(model, name="style", modules_to_save=["cls"]).freeze_module()
+    opendelta.composition(model).save(tmp_path / "my-delta")
+    monkeypatch.chdir(tmp_path)
+    (code,) = BLOCK.findall(FORMAT)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 10
+    names = {}
+    exec(compile(code, "format.md", "exec"), names)
+    own = {k: t for d in opendelta.composition(model) for k, t in d.state_dict().items()}
+    assert names["tensors"].keys() == own.keys()
+    assert all(torch.equal(names["tensors"][key], tensor) for key, tensor in own.items())
+    assert capsys.readouterr().out.startswith("lora lora ['bert.encoder.layer.0.attention")
