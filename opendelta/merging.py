@@ -6,6 +6,7 @@ is. Merged layers stay on their stack, with the weights as they were, and no lon
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,8 +40,10 @@ class MergeReport:
     errors: dict[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        lines = [f"merged into {len(self.merged)} modules"]
-        lines += [f"{where}: {', '.join(names)} still act" for where, names in self.left.items()]
+        merged = Counter(", ".join(names) for names in self.merged.values())
+        left = Counter(", ".join(names) for names in self.left.values())
+        lines = [f"merged into {count} modules: {names}" for names, count in merged.items()]
+        lines += [f"acting on top of {count} modules: {names}" for names, count in left.items()]
         lines += [f"{where}: relative error {e:.1e}" for where, e in self.errors.items()]
         return "\n".join(lines)
 

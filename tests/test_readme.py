@@ -54,7 +54,7 @@ def test_the_examples_run_and_print_what_the_readme_says(offline, capsys):
         elif language == "text" and printed:
             assert textwrap.dedent(code).strip() == printed.strip()
             printed, compared = None, compared + 1
-    assert compared == 6
+    assert compared == 8
 
 
 def test_the_set_up_is_two_commands():
