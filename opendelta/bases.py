@@ -139,7 +139,7 @@ class OutputLayer(DeltaLayer):
     in it is changed.
     """
 
-    kinds = ("linear", "embedding", "norm", "other")
+    kinds: tuple[str, ...] = ("linear", "embedding", "norm", "other")
     width: int
 
     def change(self, h: Tensor) -> Tensor:

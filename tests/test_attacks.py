@@ -82,9 +82,9 @@ def test_the_corpus_is_what_its_script_writes(tmp_path):
             assert file.read_bytes() == (HERE / name / file.name).read_bytes()
 
 
-@pytest.mark.parametrize("kind", ["opendelta", "peft", "opendelta-0.3"])
+@pytest.mark.parametrize("kind", corpus.MAKE)
 def test_what_they_were_made_from_is_good(kind, tmp_path):
-    files = {"opendelta": corpus.ours, "peft": corpus.peft, "opendelta-0.3": corpus.old}[kind]()
+    files = corpus.MAKE[kind]()
     write(tmp_path, files)
     model = net()
     report = opendelta.load(tmp_path, model, check_backbone=False, strict=False)
@@ -100,9 +100,9 @@ def test_each_attack_ends_in_its_error(name):
 
 
 # ------------------------------------------------------------- too large, or no file, to commit
-@pytest.mark.parametrize("kind", ["opendelta", "peft", "opendelta-0.3"])
+@pytest.mark.parametrize("kind", corpus.MAKE)
 def test_a_json_of_100_mb_is_not_read(kind, tmp_path):
-    files = {"opendelta": corpus.ours, "peft": corpus.peft, "opendelta-0.3": corpus.old}[kind]()
+    files = corpus.MAKE[kind]()
     write(tmp_path, files)
     (config,) = tmp_path.glob("*.json")
     with open(config, "ab") as file:
@@ -149,7 +149,7 @@ def test_a_seed_is_not_grown_to_matrices_that_no_file_holds(tmp_path):
                        ("opendelta-0.3", "*.bin"), ("opendelta", "*.json"), ("peft", "*.json")]
 )  # fmt: skip
 def test_links_out_of_the_folder_and_things_that_are_no_file(kind, file, tmp_path):
-    files = {"opendelta": corpus.ours, "peft": corpus.peft, "opendelta-0.3": corpus.old}[kind]()
+    files = corpus.MAKE[kind]()
     folder = tmp_path / "delta"
     write(folder, files)
     (path,) = folder.glob(file)

@@ -23,6 +23,13 @@ def bert():
     return transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=3000, **sizes)).eval()
 
 
+def test_the_example_in_the_page_of_other_libraries_runs(tmp_path, capsys):
+    names = {"model": bert(), "folder": tmp_path / "peft"}
+    for code in BLOCK.findall((DOCS / "interop.md").read_text()):
+        exec(compile(code, "interop.md", "exec"), names)
+    assert capsys.readouterr().out == "lora 4\n"
+
+
 def test_the_table_of_methods_is_what_the_script_writes():
     text = methods_table.PAGE.read_text()
     assert methods_table.page(text) == text

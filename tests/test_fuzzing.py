@@ -14,7 +14,6 @@ from nets import IDS, net
 import opendelta
 from opendelta.registry import METHODS
 
-MAKE = {"opendelta": corpus.ours, "peft": corpus.peft, "opendelta-0.3": corpus.old}
 FUZZ = settings(
     max_examples=80,
     deadline=None,
@@ -99,21 +98,21 @@ def model():
     return net()
 
 
-@pytest.mark.parametrize("kind", MAKE)
+@pytest.mark.parametrize("kind", corpus.MAKE)
 @FUZZ
 @given(data=st.data())
 def test_random_bytes(kind, data, model, tmp_path):
-    files = dict.fromkeys(MAKE[kind](), b"")
-    for name, good in MAKE[kind]().items():
+    files = dict.fromkeys(corpus.MAKE[kind](), b"")
+    for name, good in corpus.MAKE[kind]().items():
         files[name] = data.draw(st.sampled_from([good, b"{}", b"[]"]) | st.binary(max_size=64))
     loads_or_refuses(tmp_path / "delta", files, model)
 
 
-@pytest.mark.parametrize("kind", MAKE)
+@pytest.mark.parametrize("kind", corpus.MAKE)
 @FUZZ
 @given(data=st.data())
 def test_edited_bytes(kind, data, model, tmp_path):
-    files = MAKE[kind]()
+    files = corpus.MAKE[kind]()
     name = data.draw(st.sampled_from(sorted(files)))
     content = cut(data.draw, files[name])
     if kind == "opendelta" and name != "config.json":
@@ -123,11 +122,11 @@ def test_edited_bytes(kind, data, model, tmp_path):
     loads_or_refuses(tmp_path / "delta", files, model)
 
 
-@pytest.mark.parametrize("kind", MAKE)
+@pytest.mark.parametrize("kind", corpus.MAKE)
 @FUZZ
 @given(data=st.data())
 def test_edited_json(kind, data, model, tmp_path):
-    files = MAKE[kind]()
+    files = corpus.MAKE[kind]()
     (name,) = (name for name in files if name.endswith(".json"))
     facts = edited(data.draw, json.loads(files[name]))
     files[name] = json.dumps(facts).encode()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
-from ..bases import OutputLayer
+from ..bases import DeltaLayer, OutputLayer
 from ..delta import Delta
-from ..layers import Site, activation
+from ..layers import Site, activation, first_input, replace_input
 from ..options import DeltaConfig, option
 
 
@@ -21,12 +23,15 @@ class AdapterConfig(DeltaConfig):
         non_linearity: its activation, by transformers' name.
         scaling: the adapter's output is multiplied by this.
         layer_norm: "before" or "after": normalise what goes into the adapter, or comes out of it.
+        residual: "output": add to the module's output. "input", on a normalisation: add to what it
+            normalises, and normalise again, as the adapters of arXiv:2005.00247 do in BERT.
     """
 
     bottleneck_dim: int = option(24, minimum=1)
     non_linearity: str = "gelu_new"
     scaling: float = 1.0
     layer_norm: str | None = option(None, choices=[None, "before", "after"])
+    residual: str = option("output", choices=["output", "input"])
 
 
 class AdapterLayer(OutputLayer):
@@ -45,10 +50,27 @@ class AdapterLayer(OutputLayer):
         for start in (self.down_proj.bias, self.up_proj.weight, self.up_proj.bias):
             nn.init.zeros_(start)
 
-    def change(self, h: Tensor) -> Tensor:
+    def bottleneck(self, h: Tensor) -> Tensor:
+        """s up(f(down(h)))."""
         x = self.norm(h) if self.layer_norm == "before" else h
         x = self.up_proj(self.non_linearity(self.down_proj(x)))
-        return h + self.scaling * (self.norm(x) if self.layer_norm == "after" else x)
+        return self.scaling * (self.norm(x) if self.layer_norm == "after" else x)
+
+    def change(self, h: Tensor) -> Tensor:
+        return h + self.bottleneck(h)
+
+
+class InputAdapterLayer(AdapterLayer):
+    """n(x + s up(f(down(n(x))))) around a normalisation n of x [..., width]."""
+
+    kinds = ("norm",)
+    gates_itself = True
+
+    def forward(self, call: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        h, x = call(*args, **kwargs), first_input(args, kwargs)
+        change = self.bottleneck(h) if self.gate is None else self.gate(h) * self.bottleneck(h)
+        args, kwargs = replace_input(args, kwargs, x + change.type_as(x))
+        return call(*args, **kwargs)
 
 
 class AdapterModel(Delta):
@@ -70,3 +92,7 @@ class AdapterModel(Delta):
     config_class = AdapterConfig
     layer_class = AdapterLayer
     default_modified_modules = ("attn.proj", "ff.w2", "mixer.out")
+
+    @classmethod
+    def layer_for(cls, config: Any) -> type[DeltaLayer]:
+        return InputAdapterLayer if config.residual == "input" else AdapterLayer

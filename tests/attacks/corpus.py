@@ -27,6 +27,7 @@ PEFT = {
     "base_model.model.linear.lora_A.weight": TENSORS[A],
     "base_model.model.linear.lora_B.weight": TENSORS[B],
 }
+ADAPTERS = {"linear.loras.task.lora_A": TENSORS[A], "linear.loras.task.lora_B": TENSORS[B]}
 OLD = {"linear.lora.lora_A": TENSORS[A], "linear.lora.lora_B": TENSORS[B]}
 CATASTROPHE = r"[r]([a-z]+)+!"
 
@@ -227,7 +228,7 @@ def own_attacks():
     }  # fmt: skip
 
 
-# ------------------------------------------------------------------------- PEFT's, OpenDelta 0.3's
+# --------------------------------------------------------------- PEFT's, OpenDelta 0.3's, adapters'
 def peft(tensors=None, weights=None, text=None, **changes):
     fields = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["linear"], **changes}
     content = weights or safetensors.torch.save(PEFT if tensors is None else tensors)
@@ -348,15 +349,60 @@ def old_attacks():
     }  # fmt: skip
 
 
+def adapters(tensors=None, weights=None, text=None, name="task", **changes):
+    options = {"architecture": "lora", "r": 2, "alpha": 4, **changes}
+    fields = {"config": options, "name": name, "version": "adapters.1.3.0"}
+    return {
+        "adapter_config.json": (text or json.dumps(fields)).encode(),
+        "pytorch_adapter.bin": weights or saved(ADAPTERS if tensors is None else tensors),
+    }
+
+
+def adapters_attacks():
+    """The same against a folder of the adapters library's."""
+    first, second = ADAPTERS
+    zeros = saved({**ADAPTERS, first: torch.zeros(2, 1000)})
+    no = "is no state dict of plain tensors"
+    return {
+        "truncated": (adapters(weights=saved(ADAPTERS)[:-99]), no),
+        "pickle_that_runs_code": (adapters(weights=saved({"a": Harm()})), no),
+        "compressed": (adapters(weights=compressed(zeros)), "it is compressed"),
+        "missing_key": (adapters({first: ADAPTERS[first]}), "lora_B is missing"),
+        "extra_key": (adapters({**ADAPTERS, "x": torch.zeros(1)}), "1 of 3 tensors are none of"),
+        "key_of_the_backbone": (adapters({**ADAPTERS, "linear.weight": torch.zeros(8, 8)}),
+                                "1 of 3 tensors are none of"),
+        "key_of_no_module": (adapters({"no.loras.task.lora_A": TENSORS[A]}), "no module 'no'"),
+        "wrong_shape": (adapters({**ADAPTERS, first: torch.zeros(2, 9)}), "1 of another shape"),
+        "int8_for_float": (adapters({**ADAPTERS, first: torch.zeros(2, 8, dtype=torch.int8)}),
+                           "1 not floating"),
+        "nan": (adapters({**ADAPTERS, second: torch.full((8, 2), float("nan"))}), "not finite"),
+        "rank_2_000_000": (adapters(r=2_000_000), "must be a whole number from 1"),
+        "alpha_1e30": (adapters(alpha=1e30), "must be a number between"),
+        "unknown_method": (adapters(architecture="lroa"), "there is no such method here"),
+        "unknown_option": (adapters(magic=True), "no such option is known"),
+        "name_of_an_expression": (adapters(name="(t+)+k"), "2 of 2 tensors are none of"),
+        "long_option": (adapters(composition_mode="x" * 9999), "it must be 'add' or 'scale'"),
+        "json_deeply_nested": (adapters(text='{"config":' * 2000), "cannot be read as JSON"),
+    }  # fmt: skip
+
+
 def attacks():
     """{"library/name": ({file: content}, the error)}."""
-    kinds = {"opendelta": own_attacks(), "peft": peft_attacks(), "opendelta-0.3": old_attacks()}
+    kinds = {
+        "opendelta": own_attacks(),
+        "peft": peft_attacks(),
+        "opendelta-0.3": old_attacks(),
+        "adapters": adapters_attacks(),
+    }
     return {f"{kind}/{name}": each for kind, part in kinds.items() for name, each in part.items()}
+
+
+MAKE = {"opendelta": ours, "peft": peft, "opendelta-0.3": old, "adapters": adapters}
 
 
 def write(root):
     """Write all folders and the index into `root`."""
-    for kind in ("opendelta", "peft", "opendelta-0.3"):
+    for kind in MAKE:
         shutil.rmtree(root / kind, ignore_errors=True)
     for name, (files, _) in attacks().items():
         (root / name).mkdir(parents=True)

@@ -12,11 +12,9 @@ from ... import folder as files
 from ... import prompting, sharding
 from ...addressing import ancestors, survey
 from ...errors import DeltaLoadError
-from ...layers import (
-    device_and_dtype,
-    stored,
-)
+from ...layers import stored
 from .._files import read_json, read_safetensors
+from .._terms import dtype_option
 from .methods import FINISH
 from .terms import (
     CONFIG,
@@ -84,11 +82,10 @@ def _facts(adapter: Adapter) -> dict[str, Any]:
     mapping = adapter.config.get("auto_mapping")
     made_for = mapping.get("base_model_class") if isinstance(mapping, dict) else None
     made_for = made_for or adapter.config.get("base_model_name_or_path") or "model"
-    chains = [adapter.found.chain(where) for where in adapter.sites]
-    computes = {device_and_dtype(chain)[1] for chain in chains}
-    kinds = {tensor.dtype for own in adapter.sites.values() for tensor in own.values()}
-    full = kinds == {torch.float32} and computes & {torch.float16, torch.bfloat16}
-    common = {"modified_modules": list(adapter.sites), "dtype": "float32" if full else None}
+    common = {
+        "modified_modules": list(adapter.sites),
+        "dtype": dtype_option(adapter.found, adapter.sites),
+    }
     fact = {
         "delta_type": adapter.name,
         "name": adapter.name,

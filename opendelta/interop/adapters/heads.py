@@ -1,0 +1,141 @@
+"""The prediction head that the adapters library saves beside an adapter: whose it is here."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import labels, sharding
+from ...addressing import Survey, ancestors
+from ...errors import DeltaLoadError, UnsavedWarning, shown
+from ...layers import stored
+from .._files import read_json
+from .terms import Part
+
+CONFIG, WEIGHTS, PICKLE = "head_config.json", "model_head.safetensors", "pytorch_model_head.bin"
+ONE = {"layers": 1}
+TWO = {"layers": 2, "activation_function": "tanh", "use_pooler": False}
+# {class of the model: [(what the head's config must say, the linear layers here, in order)]}
+HEADS: dict[str, list[tuple[dict[str, Any], list[str]]]] = {
+    "BertForSequenceClassification": [
+        ({"head_type": "classification", **TWO}, ["bert.pooler.dense", "classifier"]),
+        ({"head_type": "classification", **ONE, "use_pooler": True}, ["classifier"]),
+    ],
+    "RobertaForSequenceClassification": [
+        ({"head_type": "classification", **TWO}, ["classifier.dense", "classifier.out_proj"]),
+    ],
+    **{
+        f"{family}For{task}": [({"head_type": kind, **ONE}, [name])]
+        for family in ("Bert", "Roberta")
+        for task, kind, name in (
+            ("TokenClassification", "tagging", "classifier"),
+            ("QuestionAnswering", "question_answering", "qa_outputs"),
+        )
+    },
+}
+PLACES = (1, 4)  # of a head's linear layers among its dropouts and activations
+
+
+def add(part: Part, given: dict[str, Tensor]) -> None:
+    """Let the delta of `part` own the modules whose weights a saved head has.
+
+    A head that is none of the backbone's modules is left out with a warning.
+
+    Args:
+        given: the head's tensors by the library's names.
+    """
+    config = read_json(part.folder / CONFIG)
+    named = _named(part.found, config, given)
+    own = {name: _tensor(part.found, name) for name in named}
+    owners = {name: _owner(part.found, name) for name in named}
+    if not named or None in own.values() or None in owners.values():
+        form = config.get("config")
+        kind = form.get("head_type") if isinstance(form, dict) else "prediction"
+        made_for = shown(config.get("model_class"))
+        warnings.warn(
+            f"{part.folder}: the {shown(kind)} head of a {made_for} that is saved there is "
+            f"none of this {type(part.found.root).__name__}'s modules, and is left out: "
+            f"{shown([*given])}",
+            UnsavedWarning,
+            stacklevel=7,
+        )
+        return
+    if all(_same(own[name], tensor) for name, tensor in named.items()):
+        return
+    chosen = {*owners.values()}
+    part.options["modules_to_save"] = [name for name in part.found.modules if name in chosen]
+    for name, tensor in named.items():
+        owner = str(owners[name])
+        part.others[part.key(owner, f"module{name[len(owner) :]}")] = tensor
+    part.options["num_labels"] = _count(part, named)
+
+
+def _count(part: Part, named: dict[str, Tensor]) -> int | None:
+    """How many labels the head is for; None if it has no such layer."""
+    count = labels.count_of(part.found.root)
+    for owner in part.options["modules_to_save"]:
+        inside = labels.head_of(part.found.modules[owner], count)
+        if inside is not None:
+            weight = named.get(".".join(filter(None, (owner, inside, "weight"))))
+            return count if weight is None else weight.size(0)
+    return None
+
+
+def _named(found: Survey, config: dict[str, Any], given: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors by the backbone's names for them; none if it has no such head."""
+    form = config.get("config")
+    if form is None:  # a transformers model's own head
+        return given
+    heads = HEADS.get(type(found.root).__name__, []) if isinstance(form, dict) else []
+    for wanted, layers in heads:
+        if all(form.get(option) == value for option, value in wanted.items()):
+            starts = {
+                f"heads.{config.get('name')}.{place}.": f"{layer}."
+                for place, layer in zip(PLACES, layers, strict=False)
+            }
+            return {_renamed(key, starts): tensor for key, tensor in given.items()}
+    return {}
+
+
+def _renamed(key: str, starts: dict[str, str]) -> str:
+    start = next((start for start in starts if key.startswith(start)), "")
+    return starts.get(start, "") + key.removeprefix(start)
+
+
+def _tensor(found: Survey, name: str) -> Tensor | None:
+    """The backbone's own tensor of that full name."""
+    where, _, last = name.rpartition(".")
+    module = found.modules.get(where)
+    return None if module is None else stored(module, last)
+
+
+def _owner(found: Survey, name: str) -> str | None:
+    """The outermost module, outside the base model, that has the tensor called `name`."""
+    base = getattr(found.root, "base_model_prefix", "")
+    around = [n for n in ancestors(name) if n in found.modules and n != base]
+    return around[-1] if around else None
+
+
+def _same(own: Tensor | None, given: Tensor) -> bool:
+    """Whether a saved tensor is that of the backbone."""
+    if own is None or own.is_meta or own.shape != given.shape:
+        return False
+    return torch.equal(sharding.full(own.detach()).cpu().to(given.dtype), given)
+
+
+def read(folder: Path) -> Path | None:
+    """The file with the weights of a head, if one was saved.
+
+    Raises:
+        DeltaLoadError: its config is there without them.
+    """
+    if not (folder / CONFIG).is_file():
+        return None
+    for name in (WEIGHTS, PICKLE):
+        if (folder / name).is_file():
+            return folder / name
+    raise DeltaLoadError(f"{folder}: {CONFIG} is there, but neither {WEIGHTS} nor {PICKLE}")

@@ -1,0 +1,194 @@
+"""How the adapters library calls what we have, and a checkpoint of its on the way to deltas."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ... import structure
+from ...addressing import Survey
+from ...errors import DeltaLoadError, shown
+from ...record import SLOT
+
+CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter.safetensors", "pytorch_adapter.bin"
+LARGEST, LONGEST = 1e38, 100_000  # of options; a float32 holds the one, no model needs the other
+SLOTS = (
+    "adapters", "loras", "prefix_tunings", "prefix_gates", "shared_parameters", "prompt_tunings",
+    "refts", "invertible_adapters",
+)  # fmt: skip
+OLD = {  # slots of adapter-transformers 1.x
+    f"{place}_{kind}_adapters": "adapters"
+    for place in ("attention", "layer")
+    for kind in ("text_task", "text_lang")
+} | {"invertible_lang_adapters": "invertible_adapters"}
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What the library says of one of its methods.
+
+    Attributes:
+        name: what we call it here.
+        slots: where its tensors are.
+        defaults: {option: its default} of those that change what is computed.
+        refused: {option: why no other value than the default can be loaded}.
+        free: options that change nothing, or that the tensors show too.
+    """
+
+    name: str
+    slots: tuple[str, ...]
+    defaults: dict[str, Any]
+    refused: dict[str, str]
+    free: tuple[str, ...] = ()
+
+
+IN_TRAINING = "it acts in training only: set it to 0 in the file to load the rest"
+GATED = "its gate averages over the whole sequence, which no delta does"
+COMMON = ("architecture", "init_weights", "init_weights_seed", "leave_out", "dtype")
+BOTTLENECK = Terms(
+    "adapter",
+    ("adapters", "shared_parameters"),
+    {"non_linearity": "relu", "original_ln_before": False, "original_ln_after": True,
+     "residual_before_ln": True, "ln_before": False, "ln_after": False, "scaling": 1.0,
+     "is_parallel": False, "adapter_residual_before_ln": False, "use_gating": False,
+     "dropout": 0.0, "stochastic_depth": 0.0, "phm_layer": False, "phm_dim": 4,
+     "factorized_phm_W": True, "shared_W_phm": False, "shared_phm_rule": True,
+     "factorized_phm_rule": False, "learn_phm": True, "phm_rank": 1, "phm_bias": True},
+    {"use_gating": GATED, "dropout": IN_TRAINING, "stochastic_depth": IN_TRAINING,
+     "adapter_residual_before_ln": "no delta normalises the sum of an adapter and its input"},
+    ("mh_adapter", "output_adapter", "cross_adapter", "reduction_factor", "inv_adapter",
+     "inv_adapter_reduction_factor", "invertible_adapter", "phm_c_init", "phm_init_range",
+     "hypercomplex_nonlinearity", "MH_Adapter", "Output_Adapter"),
+)  # fmt: skip
+LORA = Terms(
+    "lora",
+    ("loras",),
+    {"r": 8, "alpha": 8, "dropout": 0.0, "attn_matrices": ["q", "v"], "composition_mode": "add",
+     "use_gating": False, "use_dora": False, "vera_d": None, "vera_b": None},
+    {"use_gating": GATED,
+     "vera_d": "this VeRA trains whole matrices, where the paper's trains vectors",
+     "vera_b": "this VeRA trains whole matrices, where the paper's trains vectors"},
+    ("selfattn_lora", "intermediate_lora", "output_lora"),
+)  # fmt: skip
+PREFIX = Terms(
+    "prefix",
+    ("prefix_tunings", "prefix_gates"),
+    {"flat": False, "prefix_length": 30, "non_linearity": "tanh", "dropout": 0.0,
+     "use_gating": False},
+    {"use_gating": GATED, "dropout": IN_TRAINING},
+    ("encoder_prefix", "cross_prefix", "bottleneck_size", "shared_gating"),
+)  # fmt: skip
+ARCHITECTURES = {None: BOTTLENECK, "lora": LORA, "prefix_tuning": PREFIX}
+UNREAD = {
+    "prompt_tuning": "its prompt stands behind the position embeddings, and no delta's does; train "
+    "a SoftPromptModel",
+    "reft": "its first and last tokens are changed by two different layers",
+    "mtl_lora": "several up-projections are mixed",
+}
+
+
+@dataclass
+class Part:
+    """One method of a checkpoint on its way to a delta.
+
+    Attributes:
+        folder: where it is.
+        found: the backbone.
+        config: the library's options, with its defaults for those that are not there.
+        given: {slot: {path of the module there: {name of a tensor: values}}}.
+        name: what the delta will be called.
+        method: our name of the method.
+        options: the delta's options so far.
+        sites: {full name of a module: {our tensor: values}}.
+        others: tensors by the full names that they have in our files.
+    """
+
+    folder: Path
+    found: Survey
+    config: dict[str, Any]
+    given: dict[str, dict[str, dict[str, Tensor]]]
+    name: str
+    method: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+    sites: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    others: dict[str, Tensor] = field(default_factory=dict)
+
+    @cached_property
+    def roles(self) -> dict[str, str]:
+        """{full name of a module: the role that it plays}."""
+        return structure.roles(self.found.root)
+
+    def key(self, where: str, tensor: str) -> str:
+        """The full name that a tensor on the module called `where` has in our files."""
+        return (f"{where}." if where else "") + f"{SLOT}.{self.name}.{tensor}"
+
+    def error(self, what: str) -> DeltaLoadError:
+        """An error of this folder."""
+        return DeltaLoadError(f"{self.folder}: {what}")
+
+    def refusal(self, option: str, why: str) -> DeltaLoadError:
+        """The error for an option of the JSON."""
+        given = f"{option}={shown(self.config.get(option))}"
+        return DeltaLoadError(f"{self.folder / CONFIG}: {given} cannot be loaded: {why}")
+
+    def number(self, option: str) -> float:
+        """An option that must be a number."""
+        value: Any = self.config.get(option)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not abs(value) < LARGEST:
+            raise self.refusal(option, "it must be a number")
+        return value
+
+    def whole(self, option: str) -> int:
+        """An option that must be a whole number of at least 1."""
+        value = self.number(option)
+        if not 1 <= value <= LONGEST or value != int(value):
+            raise self.refusal(option, f"it must be a whole number from 1 to {LONGEST:,}")
+        return int(value)
+
+    def resolve(self, path: str) -> str:
+        """The full name here of the module that is called `path` in the library's model.
+
+        Between a model with a head and one without, names differ by the name of the base model.
+        """
+        base = getattr(self.found.root, "base_model_prefix", "")
+        for name in (path, f"{base}.{path}", path.partition(".")[2]):
+            if name in self.found.modules and (name or not path):
+                return name
+        raise self.error(
+            f"there is no module {shown(path)} in {type(self.found.root).__name__}; load it on the "
+            "model that it was trained on"
+        )
+
+    def take(self, own: dict[str, Tensor], name: str, *shape: int) -> Tensor:
+        """The tensor called `name`, out of `own`.
+
+        Args:
+            shape: its shape, -1 for any size. None given: any shape.
+        """
+        tensor = own.pop(name, None)
+        if tensor is None:
+            raise self.error(f"{name} is missing; there is {', '.join(sorted(own)) or 'nothing'}")
+        fits = len(shape) == tensor.ndim and all(
+            n in (-1, size) for n, size in zip(shape, tensor.shape, strict=True)
+        )
+        if shape and not fits:
+            raise self.error(f"{name} is {list(tensor.shape)} instead of {list(shape)}")
+        return tensor
+
+    def check_empty(self, own: Iterable[str], where: str) -> None:
+        """Raise if tensors are left that nothing took."""
+        if left := sorted(own):
+            raise self.error(f"nothing is known of {', '.join(left[:3])} on {where!r}")
+
+
+def slot_pattern(name: str) -> re.Pattern[str]:
+    """What the key of a tensor of the adapter called `name` looks like."""
+    slots = "|".join((*SLOTS, *OLD))
+    return re.compile(rf"(?:(?P<where>.+)\.)?(?P<slot>{slots})\.{re.escape(name)}\.(?P<rest>.+)")
