@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from attacks import corpus
 from nets import IDS, net, shake, untouched
 
@@ -166,6 +167,18 @@ def test_links_out_of_the_folder_and_things_that_are_no_file(kind, file, tmp_pat
     path.unlink()
     path.mkdir()
     refused(folder, "it is no file|is missing|was not written")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links are made so on POSIX")
+def test_the_adapters_library_has_no_links_out_of_the_folder_either(tmp_path):
+    golden = HERE.parent / "golden_adapters" / "bert" / "lora"
+    folder = tmp_path / "delta"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_bytes((golden / "adapter_config.json").read_bytes())
+    (folder / "pytorch_adapter.bin").symlink_to(golden / "pytorch_adapter.bin")
+    model = transformers.BertForSequenceClassification.from_pretrained(golden.parent / "backbone")
+    with untouched(model), pytest.raises(DeltaLoadError, match="is a link out of its folder"):
+        opendelta.load(folder, model)
 
 
 def test_a_name_that_is_taken_is_not_overwritten(tmp_path):

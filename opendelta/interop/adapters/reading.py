@@ -115,6 +115,7 @@ def _order(part: Part) -> None:
 
 # ---------------------------------------------------------------------------------------- the files
 def _tensors(path: Path) -> dict[str, Tensor]:
+    files.check_link(path)
     return read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
 
 
