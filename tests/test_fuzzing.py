@@ -3,11 +3,9 @@
 import copy
 import json
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from attacks import corpus
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -155,24 +153,3 @@ def test_options_of_every_method(data, model, tmp_path):
     )
     files = corpus.ours(corpus.config(method.delta_type, options=options))
     loads_or_refuses(tmp_path / "delta", files, model)
-
-
-ADAPTERS = Path(__file__).parent / "golden_adapters" / "bert"
-
-
-@pytest.fixture(scope="module")
-def bert():
-    return transformers.BertForSequenceClassification.from_pretrained(ADAPTERS / "backbone").eval()
-
-
-@pytest.mark.parametrize("case", ["lora", "lora_everywhere"])
-@settings(FUZZ, max_examples=40)
-@given(data=st.data())
-def test_edited_folders_of_the_adapters_library(case, data, bert, tmp_path):
-    files = {file.name: file.read_bytes() for file in (ADAPTERS / case).iterdir()}
-    name = data.draw(st.sampled_from(sorted(files)))
-    if name.endswith(".json") and data.draw(st.booleans()):
-        files[name] = json.dumps(edited(data.draw, json.loads(files[name]))).encode()
-    else:
-        files[name] = cut(data.draw, files[name])
-    loads_or_refuses(tmp_path / "delta", files, bert)
