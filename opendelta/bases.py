@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,19 @@ from .layers import Kind, Site
 from .record import Record
 
 Params = dict[str, Tensor]
+
+
+class LowRank(NamedTuple):
+    """A change s B A of a weight, with A [rank, in_features] and B [out_features, rank].
+
+    Attributes:
+        dropout: probability of dropping an input of the change now.
+    """
+
+    A: Tensor
+    B: Tensor
+    scale: float
+    dropout: float
 
 
 class Cell(threading.local):
@@ -151,7 +164,10 @@ class OutputLayer(DeltaLayer):
 
 
 class WeightLayer(DeltaLayer):
-    """y = f(x) + D x; a subclass writes `delta_weight`, and `product` where D need not be built.
+    """y = f(x) + D x; a subclass writes `delta_weight`.
+
+    Where D need not be built it writes `factors`, if D is a product of two matrices, or `product`.
+    Neighbours with `factors` run as one; see `neighbours`.
 
     Attributes:
         kind: the module's row in the table of kinds.
@@ -171,9 +187,22 @@ class WeightLayer(DeltaLayer):
         """D, the change of the weight [out_features, in_features]."""
         raise NotImplementedError
 
+    def factors(self) -> tuple[Tensor, Tensor, float] | None:
+        """A [rank, in_features], B [out_features, rank] and s of D = s B A; None: it has none."""
+        return None
+
+    def low_rank(self) -> LowRank | None:
+        """The factors with the dropout that acts now, or None."""
+        factors = self.factors()
+        return factors and LowRank(*factors, self.dropout if self.training else 0.0)
+
     def product(self, x: Tensor) -> Tensor:
         """D x: what the module would compute from its input if its weight were D."""
-        return self.kind.product(x, self.delta_weight())
+        factors = self.factors()
+        if factors is None:
+            return self.kind.product(x, self.delta_weight())
+        A, B, scale = factors
+        return scale * self.kind.low_rank(x, A, B)
 
     def forward(self, call: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         out, x = call(*args, **kwargs), layers.first_input(args, kwargs)

@@ -10,7 +10,7 @@ from typing import Literal, overload
 
 from torch import nn
 
-from . import merging
+from . import merging, neighbours
 from .addressing import select, survey
 from .delta import Delta
 from .errors import AddressError, DeltaError, DeltaLoadError, nearest
@@ -144,6 +144,40 @@ class Composition:
         finally:
             for record, active in before:
                 record.active = active
+
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[Composition]:
+        """Serve faster inside a `with` block, in which no delta's values change.
+
+        Neighbouring low-rank layers of a module keep their joined matrices from one forward to the
+        next. Switching, reordering, attaching and detaching inside are safe.
+
+        Raises:
+            DeltaError: a forward inside would have to give the deltas gradients; or, at the end,
+                their values changed inside, so that outputs were those of the old ones.
+
+        Example:
+            >>> import torch
+            >>> import opendelta
+            >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+            >>> delta = opendelta.LoraModel(model, modified_modules=["0"])
+            >>> with torch.no_grad(), opendelta.composition(model).frozen():
+            ...     out = model(torch.ones(1, 8))
+        """
+        stacks = [s for s in survey(self.model).stacks.values() if s.frozen is None]
+        kept = [neighbours.Frozen() for _ in stacks]
+        for stack, each in zip(stacks, kept, strict=True):
+            stack.frozen = each
+        try:
+            yield self
+        finally:
+            for stack in stacks:
+                stack.frozen = None
+        if any(each.changed() for each in kept):
+            raise DeltaError(
+                f"values of deltas of {type(self.model).__name__} changed inside frozen(), where "
+                "outputs were those of the old ones; change them outside of it"
+            )
 
     def merge(self, *names: str | Delta) -> MergeReport:
         """Fold deltas into the weights of their modules, where they act at no cost.

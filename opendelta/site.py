@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import attention, foreign, labels, layers
+from . import attention, foreign, labels, layers, neighbours
 from .bases import Beneath, DeltaLayer, Params, gated
 from .errors import SiteError
 from .record import SLOT
@@ -58,13 +58,14 @@ class Stack(nn.ModuleDict):
         super().__init__()
         self.ran: set[str] = set()
         self.steps: list[Step] = []
+        self.frozen: neighbours.Frozen | None = None
         self.register_forward_pre_hook(_step_aside)
 
     def _acting(self) -> list[DeltaLayer]:
         acting: list[Any] = []
         watched = not torch.compiler.is_compiling()  # no side effect, hence no guard, in a graph
         for name, layer in self._modules.items():
-            if layer.record.active and not self.holds(name):  # type: ignore[union-attr]
+            if layer.record.active and not (self.steps and self.holds(name)):  # type: ignore
                 acting.append(layer)
                 if watched:
                     self.ran.add(name)
@@ -86,16 +87,33 @@ class Stack(nn.ModuleDict):
         """(name of the delta, layer), the innermost first."""
         return list(self._modules.items())  # type: ignore[arg-type]
 
-    def around(self, call: Callable[..., Any], module: nn.Module) -> Callable[..., Any]:
-        """`call`, the forward of `module`, with all active layers around it."""
-        acting = self._acting()
-        for index, layer in enumerate(acting):
+    def around(
+        self, call: Callable[..., Any], module: nn.Module, raw: bool = False
+    ) -> Callable[..., Any]:
+        """`call`, the forward of `module`, with all active layers around it.
+
+        Args:
+            raw: whether `call` is the forward of torch's Linear or the like.
+        """
+        acting, index = self._acting(), 0
+        while index < len(acting):
+            layer = acting[index]
+            if self.frozen is None or torch.compiler.is_compiling():
+                run = neighbours.pairs(acting, index)
+                count = len(run)
+            else:
+                run, count = self.frozen.run(acting, index)
+            if run:
+                call = functools.partial(neighbours.add, call, run, raw and index == 0)
+                index += count
+                continue
             if layer.sees_module:
                 call = Beneath(call, module, acting[:index])
             if layer.gate is not None and not layer.gates_itself:
                 call = functools.partial(gated, layer, call)
             else:
                 call = functools.partial(layer, call)
+            index += 1
         return call
 
     def fold(self, params: Params) -> Params:
@@ -178,7 +196,8 @@ def site_class(base: type[nn.Module], reads: bool = False) -> type[nn.Module]:
     With `reads`, `.weight` and `.bias` show the folded values, for parents that read them instead
     of calling the module.
     """
-    plain = layers.raw_forward(base) if reads else base.forward
+    raw = layers.raw_forward(base)
+    plain, is_raw = (raw if reads else base.forward), raw is not None
     assert plain is not None
 
     # In the class body and wrapped, because transformers' checkpointing layers look at the body,
@@ -189,7 +208,7 @@ def site_class(base: type[nn.Module], reads: bool = False) -> type[nn.Module]:
         call: Callable[..., Any] = functools.partial(plain, self)
         stack = self._modules.get(SLOT)
         if stack is not None:
-            call = stack.around(call, self)  # type: ignore[operator]
+            call = stack.around(call, self, is_raw)  # type: ignore[operator]
         return call(*args, **kwargs)
 
     def __reduce_ex__(self: nn.Module, protocol: object) -> tuple:

@@ -55,14 +55,14 @@ class LohaLayer(WeightLayer):
         first, second = self.hada_w1_a @ self.hada_w1_b, self.hada_w2_a @ self.hada_w2_b
         return self.scaling * first * second
 
-    def product(self, x: Tensor) -> Tensor:
+    def factors(self) -> tuple[Tensor, Tensor, float] | None:
         n_out, rank = self.hada_w1_a.shape
         n_in = self.hada_w1_b.size(1)
         if rank * rank * (n_in + n_out) >= n_in * n_out:
-            return super().product(x)
+            return None
         A = (self.hada_w1_b[:, None] * self.hada_w2_b[None]).reshape(rank * rank, n_in)
         B = (self.hada_w1_a[:, :, None] * self.hada_w2_a[:, None]).reshape(n_out, rank * rank)
-        return self.scaling * self.kind.low_rank(x, A, B)
+        return A, B, self.scaling
 
 
 class LohaModel(Delta):

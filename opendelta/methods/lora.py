@@ -62,7 +62,7 @@ class LoraLayer(WeightLayer):
 
     def pair(self) -> tuple[Tensor, Tensor]:
         """A and B, with those of the weight's own part where the start took it off."""
-        if not hasattr(self, "start_A"):
+        if "start_A" not in self._buffers:
             return self.lora_A, self.lora_B
         A, B = torch.cat([self.lora_A, self.start_A]), torch.cat([self.lora_B, -self.start_B], 1)
         return A, B
@@ -71,8 +71,8 @@ class LoraLayer(WeightLayer):
         A, B = self.pair()
         return self.scaling * (B @ A)
 
-    def product(self, x: Tensor) -> Tensor:
-        return self.scaling * self.kind.low_rank(x, *self.pair())
+    def factors(self) -> tuple[Tensor, Tensor, float]:
+        return *self.pair(), self.scaling
 
 
 class LoraModel(Delta):

@@ -1,0 +1,262 @@
+"""What "fast" means, where it is a count and not a time: operations, bytes, walks, recompiles."""
+
+import contextlib
+import copy
+
+import pytest
+import torch
+from models import vectors
+from nets import shake
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import opendelta
+from opendelta import AdapterModel, LohaModel, LoraModel, composition, neighbours
+
+
+class Counted(TorchDispatchMode):
+    """Counts the operations that run inside, by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.name().removeprefix("aten::").partition(".")[0]
+        self.counts[name] = self.counts.get(name, 0) + 1
+        return func(*args, **(kwargs or {}))
+
+    def of(self, *names):
+        return sum(self.counts.get(name, 0) for name in names)
+
+
+@contextlib.contextmanager
+def each_by_itself():
+    """The plain onion, with which the joined layers are compared."""
+    neighbours.ENABLED = False
+    try:
+        yield
+    finally:
+        neighbours.ENABLED = True
+
+
+def saved_bytes(model, x):
+    """What autograd keeps of a forward beside the model's own tensors, each storage once."""
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    kept = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(x)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def results(model, x):
+    """The output, the gradient of the input, and those of all parameters that have one."""
+    torch.manual_seed(5)
+    x = x.detach().clone().requires_grad_()
+    model.zero_grad()
+    out = model(x)
+    (out * torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)).sum().backward()
+    return [out.detach(), x.grad, *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+def loras(model, count, **options):
+    return [
+        shake(LoraModel(model, modified_modules=["0"], name=f"lora_{i}", **options), seed=i)
+        for i in range(count)
+    ]
+
+
+def one_linear(bias=True, width=16, dtype=torch.float64):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(width, width + 4, bias=bias)).to(dtype)
+    return model.requires_grad_(False)
+
+
+# ------------------------------------------------------------------------------ neighbouring layers
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(16,), (5, 16), (2, 3, 16), (2, 2, 3, 16)])
+@pytest.mark.parametrize("scales", ["equal", "unequal"])
+def test_neighbours_compute_what_each_by_itself_does(bias, shape, scales):
+    model, x = one_linear(bias), vectors(*shape).double()
+    for i in range(3):
+        alpha = 16.0 if scales == "equal" else 3.0 + i
+        shake(LoraModel(model, modified_modules=["0"], lora_r=2, lora_alpha=alpha, name=f"l{i}"))
+    shake(AdapterModel(model, modified_modules=["0"], bottleneck_dim=3))
+    shake(LohaModel(model, modified_modules=["0"], r=1))
+    shake(LoraModel(model, modified_modules=["0"], lora_r=3, name="top"))
+    found = results(model, x)
+    with torch.no_grad():
+        without_gradient = model(x)
+    with each_by_itself():
+        expected = results(model, x)
+    assert len(found) == len(expected) == 2 + 4 * 2 + 4 + 4
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-10)
+    torch.testing.assert_close(without_gradient, expected[0], rtol=1e-6, atol=1e-10)
+
+
+def test_second_derivatives_are_those_of_each_by_itself():
+    model, x = one_linear(), vectors(3, 16).double()
+    loras(model, 2, lora_r=2)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def second():
+        first = torch.autograd.grad(model(x).pow(3).sum(), parameters, create_graph=True)
+        return torch.autograd.grad(sum(g.pow(2).sum() for g in first), parameters)
+
+    found = second()
+    with each_by_itself():
+        expected = second()
+    torch.testing.assert_close(found, expected)
+
+
+def test_eight_loras_are_one_pair_of_products():
+    model, x = one_linear(), vectors(2, 3, 16).double()
+    loras(model, 8, lora_r=2)
+    model(x)
+    with torch.no_grad(), Counted() as ops:
+        model(x)
+    products = ops.of("mm", "addmm", "addmm_", "bmm")
+    assert (products, ops.of("addmm_")) == (3, 1)  # the module's own, A x, and B in place
+    assert ops.of("mul", "mul_", "add", "add_") == 0
+    with Counted() as ops:
+        model(x)
+    assert (ops.of("mm", "addmm", "addmm_", "bmm"), ops.of("addmm_")) == (3, 1)
+
+
+def test_a_layer_in_between_parts_the_neighbours():
+    model, x = one_linear(), vectors(2, 3, 16).double()
+    first, second = loras(model, 2, lora_r=2)
+    adapter = shake(AdapterModel(model, modified_modules=["0"], bottleneck_dim=3))
+    model(x)
+
+    def products():
+        with torch.no_grad(), Counted() as ops:
+            model(x)
+        return ops.of("mm", "addmm", "addmm_")
+
+    assert products() == 1 + 2 + 2
+    composition(model).reorder([first, adapter, second])
+    assert products() == 1 + 2 + 2 + 2
+
+
+def test_a_watched_layer_runs_by_itself():
+    model, x = one_linear(), vectors(3, 16).double()
+    loras_on_it = loras(model, 2, lora_r=2)
+    expected, calls = model(x), []
+    loras_on_it[1].layers["0"].register_forward_hook(lambda *_: calls.append(1))
+    torch.testing.assert_close(model(x), expected)
+    assert calls == [1]
+
+
+# torch scripts its own formulas for forward mode when they are first used.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+def test_functional_transforms_and_forward_mode_see_neighbours():
+    model, x = one_linear(), vectors(4, 16).double()
+    loras(model, 2, lora_r=2)
+    torch.testing.assert_close(torch.func.vmap(model)(x), model(x))
+    jacobian = torch.func.jacfwd(model)(x[0])
+    torch.testing.assert_close(jacobian, torch.autograd.functional.jacobian(model, x[0]))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x[0], torch.ones_like(x[0]))
+        tangent = torch.autograd.forward_ad.unpack_dual(model(dual)).tangent
+    torch.testing.assert_close(tangent, jacobian.sum(1))
+
+
+# ------------------------------------------------------------------------------------------ frozen
+def test_frozen_joins_once_and_switching_inside_is_safe():
+    model, x = one_linear(), vectors(3, 16).double()
+    deltas = loras(model, 3, lora_r=2)
+    model(x)
+    composed = composition(model)
+    with torch.no_grad():
+        all_on = model(x)
+        with composed.only("lora_1"):
+            one = model(x)
+        with composed.frozen():
+            for _ in range(2):
+                assert torch.equal(model(x), all_on)
+                with composed.only("lora_1"):
+                    torch.testing.assert_close(model(x), one)
+            with Counted() as ops:
+                model(x)
+            assert ops.of("cat", "mm", "addmm", "addmm_") == 3
+            deltas[0].detach()
+            with_two = model(x)
+            twin = copy.deepcopy(model)
+        torch.testing.assert_close(model(x), with_two)
+        shake(composition(twin)["lora_1"])
+        assert not torch.allclose(twin(x), with_two)
+        shake(deltas[1])
+        assert not torch.allclose(model(x), with_two)
+
+
+def test_frozen_refuses_gradients_and_says_that_values_changed():
+    model, x = one_linear(), vectors(3, 16).double()
+    (delta,) = loras(model, 1, lora_r=2)
+    with composition(model).frozen(), pytest.raises(opendelta.DeltaError, match="no_grad"):
+        model(x)
+
+    def change_inside():
+        with torch.no_grad(), composition(model).frozen():
+            model(x)
+            shake(delta)
+
+    with pytest.raises(opendelta.DeltaError, match="changed inside frozen"):
+        change_inside()
+    assert model(x).requires_grad
+
+
+# ------------------------------------------------------------------------------- bytes in training
+@pytest.mark.parametrize("count", [1, 3])
+def test_dropout_has_the_gradients_of_what_it_computed(count):
+    model, x = one_linear(), vectors(5, 16).double().requires_grad_()
+    loras(model, count, lora_r=2, lora_dropout=0.4)
+    model.train()
+    inputs = [x, *(p for p in model.parameters() if p.requires_grad)]
+
+    def run(*_):
+        torch.manual_seed(3)
+        return model(x)
+
+    assert torch.autograd.gradcheck(run, inputs)
+    assert torch.equal(run(), run())
+    assert not torch.equal(run(), model(x))
+
+
+def test_dropout_drops_each_layer_s_inputs_for_itself():
+    model = one_linear(bias=False)
+    loras(model, 2, lora_r=2, lora_dropout=0.5)
+    model.train()
+    x = torch.ones(4000, 16, dtype=torch.float64)
+    out = model(x).detach()
+    model.eval()
+    expected = model(x[:1])[0]
+    torch.testing.assert_close(out.mean(0), expected, rtol=0.2, atol=0.05)
+    seeds = [part.seed for part in neighbours._segments([0.5, 0.5, 0.0, 0.0, 0.5], True)]
+    assert len(set(seeds)) == 4
+    assert seeds[2] is None
+
+
+def test_dropout_keeps_no_copy_of_the_input():
+    x = vectors(64, 16).requires_grad_()
+    kept = {}
+    for rate in (0.0, 0.1):
+        model = one_linear(dtype=torch.float32)
+        loras(model, 4, lora_r=2, lora_dropout=rate)
+        kept[rate] = saved_bytes(model.train(), x)
+    assert kept[0.1] == kept[0.0] == 4 * (64 * 16 + 64 * 4 * 2)  # x, and A x of rank 2, four times
+
+
+def test_mixed_dtypes_keep_no_copy_of_the_input():
+    model, x = one_linear(dtype=torch.bfloat16), vectors(64, 16).bfloat16().requires_grad_()
+    loras(model, 2, lora_r=2, dtype="float32")
+    factors = 2 * (2 * 16 + 2 * 20)
+    assert saved_bytes(model, x) <= 2 * (64 * 16 + 64 * 2 * 2 + factors)
