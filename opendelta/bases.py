@@ -8,31 +8,19 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import layers
+from . import layers, products
 from .errors import SiteError
 from .layers import Kind, Site
+from .products import LowRank
 from .record import Record
 
 Params = dict[str, Tensor]
-
-
-class LowRank(NamedTuple):
-    """A change s B A of a weight, with A [rank, in_features] and B [out_features, rank].
-
-    Attributes:
-        dropout: probability of dropping an input of the change now.
-    """
-
-    A: Tensor
-    B: Tensor
-    scale: float
-    dropout: float
 
 
 class Cell(threading.local):
@@ -204,7 +192,16 @@ class WeightLayer(DeltaLayer):
         A, B, scale = factors
         return scale * self.kind.low_rank(x, A, B)
 
+    def runs_as_factors(self) -> bool:
+        """Whether it computes just what its factors say, beside a linear module."""
+        cls = type(self)
+        common = cls.forward is WeightLayer.forward and cls.product is WeightLayer.product
+        return products.ENABLED and common and self.kind.name == "linear"
+
     def forward(self, call: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        pair = self.low_rank() if self.runs_as_factors() else None
+        if pair is not None:
+            return products.add(call, [pair], False, *args, **kwargs)
         out, x = call(*args, **kwargs), layers.first_input(args, kwargs)
         if self.dropout:
             x = F.dropout(x, self.dropout, self.training)

@@ -88,8 +88,10 @@ class Delta:
         config = self.config_class.from_dict({**given, **options})
         if not isinstance(backbone_model, nn.Module):
             raise OptionError(f"backbone_model must be a torch.nn.Module, not {backbone_model!r}")
-        self._prepare(survey(backbone_model), config)
-        self._enter()
+        found = survey(backbone_model)
+        with planning.uncollected():
+            self._prepare(found, config)
+            self._enter(found=found)
 
     @classmethod
     def from_config(
@@ -210,9 +212,18 @@ class Delta:
         for layer in self.layers.values():
             layer.record = self.record
 
-    def _enter(self, before: Record | None = None, after: Record | None = None) -> None:
-        """Plan, then commit: put all layers on the backbone, at the delta's place in the order."""
-        found = survey(self.backbone_model)
+    def _enter(
+        self,
+        before: Record | None = None,
+        after: Record | None = None,
+        found: Survey | None = None,
+    ) -> None:
+        """Plan, then commit: put all layers on the backbone, at the delta's place in the order.
+
+        Args:
+            found: the backbone as it is.
+        """
+        found = survey(self.backbone_model) if found is None else found
         plan = planning.places(found, self.name, self.config, self.layers)
         known = [record for record in known_records(found) if record is not self.record]
         if any(record.name == self.name for record in known):
@@ -264,7 +275,7 @@ class Delta:
         known = known_records(found)
         neighbours = [self._neighbour(known, other) for other in (before, after)]
         if not self.attached:
-            self._enter(*neighbours)
+            self._enter(neighbours[0], neighbours[1])
         elif any(neighbours):
             for record in known:
                 merging.check_apart(record, "cannot move deltas around")

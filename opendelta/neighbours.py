@@ -1,6 +1,4 @@
-"""Neighbouring low-rank layers of a site, computed as one pair of matrix products.
-
-    y + sum_i s_i B_i A_i x  =  y + B A x   with   A = [A_1; A_2; ...],  B = [s_1 B_1, s_2 B_2, ...]
+"""Which layers of a stack run as one, and what is kept of them while nothing changes.
 
 The factors are put side by side anew for every forward: nothing tells whether a copy of parameters
 that was kept is still right, because fused optimizers and `.data` change values unseen. It is kept
@@ -9,45 +7,23 @@ only where the user says that nothing changes; see `Frozen`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.autograd import forward_ad
+from torch import Tensor
 from torch.nn.modules import module as modules
 
-from .bases import DeltaLayer, LowRank, WeightLayer
+from .bases import DeltaLayer, WeightLayer
 from .errors import DeltaError
-from .layers import first_input
-
-ENABLED = True  # False: each layer runs by itself, which is what tests compare with
-
-Call = Callable[..., Tensor]
+from .products import LowRank, side_by_side
 
 
-class Segment(NamedTuple):
-    """Consecutive layers that see the same input: several without dropout, or one with it.
-
-    Attributes:
-        start, end: the layers, by index.
-        dropout: probability of dropping an input.
-        seed: of the mask that dropout drew, None where it need not be drawn again.
-    """
-
-    start: int
-    end: int
-    dropout: float
-    seed: int | None = None
-
-
-# ------------------------------------------------------------------------------------ which layers
 def pairs(acting: Sequence[DeltaLayer], start: int) -> list[LowRank]:
     """The factors of the layers from `start` on, as far as they can run as one."""
     found: list[LowRank] = []
-    for layer in acting[start:] if ENABLED else ():
-        pair = layer.low_rank() if _is_common(layer) else None  # type: ignore[attr-defined]
+    for layer in acting[start:]:
+        pair = layer.low_rank() if isinstance(layer, WeightLayer) and _joins(layer) else None
         if pair is None:
             break
         found.append(pair)
@@ -98,184 +74,14 @@ def _values(part: Any) -> Any:
     return part.detach() if isinstance(part, Tensor) else part
 
 
-def _is_common(layer: DeltaLayer) -> bool:
-    """Whether a layer computes just what its factors say, and nobody watches its call."""
-    cls, own = type(layer), layer.__dict__
+def _joins(layer: WeightLayer) -> bool:
+    """Whether a layer may run with its neighbours: it has no gate, and nobody watches its call."""
+    own = layer.__dict__
     return (
-        cls.forward is WeightLayer.forward
-        and cls.product is WeightLayer.product  # type: ignore[attr-defined]
+        layer.runs_as_factors()
         and layer.gate is None
-        and layer.kind.name == "linear"  # type: ignore[attr-defined]
         and not (own["_forward_hooks"] or own["_forward_pre_hooks"])
         and not (own["_backward_hooks"] or own["_backward_pre_hooks"])
         and "forward" not in own
         and not modules._has_any_global_hook()
     )
-
-
-def side_by_side(run: Sequence[LowRank]) -> LowRank:
-    """One pair that computes the sum of several, whose dropout is that of the first."""
-    if len(run) == 1:
-        return run[0]
-    scale = run[0].scale
-    if any(pair.scale != scale for pair in run):
-        run, scale = [pair._replace(B=pair.scale * pair.B) for pair in run], 1.0
-    A, B = torch.cat([pair.A for pair in run]), torch.cat([pair.B for pair in run], 1)
-    return LowRank(A, B, scale, run[0].dropout)
-
-
-def _cat(tensors: Sequence[Tensor], axis: int) -> Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(tuple(tensors), axis)
-
-
-def _segments(rates: Sequence[float], seeded: bool) -> list[Segment]:
-    found: list[Segment] = []
-    for index, rate in enumerate(rates):
-        if not rate and found and not found[-1].dropout:
-            found[-1] = found[-1]._replace(end=index + 1)
-        else:
-            seed = int(torch.empty((), dtype=torch.int64).random_()) if rate and seeded else None
-            found.append(Segment(index, index + 1, rate, seed))
-    return found
-
-
-# -------------------------------------------------------------------------------------- computation
-def add(call: Call, run: Sequence[LowRank], raw: bool, *args: Any, **kwargs: Any) -> Tensor:
-    """What `call` gives, plus what the layers of a run add.
-
-    Args:
-        run: their factors.
-        raw: `call` is the forward of torch's Linear or the like, whose output is its own to change.
-    """
-    x = first_input(args, kwargs)
-    if not _is_eager(x):
-        return _composed(call(*args, **kwargs), x, run)
-    flat = x if x.ndim == 2 else x.reshape(-1, x.size(-1))
-    out = call(flat) if raw else call(*args, **kwargs)
-    if type(out) is not Tensor or out.dtype != x.dtype:
-        return _composed(out, x, run).view(*x.shape[:-1], -1)
-    y = out if raw else out.reshape(-1, out.size(-1))
-    if torch.is_grad_enabled():
-        scales, rates = [pair.scale for pair in run], [pair.dropout for pair in run]
-        in_place = raw and not y._is_view()  # a view's graph would copy the gradient
-        factors = [_like(pair.A, x) for pair in run] + [_like(pair.B, x) for pair in run]
-        y = _AddLowRank.apply(y, flat, in_place, scales, _segments(rates, True), *factors)
-    elif any(pair.dropout for pair in run):
-        return _composed(out, flat, run).view(*x.shape[:-1], -1)
-    else:
-        A, B, scale, _ = side_by_side(run)
-        h = F.linear(flat, _like(A, x))
-        y = (y.addmm_ if raw else y.addmm)(h, _like(B, x).t(), alpha=scale)
-    return y if x.ndim == 2 else y.view(*x.shape[:-1], -1)
-
-
-def _is_eager(x: Any) -> bool:
-    """Whether operations on `x` may be in place, and have a gradient written by hand."""
-    return (type(x) is Tensor or type(x) is nn.Parameter) and not (
-        torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
-        or x.is_nested
-        or x.is_meta
-        or torch._C._is_any_autocast_enabled()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-    )
-
-
-def _like(tensor: Tensor, x: Tensor) -> Tensor:
-    return tensor if tensor.dtype == x.dtype else tensor.to(x.dtype)
-
-
-def _composed(out: Tensor, x: Tensor, run: Sequence[LowRank]) -> Tensor:
-    """The same in torch's own operations, for what compiles or transforms them."""
-    for part in _segments([pair.dropout for pair in run], False):
-        whole = side_by_side(run[part.start : part.end])
-        dropped = F.dropout(x, part.dropout) if part.dropout else x
-        change = F.linear(F.linear(dropped, _like(whole.A, x)), _like(whole.B, x))
-        out = out + (whole.scale * change).type_as(out)
-    return out
-
-
-def _down(x: Tensor, A: Sequence[Tensor], segments: Sequence[Segment]) -> Tensor:
-    """A_i x side by side [tokens, all ranks], each layer with its own dropout."""
-    return _cat(
-        [F.linear(_dropped(x, part), _cat(A[part.start : part.end], 0)) for part in segments], 1
-    )
-
-
-def _scaled(h: Tensor, scales: Sequence[float], A: Sequence[Tensor]) -> Tensor:
-    """h [tokens, all ranks], each layer's part times its scale."""
-    if all(scale == scales[0] for scale in scales):
-        return h if scales[0] == 1 else h * scales[0]
-    parts = h.split([factor.size(0) for factor in A], 1)
-    return torch.cat([part * scale for part, scale in zip(parts, scales, strict=True)], 1)
-
-
-def _dropped(x: Tensor, part: Segment) -> Tensor:
-    if not part.dropout:
-        return x
-    return F.dropout(x, part.dropout) if part.seed is None else x * _mask(x, part)
-
-
-def _mask(x: Tensor, part: Segment) -> Tensor:
-    """The same numbers, 0 and 1 / (1 - p), for the same seed."""
-    assert part.seed is not None
-    generator = torch.Generator(x.device).manual_seed(part.seed)
-    kept = torch.empty_like(x, requires_grad=False)
-    return kept.bernoulli_(1 - part.dropout, generator=generator).div_(1 - part.dropout)
-
-
-class _AddLowRank(torch.autograd.Function):
-    """y + B A x for several pairs; keeps x, A x and the factors, and no copies of x or of factors.
-
-    Dropout's masks are drawn again for the gradient, from their seeds.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        y: Tensor,
-        x: Tensor,
-        in_place: bool,
-        scales: list[float],
-        segments: list[Segment],
-        *factors: Tensor,
-    ) -> Tensor:
-        A, B = factors[: len(scales)], factors[len(scales) :]
-        ctx.scales, ctx.segments = scales, segments
-        h = _down(x, A, segments)
-        ctx.save_for_backward(x, h, *factors)
-        scaled, up = _scaled(h, scales, A), _cat(B, 1).t()
-        if not in_place:
-            return torch.addmm(y, scaled, up)
-        ctx.mark_dirty(y)
-        return y.addmm_(scaled, up)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        x, h, *factors = ctx.saved_tensors
-        scales, count = ctx.scales, len(ctx.scales)
-        A, B = factors[:count], factors[count:]
-        ranks = [factor.size(0) for factor in A]
-        if torch.is_grad_enabled():  # h has no graph of its own, for a second derivative
-            h = _down(x, A, ctx.segments)
-        wanted = ctx.needs_input_grad[5:]
-        g_A: list[Any] = [None] * count
-        g_B: list[Any] = [None] * count
-        if any(wanted[count:]):
-            g_B = [
-                part if scale == 1 else part * scale
-                for part, scale in zip((g.t() @ h).split(ranks, 1), scales, strict=True)
-            ]
-        g_h = _scaled(g @ _cat(B, 1), scales, A).split(ranks, 1)
-        g_x = None
-        for part in ctx.segments:
-            these = slice(part.start, part.end)
-            own = _cat(g_h[these], 1)
-            if any(wanted[these]):
-                g_A[these] = (own.t() @ _dropped(x, part)).split(ranks[these], 0)
-            if ctx.needs_input_grad[1]:
-                more = own @ _cat(A[these], 0)
-                more = more * _mask(x, part) if part.dropout else more
-                g_x = more if g_x is None else g_x + more
-        return (g, g_x, None, None, None, *g_A, *g_B)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import gc
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -21,6 +23,21 @@ from .shapes import attention_heads, output_widths
 # Where the values of layers come from: they start; they are to be read from a file, and until then
 # there is no memory for them; or they never come, as the layers are only looked at.
 Values = Literal["new", "saved", "never"]
+
+
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """Inside, Python looks for no garbage: it would visit all modules again for every few new ones.
+
+    Without it the time for each module grows with their number.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def make_layers(
@@ -86,12 +103,13 @@ def places(
     """
     check_owned(found, layers)
     before, chosen = planned or {}, {*(config.modified_modules or ())}
+    wholes = {name for name, module in found.modules.items() if foreign.loads_inside(module)}
     sites = {}
     for where, layer in layers.items():
         if where not in found.modules:
             raise no_match(where, found.modules, found.root)
         module = found.modules[where]
-        if any(map(foreign.loads_inside, found.chain(where))):
+        if wholes & {"", *ancestors(where)}:
             raise SiteError(
                 f"{where!r} ({type(module).__name__}): accelerate loads this module as part of a "
                 "whole (preload_module_classes) that the delta was not in; attach before offloading"
@@ -208,7 +226,10 @@ def fit(layer: DeltaLayer, module: nn.Module, device: torch.device, dtype: torch
     if any(parameter.is_meta for parameter in layer.parameters()) and device.type != "meta":
         return  # accelerate offloaded the layer and brings its values for every run
     if not isinstance(layer, OwnedModule):
-        layer.to(device=device, dtype=dtype)
+        tensors = (*layer.parameters(), *layer.buffers())
+        moved = any(t.device != device for t in tensors)
+        if moved or any(t.dtype != dtype for t in tensors if t.is_floating_point()):
+            layer.to(device=device, dtype=dtype)
         return
     layer.to(device=device)
     like = dict(module.named_parameters())

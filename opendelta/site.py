@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import attention, foreign, labels, layers, neighbours
+from . import attention, foreign, labels, layers, neighbours, products
 from .bases import Beneath, DeltaLayer, Params, gated
 from .errors import SiteError
 from .record import SLOT
@@ -104,7 +104,7 @@ class Stack(nn.ModuleDict):
             else:
                 run, count = self.frozen.run(acting, index)
             if run:
-                call = functools.partial(neighbours.add, call, run, raw and index == 0)
+                call = functools.partial(products.add, call, run, raw and index == 0)
                 index += count
                 continue
             if layer.sees_module:

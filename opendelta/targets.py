@@ -177,6 +177,8 @@ def _some_of(
     """
     patterns = getattr(config, field.name)
     if patterns is None:
+        if not field.metadata["modules"]:
+            return None
         known = structure.roles(found.root, _override(config))
         return [name for name in modified if known.get(name) in field.metadata["modules"]] or None
     if isinstance(patterns, dict):

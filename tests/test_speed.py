@@ -5,13 +5,13 @@ import copy
 
 import pytest
 import torch
-from models import vectors
+from models import tower, vectors
 from nets import shake
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import opendelta
-from opendelta import AdapterModel, LohaModel, LoraModel, composition, neighbours
+from opendelta import AdapterModel, LohaModel, LoraModel, composition, products
 
 
 class Counted(TorchDispatchMode):
@@ -33,11 +33,11 @@ class Counted(TorchDispatchMode):
 @contextlib.contextmanager
 def each_by_itself():
     """The plain onion, with which the joined layers are compared."""
-    neighbours.ENABLED = False
+    products.ENABLED = False
     try:
         yield
     finally:
-        neighbours.ENABLED = True
+        products.ENABLED = True
 
 
 def saved_bytes(model, x):
@@ -214,6 +214,52 @@ def test_frozen_refuses_gradients_and_says_that_values_changed():
     assert model(x).requires_grad
 
 
+# --------------------------------------------------------------------------------------- attaching
+def walks(monkeypatch, model, action):
+    """How often `action` visits each module of the backbone to see its children, on average."""
+    visits = []
+
+    class Children(dict):
+        def items(self):
+            visits.append(1)
+            return super().items()
+
+        def values(self):
+            visits.append(1)
+            return super().values()
+
+    for module in list(model.modules()):
+        module.__dict__["_modules"] = Children(module._modules)
+    count = sum(1 for _ in model.modules())
+    visits.clear()
+    action()
+    return len(visits) / count
+
+
+@pytest.mark.parametrize("others", [0, 3])
+def test_the_module_tree_is_walked_as_often_for_many_targets_as_for_few(monkeypatch, others):
+    found = {}
+    for depth in (4, 40):
+        model = tower(depth)
+        for index in range(others):
+            LoraModel(model, modified_modules=["fc"], lora_r=1, name=f"other_{index}")
+        found[depth] = walks(
+            monkeypatch, model, lambda m=model: LoraModel(m, modified_modules=["fc", "out"])
+        )
+    assert found[40] <= found[4] + 0.2
+    assert found[40] < 2.5
+
+
+def test_a_model_on_the_meta_device_is_not_searched_for_another_one(monkeypatch):
+    with torch.device("meta"):
+        small, large = tower(4), tower(40)
+    found = [
+        walks(monkeypatch, m, lambda m=m: LoraModel(m, modified_modules=["fc"]))
+        for m in (small, large)
+    ]
+    assert max(found) < 5
+
+
 # ------------------------------------------------------------------------------- bytes in training
 @pytest.mark.parametrize("count", [1, 3])
 def test_dropout_has_the_gradients_of_what_it_computed(count):
@@ -240,7 +286,7 @@ def test_dropout_drops_each_layer_s_inputs_for_itself():
     model.eval()
     expected = model(x[:1])[0]
     torch.testing.assert_close(out.mean(0), expected, rtol=0.2, atol=0.05)
-    seeds = [part.seed for part in neighbours._segments([0.5, 0.5, 0.0, 0.0, 0.5], True)]
+    seeds = [part.seed for part in products._segments([0.5, 0.5, 0.0, 0.0, 0.5], True)]
     assert len(set(seeds)) == 4
     assert seeds[2] is None
 
