@@ -208,7 +208,12 @@ class WeightLayer(DeltaLayer):
         return out + self.product(x).type_as(out)
 
     def fold(self, params: Params) -> Params:
-        matrix = self.kind.matrix(params["weight"]) + self.delta_weight()
+        matrix, factors = self.kind.matrix(params["weight"]), self.factors()
+        if factors is not None and factors[0].dtype == matrix.dtype and matrix.is_contiguous():
+            A, B, scale = factors
+            matrix = torch.addmm(matrix, B, A, alpha=scale)
+        else:
+            matrix = matrix + self.delta_weight()
         return params | {"weight": self.kind.like_weight(matrix, params["weight"])}
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import quantised
 from .addressing import Survey
@@ -201,22 +201,28 @@ def fold_into(where: str, module: nn.Module, run: list[Named]) -> tuple[Step, fl
     folded, step = dict(exact), Step(dict(run))
     for _, layer in run:
         folded = layer.fold(folded)
+    error = None
     changed = {key: tensor for key, tensor in folded.items() if tensor is not exact[key]}
-    for key, tensor in changed.items():
-        if not torch.isfinite(tensor.to(_float_of(own[key]))).all():
+    rounded = {key: tensor.to(_float_of(own[key])) for key, tensor in changed.items()}
+    for key, tensor in rounded.items():
+        if not _is_finite(tensor):
             raise SiteError(
                 f"{where!r}: merging {', '.join(step.layers)} gives a {key} with values that are "
                 "not finite; check the delta's tensors and its scale"
             )
-    error = None
     for key, tensor in changed.items():
         plain = quantised.is_plain(own[key])
-        step.kept[key] = quantised.replace(module, key, tensor)
+        step.kept[key] = quantised.replace(module, key, rounded[key])
         step.marks[key] = _mark(module._parameters[key])
         if not plain:
             change = (tensor - exact[key]).norm().clamp_min(1e-30)
             error = float((quantised.in_full(module, key) - tensor).norm() / change)
     return step, error
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether all values are; a finite sum says so, and costs much less to see."""
+    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
 
 def _float_of(parameter: Any) -> torch.dtype:
@@ -228,8 +234,13 @@ def _mark(tensor: Any) -> int:
     """A number that tells whether the bits of a tensor changed."""
     if not quantised.is_plain(tensor):
         return id(tensor)
-    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    return int(flat.sum(dtype=torch.int64))
+    flat = tensor.detach().contiguous().reshape(-1)
+    if (flat.storage_offset() * flat.element_size()) % 8:
+        flat = flat.clone()
+    flat = flat.view(torch.uint8)
+    words = flat.numel() // 8 * 8
+    rest = int(flat[words:].sum(dtype=torch.int64))
+    return int(flat[:words].view(torch.int64).sum()) + rest
 
 
 # ---------------------------------------------------------------------------------------- restoring
