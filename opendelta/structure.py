@@ -75,7 +75,7 @@ def roles(
     Example:
         >>> from torch import nn
         >>> import opendelta
-        >>> model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16), 1)
+        >>> model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1)
         >>> opendelta.roles(model)["layers.0.linear1"]
         'ff.w1'
         >>> opendelta.roles(model, override={"linear1": None}).get("layers.0.linear1")
