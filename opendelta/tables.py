@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from rich import box
 from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -49,21 +50,34 @@ def size(count: float) -> str:
     return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
 
 
+def plain_table(title: str | None = None, *headings: str) -> Table:
+    """An empty table with a line beneath its headings and no other."""
+    return Table(
+        *headings,
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+    )
+
+
 def plan_table(plan: Plan) -> Iterator[RenderableType]:
     """A table of the modules of each delta, and what all of it costs."""
-    table = Table(title=f"plan for {plan.model}", title_justify="left", title_style="bold")
+    table = plain_table(f"plan for {plan.model}")
     table.add_column("delta", style="magenta", no_wrap=True)
     table.add_column("role", style="green", no_wrap=True)
     table.add_column("where", overflow="fold")
-    for heading in ("modules", "parameters", "FLOPs a token"):
+    for heading in ("modules", "parameters", "FLOPs/token"):
         table.add_column(heading, justify="right", no_wrap=True)
     for delta in plan.deltas:
         title = delta.name + f"\n({delta.delta_type})" * (delta.name != delta.delta_type)
         for row in _rows(delta):
             table.add_row(title, *row)
             title = ""
-        table.add_section()
     yield table
+    yield ""
     yield from map(_line, _costs(plan))
     for delta in plan.deltas:
         yield from map(_line, _remarks(delta))

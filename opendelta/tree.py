@@ -6,7 +6,7 @@ import io
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -144,6 +144,15 @@ def fold(nodes: Iterable[Node]) -> list[Node]:
     return list(folded.values())
 
 
+def _as_dict(node: Node) -> dict[str, Any]:
+    return {
+        "names": node.names,
+        "type": node.type,
+        "notes": [text for text, _ in node.notes],
+        "children": [_as_dict(child) for child in node.children],
+    }
+
+
 def spell(names: Iterable[str]) -> str:
     """The names in one word: successive numbers as a range, all else separated by commas."""
     runs: list[list[str]] = []
@@ -194,7 +203,8 @@ class ModelTree:
     def __init__(self, model: nn.Module, keep_non_params: bool = False) -> None:
         if not isinstance(model, nn.Module):
             raise OptionError(f"model must be a torch.nn.Module, not {type(model).__name__}")
-        self._tree = draw(Walk(keep_non_params).node("root", model))
+        self._node = Walk(keep_non_params).node("root", model)
+        self._tree = draw(self._node)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         # A console that may not wrap gets whole lines; any other cuts what is wider than itself.
@@ -204,6 +214,10 @@ class ModelTree:
 
     def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
         return Measurement.get(console, options, self._tree)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as JSON can hold it: names, type, parameters and marks, children."""
+        return _as_dict(self._node)
 
     def _lines(self) -> list[list[Segment]]:
         console = Console(file=io.StringIO())

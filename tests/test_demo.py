@@ -56,7 +56,7 @@ def test_without_typer_one_line_says_how_to_install_it():
 
 def test_an_error_of_opendelta_is_one_line():
     result = run("demo", "--train-size", "5381")
-    assert result.returncode == 1
+    assert result.returncode == 2
     assert result.stderr.startswith("opendelta: train_size=5381 must be from 1 to 4,481")
     assert result.stderr.count("\n") == 1
 
@@ -88,7 +88,7 @@ from opendelta.cli import main
 main()
 """
     )
-    assert (result.returncode, result.stdout) == (1, "")
+    assert (result.returncode, result.stdout) == (2, "")
     (line,) = result.stderr.splitlines()
     assert all(name in line for name in packages)
     assert line.endswith(f"; install with: {command}")

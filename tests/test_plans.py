@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import warnings
 
 import pytest
@@ -285,9 +286,8 @@ def test_it_prints_as_a_table_and_is_data():
     lines = str(plan).splitlines()
     assert lines[0] == "plan for BertForMaskedLM"
     row = next(line for line in lines if "self.query" in line)
-    cells = [cell.strip() for cell in row.strip("│").split("│")]
     name = "bert.encoder.layer.0-1.attention.self.query"
-    assert cells == ["lora", "attn.q", name, "2", "1,024", "2,048"]
+    assert row.split() == ["lora", "attn.q", name, "2", "1,024", "2,048"]
     data = json.loads(json.dumps(plan.to_dict()))
     assert data["added_parameters"] == plan.added_parameters
     assert data["deltas"][0]["modules"][0]["flops"] == {"per_token": 1024, "per_forward": 0}
@@ -324,5 +324,5 @@ def test_a_plan_for_70_billion_parameters_looks_at_each_module_a_few_times(monke
     assert plan.total_parameters == 70_553_706_496
     assert sum(len(delta.modules) for delta in plan.deltas) == 560 + 721 + 240
     assert len(looks) < 40 * len(list(model.modules()))
-    assert "80 │ 10,485,760 │" in str(plan)
+    assert re.search(r"q_proj +80 +10,485,760 +20,971,520", str(plan))
     assert str(opendelta.tree(model)).count("\n") < 30

@@ -1,0 +1,5 @@
+"""`python -m opendelta` is the command `opendelta`."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,74 @@
+"""The command `opendelta`: its subcommands, and what becomes of errors and warnings."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from typing import Annotated, Any
+
+try:
+    import typer
+except ModuleNotFoundError:  # an optional extra; `main` says so
+    typer = None  # type: ignore[assignment]
+
+from .. import __version__
+from ..errors import DeltaError, DeltaWarning
+
+WRONG, BAD_INPUT = 1, 2  # exit codes: a command found a problem; it could not do what was asked
+
+
+def about(
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+) -> None:
+    """Compose small trainable changes on any PyTorch model without touching its code.
+
+    MODEL is a folder, a config.json or a name on the Hugging Face hub; CHECKPOINT is a folder or a
+    name on the hub, of opendelta, PEFT or OpenDelta 0.3. Exit codes: 0 all is well, 1 the command
+    found a problem, 2 it could not do what was asked.
+
+    Example: opendelta demo
+
+    Example: opendelta plan roberta-base --delta lora --option lora_r=8
+    """
+    if version:
+        print(f"opendelta {__version__}")
+        raise typer.Exit
+
+
+def app() -> Any:
+    """The command with all its subcommands."""
+    from . import changing, looking
+    from .requests import DeltasInOrder
+    from .training import demo
+
+    command = typer.Typer(
+        no_args_is_help=True, invoke_without_command=True, pretty_exceptions_enable=False
+    )
+    command.callback()(about)
+    command.command()(looking.tree)
+    command.command(cls=DeltasInOrder)(looking.plan)
+    others: list[Any] = [looking.explain, looking.show, looking.diff]
+    for function in (*others, changing.merge, changing.convert, changing.verify, demo):
+        command.command()(function)
+    return command
+
+
+def main() -> None:
+    """Run the subcommand that was asked for; an error of opendelta is one line and exit code 2."""
+    if typer is None:
+        sys.exit("the command opendelta needs typer; install with: pip install 'opendelta[cli]'")
+    warnings.showwarning = _note
+    for noisy in ("torchao", "torch.utils._pytree", "transformers"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    try:
+        app()()
+    except DeltaError as error:
+        print(f"opendelta: {error}", file=sys.stderr)
+        sys.exit(BAD_INPUT)
+
+
+def _note(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
+    """A warning as one line, without the place in the code that gave it."""
+    name = "" if issubclass(category, DeltaWarning) else f"{category.__name__}: "
+    print(f"opendelta: note: {name}{message}", file=sys.stderr)

@@ -1,0 +1,147 @@
+"""The subcommands that load deltas on real weights: merge, convert, verify."""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import opendelta
+
+from .. import hub
+from ..errors import DeltaError, DeltaLoadError
+from ..interop import peft
+from . import contents as reading
+from . import models
+from .looking import AsJson, Checkpoint, Class, Model, as_json, saved_from
+
+
+class Format(enum.StrEnum):
+    """What `convert` writes."""
+
+    opendelta = "opendelta"
+    peft = "peft"
+
+
+def merge(
+    checkpoint: Checkpoint,
+    model: Model,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the merged model.")],
+    class_name: Class = None,
+    json: AsJson = False,
+) -> None:
+    """Fold the deltas of CHECKPOINT into the weights of MODEL, and save that as a plain model.
+
+    `from_pretrained(OUT)` reads it without opendelta. The tokenizer is not copied.
+
+    Example: opendelta merge my-lora roberta-base merged
+    """
+    _check_new(out)
+    built = models.with_weights(model, class_name, saved_from(checkpoint))
+    composed = opendelta.load(checkpoint, built)
+    names = [delta.name for delta in composed if delta.active]
+    plain: Any = composed.to_backbone()
+    with _all_or_nothing(out) as folder:
+        plain.save_pretrained(folder)
+    if json:
+        as_json({"out": str(out), "model": type(plain).__name__, "merged": names})
+    else:
+        print(f"merged {', '.join(names)} into a {type(plain).__name__}: {out}")
+
+
+def convert(
+    source: Annotated[str, typer.Argument(metavar="IN", help="Folder or hub name.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder that gets the new one.")],
+    to: Annotated[Format, typer.Option(help="Whose files to write.")],
+    model: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="What it is for, if IN does not say.")
+    ] = None,
+    class_name: Class = None,
+    json: AsJson = False,
+) -> None:
+    """Write the checkpoint IN as one of PEFT's, or of opendelta, also from OpenDelta 0.3.
+
+    Several deltas become one PEFT adapter each, in folders inside OUT.
+
+    Example: opendelta convert peft-lora out --to opendelta --model roberta-base
+
+    Example: opendelta convert my-composition out --to peft --model roberta-base
+    """
+    held = reading.contents(source)
+    given = model or held.model
+    if not given:
+        raise DeltaError(f"{source} does not name its model: give --model")
+    _check_new(out)
+    built = models.with_weights(given, class_name, held.backbone).requires_grad_(False)
+    composed = opendelta.load(source, built)
+    several = to is Format.peft and len(composed) > 1
+    with _all_or_nothing(out) as folder:
+        if to is Format.opendelta:
+            composed.save(folder)
+        else:
+            for delta in composed:
+                peft.save(delta, folder / delta.name if several else folder)
+    written = [str(out / name) for name in composed.names] if several else [str(out)]
+    if json:
+        as_json({"from": held.format, "to": str(to), "deltas": composed.names, "written": written})
+    else:
+        print(f"{held.format} -> {to}: {', '.join(composed.names)} in {', '.join(written)}")
+
+
+def _check_new(out: Path) -> None:
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise DeltaError(f"{out} exists and is not empty; give a new folder")
+
+
+@contextlib.contextmanager
+def _all_or_nothing(out: Path) -> Iterator[Path]:
+    """A folder to write into, which becomes `out` unless an error is raised."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as around:
+        folder = Path(around) / "new"
+        yield folder
+        if out.exists():
+            out.rmdir()
+        folder.rename(out)
+
+
+def verify(
+    checkpoint: Checkpoint,
+    model: Model,
+    class_name: Class = None,
+    json: AsJson = False,
+) -> None:
+    """Say whether CHECKPOINT is whole, and fits MODEL and its weights. Exit code 1 if not.
+
+    Of a MODEL that is a config.json the weights cannot be compared.
+
+    Example: opendelta verify my-composition roberta-base
+    """
+    folder = hub.folder_of(checkpoint)
+    if not folder.exists():
+        raise DeltaError(f"no such folder: {checkpoint}")
+    compared = not models.is_config(model)
+    problem, names = None, []
+    try:
+        made = saved_from(checkpoint)
+        build = models.with_weights if compared else models.without_weights
+        built = build(model, class_name, made)
+        names = opendelta.load(checkpoint, built, check_backbone=compared).names
+    except DeltaLoadError as error:
+        problem = str(error)
+    if json:
+        found = {"fits": problem is None, "problem": problem, "deltas": names}
+        as_json({**found, "weights_compared": compared and problem is None})
+    elif problem is None:
+        how = "the weights under them are those that they were trained on"
+        how = how if compared else "the sizes are right, and there are no weights to compare"
+        print(f"{checkpoint} fits {model}: {', '.join(names)}; {how}")
+    else:
+        print(f"{checkpoint} does not fit {model}: {problem}")
+    if problem is not None:
+        raise typer.Exit(1)

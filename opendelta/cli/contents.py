@@ -1,0 +1,230 @@
+"""What a CHECKPOINT holds, without a model: for `show` and `diff`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import checkpoint, hub, interop
+from ..errors import DeltaLoadError
+from ..interop import _files as others
+from ..record import SLOT
+from ..registry import METHODS
+
+SET_ELSEWHERE = ("modified_modules", "modules_to_save", "unfrozen_modules")
+NO_OPTIONS = {  # of other libraries' files
+    "architecture", "auto_mapping", "backbone_checkpoint_name", "backbone_class", "backbone_hash",
+    "base_model_name_or_path", "common_structure", "delta_type", "inference_mode",
+    "modified_modules", "modules_to_save", "opendelta_version", "peft_type", "peft_version",
+    "target_modules", "task_type", "transformers_version",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a folder holds.
+
+    Attributes:
+        format: what wrote it.
+        backbone: the class of the model that it was saved from; "": not known.
+        model: the name of that model; "": not known.
+        deltas: of each its name, type, switches, options that are no defaults, and modules.
+        shapes: {name of a tensor: its shape}.
+        bytes: of all its files together.
+        values: the tensors, read when asked for.
+    """
+
+    path: str
+    format: str
+    backbone: str
+    model: str
+    deltas: list[dict[str, Any]]
+    shapes: dict[str, list[int]]
+    bytes: int
+    values: Mapping[str, Tensor] = field(repr=False)
+
+
+def contents(given: str, values: bool = False) -> Contents:
+    """Read a CHECKPOINT.
+
+    Args:
+        values: read the tensors too, and not only their shapes.
+
+    Raises:
+        DeltaLoadError: there is none, or it is damaged.
+    """
+    folder = hub.folder_of(given)
+    reader = interop.reader_of(folder) if folder.is_dir() else None
+    size = sum(file.stat().st_size for file in folder.glob("*") if file.is_file())
+    if reader is not None:
+        return _foreign(given, folder, reader.__name__.rpartition(".")[2], size)
+    with checkpoint._opened(folder, nn.Module()) as source:
+        source.verify()
+        facts, tensors = source.facts, source.tensors
+        shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+        deltas = [
+            {
+                "name": fact["name"],
+                "delta_type": fact["delta_type"],
+                "active": fact["active"],
+                "frozen": len(fact["frozen"]),
+                "parameters": _count(shapes, fact["name"]),
+                "modules": config.modified_modules or [],
+                "modules_to_save": config.modules_to_save or [],
+                "options": changed_options(config),
+            }
+            for fact, config in zip(facts["deltas"], source.configs, strict=True)
+        ]
+        read = {name: tensor.read() for name, tensor in tensors.items()} if values else {}
+    return Contents(
+        path=given,
+        format=f"opendelta {facts.get('opendelta_version', '')}".strip(),
+        backbone=source.saved_from or "",
+        model="",
+        deltas=deltas,
+        shapes=shapes,
+        bytes=size,
+        values=read,
+    )
+
+
+def changed_options(config: Any) -> dict[str, Any]:
+    """The options of a config that are not the method's defaults."""
+    default = vars(METHODS[config.delta_type].config_class())
+    return {
+        name: value
+        for name, value in vars(config).items()
+        if value != default[name] and name not in (*SET_ELSEWHERE, "name")
+    }
+
+
+def _count(shapes: Mapping[str, list[int]], name: str) -> int:
+    return sum(
+        torch.Size(shape).numel()
+        for key, shape in shapes.items()
+        if f".{SLOT}.{name}." in f".{key}"
+    )
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """Where another library's folder says what `show` tells.
+
+    Attributes:
+        name: the library's.
+        config: its file of options.
+        weights: its files of tensors, of which one is there.
+        kind: the option that names the method; `places` that names the modules; `backbone` and
+            `model` those that name the class of the model, and the model.
+        inner: the option that holds the others.
+    """
+
+    name: str
+    config: str
+    weights: tuple[str, ...]
+    kind: str
+    places: str = ""
+    backbone: str = ""
+    model: str = ""
+    inner: str | None = None
+
+
+FOREIGN = {
+    "peft": Foreign(
+        "PEFT", "adapter_config.json", ("adapter_model.safetensors",), "peft_type",
+        places="target_modules", model="base_model_name_or_path",
+    ),
+    "legacy": Foreign(
+        "OpenDelta 0.3", "config.json", ("pytorch_model.bin",), "delta_type",
+        places="modified_modules", backbone="backbone_class",
+    ),
+    "adapters": Foreign(
+        "adapters", "adapter_config.json", ("adapter.safetensors", "pytorch_adapter.bin"),
+        "architecture", backbone="model_class", model="model_name", inner="config",
+    ),
+}  # fmt: skip
+
+
+def _foreign(given: str, folder: Path, reader: str, size: int) -> Contents:
+    """Another library's folder: what stands in its own files, in its own terms."""
+    library = FOREIGN[reader]
+    whole = others.read_json(folder / library.config)
+    inner = whole.get(library.inner) if library.inner else whole
+    config: dict[str, Any] = inner if isinstance(inner, dict) else {}
+    path = next((folder / n for n in library.weights if (folder / n).is_file()), None)
+    if path is None:
+        raise DeltaLoadError(f"{folder}: there is no {' or '.join(library.weights)} in it")
+    read = others.read_safetensors if path.suffix == ".safetensors" else others.read_pickle
+    tensors = read(path)
+    places = config.get(library.places)
+    kind = str(config.get(library.kind) or "adapter")
+    delta = {
+        "name": str(whole.get("name") or kind),
+        "delta_type": kind,
+        "active": True,
+        "frozen": 0,
+        "parameters": sum(tensor.numel() for tensor in tensors.values()),
+        "modules": places if isinstance(places, list) else [str(places)] if places else [],
+        "modules_to_save": config.get("modules_to_save") or [],
+        "options": {k: v for k, v in sorted(config.items()) if v and k not in NO_OPTIONS},
+    }
+    return Contents(
+        path=given,
+        format=library.name,
+        backbone=str(whole.get(library.backbone) or ""),
+        model=str(whole.get(library.model) or ""),
+        deltas=[delta],
+        shapes={name: list(tensor.shape) for name, tensor in tensors.items()},
+        bytes=size,
+        values=tensors,
+    )
+
+
+def compared(one: Contents, other: Contents) -> dict[str, Any]:
+    """What differs between two checkpoints; empty values where nothing does."""
+    ours = {delta["name"]: delta for delta in one.deltas}
+    theirs = {delta["name"]: delta for delta in other.deltas}
+    both = [name for name in ours if name in theirs]
+    order = [name for name in theirs if name in ours]
+    shapes = {
+        name: [one.shapes[name], other.shapes[name]]
+        for name in one.shapes
+        if name in other.shapes and one.shapes[name] != other.shapes[name]
+    }
+    same = [name for name in one.shapes if name in other.shapes and name not in shapes]
+    return {
+        "only_in_a": [name for name in ours if name not in theirs],
+        "only_in_b": [name for name in theirs if name not in ours],
+        "order": [both, order] if both != order else [],
+        "changed": {n: found for n in both if (found := _changes(ours[n], theirs[n]))},
+        "tensors_only_in_a": sorted(one.shapes.keys() - other.shapes.keys()),
+        "tensors_only_in_b": sorted(other.shapes.keys() - one.shapes.keys()),
+        "shapes": shapes,
+        "values": {
+            name: apart
+            for name in same
+            if (apart := _distance(one.values[name], other.values[name])) > 0
+        },
+    }
+
+
+def _changes(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, list[Any]]:
+    """{what: [in A, in B]} of two deltas of one name."""
+    a = {**ours, **ours["options"], "options": None, "parameters": None}
+    b = {**theirs, **theirs["options"], "options": None, "parameters": None}
+    return {k: [a.get(k), b.get(k)] for k in {**a, **b} if a.get(k) != b.get(k)}
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    """|a - b| / |b|; 0 where all bits are equal."""
+    if torch.equal(a, b) and a.dtype == b.dtype:
+        return 0.0
+    one, other = a.double(), b.double()
+    size = max(float(one.norm()), float(other.norm()))
+    apart = float((one - other).norm())
+    return apart / size if size > 0 else max(apart, 5e-324)

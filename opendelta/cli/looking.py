@@ -1,0 +1,253 @@
+"""The subcommands that look: tree, plan, explain, show, diff."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+import opendelta
+
+from ..errors import DeltaError
+from ..tables import WIDTH, folded, plain_table, size
+from . import contents as reading
+from . import models, requests
+
+SHOWN = 8  # of several names
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder, config.json or hub name.")]
+Checkpoint = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Folder or hub name.")]
+Class = Annotated[
+    str | None,
+    typer.Option("--class", metavar="NAME", help="Class of the model, such as BertForMaskedLM."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def console() -> Console:
+    """Standard output: as wide as the terminal, or as COLUMNS says, or else `WIDTH`."""
+    known = sys.stdout.isatty() or "COLUMNS" in os.environ
+    return Console(width=None if known else WIDTH, highlight=False)
+
+
+def as_json(data: Any) -> None:
+    """Print `data` as JSON."""
+    print(json.dumps(data, indent=2))
+
+
+def tree(
+    model: Model,
+    class_name: Class = None,
+    roles: Annotated[
+        bool, typer.Option("--roles", help="List the roles, which --at of `plan` takes, instead.")
+    ] = False,
+    json: AsJson = False,
+) -> None:
+    """Draw the modules of MODEL, those that are alike as one; its weights are not needed.
+
+    Example: opendelta tree roberta-base
+
+    Example: opendelta tree my-model/config.json --class BertForMaskedLM --roles
+    """
+    built = models.without_weights(model, class_name)
+    if not roles:
+        drawn = opendelta.tree(built)
+        as_json(drawn.to_dict()) if json else drawn.show()
+        return
+    found = opendelta.roles(built)
+    if json:
+        as_json(found)
+        return
+    table = plain_table(f"roles in {type(built).__name__}", "role", "where", "modules")
+    for role in dict.fromkeys(found.values()):
+        own = [name for name, has in found.items() if has == role]
+        table.add_row(role, "\n".join(folded(own)), str(len(own)))
+    console().print(table)
+
+
+def plan(
+    model: Model,
+    delta: Annotated[
+        list[str] | None,
+        typer.Option("--delta", "-d", metavar="TYPE", help="Method, such as lora; repeat it."),
+    ] = None,
+    option: Annotated[
+        list[str] | None,
+        typer.Option("--option", "-o", metavar="NAME=VALUE", help="Of the --delta before it."),
+    ] = None,
+    at: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--at",
+            "-a",
+            metavar="PLACES",
+            help="Roles or names of modules, for the --delta before.",
+        ),
+    ] = None,
+    class_name: Class = None,
+    json: AsJson = False,
+) -> None:
+    """Say what deltas would be on MODEL, and what they would cost; its weights are not needed.
+
+    Several deltas are planned in order, as if attached one after another. TYPE may hold all of it:
+    TYPE:name=value,...@place,... . Places are roles, such as attn.q, the ends of module names, or
+    regular expressions behind \\[r].
+
+    Example: opendelta plan roberta-base --delta lora --option lora_r=8 --at attn.q
+
+    Example: opendelta plan roberta-base --delta lora --delta adapter --at output
+
+    Example: opendelta plan config.json --delta lora:lora_r=8,lora_alpha=32@attn.q,attn.v
+    """
+    if option or at:
+        name, first = ("--option", option) if option else ("--at", at)
+        raise typer.BadParameter(f"{name} {first[0]!r} must stand after a --delta")  # type: ignore
+    if not delta:
+        raise typer.BadParameter("give at least one --delta, such as --delta lora")
+    wanted = [requests.parse(text) for text in delta]
+    built = models.without_weights(model, class_name)
+    planned = opendelta.plan(built, [requests.config_for(built, each) for each in wanted])
+    as_json(planned.to_dict()) if json else console().print(planned)
+
+
+def explain(
+    path: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Folder or hub name.")],
+    model: Model,
+    module: Annotated[
+        str | None, typer.Option(metavar="NAME", help="One module only, by its name's end.")
+    ] = None,
+    class_name: Class = None,
+    json: AsJson = False,
+) -> None:
+    """Say what each module of MODEL computes with the deltas of CHECKPOINT on it.
+
+    Example: opendelta explain my-composition roberta-base
+
+    Example: opendelta explain my-composition roberta-base --module layer.0.attention.self.query
+    """
+    built = models.without_weights(model, class_name, saved_from(path))
+    composed = opendelta.load(path, built, check_backbone=False)
+    if module is not None:
+        one = composed.explain(module)
+        if json:
+            as_json([{"module": one.module, "formula": one.formula, "steps": one.steps}])
+        else:
+            print(one)
+        return
+    sites = dict.fromkeys(where for delta in composed for where in delta.layers)
+    told = [composed.explain(where) for where in sites]
+    if json:
+        as_json([{"module": e.module, "formula": e.formula, "steps": e.steps} for e in told])
+        return
+    names = [delta.name + " (disabled)" * (not delta.active) for delta in composed]
+    title = f"{', '.join(names)} on {type(built).__name__}"
+    table = plain_table(title, "module", "computes")
+    alike: dict[str, list[str]] = {}
+    for each in told:
+        alike.setdefault(each.formula, []).append(each.module)
+    for formula, names in alike.items():
+        table.add_row("\n".join(folded(names)), formula)
+    console().print(table)
+
+
+def saved_from(path: str) -> str:
+    """The class of the model that a checkpoint was saved from, or ""."""
+    return reading.contents(path).backbone
+
+
+def show(checkpoint: Checkpoint, json: AsJson = False) -> None:
+    """Say what CHECKPOINT holds: deltas, options, sizes. No model is needed.
+
+    Example: opendelta show my-composition
+    """
+    held = reading.contents(checkpoint)
+    count = sum(_numel(shape) for shape in held.shapes.values())
+    if json:
+        made_for = {"backbone": held.backbone, "model": held.model}
+        facts = {"path": held.path, "format": held.format, **made_for}
+        sizes = {"parameters": count, "tensors": held.shapes, "bytes": held.bytes}
+        as_json({**facts, **sizes, "deltas": held.deltas})
+        return
+    table = plain_table(None, "delta", "type", "state", "parameters")
+    for heading in ("where", "options"):
+        table.add_column(heading, overflow="fold")
+    for delta in held.deltas:
+        state = ["active" if delta["active"] else "disabled", *["frozen"] * bool(delta["frozen"])]
+        places = [*folded(delta["modules"]), *(f"own {n}" for n in delta["modules_to_save"])]
+        shown = [*places[:SHOWN], *["..."] * (len(places) > SHOWN)]
+        options = [f"{name}={value!r}" for name, value in delta["options"].items()]
+        table.add_row(
+            delta["name"],
+            delta["delta_type"],
+            ", ".join(state),
+            f"{delta['parameters']:,}",
+            "\n".join(shown),
+            "\n".join(options),
+        )
+    out, backbone = console(), held.backbone or held.model or "an unnamed model"
+    out.print(
+        f"{held.path}: {held.format}, saved from {backbone}; "
+        f"{count:,} parameters in {len(held.shapes)} tensors, {size(held.bytes)}"
+    )
+    out.print(table)
+
+
+def _numel(shape: list[int]) -> int:
+    total = 1
+    for length in shape:
+        total *= length
+    return total
+
+
+def diff(
+    a: Annotated[str, typer.Argument(metavar="A", help="A checkpoint.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="Another.")],
+    json: AsJson = False,
+) -> None:
+    """Say what differs between two checkpoints: deltas, options, tensors. Exit code 1 if anything.
+
+    Example: opendelta diff before-training after-training
+    """
+    one, other = (reading.contents(path, values=True) for path in (a, b))
+    if one.format.split()[0] != other.format.split()[0]:
+        raise DeltaError(
+            f"{a} is of {one.format} and {b} of {other.format}: convert one of them first"
+        )
+    found = reading.compared(one, other)
+    if json:
+        as_json(found)
+    else:
+        lines = list(_differences(found, len(one.shapes)))
+        print("\n".join(lines) if lines else f"the same: {len(one.shapes)} tensors, bit for bit")
+    if any(found.values()):
+        raise typer.Exit(1)
+
+
+def _differences(found: dict[str, Any], count: int) -> Any:
+    for letter in "ab":
+        for name in found[f"only_in_{letter}"]:
+            yield f"delta {name}: only in {letter.upper()}"
+    if found["order"]:
+        yield f"order: {' '.join(found['order'][0])} in A, {' '.join(found['order'][1])} in B"
+    for name, changes in found["changed"].items():
+        for what, (before, after) in changes.items():
+            yield f"delta {name}: {what} is {before!r} in A, {after!r} in B"
+    for letter in "ab":
+        if names := found[f"tensors_only_in_{letter}"]:
+            yield f"{len(names)} tensors only in {letter.upper()}: {_some(names)}"
+    for name, (before, after) in found["shapes"].items():
+        yield f"tensor {name}: {before} in A, {after} in B"
+    if values := found["values"]:
+        most = max(values, key=values.get)
+        yield (
+            f"{len(values)} of {count} tensors have other values: {_some(values)}; the most in "
+            f"{most}, by {values[most]:.2g} of its norm"
+        )
+
+
+def _some(names: Any) -> str:
+    shown = folded(names)
+    return ", ".join(shown[:SHOWN]) + ", ..." * (len(shown) > SHOWN)

@@ -1,0 +1,108 @@
+"""What MODEL means: a transformers model, without memory or with its weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import DeltaError, nearest
+
+
+def without_weights(model: str, class_name: str | None = None, saved_from: str = "") -> nn.Module:
+    """MODEL on the meta device.
+
+    Args:
+        class_name: its class. None: that of a checkpoint, of the config, or the plain model.
+        saved_from: the class that a checkpoint was saved from.
+
+    Raises:
+        DeltaError: there is no such model, or no such class.
+    """
+    config = _config(model)
+    cls = _class_of(config, class_name, saved_from)
+    try:
+        with torch.device("meta"):
+            if cls is None:
+                return _transformers().AutoModel.from_config(config)
+            return cls._from_config(config)
+    except (ValueError, TypeError, AttributeError, ImportError, KeyError) as error:
+        raise DeltaError(f"no model can be made of {model!r}: {_first(error)}") from None
+
+
+def with_weights(model: str, class_name: str | None = None, saved_from: str = "") -> nn.Module:
+    """MODEL with its weights, in evaluation mode; arguments as for `without_weights`.
+
+    Raises:
+        DeltaError: there is no such model, it has no weights, or there is no such class.
+    """
+    if is_config(model):
+        raise DeltaError(f"{model} is a config, and the weights are needed: give the folder")
+    cls = _class_of(_config(model), class_name, saved_from) or _transformers().AutoModel
+    try:
+        return cls.from_pretrained(model).eval()
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise DeltaError(f"the weights of {model!r} cannot be read: {_first(error)}") from None
+
+
+def is_config(model: str) -> bool:
+    """Whether MODEL is a file, so that it comes without weights."""
+    return Path(model).is_file()
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ModuleNotFoundError:
+        raise DeltaError(
+            "a MODEL needs transformers; install with: pip install transformers"
+        ) from None
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return transformers
+
+
+def _config(model: str) -> Any:
+    path = Path(model)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise DeltaError(f"{model} has no config.json, so it is no folder of a model")
+    if path.is_dir() or path.is_file():
+        _check_json(path / "config.json" if path.is_dir() else path)
+    try:
+        return _transformers().AutoConfig.from_pretrained(model)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        what = "" if path.exists() else "there is no such folder or file here, and the hub says: "
+        raise DeltaError(f"no model {model!r}: {what}{_first(error)}") from None
+
+
+def _check_json(path: Path) -> None:
+    try:
+        given = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise DeltaError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(given, dict) or "model_type" not in given:
+        raise DeltaError(f"{path} is no config of a transformers model: it has no model_type")
+
+
+def _class_of(config: Any, class_name: str | None, saved_from: str) -> Any:
+    """The class to make; None: that which AutoModel takes."""
+    transformers = _transformers()
+    if class_name is not None:
+        cls = getattr(transformers, class_name, None)
+        if not isinstance(cls, type) or not hasattr(cls, "_from_config"):
+            near = nearest(class_name, [n for n in dir(transformers) if n[:4] == class_name[:4]])
+            hint = f"; nearest: {', '.join(near)}" if near else ""
+            raise DeltaError(f"--class {class_name}: transformers has no such model{hint}")
+        return cls
+    for name in (saved_from, *(config.architectures or ())):
+        cls = getattr(transformers, name, None)
+        if getattr(cls, "config_class", None) is type(config):
+            return cls
+    return None
+
+
+def _first(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

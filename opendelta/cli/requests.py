@@ -1,0 +1,149 @@
+"""What `--delta`, `--option` and `--at` ask for, as configs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import typer
+from torch import nn
+
+from .. import structure
+from ..addressing import survey
+from ..errors import AddressError, DeltaError
+from ..options import DeltaConfig
+from ..registry import method
+
+SPEC = re.compile(r"(?P<type>[\w-]+)(?::(?P<options>[^@]*))?(?:@(?P<places>.*))?")
+WORDS = {"True": True, "False": False, "None": None}
+FOLLOWERS = ("--option", "-o", "--at", "-a")
+
+
+class DeltasInOrder(typer.core.TyperCommand):
+    """A command whose `--option` and `--at` belong to the `--delta` before them."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, gathered(args))
+
+
+def gathered(args: Sequence[str]) -> list[str]:
+    """The arguments with each `--delta` and what belongs to it as one value of several lines."""
+    out: list[str] = []
+    last = None  # where the value of the last --delta stands in `out`
+    todo = list(args)
+    while todo:
+        word = todo.pop(0)
+        name, equals, value = word.partition("=")
+        if name not in ("--delta", "-d", *FOLLOWERS):
+            out.append(word)
+            continue
+        if not equals:
+            value = todo.pop(0) if todo else ""
+        if name in FOLLOWERS and last is not None:
+            out[last] += f"\n{'--option' if name in FOLLOWERS[:2] else '--at'}={value}"
+        else:
+            out += [name, value]
+            last = len(out) - 1 if name in ("--delta", "-d") else last
+    return out
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One delta that was asked for.
+
+    Attributes:
+        delta_type: its method.
+        options: by name.
+        places: roles and patterns; none: the default ones.
+    """
+
+    delta_type: str
+    options: dict[str, Any]
+    places: list[str]
+
+
+def parse(text: str) -> Request:
+    """A value of `--delta`, such as `lora:lora_r=8,lora_alpha=32@attn.q,attn.v`.
+
+    Raises:
+        DeltaError: it is not written like that, or there is no such method or option.
+    """
+    spec, *more = text.split("\n")
+    found = SPEC.fullmatch(spec)
+    if found is None:
+        raise DeltaError(
+            f"--delta {spec!r} must be TYPE, or TYPE:name=value,...@place,... such as "
+            "lora:lora_r=8@attn.q,attn.v"
+        )
+    options = split(found["options"] or "")
+    places = split(found["places"] or "")
+    for line in more:
+        name, _, value = line.partition("=")
+        if name == "--option":
+            options.append(value)
+        else:
+            places += split(value)
+    given = dict(map(_option, options))
+    method(found["type"]).config_class.check_names(given)
+    return Request(found["type"], given, places)
+
+
+def split(text: str) -> list[str]:
+    """The parts between commas that stand in no bracket."""
+    parts, depth = [""], 0
+    for letter in text:
+        depth += (letter in "[{(") - (letter in "]})")
+        if letter == "," and depth <= 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return [part.strip() for part in parts if part.strip()]
+
+
+def _option(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise DeltaError(f"--option {text!r} must be name=value, such as lora_r=8")
+    if value in WORDS:
+        return name, WORDS[value]
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def config_for(model: nn.Module, request: Request) -> DeltaConfig:
+    """The config that was asked for: its places are roles, or else patterns, of `model`.
+
+    Raises:
+        DeltaError: an option is unknown or wrong, or a place selects nothing.
+    """
+    config_class = method(request.delta_type).config_class
+    given = dict(request.options)
+    if request.places:
+        if "modified_modules" in given:
+            raise DeltaError("give the places by --at, or as modified_modules, not both")
+        paired = method(request.delta_type).layer_class.paired
+        names, by_role = _places(model, request.places, paired)
+        given |= {"modified_modules": names, "common_structure": by_role or None}
+    return config_class.from_dict(given)
+
+
+def _places(model: nn.Module, places: list[str], paired: bool) -> tuple[list[str], bool]:
+    """The places, and whether all are roles; of several kinds, the roles become full names."""
+    found = survey(model)
+    by_role: dict[str, list[str]] = {}
+    for place in places:
+        try:
+            by_role[place] = structure.with_roles(found, [place])
+        except AddressError:
+            continue
+    if len(by_role) == len(set(places)) or not by_role:
+        return places, bool(by_role)
+    if paired:
+        others = [place for place in places if place not in by_role]
+        raise DeltaError(f"--at: {list(by_role)} are roles and {others} are not; pairs need one")
+    return [name for place in places for name in by_role.get(place, [place])], False
