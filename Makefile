@@ -5,7 +5,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format clean
+.PHONY: help demo test lint arch format clean
 
 help:  ## List these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -21,6 +21,9 @@ lint: .venv/.dev  ## Check style, formatting, types and code-line budgets
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/python tools/lint_budget.py
+
+arch: .venv/.dev  ## Default places in each of transformers' architectures; writes docs/architectures.md
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/architectures.py --write $(ARGS)
 
 format: .venv/.dev  ## Fix what ruff can fix, and format
 	$(BIN)/ruff check --fix

@@ -12,7 +12,7 @@ from torch import nn
 
 from . import naming
 from .blocks import Tree, class_of
-from .flow import Flow, Node, is_node, is_norm, trace
+from .flow import Flow, Node, holds_many, is_node, is_norm, trace
 from .layers import Kind, kind_of
 
 Decision = tuple[str, str]  # a role, the reason
@@ -42,6 +42,11 @@ class Scope:
     reason: str
     outer: Scope | None = None
     linears: list[str] = field(default_factory=list)
+
+    @property
+    def label(self) -> str:
+        """What a message calls it."""
+        return self.name.rstrip("*") or "the block"
 
     @property
     def sublayer(self) -> str:
@@ -101,7 +106,7 @@ class Block:
         """The scope that a module is by itself."""
         key, cls = name.rpartition(".")[2], class_of(module)
         if key.isdigit() and around is not None:  # an item of a list of experts, or of sublayers
-            fits = around.kind != "other" and len(self._linears_in(name)) > 1
+            fits = around.kind != "other" and len(self.linears_in(name)) > 1
             return Scope(around.kind, name, around.reason, around) if fits else None
         kind = None if around is None else around.kind
         own, reason = naming.sublayer(key, cls, kind, class_of(self.modules[""]))
@@ -112,14 +117,20 @@ class Block:
             return None
         if kind in ("attn", "cross_attn", "mixer") and own != "other":
             return None  # a part of it
-        if kind == own == "ff" and len(self._linears_in(name)) == 1:
+        if kind == own == "ff" and len(self.linears_in(name)) == 1:
             return None
-        if own == "attn" and naming.CROSS.search(f"{name} {cls}"):
+        if own == "attn" and naming.is_cross(name, cls):
             return Scope("cross_attn", name, f"{reason}, which says cross-attention")
         return Scope(own, name, reason, around)
 
-    def _linears_in(self, name: str) -> list[str]:
-        return [n for n in self.modules if n.startswith(f"{name}.") and is_linear(self.modules[n])]
+    def inside(self, name: str) -> list[str]:
+        """The modules in the one called `name`, in order."""
+        start = f"{self.where}." if self.where else ""
+        return [n.removeprefix(start) for n in self.tree.below(f"{start}{name}")]
+
+    def linears_in(self, name: str) -> list[str]:
+        """The linear modules in the one called `name`, in order."""
+        return [n for n in self.inside(name) if is_linear(self.modules[n])]
 
     def linears(self, scope: Scope) -> list[str]:
         """The linear modules of a scope."""
@@ -145,8 +156,8 @@ def is_linear(module: nn.Module) -> bool:
     return kind is not None and kind.name == Kind.name and not is_norm(module)
 
 
-def decide(tree: Tree, where: str) -> dict[str, Decision]:
-    """{module relative to the block at `where`: (role, reason)}."""
+def by_names(tree: Tree, where: str) -> Block:
+    """The block at `where`, with the roles that names and sizes tell."""
     block = Block(tree, where)
     for scope in list(block.scopes.values()):
         if scope.kind in ("attn", "cross_attn"):
@@ -156,11 +167,7 @@ def decide(tree: Tree, where: str) -> dict[str, Decision]:
         elif scope.kind == "ff":
             _feed_forward(block, scope)
     _bare(block)
-    from .norms import give_norms
-
-    if block.roles:
-        give_norms(block)
-    return block.roles
+    return block
 
 
 # ------------------------------------------------------------------- attention and mixers
@@ -169,7 +176,7 @@ def _attention(block: Block, scope: Scope) -> None:
     for name, own in names.items():
         part = naming.attention_part(own, list(names.values()))
         if part is not None:
-            block.give(name, f"{scope.kind}.{part}", f"{own!r} in {scope.name}: {scope.reason}")
+            block.give(name, f"{scope.kind}.{part}", f"{own!r} in {scope.label}: {scope.reason}")
 
 
 def _mixer(block: Block, scope: Scope) -> None:
@@ -177,7 +184,7 @@ def _mixer(block: Block, scope: Scope) -> None:
         own = block.own_name(name, scope)
         part = naming.mixer_part(own)
         if part is not None:
-            block.give(name, f"mixer.{part}", f"{own!r} in {scope.name}: {scope.reason}")
+            block.give(name, f"mixer.{part}", f"{own!r} in {scope.label}: {scope.reason}")
 
 
 # ------------------------------------------------------------------------------ feed-forward
@@ -188,12 +195,12 @@ def _feed_forward(block: Block, scope: Scope) -> None:
         own = block.own_name(name, scope)
         if name not in block.roles and not own.endswith("expert_gate"):
             names[name] = naming.feed_forward_part(own)
-    _parts(block, names, scope)
+    parts_of_feed_forward(block, names, scope)
 
 
 def _experts(block: Block, scope: Scope) -> None:
     """The router and the experts of a mixture, if the scope holds one."""
-    inside = [n for n in block.modules if n.startswith(f"{scope.name}.")]
+    inside = block.inside(scope.name)
     experts = [n for n in inside if _holds_experts(n, block.modules[n])]
     for name in experts:
         block.give(name, "ff.experts", f"{name!r} holds the experts")
@@ -204,22 +211,22 @@ def _experts(block: Block, scope: Scope) -> None:
         first = name.removeprefix(f"{scope.name}.")
         routes = set(naming.tokens(key)) & ROUTER and not key.endswith("expert_gate")
         if routes and "." not in first and not name.startswith(tuple(f"{e}." for e in experts)):
-            held = block._linears_in(name)
+            held = block.linears_in(name)
             target = held[0] if len(held) == 1 else name
-            block.give(target, "ff.router", f"{key!r} beside the experts of {scope.name}")
+            block.give(target, "ff.router", f"{key!r} beside the experts of {scope.label}")
 
 
 def _holds_experts(name: str, module: nn.Module) -> bool:
-    if any(p is not None and p.ndim > 2 for p in module._parameters.values()):
+    if holds_many(module):
         return name.endswith("experts") or class_of(module).endswith("Experts")
     return name.endswith("experts") and "shared" not in name and not is_linear(module)
 
 
-def _parts(block: Block, names: dict[str, str | None], scope: Scope) -> None:
+def parts_of_feed_forward(block: Block, names: dict[str, str | None], scope: Scope) -> None:
     """Roles of the linears of one feed-forward, from what their names say and how they connect."""
     if not names:
         return
-    why = f"in {scope.name}: {scope.reason}"
+    why = f"in {scope.label}: {scope.reason}"
     last = [n for n, part in names.items() if part == "last"]
     unknown = [n for n, part in names.items() if part is None]
     if not last and len(names) > 1:
@@ -236,6 +243,8 @@ def _parts(block: Block, names: dict[str, str | None], scope: Scope) -> None:
         own, out = block.own_name(name, scope), block.size(name)[1]
         if out == 2 * width:
             block.give(name, "ff.gate_up", f"{own!r} {why}; it is twice as wide as {last[0]!r} in")
+        elif names[name] == "gate" and out == block.size(last[0])[1] != width:
+            block.give(name, "ff.gate", f"{own!r} {why}; it gates what {last[0]!r} gives")
     if len(wide) == 2:
         gate, reason = _gate(block, wide, names)
         block.give(gate, "ff.gate", f"{reason} {why}")
@@ -295,7 +304,7 @@ def _bare(block: Block) -> None:
         if _fit(block, linears):
             for name in linears:
                 block.scope_of[name] = scope
-            _parts(block, names, scope)
+            parts_of_feed_forward(block, names, scope)
 
 
 def _fit(block: Block, linears: Iterable[str]) -> bool:

@@ -13,12 +13,14 @@ import functools
 import inspect
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from types import CodeType
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from .addressing import is_called
 from .layers import ACROSS_CHANNELS, Norm, kind_of
@@ -58,6 +60,7 @@ class Flow:
     Attributes:
         calls: {module, relative to the block: the steps that call it}.
         outputs: the steps whose values the block returns.
+        first: the name of the block's first input.
         failure: why the run ended early, or "".
     """
 
@@ -65,6 +68,7 @@ class Flow:
         self.nodes: list[Node] = []
         self.calls: dict[str, list[Node]] = {}
         self.outputs: set[Node] = set()
+        self.first = ""
         self.failure = ""
 
     def step(self, op: str, name: str, given: Any) -> Value:
@@ -223,6 +227,13 @@ class Value:
     def __ne__(self, other: Any) -> Any:
         return self.op("ne", other)
 
+    def __gt__(self, other: Any) -> Value:  # sizes are more than nothing
+        result = self.op("gt", other)
+        return result.true() if isinstance(other, int) and other == 0 else result
+
+    def __lt__(self, other: Any) -> Value:
+        return self.op("lt", other)
+
     def __hash__(self) -> int:
         return id(self)
 
@@ -232,8 +243,6 @@ def _operators() -> None:
         setattr(Value, f"__{name}__", lambda self, other, n=name: self.op(n, other))
         setattr(Value, f"__r{name}__", lambda self, other, n=name: self.op(n, other))
         setattr(Value, f"__i{name}__", lambda self, other, n=name: self.op(n, other))
-    for name in ("lt", "gt"):
-        setattr(Value, f"__{name}__", lambda self, other, n=name: self.op(n, other))
     for name in ("le", "ge"):
         setattr(Value, f"__{name}__", lambda self, other, n=name: self.op(n, other).true())
     for name in ("neg", "invert", "abs", "pos"):
@@ -252,10 +261,20 @@ def is_node(module: nn.Module) -> bool:
     kind = kind_of(module)
     if kind is not None or isinstance(module, nn.MultiheadAttention):
         return True
-    own = [p for p in module._parameters.values() if p is not None]
-    if any(True for child in module.children() for _ in child.parameters()):
+    inside = (child for key, child in module._modules.items() if child is not None and key != SLOT)
+    if any(True for child in inside for _ in child.parameters()):
         return False
-    return is_norm(module) or any(p.ndim > 1 for p in own)
+    return is_norm(module) or _axes(module) > 1
+
+
+def _axes(module: nn.Module) -> int:
+    own = module._parameters.values()
+    return max((p.ndim for p in own if p is not None and not is_lazy(p)), default=0)
+
+
+def holds_many(module: nn.Module) -> bool:
+    """Whether one of a module's own parameters is a stack of matrices, as of fused experts."""
+    return _axes(module) > 2
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -295,7 +314,8 @@ def _skeleton(module: nn.Module, name: str, flow: Flow, seen: dict[int, Any]) ->
         base, module = nn.Module, nn.Module()
     copy: Any = object.__new__(_skeleton_class(base))
     seen[id(module)] = copy
-    copy.__dict__.update(module.__dict__)
+    for key, value in module.__dict__.items():  # what a forward may write into is its own
+        copy.__dict__[key] = value.copy() if type(value) in (dict, list, set) else value
     copy.__dict__.pop("forward", None)
     copy.__dict__["_opendelta_flow"] = flow, name, is_node(module)
     start = f"{name}." if name else ""
@@ -313,18 +333,23 @@ def _skeleton(module: nn.Module, name: str, flow: Flow, seen: dict[int, Any]) ->
 
 
 def trace(block: nn.Module) -> list[Flow]:
-    """The flow of data through `block`, for each choice of arguments on which its forward runs."""
+    """The flow of data through `block`, for each choice of arguments on which its forward runs.
+
+    Those that ran to their end come first. Random numbers are drawn as if nothing had run.
+    """
     flows = []
     for choose in (_likely, _needed, _all):
         flow = Flow()
-        try:
-            flow.outputs = _run(block, flow, choose)
-        except Exception as error:  # as above
-            flow.failure = f"{type(error).__name__}: {error}"
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                flow.outputs = _run(block, flow, choose)
+            except Exception as error:  # as above
+                flow.failure = f"{type(error).__name__}: {error}"
         flows.append(flow)
         if not flow.failure and _has_all(flow, block):
             break
-    return flows
+    return sorted(flows, key=lambda flow: bool(flow.failure))
 
 
 def _has_all(flow: Flow, block: nn.Module) -> bool:
@@ -355,6 +380,7 @@ def _run(block: nn.Module, flow: Flow, choose: Callable[..., bool]) -> set[Node]
     for number, parameter in enumerate(list(inspect.signature(forward).parameters.values())[1:]):
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
+        flow.first = flow.first or parameter.name
         if choose(parameter, number == 0):
             value: Any = flow.step("input", parameter.name, ())
         elif parameter.default is parameter.empty:

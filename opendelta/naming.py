@@ -21,9 +21,8 @@ BESIDE = OUT | {
     "head", "in", "latent", "layer", "layout", "lin", "linear", "mqa", "project", "rope", "text",
     "to", "up", "vision", "w", "with", "2",
 }  # fmt: skip
-CROSS = re.compile(
-    r"cross|encoder_?att|enc_?dec|multihead_attn|(?:^|\.)(?:src|context|memory)_att", re.I
-)
+CROSS = re.compile(r"cross|encoder_?attn|enc_?dec|multihead_attn|(?:src|context|memory)_att", re.I)
+CROSS_CLASS = re.compile(r"Cross(?!Encoder)|EncDec|EncoderDecoderAtt")
 MIXER = re.compile(
     r"(?:Mixer|GatedDelta(?:Net)?|DeltaAttention|DeltaNet|LinearAttention|LightningAttention|"
     r"RecurrentBlock|ShortConv|RwkvSelfAttention|[mM]?LSTMLayer|Mamba\d?|SSM)$"
@@ -52,7 +51,12 @@ GENERIC = {"linear", "dense", "layer", "base", "proj", "lin"}
 
 def tokens(name: str) -> list[str]:
     """The words of a name, in lower case: "q_a_proj" is q, a, proj; "EncDecAttention" enc, ..."""
-    return [word.lower() for word in TOKEN.findall(name)]
+    return [word.lower() for word in TOKEN.findall(name.replace("MoE", "Moe"))]
+
+
+def is_cross(name: str, cls: str) -> bool:
+    """Whether an attention takes keys and values from elsewhere, by its name and class."""
+    return bool(CROSS.search(name) or CROSS_CLASS.search(cls))
 
 
 def common_words(one: list[str], other: list[str]) -> int:

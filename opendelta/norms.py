@@ -9,7 +9,9 @@ FED = ("attn", "cross_attn", "ff")
 
 
 def give_norms(block: Block) -> None:
-    """Roles of the norms of a block, by the flow of data."""
+    """Roles of the norms of a block whose sublayers are known, by the flow of data."""
+    if not block.roles:
+        return
     norms = [name for name, module in block.modules.items() if is_norm(module)]
     for name in norms:
         flow = block.flow_of(name)
@@ -41,7 +43,7 @@ def _by_flow(block: Block, flow: Flow, name: str) -> tuple[str, str] | None:
     for node in flow.calls[name]:
         before += flow.upstream(node, lambda n: not _is_stop(block, n))
         after += (n for n in flow.downstream(node, lambda n: n.op != "call") if n.op == "call")
-    if not any(_is_boundary(block, node) for node in before):
+    if not any(_is_boundary(block, flow, node) for node in before):
         return None
     passes = any(flow.reaches_output(node) for node in flow.calls[name])
     passes = passes or any(_is_norm(block, node) for node in after)
@@ -52,6 +54,8 @@ def _by_flow(block: Block, flow: Flow, name: str) -> tuple[str, str] | None:
         if latest is not None:
             sub = _sublayer(block, latest)
             return (sub, f"it follows {latest.name!r}") if sub in FED else None
+        if any(n.op == "add" for node in flow.calls[name] for n in node.inputs):
+            return None  # it follows something without weights, such as a Fourier transform
     if fed:
         sub = min(fed, key=FED.index)
         node = next(n for n in after if _sublayer(block, n) == sub)
@@ -64,9 +68,11 @@ def _is_norm(block: Block, node: Node) -> bool:
     return node.op == "call" and module is not None and is_norm(module)
 
 
-def _is_boundary(block: Block, node: Node) -> bool:
+def _is_boundary(block: Block, flow: Flow, node: Node) -> bool:
     """Whether a step gives hidden states as they are between sublayers."""
     if node.op == "input":
+        if node.name == flow.first:
+            return True
         return bool(HIDDEN.search(node.name)) and not PLACED.search(node.name)
     if _is_norm(block, node):
         return True

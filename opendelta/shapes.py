@@ -122,7 +122,13 @@ def output_widths(model: nn.Module, names: Sequence[str]) -> dict[str, int]:
         SiteError: the run failed, or never reached a module.
     """
     found = survey(model)
-    widths: dict[str, int] = {}
+    known = {
+        name: module.embed_dim
+        for name in names
+        if isinstance(module := found.modules[name], nn.MultiheadAttention)
+    }
+    widths: dict[str, int] = dict(known)
+    names = [name for name in names if name not in known]
 
     def note(name: str, output: Any) -> None:
         hidden = layers.hidden(output)
@@ -133,7 +139,8 @@ def output_widths(model: nn.Module, names: Sequence[str]) -> dict[str, int]:
             )
         widths[name] = hidden.size(-1)
 
-    _observe(found, names, note, "output width")
+    if names:
+        _observe(found, names, note, "output width")
     return widths
 
 

@@ -12,10 +12,12 @@ from torch import nn
 
 from .addressing import Survey, ancestors, compile_pattern, no_match, repeated, survey
 from .blocks import Tree, units
-from .deciding import Decision, decide, is_linear
+from .deciding import Decision, by_names, is_linear
 from .errors import AddressError, OptionError, nearest
 from .flow import is_norm
 from .layers import Embedding, kind_of
+from .norms import give_norms
+from .unnamed import give_by_flow
 
 SUBLAYERS = ("attn", "cross_attn")
 ROLES = (
@@ -118,7 +120,10 @@ def _in_blocks(tree: Tree) -> dict[str, Decision]:
     for where in units(tree):
         look = tree.look(where, looks, seen)
         if look not in known:
-            known[look] = decide(tree, where)
+            block = by_names(tree, where)
+            give_by_flow(block)
+            give_norms(block)
+            known[look] = block.roles
         start = f"{where}." if where else ""
         decided |= {f"{start}{name}": decision for name, decision in known[look].items()}
     return decided

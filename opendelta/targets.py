@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from . import attention, labels, prompting, structure
+from . import attention, labels, prompting, site, structure
 from .addressing import Survey, ancestors, as_list, leave_out, literal, select, select_modules
 from .bases import DeltaLayer
 from .errors import AddressError, SiteError
@@ -42,6 +42,8 @@ def resolve(
     else:
         by_role = select_all is not select_modules
         names = inside(found, select_all(found, wanted), layer_class, by_role)
+        if by_role and layer_class.fold is DeltaLayer.fold:
+            names = [_called(found, name) for name in names]
         modified = leave_out(found, names, as_list(config.exclude_modules))
     owned = _owned(found, as_list(config.modules_to_save))
     for name in modified:
@@ -155,6 +157,12 @@ def inside(
     return list(dict.fromkeys(expanded)) or names
 
 
+def _called(found: Survey, name: str) -> str:
+    """The module itself, or the one around it that reads its weight and gives what it would."""
+    read = site.wants_reads(found.modules[name], asked=False)
+    return name.rpartition(".")[0] if read else name
+
+
 def _kinds(found: Survey, name: str) -> set[str]:
     """The kinds of the module called `name`: that of the table, or "other", and what it does."""
     module = found.modules[name]
@@ -176,6 +184,8 @@ def _some_of(
     several patterns that select a module the first decides.
     """
     patterns = getattr(config, field.name)
+    if patterns is None and not field.metadata["modules"]:
+        return None
     if patterns is None:
         if not field.metadata["modules"]:
             return None

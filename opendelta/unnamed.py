@@ -1,0 +1,116 @@
+"""Roles of modules whose names say nothing, from what happens to their outputs."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+
+from .deciding import ACTIVATED, PLACED, Block, Scope, is_linear, parts_of_feed_forward
+from .flow import Flow, Node, is_norm
+from .naming import tokens
+
+PRODUCTS = {"matmul", "bmm", "einsum", "baddbmm", "rmatmul", "__matmul__", "__rmatmul__"}
+LETTERS = {"q": "q", "k": "k", "v": "v", "qkv": "qkv", "kv": "kv", "qk": "q"}
+
+
+def give_by_flow(block: Block) -> None:
+    """Roles of the attention and feed-forward of a block that names do not show."""
+    held = {role for role, _ in block.roles.values()}
+    if not held & {"attn.q", "attn.qkv", "mixer.in"} or not held & {"attn.proj", "mixer.out"}:
+        for flow in block.flows:
+            _attention(block, flow)
+    sublayers = {role.partition(".")[0] for role, _ in block.roles.values()}
+    if "ff" not in sublayers and sublayers & {"attn", "mixer"}:
+        for flow in block.flows:
+            _feed_forward(block, flow)
+
+
+def _attention(block: Block, flow: Flow) -> None:
+    for queries, keys, values, out in _attentions(block, flow):
+        letters: dict[str, str] = defaultdict(str)
+        for letter, start in (("q", queries), ("k", keys), ("v", values)):
+            for node in _linears(block, flow, start):
+                letters[node.name] += letter if letter not in letters[node.name] else ""
+        asked = {n for name in letters for n in _asked(flow, name) if "k" in letters[name]}
+        sub = "attn" if not asked or flow.first in asked else "cross_attn"
+        for name, found in letters.items():
+            if found in LETTERS:
+                why = f"its output is the attention's {', '.join(found)}"
+                block.give(name, f"{sub}.{LETTERS[found]}", why)
+        for node in flow.downstream(out, lambda n: not _is_linear(block, n)):
+            if letters and node.name not in letters:
+                block.give(node.name, f"{sub}.proj", "it is the first after the attention")
+
+
+def _attentions(block: Block, flow: Flow) -> Iterator[tuple[Node, Node, Node, Node]]:
+    """(what is query, key, value, and what comes out) of each attention in a flow."""
+    for node in flow.nodes:
+        if node.op == "scaled_dot_product_attention" and len(node.inputs) > 2:
+            yield node.inputs[0], node.inputs[1], node.inputs[2], node
+        elif node.op.lower() == "softmax":
+            scores = [n for n in flow.upstream(node, _keeps) if n.op in PRODUCTS]
+            sums = [n for n in flow.downstream(node, _keeps) if n.op in PRODUCTS]
+            if scores and sums and len(scores[0].inputs) > 1 and len(sums[0].inputs) > 1:
+                product = max(scores, key=lambda n: n.place)
+                yield product.inputs[0], product.inputs[1], sums[0].inputs[1], sums[0]
+
+
+def _keeps(node: Node) -> bool:
+    """Whether a step between the products of an attention is passed on the way."""
+    return node.op not in PRODUCTS and node.op not in ("call", "input")
+
+
+def _linears(block: Block, flow: Flow, start: Node) -> list[Node]:
+    """The nearest linears before a step, or the step itself; norms on the way are passed."""
+    if _is_linear(block, start):
+        return [start]
+    before = flow.upstream(start, lambda n: _keeps_state(block, n))
+    return [n for n in before if _is_linear(block, n) and "router" not in tokens(n.name)]
+
+
+def _keeps_state(block: Block, node: Node) -> bool:
+    if node.op == "call":
+        return node.name in block.modules and is_norm(block.modules[node.name])
+    return node.op not in ("input", "weight")
+
+
+def _is_linear(block: Block, node: Node) -> bool:
+    return node.op == "call" and node.name in block.modules and is_linear(block.modules[node.name])
+
+
+def _asked(flow: Flow, name: str) -> set[str]:
+    """The inputs of the block from which the named module takes."""
+    before = (
+        n for node in flow.calls[name] for n in flow.upstream(node, lambda n: n.op != "input")
+    )
+    return {n.name for n in before if n.op == "input" and not PLACED.search(n.name)}
+
+
+def _feed_forward(block: Block, flow: Flow) -> None:
+    """Linears whose output is activated, and the linear that takes it."""
+    starts: dict[str, list[str]] = defaultdict(list)
+    for name, calls in flow.calls.items():
+        if name in block.roles or name not in block.modules or not _is_linear(block, calls[0]):
+            continue
+        for node in flow.downstream(
+            calls[0], lambda n: n.op != "call" or is_norm(block.modules[n.name])
+        ):
+            fits = _is_linear(block, node) and node.name not in block.roles
+            if fits and block.size(name)[0] == block.size(node.name)[1]:
+                starts[node.name].append(name)
+    for end, names in starts.items():
+        activated = any(ACTIVATED.search(n.op) for s in names for n in _between(flow, s, end))
+        if activated and end not in names:
+            scope = Scope("ff", "", f"its output is activated and goes into {end!r}")
+            parts_of_feed_forward(block, {**dict.fromkeys(names, "first"), end: "last"}, scope)
+
+
+def _between(flow: Flow, start: str, end: str) -> Iterator[Node]:
+    last = flow.calls[end][0].place
+    todo, seen = [flow.calls[start][0]], set()
+    while todo:
+        for node in todo.pop().outputs:
+            if node not in seen and node.place < last:
+                seen.add(node)
+                todo.append(node)
+                yield node
