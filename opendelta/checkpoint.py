@@ -142,7 +142,7 @@ def load(
     path = Path(folder)
     if not isinstance(model, nn.Module):
         raise OptionError(f"backbone_model must be a torch.nn.Module, not {model!r}")
-    with _opened(path, model) as source:
+    with planning.uncollected(), _opened(path, model) as source:
         facts, configs = source.facts, source.configs
         if expected is not None:
             _check_type(path, configs, expected)

@@ -7,6 +7,7 @@ the config, which names that file and its sha256, is replaced last.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -32,6 +33,7 @@ TRIES = 50  # of opening the weights, while other processes save
 TEMPORARY = re.compile(r"\.delta-[0-9a-f]{16}\.tmp")
 
 
+@functools.cache
 def own_version() -> str:
     """The installed version of opendelta."""
     with contextlib.suppress(PackageNotFoundError):

@@ -44,6 +44,8 @@ def start(layer: Any, site: Site, init: str) -> None:
     A, B = layer.lora_A, layer.lora_B
     if init in ("pissa", "olora"):
         _start_from_weight(layer, site, init)
+    elif A.is_meta:
+        return  # values come later, if ever
     elif site.kind is not None and site.kind.name == "embedding":
         nn.init.zeros_(A)  # as in loralib: kaiming's bound would be 1 / sqrt(vocabulary)
         nn.init.normal_(B)

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from . import quantised
+from . import comparing, quantised
 from .addressing import Survey
 from .bases import DeltaLayer, Params
 from .errors import DeltaError, SiteError
@@ -205,7 +205,7 @@ def fold_into(where: str, module: nn.Module, run: list[Named]) -> tuple[Step, fl
     changed = {key: tensor for key, tensor in folded.items() if tensor is not exact[key]}
     rounded = {key: tensor.to(_float_of(own[key])) for key, tensor in changed.items()}
     for key, tensor in rounded.items():
-        if not _is_finite(tensor):
+        if not comparing.is_finite(tensor):
             raise SiteError(
                 f"{where!r}: merging {', '.join(step.layers)} gives a {key} with values that are "
                 "not finite; check the delta's tensors and its scale"
@@ -218,11 +218,6 @@ def fold_into(where: str, module: nn.Module, run: list[Named]) -> tuple[Step, fl
             change = (tensor - exact[key]).norm().clamp_min(1e-30)
             error = float((quantised.in_full(module, key) - tensor).norm() / change)
     return step, error
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    """Whether all values are; a finite sum says so, and costs much less to see."""
-    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
 
 
 def _float_of(parameter: Any) -> torch.dtype:

@@ -154,11 +154,13 @@ def materialise(found: Survey, layers: dict[str, DeltaLayer], config: DeltaConfi
         for module in layer.modules():
             for key, tensor in module._parameters.items():
                 if tensor is not None and tensor.is_meta:
-                    empty = torch.empty_like(tensor, device=device)
+                    # not empty_like, which torch writes in Python for tensors on meta
+                    empty = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
                     module._parameters[key] = nn.Parameter(empty, tensor.requires_grad)
             for key, buffer in module._buffers.items():
                 if buffer is not None and buffer.is_meta:
-                    module._buffers[key] = torch.empty_like(buffer, device=device)
+                    empty = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
+                    module._buffers[key] = empty
     _seed(layers)
 
 
