@@ -5,7 +5,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint arch format clean
+.PHONY: help demo test bench lint arch format clean
 
 help:  ## List these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -15,6 +15,9 @@ demo: .venv/.demo  ## Train, save and share small deltas on a small real model
 
 test: .venv/.dev  ## Run the whole test suite; extra pytest arguments through ARGS='-k lora'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+
+bench: .venv/.dev  ## Run all benchmarks, in a quarter of an hour; rewrites benchmarks/RESULTS.md
+	$(BIN)/python benchmarks/run.py $(ARGS)
 
 lint: .venv/.dev  ## Check style, formatting, types and code-line budgets
 	$(BIN)/ruff check

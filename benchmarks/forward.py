@@ -60,27 +60,14 @@ def compare(
     case = "x".join(map(str, shape))
     name = "forward, 1 LoRA" if k == 1 else f"forward, {k} LoRAs"
     times = harness.race({name: runs(name) for name in models}, options)
-    theirs = times.ratio("peft", "plain")
-    rows = [
-        Row(
-            *(name, case, "x plain", times.ratio("opendelta", "plain"), theirs),
-            must=MUST.get((k, case)),
-            spread=times.spread("opendelta", "plain"),
-            memory=times.memory,
-        )
-    ]
+    must = MUST.get((k, case))
+    rows = [times.row(name, case, "x plain", "plain", must=must)]
     frozen = getattr(opendelta.composition(models["opendelta"]), "frozen", None)
     if frozen is not None:
         with frozen():
-            times = harness.race({n: runs(n) for n in ("plain", "opendelta")}, options)
-        rows.append(
-            Row(
-                *(f"{name}, frozen()", case, "x plain", times.ratio("opendelta", "plain"), theirs),
-                must=MUST_FROZEN.get((k, case)),
-                spread=times.spread("opendelta", "plain"),
-                memory=times.memory,
-            )
-        )
+            times = harness.race({name: runs(name) for name in models}, options)
+        must = MUST_FROZEN.get((k, case))
+        rows.append(times.row(f"{name}, frozen()", case, "x plain", "plain", must=must))
     return rows
 
 

@@ -56,7 +56,6 @@ class Row:
         exact: the figure is counted, not timed: no slack.
         spread: half the distance between the quartiles of our figure over the rounds.
         memory: {contestant: peak MiB on the CUDA device}.
-        note: what else there is to say.
     """
 
     name: str
@@ -69,7 +68,6 @@ class Row:
     exact: bool = False
     spread: float | None = None
     memory: dict[str, float] | None = None
-    note: str = ""
 
     @property
     def met(self) -> bool | None:
@@ -98,8 +96,7 @@ def spell(number: float | None) -> str:
         return str(int(number))
     if abs(number) >= 100:
         return f"{number:,.0f}"
-    digits = 2 if abs(number) >= 1 else 1 - math.floor(math.log10(abs(number)))
-    return f"{number:.{min(digits + (abs(number) < 1), 6)}f}"
+    return f"{number:.{min(2 - math.floor(math.log10(abs(number))), 6)}f}"
 
 
 def facts(device: str = "cpu") -> dict[str, Any]:
@@ -163,10 +160,9 @@ def parser(
 
 def make_quick(options: argparse.Namespace) -> None:
     """Shrink whatever the options have."""
-    options.width = 64
-    for name, value in {"layers": 1, "rounds": 2, "warm_up": 1}.items():
-        if hasattr(options, name):
-            setattr(options, name, value)
+    tiny = {"width": 64, "layers": 1, "rounds": 2, "warm_up": 1, "linears": [7, 14]}
+    for name in tiny.keys() & vars(options).keys():
+        setattr(options, name, tiny[name])
 
 
 def run(
@@ -194,13 +190,22 @@ def run(
         script = Path(sys.modules[measure.__module__].__file__ or "").name
         result = {
             "benchmark": script.removesuffix(".py"),
-            "command": shlex.join(["python", f"benchmarks/{script}", *given]),
+            "command": shlex.join(["python", f"benchmarks/{script}", *without_file(given)]),
             "machine": facts(options.device),
             "seconds": round(time.perf_counter() - start, 1),
             "rows": [dataclasses.asdict(row) for row in rows],
         }
         options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return rows
+
+
+def without_file(given: Sequence[str]) -> list[str]:
+    """The arguments without `--json FILE`, which changes no figure."""
+    kept = list(given)
+    if "--json" in kept:
+        at = kept.index("--json")
+        del kept[at : at + 2]
+    return kept
 
 
 def numbers(text: str) -> list[int]:
@@ -235,22 +240,27 @@ class Times:
     def __init__(self, seconds: dict[str, list[float]], memory: dict[str, float]) -> None:
         self.seconds, self.memory = seconds, memory or None
 
-    def ratio(self, one: str, other: str) -> float:
-        """The median over the rounds of one contestant's time over the other's."""
-        return statistics.median(self._ratios(one, other))
+    def row(
+        self, name: str, case: str, unit: str, base: str | None = None, per: float = 1, **rest: Any
+    ) -> Row:
+        """The row of these times: medians over the rounds.
 
-    def _ratios(self, one: str, other: str | None) -> list[float]:
-        base = self.seconds[other] if other else [1.0] * len(self.seconds[one])
-        return [a / max(b, 1e-9) for a, b in zip(self.seconds[one], base, strict=True)]
+        Args:
+            base: the contestant whose time of the same round each time is divided by. None: seconds
+                are reported, divided by `per`.
+            rest: more of the row's fields.
+        """
+        figures = {one: self._figures(one, base, per) for one in self.seconds if one != base}
+        quarters = statistics.quantiles(figures["opendelta"], n=4, method="inclusive")
+        medians = {one: statistics.median(found) for one, found in figures.items()}
+        spread = (quarters[2] - quarters[0]) / 2
+        return Row(name, case, unit, **{**medians, "memory": self.memory, "spread": spread, **rest})
 
-    def median(self, one: str) -> float:
-        """The median time of a contestant, in seconds."""
-        return statistics.median(self.seconds[one])
-
-    def spread(self, one: str, other: str | None = None) -> float:
-        """Half the distance between the quartiles of a ratio, or of a time."""
-        quarters = statistics.quantiles(self._ratios(one, other), n=4, method="inclusive")
-        return (quarters[2] - quarters[0]) / 2
+    def _figures(self, one: str, base: str | None, per: float) -> list[float]:
+        seconds = self.seconds[one]
+        if base is None:
+            return [each / per for each in seconds]
+        return [a / max(b, 1e-9) for a, b in zip(seconds, self.seconds[base], strict=True)]
 
 
 def race(
@@ -284,6 +294,8 @@ def _sample(contestant: Contestant, calls: int, events: bool) -> float:
     """Seconds that so many calls take."""
     if contestant.before:
         contestant.before()
+    if contestant.before or contestant.after:
+        gc.collect()  # what the last contestant left is not this one's to clear away
     if events:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()

@@ -1,0 +1,159 @@
+"""Writes what the benchmarks found: RESULTS.md, the chart, and the section of README.md."""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from harness import SLACK, Row, spell
+from matplotlib.figure import Figure
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+START, END = "<!-- benchmarks: start -->\n", "<!-- benchmarks: end -->\n"
+HOW = (
+    "Times are processor time on one thread (on a CUDA device: CUDA events), medians over "
+    "interleaved rounds of the ratio within a round, in one process with PEFT; lower is better. "
+    "± is half the distance between the quartiles of opendelta's figure. "
+    '"x plain" is over the backbone '
+    'without deltas, "x floor" over a training step of the frozen backbone (forward and the '
+    'gradients of activations), "x full" over full fine-tuning. A time meets its "must" within '
+    f"{100 * (SLACK - 1):.0f}%; what is counted (bytes, graphs, bits) must meet it exactly. The "
+    "backbone is a Llama of width 768; LoRAs of rank 8 are on all of its linear modules. Both "
+    "libraries get the same values, and their outputs are compared before anything is timed."
+)
+NOT_YET = "Later: a batch whose rows take different deltas, which opendelta does not have yet."
+CHARTED = ("x plain", "x floor", "x full", "x save_file", "x addmm_")
+OURS, THEIRS, LINE = "#2f6fde", "#a9b0ba", "#808080"
+
+
+def rows_of(results: dict[str, Any]) -> list[Row]:
+    """The rows of all benchmarks, in order."""
+    return [Row(**row) for found in results["benchmarks"] for row in found["rows"]]
+
+
+# ----------------------------------------------------------------------------- tables
+def table(rows: list[Row]) -> str:
+    """All rows in Markdown."""
+    lines = ["| row | case | opendelta | ± | PEFT | by hand | must | met | unit |"]
+    lines.append("|---|---|--:|--:|--:|--:|--:|---|---|")
+    for row in rows:
+        figures = (row.opendelta, row.spread, row.peft, row.by_hand, row.must)
+        cells = [row.name, row.case, *map(spell, figures), row.verdict, row.unit]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def short_table(rows: list[Row]) -> str:
+    """The rows that both libraries have, in Markdown."""
+    lines = ["| lower is better | | opendelta | PEFT | unit |", "|---|---|--:|--:|---|"]
+    for row in rows:
+        if row.peft is not None:
+            ours, theirs = spell(row.opendelta), spell(row.peft)
+            ours = f"**{ours}**" if row.opendelta < row.peft else ours
+            lines.append(f"| {row.name} | {row.case} | {ours} | {theirs} | {row.unit} |")
+    return "\n".join(lines) + "\n"
+
+
+def machine(results: dict[str, Any]) -> str:
+    """Where the figures come from, in a sentence."""
+    m = results["machine"]
+    device = "" if m["device"] == "cpu" else f"{m['device']}, "
+    return (
+        f"{device}{m['cpu']}, {m['threads']} thread of {m['cores']} cores, {m['system']}, Python "
+        f"{m['python']}, PyTorch {m['torch']}, transformers {m['transformers']}, PEFT {m['peft']}"
+    )
+
+
+# ------------------------------------------------------------------------------ pages
+def results_page(results: dict[str, Any]) -> str:
+    """RESULTS.md."""
+    rows = rows_of(results)
+    asked = [row for row in rows if row.must is not None]
+    met = sum(bool(row.met) for row in asked)
+    commands = "\n".join(
+        f"{found['command']}  # {found['seconds']:.0f} s, {found['machine']['date']}"
+        for found in results["benchmarks"]
+    )
+    start = wrapped(
+        f"Last written by `{results['command']}` on {results['machine']['date']} in "
+        f"{results['seconds'] / 60:.0f} minutes, the machine's load being "
+        f"{results['machine']['load']} at the start: {machine(results)}, opendelta "
+        f"{results['machine']['opendelta']}. {met} of {len(asked)} musts are met."
+    )
+    return (
+        f"# Results\n\n{start}\n{table(rows)}\n{wrapped(HOW)}\n{NOT_YET}\n{peak_memory(rows)}\n"
+        f"Each runs alone; `--help` lists the options:\n\n```sh\n{commands}\n```\n"
+    )
+
+
+def peak_memory(rows: list[Row]) -> str:
+    """What each contestant took on the CUDA device; nothing if none was there."""
+    lines = [
+        f"- {row.name}, {row.case}: "
+        + ", ".join(f"{name} {spell(peak)}" for name, peak in row.memory.items())
+        for row in rows
+        if row.memory
+    ]
+    head = ["", "Peak memory of a call on the device, MiB:", ""]
+    return "\n".join([*head, *lines, ""]) if lines else ""
+
+
+def readme_section(results: dict[str, Any]) -> str:
+    """What stands between the markers in README.md."""
+    end = wrapped(
+        f"`make bench` writes this, last on {results['machine']['date'][:10]}: {machine(results)}. "
+        "Ratios are medians over interleaved rounds in one process; [RESULTS.md]"
+        "(benchmarks/RESULTS.md) says how, and what each figure was to be. Each script runs alone: "
+        "`python benchmarks/forward.py --layers 3 --k 8`."
+    )
+    picture = "![opendelta and PEFT, side by side](benchmarks/results.svg)"
+    return f"{picture}\n\n{short_table(rows_of(results))}\n{end}"
+
+
+def wrapped(text: str) -> str:
+    """A paragraph in lines of at most 100 letters."""
+    return textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False) + "\n"
+
+
+def with_section(text: str, results: dict[str, Any]) -> str:
+    """README.md with the section as it should be."""
+    before, rest = text.split(START)
+    return before + START + "\n" + readme_section(results) + "\n" + END + rest.split(END)[1]
+
+
+# ------------------------------------------------------------------------------ chart
+def chart(rows: list[Row], file: Path) -> None:
+    """Bars of the ratios that both libraries have, and a line at 1 where nothing is added."""
+    shown = [row for row in rows if row.unit in CHARTED and row.peft is not None][::-1]
+    style: Any = {"svg.fonttype": "none", "svg.hashsalt": "opendelta", "font.family": "sans-serif"}
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(9, 0.9 + 0.36 * len(shown)))
+        axes = figure.subplots()
+        for index, row in enumerate(shown):
+            assert row.peft is not None
+            pairs = ((0.19, row.opendelta, OURS, "opendelta"), (-0.19, row.peft, THEIRS, "PEFT"))
+            for shift, value, colour, name in pairs:
+                label = name if index == 0 else None
+                axes.barh(index + shift, value, 0.36, color=colour, label=label)
+                axes.text(value * 1.015, index + shift, spell(value), va="center", fontsize=8)
+        axes.axvline(1, color=LINE, linewidth=0.8, zorder=0)
+        axes.set_xscale("log")
+        low = min(min(row.opendelta, row.peft or 1) for row in shown)
+        high = max(max(row.opendelta, row.peft or 1) for row in shown)
+        axes.set_xlim(min(0.8, low * 0.9), high * 1.25)
+        ticks = [t for t in (0.5, 1, 2, 3, 5, 10, 20, 50) if axes.get_xlim()[0] <= t < high * 1.2]
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.minorticks_off()
+        labels = [f"{row.name} ({row.case})" for row in shown]
+        axes.set_yticks(range(len(shown)), labels, fontsize=8)
+        axes.tick_params(axis="y", length=0)
+        axes.set_ylim(-0.6, len(shown) - 0.4)
+        axes.set_xlabel(
+            "times the plain model, full fine-tuning or the bare operation; lower is better"
+        )
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+        figure.savefig(file, metadata={"Date": None}, bbox_inches="tight")
