@@ -156,8 +156,9 @@ def _mask(x: Tensor, part: Segment) -> Tensor:
     """The same numbers, 0 and 1 / (1 - p), for the same seed."""
     assert part.seed is not None
     generator = torch.Generator(x.device).manual_seed(part.seed)
-    kept = torch.empty_like(x, requires_grad=False)
-    return kept.bernoulli_(1 - part.dropout, generator=generator).div_(1 - part.dropout)
+    # rand takes half the time of bernoulli_ on a CPU
+    drawn = torch.rand(x.shape, generator=generator, device=x.device)
+    return (drawn >= part.dropout).to(x.dtype).div_(1 - part.dropout)
 
 
 class _AddLowRank(torch.autograd.Function):
@@ -207,10 +208,12 @@ class _AddLowRank(torch.autograd.Function):
         for part in ctx.segments:
             these = slice(part.start, part.end)
             own = _cat(g_h[these], 1)
+            mask = _mask(x, part) if part.dropout else None
             if any(wanted[these]):
-                g_A[these] = (own.t() @ _dropped(x, part)).split(ranks[these], 0)
+                dropped = x if mask is None else x * mask
+                g_A[these] = (own.t() @ dropped).split(ranks[these], 0)
             if ctx.needs_input_grad[1]:
                 more = own @ _cat(A[these], 0)
-                more = more * _mask(x, part) if part.dropout else more
+                more = more if mask is None else more * mask
                 g_x = more if g_x is None else g_x + more
         return (g, g_x, None, None, None, *g_A, *g_B)
