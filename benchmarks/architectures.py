@@ -36,7 +36,7 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
 import opendelta
 from opendelta.addressing import ancestors, survey
-from opendelta.blocks import Tree, units
+from opendelta.structure.blocks import Tree, units
 
 HERE = Path(__file__).parent
 COVERED = HERE / "architectures.txt"

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ..addressing import Survey, ancestors, is_called
+from ..layers import kind_of
+from ..site import plain_class
 from . import naming
-from .addressing import Survey, ancestors, is_called
 from .flow import is_node
-from .layers import kind_of
-from .site import plain_class
 
 LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 

@@ -10,12 +10,12 @@ from typing import Literal, overload
 import torch
 from torch import nn
 
-from .addressing import Survey, ancestors, compile_pattern, no_match, repeated, survey
+from ..addressing import Survey, ancestors, compile_pattern, no_match, repeated, survey
+from ..errors import AddressError, OptionError, nearest
+from ..layers import Embedding, kind_of
 from .blocks import Tree, units
 from .deciding import Decision, by_names, is_linear
-from .errors import AddressError, OptionError, nearest
 from .flow import is_norm
-from .layers import Embedding, kind_of
 from .norms import give_norms
 from .unnamed import give_by_flow
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from ..layers import Kind, kind_of
 from . import naming
 from .blocks import Tree, class_of
 from .flow import Flow, Node, holds_many, is_node, is_norm, trace
-from .layers import Kind, kind_of
 
 Decision = tuple[str, str]  # a role, the reason
 INNER = {"q", "k", "v", "qkv", "kv", "in", "w1", "gate", "gate_up"}

@@ -22,10 +22,10 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from .addressing import is_called
-from .layers import ACROSS_CHANNELS, Norm, kind_of
-from .record import SLOT
-from .site import plain_class
+from ..addressing import is_called
+from ..layers import ACROSS_CHANNELS, Norm, kind_of
+from ..record import SLOT
+from ..site import plain_class
 
 LIMIT = 40_000  # steps of one run: more are a loop that does not end on stand-ins
 SIZES = re.compile(r"size|dim|numel|stride|new_.*|(?:zeros|ones|empty|full|rand|randn)_like")
