@@ -62,9 +62,8 @@ def compare(
     times = harness.race({name: runs(name) for name in models}, options)
     must = MUST.get((k, case))
     rows = [times.row(name, case, "x plain", "plain", must=must)]
-    frozen = getattr(opendelta.composition(models["opendelta"]), "frozen", None)
-    if frozen is not None:
-        with frozen():
+    if k > 1:  # frozen() keeps what joins neighbours
+        with opendelta.composition(models["opendelta"]).frozen():
             times = harness.race({name: runs(name) for name in models}, options)
         must = MUST_FROZEN.get((k, case))
         rows.append(times.row(f"{name}, frozen()", case, "x plain", "plain", must=must))

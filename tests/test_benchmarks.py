@@ -53,12 +53,9 @@ def figures(quick, script):
 
 
 def test_every_script_is_run_and_tested():
-    scripts = {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
-    assert (
-        set(run.SCRIPTS)
-        == set(ROWS)
-        == scripts - {"harness", "subjects", "report", "run", "architectures"}
-    )
+    files = (ROOT / "benchmarks").glob("*.py")
+    scripts = {path.stem for path in files if "harness.parser(__doc__" in path.read_text()}
+    assert set(run.SCRIPTS) == set(ROWS) == scripts
 
 
 @pytest.mark.slow
