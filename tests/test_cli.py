@@ -16,7 +16,7 @@ from nets import shake
 
 import opendelta
 from opendelta import AdapterModel, DeltaError, LoraModel
-from opendelta.cli import main, requests
+from opendelta.cli import main, models, requests
 from opendelta.interop import peft
 
 DOCS = Path(__file__).parent.parent / "docs" / "cli.md"
@@ -295,6 +295,14 @@ def test_places_are_roles_patterns_or_both(folder):
         config("parallel_adapter@ff.w1,output.dense")
     with pytest.raises(DeltaError, match="not both"):
         config('lora:modified_modules=["key"]@query')
+    with pytest.raises(DeltaError, match=r"has the role 'ff.gate': the roles in it are"):
+        config("lora@ff.gate")
+
+
+def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub():
+    for path in ("/nowhere/at/all", "./nowhere", "a/b/c", "../config.json"):
+        with pytest.raises(DeltaError, match=r"there is no such folder or file$"):
+            models.without_weights(path)
 
 
 # --------------------------------------------------------------------------------------- the page

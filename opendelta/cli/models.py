@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from torch import nn
 
 from ..errors import DeltaError, nearest
+
+HUB_NAME = re.compile(r"[\w-][\w.-]*(?:/[\w-][\w.-]*)?")
 
 
 def without_weights(model: str, class_name: str | None = None, saved_from: str = "") -> nn.Module:
@@ -71,6 +74,8 @@ def _config(model: str) -> Any:
         raise DeltaError(f"{model} has no config.json, so it is no folder of a model")
     if path.is_dir() or path.is_file():
         _check_json(path / "config.json" if path.is_dir() else path)
+    elif not HUB_NAME.fullmatch(model):
+        raise DeltaError(f"no model {model!r}: there is no such folder or file")
     try:
         return _transformers().AutoConfig.from_pretrained(model)
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -140,7 +140,8 @@ def _places(model: nn.Module, places: list[str], paired: bool) -> tuple[list[str
         try:
             by_role[place] = structure.with_roles(found, [place])
         except AddressError:
-            continue
+            if place in structure.ROLES:
+                raise
     if len(by_role) == len(set(places)) or not by_role:
         return places, bool(by_role)
     if paired:
