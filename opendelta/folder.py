@@ -43,7 +43,9 @@ def own_version() -> str:
 
 # ------------------------------------------------------------------------------------------ writing
 def check_free(folder: Path) -> None:
-    """Raise if `folder` holds the config of something else, which a save would destroy."""
+    """Raise if `folder` holds something else, which a save would destroy or be taken for."""
+    from . import interop
+
     with contextlib.suppress(FileNotFoundError):
         try:
             given = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
@@ -54,6 +56,12 @@ def check_free(folder: Path) -> None:
                 f"{folder} has a {CONFIG} that is not a delta's, such as a transformers model's; "
                 "save into a folder of its own"
             )
+        return
+    if (reader := interop.reader_of(folder)) is not None:
+        library = reader.__name__.rpartition(".")[2]
+        raise DeltaError(
+            f"{folder} holds files of another library ({library}); save into a folder of its own"
+        )
 
 
 def write(folder: Path, config: dict[str, Any], weights: bytes) -> None:
@@ -132,6 +140,13 @@ def read_json(path: Path, longest: int = LONGEST) -> Any:
     Raises:
         DeltaLoadError: it is no JSON file, or holds more than any configuration does.
     """
+    given = _parsed(path)
+    _check_items(path, given, longest)
+    return given
+
+
+def _parsed(path: Path) -> Any:
+    """What a JSON file of no more than the usual size holds."""
     try:
         if not path.is_file():
             raise DeltaLoadError(f"{path} cannot be read: it is no file")
@@ -140,13 +155,23 @@ def read_json(path: Path, longest: int = LONGEST) -> Any:
         content = path.read_bytes()
         if problem := _excess(content):
             raise DeltaLoadError(f"{path} {problem}")
-        given = json.loads(content.decode("utf-8"))
+        return json.loads(content.decode("utf-8"))
     except DeltaLoadError:
         raise
     except (ValueError, RecursionError, OSError) as error:
         raise DeltaLoadError(f"{path} cannot be read as JSON: {error}") from None
-    _check_items(path, given, longest)
-    return given
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether the config in `folder` is one of this format, whatever else lies there.
+
+    Raises:
+        DeltaLoadError: there is a config, and nobody can tell.
+    """
+    if not (folder / CONFIG).is_file():
+        return False
+    given = _parsed(folder / CONFIG)
+    return isinstance(given, dict) and given.get("format") == FORMAT
 
 
 def _excess(text: bytes) -> str | None:
@@ -227,8 +252,10 @@ def open_folder(folder: Path) -> Iterator[tuple[dict[str, Any], Any, BinaryIO]]:
                 break
             except OSError as error:
                 # Perhaps it was replaced after the config was read.
-                if not left or not isinstance(error, FileNotFoundError):
+                if not isinstance(error, FileNotFoundError):
                     raise DeltaLoadError(f"{path} cannot be read: {error}") from None
+                if not left:
+                    raise DeltaLoadError(f"{path} is missing, though {CONFIG} names it") from None
         yield config, weights, file
 
 

@@ -780,3 +780,30 @@ def test_only_an_adapter_of_peft_is_replaced(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(opendelta.DeltaError, match=r"has a config.json"):
         interop.save(delta, tmp_path)
+
+
+def test_one_of_ours_is_not_saved_among_the_files_of_another_library(tmp_path):
+    write(lora(target_modules=LLAMA), tiny("llama"), tmp_path / "peft")
+    (tmp_path / "adapters").mkdir()
+    (tmp_path / "adapters" / "adapter_setup.json").write_text("{}")
+    delta = LoraModel(tiny("llama"))
+    for library in ("peft", "adapters"):
+        before = sorted(path.name for path in (tmp_path / library).iterdir())
+        for save in (delta.save_finetuned, opendelta.composition(delta.backbone_model).save):
+            with pytest.raises(opendelta.DeltaError, match=rf"another library \({library}\)"):
+                save(tmp_path / library)
+        assert sorted(path.name for path in (tmp_path / library).iterdir()) == before
+
+
+def test_a_folder_of_ours_is_ours_whatever_else_lies_in_it(tmp_path):
+    delta = shake(LoraModel(tiny("llama"), lora_r=2))
+    delta.freeze_module()
+    delta.save_finetuned(tmp_path)
+    write(lora(target_modules=LLAMA), tiny("llama"), tmp_path)
+    (tmp_path / "adapter_setup.json").write_text("{}")
+    fresh = tiny("llama")
+    opendelta.load(tmp_path, fresh)
+    assert torch.equal(run(fresh), run(delta.backbone_model))
+    delta.save_finetuned(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    refused(tmp_path, "config.json cannot be read as JSON")

@@ -240,7 +240,7 @@ def test_a_report_tells_by_name_what_does_not_fit(saved):
     with untouched(model):
         report = opendelta.load(folder, model, strict=False)
         assert not report
-        assert "cannot be read" in report.problem
+        assert "is missing, though" in report.problem
         (folder / "kept").rename(folder / config_of(folder)["weights"])
         report = opendelta.load(folder, model, strict=False)
     assert (report.names, report.missing, report.unexpected) == ([], [], ["bogus"])
@@ -298,7 +298,7 @@ def test_damage_is_noticed(saved, tmp_path):
     weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     refuses(folder, "is damaged: its sha256")
     weights.unlink()
-    refuses(folder, "cannot be read")
+    refuses(folder, "is missing, though config.json names it")
     for name in ("../x.safetensors", "/etc/passwd", "a.bin", 3, None):
         (folder / "config.json").write_text(json.dumps({**config, "weights": name}))
         refuses(folder, "no safetensors file beside it")

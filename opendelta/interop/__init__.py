@@ -10,11 +10,19 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from .. import folder as files
+
 READERS = ("peft", "legacy", "adapters")
 
 
 def reader_of(folder: Path) -> Any:
-    """The module that reads what wrote `folder`, or None: it is ours, or nobody's."""
+    """The module that reads what wrote `folder`, or None: it is ours, or nobody's.
+
+    Raises:
+        DeltaLoadError: there is a config as of ours, and it is damaged.
+    """
+    if files.is_ours(folder):
+        return None
     for name in READERS:
         reader = import_module(f"{__name__}.{name}")
         if reader.recognises(folder):
