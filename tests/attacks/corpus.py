@@ -174,7 +174,7 @@ def own_attacks():
         "weights_windows_path": (ours(config(weights="..\\x.safetensors")), NEXT_TO),
         "weights_with_a_null_byte": (ours(config(weights="\0.safetensors")), NEXT_TO),
         "weights_no_text": (ours(config(weights=["x.safetensors"])), NEXT_TO),
-        "weights_not_there": (ours(config(weights="x.safetensors")), "cannot be read"),
+        "weights_not_there": (ours(config(weights="x.safetensors")), "is missing, though"),
         "sha256_of_another_file": (ours(config(sha256="0" * 64)), "is damaged: its sha256"),
         "sha256_missing": (ours(config(sha256=None)), "is damaged: its sha256"),
         "name_with_a_slash": named("a/b"),
