@@ -75,3 +75,8 @@ def shown(value: Any, longest: int = 200) -> str:
     """`repr` of what somebody gave, shortened for a message."""
     text = repr(value)
     return text if len(text) <= longest else f"{text[:longest]}..."
+
+
+def called(name: str) -> str:
+    """The full name of a module for a message; the root's is empty."""
+    return repr(name) if name else "the root"

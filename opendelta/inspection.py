@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from . import freezing
 from .addressing import Survey, survey, unwrapped
-from .errors import PristineError, UnreachedWarning
+from .errors import PristineError, UnreachedWarning, called
 from .layers import is_sharded
 from .record import SLOT
 from .shapes import PROBING
@@ -131,6 +131,10 @@ def unwatch_forward(found: Survey) -> None:
 
 
 # ----------------------------------------------------------------------------------------- pristine
+# No trace of a delta: accelerate, and so transformers' Trainer, leaves it on each model it prepares.
+MARKER = "_is_accelerate_prepared"
+
+
 def _bits(tensor: Tensor) -> str:
     if is_sharded(tensor):
         tensor = tensor.to_local()
@@ -150,7 +154,7 @@ def _facts(module: nn.Module) -> dict[str, Any]:
     buffers = dict(module.named_buffers(recurse=False, remove_duplicate=False))
     return {
         "class": type(module),
-        "attributes": sorted(module.__dict__),
+        "attributes": sorted(module.__dict__.keys() - {MARKER}),
         "children": [name for name, _ in module.named_children()],
         "hooks": _hooks(module),
         "requires_grad": {k: p.requires_grad for k, p in parameters.items()},
@@ -165,7 +169,7 @@ def snapshot(model: nn.Module) -> dict[str, dict[str, Any]]:
 
 
 def _called(name: str, module: nn.Module) -> str:
-    return f"{name or 'the root'!r} ({type(module).__name__})"
+    return f"{called(name)} ({type(module).__name__})"
 
 
 def assert_pristine(model: nn.Module, like: dict[str, dict[str, Any]] | None = None) -> None:
@@ -205,7 +209,8 @@ def assert_pristine(model: nn.Module, like: dict[str, dict[str, Any]] | None = N
 def _change(was: Any, now: Any) -> str:
     """What is other in `now`, in words; of lists and mappings only the items that differ."""
     if isinstance(now, list) and set(was) != set(now):
-        return f"lost {sorted(set(was) - set(now))} and got {sorted(set(now) - set(was))}"
+        parts = {"lost": sorted(set(was) - set(now)), "got": sorted(set(now) - set(was))}
+        return " and ".join(f"{verb} {names}" for verb, names in parts.items() if names)
     if isinstance(now, dict) and was.keys() == now.keys():
         return f"changed: {', '.join(key for key in now if now[key] != was[key])}"
     return f"was {was!r} and is {now!r}"

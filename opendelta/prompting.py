@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .addressing import is_called
 from .bases import Cell, DeltaLayer
-from .errors import OptionError, SiteError
+from .errors import OptionError, SiteError, called
 from .layers import Embedding, Site, kind_of, stored
 
 TAKES = {"input_ids", "inputs_embeds", "attention_mask"}
@@ -207,7 +207,7 @@ def rows_of(site: Site, embedding: str, config: Any, length: int) -> Tensor:
     if not ids or not 0 <= min(ids) <= max(ids) < size:
         raise OptionError(
             f"token_init names {len(ids)} tokens {ids[:5]}; they must be some of the {size} that "
-            f"{embedding!r} in {site.name or 'the root'!r} embeds"
+            f"{embedding!r} in {called(site.name)} embeds"
         )
     if site.device.type == "meta":
         return torch.empty(length, kind.out_features, device="meta")

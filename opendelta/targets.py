@@ -13,7 +13,7 @@ from torch import nn
 from . import attention, labels, prompting, site, structure
 from .addressing import Survey, ancestors, as_list, leave_out, literal, select, select_modules
 from .bases import DeltaLayer
-from .errors import AddressError, SiteError
+from .errors import AddressError, SiteError, called
 from .freezing import backbone_tensors
 from .layers import KINDS, kind_of
 from .options import DeltaConfig
@@ -244,7 +244,7 @@ def check_kind(
         and _kinds(found, other) & (wanted - {"other"})
     ]
     raise SiteError(
-        f"{name or 'the root'!r} ({type(found.modules[name]).__name__}) cannot carry "
+        f"{called(name)} ({type(found.modules[name]).__name__}) cannot carry "
         f"{config.delta_type!r}, which takes: {takes}."
         + (f" Inside it there are {', '.join(map(repr, inside[:4]))}" if inside else "")
     )

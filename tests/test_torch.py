@@ -334,6 +334,11 @@ def test_the_root_can_be_the_site():
     detach([lora, adapter])
     opendelta.assert_pristine(model, like=before)
     assert torch.equal(model(x), plain)
+    model.mine = 1
+    with pytest.raises(
+        opendelta.PristineError, match=r"^the root \(Linear\): attributes got \['mine'\]$"
+    ):
+        opendelta.assert_pristine(model, like=before)
 
 
 def _folded(module, layer):
