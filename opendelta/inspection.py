@@ -131,7 +131,7 @@ def unwatch_forward(found: Survey) -> None:
 
 
 # ----------------------------------------------------------------------------------------- pristine
-# No trace of a delta: accelerate, and so transformers' Trainer, leaves it on each model it prepares.
+# No trace of a delta: accelerate, and so Trainer, leaves it on each model that it prepares.
 MARKER = "_is_accelerate_prepared"
 
 
