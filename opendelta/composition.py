@@ -234,11 +234,15 @@ class Composition:
         """
         from . import checkpoint
 
-        if not self.names:
+        checkpoint.save(self._to_save(), folder)
+
+    def _to_save(self) -> list[Delta]:
+        deltas = list(self)
+        if not deltas:
             raise DeltaError(
                 f"no delta is attached to {type(self.model).__name__}: nothing to save"
             )
-        checkpoint.save([self[name] for name in self.names], folder)
+        return deltas
 
     def push_to_hub(
         self, repo_id: str, private: bool | None = None, token: str | None = None
@@ -249,10 +253,14 @@ class Composition:
             repo_id: "user/name", or "name" for one of one's own; it is made if need be.
             private: whether a new repository is private.
             token: of the user. None: the one that was logged in with.
+
+        Raises:
+            DeltaError: no delta is attached, or values are not finite.
+            huggingface_hub.errors.HfHubHTTPError: the hub refuses, or is out of reach.
         """
         from . import hub
 
-        return hub.push([self[name] for name in self.names], repo_id, private, token)
+        return hub.push(self._to_save(), repo_id, private, token)
 
     def explain(self, module: str) -> Explanation:
         """What a module with deltas computes, as a formula and step by step.

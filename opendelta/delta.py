@@ -471,6 +471,10 @@ class Delta:
             repo_id: "user/name", or "name" for one of one's own; it is made if need be.
             private: whether a new repository is private.
             token: of the user. None: the one that was logged in with.
+
+        Raises:
+            DeltaError: values are not finite.
+            huggingface_hub.errors.HfHubHTTPError: the hub refuses, or is out of reach.
         """
         from . import hub
 

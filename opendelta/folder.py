@@ -217,8 +217,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     file = folder / CONFIG
     if not file.exists():
+        what = f"{CONFIG} is missing" if folder.exists() else "there is no such folder"
         raise DeltaLoadError(
-            f"no delta in {str(folder)!r}: {CONFIG} is missing. Give the folder that "
+            f"no delta in {str(folder)!r}: {what}. Give the folder that "
             "save_finetuned or composition(model).save wrote, or 'user/name' for one on the hub"
         )
     given = read_json(file)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import DeltaLoadError
+from .errors import DeltaLoadError, OptionError
 from .folder import own_version
 
 if TYPE_CHECKING:
@@ -21,11 +21,20 @@ FILES = ("*.json", "*.safetensors", "*.bin")
 def folder_of(path: str | os.PathLike, local_files_only: bool = False) -> Path:
     """The local folder of `path`: itself, or where "user/name" on the hub is downloaded to.
 
+    What starts as a path does, with "./", "../", "/" or "~", is no name on the hub.
+
     Raises:
+        OptionError: `path` is neither a path nor a name.
         DeltaLoadError: there is no such folder, and no such name on the hub.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise OptionError(
+            f"a folder must be a path or 'user/name' on the hub, not a {type(path).__name__}; the "
+            "folder comes first, then the model"
+        )
     folder = Path(path)
-    if folder.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+    named = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path))
+    if folder.exists() or not named or str(path).startswith(("./", "../")):
         return folder
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -100,6 +109,10 @@ def push(
         repo_id: "user/name", or "name" for one of one's own; it is made if need be.
         private: whether a new repository is private.
         token: of the user. None: the one that was logged in with.
+
+    Raises:
+        DeltaError: values are not finite.
+        huggingface_hub.errors.HfHubHTTPError: the hub refuses, or is out of reach.
     """
     import huggingface_hub
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from .addressing import Survey, ancestors, survey
 from .bases import DeltaLayer
 from .costs import Flops, Memory, flops_of, memory_of
 from .delta import Delta
-from .errors import DeltaError, OptionError
+from .errors import DeltaError, OptionError, shown
 from .layers import is_sharded
 from .options import DeltaConfig
 from .order import known_records
@@ -178,12 +178,7 @@ def plan(
     """
     if not isinstance(model, nn.Module):
         raise OptionError(f"model must be a torch.nn.Module, not {type(model).__name__}")
-    wanted = [configs] if isinstance(configs, DeltaConfig) else list(configs)
-    for config in wanted:
-        if not isinstance(config, DeltaConfig):
-            raise OptionError(f"plan takes configs such as LoraConfig(...), not {config!r}")
-    if not wanted:
-        raise OptionError("plan needs at least one config, such as LoraConfig(...)")
+    wanted = _checked(configs)
     found = survey(model)
     planner = Planner(found, optimizer_states)
     deltas = [planner.add(config) for config in wanted]
@@ -194,6 +189,22 @@ def plan(
         added_parameters=sum(delta.parameters for delta in deltas),
         trainable_parameters=planner.trainable(),
     )
+
+
+def _checked(configs: Any) -> list[DeltaConfig]:
+    """The configs in what `plan` was given."""
+    several = isinstance(configs, Iterable) and not isinstance(configs, str)
+    wanted = list(configs) if several else [configs]
+    for config in wanted:
+        if isinstance(config, type):
+            made = config.config_class if issubclass(config, Delta) else config
+            name = made.__name__ if issubclass(made, DeltaConfig) else "LoraConfig"
+            raise OptionError(f"plan takes configs such as {name}(...), not {config.__name__}")
+        if not isinstance(config, DeltaConfig):
+            raise OptionError(f"plan takes configs such as LoraConfig(...), not {shown(config)}")
+    if not wanted:
+        raise OptionError("plan needs at least one config, such as LoraConfig(...)")
+    return wanted
 
 
 class Planner:

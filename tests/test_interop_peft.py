@@ -795,6 +795,16 @@ def test_one_of_ours_is_not_saved_among_the_files_of_another_library(tmp_path):
         assert sorted(path.name for path in (tmp_path / library).iterdir()) == before
 
 
+def test_peft_s_folders_hold_one_delta(tmp_path):
+    model = tiny("llama")
+    LoraModel(model)
+    with pytest.raises(
+        opendelta.DeltaError, match=r"takes a delta, not a Composition: .* just one"
+    ):
+        interop.save(opendelta.composition(model), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_folder_of_ours_is_ours_whatever_else_lies_in_it(tmp_path):
     delta = shake(LoraModel(tiny("llama"), lora_r=2))
     delta.freeze_module()

@@ -191,6 +191,9 @@ def test_it_takes_models_and_configs_only():
         opendelta.plan("bert", LoraConfig())
     with pytest.raises(OptionError, match=r"configs such as LoraConfig\(\.\.\.\), not 'lora'"):
         opendelta.plan(net(), ["lora"])
+    for wrong in (LoraModel, [LoraModel]):
+        with pytest.raises(OptionError, match=r"such as LoraConfig\(\.\.\.\), not LoraModel$"):
+            opendelta.plan(net(), wrong)
     with pytest.raises(OptionError, match="at least one config"):
         opendelta.plan(net(), [])
 

@@ -360,6 +360,24 @@ def test_the_hub_is_said_to_be_out_of_reach():
         AutoDeltaModel.from_finetuned("Delta/mrpc", backbone_model=net(), local_files_only=True)
 
 
+def test_a_path_is_no_name_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path in ("./nowhere", "../nowhere", "/no/where", "~/nowhere", "nowhere"):
+        refuses(path, "there is no such folder. Give")
+
+
+def test_swapped_arguments_are_said_to_be_swapped(saved):
+    folder, _ = saved
+    for load in (opendelta.load, AutoDeltaModel.from_finetuned, LoraModel.from_finetuned):
+        with pytest.raises(opendelta.OptionError, match="the folder comes first, then the model"):
+            load(net(), folder)
+
+
+def test_nothing_is_not_pushed():
+    with pytest.raises(opendelta.DeltaError, match="no delta is attached to"):
+        opendelta.composition(net()).push_to_hub("ada/nothing")
+
+
 def test_a_save_between_reading_the_config_and_the_weights_is_no_damage(saved, monkeypatch):
     folder, _ = saved
     model = net()

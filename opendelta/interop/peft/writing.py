@@ -51,8 +51,13 @@ def save(delta: Delta, folder: str | os.PathLike) -> None:
         folder: it is made if need be; an adapter of PEFT's in it is replaced.
 
     Raises:
-        DeltaError: PEFT has no such delta, or the folder holds something else.
+        DeltaError: it is no delta, or none that PEFT has, or the folder holds something else.
     """
+    if not isinstance(delta, Delta):
+        raise DeltaError(
+            f"peft.save takes a delta, not a {type(delta).__name__}: a folder of PEFT's holds just "
+            "one. Name it: peft.save(composition(model)['name'], folder)"
+        )
     path, found = Path(folder), survey(delta.backbone_model)
     _check_free(path)
     _check_writable(delta, found)
