@@ -7,6 +7,8 @@ inside a delta are never matched.
 
 from __future__ import annotations
 
+import itertools
+import operator
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -50,8 +52,14 @@ class Survey:
 
     def records(self) -> list[Record]:
         """The attached deltas, in their total order."""
-        found = {id(layer.record): layer.record for _, _, layer in self.layers()}
-        return sorted(found.values(), key=lambda record: record.place)
+        return records_of(self.stacks.values())
+
+    def sites(self) -> dict[Record, list[str]]:
+        """{attached delta: the full names of the sites of its layers}, in total order."""
+        found: dict[Record, list[str]] = {record: [] for record in self.records()}
+        for where, _, layer in self.layers():
+            found[layer.record].append(where)
+        return found
 
     def common(self, names: Sequence[str]) -> str:
         """The full name of the innermost module that is called and contains all of `names`."""
@@ -94,6 +102,27 @@ def survey(root: nn.Module) -> Survey:
             elif child is not None:
                 todo.append((f"{name}.{key}" if name else key, child))
     return found
+
+
+def attached(root: nn.Module) -> list[Record]:
+    """The attached deltas of `root` in their total order: its survey's records, in less time."""
+    todo: list[nn.Module] = [root]
+    stacks: list[Stack] = []
+    while todo:
+        for child in reversed(todo.pop()._modules.values()):
+            if isinstance(child, Stack):
+                stacks.append(child)
+            elif child is not None:
+                todo.append(child)
+    return records_of(stacks)
+
+
+def records_of(stacks: Iterable[Stack]) -> list[Record]:
+    """The deltas that have a layer in any of `stacks`, in their total order."""
+    layers = itertools.chain.from_iterable(stack._modules.values() for stack in stacks)
+    # one loop in C: there may be thousands of layers
+    found = dict.fromkeys(map(operator.attrgetter("record"), layers))
+    return sorted(found, key=lambda record: record.place)
 
 
 WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")

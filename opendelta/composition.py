@@ -11,7 +11,7 @@ from typing import Literal, overload
 from torch import nn
 
 from . import merging, neighbours
-from .addressing import select, survey
+from .addressing import attached, select, survey
 from .delta import Delta
 from .errors import AddressError, DeltaError, DeltaLoadError, nearest
 from .layers import kind_of
@@ -54,7 +54,7 @@ class Composition:
         self.model = model
 
     def _records(self) -> list[Record]:
-        records = survey(self.model).records()
+        records = attached(self.model)
         names = [record.name for record in records]
         if len(set(names)) < len(names):
             twice = sorted({name for name in names if names.count(name) > 1})
@@ -70,8 +70,8 @@ class Composition:
         return [record.name for record in self._records()]
 
     def __iter__(self) -> Iterator[Delta]:
-        found = survey(self.model)
-        return iter([handle_of(found, record) for record in self._records()])
+        records, found = self._records(), survey(self.model)
+        return iter([handle_of(found, record) for record in records])
 
     def __len__(self) -> int:
         return len(self._records())
@@ -80,13 +80,14 @@ class Composition:
         return (name.name if isinstance(name, Delta) else name) in self.names
 
     def __getitem__(self, name: str) -> Delta:
-        return handle_of(survey(self.model), self._named([name])[0])
+        (record,) = self._named([name], self._records())
+        return handle_of(survey(self.model), record)
 
     def __repr__(self) -> str:
         return f"composition of {type(self.model).__name__}: {self.names}"
 
-    def _named(self, names: Sequence[str | Delta]) -> list[Record]:
-        records = {record.name: record for record in self._records()}
+    def _named(self, names: Sequence[str | Delta], among: list[Record]) -> list[Record]:
+        records = {record.name: record for record in among}
         chosen = []
         for given in [names] if isinstance(names, str) else names:
             if not isinstance(given, str | Delta):
@@ -114,16 +115,16 @@ class Composition:
         Raises:
             DeltaError: a name is missing, unknown or given twice. Nothing is changed then.
         """
-        wanted, attached = self._named(names), self._records()
-        if len(set(map(id, wanted))) < len(wanted) or len(wanted) < len(attached):
+        records, found = self._records(), survey(self.model)
+        wanted = self._named(names, records)
+        if len(set(map(id, wanted))) < len(wanted) or len(wanted) < len(records):
             raise DeltaError(
-                f"reorder takes each attached delta once: {self.names}; given: "
-                f"{[record.name for record in wanted]}"
+                f"reorder takes each attached delta once: {[record.name for record in records]}; "
+                f"given: {[record.name for record in wanted]}"
             )
-        for record in attached if wanted != attached else ():
+        for record in records if wanted != records else ():
             merging.check_apart(record, "cannot move deltas around")
-        found = survey(self.model)
-        places = [record.place for record in attached]
+        places = [record.place for record in records]
         for place, record in zip(places, wanted, strict=True):
             record.place = place
         for stack in found.stacks.values():
@@ -132,8 +133,9 @@ class Composition:
     @contextlib.contextmanager
     def only(self, *names: str | Delta) -> Iterator[Composition]:
         """Let just these deltas act inside a `with` block; none of them: the plain backbone."""
-        chosen = self._named(names)
-        before = [(record, record.active) for record in self._records()]
+        records = self._records()
+        chosen = self._named(names, records)
+        before = [(record, record.active) for record in records]
         for record, active in before:
             if active != (record in chosen):
                 merging.check_apart(record, "cannot switch")
@@ -198,7 +200,9 @@ class Composition:
                 weight is tied, sharded or without values; a result is not finite. Nothing is
                 changed then.
         """
-        return merging.merge(survey(self.model), self._named(names) if names else None)
+        return merging.merge(
+            survey(self.model), self._named(names, self._records()) if names else None
+        )
 
     def unmerge(self) -> None:
         """Put the weights back, bit for bit, as they were before the first `merge`.

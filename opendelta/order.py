@@ -52,21 +52,22 @@ def free_name(wanted: str, taken: Collection[str]) -> str:
 
 def known_records(found: Survey) -> list[Record]:
     """The deltas of a backbone in total order: the attached, and the detached that are held."""
-    records = {id(record): record for record in found.records()}
+    records = dict.fromkeys(found.records())
     inside = {id(module) for module in found.modules.values()}
-    for handle in HANDLES:
-        if id(handle.backbone_model) in inside:
-            records.setdefault(id(handle.record), handle.record)
-    return sorted(records.values(), key=lambda record: record.place)
+    records |= dict.fromkeys(h.record for h in HANDLES if id(h.backbone_model) in inside)
+    return sorted(records, key=lambda record: record.place)
 
 
-def prefix_of(found: Survey, record: Record) -> str | None:
-    """The name of the module through which a delta was attached; None: one around `found`."""
-    sites = [unwrapped(where) for where, _, layer in found.layers() if layer.record is record]
+def prefix_of(record: Record, sites: list[str]) -> str | None:
+    """The name of the module through which a delta was attached; None: one around the backbone.
+
+    Args:
+        sites: where the delta stands on the backbone.
+    """
     names = set(record.sites)
-    if names & set(sites):
+    if any(unwrapped(where) in names for where in sites):
         return ""
-    for where in sites:
+    for where in map(unwrapped, sites):
         for name in names:
             if name == "" or where.endswith(f".{name}"):
                 return where.removesuffix(name).removesuffix(".")
@@ -88,18 +89,20 @@ def renumber(
 def check_root(found: Survey) -> None:
     """Raise if the backbone has deltas that were attached through a module around it, or inside."""
     what = type(found.root).__name__
-    for record in found.records():
-        prefix = prefix_of(found, record)
+    for record, sites in found.sites().items():
+        prefix = prefix_of(record, sites)
         if prefix != "":
             other = "a module around it" if prefix is None else f"its module {prefix!r}"
             raise SiteError(
                 f"{record.name!r} was attached through {other}, not through this {what}; attach "
                 "all deltas of a model through the same module"
             )
+    others = {id(h.backbone_model): h.backbone_model for h in HANDLES}
+    others.pop(id(found.root), None)
+    around = {k for k, outer in others.items() if any(m is found.root for m in outer.modules())}
     for handle in HANDLES:
         outer = handle.backbone_model
-        around = outer is not found.root and any(m is found.root for m in outer.modules())
-        if around and handle.attached:
+        if id(outer) in around and handle.attached:
             raise SiteError(
                 f"{handle.name!r} was attached through the {type(outer).__name__} around this "
                 f"{what}; attach all deltas of a model through the same module"
@@ -111,7 +114,8 @@ def handle_of(found: Survey, record: Record) -> Delta:
     for handle in HANDLES:
         if handle.record is record:
             return handle
-    prefix = prefix_of(found, record)
+    own = [(where, layer) for where, _, layer in found.layers() if layer.record is record]
+    prefix = prefix_of(record, [where for where, _ in own])
     if prefix is None:
         raise DeltaError(
             f"{record.name!r} was attached through a module around this "
@@ -120,7 +124,6 @@ def handle_of(found: Survey, record: Record) -> Delta:
     cls = method(record.config.delta_type)
     handle = cls.__new__(cls)
     handle.backbone_model, handle.record = found.modules[prefix], record
-    own = [(where, layer) for where, _, layer in found.layers() if layer.record is record]
     layers = {w[len(prefix) + 1 if prefix else 0 :]: layer for w, layer in own}
     places = {name: place for place, name in enumerate(record.sites)}
     ordered = sorted(layers, key=lambda where: places[unwrapped(where)])

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import opendelta
-from opendelta import AdapterModel, LohaModel, LoraModel, composition, products
+from opendelta import AdapterModel, LohaModel, LoraModel, addressing, composition, products
 
 
 class Counted(TorchDispatchMode):
@@ -258,6 +258,48 @@ def test_a_model_on_the_meta_device_is_not_searched_for_another_one(monkeypatch)
         for m in (small, large)
     ]
     assert max(found) < 5
+
+
+def test_switching_walks_the_module_tree_once_and_knows_the_deltas_of_now(monkeypatch):
+    model = tower(4)
+    for index in range(4):
+        LoraModel(model, modified_modules=["fc"], lora_r=1, name=f"lora_{index}")
+    composed = composition(model)
+
+    def switch():
+        with composed.only("lora_2"):
+            assert [delta.active for delta in deltas] == [False, False, True, False]
+
+    deltas = list(composed)
+    assert walks(monkeypatch, model, switch) <= 1
+    twin = copy.deepcopy(model)
+    deltas[0].detach()
+    with composed.only("lora_1"):
+        assert [delta.active for delta in deltas] == [True, True, False, False]
+        assert all(delta.active for delta in composition(twin))
+        assert composition(twin).names == [f"lora_{index}" for index in range(4)]
+
+
+def test_a_delta_is_loaded_beside_many_as_beside_few(monkeypatch, tmp_path):
+    seen, layers = [], addressing.Survey.layers
+
+    def counted(found):
+        for layer in layers(found):
+            seen.append(1)
+            yield layer
+
+    monkeypatch.setattr(addressing.Survey, "layers", counted)
+    plain = tower(4).requires_grad_(False)
+    LoraModel(plain, modified_modules=["fc"], lora_r=1).save_finetuned(tmp_path)
+    found = {}
+    for others in (2, 8):
+        model = tower(4)
+        for index in range(others):
+            LoraModel(model, modified_modules=["fc"], lora_r=1, name=f"other_{index}")
+        seen.clear()
+        opendelta.load(tmp_path, model)
+        found[others] = len(seen) / others
+    assert found[8] <= found[2]
 
 
 # ------------------------------------------------------------------------------- bytes in training
