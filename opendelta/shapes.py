@@ -7,6 +7,7 @@ is put back.
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
@@ -71,12 +72,65 @@ def _inputs(found: Survey) -> Iterator[tuple[str, tuple, dict[str, Any]]]:
         yield "", (torch.zeros(1, 3, first.in_features or first.out_features),), {}
 
 
-def _run(found: Survey, where: str, args: tuple, kwargs: dict[str, Any], grad: bool = False) -> Any:
+def _run(
+    found: Survey,
+    where: str,
+    args: tuple,
+    kwargs: dict[str, Any],
+    grad: bool = False,
+    look: Callable[[Any], None] = lambda _: None,
+) -> None:
+    """Let `look` see what a module gives on shapes, in its own dtype or, if it fails, in bfloat16.
+
+    Some of torch's operations, such as products of grouped experts, know shapes of bfloat16 only.
+
+    Raises:
+        _Failed: it raised an error both times; the first one is told.
+    """
+    failure: Exception | None = None
+    for dtype in (None, torch.bfloat16):
+        with untouched(found), _no_log():
+            try:
+                output = _run_as(dtype, found, where, args, kwargs, grad)
+            except SiteError:
+                raise
+            except Exception as error:  # any model's forward: whatever it raises is told
+                failure = failure or error
+                continue
+            look(output)
+            return
+    raise _Failed(failure)
+
+
+class _Failed(Exception):
+    """A run that failed, with the reason."""
+
+
+@contextlib.contextmanager
+def _no_log() -> Iterator[None]:
+    """Keep torch from logging each operation that fails on shapes."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
+def _run_as(
+    dtype: torch.dtype | None,
+    found: Survey,
+    where: str,
+    args: tuple,
+    kwargs: dict[str, Any],
+    grad: bool,
+) -> Any:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     module = found.modules[where]
-    device, dtype = device_and_dtype([module])
-    dtype = torch.float32 if dtype == torch.float16 else dtype
+    cast = dtype
+    device, own = device_and_dtype([module])
+    dtype = cast or (torch.float32 if own == torch.float16 else own)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.set_grad_enabled(grad):
 
         def fake(value: Any) -> Any:
@@ -85,17 +139,20 @@ def _run(found: Survey, where: str, args: tuple, kwargs: dict[str, Any], grad: b
             value = value.to(dtype) if value.is_floating_point() else value
             return mode.from_tensor(value.to(device))
 
-        _put_stand_ins(module, None, mode.from_tensor)
+        _put_stand_ins(module, None, mode.from_tensor, cast)
         return module(*tree_map(fake, args), **tree_map(fake, kwargs))
 
 
 def _put_stand_ins(
-    module: nn.Module, device: torch.device | None, fake: Callable[[Tensor], Tensor]
+    module: nn.Module,
+    device: torch.device | None,
+    fake: Callable[[Tensor], Tensor],
+    dtype: torch.dtype | None = None,
 ) -> None:
     """Put fake tensors in the place of those that a run would change, or load from somewhere.
 
     These are the buffers, because an operation on real tensors alone is carried out, even among
-    fake ones; and the parameters that accelerate offloaded.
+    fake ones; and the parameters that accelerate offloaded. All that float get `dtype`, if given.
     """
     if isinstance(module, torch.jit.ScriptModule):
         return
@@ -105,14 +162,16 @@ def _put_stand_ins(
     tables: list[dict[str, Any]] = [module._parameters, module._buffers]
     for table in tables:
         for name, tensor in table.items():
-            if tensor is not None and tensor.is_meta and device is not None:
+            if tensor is not None and dtype is not None and tensor.is_floating_point():
+                table[name] = fake(tensor).to(device or tensor.device, dtype)
+            elif tensor is not None and tensor.is_meta and device is not None:
                 table[name] = torch.empty_like(tensor, device=device)
             elif tensor is not None and tensor.dtype == torch.float16:
                 table[name] = fake(tensor).float()  # float16 branches on values, to catch overflow
             elif tensor is not None and table is module._buffers:
                 table[name] = fake(tensor)
     for child in module.children():
-        _put_stand_ins(child, device, fake)
+        _put_stand_ins(child, device, fake, dtype)
 
 
 def output_widths(model: nn.Module, names: Sequence[str]) -> dict[str, int]:
@@ -191,10 +250,8 @@ def _observe(
                 hooks.callback(hook.remove)
             try:
                 _run(found, where, args, kwargs)
-            except SiteError:
-                raise
-            except Exception as error:  # any model's forward: whatever it raises is told below
-                failures.append(_failure(found, where, args, kwargs, error))
+            except _Failed as failed:
+                failures.append(_failure(found, where, args, kwargs, failed.args[0]))
         if reached >= set(names):
             return
     unknown = next(name for name in names if name not in reached)
@@ -216,11 +273,10 @@ def dry_run(found: Survey, look: Callable[[Any], None]) -> None:
     for where, args, kwargs in _inputs(found):
         with untouched(found), sharding.whole(found.root):
             try:
-                output = _run(found, where, args, kwargs, grad=True)
-            except Exception as error:  # any model's forward: whatever it raises is told below
-                failures.append(_failure(found, where, args, kwargs, error))
+                _run(found, where, args, kwargs, True, look)
+            except _Failed as failed:
+                failures.append(_failure(found, where, args, kwargs, failed.args[0]))
                 continue
-            look(output)
             return
     raise SiteError(
         f"{type(found.root).__name__} does not run on shapes: {'; '.join(failures) or 'no layer'}. "

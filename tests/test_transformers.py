@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from models import (
     FIVE,
     GENERATORS,
@@ -573,3 +574,25 @@ def test_a_block_that_a_delta_owns_is_captured_once(name, captured_before_attach
     states = model(**inputs(model), output_hidden_states=True).hidden_states
     assert len(states) == len(plain)
     assert all(map(torch.equal, states, plain))
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_fused_experts_of_a_float32_model_carry_an_adapter(device, caplog):
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, moe_intermediate_size=16, head_dim=8,
+        num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, num_experts=4,
+        num_experts_per_tok=2,
+    )  # fmt: skip
+    with torch.device(device):
+        model = transformers.Qwen3MoeForCausalLM(config).eval()
+    with untouched(model):
+        delta = AdapterModel(model, modified_modules=["mlp.experts"], bottleneck_dim=3)
+        assert delta.layers["model.layers.0.mlp.experts"].width == 32
+        if device == "cpu":
+            ids = token_ids().remainder(64)
+            changed = shake(delta)
+            with changed.disabled():
+                plain = model(ids).logits
+            assert not torch.allclose(model(ids).logits, plain)
+        delta.detach()
+    assert not caplog.records
