@@ -61,6 +61,7 @@ class DeltaLayer(nn.Module):
         gates_itself: its own equation heeds `self.gate`.
         gate_width: width of what its gate reads, where that is neither in- nor output of a weight.
         identity: whether it changes nothing at the start.
+        why_not: what keeps a layer with a `fold` from folding, for messages.
     """
 
     kinds: tuple[str, ...] = tuple(layers.KINDS)
@@ -71,6 +72,7 @@ class DeltaLayer(nn.Module):
     gates_itself: ClassVar[bool] = False
     gate_width: int | None = None
     identity: ClassVar[bool] = True
+    why_not: ClassVar[str] = ""
     record: Record
     gate: Gate | None
 

@@ -174,7 +174,9 @@ def _held(optimizer: Any) -> Counter[int]:
     several = optimizer if isinstance(optimizer, list | tuple) else [optimizer]
     for each in several:
         if not isinstance(getattr(each, "param_groups", None), list):
-            raise DeltaError(f"optimizer must be a torch optimizer, or several, not {each!r}")
+            raise DeltaError(
+                f"optimizer must be a torch optimizer, or several, not {type(each).__name__}"
+            )
     groups = [group for each in several for group in each.param_groups]
     return Counter(id(p) for group in groups for p in group["params"])
 

@@ -14,7 +14,7 @@ from . import quantised
 from .addressing import Survey, survey
 from .bases import DeltaLayer
 from .composition import composition
-from .errors import OptionError, SiteError, nearest
+from .errors import OptionError, SiteError, nearest, shown
 from .layers import kind_of
 from .methods.lora import LoraLayer, LoraModel
 from .order import free_name, known_records
@@ -115,14 +115,24 @@ def _check_options(
     weights: Mapping[str, float], how: str, rank: int | None, density: float | None
 ) -> None:
     if how not in HOWS:
-        near = ", ".join(nearest(str(how), HOWS)) or ", ".join(HOWS)
-        raise OptionError(f"combine(how={how!r}) must be one of {', '.join(HOWS)}; nearest: {near}")
+        near = nearest(str(how), HOWS)
+        hint = f"; nearest: {', '.join(near)}" if near else ""
+        raise OptionError(f"combine(how={how!r}) must be one of {', '.join(HOWS)}{hint}")
+    if not isinstance(weights, Mapping):
+        raise OptionError(
+            "combine: weights must be a mapping {name of a delta: its weight}, not "
+            f"{shown(weights)}"
+        )
     if not weights or not all(math.isfinite(weight) for weight in weights.values()):
         raise OptionError(f"combine takes {{name of a delta: finite weight}}, not {dict(weights)}")
-    if (rank is not None and rank < 1) or (how == "svd" and rank is None):
+    if how == "svd" and rank is None:
+        raise OptionError("combine(how='svd') needs rank=, that of the new delta")
+    if rank is not None and rank < 1:
         raise OptionError(f"combine(how={how!r}, rank={rank}): rank must be at least 1")
     sparse = how in ("ties", "dare_linear", "dare_ties", "magnitude_prune")
-    if sparse and (density is None or not 0 < density <= 1):
+    if sparse and density is None:
+        raise OptionError(f"combine(how={how!r}) needs density=, the share of values to keep")
+    if density is not None and sparse and not 0 < density <= 1:
         raise OptionError(f"combine(how={how!r}, density={density}): density must be in (0, 1]")
     if not sparse and density is not None:
         raise OptionError(f"combine(how={how!r}) keeps all values: it takes no density")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, overload
 
@@ -16,7 +16,7 @@ from .delta import Delta
 from .errors import AddressError, DeltaError, DeltaLoadError, nearest
 from .layers import kind_of
 from .merging import MergeReport
-from .order import handle_of
+from .order import handle_of, known_records
 from .record import Record
 
 
@@ -96,13 +96,20 @@ class Composition:
             if name not in records or (
                 isinstance(given, Delta) and given.record is not records[name]
             ):
-                near = nearest(str(name), records)
-                raise DeltaError(
-                    f"no delta {name!r} is attached to {type(self.model).__name__}; attached are "
-                    f"{list(records)}" + (f"; nearest: {near[0]!r}" if near else "")
-                )
+                raise DeltaError(self._not_attached(given, records))
             chosen.append(records[name])
         return chosen
+
+    def _not_attached(self, given: str | Delta, attached: Collection[str]) -> str:
+        """That no such delta is attached, and what to do."""
+        name = given.name if isinstance(given, Delta) else given
+        text = f"no delta {name!r} is attached to {type(self.model).__name__}; "
+        for record in known_records(survey(self.model)):
+            own = not isinstance(given, Delta) or given.record is record
+            if own and record.name == name and name not in attached:
+                return f"{text}it is detached: call attach() of it first"
+        near = nearest(name, attached)
+        return f"{text}attached are {list(attached)}" + (f"; nearest: {near[0]!r}" if near else "")
 
     def reorder(self, names: Sequence[str | Delta]) -> None:
         """Let the attached deltas act in this order.
@@ -386,6 +393,12 @@ class LoadReport:
 
     def __bool__(self) -> bool:
         return self.problem is None
+
+    def __str__(self) -> str:
+        source = f", saved from a {self.saved_from}" if self.saved_from else ""
+        if self:
+            return f"loaded {', '.join(self.names)}{source}"
+        return f"nothing was loaded: {self.problem}"
 
 
 @overload

@@ -136,17 +136,33 @@ class StateDictHook:
                 if key not in trains and key not in deltas:
                     del state[key]
         if deltas and _for_save_pretrained():
-            held = (
-                "only trainable tensors and" if self.shared.only_trainable else "the backbone and"
-            )
             warnings.warn(
-                f"save_pretrained writes {held} {len(deltas)} delta tensors of "
-                f"{type(module).__name__}, and from_pretrained will drop the deltas. Save a delta "
-                "with delta.save_finetuned(folder); to save the plain backbone, detach the deltas "
-                "first",
+                f"{self._written(module, len(deltas))}, and from_pretrained will drop the deltas. "
+                f"Save a delta with delta.save_finetuned(folder); {_plain_advice(module)}",
                 UnsavedWarning,
                 stacklevel=2,
             )
+
+    def _written(self, module: nn.Module, deltas: int) -> str:
+        """What save_pretrained puts into the file."""
+        name = type(module).__name__
+        if not self.shared.only_trainable:
+            return f"save_pretrained writes the backbone and {deltas} delta tensors of {name}"
+        return (
+            f"save_pretrained writes {deltas} delta tensors and what else trains of {name}: the "
+            "backbone is not in the file, as freeze_module(set_state_dict=True) asked"
+        )
+
+
+def _plain_advice(module: nn.Module) -> str:
+    """How to save a plain model instead."""
+    stacks = (stack_of(child) for child in module.modules())
+    if any(stack is not None and stack.merged() for stack in stacks):
+        return (
+            "they are merged into the weights: to save the plain model with them in it, save "
+            "composition(model).to_backbone()"
+        )
+    return "to save the plain backbone, detach the deltas first"
 
 
 def _slots(module: nn.Module, prefix: str) -> tuple[str, ...]:

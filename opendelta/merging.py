@@ -72,9 +72,11 @@ def plan(found: Survey, wanted: Collection[Record] | None) -> dict[str, list[Nam
     Raises:
         SiteError: one of them does not fold, or stands on one that does not; or nothing folds.
     """
-    planned = {}
+    planned, stopped = {}, ""
     for where, stack in found.stacks.items():
         run, stop = foldable_run(stack)
+        if stop is not None and not stopped:
+            stopped = f"; {_refusal(where, *stop, *stop)}"
         if wanted is not None:
             run = _needed(where, stack, run, stop, wanted)
         if run:
@@ -86,7 +88,7 @@ def plan(found: Survey, wanted: Collection[Record] | None) -> dict[str, list[Nam
             + (
                 "all of it is merged"
                 if any(stack.steps for stack in found.stacks.values())
-                else "no delta at the bottom of a stack folds into a weight"
+                else f"no delta at the bottom of a stack folds into a weight{stopped}"
             )
         )
     return planned
@@ -121,11 +123,20 @@ def _refusal(where: str, name: str, layer: DeltaLayer, stop: str, blocker: Delta
     def what(which: DeltaLayer) -> str:
         if not which.record.active:
             return "is disabled: enable it, or detach it"
-        return f"({type(which).__name__}) does not fold into a weight"
+        return _unfolded(which)
 
     if name == stop:
         return f"{where!r}: {name!r} {what(layer)}"
     return f"{where!r}: {name!r} stands on {stop!r}, which {what(blocker)}"
+
+
+def _unfolded(layer: DeltaLayer) -> str:
+    """That a layer does not fold, and what of it or its module keeps it from that."""
+    why = "its gate goes by what it reads" if layer.gate is not None else layer.why_not
+    able = type(layer).fold is not DeltaLayer.fold
+    return f"({type(layer).__name__}) does not fold into a weight" + f" ({why})" * (
+        able and why != ""
+    )
 
 
 def _check_module(found: Survey, where: str, run: list[Named]) -> None:
@@ -185,8 +196,8 @@ def check_whole(found: Survey) -> None:
             aside = layer.flow in ("none", "instead") or not layer.record.active
             if not aside and not layer.folds:
                 raise SiteError(
-                    f"{where!r}: {name!r} ({type(layer).__name__}) does not fold into a weight, so "
-                    "no plain model computes the same; disable it to leave it out"
+                    f"{where!r}: {name!r} {_unfolded(layer)}, so no plain model computes the same; "
+                    "disable it to leave it out"
                 )
         run = [(n, ly) for n, ly in stack.in_order() if ly.flow not in ("none", "instead")]
         if run:

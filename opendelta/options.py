@@ -15,6 +15,31 @@ Config = TypeVar("Config", bound="DeltaConfig")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 LARGEST = 1e6  # of numbers that scale: with more, half precision overflows and float32 is noise
 
+RANKS = ("lora_r", "r", "low_rank_rank", "low_rank_dimension")
+WIDTHS = ("bottleneck_dim", "reduction_factor")
+ELSEWHERE = {  # {an option of PEFT's or the adapters library's: what it may be here}, for messages
+    "target_modules": ("modified_modules",),
+    "layers_to_transform": ("modified_modules", "exclude_modules"),
+    "layers": ("modified_modules", "exclude_modules"),
+    "leave_out": ("exclude_modules",),
+    "feedforward_modules": ("modified_modules",),
+    "r": RANKS,
+    "rank": RANKS,
+    "lora_r": RANKS,
+    "lora_rank": RANKS,
+    "alpha": ("lora_alpha",),
+    "lora_alpha": ("alpha",),
+    "dropout": ("lora_dropout", "vera_dropout"),
+    "init_lora_weights": ("init",),
+    "bottleneck_size": WIDTHS,
+    "reduction_factor": WIDTHS,
+    "num_virtual_tokens": ("soft_token_num", "prefix_token_num"),
+    "prefix_length": ("prefix_token_num",),
+    "prompt_length": ("soft_token_num",),
+    "adapter_name": ("name",),
+    "use_gating": ("gate",),
+}
+
 
 def option(
     default: Any,
@@ -129,7 +154,8 @@ class DeltaConfig:
         names = cls.option_names()
         for name in given:
             if name not in names:
-                near = nearest(name, names)
+                ours = [other for other in ELSEWHERE.get(name, ()) if other in names]
+                near = list(dict.fromkeys([*ours, *nearest(str(name), names)]))[:3]
                 raise OptionError(
                     f"{cls.delta_type!r} has no option {shown(name)}; "
                     + (f"nearest: {', '.join(near)}" if near else f"it has {', '.join(names)}")

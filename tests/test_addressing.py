@@ -343,6 +343,13 @@ def test_every_option_error_says_what_was_given():
                 LoraModel(model, **options)
     with pytest.raises(opendelta.OptionError, match=r"no option 'lora_rank'; nearest: lora_r"):
         LoraModel(model, modified_modules=["linear"], lora_rank=4)
+    for name, ours in {
+        "target_modules": "modified_modules",
+        "r": "lora_r",
+        "alpha": "lora_alpha",
+    }.items():
+        with pytest.raises(opendelta.OptionError, match=rf"no option '{name}'; nearest: {ours}\b"):
+            LoraModel(model, **{name: 1})
     with pytest.raises(opendelta.OptionError, match=r"no activation 'gelu_nwe'; nearest: gelu_new"):
         AdapterModel(model, modified_modules=["linear"], non_linearity="gelu_nwe")
     with pytest.raises(opendelta.OptionError, match=r"no method 'lroa'; nearest: lora"):

@@ -186,7 +186,9 @@ def test_it_needs_a_delta_an_optimizer_and_a_batch_where_shapes_do_not_do():
     with pytest.raises(DeltaError, match="carries no delta, so there is nothing to check"):
         opendelta.check(model, inputs(model))
     LoraModel(model)
-    with pytest.raises(DeltaError, match="optimizer must be a torch optimizer, or several, not 3"):
+    with pytest.raises(
+        DeltaError, match="optimizer must be a torch optimizer, or several, not int"
+    ):
         opendelta.check(model, inputs(model), 3)
     odd = Noisy()
     odd.forward = lambda a, b: a + b

@@ -186,11 +186,14 @@ def test_what_is_no_change_of_a_weight_alone_is_refused():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"how": "tie"}, r"must be one of linear, .*nearest: ties"),
-        ({"how": "ties"}, r"density=None\): density must be in \(0, 1\]"),
+        ({"how": "tie"}, r"must be one of linear, .*; nearest: ties"),
+        ({"how": "zzz"}, r"must be one of linear, .*, magnitude_prune$"),
+        ({"how": "ties"}, r"how='ties'\) needs density="),
         ({"how": "ties", "density": 1.5}, r"density must be in"),
         ({"density": 0.5}, r"keeps all values"),
-        ({"how": "svd"}, r"rank must be at least 1"),
+        ({"how": "svd"}, r"how='svd'\) needs rank="),
+        ({"how": "svd", "rank": 0}, r"rank must be at least 1"),
+        ({"weights": ["lora"]}, r"weights must be a mapping .*, not \['lora'\]"),
         ({"weights": {}}, r"finite weight"),
         ({"weights": {"lora": float("nan")}}, r"finite weight"),
     ],

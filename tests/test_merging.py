@@ -13,7 +13,7 @@ from nets import IDS, net, places_of, put, shake
 from test_quantised import BACKBONES, X
 
 import opendelta
-from opendelta import AdapterModel, IA3Model, LoraModel, OFTModel, VeraModel
+from opendelta import AdapterModel, BitFitModel, IA3Model, LoraModel, OFTModel, VeraModel
 from opendelta.bases import DeltaLayer
 from opendelta.registry import METHODS
 
@@ -87,6 +87,23 @@ def test_what_is_asked_for_and_does_not_fold_is_refused_by_name():
             c.merge("ia3")
         assert c.merge().merged == {"bare": ["lora", "ia3"]}
         c.unmerge()
+
+
+def test_what_of_a_module_keeps_a_delta_from_folding_is_said():
+    model = net()
+    BitFitModel(model, modified_modules=["bare"])
+    LoraModel(model, modified_modules=["linear"], gate=True)
+    c = opendelta.composition(model)
+    bias, gate = r"'bitfit' \(BitFitLayer\) .* \(the module has no bias\)", r"\(its gate goes by"
+    for names, message in (
+        (["bitfit"], bias),
+        (["lora"], gate),
+        ([], "nothing to merge: no delta"),
+    ):
+        with same_bits(model), pytest.raises(opendelta.SiteError, match=message):
+            c.merge(*names)
+    with pytest.raises(opendelta.SiteError, match=r"fold into a weight \(.*\), so no plain model"):
+        c.to_backbone()
 
 
 def test_a_disabled_delta_is_neither_merged_nor_passed_over():

@@ -366,6 +366,18 @@ def test_a_composition_of_another_module_gives_whole_handles_or_says_where_to_lo
             opendelta.composition(wrapped[0])["outer"]
 
 
+def test_a_detached_delta_that_is_held_is_said_to_be_detached():
+    model = net()
+    delta = LoraModel(model, modified_modules=["linear"])
+    delta.detach()
+    for one in ("lora", delta):
+        with (
+            pytest.raises(opendelta.DeltaError, match=r"it is detached: call attach\(\)"),
+            opendelta.composition(model).only(one),
+        ):
+            pass
+
+
 def test_a_stranger_of_the_same_name_is_not_taken_for_our_own():
     model, other = net(), net()
     LoraModel(model, modified_modules=["linear"])

@@ -244,6 +244,7 @@ def test_a_report_tells_by_name_what_does_not_fit(saved):
         (folder / "kept").rename(folder / config_of(folder)["weights"])
         report = opendelta.load(folder, model, strict=False)
     assert (report.names, report.missing, report.unexpected) == ([], [], ["bogus"])
+    assert str(report) == f"nothing was loaded: {report.problem}"
     assert report.misshaped == {first: ([3, 3], list(good[first].shape))}
     assert report.other_kind == {second: "I8"}
     assert "1 unexpected: bogus; 1 of another shape" in report.problem
@@ -255,6 +256,7 @@ def test_a_report_tells_by_name_what_does_not_fit(saved):
     report = opendelta.load(folder, model, strict=False)
     assert report
     assert report == opendelta.LoadReport(["lora"], saved_from="Net")
+    assert str(report) == "loaded lora, saved from a Net"
     assert torch.equal(model(IDS), expected)
 
 

@@ -314,7 +314,7 @@ def test_save_pretrained_while_attached_warns_and_keeps_the_backbone_exact(name,
     model = build(name)
     plain = logits(model)
     put_deltas(model, name)
-    with pytest.warns(UnsavedWarning, match="detach"):
+    with pytest.warns(UnsavedWarning, match="writes the backbone and .*detach"):
         model.save_pretrained(tmp_path)
 
     # the class of a site stands for the plain one
@@ -323,6 +323,20 @@ def test_save_pretrained_while_attached_warns_and_keeps_the_backbone_exact(name,
     assert torch.equal(logits(reloaded.eval()), plain)
     opendelta.assert_pristine(reloaded)
     assert reloaded.config.architectures == [type(build(name)).__name__]
+
+
+def test_save_pretrained_says_how_to_save_what_is_merged_and_that_the_backbone_is_left_out(
+    tmp_path,
+):
+    model = build("bert")
+    delta = LoraModel(model)
+    opendelta.composition(model).merge()
+    with pytest.warns(UnsavedWarning, match=r"save composition\(model\)\.to_backbone\(\)$"):
+        model.save_pretrained(tmp_path / "merged")
+    opendelta.composition(model).unmerge()
+    delta.freeze_module(set_state_dict=True)
+    with pytest.warns(UnsavedWarning, match="the backbone is not in the file"):
+        model.save_pretrained(tmp_path / "filtered")
 
 
 def test_save_pretrained_after_detaching_writes_the_plain_backbone_without_a_word(tmp_path):

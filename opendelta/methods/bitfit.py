@@ -28,6 +28,7 @@ class BitFitLayer(DeltaLayer):
 
     kinds = ("linear", "conv2d", "norm")
     inside = True
+    why_not = "the module has no bias"
 
     def __init__(self, site: Site, config: BitFitConfig) -> None:
         super().__init__()

@@ -31,6 +31,7 @@ class LNTuningLayer(DeltaLayer):
 
     kinds = ("norm",)
     inside = True
+    why_not = "the module does not scale by its weight"
 
     def __init__(self, site: Site, config: LNTuningConfig) -> None:
         super().__init__()
