@@ -147,18 +147,19 @@ def _scaled(h: Tensor, scales: Sequence[float], A: Sequence[Tensor]) -> Tensor:
 
 
 def _dropped(x: Tensor, part: Segment) -> Tensor:
-    if not part.dropout:
-        return x
-    return F.dropout(x, part.dropout) if part.seed is None else x * _mask(x, part)
+    return _mask(x, part).mul_(x) if part.dropout else x
 
 
 def _mask(x: Tensor, part: Segment) -> Tensor:
-    """The same numbers, 0 and 1 / (1 - p), for the same seed."""
+    """The same numbers, 0 and 1 / (1 - p), for the same seed; p in steps of 2^-16."""
     assert part.seed is not None
     generator = torch.Generator(x.device).manual_seed(part.seed)
-    # rand takes half the time of bernoulli_ on a CPU
-    drawn = torch.rand(x.shape, generator=generator, device=x.device)
-    return (drawn >= part.dropout).to(x.dtype).div_(1 - part.dropout)
+    # four values from each 64 bits take a quarter of the time of rand on a CPU
+    drawn = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
+    drawn = drawn.random_(-(2**63), None, generator=generator).view(torch.int16)[: x.numel()]
+    dropped = min(round(part.dropout * 2**16), 2**16 - 1)
+    kept = (drawn >= dropped - 2**15).view(x.shape)
+    return kept.to(x.dtype).div_(1 - dropped / 2**16)
 
 
 class _AddLowRank(torch.autograd.Function):
@@ -214,6 +215,6 @@ class _AddLowRank(torch.autograd.Function):
                 g_A[these] = (own.t() @ dropped).split(ranks[these], 0)
             if ctx.needs_input_grad[1]:
                 more = own @ _cat(A[these], 0)
-                more = more if mask is None else more * mask
+                more = more if mask is None else more.mul_(mask)
                 g_x = more if g_x is None else g_x + more
         return (g, g_x, None, None, None, *g_A, *g_B)

@@ -5,6 +5,7 @@ import copy
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from models import tower, vectors
 from nets import shake
 from torch import nn
@@ -315,8 +316,13 @@ def test_dropout_has_the_gradients_of_what_it_computed(count):
         return model(x)
 
     assert torch.autograd.gradcheck(run, inputs)
+    assert torch.autograd.gradgradcheck(run, inputs, fast_mode=True)
     assert torch.equal(run(), run())
     assert not torch.equal(run(), model(x))
+    expected = torch.autograd.grad(run().pow(2).sum(), inputs)
+    torch.manual_seed(3)
+    again = torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False)
+    torch.testing.assert_close(torch.autograd.grad(again.pow(2).sum(), inputs), expected)
 
 
 def test_dropout_drops_each_layer_s_inputs_for_itself():
@@ -331,6 +337,30 @@ def test_dropout_drops_each_layer_s_inputs_for_itself():
     seeds = [part.seed for part in products._segments([0.5, 0.5, 0.0, 0.0, 0.5], True)]
     assert len(set(seeds)) == 4
     assert seeds[2] is None
+
+
+@pytest.mark.parametrize("rate", [0.001, 0.1, 0.5, 0.99])
+def test_dropout_drops_as_many_values_as_it_says_and_none_because_of_another(rate):
+    x, count = torch.ones(1000, 1001), 1000 * 1001
+    kept = products._mask(x, products.Segment(0, 1, rate, 7)).flatten()
+    assert kept.unique().tolist() == pytest.approx([0, 1 / (1 - rate)], rel=1e-3)
+    assert torch.equal(kept, products._mask(x, products.Segment(0, 1, rate, 7)).flatten())
+    slack = 5 * (rate * (1 - rate) / count) ** 0.5
+    zero = (kept == 0).double()
+    assert zero.mean().item() == pytest.approx(rate, abs=slack)
+    for lane in range(4):
+        assert zero[lane::4].mean().item() == pytest.approx(rate, abs=2 * slack)
+    for step in (1, 2, 3, 4, 1001):
+        both = (zero[step:] * zero[:-step]).mean().item()
+        assert both == pytest.approx(rate**2, abs=2 * slack)
+
+
+@pytest.mark.parametrize("shape", [(0, 16), (1, 3), (5, 7)])
+def test_dropout_takes_any_number_of_values(shape):
+    for rate in (1e-9, 0.5, 1 - 1e-9):
+        mask = products._mask(torch.ones(shape), products.Segment(0, 1, rate, 7))
+        assert mask.shape == shape
+        assert mask.isfinite().all()
 
 
 def test_dropout_keeps_no_copy_of_the_input():
