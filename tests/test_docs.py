@@ -7,6 +7,7 @@ from pathlib import Path
 
 import methods_table
 import numpy as np
+import pytest
 import torch
 import transformers
 
@@ -14,6 +15,7 @@ import opendelta
 
 DOCS = Path(__file__).parent.parent / "docs"
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.M | re.S)
+PRINTED = re.compile(r"^```(python|text)\n(.*?)^```$", re.M | re.S)
 
 
 def bert():
@@ -21,6 +23,24 @@ def bert():
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64}
     return transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=3000, **sizes)).eval()
+
+
+@pytest.mark.parametrize(("page", "printing"), [("compositions", 6), ("saving", 1)])
+def test_the_examples_run_and_print_what_the_page_says(
+    page, printing, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    names = {"model": bert(), "fresh": bert()}
+    printed, compared = "", 0
+    for language, code in PRINTED.findall((DOCS / f"{page}.md").read_text()):
+        if language == "python":
+            assert not printed
+            exec(compile(code, f"{page}.md", "exec"), names)
+            printed = capsys.readouterr().out
+        else:
+            assert code.strip() == printed.strip()
+            printed, compared = "", compared + 1
+    assert compared == printing
 
 
 def test_the_example_in_the_page_of_other_libraries_runs(tmp_path, capsys):
