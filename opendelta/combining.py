@@ -114,15 +114,15 @@ def _joined(found: Survey, names: list[str]) -> str:
 def _check_options(
     weights: Mapping[str, float], how: str, rank: int | None, density: float | None
 ) -> None:
-    if how not in HOWS:
-        near = nearest(str(how), HOWS)
-        hint = f"; nearest: {', '.join(near)}" if near else ""
-        raise OptionError(f"combine(how={how!r}) must be one of {', '.join(HOWS)}{hint}")
     if not isinstance(weights, Mapping):
         raise OptionError(
             "combine: weights must be a mapping {name of a delta: its weight}, not "
             f"{shown(weights)}"
         )
+    if how not in HOWS:
+        near = nearest(str(how), HOWS)
+        hint = f"; nearest: {', '.join(near)}" if near else ""
+        raise OptionError(f"combine(how={how!r}) must be one of {', '.join(HOWS)}{hint}")
     if not weights or not all(math.isfinite(weight) for weight in weights.values()):
         raise OptionError(f"combine takes {{name of a delta: finite weight}}, not {dict(weights)}")
     if how == "svd" and rank is None:

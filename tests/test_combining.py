@@ -193,7 +193,7 @@ def test_what_is_no_change_of_a_weight_alone_is_refused():
         ({"density": 0.5}, r"keeps all values"),
         ({"how": "svd"}, r"how='svd'\) needs rank="),
         ({"how": "svd", "rank": 0}, r"rank must be at least 1"),
-        ({"weights": ["lora"]}, r"weights must be a mapping .*, not \['lora'\]"),
+        ({"weights": ["lora"], "how": [0.7]}, r"weights must be a mapping .*, not \['lora'\]"),
         ({"weights": {}}, r"finite weight"),
         ({"weights": {"lora": float("nan")}}, r"finite weight"),
     ],
