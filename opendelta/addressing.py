@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from torch import nn
+from torch import Tensor, nn
 
 from .bases import DeltaLayer
 from .errors import AddressError, nearest
@@ -189,15 +189,29 @@ def no_match(
     parts = 1 if pattern.startswith("[r]") else pattern.count(".") + 1
     ends = Counter(".".join(name.split(".")[-parts:]) for name in names if name)
     near = nearest(pattern.removeprefix("[r]"), (end for end in ends if not end.isdigit()))
+    found = "nearest:"
+    if not near and isinstance(where, nn.Module):
+        found, ends = "none is near; there are", _matrices(where)
+        near = [end for end, _ in ends.most_common(2)]
     hints = ", ".join(f"{end!r} ({ends[end]} {what}{'s' * (ends[end] > 1)})" for end in near)
     blocks = repeated(dict(where.named_modules())) if isinstance(where, nn.Module) else ""
     is_plain = re.fullmatch(r"[\w.-]*|\[r\].*", pattern)
     return AddressError(
         f"no {what} matches {pattern!r} in {type(where).__name__}; "
-        + (f"nearest: {hints}" if near else "opendelta.tree(model) prints all names")
+        + (f"{found} {hints}" if near else "opendelta.tree(model) prints all names")
         + (f"; its repeated blocks: {blocks}" if blocks else "")
         + ("" if is_plain else f"; a regular expression is written '[r]{pattern}'")
     )
+
+
+def _matrices(model: nn.Module) -> Counter[str]:
+    """How many modules with a weight matrix are called what, without those that are numbered."""
+    ends = (
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(weight := module._parameters.get("weight"), Tensor) and weight.ndim == 2
+    )
+    return Counter(end for end in ends if end and not end.isdigit())
 
 
 def select(

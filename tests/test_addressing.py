@@ -64,7 +64,10 @@ def test_modules_come_in_the_order_of_the_model_each_once(bert):
         ("self.qury", r"nearest: 'self.query' \(12 modules\)"),
         ("pooler.dens", r"nearest: 'pooler.dense' \(1 module\)"),
         ("[r]qeury", "nearest: 'query'"),
-        ("xxxxxx", r"opendelta.tree\(model\) prints all names"),
+        (
+            "xxxxxx",
+            r"none is near; there are 'dense' \(37 modules\), 'query' \(12 modules\); its rep",
+        ),
     ],
 )
 def test_a_pattern_that_matches_nothing_names_the_nearest(bert, pattern, message):
