@@ -46,6 +46,7 @@ def save(deltas: Sequence[Delta], folder: str | os.PathLike) -> None:
     config = {
         "opendelta_version": files.own_version(),
         "backbone_class": type(deltas[0].backbone_model).__name__,
+        "backbone_config": fingerprint.described(deltas[0].backbone_model),
         "backbone_tensors": sorted(backbone),
         "fingerprint": fingerprint.take(
             survey(deltas[0].backbone_model),
@@ -122,7 +123,7 @@ def load(
     name: str | None = None,
     expected: type[Delta] | None = None,
     check_backbone: bool = True,
-) -> tuple[list[Delta], str | None]:
+) -> tuple[list[Delta], Source]:
     """Put the deltas that `folder` holds on `model`, after those that are there.
 
     Everything is compared before memory is taken, and before the model is touched.
@@ -134,7 +135,7 @@ def load(
             that they had.
 
     Returns:
-        The deltas, and the class of the model that they were saved from, if the folder says.
+        The deltas, and what the folder says.
 
     Raises:
         DeltaLoadError: the folder is damaged, of another method, or does not fit `model`.
@@ -160,7 +161,7 @@ def load(
         _fill(path, source, deltas, check_backbone)
     if check_backbone and "unchecked" in facts:
         warnings.warn(f"{path}: {facts['unchecked']}", UncheckedWarning, stacklevel=4)
-    return deltas, source.saved_from
+    return deltas, source
 
 
 @dataclass(frozen=True)
@@ -181,6 +182,13 @@ class Source:
         """The class of the model that the deltas were on."""
         name = self.facts.get("backbone_class")
         return name if isinstance(name, str) else None
+
+    def other_config(self, model: nn.Module) -> dict[str, tuple[Any, Any]]:
+        """{setting of the model that the deltas were on: (its value there, that in `model`)}."""
+        then, now = self.facts.get("backbone_config"), fingerprint.described(model)
+        then = then if isinstance(then, dict) else {}
+        both = [key for key in now if key in then]
+        return {key: (then[key], now[key]) for key in both if then[key] != now[key]}
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 from torch import nn
 
@@ -373,6 +373,7 @@ class LoadReport:
         names: the deltas that were put on the model.
         problem: why none was, in words, or None.
         saved_from: the class of the model that the deltas were on; None where nobody says.
+        other_config: {setting of that model's config: (its value there, its value here)}.
         missing: the tensors that the file lacks.
         unexpected: the tensors in the file that the deltas do not have.
         misshaped: {tensor: (its shape in the file, the shape it must have)}.
@@ -384,6 +385,7 @@ class LoadReport:
     names: list[str]
     problem: str | None = None
     saved_from: str | None = None
+    other_config: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     misshaped: dict[str, tuple[list[int], list[int]]] = field(default_factory=dict)
@@ -397,7 +399,9 @@ class LoadReport:
     def __str__(self) -> str:
         source = f", saved from a {self.saved_from}" if self.saved_from else ""
         if self:
-            return f"loaded {', '.join(self.names)}{source}"
+            other = [f"{k}={was!r} (here {now!r})" for k, (was, now) in self.other_config.items()]
+            there = f" with {', '.join(other)}" if other else ""
+            return f"loaded {', '.join(self.names)}{source}{there}"
         return f"nothing was loaded: {self.problem}"
 
 
@@ -451,10 +455,13 @@ def load(
 
     try:
         path = hub.folder_of(folder, local_files_only)
-        loaded, saved_from = checkpoint.load(path, model, check_backbone=check_backbone)
+        loaded, source = checkpoint.load(path, model, check_backbone=check_backbone)
     except DeltaLoadError as error:
         if strict:
             raise
         return LoadReport([], str(error), **error.details)
     names = [delta.name for delta in loaded]
-    return Composition(model) if strict else LoadReport(names, saved_from=saved_from)
+    if strict:
+        return Composition(model)
+    other = source.other_config(model)
+    return LoadReport(names, saved_from=source.saved_from, other_config=other)

@@ -8,6 +8,7 @@ import itertools
 import math
 import struct
 from collections.abc import Collection, Iterator
+from math import isfinite
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ WEIGHTS = 4  # of a module that has none of its own, those of the first inside i
 # A cast to half precision and back changes values by up to 1.7e-3 in relative norm, training or
 # another model by 1e-2 and more.
 TOLERANCE = 4e-3
+NO_SETTING = ("dtype", "problem_type", "transformers_version")  # they may change under a delta
 
 
 def take(found: Survey, names: Collection[str], without: Collection[str]) -> dict[str, Any]:
@@ -44,6 +46,19 @@ def take(found: Survey, names: Collection[str], without: Collection[str]) -> dic
             text = base64.b64encode(struct.pack(f"<{len(values)}f", *values)).decode()
         prints[name] = {"shape": list(tensor.shape), "values": text}
     return prints
+
+
+def described(model: Any) -> dict[str, Any]:
+    """The plain settings of a transformers model, without names of files; {} for other models."""
+    to_dict = getattr(model.__dict__.get("config"), "to_dict", None)
+    if to_dict is None:
+        return {}
+    return {
+        key: value
+        for key, value in to_dict().items()
+        if isinstance(value, bool | int | str) or (isinstance(value, float) and isfinite(value))
+        if key not in NO_SETTING and key[0] != "_"
+    }
 
 
 def differences(

@@ -216,3 +216,20 @@ def test_from_finetuned_brings_the_head_of_another_label_count(tmp_path):
     delta = AutoDeltaModel.from_finetuned(tmp_path, backbone_model=fresh)
     assert delta.config.num_labels == 5
     assert torch.equal(fresh(**BATCH).logits, model(**BATCH).logits)
+
+
+def test_what_is_other_in_the_backbones_config_is_reported_and_not_refused(tmp_path):
+    model = build("bert")
+    put(model, "bert", 5, "five").save_finetuned(tmp_path)
+    config = copy.deepcopy(FAMILIES["bert"].config)
+    config.hidden_dropout_prob = 0.5
+    torch.manual_seed(0)
+    fresh = transformers.BertForMaskedLM(config)
+    fresh.bert.load_state_dict(build("bert").bert.state_dict(), strict=False)
+    fresh.classifier = torch.nn.Linear(32, 2)
+    report = opendelta.load(tmp_path, fresh.eval(), strict=False)
+    assert report.other_config == {"hidden_dropout_prob": (0.0, 0.5)}
+    assert str(report) == (
+        "loaded five, saved from a BertForSequenceClassification with hidden_dropout_prob=0.0 "
+        "(here 0.5)"
+    )
