@@ -16,8 +16,8 @@ def demo(
 ) -> None:
     """Teach a pretrained MiniLM two tasks with small deltas, save them, and switch between them.
 
-    Takes about two minutes. Ends with the test accuracies, and fails if that on questions is below
-    0.90. It leaves no files.
+    Takes under three minutes. Ends with the test accuracies, and fails if that on questions is
+    below 0.90. It leaves no files.
 
     Example: opendelta demo --seed 1
     """
