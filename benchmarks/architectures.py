@@ -117,6 +117,7 @@ def study(name: str) -> Result:
         model = build(name)
     except Exception as error:  # whatever is missing for this one: a package, an option
         reason = (str(error).strip().splitlines() or [""])[0]
+        reason = re.sub(r" from '/[^']*'", "", reason)  # where this machine has the file
         result.unbuilt = f"{type(error).__name__}: {reason}"
     else:
         examine(result, model)

@@ -5,7 +5,7 @@ The chart (results.svg) and the section of README.md come from the same figures.
 Examples:
     make bench
     python benchmarks/run.py --only forward,merging    # the other figures stay
-    python benchmarks/run.py --quick --out /tmp/results
+    python benchmarks/run.py --quick --out my-results
     python benchmarks/run.py --write                   # from results.json
 """
 
