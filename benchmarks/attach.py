@@ -36,12 +36,7 @@ LARGE: dict[str, Any] = {  # the sizes of Llama 2 70B
 
 def parser() -> argparse.ArgumentParser:
     """The options of this script."""
-    parsed = harness.parser(__doc__, rounds=7)
-    parsed.add_argument(
-        "--linears", type=harness.numbers, default=[168, 1400],
-        help="how many modules: multiples of 7",
-    )  # fmt: skip
-    return parsed
+    return harness.parser(__doc__, linears=[168, 1400], rounds=7)
 
 
 def contestants(backbone: nn.Module) -> dict[str, Contestant]:

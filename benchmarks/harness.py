@@ -133,13 +133,18 @@ def table(rows: Sequence[Row]) -> Table:
 
 # ------------------------------------------------------------------------------------------ options
 def parser(
-    doc: str | None, *, layers: int | None = None, rounds: int | None = None
+    doc: str | None,
+    *,
+    layers: int | None = None,
+    linears: list[int] | None = None,
+    rounds: int | None = None,
 ) -> argparse.ArgumentParser:
     """The options that benchmarks have in common.
 
     Args:
         doc: the script's docstring, which has the examples.
         layers: how many layers the backbone has by default; None: the script has no such option.
+        linears: how many linear modules by default, multiples of 7; None: there is no such option.
         rounds: how many rounds by default; None: nothing is timed.
     """
     parsed = argparse.ArgumentParser(
@@ -147,6 +152,9 @@ def parser(
     )
     if layers is not None:
         parsed.add_argument("--layers", type=int, default=layers, help="of the backbone")
+    if linears is not None:
+        help = "how many modules: multiples of 7"
+        parsed.add_argument("--linears", type=numbers, default=linears, help=help)
     parsed.add_argument("--width", type=int, default=768, help="of the backbone")
     if rounds is not None:
         parsed.add_argument("--rounds", type=int, default=rounds)

@@ -28,10 +28,7 @@ MUST = {168: 40, 672: 160}  # ms
 
 def parser() -> argparse.ArgumentParser:
     """The options of this script."""
-    parsed = harness.parser(__doc__, rounds=5)
-    parsed.add_argument(
-        "--linears", type=harness.numbers, default=[168, 672], help="how many modules"
-    )
+    parsed = harness.parser(__doc__, linears=[168, 672], rounds=5)
     parsed.add_argument("--beside", type=int, default=8, help="how many are there already")
     return parsed
 

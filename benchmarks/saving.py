@@ -23,9 +23,7 @@ MUST = 2
 
 def parser() -> argparse.ArgumentParser:
     """The options of this script."""
-    parsed = harness.parser(__doc__, rounds=11)
-    parsed.add_argument("--linears", type=harness.numbers, default=[168], help="how many modules")
-    return parsed
+    return harness.parser(__doc__, linears=[168], rounds=11)
 
 
 def measure(options: argparse.Namespace) -> list[Row]:

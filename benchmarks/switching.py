@@ -20,9 +20,7 @@ MUST = 1  # ms
 
 def parser() -> argparse.ArgumentParser:
     """The options of this script."""
-    parsed = harness.parser(__doc__, rounds=7)
-    parsed.add_argument("--linears", type=harness.numbers, default=[672], help="how many modules")
-    return parsed
+    return harness.parser(__doc__, linears=[672], rounds=7)
 
 
 def measure(options: argparse.Namespace) -> list[Row]:

@@ -19,7 +19,7 @@ from . import shapes
 from .addressing import Survey, survey
 from .errors import DeltaError
 from .inspection import unreached_in
-from .layers import is_sharded
+from .layers import every, is_sharded
 from .record import SLOT
 from .shapes import PROBING
 
@@ -228,7 +228,7 @@ def _no_backward(found: Survey) -> str | None:
 def _gradients(output: Any, trainable: dict[str, nn.Parameter]) -> tuple[list[str], str | None]:
     """The trainable parameters without gradient, and why that cannot be told."""
     loss = output.get("loss") if isinstance(output, Mapping) else None
-    tensors = [loss] if isinstance(loss, Tensor) else list(_tensors(output))
+    tensors = [loss] if isinstance(loss, Tensor) else list(every(Tensor, output))
     ends = [t for t in tensors if t.requires_grad and t.is_floating_point()]
     if not ends or not trainable:
         return list(trainable), None
@@ -256,18 +256,6 @@ def _recomputes(end: Tensor) -> bool:
             return True
         todo += [before for before, _ in node.next_functions]
     return False
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    """All tensors in what a model gives."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _tensors(item)
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ may know about the module it is put on is a `Site`.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, TypeGuard
@@ -98,6 +98,18 @@ def hidden(output: Any) -> Tensor:
     """The hidden states in an output: its first floating tensor of two or more axes."""
     key = hidden_key(output)
     return output if key is None else output[key]
+
+
+def every(kind: type[Any], value: Any) -> Iterator[Any]:
+    """All instances of `kind` in `value`, however deep in mappings, lists and tuples."""
+    if isinstance(value, kind):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from every(kind, item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from every(kind, item)
 
 
 def change_hidden(output: Any, width: int, change: Callable[[Tensor], Tensor]) -> Any:

@@ -1,6 +1,9 @@
 """Small plain networks for tests, one for each kind of module, and deltas that visibly act."""
 
 import contextlib
+import copy
+import io
+import pickle
 
 import torch
 import transformers
@@ -122,6 +125,21 @@ def shake(delta, seed=1, scale=0.3):
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             parameter.add_((noise * scale).to(parameter.dtype))
     return delta
+
+
+COPIES = ["deepcopy", "pickle", "torch.save"]
+
+
+def copied(model, how):
+    """A copy of `model` in one of the ways in `COPIES`."""
+    if how == "deepcopy":
+        return copy.deepcopy(model)
+    if how == "pickle":
+        return pickle.loads(pickle.dumps(model))
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
 
 
 @contextlib.contextmanager

@@ -1,14 +1,13 @@
 """Tasks side by side: heads for other numbers of labels than the backbone's, and their losses."""
 
 import copy
-import io
 import pickle
 
 import pytest
 import torch
 import transformers
 from models import FAMILIES, token_ids
-from nets import IDS, net, shake, untouched
+from nets import COPIES, IDS, copied, net, shake, untouched
 
 import opendelta
 from opendelta import AutoDeltaModel, LoraModel
@@ -109,20 +108,12 @@ def test_tasks_of_different_label_counts_come_back_bit_for_bit(tmp_path):
                 delta.detach()
 
 
-@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+@pytest.mark.parametrize("how", COPIES)
 def test_a_copied_model_keeps_the_labels_of_the_task(how):
     model = build("bert")
     put(model, "bert", 5, "five")
     expected = model(**BATCH, labels=torch.tensor([4, 0])).loss
-    if how == "deepcopy":
-        twin = copy.deepcopy(model)
-    elif how == "pickle":
-        twin = pickle.loads(pickle.dumps(model))
-    else:
-        file = io.BytesIO()
-        torch.save(model, file)
-        file.seek(0)
-        twin = torch.load(file, weights_only=False)
+    twin = copied(model, how)
     assert torch.equal(twin(**BATCH, labels=torch.tensor([4, 0])).loss, expected)
     assert twin.config.num_labels == 5
     opendelta.composition(twin)["five"].detach()

@@ -1,15 +1,12 @@
 """The contract: what every registered method promises, tested once for all of them."""
 
-import copy
 import inspect
-import io
 import itertools
-import pickle
 
 import numpy as np
 import pytest
 import torch
-from nets import IDS, net, places_of, put, shake, untouched
+from nets import COPIES, IDS, copied, net, places_of, put, shake, untouched
 from torch import nn
 
 import opendelta
@@ -91,20 +88,12 @@ def test_its_tensors_stand_under_the_slot_of_its_modules(placed):
     assert list(delta.state_dict()) == added
 
 
-@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+@pytest.mark.parametrize("how", COPIES)
 def test_copies_are_whole_and_independent(method, how):
     model = net()
     delta = shake(put(method, model, *places_of(method)))
     expected = model(IDS)
-    if how == "deepcopy":
-        twin = copy.deepcopy(model)
-    elif how == "pickle":
-        twin = pickle.loads(pickle.dumps(model))
-    else:
-        file = io.BytesIO()
-        torch.save(model, file)
-        file.seek(0)
-        twin = torch.load(file, weights_only=False)
+    twin = copied(model, how)
     assert torch.equal(twin(IDS), expected)
     own = opendelta.composition(twin)[delta.name]
     assert own is not delta

@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from ..addressing import is_called
-from ..layers import ACROSS_CHANNELS, Norm, kind_of
+from ..layers import ACROSS_CHANNELS, Norm, every, kind_of
 from ..record import SLOT
 from ..site import plain_class
 
@@ -75,7 +75,9 @@ class Flow:
         """A new step that takes all stand-ins in `given`."""
         if len(self.nodes) > LIMIT:
             raise TooLong
-        node = Node(op, name, list(dict.fromkeys(v.node for v in _values(given))), len(self.nodes))
+        node = Node(
+            op, name, list(dict.fromkeys(v.node for v in every(Value, given))), len(self.nodes)
+        )
         self.nodes.append(node)
         if op == "call":
             self.calls.setdefault(name, []).append(node)
@@ -118,17 +120,6 @@ class TooLong(Exception):
     """A run that takes more than LIMIT steps."""
 
 
-def _values(given: Any) -> Iterator[Value]:
-    if isinstance(given, Value):
-        yield given
-    elif isinstance(given, dict):
-        for item in given.values():
-            yield from _values(item)
-    elif isinstance(given, list | tuple):
-        for item in given:
-            yield from _values(item)
-
-
 @functools.lru_cache(maxsize=1024)
 def _unpackings(code: CodeType) -> dict[int, int]:
     """{place in the bytecode: how many names a value is unpacked into there}."""
@@ -161,7 +152,7 @@ class Value:
     def __torch_function__(
         cls, function: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        found = next(_values((args, kwargs or {})))
+        found = next(every(Value, (args, kwargs or {})))
         name = getattr(function, "__name__", "op")
         given = () if SIZES.fullmatch(name) else (args, kwargs or {})
         return found.flow.step(name, "", given)
@@ -391,4 +382,4 @@ def _run(block: nn.Module, flow: Flow, choose: Callable[..., bool]) -> set[Node]
             args.append(value)
         else:
             kwargs[parameter.name] = value
-    return {value.node for value in _values(forward(root, *args, **kwargs))}
+    return {value.node for value in every(Value, forward(root, *args, **kwargs))}
