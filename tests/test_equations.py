@@ -10,16 +10,23 @@ import transformers
 from models import build, token_ids
 from nets import WIDTH, put, shake
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.activations import ACT2FN
 
 import opendelta
 from opendelta import (
     AdapterModel,
     CompacterModel,
+    IA3Model,
+    LohaModel,
+    LokrModel,
     LoraModel,
     LoReftModel,
     LowRankAdapterModel,
+    OFTModel,
     ParallelAdapterModel,
     SoftPromptModel,
+    VeraModel,
 )
 
 X = torch.randn(3, 5, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
@@ -211,3 +218,67 @@ def test_a_soft_prompt_starts_as_the_embeddings_of_a_text(tmp_path):
     (prompt,) = layer.parameters()
     wanted = model.transformer.wte.weight[[1, 2, 3, 1, 2, 3]]
     assert torch.equal(prompt.reshape(6, -1), wanted)
+
+
+# -------------------------------------------------------- activations, seeds, and what is not built
+@pytest.mark.parametrize("name", sorted(ACT2FN))
+def test_an_adapter_takes_each_activation_of_transformers(name):
+    model = two()
+    delta = shake(AdapterModel(model, modified_modules=["w2"], non_linearity=name))
+    layer = delta.layers["w2"]
+    with delta.disabled():
+        h = model(X)
+    activation = ACT2FN[name].to(X)
+    activation.load_state_dict(layer.non_linearity.state_dict())  # some train a slope
+    expected = h + layer.up_proj(activation(layer.down_proj(h)))
+    assert torch.allclose(model(X), expected)
+
+
+def test_the_matrices_that_vera_shares_are_a_seed_in_the_file(tmp_path):
+    model = two()
+    options = {"modified_modules": ["w1", "w2"], "r": 64}
+    delta = shake(VeraModel(model, projection_prng_key=5, **options))
+    delta.freeze_module()
+    delta.save_finetuned(tmp_path)
+    assert sum(t.numel() for t in delta.state_dict().values()) == 2 * 64 + 12 + WIDTH
+    fresh, other = two(), two()
+    opendelta.load(tmp_path, fresh)
+    assert torch.equal(fresh(X), model(X))
+    VeraModel(other, projection_prng_key=6, **options).load_state_dict(delta.state_dict())
+    assert not torch.allclose(other(X), model(X))
+
+
+class Made(TorchDispatchMode):
+    """Collects the sizes of all tensors that operations make, without views of others."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and not out._is_view() and not function.is_view:
+            self.sizes.add(out.numel())
+        return out
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        (LoraModel, {"lora_r": 2}),
+        (LohaModel, {"r": 2}),
+        (LokrModel, {"r": 2, "decompose_factor": 8}),
+        (VeraModel, {"r": 4}),
+        (OFTModel, {"oft_block_size": 8}),
+        (IA3Model, {}),
+    ],
+)
+def test_a_forward_builds_no_change_of_the_weights_size(method, options):
+    model = nn.Sequential(nn.Linear(64, 96))
+    delta = shake(method(model, modified_modules=["0"], **options))
+    with torch.no_grad(), Made() as made:
+        model(torch.zeros(1, 64))
+    assert max(made.sizes) < 64 * 96
+    with torch.no_grad(), Made() as made:
+        delta.layers["0"].fold(dict(model[0].named_parameters(recurse=False)))
+    assert max(made.sizes) >= 64 * 96  # which this would have seen
