@@ -439,6 +439,20 @@ def fsdp_saves_and_loads_a_delta(pair: Pair, attached: str) -> None:
     torch.testing.assert_close(output(sharded), output(plain))
 
 
+@check()
+def fsdp_refuses_to_merge_into_sharded_weights(pair: Pair) -> None:
+    model = network()
+    before = output(model)
+    put_folding_deltas(model)
+    shard(model, pair.mesh)
+    with pytest.raises(SiteError, match=r"its weight is sharded; merge before sharding"):
+        opendelta.composition(model).merge()
+    with pytest.raises(SiteError, match=r"its weight is sharded; merge before sharding"):
+        opendelta.composition(model).to_backbone()
+    with opendelta.composition(model).only():
+        torch.testing.assert_close(output(model), before)
+
+
 # ------------------------------------------------------------ transformers' own parallelism
 IDS = torch.arange(16).view(2, 8)
 
