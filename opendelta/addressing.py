@@ -7,8 +7,6 @@ inside a delta are never matched.
 
 from __future__ import annotations
 
-import itertools
-import operator
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -106,22 +104,28 @@ def survey(root: nn.Module) -> Survey:
 
 def attached(root: nn.Module) -> list[Record]:
     """The attached deltas of `root` in their total order: its survey's records, in less time."""
-    todo: list[nn.Module] = [root]
     stacks: list[Stack] = []
-    while todo:
-        for child in reversed(todo.pop()._modules.values()):
+    level: list[nn.Module] = [root]
+    while level:
+        below = [child for module in level for child in module._modules.values()]
+        level = []
+        for child in below:
             if isinstance(child, Stack):
                 stacks.append(child)
             elif child is not None:
-                todo.append(child)
+                level.append(child)
     return records_of(stacks)
 
 
 def records_of(stacks: Iterable[Stack]) -> list[Record]:
     """The deltas that have a layer in any of `stacks`, in their total order."""
-    layers = itertools.chain.from_iterable(stack._modules.values() for stack in stacks)
-    # one loop in C: there may be thousands of layers
-    found = dict.fromkeys(map(operator.attrgetter("record"), layers))
+    alike: dict[tuple, Stack] = {}  # there may be thousands of layers, on stacks that are alike
+    for stack in stacks:
+        names = stack._modules
+        for first in names.values():
+            alike.setdefault((first.record.shared, *names), stack)  # type: ignore[union-attr]
+            break
+    found = {layer.record for stack in alike.values() for _, layer in stack.in_order()}
     return sorted(found, key=lambda record: record.place)
 
 
@@ -149,7 +153,8 @@ def compile_pattern(pattern: str) -> Callable[[str], bool]:
     if not isinstance(pattern, str):
         raise AddressError(f"a pattern must be a string, not {pattern!r}")
     if not pattern.startswith("[r]"):
-        return lambda name: name == pattern or (bool(pattern) and name.endswith(f".{pattern}"))
+        end = f".{pattern}"
+        return lambda name: name == pattern or (pattern != "" and name.endswith(end))
     try:
         regex = re.compile(pattern[3:])
     except re.error as error:
@@ -229,6 +234,8 @@ def select(
     Raises:
         AddressError: a pattern selects none of the names.
     """
+    if not patterns:
+        return []
     names = list(names)
     tests = {pattern: compile_pattern(pattern) for pattern in patterns}
     used: set[str] = set()

@@ -91,7 +91,7 @@ class Delta:
         found = survey(backbone_model)
         with planning.uncollected():
             self._prepare(found, config)
-            self._enter(found=found)
+            self._enter(found=found, placed=True)
 
     @classmethod
     def from_config(
@@ -217,11 +217,13 @@ class Delta:
         before: Record | None = None,
         after: Record | None = None,
         found: Survey | None = None,
+        placed: bool = False,
     ) -> None:
         """Plan, then commit: put all layers on the backbone, at the delta's place in the order.
 
         Args:
             found: the backbone as it is.
+            placed: whether the layers were just made for where they go.
         """
         found = survey(self.backbone_model) if found is None else found
         plan = planning.places(found, self.name, self.config, self.layers)
@@ -232,7 +234,7 @@ class Delta:
         try:
             for where, (reads, ranks) in plan.items():
                 module, layer = found.modules[where], self.layers[where]
-                if ranks is None or ranks.group is None:
+                if not placed and (ranks is None or ranks.group is None):
                     planning.fit(layer, module, *planning.placement(found, where, self.config))
                 if ranks is not None:
                     sharding.shard(layer, ranks)

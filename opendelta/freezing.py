@@ -67,7 +67,7 @@ def freeze(
     inside = f"{within}." if within else ""
     own, added = backbone_tensors(found), delta_parameters(found)
     tests = {pattern: compile_pattern(pattern) for pattern in exclude if pattern != SLOT}
-    every = {part for name in (*own, *added) for part in ancestors(name)}
+    every = {part for name in (*own, *added) for part in ancestors(name)} if tests else set()
     hits = {pattern: {n for n in every if test(n)} for pattern, test in tests.items()}
     for pattern, hit in hits.items():
         if not hit:
@@ -77,7 +77,7 @@ def freeze(
     spared = {  # by identity: a tied weight is spared under all of its names
         id(tensor)
         for name, tensor in everything.items()
-        if (SLOT in exclude and name in added) or kept & {"", *ancestors(name)}
+        if (SLOT in exclude and name in added) or (kept and kept & {"", *ancestors(name)})
     }
     restore(found, shared, within)
     shared.excluded -= {name for name in shared.excluded if name.startswith(inside)}
@@ -105,6 +105,8 @@ def _name_of(found: Survey, module: nn.Module | None) -> str:
 
 def restore(found: Survey, shared: Shared, within: str = "") -> None:
     """Make trainable again what `freeze` froze inside `within`, and forget it."""
+    if not shared.frozen:
+        return
     inside = f"{within}." if within else ""
     for name, parameter in {**backbone_tensors(found), **delta_parameters(found)}.items():
         if name in shared.frozen and name.startswith(inside):

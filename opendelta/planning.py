@@ -109,7 +109,7 @@ def places(
         if where not in found.modules:
             raise no_match(where, found.modules, found.root)
         module = found.modules[where]
-        if wholes & {"", *ancestors(where)}:
+        if wholes and wholes & {"", *ancestors(where)}:
             raise SiteError(
                 f"{where!r} ({type(module).__name__}): accelerate loads this module as part of a "
                 "whole (preload_module_classes) that the delta was not in; attach before offloading"
@@ -143,7 +143,7 @@ def _seed(layers: dict[str, DeltaLayer]) -> None:
     """Let modules fill the buffers that they make from a seed and do not save."""
     for layer in layers.values():
         for module in layer.modules():
-            if hasattr(module, "seed"):
+            if hasattr(type(module), "seed"):
                 module.seed()  # type: ignore[operator]
 
 
@@ -181,7 +181,8 @@ def _sites(
 ) -> dict[str, Site]:
     """What the layers may know about each modified module."""
     names = config.modified_modules or []
-    unknown = [name for name in names if kind_of(found.modules[name]) is None]
+    kinds = {name: kind_of(found.modules[name]) for name in names}
+    unknown = [name for name in names if kinds[name] is None]
 
     @functools.cache
     def widths() -> dict[str, int]:
@@ -192,14 +193,14 @@ def _sites(
         return attention_heads(found.root, names)
 
     sites = {}
-    for name in dict.fromkeys(names):
+    for name, kind in kinds.items():
         module = found.modules[name]
         site.check_called(name, module)
-        targets.check_kind(found, name, config, layer_class)
+        targets.check_kind(found, name, kind, config, layer_class)
         device, dtype = placement(found, name, config)
         device = device if values == "new" else torch.device("meta")
         of_width, of_heads = (lambda n: widths()[n]), (lambda n: heads()[n])
-        kind, new = kind_of(module), values != "saved"
+        new = values != "saved"
         sites[name] = Site(name, module, kind, device, dtype, of_width, of_heads, new)
     if layer_class.paired:
         for start, end in zip(names[::2], names[1::2], strict=True):

@@ -54,11 +54,13 @@ class Stack(nn.ModuleDict):
     do not act.
     """
 
+    ran: set[str]
+    steps: list[Step]
+    frozen: neighbours.Frozen | None = None
+
     def __init__(self) -> None:
         super().__init__()
-        self.ran: set[str] = set()
-        self.steps: list[Step] = []
-        self.frozen: neighbours.Frozen | None = None
+        self.__dict__.update(ran=set(), steps=[])  # nn.Module would look at each attribute
         self.register_forward_pre_hook(_step_aside)
 
     def _acting(self) -> list[DeltaLayer]:

@@ -15,7 +15,7 @@ from .addressing import Survey, ancestors, as_list, leave_out, literal, select, 
 from .bases import DeltaLayer
 from .errors import AddressError, SiteError, called
 from .freezing import backbone_tensors
-from .layers import KINDS, kind_of
+from .layers import KINDS, Kind, kind_of
 from .options import DeltaConfig
 
 Config = TypeVar("Config", bound=DeltaConfig)
@@ -229,11 +229,11 @@ def _names(found: Survey) -> list[str]:
 
 
 def check_kind(
-    found: Survey, name: str, config: DeltaConfig, layer_class: type[DeltaLayer]
+    found: Survey, name: str, kind: Kind | None, config: DeltaConfig, layer_class: type[DeltaLayer]
 ) -> None:
-    """Raise unless the layer takes the module called `name`."""
+    """Raise unless the layer takes the module called `name`, which is of this kind."""
     wanted = {*layer_class.kinds}
-    if _kinds(found, name) & wanted:
+    if (kind is not None and kind.name in wanted) or _kinds(found, name) & wanted:
         return
     takes = "; ".join(KINDS[k] for k in layer_class.kinds)
     inside = [
