@@ -75,13 +75,9 @@ def our_switches(model: torch.nn.Module, deltas: Sequence[opendelta.LoraModel]) 
 
     @contextlib.contextmanager
     def scaled(factor: float) -> Iterator[None]:
-        layers: list[Any] = list(deltas[0].layers.values())
-        before = layers[0].scaling
-        for layer in layers:
-            layer.scaling = factor * before
+        deltas[0].scale = factor
         yield
-        for layer in layers:
-            layer.scaling = before
+        deltas[0].scale = 1
 
     def only(chosen: Sequence[int]) -> Any:
         return opendelta.composition(model).only(*(deltas[i] for i in chosen))

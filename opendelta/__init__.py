@@ -9,6 +9,7 @@ from .copies import shared_copy
 from .delta import Delta
 from .errors import (
     AddressError,
+    CompileLimitError,
     DeltaError,
     DeltaLoadError,
     DeltaWarning,
@@ -79,6 +80,7 @@ __all__ = [
     "Combination",
     "CompacterConfig",
     "CompacterModel",
+    "CompileLimitError",
     "Composition",
     "Delta",
     "DeltaConfig",

@@ -59,6 +59,7 @@ class DeltaLayer(nn.Module):
         paired: `modified_modules` come in pairs: where a branch starts, and where it ends.
         sees_module: the `call` of its forward has `.module` and `.params()`: see `Beneath`.
         gates_itself: its own equation heeds `self.gate`.
+        scales: its own equation heeds `self.strength()`.
         gate_width: width of what its gate reads, where that is neither in- nor output of a weight.
         identity: whether it changes nothing at the start.
         why_not: what keeps a layer with a `fold` from folding, for messages.
@@ -70,6 +71,7 @@ class DeltaLayer(nn.Module):
     paired: ClassVar[bool] = False
     sees_module: ClassVar[bool] = False
     gates_itself: ClassVar[bool] = False
+    scales: ClassVar[bool] = False
     gate_width: int | None = None
     identity: ClassVar[bool] = True
     why_not: ClassVar[str] = ""
@@ -92,6 +94,11 @@ class DeltaLayer(nn.Module):
     def folds(self) -> bool:
         """Whether this layer can be written into the weights of its module."""
         return type(self).fold is not DeltaLayer.fold and self.gate is None
+
+    def strength(self) -> Any:
+        """What multiplies the change, `delta.scale`: a number; in compiled code, a tensor."""
+        record = self.record
+        return record.scale_tensor if torch.compiler.is_compiling() else record.scale
 
     @classmethod
     def companions(
@@ -134,6 +141,15 @@ class Beneath:
         return params
 
 
+def times(factor: Any, change: Tensor) -> Tensor:
+    """`change`, multiplied by what `DeltaLayer.strength` gives."""
+    return change if _is_one(factor) else factor * change
+
+
+def _is_one(factor: Any) -> bool:
+    return not isinstance(factor, Tensor) and factor == 1
+
+
 # ----------------------------------------------------------------------------- the common equations
 class OutputLayer(DeltaLayer):
     """A delta layer on the module's hidden states; a subclass sets `width` and writes `change`.
@@ -143,6 +159,7 @@ class OutputLayer(DeltaLayer):
     """
 
     kinds: tuple[str, ...] = ("linear", "embedding", "norm", "other")
+    scales = True
     width: int
 
     def change(self, h: Tensor) -> Tensor:
@@ -150,7 +167,12 @@ class OutputLayer(DeltaLayer):
         raise NotImplementedError
 
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return layers.change_hidden(call(*args, **kwargs), self.width, self.change)
+        return layers.change_hidden(call(*args, **kwargs), self.width, self.scaled)
+
+    def scaled(self, h: Tensor) -> Tensor:
+        """`change(h)`, as far as `delta.scale` goes."""
+        changed, factor = self.change(h), self.strength()
+        return changed if _is_one(factor) else h + factor * (changed - h)
 
 
 class WeightLayer(DeltaLayer):
@@ -166,6 +188,7 @@ class WeightLayer(DeltaLayer):
 
     kinds: tuple[str, ...] = ("linear",)
     flow = "beside"
+    scales = True
 
     def __init__(self, site: Site, dropout: float = 0.0) -> None:
         super().__init__()
@@ -184,7 +207,10 @@ class WeightLayer(DeltaLayer):
     def low_rank(self) -> LowRank | None:
         """The factors with the dropout that acts now, or None."""
         factors = self.factors()
-        return factors and LowRank(*factors, self.dropout if self.training else 0.0)
+        if factors is None:
+            return None
+        A, B, scale = factors
+        return LowRank(A, B, scale * self.strength(), self.dropout if self.training else 0.0)
 
     def product(self, x: Tensor) -> Tensor:
         """D x: what the module would compute from its input if its weight were D."""
@@ -207,15 +233,15 @@ class WeightLayer(DeltaLayer):
         out, x = call(*args, **kwargs), layers.first_input(args, kwargs)
         if self.dropout:
             x = F.dropout(x, self.dropout, self.training)
-        return out + self.product(x).type_as(out)
+        return out + times(self.strength(), self.product(x)).type_as(out)
 
     def fold(self, params: Params) -> Params:
         matrix, factors = self.kind.matrix(params["weight"]), self.factors()
         if factors is not None and factors[0].dtype == matrix.dtype and matrix.is_contiguous():
             A, B, scale = factors
-            matrix = torch.addmm(matrix, B, A, alpha=scale)
+            matrix = torch.addmm(matrix, times(self.strength(), B), A, alpha=scale)
         else:
-            matrix = matrix + self.delta_weight()
+            matrix = matrix + times(self.strength(), self.delta_weight())
         return params | {"weight": self.kind.like_weight(matrix, params["weight"])}
 
 
@@ -229,6 +255,7 @@ class BranchLayer(DeltaLayer):
     flow = "beside"
     paired = True
     gates_itself = True
+    scales = True
     width: int
     cell: Cell | None = None
 
@@ -238,7 +265,8 @@ class BranchLayer(DeltaLayer):
 
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         x = layers.first_input(args, kwargs)
-        branch = self.branch(x) if self.gate is None else self.gate(x) * self.branch(x)
+        branch = times(self.strength(), self.branch(x))
+        branch = branch if self.gate is None else self.gate(x) * branch
         if self.cell is None:
             out = call(*args, **kwargs)
             return layers.change_hidden(out, self.width, lambda h: h + branch.type_as(h))
@@ -267,6 +295,9 @@ class BranchEnd(OutputLayer):
     def __init__(self, width: int, cell: Cell, start: str) -> None:
         super().__init__()
         self.width, self.cell, self.start = width, cell, start
+
+    def scaled(self, h: Tensor) -> Tensor:
+        return self.change(h)  # the branch was scaled where it starts
 
     def change(self, h: Tensor) -> Tensor:
         branch = self.cell.take()

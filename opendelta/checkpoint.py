@@ -92,6 +92,7 @@ def _facts(delta: Delta) -> dict[str, Any]:
         "delta_type": options.pop("delta_type"),
         "name": delta.name,
         "active": delta.active,
+        **({} if delta.scale == 1 else {"scale": delta.scale}),
         "frozen": frozen,
         "options": {name: value for name, value in options.items() if name != "name"},
     }
@@ -155,7 +156,7 @@ def load(
             taken.add(config.name)
             brought = [*(config.unfrozen_modules or ()), *facts["backbone_tensors"]]
             config.unfrozen_modules = list(dict.fromkeys(brought)) or None
-            deltas.append(_planned(path, source.saved_from, config, model))
+            deltas.append(_planned(path, source.saved_from, fact, config, model))
             deltas[-1].record.place = (known[-1].place + 1 if known else 0) + place
             deltas[-1].record.active = fact["active"]
         _fill(path, source, deltas, check_backbone)
@@ -225,7 +226,9 @@ def _check_type(path: Path, configs: Sequence[DeltaConfig], expected: type[Delta
         )
 
 
-def _planned(path: Path, saved_from: str | None, config: DeltaConfig, model: nn.Module) -> Delta:
+def _planned(
+    path: Path, saved_from: str | None, fact: dict[str, Any], config: DeltaConfig, model: nn.Module
+) -> Delta:
     """A delta of these resolved options, off the model and without memory."""
     cls = method(config.delta_type)
     delta = cls.__new__(cls)
@@ -233,6 +236,7 @@ def _planned(path: Path, saved_from: str | None, config: DeltaConfig, model: nn.
     unfit += type(model).__name__
     try:
         delta._prepare(survey(model), config, "saved")
+        delta.scale = fact.get("scale", 1.0)
     except DeltaError as error:
         raise DeltaLoadError(f"{unfit}: {error}") from None
     except Exception as error:  # of a method, or of torch, for options that no delta can have
@@ -285,7 +289,7 @@ def _enter(path: Path, deltas: Sequence[Delta]) -> None:
     entered: list[Delta] = []
     try:
         for delta in deltas:
-            delta._enter()
+            delta._enter(placed=True)
             entered.append(delta)
     except BaseException as error:
         for delta in entered:
@@ -343,11 +347,13 @@ FACTS = {"delta_type": str, "name": str, "active": bool, "frozen": list, "option
 
 
 def _config(where: Path, fact: Any) -> DeltaConfig:
-    if not isinstance(fact, dict) or fact.keys() != FACTS.keys():
+    if not isinstance(fact, dict) or fact.keys() - {"scale"} != FACTS.keys():
         raise DeltaLoadError(f"{where}: each of deltas must have just {', '.join(FACTS)}")
     for key, kind in FACTS.items():
         if not isinstance(fact[key], kind):
             raise DeltaLoadError(f"{where}: {key}={shown(fact[key])} must be a {kind.__name__}")
+    if not isinstance(fact.get("scale", 1.0), float):
+        raise DeltaLoadError(f"{where}: scale={shown(fact['scale'])} must be a float")
     if not _are_names(fact["frozen"]):
         raise DeltaLoadError(f"{where}: frozen must be a list of names")
     if pattern := next(_patterns(fact["options"].values()), None):

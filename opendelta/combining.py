@@ -183,8 +183,9 @@ def _combined(
     wanted = _wanted(module, where, parts, how, density, generator)
     if how in ("linear", "cat") and all(isinstance(layer, LoraLayer) for layer, _ in parts):
         loras: Any = parts
-        A = torch.cat([layer.pair()[0].detach() for layer, _ in loras]).to(wanted)
-        scaled = [weight * layer.scaling * layer.pair()[1].detach() for layer, weight in loras]
+        pairs = [(layer.low_rank(), weight) for layer, weight in loras]
+        scaled = [weight * pair.scale * pair.B.detach() for pair, weight in pairs]
+        A = torch.cat([pair.A.detach() for pair, _ in pairs]).to(wanted)
         B = torch.cat(scaled, 1).to(wanted)
         if rank is None or A.size(0) <= rank:
             return (A, B), _error(A, B, wanted)

@@ -304,12 +304,14 @@ class Composition:
                 FLOWS[layer.flow] + ("" if method == name else f"; {method}"),
                 f"{sum(p.numel() for p in layer.parameters()):,} parameters",
                 "active" if layer.record.active else "disabled",
+                *([f"scale {layer.record.scale:g}"] if layer.record.scale != 1 else []),
                 *(["merged"] if stack is not None and stack.holds(name) else []),
                 *(["trains" if any(flags) else "frozen"] if flags else []),
             ]
             steps.append(f"{name}: {', '.join(facts)}")
             if layer.record.active and layer.flow != "none":
-                flows.append((name, layer.flow))
+                scaled = layer.record.scale != 1 and layer.flow == "beside"
+                flows.append((f"{layer.record.scale:g} {name}" if scaled else name, layer.flow))
         return Explanation(where, f"y = {_formula(inner, flows, 'x')}", steps)
 
 

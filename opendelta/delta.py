@@ -11,11 +11,11 @@ from typing import Any, ClassVar, TypeVar, cast
 
 from torch import Tensor, nn
 
-from . import freezing, inspection, merging, planning, sharding, site, targets
+from . import compiling, freezing, inspection, merging, planning, sharding, site, targets
 from .addressing import Survey, as_list, survey
 from .bases import DeltaLayer
-from .errors import DeltaError, OptionError, SiteError
-from .options import DeltaConfig
+from .errors import DeltaError, OptionError, SiteError, shown
+from .options import LARGEST, DeltaConfig
 from .order import HANDLES, check_root, free_name, known_records, renumber
 from .record import SLOT, Record, Shared
 from .registry import register
@@ -180,6 +180,37 @@ class Delta:
         """Whether its layers act where they are attached; see `enable` and `disable`."""
         return self.record.active
 
+    @property
+    def scale(self) -> float:
+        """What multiplies the change that the delta makes to an output: 1, until it is set.
+
+        It comes on top of the method's own scaling, such as alpha / r, and is saved with the delta.
+        Setting it takes as long for a large model as for a small one, and compiles nothing anew
+        under `torch.compile`. Modules that the delta owns (`modules_to_save`) are not scaled.
+
+        Raises:
+            OptionError: it is set to something else than a finite number of at most 1e6, or for a
+                method that does not add to an output.
+            DeltaError: it is set while the delta is merged.
+        """
+        return self.record.scale
+
+    @scale.setter
+    def scale(self, scale: float) -> None:
+        what = f"{self.name!r}.scale={shown(scale)}"
+        number = isinstance(scale, int | float) and not isinstance(scale, bool)
+        if not number or not abs(scale) <= LARGEST:
+            raise OptionError(f"{what} must be a number from -{LARGEST:g} to {LARGEST:g}")
+        if not self.layer_for(self.config).scales and scale != 1:
+            raise OptionError(
+                f"{what}: {type(self).__name__} does not add to an output, so nothing is there to "
+                "multiply; scale is for LoRA, adapters and others that do"
+            )
+        if scale != self.record.scale:
+            merging.check_apart(self.record, "cannot scale")
+        self.record.scale = float(scale)
+        self.record.scale_tensor.fill_(scale)
+
     # ------------------------------------------------------- attaching, detaching
     def _prepare(self, found: Survey, config: DeltaConfig, values: planning.Values = "new") -> None:
         """Everything but changing the model: name, modules, sizes, layers.
@@ -251,6 +282,7 @@ class Delta:
         renumber(known, self.record, before, after)
         for stack in found.stacks.values():
             stack.sort()
+        compiling.watch_limit()
         inspection.watch_forward(found)
         freezing.watch_state(found, self.record.shared)
         HANDLES.add(self)

@@ -35,6 +35,10 @@ class DeltaLoadError(DeltaError):
         self.details = details
 
 
+class CompileLimitError(DeltaError, RuntimeError):
+    """A compiled model met more sets of acting deltas than torch.compile keeps graphs for."""
+
+
 class PristineError(DeltaError, AssertionError):
     """Something of a delta is left on a backbone."""
 

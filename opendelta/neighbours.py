@@ -22,7 +22,10 @@ from .products import LowRank, side_by_side
 def pairs(acting: Sequence[DeltaLayer], start: int) -> list[LowRank]:
     """The factors of the layers from `start` on, as far as they can run as one."""
     found: list[LowRank] = []
-    for layer in acting[start:]:
+    if modules._has_any_global_hook():  # somebody watches all calls
+        return found
+    for index in range(start, len(acting)):
+        layer = acting[index]
         pair = layer.low_rank() if isinstance(layer, WeightLayer) and _joins(layer) else None
         if pair is None:
             break
@@ -83,5 +86,4 @@ def _joins(layer: WeightLayer) -> bool:
         and not (own["_forward_hooks"] or own["_forward_pre_hooks"])
         and not (own["_backward_hooks"] or own["_backward_pre_hooks"])
         and "forward" not in own
-        and not modules._has_any_global_hook()
     )

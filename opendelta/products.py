@@ -24,12 +24,13 @@ class LowRank(NamedTuple):
     """A change s B A of a weight, with A [rank, in_features] and B [out_features, rank].
 
     Attributes:
+        scale: a number; in compiled code, a tensor of one.
         dropout: probability of dropping an input of the change now.
     """
 
     A: Tensor
     B: Tensor
-    scale: float
+    scale: Any
     dropout: float
 
 
@@ -53,7 +54,7 @@ def side_by_side(run: Sequence[LowRank]) -> LowRank:
     if len(run) == 1:
         return run[0]
     scale = run[0].scale
-    if any(pair.scale != scale for pair in run):
+    if isinstance(scale, Tensor) or any(pair.scale != scale for pair in run):
         run, scale = [pair._replace(B=pair.scale * pair.B) for pair in run], 1.0
     A, B = torch.cat([pair.A for pair in run]), torch.cat([pair.B for pair in run], 1)
     return LowRank(A, B, scale, run[0].dropout)

@@ -9,6 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from torch import Tensor
+
 SLOT = "deltas"  # the child of a site that holds its delta layers
 
 
@@ -38,6 +41,9 @@ class Record:
         place: position in the one total order of the backbone's deltas; lower acts first.
         sites: the full names of the modules that carry its layers.
         active: whether the layers act. Read on every call, changed in constant time.
+        scale: what multiplies the change that they make.
+        scale_tensor: the same as a float32 tensor, for compiled code, which is compiled for just
+            one value of a number.
         merged: on how many modules they are merged into the weights.
     """
 
@@ -47,4 +53,8 @@ class Record:
     shared: Shared
     sites: tuple[str, ...]
     active: bool = True
+    scale: float = 1.0
+    scale_tensor: Tensor = field(
+        default_factory=lambda: torch.ones((), dtype=torch.float32, device="cpu")
+    )
     merged: int = 0

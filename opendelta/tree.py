@@ -111,10 +111,10 @@ class Walk:
 
     def delta(self, name: str, layer: DeltaLayer) -> Node:
         """The lines of a delta layer that stands beneath its module."""
-        disabled = [] if layer.record.active else [("disabled", MARK)]
+        marks = [(text, MARK) for text in states(layer)]
         if isinstance(layer, OwnedModule):
-            return self.node(name, layer.module, True, [OWNED, *disabled])
-        return self.node(name, layer, True, disabled)
+            return self.node(name, layer.module, True, [OWNED, *marks])
+        return self.node(name, layer, True, marks)
 
 
 def parameters(
@@ -130,8 +130,15 @@ def beside(name: str, layer: DeltaLayer) -> Iterator[Note]:
     """(text, style) of what stands in its module's line for a delta beside that module."""
     prefix = "" if name == layer.record.config.delta_type else f"{name}."
     yield from parameters(layer.named_parameters(), True, prefix)
-    if not layer.record.active:
-        yield f"{name} disabled", MARK
+    for text in states(layer):
+        yield f"{name} {text}", MARK
+
+
+def states(layer: DeltaLayer) -> list[str]:
+    """What is unusual about how a delta layer acts."""
+    record = layer.record
+    scaled = [f"scale {record.scale:g}"] if record.scale != 1 and layer.scales else []
+    return [*scaled, *([] if record.active else ["disabled"])]
 
 
 def fold(nodes: Iterable[Node]) -> list[Node]:

@@ -205,7 +205,7 @@ def test_everything_is_data_too(run):
     assert one[0]["formula"] == "y = output(x)"
     assert [delta["name"] for delta in shown["deltas"]] == ["lora", "style"]
     assert shown["deltas"][1] | {"modules": 8} == {
-        "name": "style", "delta_type": "adapter", "active": False, "frozen": 0,
+        "name": "style", "delta_type": "adapter", "active": False, "scale": 1.0, "frozen": 0,
         "parameters": 8 * (2 * 24 * 32 + 24 + 32), "modules": 8, "modules_to_save": [],
         "options": {},
     }  # fmt: skip

@@ -19,6 +19,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import opendelta
 from opendelta import AdapterModel, IA3Model, LoraModel, composition
+from opendelta.errors import CompileLimitError
 
 
 @pytest.fixture(autouse=True)
@@ -289,3 +290,56 @@ def test_inductor_compiles_deltas_and_their_gradients():
     found = torch.autograd.grad(output.pow(2).sum(), parameters)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------- limits
+def test_a_change_of_scale_compiles_nothing_new(counter):
+    model, x = tower(), vectors(2, 8)
+    deltas = [d for d in put_deltas_on_tower(model) if type(d).layer_class.scales]
+    assert len({type(delta) for delta in deltas}) > 1
+    fast = compiled(model, counter)
+    fast(x)
+    for scale in (0.5, 0.25, -2.0, 0.0, 1.0):
+        for delta in deltas:
+            delta.scale = scale
+        assert close(fast(x), model(x))
+    assert counter.frame_count == 1
+
+
+def test_scaled_deltas_are_exact_and_train_under_inductor():
+    model, x = tower(depth=0), vectors(2, 8)
+    one, other = (shake(LoraModel(model, modified_modules=["head"], name=n)) for n in "ab")
+    fast = compiled(model, "inductor")
+    for scale in (1.0, 0.5):
+        one.scale = scale
+        wanted = torch.autograd.grad(model(x).pow(2).sum(), [*one.parameters()])
+        found = torch.autograd.grad(fast(x).pow(2).sum(), [*one.parameters()])
+        assert all(close(a, b) for a, b in zip(wanted, found, strict=True))
+    assert other.scale == 1
+
+
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_past_the_recompile_limit_the_error_names_the_option(counter, fullgraph):
+    model, x = tower(depth=0), vectors(2, 8)
+    deltas = [
+        shake(LoraModel(model, modified_modules=["head"], name=f"d{i}"), seed=i) for i in range(4)
+    ]
+    fast = torch.compile(model, fullgraph=fullgraph, backend=counter)
+
+    def choose(number):
+        for bit, delta in enumerate(deltas):
+            (delta.enable if number & 1 << bit else delta.disable)()
+
+    for number in range(8):
+        choose(number)
+        fast(x)
+    choose(8)
+    with pytest.raises(CompileLimitError, match=r"Set torch\._dynamo\.config\.recompile_limit to"):
+        fast(x)
+    choose(3)
+    assert close(fast(x), model(x))  # what was compiled is still there
+    assert counter.frame_count == 8
+    choose(8)
+    with torch._dynamo.config.patch(recompile_limit=16):
+        assert close(fast(x), model(x))
+    assert counter.frame_count == 9

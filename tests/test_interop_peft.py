@@ -374,6 +374,36 @@ def test_peft_reads_what_is_written_for_it(case, tmp_path):
     assert before.shape != expected.shape or not torch.allclose(before, expected, atol=1e-3)
 
 
+SCALED = [
+    case
+    for case, (_, method, options) in WRITE.items()
+    if method.layer_class.scales and not options.get("use_dora")
+]
+UNSCALED = [c for c in SCALED if WRITE[c][1] is opendelta.VeraModel]
+
+
+@pytest.mark.parametrize("case", [c for c in SCALED if c not in UNSCALED])
+def test_peft_gets_the_scale_of_a_delta(case, tmp_path):
+    kind, method, options = WRITE[case]
+    base = tiny(kind)
+    delta = shake(method(base, **options))
+    before = run(base)
+    delta.scale = -0.5
+    interop.save(delta, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(tiny(kind), tmp_path).eval()
+    assert torch.allclose(run(theirs), run(base), atol=1e-5)
+    assert not torch.allclose(run(base), before, atol=1e-4)
+
+
+@pytest.mark.parametrize("case", UNSCALED)
+def test_a_scale_that_peft_has_no_place_for_is_refused(case, tmp_path):
+    kind, method, options = WRITE[case]
+    delta = method(tiny(kind), **options)
+    delta.scale = 0.5
+    with pytest.raises(opendelta.DeltaError, match="its 'vera' has no scale"):
+        interop.save(delta, tmp_path)
+
+
 @pytest.mark.parametrize("case", [c for c in WRITE if not c.startswith(("prompt", "vera"))])
 def test_transformers_reads_what_is_written_for_peft(case, tmp_path):
     """It takes no prompts and no VeRA, whoever wrote them."""

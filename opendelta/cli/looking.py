@@ -176,6 +176,7 @@ def show(checkpoint: Checkpoint, json: AsJson = False) -> None:
         table.add_column(heading, overflow="fold")
     for delta in held.deltas:
         state = ["active" if delta["active"] else "disabled", *["frozen"] * bool(delta["frozen"])]
+        state += [f"scale {delta['scale']:g}"] * (delta["scale"] != 1)
         places = [*folded(delta["modules"]), *(f"own {n}" for n in delta["modules_to_save"])]
         shown = [*places[:SHOWN], *["..."] * (len(places) > SHOWN)]
         options = [f"{name}={value!r}" for name, value in delta["options"].items()]

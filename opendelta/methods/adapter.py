@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..bases import DeltaLayer, OutputLayer
+from ..bases import DeltaLayer, OutputLayer, times
 from ..delta import Delta
 from ..layers import Site, activation, first_input, replace_input
 from ..options import DeltaConfig, option
@@ -68,7 +68,8 @@ class InputAdapterLayer(AdapterLayer):
 
     def forward(self, call: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         h, x = call(*args, **kwargs), first_input(args, kwargs)
-        change = self.bottleneck(h) if self.gate is None else self.gate(h) * self.bottleneck(h)
+        change = times(self.strength(), self.bottleneck(h))
+        change = change if self.gate is None else self.gate(h) * change
         args, kwargs = replace_input(args, kwargs, x + change.type_as(x))
         return call(*args, **kwargs)
 

@@ -62,11 +62,11 @@ class LoReftLayer(OutputLayer):
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         out = call(*args, **kwargs)
         if self.first is None and self.last is None:
-            return change_hidden(out, self.width, self.change)
+            return change_hidden(out, self.width, self.scaled)
 
         def some(h: Tensor) -> Tensor:
             chosen = positions(h, args, kwargs, self.first or 0, self.last or 0)
-            return torch.where(chosen[..., None], self.change(h), h)
+            return torch.where(chosen[..., None], self.scaled(h), h)
 
         return change_hidden(out, self.width, some)
 

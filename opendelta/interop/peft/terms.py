@@ -46,6 +46,7 @@ class Method:
 
 
 PATTERNS: dict[str, Any] = {"rank_pattern": {}, "alpha_pattern": {}}
+ALPHAS = {"lora_alpha", "alpha", "scaling"}  # the fields that multiply a change
 LYCORIS = {"r": 8, "alpha": 8, **PATTERNS}
 METHODS = {
     "lora": Method(

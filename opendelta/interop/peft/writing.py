@@ -25,6 +25,7 @@ from ...layers import (
     kind_of,
 )
 from .terms import (
+    ALPHAS,
     CONFIG,
     HEADS,
     METHODS,
@@ -102,6 +103,8 @@ def _check_writable(delta: Delta, found: Survey) -> None:
         raise DeltaError(f"{what}it has no {name!r}; it has {', '.join(METHODS)}")
     if config.gate:
         raise DeltaError(f"{what}it has no gates; make the delta with gate=False")
+    if delta.scale != 1 and not ALPHAS & METHODS[name].options.keys():
+        raise DeltaError(f"{what}its {name!r} has no scale; set delta.scale = 1")
     if config.unfrozen_modules:
         raise DeltaError(
             f"{what}it has no unfrozen_modules={config.unfrozen_modules}; use modules_to_save"
@@ -191,6 +194,10 @@ def _fields(delta: Delta, found: Survey) -> dict[str, Any]:
         given["fan_in_fan_out"] = all(
             isinstance(kind, TransposedLinear) and kind.name == "linear" for kind in kinds
         )
+    for name in ALPHAS & given.keys():
+        given[name] = delta.scale * given[name]
+    if "alpha_pattern" in given:
+        given["alpha_pattern"] = {n: delta.scale * a for n, a in given["alpha_pattern"].items()}
     if delta.delta_type == "lora" and own["init"] in ("pissa", "olora"):
         _double(given)
     if delta.delta_type == "vera":

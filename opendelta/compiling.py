@@ -1,0 +1,37 @@
+"""torch.compile and switching: an error where torch would stop compiling new sets of deltas."""
+
+from __future__ import annotations
+
+import logging
+
+from .errors import CompileLimitError
+from .record import SLOT
+
+
+class LimitFilter(logging.Filter):
+    """Sees torch's message that it compiles no more graphs, and raises if deltas are the reason."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Let all other messages pass.
+
+        Raises:
+            CompileLimitError: what changed is which deltas a module has, or which of them act.
+        """
+        args = record.args
+        at_limit = str(record.msg).startswith("torch._dynamo hit config.")
+        if at_limit and isinstance(args, tuple) and f"_modules['{SLOT}']" in str(args[3]):
+            option, limit, function = args[:3]
+            raise CompileLimitError(
+                f"torch.compile keeps at most {limit} graphs of {function}, and this set of acting "
+                f"deltas would need another. Set torch._dynamo.config.{option} to more than the "
+                f"number of sets that you switch between, such as {2 * int(str(limit))}"
+            )
+        return True
+
+
+_filter = LimitFilter()
+
+
+def watch_limit() -> None:
+    """Look out for torch's message from now on."""
+    logging.getLogger("torch._dynamo.convert_frame").addFilter(_filter)  # twice is once
