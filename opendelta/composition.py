@@ -10,7 +10,7 @@ from typing import Any, Literal, overload
 
 from torch import nn
 
-from . import merging, neighbours
+from . import freezing, merging, neighbours
 from .addressing import attached, select, survey
 from .delta import Delta
 from .errors import AddressError, DeltaError, DeltaLoadError, nearest
@@ -140,7 +140,8 @@ class Composition:
     @contextlib.contextmanager
     def only(self, *names: str | Delta) -> Iterator[Composition]:
         """Let just these deltas act inside a `with` block; none of them: the plain backbone."""
-        records = self._records()
+        known = freezing.all_inside(self.model)
+        records = self._records() if known is None else known
         chosen = self._named(names, records)
         before = [(record, record.active) for record in records]
         for record, active in before:

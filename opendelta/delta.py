@@ -282,6 +282,7 @@ class Delta:
         renumber(known, self.record, before, after)
         for stack in found.stacks.values():
             stack.sort()
+        self.record.shared.records.append(self.record)
         compiling.watch_limit()
         inspection.watch_forward(found)
         freezing.watch_state(found, self.record.shared)
@@ -342,6 +343,8 @@ class Delta:
         for where, name, layer in list(found.layers()):
             if layer.record is self.record:
                 site.remove(found.modules[where], name)
+        if self.record in self.record.shared.records:
+            self.record.shared.records.remove(self.record)
         if not any(len(stack) for stack in found.stacks.values()):
             freezing.unwatch_state(found)
             inspection.unwatch_forward(found)

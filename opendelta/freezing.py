@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from . import record
 from .addressing import Survey, ancestors, compile_pattern, no_match
 from .errors import DeltaError, UnsavedWarning
-from .record import SLOT, Shared
+from .record import SLOT, Record, Shared
 from .site import stack_of
 
 
@@ -122,8 +123,8 @@ class StateDictHook:
     becomes of the deltas when transformers' `save_pretrained` asked for the state.
     """
 
-    def __init__(self, shared: Shared) -> None:
-        self.shared = shared
+    def __init__(self, shared: Shared, on_root: bool) -> None:
+        self.shared, self.on_root = shared, on_root
 
     def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, _meta: Any) -> None:
         slotted = _slots(module, prefix)
@@ -195,6 +196,20 @@ def state_hook(module: nn.Module) -> StateDictHook | None:
     return next((hook for hook in hooks if isinstance(hook, StateDictHook)), None)
 
 
+def all_inside(model: nn.Module) -> list[Record] | None:
+    """The deltas inside `model`, in order, or None where only a look at its modules can tell.
+
+    One that went along when somebody replaced its modules is among them.
+    """
+    hook = state_hook(model)
+    if hook is None or not hook.on_root:
+        return None
+    # Those of another backbone may have come with a module that was put into this one.
+    if len(record.BACKBONES) > 1:
+        return None
+    return sorted(hook.shared.records, key=lambda record: record.place)
+
+
 def watch_state(found: Survey, shared: Shared) -> None:
     """Put the hook on the backbone, and on the transformers models inside a wrapping module."""
     wanted = [found.root]
@@ -203,7 +218,8 @@ def watch_state(found: Survey, shared: Shared) -> None:
         wanted += [found.modules[n] for n in outer if not (set(ancestors(n)) - {n}) & set(outer)]
     for module in wanted:
         if state_hook(module) is None:
-            module.register_state_dict_post_hook(StateDictHook(shared))
+            hook = StateDictHook(shared, module is found.root)
+            module.register_state_dict_post_hook(hook)
 
 
 def unwatch_state(found: Survey) -> None:

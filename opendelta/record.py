@@ -6,6 +6,7 @@ deepcopy or an unpickled model carries a whole, independent composition.
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,11 +25,23 @@ class Shared:
         excluded: names of those that its `exclude` named, and of the buffers among them, which are
             saved with a delta.
         only_trainable: whether `state_dict()` of the backbone holds only what trains.
+        records: the attached deltas, in no order.
     """
 
     frozen: set[str] = field(default_factory=set)
     excluded: set[str] = field(default_factory=set)
     only_trainable: bool = False
+    records: list[Record] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        BACKBONES.add(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:  # of a copy
+        self.__dict__.update(state)
+        BACKBONES.add(self)
+
+
+BACKBONES: weakref.WeakSet[Shared] = weakref.WeakSet()  # one for each backbone that has deltas
 
 
 @dataclass(eq=False)

@@ -2,17 +2,19 @@
 
 import contextlib
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
 import torch.utils.checkpoint
 from models import tower, vectors
-from nets import shake
+from nets import COPIES, copied, shake
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import opendelta
-from opendelta import AdapterModel, LohaModel, LoraModel, addressing, composition, products
+from opendelta import AdapterModel, LohaModel, LoraModel, addressing, composition, products, record
 
 
 class Counted(TorchDispatchMode):
@@ -261,24 +263,69 @@ def test_a_model_on_the_meta_device_is_not_searched_for_another_one(monkeypatch)
     assert max(found) < 5
 
 
-def test_switching_walks_the_module_tree_once_and_knows_the_deltas_of_now(monkeypatch):
+@pytest.fixture
+def no_other_backbones(monkeypatch):
+    monkeypatch.setattr(record, "BACKBONES", weakref.WeakSet())
+
+
+def test_switching_looks_at_no_module(monkeypatch, no_other_backbones):
     model = tower(4)
     for index in range(4):
         LoraModel(model, modified_modules=["fc"], lora_r=1, name=f"lora_{index}")
     composed = composition(model)
+    deltas = list(composed)
 
     def switch():
-        with composed.only("lora_2"):
-            assert [delta.active for delta in deltas] == [False, False, True, False]
+        with composed.only("lora_2", deltas[3]):
+            assert [delta.active for delta in deltas] == [False, False, True, True]
+        deltas[0].disable()
+        deltas[0].enable()
+        deltas[0].scale = 0.5
 
-    deltas = list(composed)
-    assert walks(monkeypatch, model, switch) <= 1
-    twin = copy.deepcopy(model)
+    assert walks(monkeypatch, model, switch) == 0
+    composed.reorder(deltas[::-1])
     deltas[0].detach()
     with composed.only("lora_1"):
         assert [delta.active for delta in deltas] == [True, True, False, False]
-        assert all(delta.active for delta in composition(twin))
-        assert composition(twin).names == [f"lora_{index}" for index in range(4)]
+    with (
+        pytest.raises(opendelta.DeltaError, match=r"detached.*attach\(\)"),
+        composed.only("lora_0"),
+    ):
+        pass
+    with pytest.raises(opendelta.DeltaError, match=r"\['lora_3', 'lora_2', 'lora_1'\]"):
+        composed.only("nothing").__enter__()
+
+
+@pytest.mark.parametrize("how", COPIES)
+def test_switching_a_copy_switches_its_own_deltas(no_other_backbones, how):
+    model = tower(2)
+    delta = shake(LoraModel(model, modified_modules=["fc"], lora_r=1))
+    twin, x = copied(model, how), vectors(2, 8)
+    changed = model(x)
+    for one, other in ((model, twin), (twin, model)):
+        with composition(one).only():
+            assert torch.equal(other(x), changed)
+            assert not torch.equal(one(x), changed)
+    del model, delta, one, other
+    gc.collect()
+    assert len(record.BACKBONES) == 1
+    with composition(twin).only():
+        assert not torch.equal(twin(x), changed)
+
+
+def test_switching_reaches_the_deltas_that_came_with_a_module(no_other_backbones):
+    model, other, x = tower(2), tower(2), vectors(2, 8)
+    plain = tower(2)
+    plain.blocks[1] = copy.deepcopy(other.blocks[1])
+    shake(LoraModel(model, modified_modules=["fc"], lora_r=1))
+    shake(LoraModel(other.blocks[1], modified_modules=["fc"], lora_r=1, name="theirs"))
+    model.blocks[1] = other.blocks[1]
+    with pytest.warns(opendelta.UnreachedWarning, match="blocks.1.fc.deltas.lora"):
+        model(x)
+    with composition(model).only():
+        assert torch.equal(model(x), plain(x))
+    with composition(model).only("theirs"):
+        assert not torch.equal(model(x), plain(x))
 
 
 def test_a_delta_is_loaded_beside_many_as_beside_few(monkeypatch, tmp_path):
