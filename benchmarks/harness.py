@@ -8,6 +8,7 @@ so that a machine that slows down does so for all.
 from __future__ import annotations
 
 import argparse
+import cProfile
 import dataclasses
 import datetime
 import gc
@@ -17,6 +18,8 @@ import logging
 import math
 import os
 import platform
+import pstats
+import re
 import shlex
 import statistics
 import sys
@@ -38,6 +41,7 @@ from rich.table import Table  # noqa: E402
 SLACK = 1.05  # of a time: what one run differs from the next by
 PACKAGES = ("torch", "transformers", "peft", "opendelta")
 SAMPLE = 0.03  # seconds that one sample lasts at least, by repeating short runs
+PROFILED, FUNCTIONS = 0.5, 8  # seconds of a profile, and how many functions it names
 
 
 # ------------------------------------------------------------------------------------------ results
@@ -56,6 +60,8 @@ class Row:
         exact: the figure is counted, not timed: no slack.
         spread: half the distance between the quartiles of our figure over the rounds.
         memory: {contestant: peak MiB on the CUDA device}.
+        why: what stands between the figure and the must, if it is missed.
+        profile: if it is missed, (function, its own share of opendelta's time in percent).
     """
 
     name: str
@@ -68,6 +74,8 @@ class Row:
     exact: bool = False
     spread: float | None = None
     memory: dict[str, float] | None = None
+    why: str | None = None
+    profile: list[tuple[str, float]] | None = None
 
     @property
     def met(self) -> bool | None:
@@ -245,8 +253,13 @@ class Contestant:
 class Times:
     """Seconds by contestant and round."""
 
-    def __init__(self, seconds: dict[str, list[float]], memory: dict[str, float]) -> None:
-        self.seconds, self.memory = seconds, memory or None
+    def __init__(
+        self,
+        seconds: dict[str, list[float]],
+        memory: dict[str, float],
+        contestants: dict[str, Contestant],
+    ) -> None:
+        self.seconds, self.memory, self.contestants = seconds, memory or None, contestants
 
     def row(
         self, name: str, case: str, unit: str, base: str | None = None, per: float = 1, **rest: Any
@@ -262,7 +275,10 @@ class Times:
         quarters = statistics.quantiles(figures["opendelta"], n=4, method="inclusive")
         medians = {one: statistics.median(found) for one, found in figures.items()}
         spread = (quarters[2] - quarters[0]) / 2
-        return Row(name, case, unit, **{**medians, "memory": self.memory, "spread": spread, **rest})
+        row = Row(name, case, unit, **{**medians, "memory": self.memory, "spread": spread, **rest})
+        if row.met is False:
+            row.profile = profile(self.contestants["opendelta"])
+        return row
 
     def _figures(self, one: str, base: str | None, per: float) -> list[float]:
         seconds = self.seconds[one]
@@ -295,7 +311,30 @@ def race(
         for name in names[shift:] + names[:shift]:
             seconds[name].append(_sample(contestants[name], calls, events) / calls)
     memory = {n: _peak_memory(c) for n, c in contestants.items()} if events else {}
-    return Times(seconds, memory)
+    return Times(seconds, memory, contestants)
+
+
+def profile(contestant: Contestant) -> list[tuple[str, float]]:
+    """Where a contestant's time goes: functions and their own shares of it, the largest first."""
+    profiled, spent = cProfile.Profile(), 0.0
+    while spent < PROFILED:
+        if contestant.before:
+            contestant.before()
+        began = time.perf_counter()
+        profiled.runcall(contestant.run)
+        spent += time.perf_counter() - began
+        if contestant.after:
+            contestant.after()
+    stats: Any = pstats.Stats(profiled)
+    own = {place: figures[2] for place, figures in stats.stats.items()}
+    first = sorted(own, key=own.__getitem__, reverse=True)[:FUNCTIONS]
+    return [(_spell(*place), round(100 * own[place] / stats.total_tt, 1)) for place in first]
+
+
+def _spell(file: str, line: int, function: str) -> str:
+    """A function as profiles name it, without the paths of this machine."""
+    short = re.sub(r"<built-in method (.*)>|<method '(.*)' of .*>", r"\1\2", function)
+    return short if file == "~" else f"{Path(file).parent.name}/{Path(file).name}: {short}"
 
 
 def _sample(contestant: Contestant, calls: int, events: bool) -> float:

@@ -85,8 +85,22 @@ def results_page(results: dict[str, Any]) -> str:
     )
     return (
         f"# Results\n\n{start}\n{table(rows)}\n{wrapped(HOW)}\n{NOT_YET}\n{peak_memory(rows)}\n"
+        f"{misses(rows)}"
         f"Each runs alone; `--help` lists the options:\n\n```sh\n{commands}\n```\n"
     )
+
+
+def misses(rows: list[Row]) -> str:
+    """By how much each must is missed, why, and where the time goes."""
+    parts = []
+    for row in rows:
+        if row.met is False:
+            why = f": {row.why}" if row.why else ""
+            parts.append(wrapped(f"**{row.name}, {row.case}** ({row.verdict}){why}."))
+            lines = [f"| {function} | {share:.1f} |" for function, share in row.profile or ()]
+            head = ["| function | its own share of the time, % |", "|---|--:|"]
+            parts += ["\n".join([*head, *lines, ""])] if lines else []
+    return "\n".join(["## What is missed, and why\n", *parts, ""]) if parts else ""
 
 
 def peak_memory(rows: list[Row]) -> str:
