@@ -60,6 +60,7 @@ class DeltaLayer(nn.Module):
         sees_module: the `call` of its forward has `.module` and `.params()`: see `Beneath`.
         gates_itself: its own equation heeds `self.gate`.
         scales: its own equation heeds `self.strength()`.
+        runs_as_factors: it computes just what its factors say, beside a linear module.
         gate_width: width of what its gate reads, where that is neither in- nor output of a weight.
         identity: whether it changes nothing at the start.
         why_not: what keeps a layer with a `fold` from folding, for messages.
@@ -72,6 +73,7 @@ class DeltaLayer(nn.Module):
     sees_module: ClassVar[bool] = False
     gates_itself: ClassVar[bool] = False
     scales: ClassVar[bool] = False
+    runs_as_factors: bool = False
     gate_width: int | None = None
     identity: ClassVar[bool] = True
     why_not: ClassVar[str] = ""
@@ -195,6 +197,9 @@ class WeightLayer(DeltaLayer):
         assert site.kind is not None
         self.kind: Kind = site.kind
         self.dropout = dropout if site.kind.name != "embedding" else 0.0
+        cls = type(self)
+        common = cls.forward is WeightLayer.forward and cls.product is WeightLayer.product
+        self.runs_as_factors = common and site.kind.name == "linear"
 
     def delta_weight(self) -> Tensor:
         """D, the change of the weight [out_features, in_features]."""
@@ -220,14 +225,8 @@ class WeightLayer(DeltaLayer):
         A, B, scale = factors
         return scale * self.kind.low_rank(x, A, B)
 
-    def runs_as_factors(self) -> bool:
-        """Whether it computes just what its factors say, beside a linear module."""
-        cls = type(self)
-        common = cls.forward is WeightLayer.forward and cls.product is WeightLayer.product
-        return products.ENABLED and common and self.kind.name == "linear"
-
     def forward(self, call: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        pair = self.low_rank() if self.runs_as_factors() else None
+        pair = self.low_rank() if products.ENABLED and self.runs_as_factors else None
         if pair is not None:
             return products.add(call, [pair], False, *args, **kwargs)
         out, x = call(*args, **kwargs), layers.first_input(args, kwargs)

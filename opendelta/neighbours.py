@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.modules import module as modules
 
-from .bases import DeltaLayer, WeightLayer
+from . import products
+from .bases import DeltaLayer
 from .errors import DeltaError
 from .products import LowRank, side_by_side
 
@@ -22,11 +23,13 @@ from .products import LowRank, side_by_side
 def pairs(acting: Sequence[DeltaLayer], start: int) -> list[LowRank]:
     """The factors of the layers from `start` on, as far as they can run as one."""
     found: list[LowRank] = []
-    if modules._has_any_global_hook():  # somebody watches all calls
+    if not products.ENABLED or modules._has_any_global_hook():  # somebody watches all calls
         return found
     for index in range(start, len(acting)):
-        layer = acting[index]
-        pair = layer.low_rank() if isinstance(layer, WeightLayer) and _joins(layer) else None
+        layer: Any = acting[index]
+        if not layer.runs_as_factors or layer.gate is not None or _is_watched(layer.__dict__):
+            break
+        pair = layer.low_rank()
         if pair is None:
             break
         found.append(pair)
@@ -77,13 +80,12 @@ def _values(part: Any) -> Any:
     return part.detach() if isinstance(part, Tensor) else part
 
 
-def _joins(layer: WeightLayer) -> bool:
-    """Whether a layer may run with its neighbours: it has no gate, and nobody watches its call."""
-    own = layer.__dict__
-    return (
-        layer.runs_as_factors()
-        and layer.gate is None
-        and not (own["_forward_hooks"] or own["_forward_pre_hooks"])
-        and not (own["_backward_hooks"] or own["_backward_pre_hooks"])
-        and "forward" not in own
+def _is_watched(own: dict[str, Any]) -> bool:
+    """Whether somebody sees the calls of the layer whose attributes these are."""
+    return bool(
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
     )

@@ -54,10 +54,10 @@ def side_by_side(run: Sequence[LowRank]) -> LowRank:
     if len(run) == 1:
         return run[0]
     scale = run[0].scale
-    if isinstance(scale, Tensor) or any(pair.scale != scale for pair in run):
-        run, scale = [pair._replace(B=pair.scale * pair.B) for pair in run], 1.0
-    A, B = torch.cat([pair.A for pair in run]), torch.cat([pair.B for pair in run], 1)
-    return LowRank(A, B, scale, run[0].dropout)
+    A, B = [pair.A for pair in run], [pair.B for pair in run]
+    if isinstance(scale, Tensor) or [pair for pair in run if pair.scale != scale]:
+        B, scale = [pair.scale * pair.B for pair in run], 1.0
+    return LowRank(torch.cat(A), torch.cat(B, 1), scale, run[0].dropout)
 
 
 def _cat(tensors: Sequence[Tensor], axis: int) -> Tensor:

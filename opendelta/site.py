@@ -65,12 +65,13 @@ class Stack(nn.ModuleDict):
 
     def _acting(self) -> list[DeltaLayer]:
         acting: list[Any] = []
+        ran, steps = self.ran, self.steps
         watched = not torch.compiler.is_compiling()  # no side effect, hence no guard, in a graph
         for name, layer in self._modules.items():
-            if layer.record.active and not (self.steps and self.holds(name)):  # type: ignore
+            if layer.record.active and not (steps and self.holds(name)):  # type: ignore
                 acting.append(layer)
                 if watched:
-                    self.ran.add(name)
+                    ran.add(name)
         return acting
 
     def holds(self, name: str) -> bool:
