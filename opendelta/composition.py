@@ -160,7 +160,7 @@ class Composition:
         """Serve faster inside a `with` block, in which no delta's values change.
 
         Neighbouring low-rank layers of a module keep their joined matrices from one forward to the
-        next. Switching, reordering, attaching and detaching inside are safe.
+        next. Switching, scaling, reordering, attaching and detaching inside are safe.
 
         Raises:
             DeltaError: a forward inside would have to give the deltas gradients; or, at the end,

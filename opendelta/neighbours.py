@@ -44,6 +44,7 @@ class Frozen:
 
     def __init__(self) -> None:
         self.runs: dict[tuple, tuple[list[LowRank], int]] = {}
+        self.scales: dict[tuple, list[float]] = {}
         self.sources: list[tuple[Tensor, int]] = []
 
     def run(self, acting: Sequence[DeltaLayer], start: int) -> tuple[list[LowRank], int]:
@@ -52,13 +53,14 @@ class Frozen:
         Raises:
             DeltaError: a gradient would have to reach them.
         """
-        key = tuple(id(layer) for layer in acting[start:])
-        if key not in self.runs:
+        key = tuple([id(layer) for layer in acting[start:]])
+        scales = [layer.record.scale for layer in acting[start:]]
+        if self.scales.get(key) != scales:
             run = pairs(acting, start)
             if any(pair.dropout for pair in run) or "_is_replica" in acting[start].__dict__:
                 return run, len(run)
             whole = [LowRank(*map(_values, side_by_side(run)))] if run else run
-            self.runs[key] = whole, len(run)
+            self.runs[key], self.scales[key] = (whole, len(run)), scales
             tensors = [p for layer in acting[start : start + len(run)] for p in layer.parameters()]
             self.sources += [(p, p._version) for p in tensors if not p.is_inference()]
         if torch.is_grad_enabled() and any(p.requires_grad for p, _ in self.sources):

@@ -176,6 +176,7 @@ def test_functional_transforms_and_forward_mode_see_neighbours():
 # ------------------------------------------------------------------------------------------ frozen
 def test_frozen_joins_once_and_switching_inside_is_safe():
     model, x = one_linear(), vectors(3, 16).double()
+    plain = model(x)
     deltas = loras(model, 3, lora_r=2)
     model(x)
     composed = composition(model)
@@ -191,10 +192,15 @@ def test_frozen_joins_once_and_switching_inside_is_safe():
             with Counted() as ops:
                 model(x)
             assert ops.of("cat", "mm", "addmm", "addmm_") == 3
+            deltas[1].scale = 0.5
+            scaled = model(x)
+            deltas[1].scale = 1
+            assert torch.equal(model(x), all_on)
             deltas[0].detach()
             with_two = model(x)
             twin = copy.deepcopy(model)
         torch.testing.assert_close(model(x), with_two)
+        torch.testing.assert_close(scaled, all_on - 0.5 * (one - plain))
         shake(composition(twin)["lora_1"])
         assert not torch.allclose(twin(x), with_two)
         shake(deltas[1])
