@@ -16,7 +16,7 @@ from .addressing import Survey, as_list, survey
 from .bases import DeltaLayer
 from .errors import DeltaError, OptionError, SiteError, shown
 from .options import LARGEST, DeltaConfig
-from .order import HANDLES, check_root, free_name, known_records, renumber
+from .order import HANDLES, check_root, free_name, known_records, neighbour, renumber
 from .record import SLOT, Record, Shared
 from .registry import register
 
@@ -198,8 +198,7 @@ class Delta:
     @scale.setter
     def scale(self, scale: float) -> None:
         what = f"{self.name!r}.scale={shown(scale)}"
-        number = isinstance(scale, int | float) and not isinstance(scale, bool)
-        if not number or not abs(scale) <= LARGEST:
+        if type(scale) not in (int, float) or not abs(scale) <= LARGEST:
             raise OptionError(f"{what} must be a number from -{LARGEST:g} to {LARGEST:g}")
         if not self.layer_for(self.config).scales and scale != 1:
             raise OptionError(
@@ -308,7 +307,7 @@ class Delta:
             raise DeltaError("attach(before=..., after=...): give one neighbour, not both")
         found = survey(self.backbone_model)
         known = known_records(found)
-        neighbours = [self._neighbour(known, other) for other in (before, after)]
+        neighbours = [neighbour(known, self, other) for other in (before, after)]
         if not self.attached:
             self._enter(neighbours[0], neighbours[1])
         elif any(neighbours):
@@ -317,20 +316,6 @@ class Delta:
             renumber([r for r in known if r is not self.record], self.record, *neighbours)
             for stack in found.stacks.values():
                 stack.sort()
-
-    def _neighbour(self, known: list[Record], other: Delta | str | None) -> Record | None:
-        if other is None:
-            return None
-        name = other.name if isinstance(other, Delta) else other
-        for record in known:
-            is_it = record is other.record if isinstance(other, Delta) else record.name == other
-            if is_it and record is not self.record:
-                return record
-        names = [record.name for record in known if record is not self.record]
-        raise DeltaError(
-            f"{self.name!r} cannot stand next to {name!r}: the other deltas of this "
-            f"{type(self.backbone_model).__name__} are {names}"
-        )
 
     def detach(self) -> None:
         """Take the delta off, whatever came before or after it; its tensors stay with this handle.
@@ -343,13 +328,13 @@ class Delta:
         for where, name, layer in list(found.layers()):
             if layer.record is self.record:
                 site.remove(found.modules[where], name)
-        if self.record in self.record.shared.records:
-            self.record.shared.records.remove(self.record)
+        shared = self.record.shared
+        shared.records = [record for record in shared.records if record is not self.record]
         if not any(len(stack) for stack in found.stacks.values()):
             freezing.unwatch_state(found)
             inspection.unwatch_forward(found)
-            freezing.restore(found, self.record.shared)
-            self.record.shared.only_trainable = False
+            freezing.restore(found, shared)
+            shared.only_trainable = False
 
     # ---------------------------------------------------------- the switches
     def enable(self) -> None:

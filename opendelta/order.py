@@ -74,6 +74,25 @@ def prefix_of(record: Record, sites: list[str]) -> str | None:
     return None
 
 
+def neighbour(known: list[Record], delta: Delta, other: Delta | str | None) -> Record | None:
+    """The delta among the `known` ones next to which `delta` is to stand, given or by name.
+
+    Raises:
+        DeltaError: there is no such delta on the backbone.
+    """
+    if other is None:
+        return None
+    others = [record for record in known if record is not delta.record]
+    for record in others:
+        if record.name == other or record is getattr(other, "record", None):
+            return record
+    name = getattr(other, "name", other)
+    raise DeltaError(
+        f"{delta.name!r} cannot stand next to {name!r}: the other deltas of this "
+        f"{type(delta.backbone_model).__name__} are {[record.name for record in others]}"
+    )
+
+
 def renumber(
     known: list[Record], record: Record, before: Record | None, after: Record | None
 ) -> None:
