@@ -198,7 +198,8 @@ class Delta:
     @scale.setter
     def scale(self, scale: float) -> None:
         what = f"{self.name!r}.scale={shown(scale)}"
-        if type(scale) not in (int, float) or not abs(scale) <= LARGEST:
+        number = isinstance(scale, int | float) and not isinstance(scale, bool)
+        if not number or not abs(scale) <= LARGEST:
             raise OptionError(f"{what} must be a number from -{LARGEST:g} to {LARGEST:g}")
         if not self.layer_for(self.config).scales and scale != 1:
             raise OptionError(

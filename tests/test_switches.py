@@ -5,6 +5,7 @@ import io
 import json
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from nets import COPIES, IDS, copied, net, places_of, put, shake, untouched
@@ -383,7 +384,7 @@ def test_scale_multiplies_what_a_delta_adds(name, place):
         before = output_of(model, delta, place)
     change = output_of(model, delta, place) - before
     assert change.abs().max() > 1e-3
-    for scale in (0.5, -1.0, 3, 0.0):
+    for scale in (np.float64(0.5), -1.0, 3, 0.0):
         delta.scale = scale
         assert delta.scale == scale
         now = output_of(model, delta, place)
