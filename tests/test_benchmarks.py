@@ -122,10 +122,10 @@ def test_the_contestants_take_turns():
 
 def test_figures_are_medians_of_the_ratios_of_each_round():
     ours, theirs, plain = [2.0, 30.0, 4.0], [3.0, 40.0, 8.0], [1.0, 10.0, 4.0]
-    times = harness.Times({"opendelta": ours, "peft": theirs, "plain": plain}, {})
+    times = harness.Times({"opendelta": ours, "peft": theirs, "plain": plain}, {}, {})
     row = times.row("forward", "1x1", "x plain", "plain", must=2)
     assert (row.opendelta, row.peft, row.by_hand, row.spread) == (2, 3, None, 0.5)
-    times = harness.Times({"opendelta": ours, "peft": theirs}, {})
+    times = harness.Times({"opendelta": ours, "peft": theirs}, {}, {})
     row = times.row("attach", "7", "ms", per=1e-3)
     assert (row.opendelta, row.peft) == pytest.approx((4000, 8000))
 
@@ -150,6 +150,30 @@ def test_figures_are_spelt_with_three_digits():
     assert [harness.spell(number) for number in given] == [
         "", "0", "3", "0.0123", "0.500", "1.23", "12.3", "1,234",
     ]  # fmt: skip
+
+
+def test_a_missed_must_brings_its_profile():
+    done = []
+
+    def run():
+        done.append("run")
+        for _ in range(300):
+            sorted(range(1000), key=abs)
+
+    work = Contestant(run, lambda: done.append("before"), lambda: done.append("after"))
+    times = harness.Times({"opendelta": [0.2, 0.3]}, {}, {"opendelta": work})
+    assert times.row("work", "once", "ms", per=1e-3, must=300).profile is None
+    assert not done
+    row = times.row("work", "once", "ms", per=1e-3, must=100, why="it sorts")
+    shares = dict(row.profile)
+    assert "sorted" in shares
+    assert 0 < sum(shares.values()) <= 100.5
+    assert done[:4] == ["before", "run", "after", "before"]
+    page = report.misses([row, Row("other", "case", "x", 1.0, must=2.0)])
+    assert "**work, once** (no: 150% over): it sorts." in page
+    assert f"| sorted | {shares['sorted']:.1f} |" in page
+    assert "other" not in page
+    assert report.misses([Row("other", "case", "x", 1.0, must=2.0)]) == ""
 
 
 # --------------------------------------------------------------------------- pages
