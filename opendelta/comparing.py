@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -148,7 +149,7 @@ def is_finite(tensor: Tensor, usual: Tensor | None = None) -> bool:
     if tensor.itemsize == 1:  # torch has no isfinite for 8-bit floats
         tensor = tensor.float()
     # A finite sum says that all values are, and costs much less to see.
-    if torch.isfinite(tensor.sum()) or torch.isfinite(tensor).all():
+    if math.isfinite(tensor.sum()) or torch.isfinite(tensor).all():
         return True
     if usual is None or usual.is_meta or usual.shape != tensor.shape:
         return False

@@ -7,18 +7,19 @@ is. Merged layers stay on their stack, with the weights as they were, and no lon
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from . import comparing, quantised
+from . import comparing, products, quantised
 from .addressing import Survey
-from .bases import DeltaLayer, Params
+from .bases import DeltaLayer, Params, WeightLayer
 from .errors import DeltaError, SiteError
 from .layers import is_sharded
+from .products import LowRank
 from .record import Record
 from .site import Stack, Step
 
@@ -72,7 +73,7 @@ def plan(found: Survey, wanted: Collection[Record] | None) -> dict[str, list[Nam
     Raises:
         SiteError: one of them does not fold, or stands on one that does not; or nothing folds.
     """
-    planned, stopped = {}, ""
+    planned, stopped, users = {}, "", _users(found)
     for where, stack in found.stacks.items():
         run, stop = foldable_run(stack)
         if stop is not None and not stopped:
@@ -80,7 +81,7 @@ def plan(found: Survey, wanted: Collection[Record] | None) -> dict[str, list[Nam
         if wanted is not None:
             run = _needed(where, stack, run, stop, wanted)
         if run:
-            _check_module(found, where, run)
+            _check_module(found, where, run, users)
             planned[where] = run
     if not planned:
         raise SiteError(
@@ -139,7 +140,16 @@ def _unfolded(layer: DeltaLayer) -> str:
     )
 
 
-def _check_module(found: Survey, where: str, run: list[Named]) -> None:
+def _users(found: Survey) -> dict[int, list[str]]:
+    """{id of a parameter: the full names of the modules that have it}."""
+    users: dict[int, list[str]] = {}
+    for name, module in found.modules.items():
+        for parameter in module._parameters.values():
+            users.setdefault(id(parameter), []).append(name)
+    return users
+
+
+def _check_module(found: Survey, where: str, run: list[Named], users: dict[int, list[str]]) -> None:
     """Raise if the weights of a module cannot be changed for this module alone."""
     module = found.modules[where]
     names = ", ".join(name for name, _ in run)
@@ -147,9 +157,8 @@ def _check_module(found: Survey, where: str, run: list[Named]) -> None:
     for key, parameter in module._parameters.items():
         if parameter is None or key not in ("weight", "bias"):
             continue
-        for other, user in found.modules.items():
-            shared = any(p is parameter for p in user._parameters.values())
-            if shared and user is not module:
+        for other in users[id(parameter)]:
+            if found.modules[other] is not module:
                 raise SiteError(
                     f"{what}: its {key} is tied to that of {other!r}, which would change too"
                 )
@@ -191,6 +200,7 @@ def check_whole(found: Survey) -> None:
     Raises:
         SiteError: names the first that does not fold.
     """
+    users = _users(found)
     for where, stack in found.stacks.items():
         for name, layer in stack.in_order():
             aside = layer.flow in ("none", "instead") or not layer.record.active
@@ -201,34 +211,64 @@ def check_whole(found: Survey) -> None:
                 )
         run = [(n, ly) for n, ly in stack.in_order() if ly.flow not in ("none", "instead")]
         if run:
-            _check_module(found, where, run)
+            _check_module(found, where, run, users)
 
 
 @torch.no_grad()
 def fold_into(where: str, module: nn.Module, run: list[Named]) -> tuple[Step, float | None]:
     """Fold layers into the weights of a module; the step that undoes it, and a weight's error."""
+    step, error, folded = Step(dict(run)), None, {}
+    for key, (new, blocks) in _new_values(module, list(step.layers.values())).items():
+        bits = 0
+        for block in blocks:  # each is checked while the processor's cache still holds it
+            if not comparing.is_finite(block):
+                raise SiteError(
+                    f"{where!r}: merging {', '.join(step.layers)} gives a {key} with values that "
+                    "are not finite; check the delta's tensors and its scale"
+                )
+            bits += _bits(block)
+        folded[key] = new, bits
+    for key, (new, bits) in folded.items():
+        if quantised.is_plain(module._parameters[key]):
+            step.kept[key], step.marks[key] = quantised.replace(module, key, new), bits % 2**64
+            continue
+        change = (new - quantised.in_full(module, key)).norm().clamp_min(1e-30)
+        step.kept[key] = quantised.replace(module, key, new)
+        step.marks[key] = _mark(module._parameters[key])
+        error = float((quantised.in_full(module, key) - new).norm() / change)
+    return step, error
+
+
+def _new_values(module: nn.Module, layers: list[Any]) -> dict[str, tuple[Tensor, Iterable[Tensor]]]:
+    """{name of a parameter that changes: its new values, and the same in blocks}.
+
+    What is yet to be computed is computed as the blocks are read. Values are in the parameter's
+    dtype, or in float32 where it is quantised.
+    """
+    if run := _low_rank(module, layers):
+        weight: Any = module._parameters["weight"]
+        kind: Any = layers[0].kind
+        new = torch.empty_like(weight)
+        return {"weight": (new, products.add_to_weight(kind.matrix(weight), kind.matrix(new), run))}
     own = {key: p for key, p in module._parameters.items() if key in ("weight", "bias")}
     exact: Params = {k: quantised.in_full(module, k) for k, p in own.items() if p is not None}
-    folded, step = dict(exact), Step(dict(run))
-    for _, layer in run:
+    folded = exact
+    for layer in layers:
         folded = layer.fold(folded)
-    error = None
     changed = {key: tensor for key, tensor in folded.items() if tensor is not exact[key]}
     rounded = {key: tensor.to(_float_of(own[key])) for key, tensor in changed.items()}
-    for key, tensor in rounded.items():
-        if not comparing.is_finite(tensor):
-            raise SiteError(
-                f"{where!r}: merging {', '.join(step.layers)} gives a {key} with values that are "
-                "not finite; check the delta's tensors and its scale"
-            )
-    for key, tensor in changed.items():
-        plain = quantised.is_plain(own[key])
-        step.kept[key] = quantised.replace(module, key, rounded[key])
-        step.marks[key] = _mark(module._parameters[key])
-        if not plain:
-            change = (tensor - exact[key]).norm().clamp_min(1e-30)
-            error = float((quantised.in_full(module, key) - tensor).norm() / change)
-    return step, error
+    return {key: (tensor, [tensor]) for key, tensor in rounded.items()}
+
+
+def _low_rank(module: nn.Module, layers: list[Any]) -> list[LowRank]:
+    """The changes of a plain weight that are all the layers make; empty where they do more."""
+    weight: Any = module._parameters.get("weight")
+    if not quantised.is_plain(weight) or not weight.is_contiguous():
+        return []
+    if any(type(layer).fold is not WeightLayer.fold for layer in layers):
+        return []
+    run = [layer.low_rank() for layer in layers]
+    return [] if None in run else run
 
 
 def _float_of(parameter: Any) -> torch.dtype:
@@ -236,17 +276,20 @@ def _float_of(parameter: Any) -> torch.dtype:
     return parameter.dtype if quantised.is_plain(parameter) else torch.float32
 
 
-def _mark(tensor: Any) -> int:
-    """A number that tells whether the bits of a tensor changed."""
-    if not quantised.is_plain(tensor):
-        return id(tensor)
-    flat = tensor.detach().contiguous().reshape(-1)
-    if (flat.storage_offset() * flat.element_size()) % 8:
+def _mark(parameter: Any) -> int:
+    """A number that tells whether the bits of a parameter changed."""
+    return _bits(parameter) % 2**64 if quantised.is_plain(parameter) else id(parameter)
+
+
+def _bits(tensor: Tensor) -> int:
+    """The sum over a tensor's 8-byte words and the bytes that are left, up to multiples of 2^64."""
+    flat = tensor.detach().contiguous().view(-1)
+    if flat.storage_offset() * flat.element_size() % 8:
         flat = flat.clone()
-    flat = flat.view(torch.uint8)
-    words = flat.numel() // 8 * 8
-    rest = int(flat[words:].sum(dtype=torch.int64))
-    return int(flat[:words].view(torch.int64).sum()) + rest
+    if rest := flat.numel() * flat.element_size() % 8:
+        flat = flat.view(torch.uint8)
+        return int(flat[:-rest].view(torch.int64).sum()) + int(flat[-rest:].sum())
+    return int(flat.view(torch.int64).sum())
 
 
 # ---------------------------------------------------------------------------------------- restoring

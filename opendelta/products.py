@@ -5,7 +5,7 @@ y + sum_i s_i B_i A_i x  =  y + B A x   with   A = [A_1; A_2; ...],  B = [s_1 B_
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -219,3 +219,29 @@ class _AddLowRank(torch.autograd.Function):
                 more = more if mask is None else more.mul_(mask)
                 g_x = more if g_x is None else g_x + more
         return (g, g_x, None, None, None, *g_A, *g_B)
+
+
+# ------------------------------------------------------------------------------------ in the weight
+BLOCK = 2**18  # values that each thread works on at a time: 1 MiB, which a core's cache holds
+
+
+def add_to_weight(old: Tensor, new: Tensor, run: Sequence[LowRank]) -> Iterator[Tensor]:
+    """Write W + sum_i s_i B_i A_i into `new`, rounded once, and yield each block once it is there.
+
+    Args:
+        old: W [out_features, in_features].
+    """
+    wide = torch.promote_types(old.dtype, torch.float32)
+    A, B, scale, _ = side_by_side([p._replace(A=p.A.to(wide), B=p.B.to(wide)) for p in run])
+    if not old.is_contiguous():  # stored as (in, out): its rows are columns of this
+        old, new, A, B = old.t(), new.t(), B.t(), A.t()
+    rows = len(old)
+    if old.device.type == "cpu":  # a multiple of 8 rows is one of 8 bytes
+        rows = 8 + BLOCK * torch.get_num_threads() // max(old.size(1), 1) // 8 * 8
+    parts = (tensor.split(max(rows, 1)) for tensor in (old, new, B))
+    for before, after, up in zip(*parts, strict=True):
+        if wide == old.dtype:
+            torch.addmm(before, up, A, alpha=scale, out=after)
+        else:
+            after.copy_(before.to(wide).addmm_(up, A, alpha=scale))
+        yield after

@@ -9,11 +9,20 @@ import pytest
 import torch
 import transformers
 from models import build, inputs, logits
-from nets import IDS, net, places_of, put, shake
+from nets import IDS, Conv1D, net, places_of, put, shake
 from test_quantised import BACKBONES, X
+from torch import nn
 
 import opendelta
-from opendelta import AdapterModel, BitFitModel, IA3Model, LoraModel, OFTModel, VeraModel
+from opendelta import (
+    AdapterModel,
+    BitFitModel,
+    IA3Model,
+    LoraModel,
+    OFTModel,
+    VeraModel,
+    products,
+)
 from opendelta.bases import DeltaLayer
 from opendelta.registry import METHODS
 
@@ -258,3 +267,70 @@ def test_the_backbone_alone_needs_all_that_acts_to_fold():
     AdapterModel(model)
     with same_bits(model), pytest.raises(opendelta.SiteError, match=r"'adapter' .* does not fold"):
         opendelta.composition(model).to_backbone()
+
+
+# ------------------------------------------------------------------------------- block by block
+BLOCKWISE = {
+    "linear": lambda: nn.Linear(5, 23),
+    "Conv1D": lambda: Conv1D(23, 21),  # [in, out]
+    "embedding": lambda: nn.Embedding(37, 5),
+    "conv2d": lambda: nn.Conv2d(3, 19, (3, 1)),
+    "channels last": lambda: nn.Conv2d(3, 19, (3, 2)).to(memory_format=torch.channels_last),
+    "one row": lambda: nn.Linear(7, 1),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("kind", sorted(BLOCKWISE))
+def test_blocks_hold_the_sum_of_all_loras_rounded_once(monkeypatch, kind, dtype):
+    monkeypatch.setattr(products, "BLOCK", 40)
+    torch.manual_seed(0)
+    model = nn.Sequential(BLOCKWISE[kind]()).to(dtype)
+    for i, options in enumerate([{}, {"lora_alpha": 3.0}, {"dtype": "float32"}, {"lora_r": 2}]):
+        shake(LoraModel(model, modified_modules=["0"], name=f"lora_{i}", **options), seed=i)
+    opendelta.composition(model)["lora_1"].scale = -0.5
+    before = model[0].weight.detach().clone()
+    matrix = before.double().flatten(1)
+    for delta, scale in zip(opendelta.composition(model), [2, -0.5 * 3 / 8, 2, 8], strict=True):
+        A, B = (t.detach().double() for t in delta.layers["0"].parameters())
+        change = scale * B @ A
+        matrix = matrix + (change.T if kind in ("Conv1D", "embedding") else change)
+    expected = matrix.view(before.shape)
+    opendelta.composition(model).merge()
+    found = model[0].weight.detach()
+    assert kind == "channels last" or found.stride() == before.stride()
+    rounding = {torch.float64: 1e-14, torch.float32: 1e-6}.get(dtype, torch.finfo(dtype).eps / 2)
+    if kind == "channels last":  # folded layer by layer, where each computes in its own dtype
+        rounding = max(rounding, 1e-6)
+    assert (found.double() - expected).abs().max() <= 1.01 * rounding * expected.abs().max()
+    if dtype in (torch.bfloat16, torch.float16) and kind != "channels last":
+        assert (found == expected.to(dtype)).double().mean() > 0.98  # but where float32 is halfway
+    opendelta.composition(model).unmerge()
+    assert torch.equal(model[0].weight, before)
+
+
+@pytest.mark.parametrize("row", [0, 11, 22])
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 3e38])
+def test_what_is_not_finite_in_any_block_is_refused(monkeypatch, row, value):
+    monkeypatch.setattr(products, "BLOCK", 40)
+    model = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 23))
+    delta = shake(LoraModel(model, modified_modules=["0", "1"]))
+    with torch.no_grad():
+        delta.layers["1"].lora_B[row] = value
+    with same_bits(model), pytest.raises(opendelta.SiteError, match=r"'1': merging lora gives a w"):
+        opendelta.composition(model).merge()
+
+
+@pytest.mark.parametrize("place", [0, 57, 114])
+def test_a_change_in_any_block_is_seen(monkeypatch, place):
+    model = nn.Sequential(nn.Linear(5, 23)).half()  # 115 values: not a multiple of 8 bytes
+    shake(LoraModel(model, modified_modules=["0"]))
+    c = opendelta.composition(model)
+    monkeypatch.setattr(products, "BLOCK", 40)
+    c.merge()
+    monkeypatch.undo()
+    model[0].weight.data.view(-1).view(torch.int16)[place] += 1
+    with pytest.raises(opendelta.DeltaError, match=r"0.weight was changed after the merge"):
+        c.unmerge()
+    model[0].weight.data.view(-1).view(torch.int16)[place] -= 1
+    c.unmerge()

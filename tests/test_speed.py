@@ -224,8 +224,11 @@ def test_frozen_refuses_gradients_and_says_that_values_changed():
 
 
 # --------------------------------------------------------------------------------------- attaching
-def walks(monkeypatch, model, action):
-    """How often `action` visits each module of the backbone to see its children, on average."""
+def walks(monkeypatch, model, action, what="_modules"):
+    """How often `action` visits each module of the backbone to see its children, on average.
+
+    Or to see its parameters, if `what` is "_parameters".
+    """
     visits = []
 
     class Children(dict):
@@ -238,7 +241,7 @@ def walks(monkeypatch, model, action):
             return super().values()
 
     for module in list(model.modules()):
-        module.__dict__["_modules"] = Children(module._modules)
+        module.__dict__[what] = Children(module.__dict__[what])
     count = sum(1 for _ in model.modules())
     visits.clear()
     action()
@@ -431,3 +434,32 @@ def test_mixed_dtypes_keep_no_copy_of_the_input():
     loras(model, 2, lora_r=2, dtype="float32")
     factors = 2 * (2 * 16 + 2 * 20)
     assert saved_bytes(model, x) <= 2 * (64 * 16 + 64 * 2 * 2 + factors)
+
+
+# ----------------------------------------------------------------------------------------- merging
+def test_a_merge_visits_each_module_as_often_for_many_sites_as_for_few(monkeypatch):
+    found = {}
+    for depth in (4, 40):
+        model = tower(depth)
+        LoraModel(model, modified_modules=["fc", "out"], lora_r=1)
+        found[depth] = walks(monkeypatch, model, composition(model).merge, "_parameters")
+    assert found[40] <= found[4] + 0.2
+
+
+def test_a_merge_into_16_bits_needs_no_copy_of_a_weight_in_float32(monkeypatch):
+    model = one_linear(dtype=torch.bfloat16, width=256)
+    loras(model, 2, lora_r=2, dtype="float32")
+    monkeypatch.setattr(products, "BLOCK", 16 * 256)
+    sizes = {}
+
+    class Made(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                sizes[out.dtype] = max(sizes.get(out.dtype, 0), out.numel())
+            return out
+
+    with Made():
+        composition(model).merge()
+    assert sizes[torch.bfloat16] == 256 * 260
+    assert sizes[torch.float32] <= 24 * 256
