@@ -166,12 +166,12 @@ def test_a_missed_must_brings_its_profile():
     assert not done
     row = times.row("work", "once", "ms", per=1e-3, must=100, why="it sorts")
     shares = dict(row.profile)
-    assert "sorted" in shares
+    assert shares["builtins.sorted"] > 20
     assert 0 < sum(shares.values()) <= 100.5
     assert done[:4] == ["before", "run", "after", "before"]
     page = report.misses([row, Row("other", "case", "x", 1.0, must=2.0)])
     assert "**work, once** (no: 150% over): it sorts." in page
-    assert f"| sorted | {shares['sorted']:.1f} |" in page
+    assert f"| builtins.sorted | {shares['builtins.sorted']:.1f} |" in page
     assert "other" not in page
     assert report.misses([Row("other", "case", "x", 1.0, must=2.0)]) == ""
 
