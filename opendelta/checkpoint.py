@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 from torch import Tensor, nn
 
-from . import comparing, fingerprint, interop, planning, sharding
+from . import comparing, content, fingerprint, interop, planning, sharding
 from . import folder as files
 from .addressing import Survey, ancestors, survey
 from .comparing import Stored, compare
@@ -35,32 +34,44 @@ from .registry import method
 
 
 # ------------------------------------------------------------------------------------------- saving
+@planning.uncollected()
 def save(deltas: Sequence[Delta], folder: str | os.PathLike) -> None:
     """Write deltas of one backbone into `folder`, in this order, with all of their state."""
     files.check_free(Path(folder))
-    backbone = _backbone_part(deltas)
+    found = survey(deltas[0].backbone_model)
+    backbone = _backbone_part(found, deltas)
     tensors = {**backbone, **{k: t for delta in deltas for k, t in delta.state_dict().items()}}
     whole = {name: sharding.full(tensor.detach()) for name, tensor in tensors.items()}
-    _check_finite(whole, deltas)
-    plain = {name: tensor.cpu().contiguous().clone() for name, tensor in whole.items()}
     config = {
         "opendelta_version": files.own_version(),
-        "backbone_class": type(deltas[0].backbone_model).__name__,
-        "backbone_config": fingerprint.described(deltas[0].backbone_model),
+        "backbone_class": type(found.root).__name__,
+        "backbone_config": fingerprint.described(found.root),
         "backbone_tensors": sorted(backbone),
         "fingerprint": fingerprint.take(
-            survey(deltas[0].backbone_model),
+            found,
             list(dict.fromkeys(name for delta in deltas for name in delta.modified_modules)),
             _replaced(backbone, [delta.config for delta in deltas]),
         ),
         "deltas": [_facts(delta) for delta in deltas],
     }
-    files.write(Path(folder), config, safetensors.torch.save(plain, metadata={"format": "pt"}))
+    files.write(Path(folder), config, content.header(whole), _values(found, whole, deltas))
 
 
-def _check_finite(tensors: Mapping[str, Tensor], deltas: Sequence[Delta]) -> None:
+def _values(
+    found: Survey, tensors: Mapping[str, Tensor], deltas: Sequence[Delta]
+) -> Iterator[memoryview]:
+    """The values of tensors by full name as they are written; raises where they are not finite."""
+    checked = False
+    for piece in content.pieces(tensors):
+        if not (checked or comparing.is_finite(piece)):
+            _check_finite(found, tensors, deltas)
+            checked = True
+        yield content.as_bytes(piece)
+
+
+def _check_finite(found: Survey, tensors: Mapping[str, Tensor], deltas: Sequence[Delta]) -> None:
     """Raise if values of tensors by full name are NaN or infinite: no loader would take them."""
-    own = backbone_tensors(survey(deltas[0].backbone_model))
+    own = backbone_tensors(found)
     usual = {**own, **{k: t for d in deltas for k, t in _copied(own, tensors, d.name).items()}}
     bad = [
         key for key, tensor in tensors.items() if not comparing.is_finite(tensor, usual.get(key))
@@ -86,23 +97,24 @@ def _replaced(backbone: Iterable[str], configs: Iterable[DeltaConfig]) -> set[st
 
 def _facts(delta: Delta) -> dict[str, Any]:
     """One delta as JSON: its type, name, switches and resolved options."""
-    options = delta.config.to_dict()
+    options = {option: getattr(delta.config, option) for option in delta.config.option_names()}
+    del options["name"]
     frozen = [name for name, p in delta.named_parameters() if not p.requires_grad]
     return {
-        "delta_type": options.pop("delta_type"),
+        "delta_type": delta.delta_type,
         "name": delta.name,
         "active": delta.active,
         **({} if delta.scale == 1 else {"scale": delta.scale}),
         "frozen": frozen,
-        "options": {name: value for name, value in options.items() if name != "name"},
+        "options": options,
     }
 
 
-def _backbone_part(deltas: Sequence[Delta]) -> dict[str, Tensor]:
+def _backbone_part(found: Survey, deltas: Sequence[Delta]) -> dict[str, Tensor]:
     """The backbone tensors that are saved with the deltas; warns of other trainable ones."""
-    own = backbone_tensors(survey(deltas[0].backbone_model))
+    own = backbone_tensors(found)
     around = {n for d in deltas for n in (*d.unfrozen_modules, *d.record.shared.excluded)}
-    named = {name: tensor for name, tensor in own.items() if around & {"", *ancestors(name)}}
+    named = {n: t for n, t in own.items() if around and around & {"", *ancestors(n)}}
     known = set(map(id, named.values()))
     others = {id(p): p for p in own.values() if p.requires_grad and id(p) not in known}
     if others and any(delta.attached for delta in deltas):

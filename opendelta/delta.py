@@ -414,8 +414,10 @@ class Delta:
             named: give the full names that they would have if the delta were called so.
         """
         for where, layer in self.layers.items():
-            for name, parameter in layer.named_parameters():
-                yield self._prefix(where, named) + name, parameter
+            prefix = self._prefix(where, named)
+            # most layers have nothing inside, where torch would look for it all the same
+            own = layer.named_parameters() if layer._modules else layer._parameters.items()
+            yield from ((prefix + name, p) for name, p in own if p is not None)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The delta's parameters."""
@@ -427,11 +429,10 @@ class Delta:
         Args:
             named: the full names that they would have if the delta were called so.
         """
-        return {
-            self._prefix(where, named) + name: tensor
-            for where, layer in self.layers.items()
-            for name, tensor in layer.state_dict().items()
-        }
+        state: dict[str, Tensor] = {}
+        for where, layer in self.layers.items():
+            layer.state_dict(destination=state, prefix=self._prefix(where, named))
+        return state
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Copy tensors by full name into the delta.

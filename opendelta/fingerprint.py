@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import functools
-import itertools
 import math
 import struct
 from collections.abc import Collection, Iterator
@@ -40,8 +39,7 @@ def take(found: Survey, names: Collection[str], without: Collection[str]) -> dic
     """
     prints = {}
     for name, tensor in _weights(found, names, without):
-        values = _values(tensor)
-        text = None
+        values, text = _values(tensor), None
         if values is not None:
             text = base64.b64encode(struct.pack(f"<{len(values)}f", *values)).decode()
         prints[name] = {"shape": list(tensor.shape), "values": text}
@@ -69,17 +67,13 @@ def differences(
     Args:
         without: as for `take`.
     """
-    own = {
-        f"{module}.{key}".lstrip("."): tensor
-        for module, part in found.modules.items()
-        for key, tensor in _own(found, module, part).items()
-    }
     differ: dict[str, str] = {}
     unchecked = []
     for name, facts in given.items():
         if without and {*without} & {*ancestors(name)}:
             continue
-        tensor = own.get(name)
+        module, _, key = name.rpartition(".")
+        tensor = _own(found, module, key) if module in found.modules else None
         if tensor is None:
             differ[name] = "is missing"
             continue
@@ -112,12 +106,12 @@ def _decoded(text: Any) -> list[float] | None:
         return None
 
 
-def _own(found: Survey, name: str, module: Any) -> dict[str, Tensor]:
-    """A module's parameters, as they were before deltas were merged into them."""
+def _own(found: Survey, name: str, key: str) -> Tensor | None:
+    """A parameter of the module called `name`, as it was before deltas were merged into it."""
     stack = found.stacks.get(name)
-    kept = stack.steps[0].kept if stack is not None and stack.steps else {}
-    own = {key: p for key, p in module._parameters.items() if p is not None}
-    return {**own, **{key: old for key, old in kept.items() if isinstance(old, Tensor)}}
+    kept = stack.steps[0].kept.get(key) if stack is not None and stack.steps else None
+    own = found.modules[name]._parameters
+    return kept if isinstance(kept, Tensor) else dict(own.items()).get(key)
 
 
 def _weights(
@@ -129,22 +123,21 @@ def _weights(
     at = {name: place for place, name in enumerate(order)}
     for name in names:
         count = 0
-        for module in itertools.islice(order, at[name], None):
+        for place in range(at[name], len(order)):
+            module = order[place]
             if module != name and not module.startswith(f"{name}." if name else ""):
                 break
-            for key, tensor in _own(found, module, found.modules[module]).items():
-                full = f"{module}.{key}".lstrip(".")
-                if key != "weight" or tensor.ndim < 1 or {*without} & {*ancestors(full)}:
-                    continue
-                count += 1
-                if full not in seen and count <= (1 if module == name else WEIGHTS):
-                    seen.add(full)
-                    yield full, tensor
+            tensor, full = _own(found, module, "weight"), f"{module}.weight".lstrip(".")
+            if tensor is None or tensor.ndim < 1 or (without and {*without} & {*ancestors(full)}):
+                continue
+            count += 1
+            if full not in seen:
+                seen.add(full)
+                yield full, tensor
             if count >= WEIGHTS or (module == name and count):
                 break
 
 
-@torch.no_grad()
 def _values(tensor: Any) -> list[float] | None:
     """Some values of a tensor at places that its size decides; None if it has none to read."""
     plain = quantised.is_plain(tensor) or type(tensor) is Tensor
@@ -153,11 +146,11 @@ def _values(tensor: Any) -> list[float] | None:
     if not tensor.numel():
         return []
     # By coordinates: to flatten a transposed weight would copy all of it.
-    return tensor.detach()[_places(tensor.shape)].float().cpu().tolist()
+    return tensor.detach()[_places(tensor.shape)].float().tolist()
 
 
 @functools.lru_cache(maxsize=64)  # the layers of a model have few shapes
-def _places(shape: torch.Size) -> tuple[list[int], ...]:
+def _places(shape: torch.Size) -> tuple[Tensor, ...]:
     """Where some values are: their coordinates on each axis."""
     size = shape.numel()
     axes: list[list[int]] = [[] for _ in shape]
@@ -165,13 +158,15 @@ def _places(shape: torch.Size) -> tuple[list[int], ...]:
         for axis in reversed(range(len(shape))):
             place, at = divmod(place, shape[axis])
             axes[axis].append(at)
-    return tuple(axes)
+    return tuple(map(torch.tensor, axes))
 
 
 def _distance(values: list[float], others: list[float] | None) -> float:
     """|a - b| over the larger of |a| and |b|; infinite where they are not as many."""
     if others is None or len(values) != len(others):
         return math.inf
+    if values == others:
+        return 0.0
     change = math.hypot(*(a - b for a, b in zip(values, others, strict=True) if a != b))
     size = max(math.hypot(*values), math.hypot(*others))
     return change / size if size > 0 else change

@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -30,6 +31,8 @@ LARGEST = 16 * 2**20  # bytes of a JSON file, and of the header of a weights fil
 MOST_ITEMS = 500_000  # of a JSON file
 LONGEST, DEEPEST = 1_000, 32  # characters of a text in our JSON, and how deep lists are nested
 TRIES = 50  # of opening the weights, while other processes save
+WEIGHTS = "delta-{}.safetensors"
+Bytes = bytes | memoryview
 TEMPORARY = re.compile(r"\.delta-[0-9a-f]{16}\.tmp")
 
 
@@ -64,31 +67,53 @@ def check_free(folder: Path) -> None:
         )
 
 
-def write(folder: Path, config: dict[str, Any], weights: bytes) -> None:
+def write(folder: Path, config: dict[str, Any], header: bytes, values: Iterable[Bytes]) -> None:
     """Put a config and the content of a safetensors file into `folder`, which is made if need be.
 
     The weights that an older config named go at the end, and what a killed process left behind.
+
+    Args:
+        header: the first bytes of that content.
+        values: those after it, part by part. What they raise leaves the folder as it was.
 
     Raises:
         DeltaError: the config or the header of the weights is larger than `open_folder` reads.
         OSError: the disk is full, or cannot be written to. The folder holds what it held before.
     """
-    digest = hashlib.sha256(weights).hexdigest()
-    name = f"delta-{digest[:16]}.safetensors"
     facts = {"format": FORMAT, "schema_version": SCHEMA, **config}
-    text = (json.dumps({**facts, "weights": name, "sha256": digest}, indent=2) + "\n").encode()
-    if problem := _excess(text) or _header_excess(weights):
+    lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in facts.items()]
+    if problem := _excess(_text(lines, "0" * 64)) or _header_excess(header):
         raise DeltaError(f"what is to be saved in {folder} {problem}: save fewer deltas in one")
-    folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder) as alone:
-        old = [file for file in folder.glob("delta-*.safetensors") if file.name != name]
+    with _made(folder), _locked(folder) as alone:
+        old = [*folder.glob("delta-*.safetensors")]
         if alone:  # so nobody is writing into a temporary file that is there
             old += [file for file in folder.glob(".*.tmp") if TEMPORARY.fullmatch(file.name)]
-        _replace(folder / name, weights)
-        _replace(folder / CONFIG, text)
+        digest = replace(folder / WEIGHTS, [header], values)
+        replace(folder / CONFIG, [_text(lines, digest)])
         for file in old:
-            with contextlib.suppress(OSError):  # the new state is whole in any case
-                file.unlink()
+            if file.name != WEIGHTS.format(digest[:16]):
+                with contextlib.suppress(OSError):  # the new state is whole in any case
+                    file.unlink()
+
+
+def _text(lines: Iterable[str], digest: str) -> bytes:
+    """The JSON of these entries, each on a line, and of those that name weights of this sha256."""
+    own = [f'  "weights": "{WEIGHTS.format(digest[:16])}"', f'  "sha256": "{digest}"']
+    return "{{\n{}\n}}\n".format(",\n".join([*lines, *own])).encode()
+
+
+@contextlib.contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """Make `folder` if need be; if nothing comes to be in it, it goes again."""
+    there = folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        if not there:
+            with contextlib.suppress(OSError):  # others have put something into it
+                folder.rmdir()
+        raise
 
 
 @contextlib.contextmanager
@@ -111,15 +136,26 @@ def _locked(folder: Path) -> Iterator[bool]:
         os.close(handle)
 
 
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file in one step: a temporary file, fsync, rename, fsync of the folder."""
+def replace(path: Path, *content: Iterable[Bytes]) -> str:
+    """Write a file in one step: a temporary file, fsync, rename, fsync of the folder.
+
+    Args:
+        path: where it is to be; in its name `{}` stands for the first digits of the sha256.
+        content: what is to be in it, in parts.
+
+    Returns:
+        The sha256, found on the way.
+    """
+    digest = hashlib.sha256()
     temporary = path.with_name(f".delta-{secrets.token_hex(8)}.tmp")
     try:
         with open(temporary, "xb") as file:
-            file.write(content)
+            for part in itertools.chain(*content):
+                digest.update(part)
+                file.write(part)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.replace(temporary, path.with_name(path.name.format(digest.hexdigest()[:16])))
     finally:
         temporary.unlink(missing_ok=True)
     if os.name == "posix":
@@ -128,6 +164,7 @@ def _replace(path: Path, content: bytes) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+    return digest.hexdigest()
 
 
 # ------------------------------------------------------------------------------------------ reading

@@ -349,7 +349,7 @@ def _raw_conv1d(self: nn.Module, x: Tensor) -> Tensor:
 
 def is_sharded(tensor: Tensor | None) -> TypeGuard[DTensor]:
     """Whether `tensor` is a DTensor, as FSDP2 and tensor parallelism make them."""
-    if not torch.distributed.is_available():
+    if type(tensor) in (Tensor, nn.Parameter) or not torch.distributed.is_available():
         return False
     from torch.distributed.tensor import DTensor
 

@@ -10,11 +10,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 from torch import Tensor
 
-from ... import copies, merging, sharding, site
+from ... import content, copies, merging, sharding, site
 from ... import folder as files
 from ...addressing import Survey, survey, unwrapped
 from ...bases import OwnedModule
@@ -75,13 +73,13 @@ def save(delta: Delta, folder: str | os.PathLike) -> None:
         **_fields(delta, found),
     }  # fmt: skip
     tensors = {**_tensors(delta, found), **owned}
-    plain = {k: sharding.full(t.detach()).cpu().contiguous().clone() for k, t in tensors.items()}
-    weights = safetensors.torch.save(plain, metadata={"format": "pt"})
+    whole = {key: sharding.full(tensor.detach()) for key, tensor in tensors.items()}
+    header, values = content.header(whole), map(content.as_bytes, content.pieces(whole))
     path.mkdir(parents=True, exist_ok=True)
     with files._locked(path):  # at any moment there is the old adapter, none, or the new one
         (path / CONFIG).unlink(missing_ok=True)
-        files._replace(path / WEIGHTS, weights)
-        files._replace(path / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+        files.replace(path / WEIGHTS, [header], values)
+        files.replace(path / CONFIG, [(json.dumps(config, indent=2) + "\n").encode()])
 
 
 def _check_free(folder: Path) -> None:
