@@ -62,6 +62,7 @@ from .methods import (
 from .options import DeltaConfig, option
 from .plans import Plan, plan
 from .recipes import adapter_drop, mam, unipelt
+from .routing import route
 from .structure import roles
 from .tree import Visualization, tree
 
@@ -138,6 +139,7 @@ __all__ = [
     "option",
     "plan",
     "roles",
+    "route",
     "shared_copy",
     "snapshot",
     "statistics",

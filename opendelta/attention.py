@@ -180,6 +180,9 @@ def _attend(
     for layer in prefixes:
         keys, values = layer.keys_and_values()
         logit = layer.open.take()
+        routed: Any = module._modules[SLOT].routed  # type: ignore[union-attr]
+        if routed is not None:
+            logit = routed.opened(layer, logit, key)
         rows = key.size(0)
         key = torch.cat([keys.type_as(key).expand(rows, -1, -1, -1), key], 2)
         value = torch.cat([values.type_as(value).expand(rows, -1, -1, -1), value], 2)

@@ -257,6 +257,7 @@ class Delta:
             placed: whether the layers were just made for where they go.
         """
         found = survey(self.backbone_model) if found is None else found
+        merging.check_unrouted(found, f"cannot attach {self.name!r}")
         plan = planning.places(found, self.name, self.config, self.layers)
         known = [record for record in known_records(found) if record is not self.record]
         if any(record.name == self.name for record in known):

@@ -171,6 +171,7 @@ def _check_module(found: Survey, where: str, run: list[Named], users: dict[int, 
 # ------------------------------------------------------------------------------------------ merging
 def merge(found: Survey, wanted: Collection[Record] | None = None) -> MergeReport:
     """Fold deltas into the weights; see `Composition.merge`."""
+    check_unrouted(found, "cannot merge")
     planned = plan(found, wanted)
     report = MergeReport()
     done: list[str] = []
@@ -315,6 +316,19 @@ def _undo(module: nn.Module, stack: Stack) -> None:
         quantised.put_back(module, key, kept)
     for layer in step.layers.values():
         layer.record.merged -= 1
+
+
+def check_unrouted(found: Survey, verb: str) -> None:
+    """Raise if the rows of batches take different deltas now.
+
+    Raises:
+        DeltaError: they do.
+    """
+    if any(stack.routed is not None for stack in found.stacks.values()):
+        raise DeltaError(
+            f"{verb} inside opendelta.route(), where rows take different deltas: do so before or "
+            "after its block"
+        )
 
 
 def check_apart(record: Record, verb: str) -> None:

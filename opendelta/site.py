@@ -13,7 +13,7 @@ import functools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from . import attention, foreign, labels, layers, neighbours, products
 from .bases import Beneath, DeltaLayer, Params, gated
 from .errors import SiteError
 from .record import SLOT
+
+if TYPE_CHECKING:
+    from . import routing
 
 LONGEST_NAME = 64
 NAME = re.compile(rf"[A-Za-z0-9_-]{{1,{LONGEST_NAME}}}")
@@ -57,6 +60,7 @@ class Stack(nn.ModuleDict):
     ran: set[str]
     steps: list[Step]
     frozen: neighbours.Frozen | None = None
+    routed: routing.Routed | None = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,7 +102,16 @@ class Stack(nn.ModuleDict):
         Args:
             raw: whether `call` is the forward of torch's Linear or the like.
         """
-        acting, index = self._acting(), 0
+        acting = self._acting()
+        if self.routed is not None:
+            return self.routed.around(self, acting, call, module, raw)
+        return self.onion(acting, call, module, raw)
+
+    def onion(
+        self, acting: list[DeltaLayer], call: Callable[..., Any], module: nn.Module, raw: bool
+    ) -> Callable[..., Any]:
+        """`call` with these layers around it, the first as the innermost."""
+        index = 0
         while index < len(acting):
             layer = acting[index]
             if self.frozen is None or torch.compiler.is_compiling():
@@ -121,7 +134,10 @@ class Stack(nn.ModuleDict):
 
     def fold(self, params: Params) -> Params:
         """`params` with all active layers folded in."""
-        for layer in self._acting():
+        acting = self._acting()
+        if self.routed is not None:
+            self.routed.check_alike(acting)
+        for layer in acting:
             params = layer.fold(params)
         return params
 

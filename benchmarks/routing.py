@@ -1,0 +1,77 @@
+"""Forward passes of a batch whose rows take different LoRAs, over those of the plain backbone.
+
+Each row names one LoRA, in turn. Setting the rows up is timed too, as each batch has its own.
+
+Examples:
+    python benchmarks/routing.py
+    python benchmarks/routing.py --k 4 --shapes 16x1,64x1
+    python benchmarks/routing.py --device cuda
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import harness
+import subjects
+import torch
+from harness import Contestant, Row
+
+import opendelta
+
+MUST = {(16, "16x1"): 1.45, (16, "16x16"): 1.08}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options of this script."""
+    parsed = harness.parser(__doc__, layers=3, rounds=15)
+    parsed.add_argument("--k", type=harness.numbers, default=[16], help="how many LoRAs")
+    parsed.add_argument(
+        "--shapes", type=harness.shapes, default=[(16, 1), (16, 16)], help="batch x tokens"
+    )
+    return parsed
+
+
+@torch.no_grad()
+def measure(options: argparse.Namespace) -> list[Row]:
+    """A row for each number of LoRAs and each shape."""
+    plain = subjects.llama(options)
+    rows = []
+    for k in options.k:
+        ours, base = subjects.twin(plain), subjects.twin(plain)
+        deltas = subjects.loras(ours, k)
+        theirs = subjects.peft_loras(base, deltas)
+        for shape in options.shapes:
+            rows.append(compare(options, k, shape, plain, ours, theirs))
+    return rows
+
+
+def compare(
+    options: argparse.Namespace, k: int, shape: tuple[int, int], plain: Any, ours: Any, theirs: Any
+) -> Row:
+    """The row of k LoRAs at one shape."""
+    x, case = subjects.embeddings(options, shape), "x".join(map(str, shape))
+    names = [subjects.names(k)[row % k] for row in range(shape[0])]
+
+    def routed() -> Any:
+        with opendelta.route(ours, names):
+            return ours(inputs_embeds=x)[0]
+
+    def by_peft() -> Any:
+        return theirs(inputs_embeds=x, adapter_names=names)[0]
+
+    subjects.check_equal(routed(), by_peft(), f"rows over {k} LoRAs, {case}")
+    runs = {"plain": lambda: plain(inputs_embeds=x), "opendelta": routed, "peft": by_peft}
+    times = harness.race({name: Contestant(run) for name, run in runs.items()}, options)
+    must = MUST.get((k, case))
+    return times.row(f"forward, rows over {k} LoRAs", case, "x plain", "plain", must=must)
+
+
+def main(arguments: list[str] | None = None) -> list[Row]:
+    """Run it."""
+    return harness.run(parser(), measure, arguments)
+
+
+if __name__ == "__main__":
+    main()
