@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from . import comparing, content, fingerprint, interop, planning, sharding
+from . import comparing, fingerprint, interop, planning, sharding
 from . import folder as files
 from .addressing import Survey, ancestors, survey
 from .comparing import Stored, compare
@@ -54,19 +54,8 @@ def save(deltas: Sequence[Delta], folder: str | os.PathLike) -> None:
         ),
         "deltas": [_facts(delta) for delta in deltas],
     }
-    files.write(Path(folder), config, content.header(whole), _values(found, whole, deltas))
-
-
-def _values(
-    found: Survey, tensors: Mapping[str, Tensor], deltas: Sequence[Delta]
-) -> Iterator[memoryview]:
-    """The values of tensors by full name as they are written; raises where they are not finite."""
-    checked = False
-    for piece in content.pieces(tensors):
-        if not (checked or comparing.is_finite(piece)):
-            _check_finite(found, tensors, deltas)
-            checked = True
-        yield content.as_bytes(piece)
+    _check_finite(found, whole, deltas)
+    files.write(Path(folder), config, whole)
 
 
 def _check_finite(found: Survey, tensors: Mapping[str, Tensor], deltas: Sequence[Delta]) -> None:

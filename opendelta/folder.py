@@ -9,18 +9,20 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import itertools
 import json
 import math
 import os
 import re
 import secrets
-from collections.abc import Iterable, Iterator
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import safetensors
+import safetensors.torch
+from torch import Tensor
 
 from .errors import DeltaError, DeltaLoadError, shown
 
@@ -32,7 +34,6 @@ MOST_ITEMS = 500_000  # of a JSON file
 LONGEST, DEEPEST = 1_000, 32  # characters of a text in our JSON, and how deep lists are nested
 TRIES = 50  # of opening the weights, while other processes save
 WEIGHTS = "delta-{}.safetensors"
-Bytes = bytes | memoryview
 TEMPORARY = re.compile(r"\.delta-[0-9a-f]{16}\.tmp")
 
 
@@ -67,14 +68,13 @@ def check_free(folder: Path) -> None:
         )
 
 
-def write(folder: Path, config: dict[str, Any], header: bytes, values: Iterable[Bytes]) -> None:
-    """Put a config and the content of a safetensors file into `folder`, which is made if need be.
+def write(folder: Path, config: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Put a config and tensors into `folder`, which is made if need be.
 
     The weights that an older config named go at the end, and what a killed process left behind.
 
     Args:
-        header: the first bytes of that content.
-        values: those after it, part by part. What they raise leaves the folder as it was.
+        tensors: whole and detached, on any device.
 
     Raises:
         DeltaError: the config or the header of the weights is larger than `open_folder` reads.
@@ -82,18 +82,51 @@ def write(folder: Path, config: dict[str, Any], header: bytes, values: Iterable[
     """
     facts = {"format": FORMAT, "schema_version": SCHEMA, **config}
     lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in facts.items()]
-    if problem := _excess(_text(lines, "0" * 64)) or _header_excess(header):
-        raise DeltaError(f"what is to be saved in {folder} {problem}: save fewer deltas in one")
+    refused = f"what is to be saved in {folder}"
+    if problem := _excess(_text(lines, "0" * 64)):
+        raise DeltaError(f"{refused} {problem}: save fewer deltas in one")
     with _made(folder), _locked(folder) as alone:
         old = [*folder.glob("delta-*.safetensors")]
-        if alone:  # so nobody is writing into a temporary file that is there
-            old += [file for file in folder.glob(".*.tmp") if TEMPORARY.fullmatch(file.name)]
-        digest = replace(folder / WEIGHTS, [header], values)
-        replace(folder / CONFIG, [_text(lines, digest)])
-        for file in old:
-            if file.name != WEIGHTS.format(digest[:16]):
+        if alone:  # so nobody is writing into a temporary folder that is there
+            old += [path for path in folder.glob(".*.tmp") if TEMPORARY.fullmatch(path.name)]
+        with _replacing(folder) as (new, put):
+            write_tensors(new, tensors)
+            with open(new, "rb") as file:
+                if problem := _header_excess(file.read(8)):
+                    raise DeltaError(f"{refused} {problem}: save fewer deltas in one")
+                digest = _sha256(file)
+            put(WEIGHTS.format(digest[:16]))
+        replace(folder / CONFIG, _text(lines, digest))
+        for path in old:
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name != WEIGHTS.format(digest[:16]):
                 with contextlib.suppress(OSError):  # the new state is whole in any case
-                    file.unlink()
+                    path.unlink()
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file in the place of another; tensors that share memory are copied.
+
+    Raises:
+        OSError: the disk is full, or cannot be written to.
+    """
+    plain: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        own = tensor.cpu().contiguous()
+        storage = own.untyped_storage().data_ptr()
+        plain[name] = own.clone() if storage in storages else own
+        storages.add(storage)
+    mode = path.stat().st_mode
+    try:
+        safetensors.torch.save_file(plain, path, metadata={"format": "pt"})
+        path.chmod(mode)  # safetensors' own lets nobody else read the file
+    except safetensors.SafetensorError as error:
+        code = re.search(r"os error (\d+)", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from None
 
 
 def _text(lines: Iterable[str], digest: str) -> bytes:
@@ -136,35 +169,42 @@ def _locked(folder: Path) -> Iterator[bool]:
         os.close(handle)
 
 
-def replace(path: Path, *content: Iterable[Bytes]) -> str:
-    """Write a file in one step: a temporary file, fsync, rename, fsync of the folder.
+@contextlib.contextmanager
+def _replacing(folder: Path) -> Iterator[tuple[Path, Callable[[str], None]]]:
+    """The path of a new file, and what puts that into `folder` in one step, under a name.
 
-    Args:
-        path: where it is to be; in its name `{}` stands for the first digits of the sha256.
-        content: what is to be in it, in parts.
-
-    Returns:
-        The sha256, found on the way.
+    It is in a temporary folder, and with it what safetensors leaves behind if it is killed.
     """
-    digest = hashlib.sha256()
-    temporary = path.with_name(f".delta-{secrets.token_hex(8)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            for part in itertools.chain(*content):
-                digest.update(part)
-                file.write(part)
-            file.flush()
+    temporary = folder / f".delta-{secrets.token_hex(8)}.tmp"
+    new = temporary / "new"
+
+    def put(name: str) -> None:
+        with open(new, "r+b") as file:
             os.fsync(file.fileno())
-        os.replace(temporary, path.with_name(path.name.format(digest.hexdigest()[:16])))
+        os.replace(new, folder / name)
+        if os.name == "posix":
+            handle = os.open(folder, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+
+    temporary.mkdir()
+    try:
+        new.touch()
+        yield new, put
     finally:
-        temporary.unlink(missing_ok=True)
-    if os.name == "posix":
-        handle = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-    return digest.hexdigest()
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def replace(path: Path, content: bytes | Mapping[str, Tensor]) -> None:
+    """Write a file in one step: bytes, or tensors as a safetensors file."""
+    with _replacing(path.parent) as (new, put):
+        if isinstance(content, bytes):
+            new.write_bytes(content)
+        else:
+            write_tensors(new, content)
+        put(path.name)
 
 
 # ------------------------------------------------------------------------------------------ reading
@@ -334,14 +374,19 @@ def check_digest(folder: Path, config: dict[str, Any], file: BinaryIO) -> None:
     Raises:
         DeltaLoadError: their sha256 is not the one in the JSON.
     """
+    if _sha256(file) != config.get("sha256"):
+        raise DeltaLoadError(
+            f"{folder / str(config['weights'])} is damaged: its sha256 is not the one in {CONFIG}"
+        )
+
+
+def _sha256(file: BinaryIO) -> str:
+    """Of all that a file holds, in hex."""
     digest = hashlib.sha256()
     file.seek(0)
     while part := file.read(2**20):
         digest.update(part)
-    if digest.hexdigest() != config.get("sha256"):
-        raise DeltaLoadError(
-            f"{folder / str(config['weights'])} is damaged: its sha256 is not the one in {CONFIG}"
-        )
+    return digest.hexdigest()
 
 
 def check_link(path: Path) -> None:

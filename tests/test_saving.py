@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import sys
 
 import pytest
 import safetensors.torch
@@ -11,8 +10,8 @@ import torch
 from nets import IDS, net, shake, untouched
 
 import opendelta
-from opendelta import AdapterModel, AutoDeltaConfig, AutoDeltaModel, LoraModel, content
-from opendelta.folder import write
+from opendelta import AdapterModel, AutoDeltaConfig, AutoDeltaModel, LoraModel
+from opendelta.folder import write, write_tensors
 
 
 @pytest.fixture
@@ -35,13 +34,10 @@ def rewrite(folder, tensors=None, delta=None, options=None, **changes):
     for first in config["deltas"][:1]:
         first.update(delta or {})
         first["options"].update(options or {})
-    if tensors is None:
-        content = (folder / config["weights"]).read_bytes()
-    else:
-        content = safetensors.torch.save(tensors)
+    tensors = tensors_of(folder) if tensors is None else tensors
     for key in ("weights", "sha256"):
         del config[key]
-    write(folder, config, content, [])
+    write(folder, config, tensors)
 
 
 def tensors_of(folder):
@@ -66,37 +62,17 @@ def test_the_folder_holds_one_json_and_one_safetensors_file(saved):
     assert sum(path.stat().st_size for path in folder.iterdir()) < 5_000
 
 
-@pytest.mark.parametrize("order", ["little", "big"])
-@pytest.mark.parametrize("largest", [4, content.PIECE])
-def test_weights_are_written_as_safetensors_writes_them(monkeypatch, largest, order):
-    monkeypatch.setattr(content, "PIECE", largest)
-    monkeypatch.setattr(sys, "byteorder", order)
-    torch.manual_seed(0)
-    tensors = {}
-    for dtype in content.DTYPES:
-        if order == "big" and dtype in (torch.uint16, torch.uint32, torch.uint64):
-            continue  # safetensors cannot swap their bytes
-        name = str(dtype).removeprefix("torch.")
-        tensors[f'{name}.é "quoted"'] = (7 * torch.rand(3, 5)).to(dtype)
-        tensors[f"{name}.one"] = (7 * torch.rand(())).to(dtype)
-        tensors[f"a.{name}"] = torch.zeros(0, 2, dtype=dtype)
-        tensors[f"t.{name}"] = (7 * torch.rand(4, 2)).to(dtype).T
-    plain = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    expected = safetensors.torch.save(plain, metadata={"format": "pt"})
-    pieces = [content.as_bytes(piece) for piece in content.pieces(tensors)]
-    assert b"".join([content.header(tensors), *pieces]) == expected
-    with pytest.raises(opendelta.DeltaError, match=r"x is torch\.complex128"):
-        content.header({"x": torch.zeros(2, dtype=torch.complex128)})
-
-
-def test_pieces_are_copies_of_a_bounded_size(monkeypatch):
-    monkeypatch.setattr(content, "PIECE", 10)
-    large, small = torch.arange(25.0), [torch.arange(4.0) for _ in range(7)]
-    pieces = list(content.pieces({"large": large, **{f"s{i}": t for i, t in enumerate(small)}}))
-    assert [piece.numel() for piece in pieces] == [10, 10, 13, 12, 8]
-    before = torch.cat(pieces)
-    large.zero_()
-    assert torch.equal(torch.cat(pieces), before)
+def test_tensors_that_share_memory_and_transposed_ones_are_saved(tmp_path):
+    whole = torch.arange(12.0)
+    given = {"a": whole[:6], "b": whole[6:], "a.again": whole[:6], "t": whole.view(3, 4).T}
+    given["none"] = torch.zeros(0, 2)
+    (tmp_path / "file").touch(0o640)
+    write_tensors(tmp_path / "file", given)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
+    back = safetensors.torch.load_file(tmp_path / "file")
+    assert {key: tensor.tolist() for key, tensor in back.items()} == {
+        key: tensor.tolist() for key, tensor in given.items()
+    }
 
 
 def test_a_save_that_fails_leaves_no_folder_and_no_file(tmp_path):

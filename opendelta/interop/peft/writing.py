@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ... import content, copies, merging, sharding, site
+from ... import copies, merging, sharding, site
 from ... import folder as files
 from ...addressing import Survey, survey, unwrapped
 from ...bases import OwnedModule
@@ -74,12 +74,11 @@ def save(delta: Delta, folder: str | os.PathLike) -> None:
     }  # fmt: skip
     tensors = {**_tensors(delta, found), **owned}
     whole = {key: sharding.full(tensor.detach()) for key, tensor in tensors.items()}
-    header, values = content.header(whole), map(content.as_bytes, content.pieces(whole))
     path.mkdir(parents=True, exist_ok=True)
     with files._locked(path):  # at any moment there is the old adapter, none, or the new one
         (path / CONFIG).unlink(missing_ok=True)
-        files.replace(path / WEIGHTS, [header], values)
-        files.replace(path / CONFIG, [(json.dumps(config, indent=2) + "\n").encode()])
+        files.replace(path / WEIGHTS, whole)
+        files.replace(path / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
 
 
 def _check_free(folder: Path) -> None:
