@@ -125,12 +125,20 @@ class DeltaLayer(nn.Module):
 
 
 class Beneath:
-    """The wrapped call of a layer that also needs the module, or the weights beneath it."""
+    """The wrapped call of a layer that also needs the module, or the weights beneath it.
+
+    Attributes:
+        raw: it is the forward of torch's Linear or the like, with nothing beneath.
+    """
 
     def __init__(
-        self, call: Callable[..., Any], module: nn.Module, beneath: list[DeltaLayer]
+        self,
+        call: Callable[..., Any],
+        module: nn.Module,
+        beneath: list[DeltaLayer],
+        raw: bool = False,
     ) -> None:
-        self.call, self.module, self.beneath = call, module, beneath
+        self.call, self.module, self.beneath, self.raw = call, module, beneath, raw
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.call(*args, **kwargs)
@@ -389,7 +397,10 @@ def gated(layer: DeltaLayer, call: Callable[..., Any], *args: Any, **kwargs: Any
         plain.append(layers.hidden(out))
         return out
 
-    out = layer(inner, *args, **kwargs)
+    beneath: Any = inner
+    if isinstance(call, Beneath):
+        beneath = Beneath(inner, call.module, call.beneath)
+    out = layer(beneath, *args, **kwargs)
     before, after = plain[0], layers.hidden(out)
     if after is before:
         return out

@@ -194,31 +194,127 @@ class _AddLowRank(torch.autograd.Function):
         x, h, *factors = ctx.saved_tensors
         scales, count = ctx.scales, len(ctx.scales)
         A, B = factors[:count], factors[count:]
-        ranks = [factor.size(0) for factor in A]
         if torch.is_grad_enabled():  # h has no graph of its own, for a second derivative
             h = _down(x, A, ctx.segments)
-        wanted = ctx.needs_input_grad[5:]
-        g_A: list[Any] = [None] * count
-        g_B: list[Any] = [None] * count
-        if any(wanted[count:]):
-            g_B = [
-                part if scale == 1 else part * scale
-                for part, scale in zip((g.t() @ h).split(ranks, 1), scales, strict=True)
-            ]
-        g_h = _scaled(g @ _cat(B, 1), scales, A).split(ranks, 1)
-        g_x = None
-        for part in ctx.segments:
-            these = slice(part.start, part.end)
-            own = _cat(g_h[these], 1)
-            mask = _mask(x, part) if part.dropout else None
-            if any(wanted[these]):
-                dropped = x if mask is None else x * mask
-                g_A[these] = (own.t() @ dropped).split(ranks[these], 0)
-            if ctx.needs_input_grad[1]:
-                more = own @ _cat(A[these], 0)
-                more = more if mask is None else more.mul_(mask)
-                g_x = more if g_x is None else g_x + more
-        return (g, g_x, None, None, None, *g_A, *g_B)
+        wanted = ctx.needs_input_grad[1:2] + ctx.needs_input_grad[5:]
+        g_x, *g_factors = _gradients(g, x, h, A, B, scales, ctx.segments, wanted)
+        return (g, g_x, None, None, None, *g_factors)
+
+
+def _gradients(
+    g: Tensor,
+    x: Tensor,
+    h: Tensor,
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    scales: Sequence[float],
+    segments: Sequence[Segment],
+    wanted: Sequence[bool],
+) -> list[Any]:
+    """The gradients of x, all A and all B, from that of sum_i s_i B_i A_i x.
+
+    Args:
+        wanted: which of them are.
+    """
+    count, ranks = len(A), [factor.size(0) for factor in A]
+    of_x, of_A, of_B = wanted[0], wanted[1 : 1 + count], wanted[1 + count :]
+    g_A: list[Any] = [None] * count
+    g_B: list[Any] = [None] * count
+    if any(of_B):
+        g_B = [
+            part if scale == 1 else part * scale
+            for part, scale in zip((g.t() @ h).split(ranks, 1), scales, strict=True)
+        ]
+    g_h = _scaled(g @ _cat(B, 1), scales, A).split(ranks, 1)
+    g_x = None
+    for part in segments:
+        these = slice(part.start, part.end)
+        own = _cat(g_h[these], 1)
+        mask = _mask(x, part) if part.dropout else None
+        if any(of_A[these]):
+            dropped = x if mask is None else x * mask
+            g_A[these] = (own.t() @ dropped).split(ranks[these], 0)
+        if of_x:
+            more = own @ _cat(A[these], 0)
+            more = more if mask is None else more.mul_(mask)
+            g_x = more if g_x is None else g_x + more
+    return [g_x, *g_A, *g_B]
+
+
+# ------------------------------------------------------------------------------------ rescaled rows
+def rescales(x: Any) -> bool:
+    """Whether `rescaled` takes this input of a Linear or the like."""
+    return ENABLED and _is_eager(x)
+
+
+def rescaled(
+    call: Call, x: Tensor, change: LowRank, scale: Tensor, weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    """n (W x + s B A x) + b.
+
+    Args:
+        call: the forward of a Linear or the like, on W and b.
+        scale: n [out_features].
+        weight: W [out_features, in_features].
+    """
+    flat = x if x.ndim == 2 else x.reshape(-1, x.size(-1))
+    out, factors = call(flat), (_like(change.A, x), _like(change.B, x))
+    segments, in_place = _segments([change.dropout], True), not out._is_view()
+    y = _Rescaled.apply(
+        out, flat, in_place, change.scale, segments, _like(scale, x), weight, bias, *factors
+    )
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], -1)
+
+
+class _Rescaled(torch.autograd.Function):
+    """y = n u + b with u = W x + s B A x, from W x + b; keeps x, A x, and u where it is not wider.
+
+    A wider u is computed again for the gradient of n. The output is never kept: it may be changed
+    in place.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        out: Tensor,
+        x: Tensor,
+        in_place: bool,
+        scale: float,
+        segments: list[Segment],
+        n: Tensor,
+        W: Tensor,
+        b: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+    ) -> Tensor:
+        ctx.scale, ctx.segments = scale, segments
+        h = _down(x, [A], segments)
+        kept = ctx.needs_input_grad[5] and out.size(1) <= x.size(1)
+        if in_place and not kept:
+            ctx.mark_dirty(out)
+            u = out.addmm_(h, B.t(), alpha=scale)
+        else:
+            u = torch.addmm(out, h, B.t(), alpha=scale)
+        u = u if b is None else u.sub_(b)
+        ctx.save_for_backward(x, h, n, W, A, B, u if kept else None)
+        y = u * n if kept else u.mul_(n)
+        return y if b is None else y.add_(b)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        x, h, n, W, A, B, u = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        if torch.is_grad_enabled():  # for a second derivative: h and u have no graph of their own
+            h, u = _down(x, [A], ctx.segments), None
+        g_u, g_n, g_b = g * n, None, None
+        if wanted[5]:
+            u = F.linear(x, W).addmm_(h, B.t(), alpha=ctx.scale) if u is None else u
+            g_n = (g * u).sum(0)
+        if wanted[7]:
+            g_b = (g - g_u).sum(0)
+        wanted = wanted[1:2] + wanted[8:]
+        g_x, g_A, g_B = _gradients(g_u, x, h, [A], [B], [ctx.scale], ctx.segments, wanted)
+        return (g_u, g_x, None, None, None, g_n, None, g_b, g_A, g_B)
 
 
 # ------------------------------------------------------------------------------------ in the weight

@@ -124,7 +124,7 @@ class Stack(nn.ModuleDict):
                 index += count
                 continue
             if layer.sees_module:
-                call = Beneath(call, module, acting[:index])
+                call = Beneath(call, module, acting[:index], raw and index == 0)
             if layer.gate is not None and not layer.gates_itself:
                 call = functools.partial(gated, layer, call)
             else:

@@ -318,3 +318,18 @@ def test_a_gate_scales_what_it_changes_from_nothing_to_all(placed, gated):
         opened.bias.zero_()
     model(IDS).pow(2).sum().backward()
     assert all(p.grad is not None for p in opened.parameters())
+
+
+@pytest.mark.parametrize("place", ["linear", "conv1d", "conv2d"])
+def test_a_gate_scales_dora_too(place):
+    model = net()
+    plain, options = model(IDS), {"modified_modules": [place], "use_dora": True}
+    ungated = shake(opendelta.LoraModel(model, name="ungated", **options))
+    full, values = model(IDS), ungated.state_dict("gated")
+    ungated.detach()
+    delta = opendelta.LoraModel(model, name="gated", gate=True, **options)
+    delta.load_state_dict({**delta.state_dict(), **values})
+    for bias, expected in ((-50.0, plain), (50.0, full)):
+        nn.init.constant_(delta.layers[place].gate.bias, bias)
+        assert torch.allclose(model(IDS), expected, atol=1e-5)
+    assert not torch.allclose(full, plain, atol=1e-3)

@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import products
 from ..bases import Params
 from ..layers import Site, first_input
 from ..low_rank import plain_weight
+from ..products import LowRank
 from .lora import LoraConfig, LoraLayer
 
 
@@ -39,7 +41,8 @@ class DoraLayer(LoraLayer):
     def norm(self, weight: Tensor) -> Tensor:
         """|W + s B A| of each row, from W A^T and A A^T: the sum is never built."""
         A, B = (t.type_as(weight) for t in self.pair())
-        squares = weight.square().sum(1)
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        squares = torch.linalg.vector_norm(weight, dim=1, dtype=wide).square()
         crossed = 2 * self.scaling * ((weight @ A.T) * B).sum(1)
         own = self.scaling**2 * ((B @ (A @ A.T)) * B).sum(1)
         return (squares + crossed + own).clamp_min(0).sqrt()
@@ -48,8 +51,12 @@ class DoraLayer(LoraLayer):
         return self.lora_magnitude_vector / self.norm(self.kind.matrix(params["weight"]))
 
     def forward(self, call: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        params = call.params()  # type: ignore[attr-defined]
-        out, x = call(*args, **kwargs), first_input(args, kwargs)
+        params, x = call.params(), first_input(args, kwargs)  # type: ignore[attr-defined]
+        if call.raw and products.rescales(x):  # type: ignore[attr-defined]
+            change = LowRank(*self.factors(), self.dropout if self.training else 0.0)
+            weight, bias = self.kind.matrix(params["weight"]), params.get("bias")
+            return products.rescaled(call, x, change, self._scale(params), weight, bias)
+        out = call(*args, **kwargs)
         x = F.dropout(x, self.dropout, self.training) if self.dropout else x
         axes = (-1, 1, 1) if self.kind.name == "conv2d" else (-1,)
         scale = self._scale(params).type_as(out).view(axes)
