@@ -6,11 +6,13 @@ import contextlib
 import functools
 import os
 import warnings
+from collections import ChainMap
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from . import comparing, fingerprint, interop, planning, sharding
@@ -149,7 +151,8 @@ def load(
         facts, configs = source.facts, source.configs
         if expected is not None:
             _check_type(path, configs, expected)
-        known = known_records(survey(model))
+        found = survey(model)
+        known = known_records(found)
         taken = {record.name for record in known}
         deltas: list[Delta] = []
         for place, (fact, config) in enumerate(zip(facts["deltas"], configs, strict=True)):
@@ -157,10 +160,10 @@ def load(
             taken.add(config.name)
             brought = [*(config.unfrozen_modules or ()), *facts["backbone_tensors"]]
             config.unfrozen_modules = list(dict.fromkeys(brought)) or None
-            deltas.append(_planned(path, source.saved_from, fact, config, model))
+            deltas.append(_planned(path, source.saved_from, fact, config, found))
             deltas[-1].record.place = (known[-1].place + 1 if known else 0) + place
             deltas[-1].record.active = fact["active"]
-        _fill(path, source, deltas, check_backbone)
+        _fill(path, source, found, deltas, check_backbone)
     if check_backbone and "unchecked" in facts:
         warnings.warn(f"{path}: {facts['unchecked']}", UncheckedWarning, stacklevel=4)
     return deltas, source
@@ -228,15 +231,15 @@ def _check_type(path: Path, configs: Sequence[DeltaConfig], expected: type[Delta
 
 
 def _planned(
-    path: Path, saved_from: str | None, fact: dict[str, Any], config: DeltaConfig, model: nn.Module
+    path: Path, saved_from: str | None, fact: dict[str, Any], config: DeltaConfig, found: Survey
 ) -> Delta:
     """A delta of these resolved options, off the model and without memory."""
     cls = method(config.delta_type)
     delta = cls.__new__(cls)
     unfit = f"{path}, saved from a {saved_from or 'model'}, does not fit this "
-    unfit += type(model).__name__
+    unfit += type(found.root).__name__
     try:
-        delta._prepare(survey(model), config, "saved")
+        delta._prepare(found, config, "saved")
         delta.scale = fact.get("scale", 1.0)
     except DeltaError as error:
         raise DeltaLoadError(f"{unfit}: {error}") from None
@@ -247,32 +250,52 @@ def _planned(
     return delta
 
 
-def _fill(path: Path, source: Source, deltas: Sequence[Delta], check_backbone: bool) -> None:
+def _fill(
+    path: Path, source: Source, found: Survey, deltas: Sequence[Delta], check_backbone: bool
+) -> None:
     """Give the planned deltas memory and the tensors of `source`, and put them on their model."""
-    found, facts, given = survey(deltas[0].backbone_model), source.facts, source.tensors
+    facts, given = source.facts, source.tensors
     own = backbone_tensors(found)
     if strangers := [key for key in facts["backbone_tensors"] if key not in own]:
         raise DeltaLoadError(f"{path}: backbone_tensors names {strangers[0]!r}, which is no tensor")
     backbone = {key: own[key] for key in facts["backbone_tensors"]}
     entries = list(zip(facts["deltas"], deltas, strict=True))
-    saved = {k: t for fact, d in entries for k, t in d.state_dict(fact["name"]).items()}
-    compare({**saved, **backbone}, given, str(path))
+    states = [delta.state_dict(fact["name"]) for fact, delta in entries]
+    compare({**dict(ChainMap(*states)), **backbone}, given, str(path))
     _check_frozen(path, entries)
     if check_backbone:
         replaced = _replaced(backbone, [delta.config for delta in deltas])
         _check_backbone(path, found, facts["fingerprint"], replaced)
     source.verify()
     brought = dict(comparing.values(backbone, given, str(path), own))
-    for fact, delta in entries:
-        planning.materialise(found, delta.layers, delta.config)
-        tensors = delta.state_dict(fact["name"])
-        usual = _copied(own, tensors, fact["name"])
-        for key, value in comparing.values(tensors, given, str(path), usual):
-            comparing.copy(tensors, {key: value})
+    for (fact, delta), state in zip(entries, states, strict=True):
+        usual = _copied(own, state, fact["name"])
+        value_of = functools.partial(_value_of, state, given, str(path), usual)
+        for where, layer in delta.layers.items():
+            device, _ = planning.placement(found, where, delta.config)
+            planning.materialise(layer, device, delta._prefix(where, fact["name"]), value_of)
+        made = {key: tensor for key, tensor in state.items() if not tensor.is_meta}
+        comparing.copy(made, dict(comparing.values(made, given, str(path), usual)))
         for name, parameter in delta.named_parameters(fact["name"]):
             parameter.requires_grad_(name not in fact["frozen"] and parameter.is_floating_point())
-    _enter(path, deltas)
+    _enter(path, found, deltas)
     comparing.copy(backbone, brought)
+
+
+def _value_of(
+    own: Mapping[str, Tensor],
+    given: Mapping[str, Any],
+    source: str,
+    usual: Mapping[str, Tensor],
+    key: str,
+) -> Tensor | None:
+    """The values for the tensor called `key`, in new memory; None if they are not saved."""
+    if key not in own:
+        return None
+    value = comparing.value(key, own[key], given, source, usual)
+    return value.clone(
+        memory_format=torch.contiguous_format
+    )  # it lies in the file, or is another's
 
 
 def _check_frozen(path: Path, entries: Sequence[tuple[dict[str, Any], Delta]]) -> None:
@@ -285,12 +308,12 @@ def _check_frozen(path: Path, entries: Sequence[tuple[dict[str, Any], Delta]]) -
             )
 
 
-def _enter(path: Path, deltas: Sequence[Delta]) -> None:
+def _enter(path: Path, found: Survey, deltas: Sequence[Delta]) -> None:
     """Put deltas on their model, all or none."""
     entered: list[Delta] = []
     try:
         for delta in deltas:
-            delta._enter(placed=True)
+            delta._enter(found=found, placed=True)
             entered.append(delta)
     except BaseException as error:
         for delta in entered:

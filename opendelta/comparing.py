@@ -127,19 +127,30 @@ def values(
         DeltaLoadError: values are not finite, or cannot be read.
     """
     for key, tensor in own.items():
-        value = given[key]
-        try:
-            value = value if isinstance(value, Tensor) else value.read()
-        except Exception as error:  # such as a dtype that torch does not have
-            raise DeltaLoadError(f"{source}: {key} cannot be read: {error}") from None
-        value = value.to(tensor.dtype)
-        if not is_finite(value, (usual or {}).get(key)):
-            raise DeltaLoadError(
-                f"{source} does not fit: {key} holds values that are not finite in {value.dtype}: "
-                "the training diverged, or the file is damaged",
-                not_finite=[key],
-            )
-        yield key, value
+        yield key, value(key, tensor, given, source, usual)
+
+
+def value(
+    key: str,
+    own: Tensor,
+    given: Mapping[str, Any],
+    source: str,
+    usual: Mapping[str, Tensor] | None = None,
+) -> Tensor:
+    """The values that are given for `own`, the tensor called `key`; see `values`."""
+    found = given[key]
+    try:
+        found = found if isinstance(found, Tensor) else found.read()
+    except Exception as error:  # such as a dtype that torch does not have
+        raise DeltaLoadError(f"{source}: {key} cannot be read: {error}") from None
+    found = found.to(own.dtype)
+    if not is_finite(found, (usual or {}).get(key)):
+        raise DeltaLoadError(
+            f"{source} does not fit: {key} holds values that are not finite in {found.dtype}: "
+            "the training diverged, or the file is damaged",
+            not_finite=[key],
+        )
+    return found
 
 
 def is_finite(tensor: Tensor, usual: Tensor | None = None) -> bool:

@@ -268,22 +268,31 @@ def _header_excess(start: bytes) -> str | None:
 
 def _check_items(path: Path, given: Any, longest: int) -> None:
     """Raise for a text, a number or a nesting that no configuration has."""
-    todo = [(given, 0)]
-    while todo:
-        value, depth = todo.pop()
-        if isinstance(value, str) and len(value) > longest:
-            what = f"a text of {len(value):,} characters, more than {longest:,}"
-        elif isinstance(value, float) and not math.isfinite(value):
-            what = f"the number {value}"
-        elif isinstance(value, int) and not -(2**63) <= value < 2**63:
-            what = "an integer of more than 64 bits"
-        elif depth > DEEPEST:
-            what = f"lists or objects nested more than {DEEPEST} deep"
-        else:
-            parts = [*value, *value.values()] if isinstance(value, dict) else value
-            todo += [(part, depth + 1) for part in parts] if isinstance(parts, list) else []
-            continue
-        raise DeltaLoadError(f"{path} holds {what}")
+    depth, level = 0, [given]
+    while level:
+        below: list[Any] = []
+        for value in level:
+            if isinstance(value, dict):
+                below += value
+                below += value.values()
+            elif isinstance(value, list):
+                below += value
+            elif problem := _problem(value, longest):
+                raise DeltaLoadError(f"{path} holds {problem}")
+        depth, level = depth + 1, below
+        if level and depth > DEEPEST:
+            raise DeltaLoadError(f"{path} holds lists or objects nested more than {DEEPEST} deep")
+
+
+def _problem(value: Any, longest: int) -> str | None:
+    """What is wrong with a text or a number in a JSON file."""
+    if isinstance(value, str):
+        size = len(value)
+        return f"a text of {size:,} characters, more than {longest:,}" if size > longest else None
+    if isinstance(value, float):
+        return None if math.isfinite(value) else f"the number {value}"
+    fits = not isinstance(value, int) or -(2**63) <= value < 2**63
+    return None if fits else "an integer of more than 64 bits"
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -382,11 +391,8 @@ def check_digest(folder: Path, config: dict[str, Any], file: BinaryIO) -> None:
 
 def _sha256(file: BinaryIO) -> str:
     """Of all that a file holds, in hex."""
-    digest = hashlib.sha256()
     file.seek(0)
-    while part := file.read(2**20):
-        digest.update(part)
-    return digest.hexdigest()
+    return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
 def check_link(path: Path) -> None:

@@ -147,21 +147,32 @@ def _seed(layers: dict[str, DeltaLayer]) -> None:
                 module.seed()  # type: ignore[operator]
 
 
-def materialise(found: Survey, layers: dict[str, DeltaLayer], config: DeltaConfig) -> None:
-    """Give layers that have none memory, whose values are not set but for seeded buffers."""
-    for name, layer in layers.items():
-        device, _ = placement(found, name, config)
-        for module in layer.modules():
-            for key, tensor in module._parameters.items():
-                if tensor is not None and tensor.is_meta:
-                    # not empty_like, which torch writes in Python for tensors on meta
-                    empty = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
-                    module._parameters[key] = nn.Parameter(empty, tensor.requires_grad)
-            for key, buffer in module._buffers.items():
-                if buffer is not None and buffer.is_meta:
-                    empty = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
-                    module._buffers[key] = empty
-    _seed(layers)
+@torch.no_grad()
+def materialise(
+    layer: DeltaLayer,
+    device: torch.device,
+    prefix: str,
+    value_of: Callable[[str], torch.Tensor | None],
+) -> None:
+    """Give those tensors of a layer memory that have none, with given values or a seed's.
+
+    Args:
+        prefix: what the full names of its tensors start with.
+        value_of: gives the values of a tensor by full name, in its dtype and in memory of their
+            own; None: it has none.
+    """
+    for name, module in layer.named_modules(prefix=prefix.removesuffix(".")):
+        for own in (module._parameters, module._buffers):
+            for key, tensor in own.items():
+                if tensor is None or not tensor.is_meta:
+                    continue
+                new = value_of(f"{name}.{key}")
+                if new is None:  # not empty_like, which torch writes in Python for tensors on meta
+                    new = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+                new, is_parameter = new.to(device), own is module._parameters
+                own[key] = nn.Parameter(new, tensor.requires_grad) if is_parameter else new
+        if hasattr(type(module), "seed"):
+            module.seed()
 
 
 def _new(

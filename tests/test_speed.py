@@ -337,6 +337,35 @@ def test_switching_reaches_the_deltas_that_came_with_a_module(no_other_backbones
         assert not torch.equal(model(x), plain(x))
 
 
+def test_saving_and_loading_walk_the_module_tree_as_often_for_many_modules(monkeypatch, tmp_path):
+    found = {}
+    for depth in (4, 40):
+        model, fresh = tower(depth), tower(depth)
+        delta = LoraModel(model, modified_modules=["fc", "out"], lora_r=1)
+        delta.freeze_module()
+        save = walks(monkeypatch, model, lambda d=delta: d.save_finetuned(tmp_path))
+        load = walks(monkeypatch, fresh, lambda m=fresh: opendelta.load(tmp_path, m))
+        found[depth] = save, load
+    assert found[40][0] <= 1
+    assert found[40][1] < 3
+    assert found[40][1] <= found[4][1] + 0.2
+
+
+def test_values_are_copied_once_to_be_loaded_and_not_at_all_to_be_saved(tmp_path):
+    model = tower(4)
+    delta = shake(LoraModel(model, modified_modules=["fc", "out"], lora_r=1))
+    delta.freeze_module()
+    with Counted() as ops:
+        delta.save_finetuned(tmp_path)
+    assert ops.of("cat", "clone", "copy_", "_to_copy") == 0
+    fresh, count = tower(4), len(delta.state_dict())
+    with Counted() as ops:
+        (loaded,) = opendelta.load(tmp_path, fresh)
+    assert ops.of("clone", "copy_", "_to_copy") == count
+    for one, other in zip(loaded.parameters(), delta.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_a_delta_is_loaded_beside_many_as_beside_few(monkeypatch, tmp_path):
     seen, layers = [], addressing.Survey.layers
 
