@@ -70,21 +70,21 @@ class Routed:
 
     def check(self, stack: Stack, module: nn.Module) -> None:
         """Raise if the stack has layers that cannot act on some rows alone."""
-        acting = [
+        acting: list[Any] = [
             layer
-            for name, layer in stack.in_order()
-            if layer.record.active and not stack.holds(name)
+            for name, layer in stack._modules.items()
+            if layer.record.active and not (stack.steps and stack.holds(name))  # type: ignore
         ]
-        for layer in acting:
-            if EXPERTS.search(self.where):
-                self.check_common(layer, "sees some tokens of all rows, mixed")
-            if isinstance(layer, PROMPTS):
-                self.check_common(layer, "changes the length of the rows that take it")
-                for other in _computing(acting):
-                    self.check_common(other, f"acts beside {layer.record.name!r}, a prompt")
-            elif layer.flow == "within" and not isinstance(layer, PrefixLayer):
+        for layer in acting if EXPERTS.search(self.where) else ():
+            self.check_common(layer, "sees some tokens of all rows, mixed")
+        for layer in [ly for ly in acting if isinstance(ly, PROMPTS)]:
+            self.check_common(layer, "changes the length of the rows that take it")
+            for other in _computing(acting):
+                self.check_common(other, f"acts beside {layer.record.name!r}, a prompt")
+        for layer in [ly for ly in acting if ly.flow == "within"]:
+            if not isinstance(layer, PrefixLayer):
                 self.check_common(layer, "acts inside the module")
-        heads: list[Any] = [layer for layer in acting if isinstance(layer, LabelsLayer)]
+        heads = [layer for layer in acting if isinstance(layer, LabelsLayer)]
         if heads:
             self._check_labels(heads, labels.count_of(module))
 
@@ -137,7 +137,7 @@ class Routed:
         runs = _runs(stack, acting, grouped, x)
         if runs is not None:
             out = call(*args, **kwargs)
-            if type(out) is Tensor and out.dtype == x.dtype:
+            if type(out) is Tensor and out.dtype == x.dtype and out.is_contiguous():
                 return add_rows(out if raw else out.clone(), x, grouped, runs)
             whole.append(out)
         within: list[Any] = [layer for layer in acting if isinstance(layer, PrefixLayer)]
@@ -296,8 +296,8 @@ def _add_batched(y: Tensor, x: Tensor, pairs: Sequence[LowRank | None]) -> None:
     nothing = known._replace(B=torch.zeros_like(known.B)) if None in pairs else known
     each = [nothing if pair is None else pair for pair in pairs]
     A, B = torch.stack([pair.A for pair in each]), torch.stack([pair.B for pair in each])
-    h = torch.bmm(x, products._like(A, x).mT)
-    y.baddbmm_(h, products._like(B, x).mT, alpha=known.scale)
+    h = torch.bmm(products._like(A, x), x.mT)  # on a CPU up to a third faster than x A^T
+    y.baddbmm_(h.mT, products._like(B, x).mT, alpha=known.scale)
 
 
 # ---------------------------------------------------------------------------------------- the verb
@@ -355,11 +355,13 @@ def route(
         for record in records:
             record.active = record in chosen
         for where, stack in found.stacks.items():
-            stack.routed = Routed(where, shared, where in around)
-            stack.routed.check(stack, found.modules[where])
+            routed = stack.__dict__["routed"] = Routed(where, shared, where in around)
+            routed.check(stack, found.modules[where])
         yield composed
     finally:
         for record, active in before:
             record.active = active
-        for stack, routed in kept:
-            stack.routed = routed
+        for stack, outer in kept:
+            stack.__dict__["routed"] = outer
+            if outer is None:
+                del stack.__dict__["routed"]  # as it was, for what is compiled
