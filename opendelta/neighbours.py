@@ -7,7 +7,8 @@ only where the user says that nothing changes; see `Frozen`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -46,6 +47,7 @@ class Frozen:
         self.runs: dict[tuple, tuple[list[LowRank], int]] = {}
         self.scales: dict[tuple, list[float]] = {}
         self.sources: list[tuple[Tensor, int]] = []
+        self.made: tuple[list[Any], Any] = [], None
 
     def run(self, acting: Sequence[DeltaLayer], start: int) -> tuple[list[LowRank], int]:
         """The factors of the run at `start`, joined, and how many layers they stand for.
@@ -69,6 +71,14 @@ class Frozen:
                 "model under torch.no_grad() inside it, or train outside of it"
             )
         return self.runs[key]
+
+    def once(self, parts: list[Any], make: Callable[[list[Any]], Any]) -> Any:
+        """What `make` gives for `parts`, which `run` keeps; made anew for other parts only."""
+        known, made = self.made
+        if len(known) != len(parts) or any(map(operator.is_not, known, parts)):
+            made = make(parts)
+            self.made = parts, made
+        return made
 
     def changed(self) -> bool:
         """Whether values changed since they were copied, as far as torch counts changes."""

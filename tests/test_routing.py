@@ -384,6 +384,13 @@ def test_frozen_inside_route_and_the_other_way_round(two):
             torch.testing.assert_close([model(x), model(x)], [expected] * 2)
         with composition(model).frozen(), opendelta.route(model, rows):
             torch.testing.assert_close([model(x), model(x)], [expected] * 2)
+        with composition(model).frozen():
+            for rows in (["fr", "de", None], [None, "fr", "de"]):
+                for scale in (1, 0.5):
+                    composition(model)["fr"].scale = scale
+                    expected = rows_alone(model, rows, x)
+                    with opendelta.route(model, rows):
+                        torch.testing.assert_close([model(x), model(x)], [expected] * 2)
     with pytest.raises(DeltaError, match="no_grad"), composition(model).frozen():  # noqa: SIM117
         with opendelta.route(model, rows):
             model(x)
@@ -622,6 +629,11 @@ def test_rows_over_many_loras_are_two_batched_products():
         with Counted() as ops:
             model(x)
     assert (ops.of("bmm"), ops.of("baddbmm_"), ops.of("mm", "addmm", "addmm_")) == (1, 1, 1)
+    with torch.no_grad(), opendelta.route(model, names), composition(model).frozen():
+        model(x)
+        with Counted() as ops:
+            model(x)
+    assert ops.of("stack", "cat") == 0
     with torch.no_grad(), opendelta.route(model, ["lora_0"] * 8 + ["lora_1"] * 8):
         model(x)
         with Counted() as ops:
