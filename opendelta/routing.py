@@ -138,7 +138,7 @@ class Routed:
         if runs is not None:
             out = call(*args, **kwargs)
             if type(out) is Tensor and out.dtype == x.dtype and out.is_contiguous():
-                return add_rows(out if raw else out.clone(), x, grouped, runs, stack.frozen)
+                return add_rows(out, x, raw, grouped, runs, stack.frozen)
             whole.append(out)
         within: list[Any] = [layer for layer in acting if isinstance(layer, PrefixLayer)]
         if within:  # they know all rows; see `opened`
@@ -246,8 +246,8 @@ def _around(
 def _runs(
     stack: Stack, acting: list[DeltaLayer], grouped: Groups, x: Tensor
 ) -> list[LowRank | None] | None:
-    """The factors of each group as one pair, None for no layers; None if that is not all."""
-    if torch.is_grad_enabled() or not products._is_eager(x):
+    """The factors of each group as one pair, None for no layers; None if `add_rows` is not all."""
+    if not products._is_eager(x):
         return None
     pairs = neighbours.pairs(acting, 0) if stack.frozen is None else []
     if stack.frozen is None and len(pairs) < len(acting):
@@ -264,33 +264,43 @@ def _runs(
             if count < len(path) or len(run) > 1:
                 return None
             found.append(run[0])
-    return None if any(pair is not None and pair.dropout for pair in found) else found
+    if any(pair is not None and pair.dropout for pair in found):
+        return None
+    return None if torch.is_grad_enabled() and not _alike(found, grouped) else found
+
+
+def _alike(runs: Sequence[LowRank | None], grouped: Groups) -> bool:
+    """Whether the rows' factors are of one size, and not the same for several rows each."""
+    sizes = {(pair.A.size(0), pair.scale) for pair in runs if pair is not None}
+    return len(sizes) == 1 and 2 * len(runs) > len(grouped.of_row)
 
 
 def add_rows(
     out: Tensor,
     x: Tensor,
+    raw: bool,
     grouped: Groups,
     runs: list[LowRank | None],
     frozen: neighbours.Frozen | None,
 ) -> Tensor:
-    """`out` with the products of each group's factors added to its rows, in place.
+    """`out` with the products of each group's factors added to its rows.
 
     Args:
         out: what the module gave [batch, ..., out_features].
         x: its input [batch, ..., in_features].
+        raw: `out` may be written to.
         runs: the factors of each group; None: it has none.
         frozen: what keeps them, if anything does.
     """
-    batch = len(grouped.of_row)
+    batch, traced = len(grouped.of_row), torch.is_grad_enabled()
+    out = out if raw or traced else out.clone()
     rows, y = x.reshape(batch, -1, x.size(-1)), out.view(batch, -1, out.size(-1))
-    sizes = {(pair.A.size(0), pair.scale) for pair in runs if pair is not None}
-    if len(sizes) == 1 and 2 * len(runs) > batch:
+    if _alike(runs, grouped):
         pairs = [runs[number] for number in grouped.of_row]
         A, B, scale = _stacked(pairs) if frozen is None else frozen.once(pairs, _stacked)
         h = torch.bmm(products._like(A, x), rows.mT)  # on a CPU up to a third faster than x A^T
-        y.baddbmm_(h.mT, products._like(B, x).mT, alpha=scale)
-        return out
+        add = torch.baddbmm if traced else Tensor.baddbmm_
+        return add(y, h.mT, products._like(B, x).mT, alpha=scale).view_as(out)
     for group, pair in zip(grouped.groups, runs, strict=True):
         if pair is not None:
             B = products._like(pair.B, x)
@@ -305,8 +315,9 @@ def add_rows(
 
 def _stacked(pairs: Sequence[LowRank | None]) -> tuple[Tensor, Tensor, float]:
     """A [batch, rank, in_features], B [batch, out_features, rank] and the scale of all rows."""
-    known = next(pair for pair in pairs if pair is not None)
-    nothing = known._replace(B=torch.zeros_like(known.B)) if None in pairs else known
+    known = nothing = next(pair for pair in pairs if pair is not None)
+    if None in pairs:
+        nothing = known._replace(A=known.A.detach(), B=torch.zeros_like(known.B.detach()))
     each = [nothing if pair is None else pair for pair in pairs]
     A, B = torch.stack([pair.A for pair in each]), torch.stack([pair.B for pair in each])
     return A, B, known.scale

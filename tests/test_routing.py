@@ -629,6 +629,9 @@ def test_rows_over_many_loras_are_two_batched_products():
         with Counted() as ops:
             model(x)
     assert (ops.of("bmm"), ops.of("baddbmm_"), ops.of("mm", "addmm", "addmm_")) == (1, 1, 1)
+    with opendelta.route(model, names), Counted() as ops:
+        model(x).sum().backward()
+    assert ops.of("bmm", "baddbmm") == 2 + 3  # and the gradients of A, of B, and of A x
     with torch.no_grad(), opendelta.route(model, names), composition(model).frozen():
         model(x)
         with Counted() as ops:
