@@ -21,7 +21,7 @@ from . import models
 from .looking import AsJson, Checkpoint, Class, Model, as_json, saved_from
 
 
-class Format(enum.StrEnum):
+class Format(str, enum.Enum):
     """What `convert` writes."""
 
     opendelta = "opendelta"
@@ -88,9 +88,9 @@ def convert(
                 peft.save(delta, folder / delta.name if several else folder)
     written = [str(out / name) for name in composed.names] if several else [str(out)]
     if json:
-        as_json({"from": held.format, "to": str(to), "deltas": composed.names, "written": written})
+        as_json({"from": held.format, "to": to.value, "deltas": composed.names, "written": written})
     else:
-        print(f"{held.format} -> {to}: {', '.join(composed.names)} in {', '.join(written)}")
+        print(f"{held.format} -> {to.value}: {', '.join(composed.names)} in {', '.join(written)}")
 
 
 def _check_new(out: Path) -> None:
