@@ -1,6 +1,7 @@
 """Forward passes of a batch whose rows take different LoRAs, over those of the plain backbone.
 
-Each row names one LoRA, in turn. Setting the rows up is timed too, as each batch has its own.
+Each row names one LoRA, in turn. Setting the rows up is timed too, as each batch has its own; not
+so for frozen(), which is for many forwards of the same rows.
 
 Examples:
     python benchmarks/routing.py
@@ -43,14 +44,14 @@ def measure(options: argparse.Namespace) -> list[Row]:
         deltas = subjects.loras(ours, k)
         theirs = subjects.peft_loras(base, deltas)
         for shape in options.shapes:
-            rows.append(compare(options, k, shape, plain, ours, theirs))
+            rows += compare(options, k, shape, plain, ours, theirs)
     return rows
 
 
 def compare(
     options: argparse.Namespace, k: int, shape: tuple[int, int], plain: Any, ours: Any, theirs: Any
-) -> Row:
-    """The row of k LoRAs at one shape."""
+) -> list[Row]:
+    """The rows of k LoRAs at one shape."""
     x, case = subjects.embeddings(options, shape), "x".join(map(str, shape))
     names = [subjects.names(k)[row % k] for row in range(shape[0])]
 
@@ -63,9 +64,15 @@ def compare(
 
     subjects.check_equal(routed(), by_peft(), f"rows over {k} LoRAs, {case}")
     runs = {"plain": lambda: plain(inputs_embeds=x), "opendelta": routed, "peft": by_peft}
-    times = harness.race({name: Contestant(run) for name, run in runs.items()}, options)
-    must = MUST.get((k, case))
-    return times.row(f"forward, rows over {k} LoRAs", case, "x plain", "plain", must=must)
+    contestants = {name: Contestant(run) for name, run in runs.items()}
+    name, must = f"forward, rows over {k} LoRAs", MUST.get((k, case))
+    times = harness.race(contestants, options)
+    found = [times.row(name, case, "x plain", "plain", must=must)]
+    with opendelta.route(ours, names), opendelta.composition(ours).frozen():
+        # a route that stays, as it does for all tokens of one generate()
+        contestants["opendelta"] = Contestant(lambda: ours(inputs_embeds=x))
+        times = harness.race(contestants, options)
+    return [*found, times.row(f"{name}, frozen()", case, "x plain", "plain")]
 
 
 def main(arguments: list[str] | None = None) -> list[Row]:

@@ -254,18 +254,19 @@ def _runs(
         return None
     found: list[LowRank | None] = []
     for group in grouped.groups:
-        if not group.path:
-            found.append(None)
-        elif stack.frozen is None:
-            found.append(products.side_by_side([pairs[index] for index in group.path]))
-        else:
-            path = [acting[index] for index in group.path]
-            run, count = stack.frozen.run(path, 0)
+        path = group.path
+        if stack.frozen is not None and path:
+            run, count = stack.frozen.run([acting[index] for index in path], 0)
             if count < len(path) or len(run) > 1:
                 return None
-            found.append(run[0])
-    if any(pair is not None and pair.dropout for pair in found):
-        return None
+            pair: LowRank | None = run[0]
+        elif len(path) > 1:
+            pair = products.side_by_side([pairs[index] for index in path])
+        else:
+            pair = pairs[path[0]] if path else None
+        if pair is not None and pair.dropout:
+            return None
+        found.append(pair)
     return None if torch.is_grad_enabled() and not _alike(found, grouped) else found
 
 

@@ -18,7 +18,7 @@ from harness import Contestant, Row
 
 ROOT = Path(__file__).parent.parent
 ROWS = {
-    "attach": 4, "forward": 4, "routing": 2, "mixed": 2, "stack": 4, "training": 4,
+    "attach": 4, "forward": 4, "routing": 4, "mixed": 2, "stack": 4, "training": 4,
     "saved_bytes": 5, "switching": 3, "loading": 2, "saving": 1, "merging": 4,
     "recompiles": 3, "import_time": 2,
 }  # fmt: skip
