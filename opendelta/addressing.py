@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import torch
 from torch import Tensor, nn
 
 from .bases import DeltaLayer
@@ -31,11 +32,13 @@ class Survey:
         modules: {full name: module} without the deltas; a module that is registered twice stands
             under both names.
         stacks: {full name of the site: its stack}, each once.
+        placements: {full name: where a delta on the module computes, and in what}, as far as asked.
     """
 
     root: nn.Module
     modules: dict[str, nn.Module] = field(default_factory=dict)
     stacks: dict[str, Stack] = field(default_factory=dict)
+    placements: dict[str, tuple[torch.device, torch.dtype]] = field(default_factory=dict)
 
     @cached_property
     def is_meta(self) -> bool:
@@ -55,8 +58,9 @@ class Survey:
     def sites(self) -> dict[Record, list[str]]:
         """{attached delta: the full names of the sites of its layers}, in total order."""
         found: dict[Record, list[str]] = {record: [] for record in self.records()}
-        for where, _, layer in self.layers():
-            found[layer.record].append(where)
+        for where, stack in self.stacks.items():
+            for layer in stack._modules.values():
+                found[layer.record].append(where)  # type: ignore[index]
         return found
 
     def common(self, names: Sequence[str]) -> str:

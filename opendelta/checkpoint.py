@@ -62,11 +62,11 @@ def save(deltas: Sequence[Delta], folder: str | os.PathLike) -> None:
 
 def _check_finite(found: Survey, tensors: Mapping[str, Tensor], deltas: Sequence[Delta]) -> None:
     """Raise if values of tensors by full name are NaN or infinite: no loader would take them."""
-    own = backbone_tensors(found)
-    usual = {**own, **{k: t for d in deltas for k, t in _copied(own, tensors, d.name).items()}}
-    bad = [
-        key for key, tensor in tensors.items() if not comparing.is_finite(tensor, usual.get(key))
-    ]
+    bad = [key for key, tensor in tensors.items() if not comparing.is_finite(tensor)]
+    if bad:  # unless the backbone has the same, such as the -inf of a mask
+        own = backbone_tensors(found)
+        usual = {**own, **{k: t for d in deltas for k, t in _copied(own, bad, d.name).items()}}
+        bad = [key for key in bad if not comparing.is_finite(tensors[key], usual.get(key))]
     if bad:
         raise DeltaError(
             f"{len(bad)} tensors hold values that are not finite: {', '.join(bad[:3])}"
@@ -115,7 +115,7 @@ def _backbone_part(found: Survey, deltas: Sequence[Delta]) -> dict[str, Tensor]:
             f"{', '.join(repr(d.name) for d in deltas)}: freeze them with freeze_module(), or name "
             "those that belong to it in freeze_module(exclude=[...]) or unfrozen_modules=[...]",
             UnsavedWarning,
-            stacklevel=4,
+            stacklevel=5,  # one is of the decorator
         )
     return named
 
@@ -271,9 +271,10 @@ def _fill(
     for (fact, delta), state in zip(entries, states, strict=True):
         usual = _copied(own, state, fact["name"])
         value_of = functools.partial(_value_of, state, given, str(path), usual)
-        for where, layer in delta.layers.items():
-            device, _ = planning.placement(found, where, delta.config)
-            planning.materialise(layer, device, delta._prefix(where, fact["name"]), value_of)
+        with torch.no_grad():
+            for where, layer in delta.layers.items():
+                device, _ = planning.placement(found, where, delta.config)
+                planning.materialise(layer, device, delta._prefix(where, fact["name"]), value_of)
         made = {key: tensor for key, tensor in state.items() if not tensor.is_meta}
         comparing.copy(made, dict(comparing.values(made, given, str(path), usual)))
         for name, parameter in delta.named_parameters(fact["name"]):

@@ -147,7 +147,6 @@ def _seed(layers: dict[str, DeltaLayer]) -> None:
                 module.seed()  # type: ignore[operator]
 
 
-@torch.no_grad()
 def materialise(
     layer: DeltaLayer,
     device: torch.device,
@@ -231,7 +230,9 @@ def _gate(layer: DeltaLayer, place: Site) -> Gate:
 
 def placement(found: Survey, name: str, config: DeltaConfig) -> tuple[torch.device, torch.dtype]:
     """Device and dtype of a layer on the module called `name`."""
-    device, dtype = device_and_dtype(found.chain(name), found.is_meta)
+    if name not in found.placements:
+        found.placements[name] = device_and_dtype(found.chain(name), found.is_meta)
+    device, dtype = found.placements[name]
     return device, getattr(torch, config.dtype) if config.dtype else dtype
 
 

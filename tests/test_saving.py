@@ -228,8 +228,9 @@ def test_other_trainable_parameters_are_counted_in_a_warning(tmp_path):
     values = sum(p.numel() for p in net().parameters())
     count = len(list(net().parameters()))
     message = rf"{count} trainable parameters of the backbone \({values:,} values\) are not saved"
-    with pytest.warns(opendelta.UnsavedWarning, match=message):
+    with pytest.warns(opendelta.UnsavedWarning, match=message) as warned:
         delta.save_finetuned(tmp_path)
+    assert warned[0].filename == __file__
     assert config_of(tmp_path)["backbone_tensors"] == []
     delta.freeze_module(exclude=["deltas", "head"])
     model.norm.bias.requires_grad_(True)
