@@ -314,7 +314,7 @@ def _enter(path: Path, found: Survey, deltas: Sequence[Delta]) -> None:
     entered: list[Delta] = []
     try:
         for delta in deltas:
-            delta._enter(found=found, placed=True)
+            delta._enter(found=found)
             entered.append(delta)
     except BaseException as error:
         for delta in entered:

@@ -91,7 +91,7 @@ class Delta:
         found = survey(backbone_model)
         with planning.uncollected():
             self._prepare(found, config)
-            self._enter(found=found, placed=True)
+            self._enter(found=found)
 
     @classmethod
     def from_config(
@@ -248,13 +248,11 @@ class Delta:
         before: Record | None = None,
         after: Record | None = None,
         found: Survey | None = None,
-        placed: bool = False,
     ) -> None:
         """Plan, then commit: put all layers on the backbone, at the delta's place in the order.
 
         Args:
             found: the backbone as it is.
-            placed: whether the layers were just made for where they go.
         """
         found = survey(self.backbone_model) if found is None else found
         merging.check_unrouted(found, f"cannot attach {self.name!r}")
@@ -266,7 +264,7 @@ class Delta:
         try:
             for where, (reads, ranks) in plan.items():
                 module, layer = found.modules[where], self.layers[where]
-                if not placed and (ranks is None or ranks.group is None):
+                if ranks is None or ranks.group is None:
                     planning.fit(layer, module, *planning.placement(found, where, self.config))
                 if ranks is not None:
                     sharding.shard(layer, ranks)

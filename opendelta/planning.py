@@ -236,12 +236,21 @@ def placement(found: Survey, name: str, config: DeltaConfig) -> tuple[torch.devi
     return device, getattr(torch, config.dtype) if config.dtype else dtype
 
 
+def _tensors(module: nn.Module) -> Iterator[torch.Tensor]:
+    """All parameters and buffers in `module`, in less time than torch takes for their names."""
+    for own in (module._parameters, module._buffers):
+        yield from (tensor for tensor in own.values() if tensor is not None)
+    for child in module._modules.values():
+        if child is not None:
+            yield from _tensors(child)
+
+
 def fit(layer: DeltaLayer, module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     """Move a layer to where its module computes; the delta's own copy of it takes its dtypes."""
-    if any(parameter.is_meta for parameter in layer.parameters()) and device.type != "meta":
+    tensors = list(_tensors(layer))
+    if device.type != "meta" and any(t.is_meta and isinstance(t, nn.Parameter) for t in tensors):
         return  # accelerate offloaded the layer and brings its values for every run
     if not isinstance(layer, OwnedModule):
-        tensors = (*layer.parameters(), *layer.buffers())
         moved = any(t.device != device for t in tensors)
         if moved or any(t.dtype != dtype for t in tensors if t.is_floating_point()):
             layer.to(device=device, dtype=dtype)
