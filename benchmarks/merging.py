@@ -1,5 +1,7 @@
 """Merging a float32 LoRA into every linear, over adding the product in place; and back again.
 
+By hand is what keeps the old weights too and does nothing else: the sum in new memory.
+
 The last rows count the weights that merging and unmerging leaves changed: every run gives the same.
 
 Examples:
@@ -11,6 +13,8 @@ from __future__ import annotations
 
 import argparse
 import copy
+from collections.abc import Iterator
+from typing import Any
 
 import harness
 import subjects
@@ -23,10 +27,9 @@ import opendelta
 MUST = {"float32": 1.5, "bfloat16": 3}
 WHY = (
     "the old weights are kept, so that unmerging is exact, and the new ones need as much memory "
-    "again: adding into memory that the process has takes 1.2 times addmm_, into pages that the "
-    "system gives and clears first over 4 times, and which it is depends on what the allocator "
-    "kept from the last round; the rest sees that all values are finite and sums the bits, by "
-    "which unmerging knows that nothing changed since"
+    "again, whose pages the system gives and clears first unless the allocator kept them from the "
+    "last round: by hand is addmm into new memory with nothing else; what comes on top sees that "
+    "all values are finite, and sums the bits, by which unmerging knows that nothing changed since"
 )
 
 
@@ -40,13 +43,27 @@ def parser() -> argparse.ArgumentParser:
     return parsed
 
 
+def factors(
+    model: nn.Module, delta: opendelta.Delta
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """W, B and A of each linear module, in the dtype of W."""
+    for name, module in subjects.linears(model).items():
+        layer: Any = delta.layers[name]
+        yield module.weight, *(t.type_as(module.weight) for t in (layer.lora_B, layer.lora_A))
+
+
 @torch.no_grad()
 def add_in_place(model: nn.Module, delta: opendelta.Delta, sign: int) -> None:
     """The bare operation: W += s B A, or -= ."""
-    scale = sign * subjects.ALPHA / subjects.RANK
-    for name, module in subjects.linears(model).items():
-        A, B = (getattr(delta.layers[name], t).type_as(module.weight) for t in ("lora_A", "lora_B"))
-        module.weight.addmm_(B, A, alpha=scale)
+    for W, B, A in factors(model, delta):
+        W.addmm_(B, A, alpha=sign * subjects.ALPHA / subjects.RANK)
+
+
+@torch.no_grad()
+def add_beside(model: nn.Module, delta: opendelta.Delta) -> list[torch.Tensor]:
+    """The bare operation where the old weights stay: W + s B A in new memory."""
+    scale = subjects.ALPHA / subjects.RANK
+    return [torch.addmm(W, B, A, alpha=scale) for W, B, A in factors(model, delta)]
 
 
 def changed(model: nn.Module, before: dict[str, torch.Tensor]) -> float:
@@ -80,12 +97,14 @@ def compare(options: argparse.Namespace, dtype: str) -> list[Row]:
     composed.unmerge()
     theirs.unmerge_adapter()
     mine, other = changed(ours, before), changed(theirs, before)
+    kept: list[torch.Tensor] = []
     contestants = {
         "addmm": Contestant(
             lambda: add_in_place(plain, delta, 1), after=lambda: add_in_place(plain, delta, -1)
         ),
         "opendelta": Contestant(composed.merge, after=composed.unmerge),
         "peft": Contestant(theirs.merge_adapter, after=theirs.unmerge_adapter),
+        "by_hand": Contestant(lambda: kept.extend(add_beside(plain, delta)), after=kept.clear),
     }
     times = harness.race(contestants, options)
     linears = f"{len(before)} linears, {dtype}"
