@@ -302,7 +302,7 @@ def _value_of(
 def _check_frozen(path: Path, entries: Sequence[tuple[dict[str, Any], Delta]]) -> None:
     """Raise if a name in `frozen` is no parameter of its delta."""
     for fact, delta in entries:
-        names = {name for name, _ in delta.named_parameters(fact["name"])}
+        names = {n for n, _ in delta.named_parameters(fact["name"])} if fact["frozen"] else ()
         if strangers := [name for name in fact["frozen"] if name not in names]:
             raise DeltaLoadError(
                 f"{path}: frozen names {strangers[0]!r}, which is no parameter of {fact['name']!r}"
