@@ -7,13 +7,14 @@ from typing import Any
 
 from torch import nn
 
-from . import checkpoint, hub, interop
+from . import hub, interop
 from .delta import Delta
 from .errors import DeltaLoadError, OptionError
 from .folder import read_config
 from .interop import legacy
 from .options import DeltaConfig
 from .registry import method
+from .source import configs_of
 
 
 class AutoDeltaConfig:
@@ -58,7 +59,7 @@ class AutoDeltaConfig:
                 f"{folder} is another library's, whose options are ours only once they are on a "
                 "model: use AutoDeltaModel.from_finetuned(folder, model).config"
             )
-        configs = checkpoint.configs_of(folder, read_config(folder))
+        configs = configs_of(folder, read_config(folder))
         if len(configs) > 1:
             raise DeltaLoadError(
                 f"{finetuned_delta_path} holds {len(configs)} deltas, so it has no single config; "

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import os
 import warnings
 from collections import ChainMap
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import comparing, fingerprint, interop, planning, sharding
+from . import comparing, fingerprint, planning, sharding
 from . import folder as files
 from .addressing import Survey, ancestors, survey
-from .comparing import Stored, compare
+from .comparing import compare
 from .delta import Delta
 from .errors import (
     DeltaError,
@@ -26,13 +24,13 @@ from .errors import (
     OptionError,
     UncheckedWarning,
     UnsavedWarning,
-    shown,
 )
 from .freezing import backbone_tensors
 from .options import DeltaConfig
 from .order import free_name, known_records
 from .record import SLOT
 from .registry import method
+from .source import Source, opened
 
 
 # ------------------------------------------------------------------------------------------- saving
@@ -147,7 +145,7 @@ def load(
     path = Path(folder)
     if not isinstance(model, nn.Module):
         raise OptionError(f"backbone_model must be a torch.nn.Module, not {model!r}")
-    with planning.uncollected(), _opened(path, model) as source:
+    with planning.uncollected(), opened(path, model) as source:
         facts, configs = source.facts, source.configs
         if expected is not None:
             _check_type(path, configs, expected)
@@ -167,53 +165,6 @@ def load(
     if check_backbone and "unchecked" in facts:
         warnings.warn(f"{path}: {facts['unchecked']}", UncheckedWarning, stacklevel=4)
     return deltas, source
-
-
-@dataclass(frozen=True)
-class Source:
-    """What a folder says, and its tensors by name, of which those in our own files stay on disk.
-
-    Attributes:
-        verify: raises if the tensors are not those that were saved.
-    """
-
-    facts: dict[str, Any]
-    configs: list[DeltaConfig]
-    tensors: Mapping[str, Any]
-    verify: Callable[[], None]
-
-    @property
-    def saved_from(self) -> str | None:
-        """The class of the model that the deltas were on."""
-        name = self.facts.get("backbone_class")
-        return name if isinstance(name, str) else None
-
-    def other_config(self, model: nn.Module) -> dict[str, tuple[Any, Any]]:
-        """{setting of the model that the deltas were on: (its value there, that in `model`)}."""
-        then, now = self.facts.get("backbone_config"), fingerprint.described(model)
-        then = then if isinstance(then, dict) else {}
-        both = [key for key in now if key in then]
-        return {key: (then[key], now[key]) for key in both if then[key] != now[key]}
-
-
-@contextlib.contextmanager
-def _opened(path: Path, model: nn.Module) -> Iterator[Source]:
-    reader = interop.reader_of(path)
-    if reader is not None:
-        try:
-            facts, tensors = reader.translate(path, model)
-        except DeltaLoadError:
-            raise
-        except Exception as error:  # whatever stands where the reader looks for something else
-            kind = "" if isinstance(error, DeltaError) else f"{type(error).__name__}: "
-            raise DeltaLoadError(f"{path} is damaged, or no delta: {kind}{error}") from error
-        facts["fingerprint"] = {}
-        yield Source(facts, configs_of(path, facts), tensors, lambda: None)
-        return
-    with files.open_folder(path) as (facts, weights, file):
-        stored = {key: Stored(weights, key) for key in weights.keys()}  # noqa: SIM118
-        verify = functools.partial(files.check_digest, path, facts, file)
-        yield Source(facts, configs_of(path, facts), stored, verify)
 
 
 def _check_type(path: Path, configs: Sequence[DeltaConfig], expected: type[Delta]) -> None:
@@ -345,59 +296,3 @@ def _check_backbone(
             UncheckedWarning,
             stacklevel=5,
         )
-
-
-def configs_of(folder: Path, facts: dict[str, Any]) -> list[DeltaConfig]:
-    """The options of the deltas in a folder's JSON.
-
-    Raises:
-        DeltaLoadError: it says what no delta can be.
-    """
-    where = folder / files.CONFIG
-    if not _are_names(facts.get("backbone_tensors")):
-        raise DeltaLoadError(f"{where}: backbone_tensors must be a list of names")
-    if not fingerprint.is_fingerprint(facts.get("fingerprint")):
-        raise DeltaLoadError(f"{where}: fingerprint must hold a shape and values of each weight")
-    given = facts.get("deltas")
-    if not isinstance(given, list) or not given:
-        raise DeltaLoadError(f"{where}: deltas must be a list of at least one")
-    configs = [_config(where, fact) for fact in given]
-    names = [fact["name"] for fact in given]
-    if len(set(names)) < len(names):
-        raise DeltaLoadError(f"{where}: two deltas have the same name: {shown(names)}")
-    return configs
-
-
-FACTS = {"delta_type": str, "name": str, "active": bool, "frozen": list, "options": dict}
-
-
-def _config(where: Path, fact: Any) -> DeltaConfig:
-    if not isinstance(fact, dict) or fact.keys() - {"scale"} != FACTS.keys():
-        raise DeltaLoadError(f"{where}: each of deltas must have just {', '.join(FACTS)}")
-    for key, kind in FACTS.items():
-        if not isinstance(fact[key], kind):
-            raise DeltaLoadError(f"{where}: {key}={shown(fact[key])} must be a {kind.__name__}")
-    if not isinstance(fact.get("scale", 1.0), float):
-        raise DeltaLoadError(f"{where}: scale={shown(fact['scale'])} must be a float")
-    if not _are_names(fact["frozen"]):
-        raise DeltaLoadError(f"{where}: frozen must be a list of names")
-    if pattern := next(_patterns(fact["options"].values()), None):
-        raise DeltaLoadError(
-            f"{where}: {shown(pattern)} is a pattern, where a saved delta has full names"
-        )
-    try:
-        options = {**fact["options"], "name": fact["name"]}
-        return method(fact["delta_type"]).config_class.from_dict(options)
-    except OptionError as error:
-        raise DeltaLoadError(f"{where}: {error}") from None
-
-
-def _patterns(values: Iterable[Any]) -> Iterator[str]:
-    """The regular expressions in options: they may take forever, and are never run."""
-    for value in values:
-        names = value if isinstance(value, list | dict) else [value]
-        yield from (name for name in names if isinstance(name, str) and name.startswith("[r]"))
-
-
-def _are_names(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)

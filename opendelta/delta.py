@@ -15,7 +15,7 @@ from . import compiling, freezing, inspection, merging, planning, sharding, site
 from .addressing import Survey, as_list, survey
 from .bases import DeltaLayer
 from .errors import DeltaError, OptionError, SiteError, shown
-from .options import LARGEST, DeltaConfig
+from .options import DeltaConfig, check_scaling
 from .order import HANDLES, check_root, free_name, known_records, neighbour, renumber
 from .record import SLOT, Record, Shared
 from .registry import register
@@ -198,9 +198,7 @@ class Delta:
     @scale.setter
     def scale(self, scale: float) -> None:
         what = f"{self.name!r}.scale={shown(scale)}"
-        number = isinstance(scale, int | float) and not isinstance(scale, bool)
-        if not number or not abs(scale) <= LARGEST:
-            raise OptionError(f"{what} must be a number from -{LARGEST:g} to {LARGEST:g}")
+        check_scaling(what, scale)
         if not self.layer_for(self.config).scales and scale != 1:
             raise OptionError(
                 f"{what}: {type(self).__name__} does not add to an output, so nothing is there to "

@@ -137,9 +137,8 @@ class DeltaConfig:
                 raise OptionError(f"{where} must be at least {limits['minimum']}")
             if "below" in limits and number is not None and not number < limits["below"]:
                 raise OptionError(f"{where} must be below {limits['below']}")
-            scales = "float" in str(hint) and isinstance(number, int | float)
-            if scales and not -LARGEST <= number <= LARGEST:
-                raise OptionError(f"{where} must be a number between {-LARGEST:g} and {LARGEST:g}")
+            if "float" in str(hint) and isinstance(number, int | float):
+                check_scaling(where, number)
 
     @classmethod
     def option_names(cls) -> list[str]:
@@ -174,6 +173,16 @@ class DeltaConfig:
     def to_dict(self) -> dict[str, Any]:
         """`delta_type` and all options by name, as JSON can hold them."""
         return {"delta_type": self.delta_type, **dataclasses.asdict(self)}
+
+
+def check_scaling(what: str, number: Any) -> None:
+    """Raise unless `number` is one that values can be multiplied by.
+
+    Args:
+        what: it, for the message.
+    """
+    if not _fits(number, float) or not abs(number) <= LARGEST:
+        raise OptionError(f"{what} must be a number between {-LARGEST:g} and {LARGEST:g}")
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import checkpoint, hub, interop
+from .. import hub, interop
 from ..errors import DeltaLoadError
 from ..interop import _files as others
 from ..record import SLOT
 from ..registry import METHODS
+from ..source import opened
 
 SET_ELSEWHERE = ("modified_modules", "modules_to_save", "unfrozen_modules")
 NO_OPTIONS = {  # of other libraries' files
@@ -63,7 +64,7 @@ def contents(given: str, values: bool = False) -> Contents:
     size = sum(file.stat().st_size for file in folder.glob("*") if file.is_file())
     if reader is not None:
         return _foreign(given, folder, reader.__name__.rpartition(".")[2], size)
-    with checkpoint._opened(folder, nn.Module()) as source:
+    with opened(folder, nn.Module()) as source:
         source.verify()
         facts, tensors = source.facts, source.tensors
         shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
