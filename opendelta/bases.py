@@ -59,7 +59,8 @@ class DeltaLayer(nn.Module):
         paired: `modified_modules` come in pairs: where a branch starts, and where it ends.
         sees_module: the `call` of its forward has `.module` and `.params()`: see `Beneath`.
         gates_itself: its own equation heeds `self.gate`.
-        scales: its own equation heeds `self.strength()`.
+        scales: its own equation heeds `self.strength()`. A subclass with a forward or a fold of its
+            own says so anew.
         runs_as_factors: it computes just what its factors say, beside a linear module.
         gate_width: width of what its gate reads, where that is neither in- nor output of a weight.
         identity: whether it changes nothing at the start.
@@ -79,6 +80,11 @@ class DeltaLayer(nn.Module):
     why_not: ClassVar[str] = ""
     record: Record
     gate: Gate | None
+
+    def __init_subclass__(cls) -> None:
+        own = vars(cls)
+        if "scales" not in own and ("forward" in own or "fold" in own):
+            cls.scales = False
 
     def __init__(self) -> None:
         super().__init__()

@@ -482,3 +482,20 @@ def test_a_scale_in_a_file_is_a_number(model, lora, tmp_path, scale):
     with pytest.raises(DeltaLoadError, match=r"scale="):
         opendelta.load(tmp_path, model)
     assert opendelta.composition(model).names == []
+
+
+def test_a_layer_that_computes_by_itself_has_no_scale_unless_it_says_so(model):
+    class Twice(AdapterModel.layer_class):
+        def forward(self, call, *args, **kwargs):
+            return 2 * call(*args, **kwargs)
+
+    class Heeding(Twice):
+        scales = True
+
+    class More(Heeding):
+        pass
+
+    assert AdapterModel.layer_class.scales
+    assert not Twice.scales
+    assert Heeding.scales
+    assert More.scales

@@ -65,6 +65,7 @@ class InputAdapterLayer(AdapterLayer):
 
     kinds = ("norm",)
     gates_itself = True
+    scales = True
 
     def forward(self, call: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         h, x = call(*args, **kwargs), first_input(args, kwargs)

@@ -26,7 +26,6 @@ class DoraLayer(LoraLayer):
 
     kinds = ("linear", "conv2d")
     flow = "after"
-    scales = False
     sees_module = True
 
     def __init__(self, site: Site, config: LoraConfig) -> None:

@@ -37,6 +37,8 @@ class LoReftLayer(OutputLayer):
     R is the Q of the QR decomposition of what is trained. W starts as R and b as 0.
     """
 
+    scales = True
+
     def __init__(self, site: Site, config: LoReftConfig) -> None:
         super().__init__()
         self.width, self.first, self.last = site.out_features, config.first, config.last
