@@ -88,7 +88,7 @@ class DeltaLayer(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.gate = None
+        self.__dict__["gate"] = None  # past nn.Module, which looks long at each attribute
 
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """The equation around `call`, the module's own forward with all layers beneath this one."""
@@ -205,15 +205,19 @@ class WeightLayer(DeltaLayer):
     kinds: tuple[str, ...] = ("linear",)
     flow = "beside"
     scales = True
+    kind: Kind
+    dropout: float
 
     def __init__(self, site: Site, dropout: float = 0.0) -> None:
         super().__init__()
         assert site.kind is not None
-        self.kind: Kind = site.kind
-        self.dropout = dropout if site.kind.name != "embedding" else 0.0
-        cls = type(self)
+        cls, name = type(self), site.kind.name
         common = cls.forward is WeightLayer.forward and cls.product is WeightLayer.product
-        self.runs_as_factors = common and site.kind.name == "linear"
+        self.__dict__.update(
+            kind=site.kind,
+            dropout=dropout if name != "embedding" else 0.0,
+            runs_as_factors=common and name == "linear",
+        )
 
     def delta_weight(self) -> Tensor:
         """D, the change of the weight [out_features, in_features]."""
