@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import comparing, fingerprint, planning, sharding
+from . import comparing, fingerprint, merging, planning, sharding
 from . import folder as files
 from .addressing import Survey, ancestors, survey
 from .comparing import compare
@@ -39,6 +39,7 @@ def save(deltas: Sequence[Delta], folder: str | os.PathLike) -> None:
     """Write deltas of one backbone into `folder`, in this order, with all of their state."""
     files.check_free(Path(folder))
     found = survey(deltas[0].backbone_model)
+    merging.check_unrouted(found, "cannot save")
     backbone = _backbone_part(found, deltas)
     tensors = {**backbone, **{k: t for delta in deltas for k, t in delta.state_dict().items()}}
     whole = {name: sharding.full(tensor.detach()) for name, tensor in tensors.items()}

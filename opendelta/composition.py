@@ -103,6 +103,12 @@ class Composition:
     def _not_attached(self, given: str | Delta, attached: Collection[str]) -> str:
         """That no such delta is attached, and what to do."""
         name = given.name if isinstance(given, Delta) else given
+        if isinstance(given, Delta) and name in attached:
+            return (
+                f"this {name!r} is a delta of another model, such as the one that this "
+                f"{type(self.model).__name__} is a copy of: give its name, or the handle "
+                f"composition(model)[{name!r}]"
+            )
         text = f"no delta {name!r} is attached to {type(self.model).__name__}; "
         for record in known_records(survey(self.model)):
             own = not isinstance(given, Delta) or given.record is record
@@ -139,7 +145,10 @@ class Composition:
 
     @contextlib.contextmanager
     def only(self, *names: str | Delta) -> Iterator[Composition]:
-        """Let just these deltas act inside a `with` block; none of them: the plain backbone."""
+        """Let just these deltas act inside a `with` block; none of them: the plain backbone.
+
+        With activation checkpointing call `backward()` inside, as it runs the model again.
+        """
         known = freezing.all_inside(self.model)
         records = self._records() if known is None else known
         chosen = self._named(names, records)

@@ -78,6 +78,7 @@ def shared_copy(model: Module) -> Module:
 def to_backbone(model: Module) -> Module:
     """A plain model whose weights hold all that acts on `model`; see `Composition.to_backbone`."""
     found = survey(model)
+    merging.check_unrouted(found, "cannot make a plain model")
     merging.check_whole(found)
     copied = shared_copy(model)
     fresh = survey(copied)

@@ -15,7 +15,7 @@ from . import compiling, freezing, inspection, merging, planning, sharding, site
 from .addressing import Survey, as_list, survey
 from .bases import DeltaLayer
 from .errors import DeltaError, OptionError, SiteError, shown
-from .options import DeltaConfig, check_scaling
+from .options import DeltaConfig, as_scaling
 from .order import HANDLES, check_root, free_name, known_records, neighbour, renumber
 from .record import SLOT, Record, Shared
 from .registry import register
@@ -136,9 +136,9 @@ class Delta:
         if not hasattr(self, "record"):
             return f"{type(self).__name__}(refused)"
         count = sum(p.numel() for p in self.parameters())
+        trains = any(p.requires_grad for p in self.parameters())
         state = ["attached" if self.attached else "detached"]
-        state.append("active" if self.active else "disabled")
-        state.append("trainable" if any(p.requires_grad for p in self.parameters()) else "frozen")
+        state += ["active" if self.active else "disabled", "trainable" if trains else "frozen"]
         return (
             f"{type(self).__name__}({self.name!r} on {type(self.backbone_model).__name__}: "
             f"{len(self.layers)} modules, {count:,} parameters, {', '.join(state)})"
@@ -198,16 +198,16 @@ class Delta:
     @scale.setter
     def scale(self, scale: float) -> None:
         what = f"{self.name!r}.scale={shown(scale)}"
-        check_scaling(what, scale)
-        if not self.layer_for(self.config).scales and scale != 1:
+        scale = as_scaling(what, scale)
+        layer_class = self.layer_for(self.config)
+        if not layer_class.scales and scale != 1:
             raise OptionError(
-                f"{what}: {type(self).__name__} does not add to an output, so nothing is there to "
-                "multiply; scale is for LoRA, adapters and others that do"
+                f"{what}: a {layer_class.__name__} does not just add to an output, so there is no "
+                "one thing to multiply; LoRA without use_dora, adapters and others that add have it"
             )
         if scale != self.record.scale:
             merging.check_apart(self.record, "cannot scale")
-        self.record.scale = float(scale)
-        self.record.scale_tensor.fill_(scale)
+        self.record.set_scale(scale)
 
     # ------------------------------------------------------- attaching, detaching
     def _prepare(self, found: Survey, config: DeltaConfig, values: planning.Values = "new") -> None:

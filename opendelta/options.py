@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import numbers
 import types
 import typing
 from collections.abc import Collection, Sequence
@@ -138,7 +139,7 @@ class DeltaConfig:
             if "below" in limits and number is not None and not number < limits["below"]:
                 raise OptionError(f"{where} must be below {limits['below']}")
             if "float" in str(hint) and isinstance(number, int | float):
-                check_scaling(where, number)
+                as_scaling(where, number)
 
     @classmethod
     def option_names(cls) -> list[str]:
@@ -175,14 +176,19 @@ class DeltaConfig:
         return {"delta_type": self.delta_type, **dataclasses.asdict(self)}
 
 
-def check_scaling(what: str, number: Any) -> None:
-    """Raise unless `number` is one that values can be multiplied by.
+def as_scaling(what: str, number: Any) -> float:
+    """A number that values can be multiplied by, Python's or numpy's.
 
     Args:
         what: it, for the message.
+
+    Raises:
+        OptionError: it is none.
     """
-    if not _fits(number, float) or not abs(number) <= LARGEST:
+    real = isinstance(number, numbers.Real) and not isinstance(number, bool)
+    if not real or not abs(number) <= LARGEST:
         raise OptionError(f"{what} must be a number between {-LARGEST:g} and {LARGEST:g}")
+    return float(number)
 
 
 def _fits(value: Any, hint: Any) -> bool:

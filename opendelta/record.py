@@ -71,3 +71,8 @@ class Record:
         default_factory=lambda: torch.ones((), dtype=torch.float32, device="cpu")
     )
     merged: int = 0
+
+    def set_scale(self, scale: float) -> None:
+        """Set the number and the tensor."""
+        self.scale = scale
+        self.scale_tensor.fill_(scale)

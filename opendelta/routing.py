@@ -30,6 +30,7 @@ from .rows import Cells, Groups, Once, Rows, ShapeError, cut, joined
 
 if TYPE_CHECKING:
     from .delta import Delta
+    from .record import Record
     from .site import Stack
 
 SILENT = (SharedTensors, LabelsLayer)  # they compute nothing
@@ -327,15 +328,17 @@ def _stacked(pairs: Sequence[LowRank | None]) -> tuple[Tensor, Tensor, float]:
 # ---------------------------------------------------------------------------------------- the verb
 @contextlib.contextmanager
 def route(
-    model: nn.Module, rows: Sequence[str | Delta | Collection[str | Delta] | None]
+    model: nn.Module,
+    rows: Sequence[str | Delta | Collection[str | Delta] | None],
+    repeats: int = 1,
 ) -> Iterator[Composition]:
     """Let each row of a batch take its own deltas inside a `with` block, in training too.
 
     Row i is computed as if just the deltas of `rows[i]` were enabled, in the composition's order,
     and its gradients reach just those. A row is a row of axis 0 of what goes into each module with
-    deltas. A batch may have a multiple of the rows, each repeated in its place, as `generate()`
-    makes of several beams or sequences. The model's own forward runs once for all rows, as far as
-    the deltas leave what goes into their modules as it is.
+    deltas: a module that takes the sequence first, as torch's do by default, is not for it. The
+    model's own forward runs once for all rows, as far as the deltas leave what goes into their
+    modules as it is.
 
     A delta that is disabled outside is enabled for the rows that name it; one that is switched off
     inside acts on no row. Another `route` inside takes the place of this one until it ends. Like
@@ -345,6 +348,8 @@ def route(
     Args:
         rows: for each row the names or handles of its attached deltas, or just one; [] or None is
             the plain backbone.
+        repeats: how many rows in a row a batch may have for each of those too: `num_beams` or
+            `num_return_sequences` of `generate()`, whichever is more.
 
     Raises:
         DeltaError: no such delta is attached; one is merged, and not all rows take it; or one
@@ -360,6 +365,8 @@ def route(
         >>> with opendelta.route(model, ["fr", ["fr", "de"], None]):
         ...     out = model(torch.ones(3, 8))
     """
+    if not isinstance(repeats, int) or repeats < 1:
+        raise DeltaError(f"route(repeats={repeats!r}) must be a whole number of at least 1")
     composed = Composition(model)
     records = composed._records()
     lists = _as_lists(rows)
@@ -370,22 +377,47 @@ def route(
         if any(record not in row for row in taken):
             merging.check_apart(record, "cannot route rows around")
     names = [frozenset(record.name for record in row) for row in taken]
-    shared = Rows(names, frozenset(record.name for record in records))
+    shared = Rows(names, frozenset(record.name for record in records), repeats)
     found = survey(model)
     before = [(record, record.active) for record in records]
     around = {name for site in found.stacks for name in ("", *ancestors(site)) if name != site}
     kept = [(stack, stack.routed) for stack in found.stacks.values()]
+    for record in records:
+        record.active = record in chosen
+    for where, stack in found.stacks.items():
+        stack.__dict__["routed"] = Routed(where, shared, where in around)
     try:
-        for record in records:
-            record.active = record in chosen
         for where, stack in found.stacks.items():
-            routed = stack.__dict__["routed"] = Routed(where, shared, where in around)
-            routed.check(stack, found.modules[where])
+            stack.routed.check(stack, found.modules[where])  # type: ignore[union-attr]
         yield composed
     finally:
+        _leave(shared, kept, before)
+
+
+def _leave(
+    own: Rows, kept: list[tuple[Stack, Routed | None]], before: list[tuple[Record, bool]]
+) -> None:
+    """End a block: everything is as before it.
+
+    Args:
+        own: what the block set up.
+        kept: the stacks, and what they followed before.
+        before: the deltas, and whether they acted before.
+
+    Raises:
+        DeltaError: a block inside has not ended. Nothing is routed then.
+    """
+    now = [stack.routed for stack, _ in kept]
+    if any(now) or not kept:  # or else a block around, which ended first, has put all back
         for record, active in before:
             record.active = active
-        for stack, outer in kept:
+    in_order = all(routed is not None and routed.rows is own for routed in now)
+    for stack, outer in kept:
+        stack.__dict__.pop("routed", None)  # not None: as it was, for what is compiled
+        if in_order and outer is not None:
             stack.__dict__["routed"] = outer
-            if outer is None:
-                del stack.__dict__["routed"]  # as it was, for what is compiled
+    if not in_order:
+        raise DeltaError(
+            "blocks of route() must end in the reverse of the order in which they began; now no "
+            "row is routed. Give each task its own opendelta.shared_copy(model)"
+        )

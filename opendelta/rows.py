@@ -52,10 +52,11 @@ class Rows:
     Args:
         names: of the deltas that each row takes.
         known: the names of all deltas that rows can take; others act on all rows.
+        repeats: how many rows in a row a batch may have for each of those.
     """
 
-    def __init__(self, names: list[frozenset[str]], known: frozenset[str]) -> None:
-        self.names, self.known = names, known
+    def __init__(self, names: list[frozenset[str]], known: frozenset[str], repeats: int) -> None:
+        self.names, self.known, self.repeats = names, known, repeats
         self.found: dict[tuple, Groups] = {}
 
     def takers(self, name: str) -> list[bool]:
@@ -66,7 +67,7 @@ class Rows:
         """The rows of `x` by what they take of the acting layers.
 
         Raises:
-            SiteError: it has another number of rows than there are, or than a multiple of it.
+            SiteError: it has another number of rows than there are, repeated or not.
         """
         names = [layer.record.name for layer in acting]
         if torch.compiler.is_compiling():
@@ -82,12 +83,13 @@ class Rows:
     def _grouped(
         self, names: Sequence[str], batch: int, device: torch.device, where: str
     ) -> Groups:
-        times = batch // len(self.names)
-        if not times or times * len(self.names) != batch:
+        times = 1 if batch == len(self.names) else self.repeats
+        if times * len(self.names) != batch:
+            wanted = f"{len(self.names)} rows" + f" x {self.repeats}" * (self.repeats > 1)
             raise SiteError(
-                f"route() was given {len(self.names)} rows, but the input of {called(where)} has "
-                f"{batch} on its first axis; it takes one entry a row (generate() with beams or "
-                "several sequences a row runs a multiple of them)"
+                f"route() was given {wanted}, but the input of {called(where)} has {batch} on its "
+                "first axis, where the rows of the batch must be. For generate() with beams, or "
+                "several sequences a row, give repeats=; for other inputs leave that module out"
             )
         paths: dict[tuple[int, ...], list[int]] = {}
         takers = [self.takers(name) for name in names]

@@ -176,7 +176,7 @@ def test_any_rows_over_loras(data):
         layers = [composition(model)[name].layers["0"] for name in chosen]
         W = weight + sum(ly.scaling * ly.lora_B @ ly.lora_A for ly in layers)
         expected.append(x[index] @ W.T + model[0].bias)
-    with opendelta.route(model, rows):
+    with opendelta.route(model, rows, repeats=times):
         found = model(x)
         with torch.no_grad():
             torch.testing.assert_close(model(x), found)
@@ -230,7 +230,7 @@ def test_generate_takes_rows_with_their_beams(family, options):
         )  # fmt: skip
         return torch.stack(out.scores, 1)
 
-    with opendelta.route(model, rows):
+    with opendelta.route(model, rows, repeats=options.get("num_beams", 1)):
         found = scores(model, {"ids": ids})
     expected = each_alone(model, rows, {"ids": ids}, scores)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
@@ -443,10 +443,50 @@ def test_the_number_of_rows_is_that_of_the_batch_or_of_repeated_rows(two):
             model(x)
         with pytest.raises(SiteError, match=r"given 2 rows, .* has 1 on"):
             model(x[:1])
+        with pytest.raises(SiteError, match=r"given 2 rows, .* has 4 on .*repeats="):
+            model(x[[0, 1, 2, 0]])
+    with opendelta.route(model, ["fr", "de"], repeats=2):
+        with pytest.raises(SiteError, match=r"given 2 rows x 2, .* has 6 on"):
+            model(x[[0, 1, 2, 0, 1, 2]])
+        assert model(x[:2]).shape[0] == 2
         found = model(x[[0, 1, 2, 0]])
+    with pytest.raises(DeltaError, match="repeats=0"), opendelta.route(model, ["fr"], repeats=0):
+        pass
     torch.testing.assert_close(
         found, rows_alone(model, ["fr", "fr", "de", "de"], x[[0, 1, 2, 0]]), atol=1e-6, rtol=1e-5
     )
+
+
+def test_nothing_is_saved_or_made_plain_inside(two, tmp_path):
+    model, _ = two
+    composed = composition(model)
+    composed["fr"].freeze_module()
+    with opendelta.route(model, ["fr", "de"]):
+        for action in (
+            lambda: composed.save(tmp_path / "all"),
+            lambda: composed["fr"].save_finetuned(tmp_path / "one"),
+            composed.to_backbone,
+        ):
+            with pytest.raises(DeltaError, match=r"^cannot .* inside opendelta\.route\(\)"):
+                action()
+    assert not any(tmp_path.iterdir())
+    composed.save(tmp_path / "all")
+
+
+def test_blocks_that_end_in_the_wrong_order_are_an_error_and_route_nothing(two):
+    model, x = two
+    composed = composition(model)
+    composed["de"].disable()
+    expected = model(x)
+    outer, inner = opendelta.route(model, ["fr", "de", None]), opendelta.route(model, ["de"] * 3)
+    outer.__enter__()
+    inner.__enter__()
+    for block in (outer, inner):
+        with pytest.raises(DeltaError, match="must end in the reverse of the order"):
+            block.__exit__(None, None, None)
+    assert torch.equal(model(x), expected)
+    assert [delta.active for delta in composed] == [d.name != "de" for d in composed]
+    LoraModel(model, modified_modules=["fc"], name="later")
 
 
 def test_names_that_do_not_fit_change_nothing(two):

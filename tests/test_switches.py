@@ -384,7 +384,7 @@ def test_scale_multiplies_what_a_delta_adds(name, place):
         before = output_of(model, delta, place)
     change = output_of(model, delta, place) - before
     assert change.abs().max() > 1e-3
-    for scale in (np.float64(0.5), -1.0, 3, 0.0):
+    for scale in (np.float32(0.5), -1.0, 3, 0.0):
         delta.scale = scale
         assert delta.scale == scale
         now = output_of(model, delta, place)
@@ -411,7 +411,12 @@ def test_gradients_go_through_the_scale(name, place):
 
 @pytest.mark.parametrize(
     ("name", "place"),
-    [case for case in CASES if METHODS[case[0]].layer_class.fold is not DeltaLayer.fold],
+    [
+        case
+        for case in CASES
+        if METHODS[case[0]].layer_class.fold is not DeltaLayer.fold
+        if case != ("bitfit", "bare")  # that module has no bias to fold into
+    ],
 )
 def test_what_folds_folds_with_its_scale(name, place):
     model, delta = acting(name, place)
@@ -466,7 +471,7 @@ def test_a_scale_is_a_number(model, lora, scale):
 @pytest.mark.parametrize("name", NOT_SCALED)
 def test_methods_that_add_to_no_output_have_no_scale(model, name):
     delta = put(METHODS[name], model, places_of(METHODS[name])[0])
-    with pytest.raises(OptionError, match="does not add to an output"):
+    with pytest.raises(OptionError, match="does not just add to an output"):
         delta.scale = 0.5
     delta.scale = 1
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..bases import DeltaLayer, Params
+from ..bases import DeltaLayer, Params, times
 from ..delta import Delta
 from ..layers import Site
 from ..options import DeltaConfig
@@ -29,6 +29,7 @@ class BitFitLayer(DeltaLayer):
     kinds = ("linear", "conv2d", "norm")
     inside = True
     why_not = "the module has no bias"
+    scales = True
 
     def __init__(self, site: Site, config: BitFitConfig) -> None:
         super().__init__()
@@ -39,14 +40,15 @@ class BitFitLayer(DeltaLayer):
 
     def forward(self, call: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         out = call(*args, **kwargs)
-        return out + self.bias.type_as(out).view(self.axes)
+        return out + times(self.strength(), self.bias).type_as(out).view(self.axes)
 
     @property
     def folds(self) -> bool:
         return super().folds and self.has_bias
 
     def fold(self, params: Params) -> Params:
-        return params | {"bias": (params["bias"] + self.bias).type_as(params["bias"])}
+        bias = params["bias"] + times(self.strength(), self.bias)
+        return params | {"bias": bias.type_as(params["bias"])}
 
 
 class BitFitModel(Delta):
