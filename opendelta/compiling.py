@@ -23,8 +23,9 @@ class LimitFilter(logging.Filter):
             option, limit, function = args[:3]
             raise CompileLimitError(
                 f"torch.compile keeps at most {limit} graphs of {function}, and this set of acting "
-                f"deltas would need another. Set torch._dynamo.config.{option} to more than the "
-                f"number of sets that you switch between, such as {2 * int(str(limit))}"
+                f"deltas would need another. Set torch._dynamo.config.{option} to more, such as "
+                f"{2 * int(str(limit))}: each set that you switch between takes one, and so does "
+                "what else changes, such as a cache"
             )
         return True
 

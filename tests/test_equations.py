@@ -282,3 +282,25 @@ def test_a_forward_builds_no_change_of_the_weights_size(method, options):
     with torch.no_grad(), Made() as made:
         delta.layers["0"].fold(dict(model[0].named_parameters(recurse=False)))
     assert max(made.sizes) >= 64 * 96  # which this would have seen
+
+
+@pytest.mark.parametrize(
+    "sizes", [(16, 32), (32, 16)]
+)  # a product that is computed again, and one kept
+def test_dora_s_gradients_beside_a_bfloat16_weight_are_exact_but_for_its_rounding(sizes):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(*sizes)).bfloat16()
+    options = {"modified_modules": ["0"], "use_dora": True, "dtype": "float32"}
+    layer = shake(LoraModel(model, **options), scale=0.1).layers["0"]
+    x = torch.randn(64, sizes[0]).bfloat16()
+    model(x).float().pow(2).sum().backward()
+
+    exact = {k: p.detach().double().requires_grad_() for k, p in layer.named_parameters()}
+    W, b = (p.detach().double() for p in (model[0].weight, model[0].bias))
+    changed = W + layer.scaling * exact["lora_B"] @ exact["lora_A"]
+    n = exact["lora_magnitude_vector"] / changed.norm(dim=1).detach()
+    (n * (x.double() @ changed.T) + b).pow(2).sum().backward()
+    for name, parameter in layer.named_parameters():
+        assert parameter.grad.dtype == torch.float32
+        error = (parameter.grad.double() - exact[name].grad).norm() / exact[name].grad.norm()
+        assert error < 2e-2, name
