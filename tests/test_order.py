@@ -383,7 +383,7 @@ def test_a_stranger_of_the_same_name_is_not_taken_for_our_own():
     LoraModel(model, modified_modules=["linear"])
     stranger = LoraModel(other, modified_modules=["linear"])
     composition = opendelta.composition(model)
-    with pytest.raises(opendelta.DeltaError, match=r"no delta 'lora' is attached"):
+    with pytest.raises(opendelta.DeltaError, match=r"this 'lora' is a delta of another model"):
         composition.reorder([stranger])
     with pytest.raises(opendelta.DeltaError), composition.only(stranger):
         pass
