@@ -31,24 +31,13 @@ WHY = (
 def parser() -> argparse.ArgumentParser:
     """The options of this script."""
     parsed = harness.parser(__doc__, layers=3, rounds=15)
-    parsed.add_argument("--k", type=harness.numbers, default=[1, 8], help="how many LoRAs: 1,8")
-    parsed.add_argument(
-        "--shapes", type=harness.shapes, default=[(4, 128), (1, 1)], help="batch x tokens"
-    )
-    return parsed
+    return subjects.with_lora_cases(parsed, k=[1, 8], shapes=[(4, 128), (1, 1)])
 
 
 def measure(options: argparse.Namespace) -> list[Row]:
     """A row for each number of LoRAs and each shape."""
-    plain = subjects.llama(options)
-    rows = []
-    for k in options.k:
-        ours, base = subjects.twin(plain), subjects.twin(plain)
-        deltas = subjects.loras(ours, k)
-        theirs = subjects.peft_loras(base, deltas)
-        for shape in options.shapes:
-            rows += compare(options, k, shape, {"plain": plain, "opendelta": ours, "peft": theirs})
-    return rows
+    cases = subjects.lora_cases(options)
+    return [row for case in cases for row in compare(options, *case)]
 
 
 @torch.no_grad()

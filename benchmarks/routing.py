@@ -27,31 +27,21 @@ MUST = {(16, "16x1"): 1.45, (16, "16x16"): 1.08}
 def parser() -> argparse.ArgumentParser:
     """The options of this script."""
     parsed = harness.parser(__doc__, layers=3, rounds=15)
-    parsed.add_argument("--k", type=harness.numbers, default=[16], help="how many LoRAs")
-    parsed.add_argument(
-        "--shapes", type=harness.shapes, default=[(16, 1), (16, 16)], help="batch x tokens"
-    )
-    return parsed
+    return subjects.with_lora_cases(parsed, k=[16], shapes=[(16, 1), (16, 16)])
 
 
 @torch.no_grad()
 def measure(options: argparse.Namespace) -> list[Row]:
     """A row for each number of LoRAs and each shape."""
-    plain = subjects.llama(options)
-    rows = []
-    for k in options.k:
-        ours, base = subjects.twin(plain), subjects.twin(plain)
-        deltas = subjects.loras(ours, k)
-        theirs = subjects.peft_loras(base, deltas)
-        for shape in options.shapes:
-            rows += compare(options, k, shape, plain, ours, theirs)
-    return rows
+    cases = subjects.lora_cases(options)
+    return [row for case in cases for row in compare(options, *case)]
 
 
 def compare(
-    options: argparse.Namespace, k: int, shape: tuple[int, int], plain: Any, ours: Any, theirs: Any
+    options: argparse.Namespace, k: int, shape: tuple[int, int], models: dict[str, Any]
 ) -> list[Row]:
     """The rows of k LoRAs at one shape."""
+    plain, ours, theirs = (models[name] for name in ("plain", "opendelta", "peft"))
     x, case = subjects.embeddings(options, shape), "x".join(map(str, shape))
     names = [subjects.names(k)[row % k] for row in range(shape[0])]
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import copy
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import harness
 import numpy
 import peft
 import torch
@@ -166,3 +167,28 @@ def check_equal(
     difference = (one - other).abs().max().item()
     if not difference <= TOLERANCE[computed] * largest:
         raise RuntimeError(f"{what}: they differ by {difference:.1e} of {largest:.1e}")
+
+
+def with_lora_cases(
+    parsed: argparse.ArgumentParser, k: list[int], shapes: list[tuple[int, int]]
+) -> argparse.ArgumentParser:
+    """`parsed` with the options that `lora_cases` reads, and what they are by default."""
+    parsed.add_argument("--k", type=harness.numbers, default=k, help="how many LoRAs, such as 1,8")
+    help = "batch x tokens, such as 1x1,4x128"
+    parsed.add_argument("--shapes", type=harness.shapes, default=shapes, help=help)
+    return parsed
+
+
+def lora_cases(
+    options: argparse.Namespace,
+) -> Iterator[tuple[int, tuple[int, int], dict[str, Any]]]:
+    """For each number of LoRAs and each shape: both, and the models {"plain", "opendelta", "peft"}.
+
+    The last two have the same LoRAs on every linear module.
+    """
+    plain = llama(options)
+    for k in options.k:
+        ours, base = twin(plain), twin(plain)
+        theirs = peft_loras(base, loras(ours, k))
+        for shape in options.shapes:
+            yield k, shape, {"plain": plain, "opendelta": ours, "peft": theirs}

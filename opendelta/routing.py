@@ -101,18 +101,7 @@ class Routed:
             )
 
     # ------------------------------------------------------------------------------- running
-    def around(
-        self,
-        stack: Stack,
-        acting: list[DeltaLayer],
-        call: Callable[..., Any],
-        module: nn.Module,
-        raw: bool,
-    ) -> Callable[..., Any]:
-        """`call`, the forward of `module`, with each row's own of the acting layers around it."""
-        return functools.partial(self._run, stack, _computing(acting), call, module, raw)
-
-    def _run(
+    def run(
         self,
         stack: Stack,
         acting: list[DeltaLayer],
@@ -123,6 +112,8 @@ class Routed:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
+        """`call`, the forward of `module`, with each row's own of the acting layers around it."""
+        acting = _computing(acting)
         if not acting:
             return call(*args, **kwargs)
         if "_is_replica" in module.__dict__:

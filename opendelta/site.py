@@ -104,7 +104,7 @@ class Stack(nn.ModuleDict):
         """
         acting = self._acting()
         if self.routed is not None:
-            return self.routed.around(self, acting, call, module, raw)
+            return functools.partial(self.routed.run, self, acting, call, module, raw)
         return self.onion(acting, call, module, raw)
 
     def onion(
