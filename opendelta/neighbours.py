@@ -44,8 +44,7 @@ class Frozen:
     """
 
     def __init__(self) -> None:
-        self.runs: dict[tuple, tuple[list[LowRank], int]] = {}
-        self.scales: dict[tuple, list[float]] = {}
+        self.runs: dict[tuple, tuple[list[float], list[LowRank], int]] = {}
         self.sources: list[tuple[Tensor, int]] = []
         self.made: tuple[list[Any], Any] = [], None
 
@@ -57,20 +56,21 @@ class Frozen:
         """
         key = tuple([id(layer) for layer in acting[start:]])
         scales = [layer.record.scale for layer in acting[start:]]
-        if self.scales.get(key) != scales:
+        if key not in self.runs or self.runs[key][0] != scales:
             run = pairs(acting, start)
             if any(pair.dropout for pair in run) or "_is_replica" in acting[start].__dict__:
                 return run, len(run)
             whole = [LowRank(*map(_values, side_by_side(run)))] if run else run
-            self.runs[key], self.scales[key] = (whole, len(run)), scales
-            tensors = [p for layer in acting[start : start + len(run)] for p in layer.parameters()]
+            joined = acting[start : start + len(run)] if key not in self.runs else ()
+            tensors = [p for layer in joined for p in layer.parameters()]
             self.sources += [(p, p._version) for p in tensors if not p.is_inference()]
+            self.runs[key] = scales, whole, len(run)
         if torch.is_grad_enabled() and any(p.requires_grad for p, _ in self.sources):
             raise DeltaError(
                 "frozen() keeps copies of the deltas' tensors, which no gradient reaches: run the "
                 "model under torch.no_grad() inside it, or train outside of it"
             )
-        return self.runs[key]
+        return self.runs[key][1:]
 
     def once(self, parts: list[Any], make: Callable[[list[Any]], Any]) -> Any:
         """What `make` gives for `parts`, which `run` keeps; made anew for other parts only."""
