@@ -26,10 +26,11 @@ import opendelta
 
 MUST = {"float32": 1.5, "bfloat16": 3}
 WHY = (
-    "the old weights are kept, so that unmerging is exact, and the new ones need as much memory "
-    "again, whose pages the system gives and clears first unless the allocator kept them from the "
-    "last round: by hand is addmm into new memory with nothing else; what comes on top sees that "
-    "all values are finite, and sums the bits, by which unmerging knows that nothing changed since"
+    "the old weights stay as they are, so that unmerging is exact and a shared_copy of the model "
+    "does not change, and the new ones need as much memory again, whose pages the system gives and "
+    "clears first unless the allocator kept them from the last round: by hand is addmm into new "
+    "memory with nothing else; what comes on top sees that all values are finite, and sums the "
+    "bits, by which unmerging knows that nothing changed since"
 )
 
 

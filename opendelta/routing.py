@@ -125,8 +125,7 @@ class Routed:
         if len(grouped.groups) == 1:
             path = [acting[index] for index in grouped.groups[0].path]
             return stack.onion(path, call, module, raw)(*args, **kwargs)
-        whole: list[Any] = []
-        runs = _runs(stack, acting, grouped, x)
+        runs, whole = _runs(stack, acting, grouped, x), []
         if runs is not None:
             out = call(*args, **kwargs)
             if type(out) is Tensor and out.dtype == x.dtype and out.is_contiguous():
@@ -135,14 +134,13 @@ class Routed:
         within: list[Any] = [layer for layer in acting if isinstance(layer, PrefixLayer)]
         if within:  # they know all rows; see `opened`
             call = stack.onion(within, call, module, raw)
+        once = Once(call, (args, kwargs), len(grouped.of_row), whole)
+        why = "has other deltas inside" if self.holds_sites else ""
+        why = "has a prefix inside" if within else why
         paths = [[acting[index] for index in group.path] for group in grouped.groups]
         paths = [[layer for layer in path if layer not in within] for path in paths]
-        once = Once(call, (args, kwargs), len(grouped.of_row), whole)
-        why = "has a prefix inside" if within else "has other deltas inside"
-        return self._in_groups(
-            functools.partial(_around, stack, module), grouped, paths, once,
-            why if within or self.holds_sites else "",
-        )  # fmt: skip
+        around = functools.partial(stack.onion, module=module, raw=False)
+        return self._in_groups(around, grouped, paths, once, why)
 
     def _in_groups(
         self,
@@ -226,12 +224,6 @@ def _as_lists(rows: Any) -> list[Any]:
         )
     several = (list, tuple, set, frozenset)
     return [[] if row is None else list(row) if isinstance(row, several) else [row] for row in rows]
-
-
-def _around(
-    stack: Stack, module: nn.Module, path: list[DeltaLayer], call: Callable[..., Any]
-) -> Callable[..., Any]:
-    return stack.onion(path, call, module, False)
 
 
 # -------------------------------------------------------------------------------- low-rank products
