@@ -204,7 +204,8 @@ class Composition:
         A layer folds only if all beneath it on its module do. Without names the longest run that
         folds is taken on each module, and the rest acts on top of it as before. Merged deltas stay
         attached, and are taken out again by `unmerge`; until then they cannot be switched,
-        detached or moved, and training them changes nothing.
+        detached or moved, and training them changes nothing. The old weights are kept meanwhile,
+        in as much memory as the new ones take.
 
         Args:
             names: the deltas to merge whole. None: what folds of all of them.
