@@ -100,7 +100,7 @@ def add(call: Call, run: Sequence[LowRank], raw: bool, *args: Any, **kwargs: Any
         return _composed(out, flat, run).view(*x.shape[:-1], -1)
     else:
         A, B, scale, _ = side_by_side(run)
-        h = F.linear(flat, _like(A, x))
+        h = _narrow(flat, _like(A, x).t())
         y = (y.addmm_ if raw else y.addmm)(h, _like(B, x).t(), alpha=scale)
     return y if x.ndim == 2 else y.view(*x.shape[:-1], -1)
 
@@ -134,9 +134,15 @@ def _composed(out: Tensor, x: Tensor, run: Sequence[LowRank]) -> Tensor:
 
 def _down(x: Tensor, A: Sequence[Tensor], segments: Sequence[Segment]) -> Tensor:
     """A_i x side by side [tokens, all ranks], each layer with its own dropout."""
-    return _cat(
-        [F.linear(_dropped(x, part), _cat(A[part.start : part.end], 0)) for part in segments], 1
-    )
+    parts = [(_dropped(x, part), _cat(A[part.start : part.end], 0)) for part in segments]
+    return _cat([_narrow(dropped, whole.t()) for dropped, whole in parts], 1)
+
+
+def _narrow(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, with few columns: CPU libraries take up to ten times as long as for few rows."""
+    if a.is_cpu and a.size(0) >= 64 and 1 < b.size(1) < 16:
+        return (b.t() @ a.t()).t()
+    return a @ b
 
 
 def _scaled(h: Tensor, scales: Sequence[float], A: Sequence[Tensor]) -> Tensor:
@@ -223,9 +229,9 @@ def _gradients(
     if any(of_B):
         g_B = [
             part if scale == 1 else part * scale
-            for part, scale in zip((g.t() @ h).split(ranks, 1), scales, strict=True)
+            for part, scale in zip(_narrow(g.t(), h).split(ranks, 1), scales, strict=True)
         ]
-    g_h = _scaled(g @ _cat(B, 1), scales, A).split(ranks, 1)
+    g_h = _scaled(_narrow(g, _cat(B, 1)), scales, A).split(ranks, 1)
     g_x = None
     for part in segments:
         these = slice(part.start, part.end)

@@ -84,7 +84,7 @@ def one_linear(bias=True, width=16, dtype=torch.float64):
 
 # ------------------------------------------------------------------------------ neighbouring layers
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(16,), (5, 16), (2, 3, 16), (2, 2, 3, 16)])
+@pytest.mark.parametrize("shape", [(16,), (5, 16), (2, 3, 16), (2, 2, 3, 16), (8, 9, 16)])
 @pytest.mark.parametrize("scales", ["equal", "unequal"])
 def test_neighbours_compute_what_each_by_itself_does(bias, shape, scales):
     model, x = one_linear(bias), vectors(*shape).double()
