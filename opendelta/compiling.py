@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import logging
+import re
 
 from .errors import CompileLimitError
 from .record import SLOT
+
+# What torch names as changed where deltas did: a stack, or the class of a module that became a
+# site or ceased to be one.
+CHANGED = re.compile(rf"_modules\['{SLOT}'\]|___check_type_id\(\S*_modules\['[^']*'\], \d+\)")
 
 
 class LimitFilter(logging.Filter):
@@ -19,7 +24,7 @@ class LimitFilter(logging.Filter):
         """
         args = record.args
         at_limit = str(record.msg).startswith("torch._dynamo hit config.")
-        if at_limit and isinstance(args, tuple) and f"_modules['{SLOT}']" in str(args[3]):
+        if at_limit and isinstance(args, tuple) and CHANGED.search(str(args[3])):
             option, limit, function = args[:3]
             raise CompileLimitError(
                 f"torch.compile keeps at most {limit} graphs of {function}, and this set of acting "

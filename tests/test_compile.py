@@ -343,3 +343,17 @@ def test_past_the_recompile_limit_the_error_names_the_option(counter, fullgraph)
     with torch._dynamo.config.patch(recompile_limit=16):
         assert close(fast(x), model(x))
     assert counter.frame_count == 9
+
+
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_past_the_recompile_limit_a_first_delta_on_a_module_is_told_too(counter, fullgraph):
+    model, x = tower(depth=1), vectors(2, 8)
+    last, *others = (LoraModel(model, modified_modules=["head"], name=f"d{i}") for i in range(8))
+    fast = torch.compile(model, fullgraph=fullgraph, backend=counter)
+    composed = opendelta.composition(model)
+    for delta in (*others, last):  # torch tells what changed since the last graph
+        with composed.only(delta):
+            fast(x)
+    late = shake(LoraModel(model, modified_modules=["fc"], name="late"))
+    with composed.only(last, late), pytest.raises(CompileLimitError, match="recompile_limit to"):
+        fast(x)
