@@ -344,7 +344,7 @@ def _raw_linear(self: nn.Module, input: Tensor) -> Tensor:
 
 def _raw_conv1d(self: nn.Module, x: Tensor) -> Tensor:
     flat = torch.addmm(stored(self, "bias"), x.view(-1, x.size(-1)), stored(self, "weight"))  # type: ignore
-    return flat.view(*x.shape[:-1], -1)
+    return flat.view(*x.shape[:-1], flat.size(-1))
 
 
 def is_sharded(tensor: Tensor | None) -> TypeGuard[DTensor]:

@@ -89,7 +89,7 @@ def add(call: Call, run: Sequence[LowRank], raw: bool, *args: Any, **kwargs: Any
     flat = x if x.ndim == 2 else x.reshape(-1, x.size(-1))
     out = call(flat) if raw else call(*args, **kwargs)
     if type(out) is not Tensor or out.dtype != x.dtype:
-        return _composed(out, x, run).view(*x.shape[:-1], -1)
+        return _shaped(_composed(out, flat if raw else x, run), x)
     y = out if raw else out.reshape(-1, out.size(-1))
     if torch.is_grad_enabled():
         scales, rates = [pair.scale for pair in run], [pair.dropout for pair in run]
@@ -97,12 +97,12 @@ def add(call: Call, run: Sequence[LowRank], raw: bool, *args: Any, **kwargs: Any
         factors = [_like(pair.A, x) for pair in run] + [_like(pair.B, x) for pair in run]
         y = _AddLowRank.apply(y, flat, in_place, scales, _segments(rates, True), *factors)
     elif any(pair.dropout for pair in run):
-        return _composed(out, flat, run).view(*x.shape[:-1], -1)
+        return _shaped(_composed(out, flat, run), x)
     else:
         A, B, scale, _ = side_by_side(run)
         h = _narrow(flat, _like(A, x).t())
         y = (y.addmm_ if raw else y.addmm)(h, _like(B, x).t(), alpha=scale)
-    return y if x.ndim == 2 else y.view(*x.shape[:-1], -1)
+    return _shaped(y, x)
 
 
 def _is_eager(x: Any) -> bool:
@@ -116,6 +116,11 @@ def _is_eager(x: Any) -> bool:
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
     )
+
+
+def _shaped(y: Tensor, x: Tensor) -> Tensor:
+    """`y` [tokens, width] with the axes of `x`, whose last is the width."""
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], y.size(-1))  # of no tokens, -1 says nothing
 
 
 def _like(tensor: Tensor, x: Tensor) -> Tensor:
@@ -269,7 +274,7 @@ def rescaled(
     y = _Rescaled.apply(
         out, flat, in_place, change.scale, segments, _like(scale, x), weight, bias, *factors
     )
-    return y if x.ndim == 2 else y.view(*x.shape[:-1], -1)
+    return _shaped(y, x)
 
 
 class _Rescaled(torch.autograd.Function):

@@ -84,7 +84,9 @@ def one_linear(bias=True, width=16, dtype=torch.float64):
 
 # ------------------------------------------------------------------------------ neighbouring layers
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(16,), (5, 16), (2, 3, 16), (2, 2, 3, 16), (8, 9, 16)])
+@pytest.mark.parametrize(
+    "shape", [(16,), (5, 16), (2, 3, 16), (2, 2, 3, 16), (8, 9, 16), (2, 0, 16)]
+)
 @pytest.mark.parametrize("scales", ["equal", "unequal"])
 def test_neighbours_compute_what_each_by_itself_does(bias, shape, scales):
     model, x = one_linear(bias), vectors(*shape).double()
@@ -103,6 +105,17 @@ def test_neighbours_compute_what_each_by_itself_does(bias, shape, scales):
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-10)
     torch.testing.assert_close(without_gradient, expected[0], rtol=1e-6, atol=1e-10)
+
+
+def test_neighbours_are_beside_a_weight_of_a_tensor_s_subclass_too():
+    class Weight(torch.Tensor):
+        """Makes what is computed from it a tensor of this class."""
+
+    model, x = one_linear(), vectors(2, 3, 16).double()
+    loras(model, 2, lora_r=2)
+    expected = model(x)
+    model[0].weight = nn.Parameter(model[0].weight.as_subclass(Weight), requires_grad=False)
+    torch.testing.assert_close(model(x).as_subclass(torch.Tensor), expected)
 
 
 def test_second_derivatives_are_those_of_each_by_itself():
@@ -485,7 +498,7 @@ def by_hand(layer, module, x):
 @pytest.mark.parametrize("kind", sorted(MODULES))
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("trained", ["all", "delta", "magnitude", "factors"])
-@pytest.mark.parametrize("shape", [(3,), (2, 3), ()])
+@pytest.mark.parametrize("shape", [(3,), (2, 3), (), (2, 0)])
 def test_dora_has_the_derivatives_of_its_equation(kind, bias, trained, shape):
     torch.manual_seed(0)
     model, layer = dora(MODULES[kind](bias))
