@@ -91,13 +91,11 @@ def add(call: Call, run: Sequence[LowRank], raw: bool, *args: Any, **kwargs: Any
     if type(out) is not Tensor or out.dtype != x.dtype:
         return _shaped(_composed(out, flat if raw else x, run), x)
     y = out if raw else out.reshape(-1, out.size(-1))
-    if torch.is_grad_enabled():
-        scales, rates = [pair.scale for pair in run], [pair.dropout for pair in run]
+    scales, rates = [pair.scale for pair in run], [pair.dropout for pair in run]
+    if torch.is_grad_enabled() or any(rates):  # with and without a gradient dropout is the same
         in_place = raw and not y._is_view()  # a view's graph would copy the gradient
         factors = [_like(pair.A, x) for pair in run] + [_like(pair.B, x) for pair in run]
         y = _AddLowRank.apply(y, flat, in_place, scales, _segments(rates, True), *factors)
-    elif any(pair.dropout for pair in run):
-        return _shaped(_composed(out, flat, run), x)
     else:
         A, B, scale, _ = side_by_side(run)
         h = _narrow(flat, _like(A, x).t())
