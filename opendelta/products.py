@@ -173,9 +173,10 @@ def _mask(x: Tensor, part: Segment) -> Tensor:
 
 
 class _AddLowRank(torch.autograd.Function):
-    """y + B A x for several pairs; keeps x, A x and the factors, and no copies of x or of factors.
+    """y + B A x for several pairs; keeps the factors and, where one of them trains, x and A x.
 
-    Dropout's masks are drawn again for the gradient, from their seeds.
+    It keeps no copies of x or of factors. Dropout's masks are drawn again for the gradient, from
+    their seeds.
     """
 
     @staticmethod
@@ -191,7 +192,8 @@ class _AddLowRank(torch.autograd.Function):
         A, B = factors[: len(scales)], factors[len(scales) :]
         ctx.scales, ctx.segments = scales, segments
         h = _down(x, A, segments)
-        ctx.save_for_backward(x, h, *factors)
+        inner = (x, h) if any(ctx.needs_input_grad[5:]) else (None, None)
+        ctx.save_for_backward(*inner, *factors)
         scaled, up = _scaled(h, scales, A), _cat(B, 1).t()
         if not in_place:
             return torch.addmm(y, scaled, up)
@@ -203,11 +205,18 @@ class _AddLowRank(torch.autograd.Function):
         x, h, *factors = ctx.saved_tensors
         scales, count = ctx.scales, len(ctx.scales)
         A, B = factors[:count], factors[count:]
-        if torch.is_grad_enabled():  # h has no graph of its own, for a second derivative
+        if x is None:
+            x = _shape_only(g, A[0])
+        elif torch.is_grad_enabled():  # h has no graph of its own, for a second derivative
             h = _down(x, A, ctx.segments)
         wanted = ctx.needs_input_grad[1:2] + ctx.needs_input_grad[5:]
         g_x, *g_factors = _gradients(g, x, h, A, B, scales, ctx.segments, wanted)
         return (g, g_x, None, None, None, *g_factors)
+
+
+def _shape_only(g: Tensor, A: Tensor) -> Tensor:
+    """What stands for an input that was not kept, for dropout's mask; it has one value."""
+    return g.new_empty(1, 1).expand(g.size(0), A.size(1))
 
 
 def _gradients(
@@ -276,8 +285,9 @@ def rescaled(
 
 
 class _Rescaled(torch.autograd.Function):
-    """y = n u + b with u = W x + s B A x, from W x + b; keeps x, A x, and u where it is not wider.
+    """y = n u + b with u = W x + s B A x, from W x + b.
 
+    Where n, A or B trains it keeps x and A x, and where n does u too, unless that is wider than x.
     A wider u is computed again for the gradient of n. The output is never kept: it may be changed
     in place.
     """
@@ -305,7 +315,8 @@ class _Rescaled(torch.autograd.Function):
         else:
             u = torch.addmm(out, h, B.t(), alpha=scale)
         u = u if b is None else u.sub_(b)
-        ctx.save_for_backward(x, h, n, W, A, B, u if kept else None)
+        inner = (x, h) if any(ctx.needs_input_grad[i] for i in (5, 8, 9)) else (None, None)
+        ctx.save_for_backward(*inner, n, W, A, B, u if kept else None)
         y = u * n if kept else u.mul_(n)
         return y if b is None else y.add_(b)
 
@@ -313,7 +324,9 @@ class _Rescaled(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
         x, h, n, W, A, B, u = ctx.saved_tensors
         wanted = ctx.needs_input_grad
-        if torch.is_grad_enabled():  # for a second derivative: h and u have no graph of their own
+        if x is None:
+            x = _shape_only(g, A)
+        elif torch.is_grad_enabled():  # for a second derivative: h and u have no graph of their own
             h, u = _down(x, [A], ctx.segments), None
         g_u, g_n, g_b = g * n, None, None
         if wanted[5]:

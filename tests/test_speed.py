@@ -615,6 +615,23 @@ def test_dora_keeps_its_product_only_where_that_is_not_wider_than_the_input():
             assert saved_bytes(model.train(), x) == expected
 
 
+@pytest.mark.parametrize("use_dora", [True, False])
+@pytest.mark.parametrize("rate", [0.0, 0.4])
+def test_deltas_that_do_not_train_keep_no_input_so_that_it_may_change_in_place(use_dora, rate):
+    model, x = one_linear(), vectors(5, 16).double().requires_grad_()
+    loras(model.train(), 1 if use_dora else 2, lora_r=2, use_dora=use_dora, lora_dropout=rate)
+    model.requires_grad_(False)
+    assert saved_bytes(model, x) == (8 * 20 if use_dora else 0)  # just n
+    gradients = []
+    for change in (False, True):
+        h = x * 2
+        torch.manual_seed(3)
+        y = model(h)
+        h = h.tanh_() if change else h.tanh()
+        gradients += torch.autograd.grad(y.pow(2).sum() + h.sum(), x)
+    torch.testing.assert_close(*gradients)
+
+
 def test_mixed_dtypes_keep_no_copy_of_the_input():
     model, x = one_linear(dtype=torch.bfloat16), vectors(64, 16).bfloat16().requires_grad_()
     loras(model, 2, lora_r=2, dtype="float32")
