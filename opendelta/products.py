@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.utils import checkpoint
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from .layers import first_input
 
@@ -113,7 +115,14 @@ def _is_eager(x: Any) -> bool:
         or torch._C._is_any_autocast_enabled()
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
+        or (torch._C._len_torch_dispatch_stack() > 0 and _results_are_kept())
     )
+
+
+def _results_are_kept() -> bool:
+    """Whether selective checkpointing keeps what operations give, which may not change then."""
+    modes = (checkpoint._CachingTorchDispatchMode, checkpoint._CachedTorchDispatchMode)
+    return any(isinstance(mode, modes) for mode in _get_current_dispatch_mode_stack())
 
 
 def _shaped(y: Tensor, x: Tensor) -> Tensor:

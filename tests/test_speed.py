@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import gc
 import weakref
 
@@ -426,6 +427,21 @@ def test_dropout_has_the_gradients_of_what_it_computed(count):
         again = torch.utils.checkpoint.checkpoint(model, x, use_reentrant=reentrant)
         again.pow(2).sum().backward()
         torch.testing.assert_close([p.grad for p in inputs], expected)
+
+
+@pytest.mark.parametrize("use_dora", [True, False])
+def test_selective_checkpointing_may_keep_the_products_beneath(use_dora):
+    model, x = one_linear(), vectors(5, 16).double().requires_grad_()
+    loras(model.train(), 1 if use_dora else 2, lora_r=2, use_dora=use_dora)
+    inputs = [x, *(p for p in model.parameters() if p.requires_grad)]
+    expected = torch.autograd.grad(model(x).pow(2).sum(), inputs)
+    contexts = functools.partial(
+        torch.utils.checkpoint.create_selective_checkpoint_contexts,
+        [torch.ops.aten.mm.default, torch.ops.aten.addmm.default],
+    )
+    out = torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False, context_fn=contexts)
+    out.pow(2).sum().backward()
+    torch.testing.assert_close([p.grad for p in inputs], list(expected))
 
 
 def test_dropout_drops_each_layer_s_inputs_for_itself():
