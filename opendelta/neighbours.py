@@ -44,7 +44,7 @@ class Frozen:
     """
 
     def __init__(self) -> None:
-        self.runs: dict[tuple, tuple[list[float], list[LowRank], int]] = {}
+        self.runs: dict[tuple, tuple[list[tuple[float, bool]], list[LowRank], int]] = {}
         self.sources: list[tuple[Tensor, int]] = []
         self.made: tuple[list[Any], Any] = [], None
 
@@ -55,8 +55,8 @@ class Frozen:
             DeltaError: a gradient would have to reach them.
         """
         key = tuple([id(layer) for layer in acting[start:]])
-        scales = [layer.record.scale for layer in acting[start:]]
-        if key not in self.runs or self.runs[key][0] != scales:
+        state = [(layer.record.scale, layer.training) for layer in acting[start:]]
+        if key not in self.runs or self.runs[key][0] != state:
             run = pairs(acting, start)
             if any(pair.dropout for pair in run) or "_is_replica" in acting[start].__dict__:
                 return run, len(run)
@@ -64,7 +64,7 @@ class Frozen:
             joined = acting[start : start + len(run)] if key not in self.runs else ()
             tensors = [p for layer in joined for p in layer.parameters()]
             self.sources += [(p, p._version) for p in tensors if not p.is_inference()]
-            self.runs[key] = scales, whole, len(run)
+            self.runs[key] = state, whole, len(run)
         if torch.is_grad_enabled() and any(p.requires_grad for p, _ in self.sources):
             raise DeltaError(
                 "frozen() keeps copies of the deltas' tensors, which no gradient reaches: run the "

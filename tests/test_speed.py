@@ -221,6 +221,15 @@ def test_frozen_joins_once_and_switching_inside_is_safe():
         assert not torch.allclose(model(x), with_two)
 
 
+def test_frozen_notices_that_dropout_acts_or_no_longer():
+    model, x = one_linear(), vectors(3, 16).double()
+    loras(model, 2, lora_r=2, lora_dropout=0.5)
+    with torch.no_grad(), composition(model).frozen():
+        expected = model.eval()(x)
+        assert not torch.equal(model.train()(x), model(x))
+        assert torch.equal(model.eval()(x), expected)
+
+
 def test_frozen_refuses_gradients_and_says_that_values_changed():
     model, x = one_linear(), vectors(3, 16).double()
     (delta,) = loras(model, 1, lora_r=2)
