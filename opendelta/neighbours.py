@@ -54,7 +54,7 @@ class Frozen:
         Raises:
             DeltaError: a gradient would have to reach them.
         """
-        key = tuple([id(layer) for layer in acting[start:]])
+        key = tuple(acting[start:])  # keeps them, so that no other layer gets the id of one
         state = [(layer.record.scale, layer.training) for layer in acting[start:]]
         if key not in self.runs or self.runs[key][0] != state:
             run = pairs(acting, start)

@@ -230,6 +230,21 @@ def test_frozen_notices_that_dropout_acts_or_no_longer():
         assert torch.equal(model.eval()(x), expected)
 
 
+def test_no_new_layer_inside_frozen_can_have_the_id_of_one_that_left():
+    model, x = one_linear(), vectors(3, 16).double()
+    loras(model, 1, lora_r=2)
+    with torch.no_grad(), composition(model).frozen():
+        delta = LoraModel(model, modified_modules=["0"], name="new")
+        layer = weakref.ref(delta.layers["0"])
+        model(x)
+        delta.detach()
+        del delta
+        gc.collect()
+        assert layer() is not None
+    gc.collect()
+    assert layer() is None
+
+
 def test_frozen_refuses_gradients_and_says_that_values_changed():
     model, x = one_linear(), vectors(3, 16).double()
     (delta,) = loras(model, 1, lora_r=2)
