@@ -284,6 +284,22 @@ def test_a_forward_builds_no_change_of_the_weights_size(method, options):
     assert max(made.sizes) >= 64 * 96  # which this would have seen
 
 
+def test_dora_starts_as_the_identity_on_rows_of_zeros_too_and_trains_them():
+    model, x = nn.Sequential(nn.Linear(4, 3)), torch.randn(5, 4)
+    with torch.no_grad():
+        model[0].weight[1] = 0
+    plain = model(x)
+    delta = LoraModel(model, modified_modules=["0"], lora_r=2, use_dora=True)
+    torch.testing.assert_close(model(x), plain)
+    optimizer = torch.optim.Adam(delta.parameters(), lr=0.01)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(x)[:, 1].pow(2).sum().backward()
+        assert all(p.grad.isfinite().all() for p in delta.parameters())
+        optimizer.step()
+    assert not torch.allclose(model(x)[:, 1], plain[:, 1], atol=1e-4)
+
+
 @pytest.mark.parametrize(
     "sizes", [(16, 32), (32, 16)]
 )  # a product that is computed again, and one kept

@@ -38,13 +38,16 @@ class DoraLayer(LoraLayer):
 
     @torch.no_grad()
     def norm(self, weight: Tensor) -> Tensor:
-        """|W + s B A| of each row, from W A^T and A A^T: the sum is never built."""
+        """|W + s B A| of each row, from W A^T and A A^T: the sum is never built.
+
+        Rows of zeros have a tiny one, so that there too n is 1 at the start.
+        """
         A, B = (t.type_as(weight) for t in self.pair())
         wide = torch.promote_types(weight.dtype, torch.float32)
         squares = torch.linalg.vector_norm(weight, dim=1, dtype=wide).square()
         crossed = 2 * self.scaling * ((weight @ A.T) * B).sum(1)
         own = self.scaling**2 * ((B @ (A @ A.T)) * B).sum(1)
-        return (squares + crossed + own).clamp_min(0).sqrt()
+        return (squares + crossed + own).clamp_min(torch.finfo(wide).tiny).sqrt()
 
     def _scale(self, params: Params) -> Tensor:
         return self.lora_magnitude_vector / self.norm(self.kind.matrix(params["weight"]))
