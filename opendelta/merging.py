@@ -154,6 +154,11 @@ def _check_module(found: Survey, where: str, run: list[Named], users: dict[int, 
     module = found.modules[where]
     names = ", ".join(name for name, _ in run)
     what = f"{where!r} ({type(module).__name__}): {names} cannot be merged"
+    if getattr(module, "max_norm", None) is not None:
+        raise SiteError(
+            f"{what}: its max_norm shortens the weight whenever it runs, and would shorten the "
+            "merged changes along; set it to None, once it has run on all of the weight"
+        )
     for key, parameter in module._parameters.items():
         if parameter is None or key not in ("weight", "bias"):
             continue

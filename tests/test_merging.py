@@ -196,6 +196,17 @@ def test_tied_weights_are_refused_with_the_other_use():
         opendelta.composition(model).merge()
 
 
+def test_a_weight_that_its_module_shortens_is_refused():
+    model = nn.Sequential(nn.Embedding(11, 8, max_norm=1.0))
+    shake(LoraModel(model, modified_modules=["0"]))
+    with same_bits(model), pytest.raises(opendelta.SiteError, match=r"max_norm.*set it to None"):
+        opendelta.composition(model).merge()
+    plain = model(torch.arange(11))
+    model[0].max_norm = None
+    opendelta.composition(model).merge()
+    torch.testing.assert_close(model(torch.arange(11)), plain)
+
+
 def test_a_merged_model_is_copied_and_pickled_whole():
     model = net()
     shake(LoraModel(model, modified_modules=["linear"]))
