@@ -66,13 +66,18 @@ def _cat(tensors: Sequence[Tensor], axis: int) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tuple(tensors), axis)
 
 
+def _seed() -> int:
+    """A number from torch's own generator for the CPU, whatever the default device is."""
+    return int(torch.empty((), dtype=torch.int64, device="cpu").random_())
+
+
 def _segments(rates: Sequence[float], seeded: bool) -> list[Segment]:
     found: list[Segment] = []
     for index, rate in enumerate(rates):
         if not rate and found and not found[-1].dropout:
             found[-1] = found[-1]._replace(end=index + 1)
         else:
-            seed = int(torch.empty((), dtype=torch.int64).random_()) if rate and seeded else None
+            seed = _seed() if rate and seeded else None
             found.append(Segment(index, index + 1, rate, seed))
     return found
 

@@ -453,6 +453,16 @@ def test_dropout_has_the_gradients_of_what_it_computed(count):
         torch.testing.assert_close([p.grad for p in inputs], expected)
 
 
+def test_dropout_needs_nothing_of_the_default_device():
+    model, x = one_linear(), vectors(5, 16).double()
+    loras(model.train(), 2, lora_r=2, lora_dropout=0.4)
+    torch.manual_seed(3)
+    expected = model(x)
+    torch.manual_seed(3)
+    with torch.device("meta"):
+        assert torch.equal(model(x), expected)
+
+
 @pytest.mark.parametrize("use_dora", [True, False])
 def test_selective_checkpointing_may_keep_the_products_beneath(use_dora):
     model, x = one_linear(), vectors(5, 16).double().requires_grad_()
