@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from . import shapes
+from . import freezing, shapes
 from .addressing import Survey, survey
 from .errors import DeltaError
 from .inspection import unreached_in
@@ -43,6 +43,7 @@ class CheckReport:
             mode, and of delta layers in another mode than the module that they are on.
         trainable_parameters: how many values train.
         total_parameters: of how many.
+        all_train: no parameter of the backbone is frozen, which is no problem where it is meant.
         not_checked: what could not be looked at, and why.
     """
 
@@ -55,6 +56,7 @@ class CheckReport:
     mixed_modes: dict[str, str] = field(default_factory=dict)
     trainable_parameters: int = 0
     total_parameters: int = 0
+    all_train: bool = False
     not_checked: list[str] = field(default_factory=list)
 
     def __bool__(self) -> bool:
@@ -97,6 +99,8 @@ class CheckReport:
             f"check of {self.model}: {head}; {self.trainable_parameters:,} of "
             f"{self.total_parameters:,} parameters train ({share:.4%})",
             *(f"- {problem}" for problem in self.problems),
+            *(["- nothing of the backbone is frozen: freeze_module() of a delta leaves just the "
+               "deltas to train"] if self.all_train else []),
             *(f"- not checked: {what}" for what in self.not_checked),
         ])  # fmt: skip
 
@@ -154,6 +158,7 @@ def check(
         mixed_modes=_mixed_modes(found),
         trainable_parameters=sum(p.numel() for p in trainable.values()),
         total_parameters=sum(p.numel() for p in plain.parameters()),
+        all_train=all(p.requires_grad for p in freezing.backbone_parameters(found).values()),
         not_checked=not_checked,
     )
 

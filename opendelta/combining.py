@@ -123,7 +123,8 @@ def _check_options(
         near = nearest(str(how), HOWS)
         hint = f"; nearest: {', '.join(near)}" if near else ""
         raise OptionError(f"combine(how={how!r}) must be one of {', '.join(HOWS)}{hint}")
-    if not weights or not all(math.isfinite(weight) for weight in weights.values()):
+    numbers = [isinstance(w, int | float) and math.isfinite(w) for w in weights.values()]
+    if not weights or not all(numbers):
         raise OptionError(f"combine takes {{name of a delta: finite weight}}, not {dict(weights)}")
     if how == "svd" and rank is None:
         raise OptionError("combine(how='svd') needs rank=, that of the new delta")

@@ -50,6 +50,8 @@ def check_free(folder: Path) -> None:
     """Raise if `folder` holds something else, which a save would destroy or be taken for."""
     from . import interop
 
+    if folder.is_file():
+        raise DeltaError(f"{folder} is a file; give a folder, which is made if need be")
     with contextlib.suppress(FileNotFoundError):
         try:
             given = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
@@ -310,7 +312,10 @@ def read_config(folder: Path) -> dict[str, Any]:
         )
     given = read_json(file)
     if not isinstance(given, dict) or given.get("format") != FORMAT:
-        raise DeltaLoadError(f"{file} was not written by opendelta 1.0 or later")
+        raise DeltaLoadError(
+            f"{file} was not written by opendelta 1.0 or later. A Trainer resumes from its own "
+            "checkpoint; to load deltas elsewhere, save them with save_finetuned"
+        )
     if given.get("schema_version") != SCHEMA:
         raise DeltaLoadError(
             f"{file} has schema {shown(given.get('schema_version'))}; this version of opendelta "

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from . import freezing
 from .addressing import Survey, survey, unwrapped
-from .errors import PristineError, UnreachedWarning, called
+from .errors import DeltaError, PristineError, UnreachedWarning, called
 from .layers import is_sharded
 from .record import SLOT
 from .shapes import PROBING
@@ -195,9 +195,17 @@ def assert_pristine(model: nn.Module, like: dict[str, dict[str, Any]] | None = N
             raise PristineError(f"{_called(name, module)} still has the hook {left[0]!r}")
     if like is None:
         return
+    if not isinstance(like, dict):
+        raise DeltaError(
+            f"like= takes what opendelta.snapshot(model) gave, not a {type(like).__name__}"
+        )
     now = snapshot(model)
     if now.keys() != like.keys():
-        raise PristineError(f"modules came or went: {sorted(now.keys() ^ like.keys())[:5]}")
+        own = any(f".{SLOT}." in f".{name}." for name in like.keys() - now.keys())
+        raise PristineError(
+            f"modules came or went: {sorted(now.keys() ^ like.keys())[:5]}"
+            + "; the snapshot was taken while deltas were attached: take it before" * own
+        )
     for name, facts in now.items():
         for what, value in facts.items():
             if value != like[name][what]:

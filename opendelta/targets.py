@@ -40,7 +40,7 @@ def resolve(
     if layer_class.paired:
         modified = _pairs(found, wanted, select_all, as_list(config.exclude_modules))
     else:
-        by_role = select_all is not select_modules
+        by_role = select_all is not _by_name
         names = inside(found, select_all(found, wanted), layer_class, by_role)
         if by_role and layer_class.fold is DeltaLayer.fold:
             names = [_called(found, name) for name in names]
@@ -79,9 +79,22 @@ def _selection(
     """
     by_default = config.modified_modules is None
     if not by_default and not config.common_structure:
-        return select_modules
+        return _by_name
     some = by_default and not layer_class.paired
     return functools.partial(structure.with_roles, override=_override(config), some=some)
+
+
+def _by_name(found: Survey, wanted: Sequence[str]) -> list[str]:
+    """What the patterns select; a role that selects nothing is told to be one."""
+    try:
+        return select_modules(found, wanted)
+    except AddressError as error:
+        role = next((name for name in wanted if name in structure.ROLES), None)
+        if role is None or repr(role) not in str(error):
+            raise
+        raise AddressError(
+            f"{error}; {role!r} is a role: for roles pass common_structure=True"
+        ) from None
 
 
 def _override(config: DeltaConfig) -> dict[str, str | None] | None:

@@ -64,6 +64,7 @@ def test_modules_come_in_the_order_of_the_model_each_once(bert):
         ("self.qury", r"nearest: 'self.query' \(12 modules\)"),
         ("pooler.dens", r"nearest: 'pooler.dense' \(1 module\)"),
         ("[r]qeury", "nearest: 'query'"),
+        ("attn.q", r"'attn\.q' is a role: for roles pass common_structure=True"),
         (
             "xxxxxx",
             r"none is near; there are 'dense' \(37 modules\), 'query' \(12 modules\); its rep",

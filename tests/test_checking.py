@@ -68,6 +68,16 @@ def test_nothing_is_wrong_with_a_model_that_trains():
     assert json.loads(json.dumps(report.to_dict()))["problems"] == []
 
 
+def test_that_nothing_is_frozen_is_said_and_is_no_problem():
+    model = build("bert").train()
+    lora = LoraModel(model)
+    report = opendelta.check(model, inputs(model))
+    assert report
+    assert "nothing of the backbone is frozen: freeze_module()" in str(report)
+    lora.freeze_module(exclude=["deltas", "LayerNorm"])
+    assert "is frozen" not in str(opendelta.check(model, inputs(model)))
+
+
 def test_everything_is_afterwards_as_it_was():
     model = Noisy().train()
     delta = LoraModel(model, modified_modules=["fc"])

@@ -196,6 +196,7 @@ def test_what_is_no_change_of_a_weight_alone_is_refused():
         ({"weights": ["lora"], "how": [0.7]}, r"weights must be a mapping .*, not \['lora'\]"),
         ({"weights": {}}, r"finite weight"),
         ({"weights": {"lora": float("nan")}}, r"finite weight"),
+        ({"weights": {"lora": "0.5"}}, r"finite weight"),
     ],
 )
 def test_wrong_options_say_what_is_right(arguments, message):

@@ -211,7 +211,8 @@ def _stack_of(adapter: Adapter) -> str:
         raise adapter.refusal(
             "num_transformer_submodules", "the decoder has a prompt of its own; train with 1"
         )
-    adapter.options |= {"strip": False, "token_init": False}
+    causal = adapter.config.get("task_type") == "CAUSAL_LM"  # where labels go with the tokens
+    adapter.options |= {"strip": causal, "token_init": False}
     stacks = [
         n for n, is_decoder in prompting.stacks(adapter.found.modules).items() if not is_decoder
     ]
