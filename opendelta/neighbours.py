@@ -45,8 +45,9 @@ class Frozen:
 
     def __init__(self) -> None:
         self.runs: dict[tuple, tuple[list[tuple[float, bool]], list[LowRank], int]] = {}
-        self.sources: list[tuple[Tensor, int]] = []
+        self.sources: dict[Tensor, int] = {}
         self.made: tuple[list[Any], Any] = [], None
+        self.late = False
 
     def run(self, acting: Sequence[DeltaLayer], start: int) -> tuple[list[LowRank], int]:
         """The factors of the run at `start`, joined, and how many layers they stand for.
@@ -54,18 +55,19 @@ class Frozen:
         Raises:
             DeltaError: a gradient would have to reach them.
         """
-        key = tuple(acting[start:])  # keeps them, so that no other layer gets the id of one
-        state = [(layer.record.scale, layer.training) for layer in acting[start:]]
-        if key not in self.runs or self.runs[key][0] != state:
+        key = tuple(acting[start:])
+        states = [(layer.record.scale, layer.training) for layer in acting[start:]]
+        if key not in self.runs or self.runs[key][0] != states:
             run = pairs(acting, start)
             if any(pair.dropout for pair in run) or "_is_replica" in acting[start].__dict__:
                 return run, len(run)
             whole = [LowRank(*map(_values, side_by_side(run)))] if run else run
             joined = acting[start : start + len(run)] if key not in self.runs else ()
-            tensors = [p for layer in joined for p in layer.parameters()]
-            self.sources += [(p, p._version) for p in tensors if not p.is_inference()]
-            self.runs[key] = state, whole, len(run)
-        if torch.is_grad_enabled() and any(p.requires_grad for p, _ in self.sources):
+            for tensor in [p for layer in joined for p in layer.parameters()]:
+                if not tensor.is_inference():
+                    self.sources.setdefault(tensor, tensor._version)
+            self.runs[key] = states, whole, len(run)
+        if torch.is_grad_enabled() and any(p.requires_grad for p in self.sources):
             raise DeltaError(
                 "frozen() keeps copies of the deltas' tensors, which no gradient reaches: run the "
                 "model under torch.no_grad() inside it, or train outside of it"
@@ -80,9 +82,17 @@ class Frozen:
             self.made = parts, made
         return made
 
+    def forget(self, layer: DeltaLayer) -> None:
+        """Drop what is kept of a layer that is taken off."""
+        self.late = self.changed()
+        self.runs = {key: run for key, run in self.runs.items() if layer not in key}
+        for parameter in layer.parameters():
+            self.sources.pop(parameter, None)
+        self.made = [], None
+
     def changed(self) -> bool:
         """Whether values changed since they were copied, as far as torch counts changes."""
-        return any(p._version != version for p, version in self.sources)
+        return self.late or any(p._version != version for p, version in self.sources.items())
 
     def __reduce__(self) -> tuple:
         return type(None), ()

@@ -382,6 +382,8 @@ def remove(module: nn.Module, name: str) -> None:
     """
     stack, base = stack_of(module), plain_class(module)
     assert stack is not None
+    if stack.frozen is not None:
+        stack.frozen.forget(stack[name])  # type: ignore[arg-type]
     del stack[name]
     stack.ran.discard(name)
     if not len(stack) and base is not None:

@@ -261,6 +261,48 @@ def test_frozen_refuses_gradients_and_says_that_values_changed():
     assert model(x).requires_grad
 
 
+def test_deltas_that_come_and_go_inside_frozen_act_and_leave_nothing():
+    model, x = one_linear(), vectors(3, 16).double()
+    (stays,) = loras(model, 1, lora_r=2)
+    gone = []
+    with torch.no_grad(), composition(model).frozen():
+        for seed in range(10):
+            guest = shake(LoraModel(model, modified_modules=["0"], lora_r=2, name="guest"), seed)
+            with each_by_itself():
+                expected = guest.layers["0"].product(x) + stays.layers["0"].product(x)
+            with composition(model).only():
+                expected += model(x)
+            torch.testing.assert_close(model(x), expected)
+            gone.append(weakref.ref(guest.layers["0"].lora_A))
+            guest.detach()
+            del guest  # the next one's layers may lie where its own did
+        assert not any(parameter() is not None for parameter in gone)
+
+
+def test_values_of_a_delta_that_left_frozen_count_as_changed_inside():
+    model, x = one_linear(), vectors(3, 16).double()
+    (delta,) = loras(model, 1, lora_r=2)
+
+    def change_inside():
+        with torch.no_grad(), composition(model).frozen():
+            model(x)
+            shake(delta)
+            model(x)
+            delta.detach()
+
+    with pytest.raises(opendelta.DeltaError, match="changed inside frozen"):
+        change_inside()
+
+
+def test_dropout_acts_inside_frozen_as_soon_as_the_model_trains():
+    model, x = one_linear(), vectors(3, 16).double()
+    loras(model, 1, lora_r=2, lora_dropout=0.5)
+    with torch.no_grad(), composition(model.eval()).frozen():
+        first = model(x)
+        assert not torch.equal(model.train()(x), first)
+        assert torch.equal(model.eval()(x), first)
+
+
 # --------------------------------------------------------------------------------------- attaching
 def walks(monkeypatch, model, action, what="_modules"):
     """How often `action` visits each module of the backbone to see its children, on average.
