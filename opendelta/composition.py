@@ -186,12 +186,12 @@ class Composition:
         stacks = [s for s in survey(self.model).stacks.values() if s.frozen is None]
         kept = [neighbours.Frozen() for _ in stacks]
         for stack, each in zip(stacks, kept, strict=True):
-            stack.frozen = each
+            stack.__dict__["frozen"] = each
         try:
             yield self
         finally:
             for stack in stacks:
-                stack.frozen = None
+                stack.__dict__.pop("frozen", None)  # not None: as it was, for what is compiled
         if any(each.changed() for each in kept):
             raise DeltaError(
                 f"values of deltas of {type(self.model).__name__} changed inside frozen(), where "

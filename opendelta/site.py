@@ -114,7 +114,7 @@ class Stack(nn.ModuleDict):
         index = 0
         while index < len(acting):
             layer = acting[index]
-            if self.frozen is None or torch.compiler.is_compiling():
+            if torch.compiler.is_compiling() or self.frozen is None:  # no guard on what is kept
                 run = neighbours.pairs(acting, index)
                 count = len(run)
             else:

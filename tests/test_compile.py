@@ -131,6 +131,21 @@ def test_every_change_is_noticed_and_known_configurations_cost_nothing(counter):
         assert not any(close(output, other) for other in different[:index])
 
 
+def test_frozen_compiles_nothing_new_inside_and_afterwards(counter):
+    model, x = tower(), vectors(2, 8)
+    put_deltas_on_tower(model)
+    model(x)
+    fast = compiled(model, counter)
+    with torch.no_grad():
+        outputs = [fast(x)]
+        for _ in range(2):
+            with composition(model).frozen():
+                outputs.append(fast(x))
+            outputs.append(fast(x))
+    assert all(torch.equal(output, outputs[0]) for output in outputs)
+    assert counter.frame_count == 1
+
+
 def test_detaching_everything_leaves_the_compiled_model_plain(counter):
     model, x = tower(), vectors(2, 8)
     plain = model(x)
