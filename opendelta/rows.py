@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .bases import DeltaLayer
+from .bases import BranchLayer, DeltaLayer
 from .errors import SiteError, called
 
 MOST_KEPT = 16
@@ -226,9 +226,12 @@ class Cells:
     """
 
     def __init__(self, acting: Sequence[DeltaLayer]) -> None:
-        cells = [ly.cell for ly in acting if getattr(ly, "cell", None) is not None]
-        self.cells: list[Any] = list(dict.fromkeys(cells))
-        self.held = [cell.take() for cell in self.cells]
+        every: list[Any] = [ly for ly in acting if getattr(ly, "cell", None) is not None]
+        starts = {ly.cell: isinstance(ly, BranchLayer) for ly in every}
+        self.cells: list[Any] = list(starts)
+        left = [cell.take() for cell in self.cells]
+        # what is left where a branch starts is of a forward that did not reach its end
+        self.held = [None if starts[c] else v for c, v in zip(self.cells, left, strict=True)]
         self.new: list[Tensor | None] = [None for _ in self.cells]
 
     def open(self, rows: slice | Tensor) -> None:

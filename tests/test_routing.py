@@ -16,7 +16,15 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import opendelta
-from opendelta import AdapterModel, DeltaLayer, IA3Model, LoraModel, PrefixModel, composition
+from opendelta import (
+    AdapterModel,
+    DeltaLayer,
+    IA3Model,
+    LoraModel,
+    ParallelAdapterModel,
+    PrefixModel,
+    composition,
+)
 from opendelta.errors import DeltaError, SiteError
 from opendelta.registry import METHODS
 
@@ -403,6 +411,31 @@ def test_an_exception_ends_the_route(two):
         raise ZeroDivisionError
     assert torch.equal(model(x), expected)
     assert all(delta.active for delta in composition(model))
+
+
+def test_a_branch_that_did_not_end_leaves_nothing_for_the_next_forward():
+    model, rows = build("llama"), ["a", "b", None]
+    for name in ("a", "b"):
+        places = ["mlp.gate_proj", "mlp.down_proj"]
+        shake(ParallelAdapterModel(model, modified_modules=places, name=name))
+    batch = {"input_ids": token_ids(3)}
+
+    def refuse(*_):
+        raise ZeroDivisionError
+
+    with torch.no_grad(), opendelta.route(model, rows):
+        expected = model(**batch).logits
+        hook = model.model.layers[0].mlp.up_proj.register_forward_pre_hook(refuse)
+        with pytest.raises(ZeroDivisionError):
+            model(**batch)
+        hook.remove()
+        assert torch.equal(model(**batch).logits, expected)
+    model.train().activation_checkpointing_enable()  # it ends each block's second run early
+    for _ in range(2):
+        with opendelta.route(model, rows):
+            out = model(**batch).logits
+            torch.testing.assert_close(out, expected)
+            out.sum().backward()
 
 
 @pytest.mark.parametrize("how", COPIES)
