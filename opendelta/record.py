@@ -75,4 +75,5 @@ class Record:
     def set_scale(self, scale: float) -> None:
         """Set the number and the tensor."""
         self.scale = scale
-        self.scale_tensor.fill_(scale)
+        with torch.inference_mode():  # where the tensor may have been made
+            self.scale_tensor.fill_(scale)

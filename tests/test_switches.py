@@ -461,6 +461,14 @@ def test_two_loras_of_different_scales_run_as_one(model, lora):
     assert torch.allclose(mix.layers["linear"].delta_weight(), D, atol=1e-5)
 
 
+def test_a_delta_made_in_inference_mode_is_scaled_outside_of_it(model):
+    with torch.inference_mode():
+        delta = LoraModel(model, modified_modules=["linear"], name="served")
+        delta.scale = 0.25
+    delta.scale = 0.5
+    assert delta.scale == delta.record.scale_tensor == 0.5
+
+
 @pytest.mark.parametrize("scale", [float("nan"), float("inf"), 1e7, "1", True, None])
 def test_a_scale_is_a_number(model, lora, scale):
     with pytest.raises(OptionError, match=r"'lora'.scale=.* must be a number"):
