@@ -77,7 +77,8 @@ class Composition:
         return len(self._records())
 
     def __contains__(self, name: object) -> bool:
-        return (name.name if isinstance(name, Delta) else name) in self.names
+        records = self._records()
+        return any(name.record is r if isinstance(name, Delta) else name == r.name for r in records)
 
     def __getitem__(self, name: str) -> Delta:
         (record,) = self._named([name], self._records())

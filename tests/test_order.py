@@ -306,6 +306,8 @@ def test_the_composition_gives_back_the_handles_that_somebody_holds():
     assert composition["lora"] is lora
     assert list(composition) == [lora]
     assert "lora" in composition
+    assert lora in composition
+    assert LoraModel(net(), modified_modules=["linear"]) not in composition
     assert len(composition) == 1
     with pytest.raises(opendelta.DeltaError, match=r"no delta 'lroa'.*nearest: 'lora'"):
         composition["lroa"]
