@@ -163,7 +163,7 @@ class Composition:
             yield self
         finally:
             for record, active in before:
-                record.active = active
+                record.active = active or record.merged > 0  # merged inside, it acts
 
     @contextlib.contextmanager
     def frozen(self) -> Iterator[Composition]:

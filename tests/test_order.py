@@ -332,6 +332,21 @@ def test_only_restores_the_switches_even_after_an_error():
         assert torch.equal(model(IDS), net()(IDS))
 
 
+def test_what_is_merged_inside_only_acts_until_it_is_unmerged():
+    model = net()
+    lora = shake(LoraModel(model, modified_modules=["linear"]))
+    lora.disable()
+    composition = opendelta.composition(model)
+    with composition.only("lora"):
+        expected = model(IDS)
+        composition.merge("lora")
+    torch.testing.assert_close(model(IDS), expected)
+    assert lora.active
+    assert composition.explain("linear").formula == "y = linear(x) + lora(x)"
+    composition.unmerge()
+    assert torch.equal(model(IDS), expected)
+
+
 def test_all_deltas_of_a_model_are_attached_through_the_same_module():
     wrapped = nn.Sequential(small())
     with untouched(wrapped):
