@@ -127,9 +127,8 @@ class Delta:
         """
         from . import checkpoint, hub
 
-        folder = hub.folder_of(finetuned_delta_path, local_files_only)
-        check = check_hash and check_backbone
-        loaded, _ = checkpoint.load(folder, backbone_model, name, cls, check)
+        path = hub.folder_of(finetuned_delta_path, local_files_only)
+        loaded, _ = checkpoint.load(path, backbone_model, name, cls, check_hash and check_backbone)
         return cast(AnyDelta, loaded[0])
 
     def __repr__(self) -> str:
@@ -298,7 +297,8 @@ class Delta:
             after: the delta, or its name, that is to act right before this one.
 
         Raises:
-            SiteError: a module cannot take the layer back. Nothing is attached then.
+            SiteError: a module cannot take the layer back, or deltas are attached through another
+                one around or inside this backbone. Nothing is attached then.
             DeltaError: both neighbours are given, or one is not on this backbone.
         """
         if before is not None and after is not None:
@@ -307,7 +307,8 @@ class Delta:
         known = known_records(found)
         neighbours = [neighbour(known, self, other) for other in (before, after)]
         if not self.attached:
-            self._enter(neighbours[0], neighbours[1])
+            check_root(found)
+            self._enter(neighbours[0], neighbours[1], found)
         elif any(neighbours):
             for record in known:
                 merging.check_apart(record, "cannot move deltas around")

@@ -7,6 +7,8 @@ import weakref
 from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING
 
+from torch import nn
+
 from .addressing import Survey, unwrapped
 from .errors import DeltaError, SiteError
 from .record import Record
@@ -106,8 +108,13 @@ def renumber(
 
 
 def check_root(found: Survey) -> None:
-    """Raise if the backbone has deltas that were attached through a module around it, or inside."""
+    """Raise if the backbone has deltas that were attached through a module around it, or inside.
+
+    Or through another model that has modules of this one.
+    """
     what = type(found.root).__name__
+    made_for = {h.record: h.backbone_model for h in HANDLES}
+    inside = {id(module) for module in found.modules.values()}
     for record, sites in found.sites().items():
         prefix = prefix_of(record, sites)
         if prefix != "":
@@ -116,9 +123,16 @@ def check_root(found: Survey) -> None:
                 f"{record.name!r} was attached through {other}, not through this {what}; attach "
                 "all deltas of a model through the same module"
             )
+        other_model = made_for.get(record, found.root)
+        if id(other_model) not in inside and not _holds(other_model, found.root):
+            raise SiteError(
+                f"{record.name!r} was attached through another {type(other_model).__name__}, which "
+                f"shares modules with this {what}; detach it first, or give this model modules of "
+                "its own by opendelta.shared_copy(model)"
+            )
     others = {id(h.backbone_model): h.backbone_model for h in HANDLES}
     others.pop(id(found.root), None)
-    around = {k for k, outer in others.items() if any(m is found.root for m in outer.modules())}
+    around = {k for k, outer in others.items() if _holds(outer, found.root)}
     for handle in HANDLES:
         outer = handle.backbone_model
         if id(outer) in around and handle.attached:
@@ -126,6 +140,10 @@ def check_root(found: Survey) -> None:
                 f"{handle.name!r} was attached through the {type(outer).__name__} around this "
                 f"{what}; attach all deltas of a model through the same module"
             )
+
+
+def _holds(outer: nn.Module, module: nn.Module) -> bool:
+    return any(part is module for part in outer.modules())
 
 
 def handle_of(found: Survey, record: Record) -> Delta:

@@ -1,6 +1,7 @@
 """The onion: attaching order is stack order, and any layer may leave, return or move."""
 
 import itertools
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -361,6 +362,34 @@ def test_all_deltas_of_a_model_are_attached_through_the_same_module():
             ):
                 LoraModel(where, modified_modules=[""] if where is wrapped[0][0] else ["0"])
         outer.detach()
+
+
+def test_models_that_share_modules_with_deltas_are_kept_apart():
+    shared = small()
+    one, other = (nn.Sequential(OrderedDict(body=shared, head=nn.Linear(3, 3))) for _ in "ab")
+    lora = LoraModel(one, modified_modules=["0", "head"])
+    with (
+        untouched(other.head),
+        pytest.raises(opendelta.SiteError, match="another Sequential, which shares modules"),
+    ):
+        LoraModel(other, modified_modules=["head"])
+    lora.detach()
+    LoraModel(other, modified_modules=["head"])
+
+
+def test_a_delta_returns_only_where_it_could_be_attached_anew():
+    wrapped = nn.Sequential(small())
+    with untouched(wrapped):
+        inner = LoraModel(wrapped[0], modified_modules=["0"])
+        inner.detach()
+        outer = AdapterModel(wrapped, modified_modules=["0.2"])
+        with pytest.raises(opendelta.SiteError, match="through a module around"):
+            inner.attach()
+        outer.detach()
+        inner.attach()
+        with pytest.raises(opendelta.SiteError, match=r"attached through its module '0', not"):
+            outer.attach()
+        inner.detach()
 
 
 @pytest.mark.parametrize("held", [True, False])
