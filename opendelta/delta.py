@@ -16,7 +16,7 @@ from .addressing import Survey, as_list, survey
 from .bases import DeltaLayer
 from .errors import DeltaError, OptionError, SiteError, shown
 from .options import DeltaConfig, as_scaling
-from .order import HANDLES, check_root, free_name, known_records, neighbour, renumber
+from .order import HANDLES, check_root, free_name, known_records, neighbour, others, renumber
 from .record import SLOT, Record, Shared
 from .registry import register
 
@@ -254,9 +254,7 @@ class Delta:
         found = survey(self.backbone_model) if found is None else found
         merging.check_unrouted(found, f"cannot attach {self.name!r}")
         plan = planning.places(found, self.name, self.config, self.layers)
-        known = [record for record in known_records(found) if record is not self.record]
-        if any(record.name == self.name for record in known):
-            raise SiteError(f"another delta of this backbone is called {self.name!r} by now")
+        known = others(found, self, before, after)
         done: list[nn.Module] = []
         try:
             for where, (reads, ranks) in plan.items():
@@ -299,7 +297,8 @@ class Delta:
         Raises:
             SiteError: a module cannot take the layer back, or deltas are attached through another
                 one around or inside this backbone. Nothing is attached then.
-            DeltaError: both neighbours are given, or one is not on this backbone.
+            DeltaError: both neighbours are given, or one is not on this backbone; or the delta
+                would act beneath a merged one.
         """
         if before is not None and after is not None:
             raise DeltaError("attach(before=..., after=...): give one neighbour, not both")

@@ -7,7 +7,7 @@ is. Merged layers stay on their stack, with the weights as they were, and no lon
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -347,3 +347,24 @@ def check_apart(record: Record, verb: str) -> None:
             f"{verb} {record.name!r}: it is merged into the weights of {record.merged} modules; "
             "call composition(model).unmerge() first"
         )
+
+
+def check_beneath(found: Survey, layers: Mapping[str, DeltaLayer], order: list[Record]) -> None:
+    """Raise if new layers would act beneath merged ones, which the weights already hold.
+
+    Args:
+        layers: the new layers by full name of their site.
+        order: all deltas, as they are to act.
+
+    Raises:
+        DeltaError: they would; sums have no order.
+    """
+    for where, layer in layers.items():
+        stack = found.stacks.get(where)
+        for name in stack.merged() if stack is not None and layer.flow != "none" else ():
+            over: Any = stack[name]  # type: ignore[index]
+            places = order.index(layer.record), order.index(over.record)
+            if layer.flow == "instead" or (
+                places[0] < places[1] and {layer.flow, over.flow} != {"beside"}
+            ):
+                check_apart(over.record, f"cannot put {layer.record.name!r} beneath")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from . import merging
 from .addressing import Survey, unwrapped
 from .errors import DeltaError, SiteError
 from .record import Record
@@ -95,16 +96,39 @@ def neighbour(known: list[Record], delta: Delta, other: Delta | str | None) -> R
     )
 
 
-def renumber(
+def _order(
     known: list[Record], record: Record, before: Record | None, after: Record | None
-) -> None:
-    """Give `record` its place among the `known` others: its old one, or next to a neighbour."""
+) -> list[Record]:
+    """The `known` others, with `record` at its old place or next to a neighbour."""
     order = sorted([*known, record], key=lambda r: (r.place, r is record))
     if before is not None or after is not None:
         order.remove(record)
         order.insert(order.index(before) if before is not None else order.index(after) + 1, record)  # type: ignore[arg-type]
-    for place, each in enumerate(order):
+    return order
+
+
+def renumber(
+    known: list[Record], record: Record, before: Record | None, after: Record | None
+) -> None:
+    """Give `record` its place among the `known` others: its old one, or next to a neighbour."""
+    for place, each in enumerate(_order(known, record, before, after)):
         each.place = place
+
+
+def others(
+    found: Survey, delta: Delta, before: Record | None, after: Record | None
+) -> list[Record]:
+    """The deltas among which `delta` is to take its place.
+
+    Raises:
+        SiteError: one of them has its name.
+        DeltaError: one that is merged would come to act on what the delta does.
+    """
+    known = [record for record in known_records(found) if record is not delta.record]
+    if any(record.name == delta.name for record in known):
+        raise SiteError(f"another delta of this backbone is called {delta.name!r} by now")
+    merging.check_beneath(found, delta.layers, _order(known, delta.record, before, after))
+    return known
 
 
 def check_root(found: Survey) -> None:

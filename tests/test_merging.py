@@ -345,3 +345,23 @@ def test_a_change_in_any_block_is_seen(monkeypatch, place):
         c.unmerge()
     model[0].weight.data.view(-1).view(torch.int16)[place] -= 1
     c.unmerge()
+
+
+def test_nothing_comes_to_act_beneath_what_is_merged():
+    model = net()
+    style = shake(AdapterModel(model, modified_modules=["linear"], name="style"))
+    first = shake(LoraModel(model, modified_modules=["linear"], name="first"))
+    lora = shake(LoraModel(model, modified_modules=["linear"], name="lora"))
+    composed, expected = opendelta.composition(model), model(IDS)
+    style.detach(), first.detach()
+    composed.merge()
+    beneath = "cannot put '{}' beneath 'lora': it is merged into the weights of 1 modules"
+    with same_bits(model), pytest.raises(opendelta.DeltaError, match=beneath.format("style")):
+        style.attach()
+    with same_bits(model), pytest.raises(opendelta.DeltaError, match=beneath.format("head")):
+        LoraModel(model, modified_modules=["bare"], modules_to_save=["linear"], name="head")
+    first.attach()  # sums have no order
+    style.attach(after=lora)
+    composed.unmerge()
+    composed.reorder(["style", "first", "lora"])
+    torch.testing.assert_close(model(IDS), expected)
