@@ -116,6 +116,10 @@ def _backbone_part(found: Survey, deltas: Sequence[Delta]) -> dict[str, Tensor]:
             UnsavedWarning,
             stacklevel=5,  # one is of the decorator
         )
+    for name, tensor in named.items():
+        where, _, key = name.rpartition(".")
+        kept = merging.kept(found, where, key)
+        named[name] = tensor if kept is None else kept.to(tensor)
     return named
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import quantised
+from . import merging, quantised
 from .addressing import Survey, ancestors
 from .errors import shown
 from .layers import is_sharded
@@ -108,10 +108,8 @@ def _decoded(text: Any) -> list[float] | None:
 
 def _own(found: Survey, name: str, key: str) -> Tensor | None:
     """A parameter of the module called `name`, as it was before deltas were merged into it."""
-    stack = found.stacks.get(name)
-    kept = stack.steps[0].kept.get(key) if stack is not None and stack.steps else None
-    own = found.modules[name]._parameters
-    return kept if isinstance(kept, Tensor) else dict(own.items()).get(key)
+    kept = merging.kept(found, name, key)
+    return dict(found.modules[name]._parameters.items()).get(key) if kept is None else kept
 
 
 def _weights(

@@ -323,6 +323,14 @@ def _undo(module: nn.Module, stack: Stack) -> None:
         layer.record.merged -= 1
 
 
+def kept(found: Survey, where: str, key: str) -> Tensor | None:
+    """A parameter's values from before all merging; None if they are in it, or were quantised."""
+    stack = found.stacks.get(where)
+    steps = stack.steps if stack is not None else []
+    values = next((step.kept[key] for step in steps if key in step.kept), None)
+    return values if isinstance(values, Tensor) else None
+
+
 def check_unrouted(found: Survey, verb: str) -> None:
     """Raise if the rows of batches take different deltas now.
 

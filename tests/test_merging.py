@@ -365,3 +365,29 @@ def test_nothing_comes_to_act_beneath_what_is_merged():
     composed.unmerge()
     composed.reorder(["style", "first", "lora"])
     torch.testing.assert_close(model(IDS), expected)
+
+
+def test_what_is_saved_of_the_backbone_is_what_it_was_before_merging(tmp_path):
+    model = net()
+    shake(BitFitModel(model, modified_modules=["linear"]))
+    shake(LoraModel(model, modified_modules=["linear"], unfrozen_modules=["linear"]))
+    composed = opendelta.composition(model)
+    composed.merge("bitfit")
+    composed.merge("lora")
+    composed["bitfit"].freeze_module()
+    composed.save(tmp_path)
+    fresh = net()
+    opendelta.load(tmp_path, fresh)
+    composed.unmerge()
+    assert torch.equal(fresh(IDS), model(IDS))
+
+
+def test_the_backbone_is_known_again_after_merging_step_by_step(tmp_path):
+    model = net()
+    shake(BitFitModel(model, modified_modules=["linear"]))
+    shake(LoraModel(model, modified_modules=["linear"])).freeze_module()
+    composed = opendelta.composition(model)
+    composed.merge("bitfit")
+    composed.merge("lora")
+    composed["lora"].save_finetuned(tmp_path)
+    assert LoraModel.from_finetuned(tmp_path, net()).attached
