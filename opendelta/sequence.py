@@ -24,7 +24,8 @@ def positions(h: Tensor, args: tuple, kwargs: dict[str, Any], first: int, last: 
         SiteError: `last` is asked for while a cache holds what came before.
     """
     length = h.size(-2)
-    cache = kwargs.get("past_key_values")
+    given = (*args, *kwargs.values())  # blocks call it past_key_values, layer_past or nothing
+    cache: Any = next((value for value in given if hasattr(value, "get_seq_length")), None)
     total = length if cache is None else max(length, int(cache.get_seq_length()))
     seen = _seen(args, kwargs, total)
     if seen is None:

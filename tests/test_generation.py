@@ -9,6 +9,7 @@ from opendelta import (
     AdapterModel,
     BitFitModel,
     LoraModel,
+    LoReftModel,
     PrefixModel,
     SoftPromptModel,
 )
@@ -80,6 +81,14 @@ def assert_padding_is_invisible(model, left):
     for row, length in enumerate(lengths):
         alone = generate(model, ids[row : row + 1, :length])
         assert_same(alone, together, slice(row, row + 1))
+
+
+@pytest.mark.parametrize(("name", "blocks"), [("gpt2", r"[r]h\.\d+"), ("llama", r"[r]layers\.\d+")])
+def test_the_first_tokens_are_those_before_the_cache_and_no_padding(name, blocks):
+    model = build(name)
+    shake(LoReftModel(model, modified_modules=[blocks], first=2, last=0))
+    assert_same(generate(model), generate(model, use_cache=False))
+    assert_padding_is_invisible(model, left=True)
 
 
 # ---------------------------------------------------------------------------------- every method
