@@ -29,6 +29,12 @@ def test_importing_it_imports_no_heavy_library():
     assert result.stdout == "[]\n", result.stderr
 
 
+def test_what_writes_for_peft_is_there_without_an_import_of_its_own():
+    script = "import opendelta; print(opendelta.interop.peft.save.__name__)"
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert result.stdout == "save\n", result.stderr
+
+
 def test_every_public_name_is_documented():
     for name in opendelta.__all__:
         assert getattr(opendelta, name).__doc__, name

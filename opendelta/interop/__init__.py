@@ -15,6 +15,12 @@ from .. import folder as files
 READERS = ("peft", "legacy", "adapters")
 
 
+def __getattr__(name: str) -> Any:
+    if name in READERS:
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 def reader_of(folder: Path) -> Any:
     """The module that reads what wrote `folder`, or None: it is ours, or nobody's.
 
