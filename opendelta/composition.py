@@ -92,7 +92,11 @@ class Composition:
         chosen = []
         for given in [names] if isinstance(names, str) else names:
             if not isinstance(given, str | Delta):
-                raise DeltaError(f"{given!r} must be a delta or the name of one")
+                several = isinstance(given, list | tuple | set | dict)
+                raise DeltaError(
+                    f"{given!r} must be a delta or the name of one"
+                    + ("; several are given one by one: only('a', 'b')" if several else "")
+                )
             name = given.name if isinstance(given, Delta) else given
             if name not in records or (
                 isinstance(given, Delta) and given.record is not records[name]
@@ -130,6 +134,8 @@ class Composition:
             DeltaError: a name is missing, unknown or given twice. Nothing is changed then.
         """
         records, found = self._records(), survey(self.model)
+        if not isinstance(names, Sequence):
+            raise DeltaError(f"reorder takes a list of all attached deltas, not {names!r}")
         wanted = self._named(names, records)
         if len(set(map(id, wanted))) < len(wanted) or len(wanted) < len(records):
             raise DeltaError(
@@ -299,7 +305,8 @@ class Composition:
         sites = [name for name in names if name in found.stacks] or names
         if len(sites) > 1:
             raise AddressError(
-                f"{module!r} selects {len(sites)} modules: {', '.join(sites[:4])}, ..."
+                f"{module!r} selects {len(sites)} modules: {', '.join(sites[:4])}"
+                f"{', ...' * (len(sites) > 4)}; give the full name of one"
             )
         where = sites[0]
         target = found.modules[where]

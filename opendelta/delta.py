@@ -224,8 +224,9 @@ class Delta:
         site.check_name(name)
         if name in taken:
             raise SiteError(
-                f"{type(model).__name__} has a delta {name!r} already, attached or detached but "
-                f"held; pass another name=, such as {free_name(name, taken)!r}"
+                f"{type(model).__name__} has a delta {name!r} already, attached, or detached and "
+                "still in a variable, so that it may come back; pass another name=, such as "
+                f"{free_name(name, taken)!r}"
             )
         layer_class, shared = self.layer_for(config), self.shared_for(config)
         if values == "saved":

@@ -32,7 +32,7 @@ class MergeReport:
 
     Attributes:
         merged: {full name of a module: names of the deltas in its weight now, the innermost first}.
-        left: {full name of a module: names of the deltas that act on top of it}.
+        left: {full name of a module: names of the deltas that still act there, by themselves}.
         errors: {full name of a quantised module: |requantised - exact| / |exact - before|}.
     """
 
@@ -44,7 +44,7 @@ class MergeReport:
         merged = Counter(", ".join(names) for names in self.merged.values())
         left = Counter(", ".join(names) for names in self.left.values())
         lines = [f"merged into {count} modules: {names}" for names, count in merged.items()]
-        lines += [f"acting on top of {count} modules: {names}" for names, count in left.items()]
+        lines += [f"still acting on {count} modules: {names}" for names, count in left.items()]
         lines += [f"{where}: relative error {e:.1e}" for where, e in self.errors.items()]
         return "\n".join(lines)
 
@@ -195,8 +195,9 @@ def merge(found: Survey, wanted: Collection[Record] | None = None) -> MergeRepor
     for where, stack in found.stacks.items():
         if merged := stack.merged():
             report.merged[where] = merged
-            left = [n for n, ly in stack.in_order() if n not in merged and ly.flow != "none"]
-            report.left.update({where: left} if left else {})
+        acting = [n for n, ly in stack.in_order() if ly.record.active and ly.flow != "none"]
+        if left := [name for name in acting if name not in merged]:
+            report.left[where] = left
     return report
 
 
@@ -224,7 +225,7 @@ def check_whole(found: Survey) -> None:
 def fold_into(where: str, module: nn.Module, run: list[Named]) -> tuple[Step, float | None]:
     """Fold layers into the weights of a module; the step that undoes it, and a weight's error."""
     step, error, folded = Step(dict(run)), None, {}
-    for key, (new, blocks) in _new_values(module, list(step.layers.values())).items():
+    for key, (new, blocks) in _new_values(where, module, list(step.layers.values())).items():
         bits = 0
         for block in blocks:  # each is checked while the processor's cache still holds it
             if not comparing.is_finite(block):
@@ -245,7 +246,9 @@ def fold_into(where: str, module: nn.Module, run: list[Named]) -> tuple[Step, fl
     return step, error
 
 
-def _new_values(module: nn.Module, layers: list[Any]) -> dict[str, tuple[Tensor, Iterable[Tensor]]]:
+def _new_values(
+    where: str, module: nn.Module, layers: list[Any]
+) -> dict[str, tuple[Tensor, Iterable[Tensor]]]:
     """{name of a parameter that changes: its new values, and the same in blocks}.
 
     What is yet to be computed is computed as the blocks are read. Values are in the parameter's
@@ -259,8 +262,14 @@ def _new_values(module: nn.Module, layers: list[Any]) -> dict[str, tuple[Tensor,
     own = {key: p for key, p in module._parameters.items() if key in ("weight", "bias")}
     exact: Params = {k: quantised.in_full(module, k) for k, p in own.items() if p is not None}
     folded = exact
-    for layer in layers:
-        folded = layer.fold(folded)
+    try:
+        for layer in layers:
+            folded = layer.fold(folded)
+    except KeyError as error:
+        raise SiteError(
+            f"{where!r} ({type(module).__name__}): its {error.args[0]} is no parameter of its own, "
+            "as of a parametrized module: remove the parametrization, or merge the deltas elsewhere"
+        ) from None
     changed = {key: tensor for key, tensor in folded.items() if tensor is not exact[key]}
     rounded = {key: tensor.to(_float_of(own[key])) for key, tensor in changed.items()}
     return {key: (tensor, [tensor]) for key, tensor in rounded.items()}

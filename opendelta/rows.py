@@ -86,10 +86,12 @@ class Rows:
         times = 1 if batch == len(self.names) else self.repeats
         if times * len(self.names) != batch:
             wanted = f"{len(self.names)} rows" + f" x {self.repeats}" * (self.repeats > 1)
+            whole, rest = divmod(batch, len(self.names))
             raise SiteError(
                 f"route() was given {wanted}, but the input of {called(where)} has {batch} on its "
                 "first axis, where the rows of the batch must be. For generate() with beams, or "
-                "several sequences a row, give repeats=; for other inputs leave that module out"
+                f"several sequences a row, give repeats={whole if whole and not rest else ''}; for "
+                "other inputs leave that module out of the deltas, by exclude_modules="
             )
         paths: dict[tuple[int, ...], list[int]] = {}
         takers = [self.takers(name) for name in names]

@@ -127,8 +127,27 @@ def test_a_disabled_delta_is_neither_merged_nor_passed_over():
         c.merge()
     first.enable()
     assert c.merge(first).left == {"linear": ["lora_1"]}
+    second.disable()
+    assert opendelta.AdapterModel(model, modified_modules=["norm"], name="aside").attached
+    c.unmerge()
+    report = c.merge(first)
+    assert report.left == {"norm": ["aside"]}
+    assert str(report) == "merged into 1 modules: lora\nstill acting on 1 modules: aside"
+    second.enable()
     assert c.merge(second).merged == {"linear": ["lora", "lora_1"]}
     with pytest.raises(opendelta.SiteError, match=r"nothing to merge: all of it is merged"):
+        c.merge()
+
+
+def test_a_parametrized_weight_is_not_merged_into_and_its_bias_is():
+    model = nn.ModuleDict({"fc": nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))})
+    c = opendelta.composition(model)
+    bias = shake(opendelta.BitFitModel(model, modified_modules=["fc"]))
+    assert c.merge().merged == {"fc": ["bitfit"]}
+    c.unmerge()
+    bias.detach()
+    LoraModel(model, modified_modules=["fc"])
+    with pytest.raises(opendelta.SiteError, match=r"its weight is no parameter of its own"):
         c.merge()
 
 
