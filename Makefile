@@ -16,7 +16,7 @@ demo: .venv/.demo  ## Train, save and share small deltas on a small real model
 test: .venv/.dev  ## Run the whole test suite; extra pytest arguments through ARGS='-k lora'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
 
-bench: .venv/.dev  ## Run all benchmarks, in a quarter of an hour; rewrites benchmarks/RESULTS.md
+bench: .venv/.dev  ## Run all benchmarks, in about ten minutes; rewrites benchmarks/RESULTS.md
 	$(BIN)/python benchmarks/run.py $(ARGS)
 
 lint: .venv/.dev  ## Check style, formatting, types and code-line budgets

@@ -128,11 +128,12 @@ def facts(device: str = "cpu") -> dict[str, Any]:
 
 def table(rows: Sequence[Row]) -> Table:
     """The rows as they are printed."""
-    shown = Table("row", "case", "opendelta", "peft", "by hand", "must", "met?", "unit")
-    for column in shown.columns[2:6]:
+    shown = Table("row", "case", "opendelta", "±", "peft", "by hand", "must", "met?", "unit")
+    shown.caption = f"a time meets its must within {100 * (SLACK - 1):.0f}%"
+    for column in shown.columns[2:7]:
         column.justify = "right"
     for row in rows:
-        figures = (row.opendelta, row.peft, row.by_hand, row.must)
+        figures = (row.opendelta, row.spread, row.peft, row.by_hand, row.must)
         colour = {True: "green", False: "red", None: "default"}[row.met]
         verdict = f"[{colour}]{row.verdict}[/]"
         shown.add_row(row.name, row.case, *map(spell, figures), verdict, row.unit)
@@ -140,6 +141,10 @@ def table(rows: Sequence[Row]) -> Table:
 
 
 # ------------------------------------------------------------------------------------------ options
+class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Help with the docstring as it is, and with the defaults."""
+
+
 def parser(
     doc: str | None,
     *,
@@ -155,9 +160,7 @@ def parser(
         linears: how many linear modules by default, multiples of 7; None: there is no such option.
         rounds: how many rounds by default; None: nothing is timed.
     """
-    parsed = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parsed = argparse.ArgumentParser(description=doc, formatter_class=_Help)
     if layers is not None:
         parsed.add_argument("--layers", type=int, default=layers, help="of the backbone")
     if linears is not None:
@@ -165,10 +168,10 @@ def parser(
         parsed.add_argument("--linears", type=numbers, default=linears, help=help)
     parsed.add_argument("--width", type=int, default=768, help="of the backbone")
     if rounds is not None:
-        parsed.add_argument("--rounds", type=int, default=rounds)
+        parsed.add_argument("--rounds", type=int, default=rounds, help="that count")
         parsed.add_argument("--warm-up", type=int, default=2, help="rounds that do not count")
-    parsed.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parsed.add_argument("--seed", type=int, default=0)
+    parsed.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="that computes")
+    parsed.add_argument("--seed", type=int, default=0, help="of all random numbers")
     parsed.add_argument("--quick", action="store_true", help="tiny sizes: does it run at all?")
     parsed.add_argument("--json", type=Path, metavar="FILE", help="write the rows there")
     return parsed
@@ -200,7 +203,7 @@ def run(
     if options.quick or options.width != 768:  # the musts are about the real sizes
         rows = [dataclasses.replace(row, must=row.must if row.exact else None) for row in rows]
     console = Console()
-    console.width = console.width if console.is_terminal else 120
+    console.width = console.width if console.is_terminal else 140
     console.print(table(rows))
     if options.json:
         script = Path(sys.modules[measure.__module__].__file__ or "").name

@@ -291,7 +291,8 @@ def _check_backbone(
             f"{path} was saved from another backbone: of {len(given)} weights under its deltas "
             f"{len(differ)} differ in this {type(found.root).__name__}: "
             f"{first}{', ...' if len(differ) > 3 else ''} (relative norm; up to "
-            f"{fingerprint.TOLERANCE} is rounding). If that is meant, pass check_backbone=False",
+            f"{fingerprint.TOLERANCE} is rounding). If that is meant, pass check_backbone=False, "
+            "or --no-check-backbone to the command merge",
             differing=differ,
         )
     if unchecked:

@@ -174,6 +174,13 @@ def test_a_merged_model_computes_what_the_deltas_did(run, folder):
     assert not torch.allclose(before, model(ids).logits, atol=1e-2)
 
 
+def test_a_merge_into_another_backbone_has_to_be_asked_for(run):
+    code, _, errors = run("merge", "my-lora", "another-model", "other")
+    assert code == 2
+    assert "--no-check-backbone" in errors
+    assert run("merge", "my-lora", "another-model", "other", "--no-check-backbone")[0] == 0
+
+
 def test_a_conversion_and_back_changes_nothing(run):
     assert run("convert", "my-lora", "to-peft", "--to", "peft", "--model", "my-model")[0] == 0
     assert run("convert", "to-peft", "back", "--to", "opendelta", "--model", "my-model")[0] == 0

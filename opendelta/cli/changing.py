@@ -33,6 +33,9 @@ def merge(
     model: Model,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the merged model.")],
     class_name: Class = None,
+    check_backbone: Annotated[
+        bool, typer.Option(help="Refuse weights that the deltas were not trained on.")
+    ] = True,
     json: AsJson = False,
 ) -> None:
     """Fold the deltas of CHECKPOINT into the weights of MODEL, and save that as a plain model.
@@ -43,7 +46,7 @@ def merge(
     """
     _check_new(out)
     built = models.with_weights(model, class_name, saved_from(checkpoint))
-    composed = opendelta.load(checkpoint, built)
+    composed = opendelta.load(checkpoint, built, check_backbone=check_backbone)
     names = [delta.name for delta in composed if delta.active]
     plain: Any = composed.to_backbone()
     with _all_or_nothing(out) as folder:
