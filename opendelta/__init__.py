@@ -21,6 +21,7 @@ from .errors import (
     UncheckedWarning,
     UnreachedWarning,
     UnsavedWarning,
+    UnusedWarning,
 )
 from .folder import own_version
 from .inspection import assert_pristine, snapshot, statistics, unreached
@@ -125,6 +126,7 @@ __all__ = [
     "UncheckedWarning",
     "UnreachedWarning",
     "UnsavedWarning",
+    "UnusedWarning",
     "VeraConfig",
     "VeraModel",
     "Visualization",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from torch import nn
 
 from . import freezing, merging, neighbours
 from .addressing import attached, select, survey
+from .blocks import block
 from .delta import Delta
 from .errors import AddressError, DeltaError, DeltaLoadError, nearest
 from .layers import kind_of
@@ -150,7 +150,7 @@ class Composition:
         for stack in found.stacks.values():
             stack.sort()
 
-    @contextlib.contextmanager
+    @block
     def only(self, *names: str | Delta) -> Iterator[Composition]:
         """Let just these deltas act inside a `with` block; none of them: the plain backbone.
 
@@ -171,7 +171,7 @@ class Composition:
             for record, active in before:
                 record.active = active or record.merged > 0  # merged inside, it acts
 
-    @contextlib.contextmanager
+    @block
     def frozen(self) -> Iterator[Composition]:
         """Serve faster inside a `with` block, in which no delta's values change.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import inspect
 import os
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from . import compiling, freezing, inspection, merging, planning, sharding, site, targets
 from .addressing import Survey, as_list, survey
 from .bases import DeltaLayer
+from .blocks import block
 from .errors import DeltaError, OptionError, SiteError, shown
 from .options import DeltaConfig, as_scaling
 from .order import HANDLES, check_root, free_name, known_records, neighbour, others, renumber
@@ -349,7 +349,7 @@ class Delta:
             merging.check_apart(self.record, "cannot switch")
         self.record.active = active
 
-    @contextlib.contextmanager
+    @block
     def disabled(self) -> Iterator[None]:
         """Disable the delta inside a `with` block."""
         before = self.record.active

@@ -67,6 +67,10 @@ class TiedWeightWarning(DeltaWarning):
     """A delta on one use of a weight that other modules use too."""
 
 
+class UnusedWarning(DeltaWarning):
+    """A `with` block that nobody entered, so that it did nothing."""
+
+
 def nearest(word: str, known: Iterable[str], n: int = 3) -> list[str]:
     """The up to `n` names in `known` that look most like `word`, the best first."""
     lower = {name.lower(): name for name in sorted(set(known))}

@@ -8,7 +8,6 @@ batched product.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from . import labels, layers, merging, neighbours, products
 from .addressing import ancestors, survey
 from .attention import PrefixLayer
 from .bases import DeltaLayer, OwnedModule, SharedTensors
+from .blocks import block
 from .composition import Composition
 from .errors import DeltaError, SiteError, called
 from .labels import LabelsLayer
@@ -309,7 +309,7 @@ def _stacked(pairs: Sequence[LowRank | None]) -> tuple[Tensor, Tensor, float]:
 
 
 # ---------------------------------------------------------------------------------------- the verb
-@contextlib.contextmanager
+@block
 def route(
     model: nn.Module,
     rows: Sequence[str | Delta | Collection[str | Delta] | None],

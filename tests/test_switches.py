@@ -512,3 +512,20 @@ def test_a_layer_that_computes_by_itself_has_no_scale_unless_it_says_so(model):
     assert not Twice.scales
     assert Heeding.scales
     assert More.scales
+
+
+# -------------------------------------------------------------------------------- unentered blocks
+@pytest.mark.parametrize("verb", ["only", "frozen", "disabled", "route"])
+def test_a_block_that_nobody_enters_is_told(model, lora, verb):
+    c = opendelta.composition(model)
+    calls = {
+        "only": lambda: c.only("lora"),
+        "frozen": c.frozen,
+        "disabled": lora.disabled,
+        "route": lambda: opendelta.route(model, ["lora", None]),
+    }
+    with pytest.warns(opendelta.UnusedWarning, match=rf"{verb}\(\) did nothing") as told:
+        calls[verb]()
+    assert told[0].filename == __file__
+    with calls[verb]():
+        pass
