@@ -142,7 +142,10 @@ def table(rows: Sequence[Row]) -> Table:
 
 # ------------------------------------------------------------------------------------------ options
 class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Help with the docstring as it is, and with the defaults."""
+    """Help with the docstring as it is, and with the defaults, where there are any."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return super()._get_help_string(action) if action.default else action.help
 
 
 def parser(

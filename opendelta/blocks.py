@@ -14,16 +14,24 @@ P = ParamSpec("P")
 Given = TypeVar("Given")
 
 
-class Block(Generic[Given]):
-    """What `with` takes.
+class Block(contextlib.ContextDecorator, Generic[Given]):
+    """What `with` takes; as a decorator it is entered anew for each call.
 
     Args:
-        inner: what it does.
+        make: gives what it does.
         name: of the function that made it, for messages.
     """
 
-    def __init__(self, inner: contextlib.AbstractContextManager[Given], name: str) -> None:
-        self.inner, self.name, self.entered = inner, name, False
+    entered = True  # where torch.compile makes one without __init__
+
+    def __init__(
+        self, make: Callable[[], contextlib.AbstractContextManager[Given]], name: str
+    ) -> None:
+        self.inner, self.make, self.name, self.entered = make(), make, name, False
+
+    def _recreate_cm(self) -> Block[Given]:
+        self.entered = True
+        return Block(self.make, self.name)
 
     def __enter__(self) -> Given:
         self.entered = True
@@ -35,7 +43,7 @@ class Block(Generic[Given]):
     def __del__(self) -> None:
         if not self.entered:
             warnings.warn(
-                f"{self.name}() did nothing, because nobody entered it: with ...{self.name}(...):",
+                f"{self.name}() did nothing, because nobody entered it: write `with` before it",
                 UnusedWarning,
                 stacklevel=2,
             )
@@ -47,6 +55,6 @@ def block(function: Callable[P, Iterator[Given]]) -> Callable[P, Block[Given]]:
 
     @functools.wraps(function)
     def made(*args: P.args, **kwargs: P.kwargs) -> Block[Given]:
-        return Block(make(*args, **kwargs), function.__name__)
+        return Block(functools.partial(make, *args, **kwargs), function.__name__)
 
     return made

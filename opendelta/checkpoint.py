@@ -118,7 +118,7 @@ def _backbone_part(found: Survey, deltas: Sequence[Delta]) -> dict[str, Tensor]:
         )
     for name, tensor in named.items():
         where, _, key = name.rpartition(".")
-        kept = merging.kept(found, where, key)
+        kept = merging.kept(found, where, key, "saving")
         named[name] = tensor if kept is None else kept.to(tensor)
     return named
 

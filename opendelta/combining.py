@@ -123,8 +123,7 @@ def _check_options(
         near = nearest(str(how), HOWS)
         hint = f"; nearest: {', '.join(near)}" if near else ""
         raise OptionError(f"combine(how={how!r}) must be one of {', '.join(HOWS)}{hint}")
-    numbers = [isinstance(w, int | float) and math.isfinite(w) for w in weights.values()]
-    if not weights or not all(numbers):
+    if not weights or not all(map(_is_finite, weights.values())):
         raise OptionError(f"combine takes {{name of a delta: finite weight}}, not {dict(weights)}")
     if how == "svd" and rank is None:
         raise OptionError("combine(how='svd') needs rank=, that of the new delta")
@@ -137,6 +136,13 @@ def _check_options(
         raise OptionError(f"combine(how={how!r}, density={density}): density must be in (0, 1]")
     if not sparse and density is not None:
         raise OptionError(f"combine(how={how!r}) keeps all values: it takes no density")
+
+
+def _is_finite(weight: Any) -> bool:
+    try:
+        return math.isfinite(weight)
+    except TypeError:  # no number
+        return False
 
 
 def _check_layer(found: Survey, where: str, name: str, layer: DeltaLayer) -> None:

@@ -8,9 +8,8 @@ import re
 from .errors import CompileLimitError
 from .record import SLOT
 
-# What torch names as changed where deltas did: a stack, or the class of a module that became a
-# site or ceased to be one.
-CHANGED = re.compile(rf"_modules\['{SLOT}'\]|___check_type_id\(\S*_modules\['[^']*'\], \d+\)")
+CLASS = re.compile(r"___check_type_id\(\S*_modules\['[^']*'\], (\d+)\)")
+SITES: set[int] = set()  # ids of the classes that sites have, and have when they are none
 
 
 class LimitFilter(logging.Filter):
@@ -24,7 +23,7 @@ class LimitFilter(logging.Filter):
         """
         args = record.args
         at_limit = str(record.msg).startswith("torch._dynamo hit config.")
-        if at_limit and isinstance(args, tuple) and CHANGED.search(str(args[3])):
+        if at_limit and isinstance(args, tuple) and _is_ours(str(args[3])):
             option, limit, function = args[:3]
             raise CompileLimitError(
                 f"torch.compile keeps at most {limit} graphs of {function}, and this set of acting "
@@ -33,6 +32,12 @@ class LimitFilter(logging.Filter):
                 "what else changes, such as a cache"
             )
         return True
+
+
+def _is_ours(changed: str) -> bool:
+    """Whether what torch names as changed is a stack, or that a module became a site or is none."""
+    found = CLASS.search(changed)
+    return f"_modules['{SLOT}']" in changed or (found is not None and int(found[1]) in SITES)
 
 
 _filter = LimitFilter()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, overload
 
@@ -87,16 +87,12 @@ class Composition:
     def __repr__(self) -> str:
         return f"composition of {type(self.model).__name__}: {self.names}"
 
-    def _named(self, names: Sequence[str | Delta], among: list[Record]) -> list[Record]:
+    def _named(self, names: Iterable[str | Delta], among: list[Record]) -> list[Record]:
         records = {record.name: record for record in among}
         chosen = []
         for given in [names] if isinstance(names, str) else names:
             if not isinstance(given, str | Delta):
-                several = isinstance(given, list | tuple | set | dict)
-                raise DeltaError(
-                    f"{given!r} must be a delta or the name of one"
-                    + ("; several are given one by one: only('a', 'b')" if several else "")
-                )
+                raise DeltaError(f"{given!r} must be a delta or the name of one, by itself")
             name = given.name if isinstance(given, Delta) else given
             if name not in records or (
                 isinstance(given, Delta) and given.record is not records[name]
@@ -122,7 +118,7 @@ class Composition:
         near = nearest(name, attached)
         return f"{text}attached are {list(attached)}" + (f"; nearest: {near[0]!r}" if near else "")
 
-    def reorder(self, names: Sequence[str | Delta]) -> None:
+    def reorder(self, names: Iterable[str | Delta]) -> None:
         """Let the attached deltas act in this order.
 
         A detached delta that somebody holds keeps its distance to the start of the order.
@@ -134,7 +130,7 @@ class Composition:
             DeltaError: a name is missing, unknown or given twice. Nothing is changed then.
         """
         records, found = self._records(), survey(self.model)
-        if not isinstance(names, Sequence):
+        if not isinstance(names, Iterable):
             raise DeltaError(f"reorder takes a list of all attached deltas, not {names!r}")
         wanted = self._named(names, records)
         if len(set(map(id, wanted))) < len(wanted) or len(wanted) < len(records):
@@ -193,12 +189,12 @@ class Composition:
         stacks = [s for s in survey(self.model).stacks.values() if s.frozen is None]
         kept = [neighbours.Frozen() for _ in stacks]
         for stack, each in zip(stacks, kept, strict=True):
-            stack.__dict__["frozen"] = each
+            stack.__dict__["frozen"] = each  # past nn.Module, which looks long at each attribute
         try:
             yield self
         finally:
             for stack in stacks:
-                stack.__dict__.pop("frozen", None)  # not None: as it was, for what is compiled
+                stack.__dict__.pop("frozen", None)
         if any(each.changed() for each in kept):
             raise DeltaError(
                 f"values of deltas of {type(self.model).__name__} changed inside frozen(), where "

@@ -16,7 +16,7 @@ from .bases import DeltaLayer
 from .blocks import block
 from .errors import DeltaError, OptionError, SiteError, shown
 from .options import DeltaConfig, as_scaling
-from .order import HANDLES, check_root, free_name, known_records, neighbour, others, renumber
+from .order import HANDLES, check_place, check_root, free_name, known_records, neighbour, renumber
 from .record import SLOT, Record, Shared
 from .registry import register
 
@@ -255,7 +255,7 @@ class Delta:
         found = survey(self.backbone_model) if found is None else found
         merging.check_unrouted(found, f"cannot attach {self.name!r}")
         plan = planning.places(found, self.name, self.config, self.layers)
-        known = others(found, self, before, after)
+        known = check_place(found, self, before, after)
         done: list[nn.Module] = []
         try:
             for where, (reads, ranks) in plan.items():

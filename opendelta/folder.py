@@ -313,8 +313,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     given = read_json(file)
     if not isinstance(given, dict) or given.get("format") != FORMAT:
         raise DeltaLoadError(
-            f"{file} was not written by opendelta 1.0 or later. A Trainer resumes from its own "
-            "checkpoint; to load deltas elsewhere, save them with save_finetuned"
+            f"{file} was not written by opendelta 1.0 or later. If it is a Trainer's "
+            "checkpoint: resume from it, and save deltas with save_finetuned to load them elsewhere"
         )
     if given.get("schema_version") != SCHEMA:
         raise DeltaLoadError(

@@ -21,7 +21,7 @@ from .errors import DeltaError, SiteError
 from .layers import is_sharded
 from .products import LowRank
 from .record import Record
-from .site import Stack, Step
+from .site import Stack, Step, stack_of
 
 Named = tuple[str, DeltaLayer]
 
@@ -154,7 +154,7 @@ def _check_module(found: Survey, where: str, run: list[Named], users: dict[int, 
     module = found.modules[where]
     names = ", ".join(name for name, _ in run)
     what = f"{where!r} ({type(module).__name__}): {names} cannot be merged"
-    if getattr(module, "max_norm", None) is not None:
+    if isinstance(module, nn.Embedding) and module.max_norm is not None:
         raise SiteError(
             f"{what}: its max_norm shortens the weight whenever it runs, and would shorten the "
             "merged changes along; set it to None, once it has run on all of the weight"
@@ -216,7 +216,8 @@ def check_whole(found: Survey) -> None:
                     f"{where!r}: {name!r} {_unfolded(layer)}, so no plain model computes the same; "
                     "disable it to leave it out"
                 )
-        run = [(n, ly) for n, ly in stack.in_order() if ly.flow not in ("none", "instead")]
+        acting = [(n, ly) for n, ly in stack.in_order() if ly.record.active]
+        run = [(name, layer) for name, layer in acting if layer.flow not in ("none", "instead")]
         if run:
             _check_module(found, where, run, users)
 
@@ -266,6 +267,8 @@ def _new_values(
         for layer in layers:
             folded = layer.fold(folded)
     except KeyError as error:
+        if error.args[0] not in {"weight", "bias"} - exact.keys():
+            raise
         raise SiteError(
             f"{where!r} ({type(module).__name__}): its {error.args[0]} is no parameter of its own, "
             "as of a parametrized module: remove the parametrization, or merge the deltas elsewhere"
@@ -311,16 +314,21 @@ def _bits(tensor: Tensor) -> int:
 def unmerge(found: Survey) -> None:
     """Put the weights back as they were before; see `Composition.unmerge`."""
     for where, stack in found.stacks.items():
-        now = {key: mark for step in stack.steps for key, mark in step.marks.items()}
-        for key, mark in now.items():
-            if _mark(found.modules[where]._parameters[key]) != mark:
-                raise DeltaError(
-                    f"{where}.{key} was changed after the merge, and unmerging would lose that; "
-                    "merge after training and loading, or keep the merged model as it is"
-                )
+        _check_unchanged(where, found.modules[where], stack, "unmerging")
     for where, stack in found.stacks.items():
         while stack.steps:
             _undo(found.modules[where], stack)
+
+
+def _check_unchanged(where: str, module: nn.Module, stack: Stack, what: str) -> None:
+    """Raise if merged parameters were changed since, which `what` would lose."""
+    now = {key: mark for step in stack.steps for key, mark in step.marks.items()}
+    for key, mark in now.items():
+        if _mark(module._parameters[key]) != mark:
+            raise DeltaError(
+                f"{where}.{key} was changed after the merge, and {what} would lose that; "
+                "merge after training and loading, or keep the merged model as it is"
+            )
 
 
 def _undo(module: nn.Module, stack: Stack) -> None:
@@ -332,12 +340,26 @@ def _undo(module: nn.Module, stack: Stack) -> None:
         layer.record.merged -= 1
 
 
-def kept(found: Survey, where: str, key: str) -> Tensor | None:
-    """A parameter's values from before all merging; None if they are in it, or were quantised."""
-    stack = found.stacks.get(where)
+def kept(found: Survey, where: str, key: str, what: str = "") -> Tensor | None:
+    """A parameter's values from before all merging; None if nothing merged changed them.
+
+    Also None for one that is quantised.
+
+    Args:
+        what: what would lose it if the parameter was changed since; "" asks for no such error.
+
+    Raises:
+        DeltaError: it was.
+    """
+    module = found.modules.get(where)
+    stack = None if module is None else stack_of(module)
     steps = stack.steps if stack is not None else []
     values = next((step.kept[key] for step in steps if key in step.kept), None)
-    return values if isinstance(values, Tensor) else None
+    if not isinstance(values, Tensor):
+        return None
+    if what:
+        _check_unchanged(where, module, stack, what)  # type: ignore[arg-type]
+    return values
 
 
 def check_unrouted(found: Survey, verb: str) -> None:

@@ -115,7 +115,7 @@ def renumber(
         each.place = place
 
 
-def others(
+def check_place(
     found: Survey, delta: Delta, before: Record | None, after: Record | None
 ) -> list[Record]:
     """The deltas among which `delta` is to take its place.

@@ -255,7 +255,9 @@ def _gradients(
     if any(of_B):
         g_B = [
             part if scale == 1 else part * scale
-            for part, scale in zip(_narrow(g.t(), h).split(ranks, 1), scales, strict=True)
+            for part, scale in zip(
+                _narrow(g.t(), h).contiguous().split(ranks, 1), scales, strict=True
+            )
         ]
     g_h = _scaled(_narrow(g, _cat(B, 1)), scales, A).split(ranks, 1)
     g_x = None

@@ -87,11 +87,12 @@ class Rows:
         if times * len(self.names) != batch:
             wanted = f"{len(self.names)} rows" + f" x {self.repeats}" * (self.repeats > 1)
             whole, rest = divmod(batch, len(self.names))
+            beams = "For generate() with beams, or several sequences a row, give "
             raise SiteError(
                 f"route() was given {wanted}, but the input of {called(where)} has {batch} on its "
-                "first axis, where the rows of the batch must be. For generate() with beams, or "
-                f"several sequences a row, give repeats={whole if whole and not rest else ''}; for "
-                "other inputs leave that module out of the deltas, by exclude_modules="
+                "first axis, where the rows of the batch must be. "
+                + (f"{beams}repeats={whole}. " if whole and not rest else "")
+                + "If they are not there, leave that module out of the deltas by exclude_modules="
             )
         paths: dict[tuple[int, ...], list[int]] = {}
         takers = [self.takers(name) for name in names]

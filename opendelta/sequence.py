@@ -26,7 +26,7 @@ def positions(h: Tensor, args: tuple, kwargs: dict[str, Any], first: int, last: 
     length = h.size(-2)
     given = (*args, *kwargs.values())  # blocks call it past_key_values, layer_past or nothing
     cache: Any = next((value for value in given if hasattr(value, "get_seq_length")), None)
-    total = length if cache is None else max(length, int(cache.get_seq_length()))
+    total = max(length, _cached(cache))
     seen = _seen(args, kwargs, total)
     if seen is None:
         seen = torch.ones(1, total, dtype=torch.bool, device=h.device)
@@ -40,6 +40,14 @@ def positions(h: Tensor, args: tuple, kwargs: dict[str, Any], first: int, last: 
     if last:
         chosen = chosen | (count > count[:, -1:] - last)
     return (chosen & seen)[:, total - length :]
+
+
+def _cached(cache: Any) -> int:
+    """How many tokens a cache counts; 0 if there is none, or one that counts none, as Mamba's."""
+    try:
+        return 0 if cache is None else int(cache.get_seq_length())
+    except ValueError:
+        return 0
 
 
 def _seen(args: tuple, kwargs: dict[str, Any], total: int) -> Tensor | None:

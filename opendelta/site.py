@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from . import attention, foreign, labels, layers, neighbours, products
+from . import attention, compiling, foreign, labels, layers, neighbours, products
 from .bases import Beneath, DeltaLayer, Params, gated
 from .errors import SiteError
 from .record import SLOT
@@ -255,7 +255,9 @@ def site_class(base: type[nn.Module], reads: bool = False) -> type[nn.Module]:
             "config": _showing_config(labels.shown_config),
             "num_labels": labels.showing_count(),
         }
-    return _site_meta(type(base))(base.__name__, (base,), body)
+    made = _site_meta(type(base))(base.__name__, (base,), body)
+    compiling.SITES.update((id(base), id(made)))
+    return made
 
 
 def _unpickle(base: type[nn.Module], reads: bool) -> nn.Module:

@@ -372,3 +372,12 @@ def test_past_the_recompile_limit_a_first_delta_on_a_module_is_told_too(counter,
     late = shake(LoraModel(model, modified_modules=["fc"], name="late"))
     with composed.only(last, late), pytest.raises(CompileLimitError, match="recompile_limit to"):
         fast(x)
+
+
+def test_past_the_recompile_limit_a_model_without_deltas_is_left_to_torch(counter):
+    LoraModel(tower(), modified_modules=["head"])
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+    fast = torch.compile(model, backend=counter)
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for model[1] in (nn.ReLU(), nn.GELU(), nn.Tanh(), nn.SiLU()):
+            assert close(fast(vectors(2, 8)), model(vectors(2, 8)))

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from models import SMALL, build, put_default, token_ids
 from nets import shake
 
@@ -159,3 +160,13 @@ def test_five_deltas_train_together(name):
     # the frozen head of a tiny random model lets the loss fall only so far
     assert losses[-1] < losses[0] - 0.3, losses
     assert all(torch.equal(p, frozen[n]) for n, p in model.named_parameters() if n in frozen)
+
+
+def test_a_cache_that_counts_no_tokens_stops_nobody():
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50, "hidden_size": 16, "state_size": 4, "intermediate_size": 32}
+    config = transformers.MambaConfig(num_hidden_layers=1, **sizes)
+    model = transformers.MambaForCausalLM(config).eval()
+    shake(LoReftModel(model, modified_modules=[r"[r]layers\.\d+"], first=2, last=2))
+    ids = torch.arange(5)[None]
+    assert torch.equal(model(ids).logits, model(ids, use_cache=False).logits)

@@ -410,3 +410,22 @@ def test_the_backbone_is_known_again_after_merging_step_by_step(tmp_path):
     composed.merge("lora")
     composed["lora"].save_finetuned(tmp_path)
     assert LoraModel.from_finetuned(tmp_path, net()).attached
+
+
+def test_what_was_trained_after_a_merge_is_not_saved_as_before_it(tmp_path):
+    model = net()
+    LoraModel(model, modified_modules=["linear"], unfrozen_modules=["linear"]).freeze_module()
+    c = opendelta.composition(model)
+    c.merge()
+    with torch.no_grad():
+        model.linear.weight += 1
+    with pytest.raises(opendelta.DeltaError, match="changed after the merge, and saving would"):
+        c.save(tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_disabled_delta_on_an_embedding_with_max_norm_is_left_out_of_a_plain_model():
+    model = nn.Sequential(nn.Embedding(5, 4, max_norm=1.0))
+    delta = LoraModel(model, modified_modules=["0"])
+    delta.disable()
+    assert type(opendelta.composition(model).to_backbone()[0]) is nn.Embedding

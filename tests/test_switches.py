@@ -529,3 +529,17 @@ def test_a_block_that_nobody_enters_is_told(model, lora, verb):
     assert told[0].filename == __file__
     with calls[verb]():
         pass
+
+
+def test_a_block_is_a_decorator_too(model, lora):
+    @lora.disabled()
+    def plain():
+        return model(IDS), lora.active
+
+    with opendelta.composition(model).only():
+        expected = model(IDS)
+    for _ in range(2):
+        out, active = plain()
+        assert torch.equal(out, expected)
+        assert not active
+    assert lora.active
