@@ -314,21 +314,21 @@ def _bits(tensor: Tensor) -> int:
 def unmerge(found: Survey) -> None:
     """Put the weights back as they were before; see `Composition.unmerge`."""
     for where, stack in found.stacks.items():
-        _check_unchanged(where, found.modules[where], stack, "unmerging")
+        for key in dict.fromkeys(key for step in stack.steps for key in step.marks):
+            _check_unchanged(where, found.modules[where], stack, key, "unmerging")
     for where, stack in found.stacks.items():
         while stack.steps:
             _undo(found.modules[where], stack)
 
 
-def _check_unchanged(where: str, module: nn.Module, stack: Stack, what: str) -> None:
-    """Raise if merged parameters were changed since, which `what` would lose."""
-    now = {key: mark for step in stack.steps for key, mark in step.marks.items()}
-    for key, mark in now.items():
-        if _mark(module._parameters[key]) != mark:
-            raise DeltaError(
-                f"{where}.{key} was changed after the merge, and {what} would lose that; "
-                "merge after training and loading, or keep the merged model as it is"
-            )
+def _check_unchanged(where: str, module: nn.Module, stack: Stack, key: str, what: str) -> None:
+    """Raise if a merged parameter was changed since, which `what` would lose."""
+    newest = [step.marks[key] for step in stack.steps if key in step.marks][-1]
+    if _mark(module._parameters[key]) != newest:
+        raise DeltaError(
+            f"{where}.{key} was changed after the merge, and {what} would lose that; "
+            "merge after training and loading, or keep the merged model as it is"
+        )
 
 
 def _undo(module: nn.Module, stack: Stack) -> None:
@@ -358,7 +358,7 @@ def kept(found: Survey, where: str, key: str, what: str = "") -> Tensor | None:
     if not isinstance(values, Tensor):
         return None
     if what:
-        _check_unchanged(where, module, stack, what)  # type: ignore[arg-type]
+        _check_unchanged(where, module, stack, key, what)  # type: ignore[arg-type]
     return values
 
 

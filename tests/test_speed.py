@@ -148,6 +148,55 @@ def test_eight_loras_are_one_pair_of_products():
     assert (ops.of("mm", "addmm", "addmm_", "bmm"), ops.of("addmm_")) == (3, 1)
 
 
+def test_values_that_change_unseen_are_seen_by_the_next_forward():
+    model, x = one_linear(dtype=torch.float32), vectors(3, 16)
+    deltas = loras(model, 2, lora_r=2)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=0.1, fused=True)
+
+    def is_current():
+        found = model(x)
+        with each_by_itself():
+            torch.testing.assert_close(found, model(x))
+        return found.detach()
+
+    before = is_current()
+    model(x).sum().backward()
+    optimizer.step()
+    stepped = is_current()
+    deltas[0].layers["0"].lora_B.data += 1
+    written = is_current()
+    assert not torch.allclose(before, stepped)
+    assert not torch.allclose(stepped, written)
+
+
+class Products(TorchDispatchMode):
+    """Keeps the shape of what each matrix product gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func.name() == "aten::mm":
+            self.shapes.append(tuple(out.shape))
+        return out
+
+
+@pytest.mark.parametrize("rank", [2, 8, 15])
+def test_no_product_of_many_tokens_has_few_columns(rank):
+    model, x = one_linear(width=64), vectors(64, 64).double().requires_grad_()
+    loras(model, 1, lora_r=rank)
+    model(x)
+    with torch.no_grad(), Products() as run:
+        model(x)
+    with Products() as trained:
+        model(x).sum().backward()
+    assert run.shapes == [(rank, 64)]
+    assert [shape for shape in trained.shapes if shape[1] == rank] == []
+
+
 def test_a_layer_in_between_parts_the_neighbours():
     model, x = one_linear(), vectors(2, 3, 16).double()
     first, second = loras(model, 2, lora_r=2)
