@@ -19,10 +19,12 @@ test: .venv/.dev  ## Run the whole test suite; extra pytest arguments through AR
 bench: .venv/.dev  ## Run all benchmarks, in about ten minutes; rewrites benchmarks/RESULTS.md
 	$(BIN)/python benchmarks/run.py $(ARGS)
 
-lint: .venv/.dev  ## Check style, formatting, types and code-line budgets
+lint: .venv/.dev  ## Check style, formatting, types, imports between rooms and code-line budgets
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache --no-logo
+	$(BIN)/python tools/lint_rooms.py
 	$(BIN)/python tools/lint_budget.py
 
 arch: .venv/.dev  ## Default places in each of transformers' architectures; writes docs/architectures.md

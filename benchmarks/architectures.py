@@ -35,8 +35,9 @@ from torch import nn
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
 import opendelta
-from opendelta.addressing import ancestors, survey
-from opendelta.structure.blocks import Tree, units
+from opendelta._backbone.backbone import Backbone
+from opendelta._backbone.roles.blocks import Tree, units
+from opendelta.names import ancestors
 
 HERE = Path(__file__).parent
 COVERED = HERE / "architectures.txt"
@@ -92,7 +93,7 @@ def build(name: str) -> nn.Module:
 
 def shorten(model: nn.Module, most: int = 2) -> None:
     """Leave `most` of the items that are built alike in each list of blocks."""
-    tree = Tree.of(survey(model))
+    tree = Tree.of(Backbone.of(model))
     looks: dict[Hashable, int] = {}
     seen: dict[str, int] = {}
     for name, module in tree.found.modules.items():
@@ -170,7 +171,7 @@ def places(model: nn.Module, wanted: Iterable[str]) -> list[str]:
 
 def _blocks(model: nn.Module, names: Iterable[str]) -> set[str]:
     """The blocks that hold the named modules."""
-    blocks = set(units(Tree.of(survey(model))))
+    blocks = set(units(Tree.of(Backbone.of(model))))
     around = (next((a for a in ancestors(n) if a in blocks), _item(n)) for n in names)
     return {block for block in around if block}
 

@@ -1,134 +1,46 @@
 """Small trainable changes on any PyTorch model, composed in order, without touching its code."""
 
-from .auto import AutoDeltaConfig, AutoDeltaModel
-from .bases import BranchLayer, DeltaLayer, OutputLayer, WeightLayer
-from .checking import CheckReport, check
-from .combining import Combination, combine
-from .composition import Composition, LoadReport, composition, load
-from .copies import shared_copy
-from .delta import Delta
-from .errors import (
-    AddressError,
-    CompileLimitError,
-    DeltaError,
-    DeltaLoadError,
-    DeltaWarning,
-    LostGradientWarning,
-    OptionError,
-    PristineError,
-    SiteError,
-    TiedWeightWarning,
-    UncheckedWarning,
-    UnreachedWarning,
-    UnsavedWarning,
-    UnusedWarning,
-)
-from .folder import own_version
-from .inspection import assert_pristine, snapshot, statistics, unreached
-from .merging import MergeReport
-from .methods import (
-    AdapterConfig,
-    AdapterModel,
-    BitFitConfig,
-    BitFitModel,
-    CompacterConfig,
-    CompacterModel,
-    FourierFTConfig,
-    FourierFTModel,
-    IA3Config,
-    IA3Model,
-    LNTuningConfig,
-    LNTuningModel,
-    LohaConfig,
-    LohaModel,
-    LokrConfig,
-    LokrModel,
-    LoraConfig,
-    LoraModel,
-    LoReftConfig,
-    LoReftModel,
-    LowRankAdapterConfig,
-    LowRankAdapterModel,
-    OFTConfig,
-    OFTModel,
-    ParallelAdapterConfig,
-    ParallelAdapterModel,
-    PrefixConfig,
-    PrefixModel,
-    SoftPromptConfig,
-    SoftPromptModel,
-    VeraConfig,
-    VeraModel,
-)
-from .options import DeltaConfig, option
-from .plans import Plan, plan
-from .recipes import adapter_drop, mam, unipelt
-from .routing import route
-from .structure import roles
-from .tree import Visualization, tree
+from . import errors, methods
+from ._backbone.counting import statistics
+from ._backbone.roles import roles
+from ._deltas.first_forward import unreached
+from ._deltas.options import DeltaConfig, option
+from ._files.folder import own_version
+from ._handles.auto import AutoDeltaConfig, AutoDeltaModel
+from ._handles.composition import Composition, composition
+from ._handles.delta import Delta
+from ._handles.load import LoadReport, load
+from ._handles.route import route
+from ._layers.base import DeltaLayer
+from ._layers.forms import BranchLayer, InputLayer, OutputLayer, WeightLayer
+from ._show.tree import Visualization, tree
+from ._verbs.copying import shared_copy
+from ._verbs.merging import MergeReport
+from ._verbs.plan_report import Plan
+from ._verbs.planning import plan
+from ._verbs.pristine import assert_pristine, snapshot
+from ._verbs.training_check import CheckReport, check
+from .errors import *  # noqa: F403
+from .methods import *  # noqa: F403
+from .recipes import Combination, adapter_drop, combine, mam, unipelt
 
 __version__ = own_version()
 
 __all__ = [
-    "AdapterConfig",
-    "AdapterModel",
-    "AddressError",
     "AutoDeltaConfig",
     "AutoDeltaModel",
-    "BitFitConfig",
-    "BitFitModel",
     "BranchLayer",
     "CheckReport",
     "Combination",
-    "CompacterConfig",
-    "CompacterModel",
-    "CompileLimitError",
     "Composition",
     "Delta",
     "DeltaConfig",
-    "DeltaError",
     "DeltaLayer",
-    "DeltaLoadError",
-    "DeltaWarning",
-    "FourierFTConfig",
-    "FourierFTModel",
-    "IA3Config",
-    "IA3Model",
-    "LNTuningConfig",
-    "LNTuningModel",
-    "LoReftConfig",
-    "LoReftModel",
+    "InputLayer",
     "LoadReport",
-    "LohaConfig",
-    "LohaModel",
-    "LokrConfig",
-    "LokrModel",
-    "LoraConfig",
-    "LoraModel",
-    "LostGradientWarning",
-    "LowRankAdapterConfig",
-    "LowRankAdapterModel",
     "MergeReport",
-    "OFTConfig",
-    "OFTModel",
-    "OptionError",
     "OutputLayer",
-    "ParallelAdapterConfig",
-    "ParallelAdapterModel",
     "Plan",
-    "PrefixConfig",
-    "PrefixModel",
-    "PristineError",
-    "SiteError",
-    "SoftPromptConfig",
-    "SoftPromptModel",
-    "TiedWeightWarning",
-    "UncheckedWarning",
-    "UnreachedWarning",
-    "UnsavedWarning",
-    "UnusedWarning",
-    "VeraConfig",
-    "VeraModel",
     "Visualization",
     "WeightLayer",
     "adapter_drop",
@@ -149,3 +61,5 @@ __all__ = [
     "unipelt",
     "unreached",
 ]
+__all__ += errors.__all__
+__all__ += methods.__all__

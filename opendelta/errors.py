@@ -3,8 +3,28 @@
 from __future__ import annotations
 
 import difflib
+import sys
+import warnings
 from collections.abc import Iterable
+from types import FrameType
 from typing import Any
+
+__all__ = [
+    "AddressError",
+    "CompileLimitError",
+    "DeltaError",
+    "DeltaLoadError",
+    "DeltaWarning",
+    "LostGradientWarning",
+    "OptionError",
+    "PristineError",
+    "SiteError",
+    "TiedWeightWarning",
+    "UncheckedWarning",
+    "UnreachedWarning",
+    "UnsavedWarning",
+    "UnusedWarning",
+]
 
 
 class DeltaError(ValueError):
@@ -71,6 +91,33 @@ class UnusedWarning(DeltaWarning):
     """A `with` block that nobody entered, so that it did nothing."""
 
 
+# Frames of these packages stand between a user's line and the warning that it causes.
+PASSED_ON = ("opendelta", "torch", "transformers", "accelerate", "contextlib", "functools")
+
+
+def warn(message: str, category: type[DeltaWarning]) -> None:
+    """Warn, and point at the user's line that led here, however many calls lie between.
+
+    Where no frame is a user's, as at a command line, the outermost one stands for it.
+    """
+    frame = sys._getframe(1)
+    while frame.f_back is not None and _root(frame) in PASSED_ON:
+        frame = frame.f_back
+    warnings.warn_explicit(
+        message,
+        category,
+        filename=frame.f_code.co_filename,
+        lineno=frame.f_lineno,
+        module=frame.f_globals.get("__name__", "__main__"),
+        registry=frame.f_globals.setdefault("__warningregistry__", {}),
+    )
+
+
+def _root(frame: FrameType) -> str:
+    """The top-level package whose code runs in a frame."""
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0]
+
+
 def nearest(word: str, known: Iterable[str], n: int = 3) -> list[str]:
     """The up to `n` names in `known` that look most like `word`, the best first."""
     lower = {name.lower(): name for name in sorted(set(known))}
@@ -85,6 +132,12 @@ def shown(value: Any, longest: int = 200) -> str:
     return text if len(text) <= longest else f"{text[:longest]}..."
 
 
-def called(name: str) -> str:
+def quoted(name: str) -> str:
     """The full name of a module for a message; the root's is empty."""
     return repr(name) if name else "the root"
+
+
+def listed(names: Iterable[str], most: int = 3) -> str:
+    """The first names, separated by commas, and "..." if there are more."""
+    names = list(names)
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 import opendelta
 from opendelta import AdapterModel, IA3Model, LoraModel
-from opendelta.registry import METHODS
+from opendelta._deltas.registry import METHODS
 
 VOCABULARY = 96
 

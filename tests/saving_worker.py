@@ -19,7 +19,7 @@ from torch import nn
 
 import opendelta
 from opendelta import LoraModel
-from opendelta.folder import TEMPORARY
+from opendelta._files.folder import TEMPORARY
 
 KILLS, WRITERS, SAVES = 40, 4, 12
 

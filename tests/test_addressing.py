@@ -10,7 +10,7 @@ from torch import nn
 
 import opendelta
 from opendelta import AdapterModel, LoraModel
-from opendelta.registry import METHODS
+from opendelta._deltas.registry import METHODS
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from nets import IDS, net, put, shake
 
 import opendelta
 from opendelta import AdapterModel, BitFitModel, IA3Model, LokrModel, LoraModel, OFTModel, combine
-from opendelta.registry import METHODS
+from opendelta._deltas.registry import METHODS
 
 SUMMABLE = ["lora", "vera", "loha", "lokr", "fourierft", "oft"]
 

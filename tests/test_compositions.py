@@ -13,7 +13,7 @@ from nets import IDS, places_of, put, shake, untouched
 
 import opendelta
 from opendelta import AdapterModel, AutoDeltaConfig, AutoDeltaModel, LoraModel
-from opendelta.registry import METHODS
+from opendelta._deltas.registry import METHODS
 
 
 def net():

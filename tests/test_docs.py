@@ -57,7 +57,7 @@ def test_the_table_of_methods_is_what_the_script_writes():
 
 def test_every_method_and_option_is_in_the_page_of_methods():
     text = methods_table.PAGE.read_text()
-    for method in opendelta.registry.METHODS.values():
+    for method in opendelta._deltas.registry.METHODS.values():
         if not method.__module__.startswith("opendelta."):
             continue
         assert f"`{method.__name__}`" in text
@@ -92,10 +92,10 @@ def test_the_page_of_the_format_names_every_key(tmp_path):
     keys = re.findall(r"^\| `(\w+)` \|", FORMAT, re.M)
     assert keys == [*config, *fact]
     assert f"is\nschema {config['schema_version']}" in FORMAT
-    folder = opendelta.folder
+    folder = opendelta._files.folder
     assert f"{folder.LARGEST // 2**20} MiB and {folder.MOST_ITEMS:,} items" in FORMAT
-    assert f"is at most {opendelta.fingerprint.TOLERANCE}" in FORMAT.replace("\n", " ")
-    assert f"{opendelta.fingerprint.SAMPLES} values" in FORMAT.replace("\n", " ")
+    assert f"is at most {opendelta._checkpoint.fingerprint.TOLERANCE}" in FORMAT.replace("\n", " ")
+    assert f"{opendelta._checkpoint.fingerprint.SAMPLES} values" in FORMAT.replace("\n", " ")
 
 
 def test_the_places_of_the_fingerprint_are_as_the_page_says(tmp_path):

@@ -11,8 +11,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import opendelta
-from opendelta import AutoDeltaModel, DeltaLoadError, LoraModel, UncheckedWarning, fingerprint
-from opendelta.addressing import survey
+from opendelta import AutoDeltaModel, DeltaLoadError, LoraModel, UncheckedWarning
+from opendelta._backbone.backbone import Backbone
+from opendelta._checkpoint import fingerprint
 
 SIZES = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64}
 
@@ -118,11 +119,11 @@ def test_quantised_weights_are_unchecked_with_a_warning(tmp_path):
 def test_deltas_and_merging_do_not_change_it(saved, tmp_path):
     model = bert()
     names = [name for name, part in model.named_modules() if isinstance(part, nn.Linear)]
-    before = fingerprint.take(survey(model), names, ())
+    before = fingerprint.take(Backbone.of(model), names, ())
     delta = opendelta.load(saved, model)["lora"]
-    assert fingerprint.take(survey(model), names, ()) == before
+    assert fingerprint.take(Backbone.of(model), names, ()) == before
     opendelta.composition(model).merge()
-    assert fingerprint.take(survey(model), names, ()) == before
+    assert fingerprint.take(Backbone.of(model), names, ()) == before
     second = opendelta.load(saved, model)  # its backbone is that beneath what is merged
     assert second.names == ["lora", "lora_1"]
     delta.freeze_module()
@@ -155,7 +156,7 @@ def test_infinities_and_nothing_at_all_are_compared_too():
     with torch.no_grad():
         model.linear.weight.fill_(float("inf"))
     model.bare.weight = nn.Parameter(torch.empty(8, 0))
-    found = survey(model)
+    found = Backbone.of(model)
     given = fingerprint.take(found, ["linear", "bare"], ())
     assert fingerprint.differences(found, given, ()) == ({}, [])
     with torch.no_grad():
@@ -182,7 +183,7 @@ def test_it_reads_a_few_values_of_each_weight_of_a_model_of_a_billion():
     model.to(torch.bfloat16).to_empty(device="cpu")  # pages that nobody touches are free
     for module in model[::2]:
         module.weight.data = module.weight.data.T  # not contiguous
-    names, found = [str(place) for place in range(112)], survey(model)
+    names, found = [str(place) for place in range(112)], Backbone.of(model)
     assert sum(p.numel() for p in model.parameters()) > 1e9
     with Reads() as reads:
         given = fingerprint.take(found, names, ())

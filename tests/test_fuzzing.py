@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from nets import IDS, net
 
 import opendelta
-from opendelta.registry import METHODS
+from opendelta._deltas.registry import METHODS
 
 FUZZ = settings(
     max_examples=80,

@@ -14,7 +14,7 @@ from opendelta import (
     PrefixModel,
     SoftPromptModel,
 )
-from opendelta.registry import METHODS
+from opendelta._deltas.registry import METHODS
 
 DECODERS = ["gpt2", "llama", "mistral"]
 MODELS = [*DECODERS, "t5", "bart"]

@@ -12,7 +12,8 @@ from hub_server import TOKEN, serving
 from nets import net
 
 import opendelta
-from opendelta import AdapterModel, LoraModel, hub
+from opendelta import AdapterModel, LoraModel
+from opendelta._checkpoint import hub
 
 CLIENT = Path(__file__).with_name("hub_client.py")
 

@@ -21,10 +21,10 @@ from opendelta import (
     LoraModel,
     OFTModel,
     VeraModel,
-    products,
 )
-from opendelta.bases import DeltaLayer
-from opendelta.registry import METHODS
+from opendelta._deltas.registry import METHODS
+from opendelta._layers import low_rank as products
+from opendelta._layers.base import DeltaLayer
 
 
 @contextlib.contextmanager

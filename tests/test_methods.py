@@ -10,8 +10,8 @@ from nets import COPIES, IDS, copied, net, places_of, put, shake, untouched
 from torch import nn
 
 import opendelta
-from opendelta.bases import DeltaLayer
-from opendelta.registry import METHODS
+from opendelta._deltas.registry import METHODS
+from opendelta._layers.base import DeltaLayer
 
 NAMES = sorted(METHODS)
 PLACES = [(name, place) for name in NAMES for place in places_of(METHODS[name])]

@@ -13,17 +13,16 @@ from torch import nn
 
 import opendelta
 from opendelta import AdapterModel, DeltaConfig, IA3Model, LoraModel, LowRankAdapterModel
-from opendelta.delta import Delta
-from opendelta.layers import first_input, replace_input
-from opendelta.registry import METHODS
-from opendelta.site import DeltaLayer
+from opendelta._deltas.registry import METHODS
+from opendelta._handles.delta import Delta
+from opendelta.author import Acts, DeltaLayer, first_input, replace_input
 
 
 class ShiftLayer(DeltaLayer):
     """Acts before the module: adds a vector to its input."""
 
     kinds = ("linear",)
-    flow = "before"
+    acts = Acts.BEFORE
 
     def __init__(self, site, config):
         super().__init__()

@@ -14,7 +14,7 @@ from nets import IDS, net, untouched
 
 import opendelta
 from opendelta import AutoDeltaModel, LoraModel
-from opendelta.registry import METHODS
+from opendelta._deltas.registry import METHODS
 
 README = Path(__file__).parent.parent / "README.md"
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)

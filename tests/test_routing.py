@@ -25,8 +25,9 @@ from opendelta import (
     PrefixModel,
     composition,
 )
+from opendelta._deltas.registry import METHODS
+from opendelta.author import Acts
 from opendelta.errors import DeltaError, SiteError
-from opendelta.registry import METHODS
 
 ROUTABLE = [name for name in METHODS if name != "soft_prompt"]
 MIXED = [["a"], [], ["b", "a"], "b", None, ["a"]]
@@ -118,7 +119,7 @@ def test_soft_prompts_act_on_all_rows_or_none():
     with pytest.raises(SiteError, match=r"'prompt' on 'model' changes the length .* of their own"):
         opendelta.route(model, ["prompt", "a", None]).__enter__()
     assert prompt.active
-    assert all(site.deltas.routed is None for site in model.modules() if hasattr(site, "deltas"))
+    assert all(site.deltas.router is None for site in model.modules() if hasattr(site, "deltas"))
 
 
 # ----------------------------------------------------------------------- any rows, any compositions
@@ -605,7 +606,7 @@ def assert_same_without_cache(model):
 class Halved(DeltaLayer):
     """A layer of somebody else, which changes what goes into its module."""
 
-    flow = "before"
+    acts = Acts.BEFORE
 
     def __init__(self, site, config):
         super().__init__()

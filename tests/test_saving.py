@@ -11,7 +11,7 @@ from nets import IDS, net, shake, untouched
 
 import opendelta
 from opendelta import AdapterModel, AutoDeltaConfig, AutoDeltaModel, LoraModel
-from opendelta.folder import write, write_tensors
+from opendelta._files.folder import write, write_tensors
 
 
 @pytest.fixture
@@ -413,7 +413,7 @@ def test_a_save_between_reading_the_config_and_the_weights_is_no_damage(saved, m
     delta = AutoDeltaModel.from_finetuned(folder, backbone_model=model)
     delta.freeze_module()
     shake(delta, seed=9)
-    real, old = opendelta.folder.read_config, config_of(folder)["weights"]
+    real, old = opendelta._files.folder.read_config, config_of(folder)["weights"]
 
     def read_config(path):
         config = real(path)
@@ -421,7 +421,7 @@ def test_a_save_between_reading_the_config_and_the_weights_is_no_damage(saved, m
             delta.save_finetuned(folder)
         return config
 
-    monkeypatch.setattr(opendelta.folder, "read_config", read_config)
+    monkeypatch.setattr(opendelta._files.folder, "read_config", read_config)
     fresh = net()
     AutoDeltaModel.from_finetuned(folder, backbone_model=fresh)
     assert torch.equal(fresh(IDS), model(IDS))

@@ -15,7 +15,10 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import opendelta
-from opendelta import AdapterModel, LohaModel, LoraModel, addressing, composition, products, record
+from opendelta import AdapterModel, LohaModel, LoraModel, composition
+from opendelta._backbone.backbone import Backbone
+from opendelta._layers import low_rank as products
+from opendelta._layers import record
 
 
 class Counted(TorchDispatchMode):
@@ -472,14 +475,14 @@ def test_values_are_copied_once_to_be_loaded_and_not_at_all_to_be_saved(tmp_path
 
 
 def test_a_delta_is_loaded_beside_many_as_beside_few(monkeypatch, tmp_path):
-    seen, layers = [], addressing.Survey.layers
+    seen, layers = [], Backbone.delta_layers
 
     def counted(found):
         for layer in layers(found):
             seen.append(1)
             yield layer
 
-    monkeypatch.setattr(addressing.Survey, "layers", counted)
+    monkeypatch.setattr(Backbone, "delta_layers", counted)
     plain = tower(4).requires_grad_(False)
     LoraModel(plain, modified_modules=["fc"], lora_r=1).save_finetuned(tmp_path)
     found = {}

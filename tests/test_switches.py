@@ -13,9 +13,9 @@ from torch import nn
 
 import opendelta
 from opendelta import AdapterModel, IA3Model, LoraModel
-from opendelta.bases import DeltaLayer
+from opendelta._deltas.registry import METHODS
+from opendelta.author import Acts, DeltaLayer
 from opendelta.errors import DeltaError, DeltaLoadError, OptionError
-from opendelta.registry import METHODS
 
 
 @pytest.fixture
@@ -346,9 +346,9 @@ def test_a_copy_has_a_filter_of_its_own(model, lora, copied):
 
 def test_ia3_scales_inputs_of_feed_forward_modules_and_outputs_of_others(model):
     delta = IA3Model(model, modified_modules=["linear", "conv1d"], feedforward_modules=["conv1d"])
-    assert {name: layer.flow for name, layer in delta.layers.items()} == {
-        "linear": "after",
-        "conv1d": "before",
+    assert {name: layer.acts for name, layer in delta.layers.items()} == {
+        "linear": Acts.AFTER,
+        "conv1d": Acts.BEFORE,
     }
     with pytest.raises(opendelta.AddressError, match=r"no modified module matches 'bare'"):
         IA3Model(net(), modified_modules=["linear"], feedforward_modules=["bare"])

@@ -23,8 +23,9 @@ from opendelta import (
     SiteError,
     UnreachedWarning,
 )
-from opendelta.shapes import output_widths
-from opendelta.site import plain_class, stack_of
+from opendelta._backbone.shapes import output_widths
+from opendelta._sites.stack import stack_of
+from opendelta._sites.swap import plain_class
 
 
 # ------------------------------------------------------------------------------ tracers, transforms

@@ -34,7 +34,7 @@ from transformers.pytorch_utils import Conv1D
 
 import opendelta
 from opendelta import AdapterModel, IA3Model, LoraModel, UnsavedWarning
-from opendelta.shapes import output_widths
+from opendelta._backbone.shapes import output_widths
 
 five_models = pytest.mark.parametrize("name", FIVE)
 

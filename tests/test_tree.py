@@ -21,7 +21,8 @@ from torch import nn
 
 import opendelta
 from opendelta import AdapterModel, IA3Model, LoraModel, OptionError, Visualization, tree
-from opendelta.tree import log
+from opendelta._show.tree import log
+from opendelta.author import Acts
 
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -145,7 +146,7 @@ def test_stacked_deltas_stand_in_the_order_in_which_they_act():
 def test_a_delta_beside_a_module_shows_the_parameters_of_its_parts_in_the_line():
     model = nn.Sequential(nn.Linear(4, 4))
     delta = AdapterModel(model, modified_modules=["0"], bottleneck_dim=1)
-    delta.layers["0"].flow = "beside"
+    delta.layers["0"].acts = Acts.BESIDE
     assert lines(model) == [
         "0 (Linear) weight:[4, 4] bias:[4] down_proj.weight:[1, 4] down_proj.bias:[1]"
         " up_proj.weight:[4, 1] up_proj.bias:[4]"

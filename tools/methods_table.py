@@ -8,7 +8,7 @@ import torch
 import transformers
 
 import opendelta
-from opendelta.registry import METHODS
+from opendelta._deltas.registry import METHODS
 
 PAGE = Path(__file__).parent.parent / "docs" / "methods.md"
 START, END = "<!-- table: start -->\n", "<!-- table: end -->\n"

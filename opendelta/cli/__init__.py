@@ -1,4 +1,7 @@
-"""The command `opendelta`: its subcommands, and what becomes of errors and warnings."""
+"""The command `opendelta`: its subcommands, and what becomes of errors and warnings.
+
+Nothing may import it but `__main__`.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,13 @@ import sys
 import warnings
 from typing import Annotated, Any
 
+from .. import __version__
+from ..errors import DeltaError, DeltaWarning
+
 try:
     import typer
 except ModuleNotFoundError:  # an optional extra; `main` says so
     typer = None  # type: ignore[assignment]
-
-from .. import __version__
-from ..errors import DeltaError, DeltaWarning
-
 WRONG, BAD_INPUT = 1, 2  # exit codes: a command found a problem; it could not do what was asked
 
 
@@ -38,9 +40,9 @@ def about(
 
 def app() -> Any:
     """The command with all its subcommands."""
-    from . import changing, looking
-    from .requests import DeltasInOrder
-    from .training import demo
+    from . import changing, looking  # start-up: they need typer, which `main` may have to ask for
+    from .requests import DeltasInOrder  # start-up: likewise
+    from .training import demo  # start-up: likewise
 
     command = typer.Typer(
         no_args_is_help=True, invoke_without_command=True, pretty_exceptions_enable=False

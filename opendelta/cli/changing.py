@@ -13,9 +13,9 @@ import typer
 
 import opendelta
 
-from .. import hub
+from .._checkpoint import hub
 from ..errors import DeltaError, DeltaLoadError
-from ..interop import peft
+from ..interop.peft import writing
 from . import contents as reading
 from . import models
 from .looking import AsJson, Checkpoint, Class, Model, as_json, saved_from
@@ -88,7 +88,7 @@ def convert(
             composed.save(folder)
         else:
             for delta in composed:
-                peft.save(delta, folder / delta.name if several else folder)
+                writing.save(delta, folder / delta.name if several else folder)
     written = [str(out / name) for name in composed.names] if several else [str(out)]
     if json:
         as_json({"from": held.format, "to": to.value, "deltas": composed.names, "written": written})

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import hub, interop
+from .. import interop
+from .._checkpoint import hub
+from .._checkpoint.source import opened
+from .._deltas.registry import METHODS
 from ..errors import DeltaLoadError
 from ..interop import _files as others
-from ..record import SLOT
-from ..registry import METHODS
-from ..source import opened
+from ..names import SLOT
 
 SET_ELSEWHERE = ("modified_modules", "modules_to_save", "unfrozen_modules")
 NO_OPTIONS = {  # of other libraries' files

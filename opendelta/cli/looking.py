@@ -12,8 +12,8 @@ from rich.console import Console
 
 import opendelta
 
+from .._show.tables import WIDTH, folded, plain_table, size
 from ..errors import DeltaError
-from ..tables import WIDTH, folded, plain_table, size
 from . import contents as reading
 from . import models, requests
 

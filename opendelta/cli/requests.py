@@ -11,11 +11,11 @@ from typing import Any
 import typer
 from torch import nn
 
-from .. import structure
-from ..addressing import survey
+from .._backbone import roles
+from .._backbone.backbone import Backbone
+from .._deltas.options import DeltaConfig
+from .._deltas.registry import method
 from ..errors import AddressError, DeltaError
-from ..options import DeltaConfig
-from ..registry import method
 
 SPEC = re.compile(r"(?P<type>[\w-]+)(?::(?P<options>[^@]*))?(?:@(?P<places>.*))?")
 WORDS = {"True": True, "False": False, "None": None}
@@ -134,13 +134,13 @@ def config_for(model: nn.Module, request: Request) -> DeltaConfig:
 
 def _places(model: nn.Module, places: list[str], paired: bool) -> tuple[list[str], bool]:
     """The places, and whether all are roles; of several kinds, the roles become full names."""
-    found = survey(model)
+    backbone = Backbone.of(model)
     by_role: dict[str, list[str]] = {}
     for place in places:
         try:
-            by_role[place] = structure.with_roles(found, [place])
+            by_role[place] = roles.with_roles(backbone, [place])
         except AddressError:
-            if place in structure.ROLES:
+            if place in roles.ROLES:
                 raise
     if len(by_role) == len(set(places)) or not by_role:
         return places, bool(by_role)

@@ -1,4 +1,7 @@
-"""The demo: two tasks on one pretrained encoder are learnt, saved, switched between, and leave."""
+"""The demo: two tasks on one pretrained encoder are learnt, saved, switched between, and leave.
+
+It imports the public names, as a user does; only `cli` may import it.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,18 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from ..composition import composition, load
-from ..delta import Delta
-from ..errors import DeltaError
-from ..inspection import assert_pristine, snapshot, statistics
-from ..methods import AdapterModel, LoraModel
-from ..tree import tree
+from .. import (
+    AdapterModel,
+    Delta,
+    DeltaError,
+    LoraModel,
+    assert_pristine,
+    composition,
+    load,
+    snapshot,
+    statistics,
+    tree,
+)
 from . import data
 from .data import Texts
 from .training import accuracy, predict, quiet_libraries, train

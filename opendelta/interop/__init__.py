@@ -1,7 +1,9 @@
-"""Other libraries' checkpoints: what wrote a folder, and its content in our own terms.
+"""Folders of other libraries: PEFT, adapters, OpenDelta 0.3; read, and for PEFT written too.
 
 A reader is a module with `recognises(folder)` and `translate(folder, model)`, which gives what
 `opendelta.load` would find in a folder of ours: the JSON, and the tensors by full name.
+
+The room imports `_deltas` and `_files`; the rooms from `_checkpoint` on may import it.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from .. import folder as files
+from .._files import folder as files
 
 READERS = ("peft", "legacy", "adapters")
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import folder as files
+from .._files import folder as files
 from ..errors import DeltaLoadError
 
 

@@ -7,17 +7,17 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..addressing import Survey
-from ..layers import device_and_dtype
+from .._backbone.backbone import Backbone
+from .._modules.placing import device_and_dtype
 
 
-def dtype_option(found: Survey, sites: Mapping[str, Mapping[str, Tensor]]) -> str | None:
+def dtype_option(backbone: Backbone, sites: Mapping[str, Mapping[str, Tensor]]) -> str | None:
     """The option `dtype` that keeps float32 tensors so on a backbone of 16 bits.
 
     Args:
         sites: {full name of a module: {name of a tensor: values}}.
     """
-    computes = {device_and_dtype(found.chain(where))[1] for where in sites}
+    computes = {device_and_dtype(backbone.chain(where))[1] for where in sites}
     kinds = {tensor.dtype for own in sites.values() for tensor in own.values()}
     full = kinds == {torch.float32} and computes & {torch.float16, torch.bfloat16}
     return "float32" if full else None

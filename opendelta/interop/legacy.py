@@ -17,17 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import comparing, sharding, targets
-from .. import folder as files
-from ..addressing import Survey, as_list, survey
-from ..delta import Delta
+from .._backbone.backbone import Backbone
+from .._backbone.patterns import as_list
+from .._deltas import choosing
+from .._deltas.base import BaseDelta
+from .._deltas.options import DeltaConfig
+from .._deltas.order import handle_of, known_records
+from .._deltas.registry import method
+from .._files import folder as files
+from .._files.tensors import copy_into
+from .._modules.tensors import full, stored_params
 from ..errors import DeltaError, DeltaLoadError, OptionError
-from ..freezing import backbone_tensors
-from ..layers import stored_params
-from ..options import DeltaConfig
-from ..order import handle_of, known_records
-from ..record import SLOT
-from ..registry import method
+from ..names import SLOT
 from ._files import read_json, read_pickle, repeats_too_much
 
 CONFIG, WEIGHTS = "config.json", "pytorch_model.bin"
@@ -129,7 +130,7 @@ def translate(folder: Path, model: nn.Module) -> tuple[dict[str, Any], dict[str,
         DeltaLoadError: the folder is damaged, or not of one delta.
     """
     files.check_link(folder / WEIGHTS)
-    config, found = read_json(folder / CONFIG), survey(model)
+    config, backbone = read_json(folder / CONFIG), Backbone.of(model)
     name, options = _options(folder, config)
     content = _content(read_pickle(folder / WEIGHTS))
     if strangers := {kind for kind, _ in content.sites} - {name}:
@@ -138,8 +139,8 @@ def translate(folder: Path, model: nn.Module) -> tuple[dict[str, Any], dict[str,
             "same deltas on a model and use opendelta.interop.legacy.load_state_dict(model, path)"
         )
     sites = {w: own for part in content.sites.values() for w, own in part.items()}
-    modified = _modules(folder, config, found, content, sites)
-    own = _own(name, found, content, sites, list(dict.fromkeys(modified)))
+    modified = _sites_of(folder, config, backbone, content, sites)
+    own = _own(name, backbone, content, sites, list(dict.fromkeys(modified)))
     tensors = {
         _key(where, name, tensor): value
         for where, part in own.items()
@@ -202,10 +203,10 @@ def _config(folder: Path, config: dict[str, Any]) -> DeltaConfig:
         raise DeltaLoadError(f"{folder / CONFIG}: {error}") from None
 
 
-def _modules(
+def _sites_of(
     folder: Path,
     config: dict[str, Any],
-    found: Survey,
+    backbone: Backbone,
     content: Content,
     sites: dict[str, dict[str, Tensor]],
 ) -> list[str]:
@@ -216,11 +217,11 @@ def _modules(
     cls, own = method(name), _config(folder, config)
     layer_class = cls.layer_for(own)
     if not (layer_class.paired or content.network or name == "soft_prompt"):
-        return targets.inside(found, list(sites), layer_class)
+        return choosing.inside(backbone, list(sites), layer_class)
     try:
-        resolved = targets.resolve(found, own, cls.default_modified_modules, layer_class)
+        resolved = choosing.resolve(backbone, own, cls.default_modified_modules, layer_class)
     except DeltaError as error:
-        where = f"{folder / CONFIG}, on this {type(found.root).__name__}"
+        where = f"{folder / CONFIG}, on this {type(backbone.model).__name__}"
         raise DeltaLoadError(f"{where}: {error}") from None
     return resolved.modified_modules or []
 
@@ -247,7 +248,7 @@ def load_state_dict(model: nn.Module, path: str | os.PathLike) -> None:
     Raises:
         DeltaLoadError: the tensors are not those of these deltas. Nothing is copied then.
     """
-    source, found = Path(path), survey(model)
+    source, found = Path(path), Backbone.of(model)
     content = _content(read_pickle(source))
     deltas = [handle_of(found, record) for record in known_records(found)]
     if not deltas:
@@ -268,12 +269,12 @@ def load_state_dict(model: nn.Module, path: str | os.PathLike) -> None:
         for value in own.values()
     }
     backbone = _of_backbone(source, found, content.others)
-    into |= {key: backbone_tensors(found)[key] for key in backbone}
-    comparing.copy_into(into, {**given, **backbone, **unused}, str(source))
+    into |= {key: found.tensors()[key] for key in backbone}
+    copy_into(into, {**given, **backbone, **unused}, str(source))
 
 
 def _of_delta(
-    delta: Delta, found: Survey, content: Content, counts: dict[tuple[str, str], int]
+    delta: BaseDelta, backbone: Backbone, content: Content, counts: dict[tuple[str, str], int]
 ) -> dict[str, Tensor]:
     """The tensors for a delta by our full names, taken out of `content`.
 
@@ -292,7 +293,7 @@ def _of_delta(
             sites[where] = part.pop(theirs)
         if kind == "bitfit" and (key := f"{where}.bias") in content.others:
             sites.setdefault(where, {})["whole"] = content.others.pop(key)
-    own = _own(kind, found, content, sites, wanted)
+    own = _own(kind, backbone, content, sites, wanted)
     return {
         _key(where, delta.name, tensor): value
         for where, part in own.items()
@@ -300,19 +301,19 @@ def _of_delta(
     }
 
 
-def _of_backbone(source: Path, found: Survey, given: dict[str, Tensor]) -> dict[str, Tensor]:
+def _of_backbone(source: Path, backbone: Backbone, given: dict[str, Tensor]) -> dict[str, Tensor]:
     """Those tensors of the backbone that are to be copied: the trainable ones.
 
     Raises:
         DeltaLoadError: another one differs from what the model has.
     """
-    own = backbone_tensors(found)
+    own = backbone.tensors()
     copied = {}
     for key, tensor in given.items():
         there = own.get(key)
         if there is None or there.shape != tensor.shape or there.requires_grad:
             copied[key] = tensor
-        elif not torch.equal(sharding.full(there.detach()).cpu().to(tensor.dtype), tensor):
+        elif not torch.equal(full(there.detach()).cpu().to(tensor.dtype), tensor):
             raise DeltaLoadError(
                 f"{source} brings other values for {key!r}, which is frozen here: it was saved "
                 "from another backbone, or trained it: make it trainable to take them"
@@ -323,7 +324,7 @@ def _of_backbone(source: Path, found: Survey, given: dict[str, Tensor]) -> dict[
 # -------------------------------------------------------------------------------- in our terms
 def _own(
     name: str,
-    found: Survey,
+    backbone: Backbone,
     content: Content,
     sites: dict[str, dict[str, Tensor]],
     wanted: Iterable[str],
@@ -333,29 +334,31 @@ def _own(
     if name == "soft_prompt" and content.prompt is not None:
         return {wanted[0]: {"soft_embeds": content.prompt}} if wanted else {}
     if name == "bitfit":
-        return {where: {"bias": _change(found, where, own)} for where, own in sites.items()}
+        return {where: {"bias": _change(backbone, where, own)} for where, own in sites.items()}
     if name == "prefix" and content.network:
-        return _prefixes(found, content, wanted)
+        return _prefixes(backbone, content, wanted)
     if name == "prefix":
         around = {n: next(w for w in wanted if f"{w}.".startswith(f"{n}.")) for n in sites}
         return {around[n]: own for n, own in sites.items()}
     return sites
 
 
-def _change(found: Survey, where: str, own: dict[str, Tensor]) -> Tensor:
+def _change(backbone: Backbone, where: str, own: dict[str, Tensor]) -> Tensor:
     """What BitFit adds to a module's bias, of which 0.3 saved the whole."""
     change = own.get("bias", torch.zeros(()))
     if "whole" in own:
-        module = found.modules.get(where)
+        module = backbone.modules.get(where)
         base = stored_params(module).get("bias") if module is not None else None
         whole = own["whole"]
         if base is not None and base.shape == whole.shape and not base.is_meta:
-            whole = whole.float() - sharding.full(base.detach()).cpu().float()
+            whole = whole.float() - full(base.detach()).cpu().float()
         change = change + whole
     return change
 
 
-def _prefixes(found: Survey, content: Content, wanted: list[str]) -> dict[str, dict[str, Tensor]]:
+def _prefixes(
+    backbone: Backbone, content: Content, wanted: list[str]
+) -> dict[str, dict[str, Tensor]]:
     """The network that all prefixes share, and the rows of its last layer for each of them."""
     network = content.network
     try:
@@ -368,7 +371,7 @@ def _prefixes(found: Survey, content: Content, wanted: list[str]) -> dict[str, d
         weights, biases = (tensor.chunk(2 * len(wanted)) for tensor in last)
     except (KeyError, RuntimeError) as error:
         raise DeltaLoadError(f"the network of the prefix is not whole: {error}") from None
-    own: dict[str, dict[str, Tensor]] = {found.common(wanted): shared}
+    own: dict[str, dict[str, Tensor]] = {backbone.innermost_around(wanted): shared}
     for place, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         part = ("key", "value")[place % 2]
         tensors = own.setdefault(wanted[place // 2], {})

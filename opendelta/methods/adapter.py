@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..bases import DeltaLayer, OutputLayer, times
-from ..delta import Delta
-from ..layers import Site, activation, first_input, replace_input
-from ..options import DeltaConfig, option
+from ..author import (
+    Delta,
+    DeltaConfig,
+    DeltaLayer,
+    OutputLayer,
+    Site,
+    activation,
+    first_input,
+    option,
+    replace_input,
+)
 
 
 @dataclass
@@ -29,6 +36,7 @@ class AdapterConfig(DeltaConfig):
 
     bottleneck_dim: int = option(24, minimum=1)
     non_linearity: str = "gelu_new"
+    _: KW_ONLY
     scaling: float = 1.0
     layer_norm: str | None = option(None, choices=[None, "before", "after"])
     residual: str = option("output", choices=["output", "input"])
@@ -44,8 +52,7 @@ class AdapterLayer(OutputLayer):
         self.down_proj = site.linear(self.width, config.bottleneck_dim)
         self.non_linearity = activation(config.non_linearity)
         self.up_proj = site.linear(config.bottleneck_dim, self.width)
-        if config.layer_norm is not None:
-            self.norm = site.layer_norm(self.width)
+        self.norm: Any = site.layer_norm(self.width) if config.layer_norm else None
         nn.init.normal_(self.down_proj.weight, std=0.01)
         for start in (self.down_proj.bias, self.up_proj.weight, self.up_proj.bias):
             nn.init.zeros_(start)
@@ -69,7 +76,7 @@ class InputAdapterLayer(AdapterLayer):
 
     def forward(self, call: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         h, x = call(*args, **kwargs), first_input(args, kwargs)
-        change = times(self.strength(), self.bottleneck(h))
+        change = self.strength() * self.bottleneck(h)
         change = change if self.gate is None else self.gate(h) * change
         args, kwargs = replace_input(args, kwargs, x + change.type_as(x))
         return call(*args, **kwargs)

@@ -8,10 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..bases import DeltaLayer, Params, times
-from ..delta import Delta
-from ..layers import Site
-from ..options import DeltaConfig
+from ..author import Delta, DeltaConfig, DeltaLayer, Params, Site, times
 
 
 @dataclass
@@ -33,14 +30,14 @@ class BitFitLayer(DeltaLayer):
 
     def __init__(self, site: Site, config: BitFitConfig) -> None:
         super().__init__()
-        self.axes = (-1, 1, 1) if site.kind is not None and site.kind.name == "conv2d" else (-1,)
+        self.kind = site.kind
         self.has_bias = site.module._parameters.get("bias") is not None
         self.bias = site.parameter(site.out_features)
         nn.init.zeros_(self.bias)
 
     def forward(self, call: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         out = call(*args, **kwargs)
-        return out + times(self.strength(), self.bias).type_as(out).view(self.axes)
+        return out + self.kind.per_channel(times(self.strength(), self.bias)).type_as(out)
 
     @property
     def folds(self) -> bool:

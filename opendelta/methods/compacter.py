@@ -8,11 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..bases import OutputLayer
-from ..delta import Delta
-from ..hypercomplex import HypercomplexLinear, SharedParts
-from ..layers import GLOROT, Site, activation
-from ..options import DeltaConfig, option
+from ..author import GLOROT, Delta, DeltaConfig, OutputLayer, Site, activation, option
+from ._hypercomplex import HypercomplexLinear, SharedParts
 
 
 @dataclass
@@ -35,6 +32,7 @@ class CompacterConfig(DeltaConfig):
         use_bias_up_sampler, use_bias_down_sampler: whether the two linear layers have a bias.
     """
 
+    places_first = True
     reduction_factor: int = option(16, minimum=1)
     non_linearity: str = "gelu_new"
     phm_c_init: str = option("normal", choices=["normal", "uniform"])

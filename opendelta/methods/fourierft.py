@@ -8,10 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..bases import WeightLayer
-from ..delta import Delta
-from ..layers import Site
-from ..options import DeltaConfig, option
+from ..author import Delta, DeltaConfig, Site, WeightLayer, option
 
 
 @dataclass

@@ -8,10 +8,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..bases import DeltaLayer, Params
-from ..delta import Delta
-from ..layers import Site, first_input, replace_input
-from ..options import DeltaConfig, option
+from ..author import (
+    Acts,
+    Delta,
+    DeltaConfig,
+    DeltaLayer,
+    Params,
+    Site,
+    first_input,
+    option,
+    replace_input,
+)
 
 
 @dataclass
@@ -33,15 +40,14 @@ class IA3Layer(DeltaLayer):
 
     def __init__(self, site: Site, config: IA3Config) -> None:
         super().__init__()
-        assert site.kind is not None
         self.kind = site.kind
-        self.flow = "before" if site.name in (config.feedforward_modules or ()) else "after"
-        size = site.in_features if self.flow == "before" else site.out_features
+        self.acts = Acts.BEFORE if site.name in (config.feedforward_modules or ()) else Acts.AFTER
+        size = site.in_features if self.acts is Acts.BEFORE else site.out_features
         self.ia3_l = site.parameter(size)
         nn.init.ones_(self.ia3_l)
 
     def forward(self, call: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        if self.flow == "after":
+        if self.acts is Acts.AFTER:
             out = call(*args, **kwargs)
             return out * self.ia3_l.type_as(out)
         x = first_input(args, kwargs)
@@ -50,7 +56,7 @@ class IA3Layer(DeltaLayer):
 
     def fold(self, params: Params) -> Params:
         matrix = self.kind.matrix(params["weight"])
-        columns = self.flow == "before"
+        columns = self.acts is Acts.BEFORE
         matrix = matrix * (self.ia3_l if columns else self.ia3_l[:, None])
         folded = params | {"weight": self.kind.like_weight(matrix, params["weight"])}
         if "bias" in params and not columns:

@@ -8,10 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..bases import DeltaLayer, Params
-from ..delta import Delta
-from ..layers import Norm, Site
-from ..options import DeltaConfig
+from ..author import Delta, DeltaConfig, DeltaLayer, Norm, Params, Site
 
 
 @dataclass

@@ -7,10 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from ..bases import WeightLayer
-from ..delta import Delta
-from ..layers import Site
-from ..options import DeltaConfig, option
+from ..author import Delta, DeltaConfig, Site, WeightLayer, option
 
 
 @dataclass

@@ -2,79 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from ..bases import DeltaLayer, WeightLayer
-from ..delta import Delta
-from ..layers import Site
-from ..low_rank import START, start
-from ..options import DeltaConfig, option
-
-
-@dataclass
-class LoraConfig(DeltaConfig):
-    """Options of LoRA.
-
-    Attributes:
-        lora_r: rank of the change.
-        lora_alpha: the change is scaled by lora_alpha / lora_r.
-        lora_dropout: probability of dropping an input of the change while training; embeddings,
-            and modules whose weight is read, have no such input.
-        use_rslora: scale by lora_alpha / sqrt(lora_r) instead. arXiv:2312.03732.
-        use_dora: split the weight into magnitude and direction, and train both. arXiv:2402.09353.
-        init: how A and B start. "kaiming" or "gaussian": A random, B zero. "pissa"
-            (arXiv:2404.02948) or "olora" (arXiv:2406.01775): from the weight, whose own part
-            A0, B0 is taken off again, so that the start is the identity too.
-        rank_pattern: {pattern: rank} for some of the modules, by the addressing rules.
-        alpha_pattern: {pattern: alpha} for some of the modules.
-    """
-
-    lora_r: int = option(8, minimum=1)
-    lora_alpha: float = 16
-    lora_dropout: float = option(0.0, minimum=0.0, below=1.0)
-    use_rslora: bool = False
-    use_dora: bool = False
-    init: str = option("kaiming", choices=START)
-    rank_pattern: dict[str, int] | None = option(None, minimum=1, modules=())
-    alpha_pattern: dict[str, float] | None = option(None, modules=())
-
-
-class LoraLayer(WeightLayer):
-    """y = W x + (alpha / r) B A x, with A [r, in] and B [out, r]; B A is 0 at the start."""
-
-    kinds: tuple[str, ...] = ("linear", "embedding", "conv2d")
-    start_A: Tensor
-    start_B: Tensor
-
-    def __init__(self, site: Site, config: LoraConfig) -> None:
-        super().__init__(site, config.lora_dropout)
-        rank = (config.rank_pattern or {}).get(site.name, config.lora_r)
-        alpha = (config.alpha_pattern or {}).get(site.name, config.lora_alpha)
-        self.scaling = alpha / (math.sqrt(rank) if config.use_rslora else rank)
-        self.lora_A = site.parameter(rank, site.in_features)
-        self.lora_B = site.parameter(site.out_features, rank)
-        start(self, site, config.init)
-
-    def pair(self) -> tuple[Tensor, Tensor]:
-        """A and B, with those of the weight's own part where the start took it off."""
-        own: Any = self._parameters
-        if "start_A" not in self._buffers:
-            plain = "lora_A" in own and "lora_B" in own  # found five times as fast as by attribute
-            return (own["lora_A"], own["lora_B"]) if plain else (self.lora_A, self.lora_B)
-        A, B = torch.cat([self.lora_A, self.start_A]), torch.cat([self.lora_B, -self.start_B], 1)
-        return A, B
-
-    def delta_weight(self) -> Tensor:
-        A, B = self.pair()
-        return self.scaling * (B @ A)
-
-    def factors(self) -> tuple[Tensor, Tensor, float]:
-        return *self.pair(), self.scaling
+from ..author import Delta, DeltaLayer
+from ._dora_layer import DoraLayer
+from ._lora_layer import LoraConfig, LoraLayer
 
 
 class LoraModel(Delta):
@@ -97,6 +29,4 @@ class LoraModel(Delta):
 
     @classmethod
     def layer_for(cls, config: Any) -> type[DeltaLayer]:
-        from .dora import DoraLayer
-
         return DoraLayer if config.use_dora else LoraLayer

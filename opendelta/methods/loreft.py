@@ -9,11 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..bases import OutputLayer
-from ..delta import Delta
-from ..layers import Site, change_hidden
-from ..options import DeltaConfig, option
-from ..sequence import positions
+from .._layers.tokens import positions
+from ..author import Delta, DeltaConfig, OutputLayer, Site, change_hidden, option
 
 
 @dataclass

@@ -6,10 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from ..bases import OutputLayer
-from ..delta import Delta
-from ..layers import GLOROT, Site, activation, linear
-from ..options import DeltaConfig, option
+from ..author import GLOROT, Delta, DeltaConfig, OutputLayer, Site, activation, linear, option
 
 
 @dataclass

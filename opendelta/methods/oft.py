@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..bases import DeltaLayer, Params
-from ..delta import Delta
-from ..layers import Site, first_input, replace_input
-from ..options import DeltaConfig, option
+from ..author import Delta, DeltaConfig, InputLayer, Params, Site, option
 
 
 @dataclass
@@ -33,18 +28,14 @@ class OFTConfig(DeltaConfig):
     num_cayley_neumann_terms: int = option(5, minimum=4, below=1000)
 
 
-class OFTLayer(DeltaLayer):
+class OFTLayer(InputLayer):
     """y = f(x R), R = diag(R_1, ...), R_i = (I - Q_i) (I + Q_i)^-1, Q_i = -Q_i^T (Cayley).
 
     The upper triangles of the Q_i are trained; they are 0 at the start, so that R is I.
     """
 
-    kinds = ("linear",)
-    flow = "before"
-
     def __init__(self, site: Site, config: OFTConfig) -> None:
         super().__init__()
-        assert site.kind is not None
         self.kind = site.kind
         self.terms = config.num_cayley_neumann_terms if config.use_cayley_neumann else 0
         limit = min(config.oft_block_size, site.in_features)
@@ -74,10 +65,8 @@ class OFTLayer(DeltaLayer):
         blocks = x.unflatten(-1, (-1, 1, self.size))
         return (blocks @ R.type_as(x)).flatten(-3)
 
-    def forward(self, call: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        x = self.rotate(first_input(args, kwargs), self.rotations())
-        args, kwargs = replace_input(args, kwargs, x)
-        return call(*args, **kwargs)
+    def change(self, x: Tensor) -> Tensor:
+        return self.rotate(x, self.rotations())
 
     def fold(self, params: Params) -> Params:
         R = self.rotations()

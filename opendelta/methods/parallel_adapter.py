@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 from torch import Tensor, nn
 
-from ..bases import BranchLayer
-from ..delta import Delta
-from ..layers import Site, activation
-from ..options import DeltaConfig, option
+from ..author import BranchLayer, Delta, DeltaConfig, Site, activation, option
 
 
 @dataclass
@@ -28,6 +25,7 @@ class ParallelAdapterConfig(DeltaConfig):
 
     bottleneck_dim: int = option(24, minimum=1)
     non_linearity: str = "gelu_new"
+    _: KW_ONLY
     scaled: float = 1.0
 
 
@@ -38,7 +36,7 @@ class ParallelAdapterLayer(BranchLayer):
         super().__init__()
         assert site.end is not None
         self.width, self.scaled = site.end.out_features, config.scaled
-        known = site.kind is not None and site.kind.name == "linear"
+        known = site.known_kind is not None and site.known_kind.is_product
         self.gate_width = site.in_features if known else self.width
         self.down_proj = site.linear(self.gate_width, config.bottleneck_dim)
         self.non_linearity = activation(config.non_linearity)

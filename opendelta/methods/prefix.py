@@ -8,10 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..attention import PrefixLayer as Base
-from ..delta import Delta
-from ..layers import Site
-from ..options import DeltaConfig, option
+from .._layers.prefix import PrefixLayer as Base
+from ..author import Delta, DeltaConfig, Site, option
 
 
 @dataclass

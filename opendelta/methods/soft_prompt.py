@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 from torch import Tensor, nn
 
-from ..delta import Delta
-from ..layers import Site
-from ..options import DeltaConfig, option
-from ..prompting import PromptLayer, rows_of
+from .._layers.prompt import PromptLayer, rows_of
+from ..author import Delta, DeltaConfig, Site, option
 
 
 @dataclass
@@ -31,6 +29,7 @@ class SoftPromptConfig(DeltaConfig):
     soft_token_num: int = option(100, minimum=1)
     init_range: float = option(0.5, minimum=0.0)
     token_init: bool | str | list[int] = True
+    _: KW_ONLY
     tokenizer: str | None = None
     strip: bool = True
 

@@ -10,10 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..bases import WeightLayer
-from ..delta import Delta
-from ..layers import Site, linear
-from ..options import DeltaConfig, option
+from ..author import Delta, DeltaConfig, Site, WeightLayer, linear, option
 
 
 @dataclass

@@ -69,7 +69,7 @@ def _site(part: Part, path: str) -> str:
     """The full name of the module that the adapter at `path` is on; notes pairs in the options."""
     head, _, last = path.rpartition(".")
     where, last = (part.resolve(head), last) if last in BESIDE else (part.resolve(path), "")
-    norm = f"{where}.{NORM}" if f"{where}.{NORM}" in part.found.modules else None
+    norm = f"{where}.{NORM}" if f"{where}.{NORM}" in part.backbone.modules else None
     if part.config["is_parallel"]:
         start = _start(part, where, last, norm)
         part.options.setdefault("modified_modules", []).extend((start, _proj(part, where, last)))
@@ -96,8 +96,8 @@ def _proj(part: Part, where: str, last: str) -> str:
     names = [n for n, role in part.roles.items() if role in wanted and n.startswith(f"{where}.")]
     if len(names) != 1:
         raise part.error(
-            f"{where!r} ({type(part.found.modules[where]).__name__}) has {len(names)} modules of "
-            f"the roles {', '.join(wanted)}, so where its adapter goes is not known"
+            f"{where!r} ({type(part.backbone.modules[where]).__name__}) has {len(names)} modules "
+            f"of the roles {', '.join(wanted)}, so where its adapter goes is not known"
         )
     return names[0]
 
@@ -108,7 +108,7 @@ def _whole(part: Part, where: str, last: str) -> str:
         raise part.refusal(
             "mh_adapter",
             "with original_ln_before it reads the sum of attention and its input, which no module "
-            f"of {type(part.found.root).__name__} gives",
+            f"of {type(part.backbone.model).__name__} gives",
         )
     return where
 
@@ -123,7 +123,7 @@ def _start(part: Part, where: str, last: str, norm: str | None) -> str:
     else:
         names = [f"{where}.{name}" for name in BESIDE.get(last, ("layer_norm",))]
     for name in names:
-        if name in part.found.modules:
+        if name in part.backbone.modules:
             return name
     raise part.error(f"there is none of {', '.join(names)}, where a parallel adapter would start")
 
@@ -194,7 +194,10 @@ def _finish_compacter(part: Part) -> None:
     for option in ("learn_phm", "shared_phm_rule", "shared_W_phm", "factorized_phm_rule"):
         part.options[option] = config[option]
     part.options["phm_rank"] = part.whole("phm_rank")
-    around, shared = part.found.common(list(part.sites)), part.given.pop("shared_parameters", {})
+    around, shared = (
+        part.backbone.innermost_around(list(part.sites)),
+        part.given.pop("shared_parameters", {}),
+    )
     for option in ("shared_phm_rule", "shared_W_phm"):
         if config[option] and not shared:
             raise part.refusal(

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ... import labels, sharding
-from ...addressing import Survey, ancestors
-from ...errors import DeltaLoadError, UnsavedWarning, shown
-from ...layers import stored
+from ..._backbone.backbone import Backbone
+from ..._layers import labels
+from ..._modules import tensors
+from ..._modules.tensors import stored
+from ...errors import DeltaLoadError, UnsavedWarning, shown, warn
+from ...names import ancestors
 from .._files import read_json
 from .terms import Part
 
@@ -49,25 +50,24 @@ def add(part: Part, given: dict[str, Tensor]) -> None:
         given: the head's tensors by the library's names.
     """
     config = read_json(part.folder / CONFIG)
-    named = _named(part.found, config, given)
-    own = {name: _tensor(part.found, name) for name in named}
-    owners = {name: _owner(part.found, name) for name in named}
+    named = _named(part.backbone, config, given)
+    own = {name: _tensor(part.backbone, name) for name in named}
+    owners = {name: _owner(part.backbone, name) for name in named}
     if not named or None in own.values() or None in owners.values():
         form = config.get("config")
         kind = form.get("head_type") if isinstance(form, dict) else "prediction"
         made_for = shown(config.get("model_class"))
-        warnings.warn(
+        warn(
             f"{part.folder}: the {shown(kind)} head of a {made_for} that is saved there is "
-            f"none of this {type(part.found.root).__name__}'s modules, and is left out: "
+            f"none of this {type(part.backbone.model).__name__}'s modules, and is left out: "
             f"{shown([*given])}",
             UnsavedWarning,
-            stacklevel=7,
         )
         return
     if all(_same(own[name], tensor) for name, tensor in named.items()):
         return
     chosen = {*owners.values()}
-    part.options["modules_to_save"] = [name for name in part.found.modules if name in chosen]
+    part.options["modules_to_save"] = [name for name in part.backbone.modules if name in chosen]
     for name, tensor in named.items():
         owner = str(owners[name])
         part.others[part.key(owner, f"module{name[len(owner) :]}")] = tensor
@@ -76,21 +76,23 @@ def add(part: Part, given: dict[str, Tensor]) -> None:
 
 def _count(part: Part, named: dict[str, Tensor]) -> int | None:
     """How many labels the head is for; None if it has no such layer."""
-    count = labels.count_of(part.found.root)
+    count = labels.count_of(part.backbone.model)
     for owner in part.options["modules_to_save"]:
-        inside = labels.head_of(part.found.modules[owner], count)
+        inside = labels.head_of(part.backbone.modules[owner], count)
         if inside is not None:
             weight = named.get(".".join(filter(None, (owner, inside, "weight"))))
             return count if weight is None else weight.size(0)
     return None
 
 
-def _named(found: Survey, config: dict[str, Any], given: dict[str, Tensor]) -> dict[str, Tensor]:
+def _named(
+    backbone: Backbone, config: dict[str, Any], given: dict[str, Tensor]
+) -> dict[str, Tensor]:
     """The tensors by the backbone's names for them; none if it has no such head."""
     form = config.get("config")
     if form is None:  # a transformers model's own head
         return given
-    heads = HEADS.get(type(found.root).__name__, []) if isinstance(form, dict) else []
+    heads = HEADS.get(type(backbone.model).__name__, []) if isinstance(form, dict) else []
     for wanted, layers in heads:
         if all(form.get(option) == value for option, value in wanted.items()):
             starts = {
@@ -106,17 +108,17 @@ def _renamed(key: str, starts: dict[str, str]) -> str:
     return starts.get(start, "") + key.removeprefix(start)
 
 
-def _tensor(found: Survey, name: str) -> Tensor | None:
+def _tensor(backbone: Backbone, name: str) -> Tensor | None:
     """The backbone's own tensor of that full name."""
     where, _, last = name.rpartition(".")
-    module = found.modules.get(where)
+    module = backbone.modules.get(where)
     return None if module is None else stored(module, last)
 
 
-def _owner(found: Survey, name: str) -> str | None:
+def _owner(backbone: Backbone, name: str) -> str | None:
     """The outermost module, outside the base model, that has the tensor called `name`."""
-    base = getattr(found.root, "base_model_prefix", "")
-    around = [n for n in ancestors(name) if n in found.modules and n != base]
+    base = getattr(backbone.model, "base_model_prefix", "")
+    around = [n for n in ancestors(name) if n in backbone.modules and n != base]
     return around[-1] if around else None
 
 
@@ -124,7 +126,7 @@ def _same(own: Tensor | None, given: Tensor) -> bool:
     """Whether a saved tensor is that of the backbone."""
     if own is None or own.is_meta or own.shape != given.shape:
         return False
-    return torch.equal(sharding.full(own.detach()).cpu().to(given.dtype), given)
+    return torch.equal(tensors.full(own.detach()).cpu().to(given.dtype), given)
 
 
 def read(folder: Path) -> Path | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ... import attention
+from ..._layers import prefix
 from .terms import Part
 
 SELF = "self_prefix."
@@ -13,7 +13,7 @@ SELF = "self_prefix."
 def read(part: Part) -> None:
     """Fill in a part whose tensors are those of prefixes."""
     part.method = "prefix"
-    if any(name.endswith("relative_attention_bias") for name in part.found.modules):
+    if any(name.endswith("relative_attention_bias") for name in part.backbone.modules):
         raise part.error(
             "with a prefix the adapters library shifts the relative positions of T5's tokens by "
             "the prefix's length, and gives the prefix positions of its own; a prefix here has "
@@ -44,13 +44,13 @@ def read(part: Part) -> None:
 def _places(part: Part) -> list[str]:
     """The self-attention modules that have a prefix, in order."""
     around = {n.rpartition(".")[0] for n, role in part.roles.items() if role.startswith("attn.")}
-    names = [n for n, m in part.found.modules.items() if attention.is_attention(m) and n in around]
+    names = [n for n, m in part.backbone.modules.items() if prefix.is_attention(m) and n in around]
     left = part.config.get("leave_out") or []
     if not isinstance(left, list):
         raise part.refusal("leave_out", "it must be a list of numbers")
     chosen = [name for place, name in enumerate(names) if place not in left]
     if not chosen:
-        what = type(part.found.root).__name__
+        what = type(part.backbone.model).__name__
         raise part.error(f"{what} has {len(names)} self-attention modules that take a prefix")
     return chosen
 
@@ -80,6 +80,6 @@ def _read_network(part: Part, own: dict[str, Tensor], places: list[str]) -> None
         "hidden.weight": hidden,
         "hidden.bias": part.take(own, "control_trans.0.bias"),
     }
-    around = part.found.common(places)
+    around = part.backbone.innermost_around(places)
     part.others |= {part.key(around, f"tensors.{name}"): t for name, t in shared.items()}
     part.options |= {"embed_dim": embedding.size(1), "mid_dim": hidden.size(0)}

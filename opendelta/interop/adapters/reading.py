@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ... import folder as files
-from ...addressing import Survey, survey
+from ..._backbone.backbone import Backbone
+from ..._files import folder as files
 from ...errors import DeltaLoadError, shown
 from .._files import read_json, read_pickle, read_safetensors
 from .._terms import dtype_option
@@ -67,10 +67,10 @@ def translate(folder: Path, model: nn.Module) -> tuple[dict[str, Any], dict[str,
                 f"{folder}: {name} says how several adapters act together; save them one by one "
                 "with model.save_adapter(folder, name), and load those"
             )
-    config, found = read_json(folder / CONFIG), survey(model)
+    config, backbone = read_json(folder / CONFIG), Backbone.of(model)
     _check_model(folder, config, model)
     given = _sorted(folder, config, _read(folder, WEIGHTS, PICKLE))
-    parts = _parts(folder, config, found, given)
+    parts = _parts(folder, config, backbone, given)
     for part in parts:
         READ[_terms(folder, part.config).name](part)
         _order(part)
@@ -94,7 +94,7 @@ def _facts(config: dict[str, Any], parts: list[Part]) -> dict[str, Any]:
     for part in parts:
         common = {
             "modified_modules": list(part.sites),
-            "dtype": dtype_option(part.found, part.sites),
+            "dtype": dtype_option(part.backbone, part.sites),
         }
         deltas.append({
             "delta_type": part.method,
@@ -109,7 +109,7 @@ def _facts(config: dict[str, Any], parts: list[Part]) -> dict[str, Any]:
 
 def _order(part: Part) -> None:
     """Put the modules into the order that they have in the backbone."""
-    order = {name: place for place, name in enumerate(part.found.modules)}
+    order = {name: place for place, name in enumerate(part.backbone.modules)}
     part.sites = dict(sorted(part.sites.items(), key=lambda item: order[item[0]]))
 
 
@@ -179,7 +179,7 @@ def _terms(folder: Path, config: dict[str, Any]) -> Terms:
 def _parts(
     folder: Path,
     config: dict[str, Any],
-    found: Survey,
+    backbone: Backbone,
     given: dict[str, dict[str, dict[str, Tensor]]],
 ) -> list[Part]:
     """One part for each method in the config, with its tensors."""
@@ -205,7 +205,7 @@ def _parts(
                 "it is incomplete, or two methods in it have tensors of the same name"
             )
         full = {**terms.defaults, **weights.correct(own, config.get("version"))}
-        parts.append(Part(folder, found, full, mine, f"{name}_{terms.name}" if union else name))
+        parts.append(Part(folder, backbone, full, mine, f"{name}_{terms.name}" if union else name))
         _check_options(parts[-1], terms)
     if "invertible_adapters" in given:
         raise parts[0].refusal(

@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ... import structure
-from ...addressing import Survey
+from ..._backbone import roles as roles_
+from ..._backbone.backbone import Backbone
 from ...errors import DeltaLoadError, shown
-from ...record import SLOT
+from ...names import SLOT
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter.safetensors", "pytorch_adapter.bin"
 LARGEST, LONGEST = 1e38, 100_000  # of options; a float32 holds the one, no model needs the other
@@ -110,7 +110,7 @@ class Part:
     """
 
     folder: Path
-    found: Survey
+    backbone: Backbone
     config: dict[str, Any]
     given: dict[str, dict[str, dict[str, Tensor]]]
     name: str
@@ -122,7 +122,7 @@ class Part:
     @cached_property
     def roles(self) -> dict[str, str]:
         """{full name of a module: the role that it plays}."""
-        return structure.roles(self.found.root)
+        return roles_.roles(self.backbone.model)
 
     def key(self, where: str, tensor: str) -> str:
         """The full name that a tensor on the module called `where` has in our files."""
@@ -157,13 +157,13 @@ class Part:
 
         Between a model with a head and one without, names differ by the name of the base model.
         """
-        base = getattr(self.found.root, "base_model_prefix", "")
+        base = getattr(self.backbone.model, "base_model_prefix", "")
         for name in (path, f"{base}.{path}", path.partition(".")[2]):
-            if name in self.found.modules and (name or not path):
+            if name in self.backbone.modules and (name or not path):
                 return name
         raise self.error(
-            f"there is no module {shown(path)} in {type(self.found.root).__name__}; load it on the "
-            "model that it was trained on"
+            f"there is no module {shown(path)} in {type(self.backbone.model).__name__}; load it "
+            "on the model that it was trained on"
         )
 
     def take(self, own: dict[str, Tensor], name: str, *shape: int) -> Tensor:

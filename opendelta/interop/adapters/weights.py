@@ -6,7 +6,8 @@ import re
 
 from torch import Tensor
 
-from ...layers import kind_of, stored_params
+from ..._modules.kinds import kind_of
+from ..._modules.tensors import stored_params
 from .terms import Part
 
 LETTERS = ("q", "k", "v")
@@ -46,9 +47,9 @@ def correct(config: dict, version: object) -> dict:
 
 def _outputs(part: Part, where: str) -> int:
     """Rows of the weight of the module called `where`."""
-    kind = kind_of(part.found.modules[where])
+    kind = kind_of(part.backbone.modules[where])
     if kind is None or kind.name != "linear":
-        what = type(part.found.modules[where]).__name__
+        what = type(part.backbone.modules[where]).__name__
         raise part.error(f"{where!r} ({what}) is no linear module")
     return kind.out_features
 
@@ -82,7 +83,7 @@ def _lora(part: Part, own: dict[str, Tensor], where: str) -> dict[str, Tensor]:
     if part.config["use_dora"]:
         if part.number("alpha") != r:
             raise part.refusal("use_dora", "its norm leaves out alpha / r, which must be 1")
-        if "bias" in stored_params(part.found.modules[where]):
+        if "bias" in stored_params(part.backbone.modules[where]):
             raise part.refusal("use_dora", f"it scales the bias of {where!r} too, as no delta does")
         out["lora_magnitude_vector"] = part.take(own, "m.weight", outputs, 1).flatten()
     return out

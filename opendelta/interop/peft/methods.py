@@ -9,9 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...layers import (
-    kind_of,
-)
+from ..._modules.kinds import kind_of
 from .._files import repeats_too_much
 from .terms import PATTERNS, PROJECTIONS, Adapter, conv_problem, norm_terms
 
@@ -39,7 +37,7 @@ def _finish_patterns(adapter: Adapter) -> None:
         }
         adapter.options[name] = {w: v for w, v in values.items() if v is not None} or None
     for where, own in adapter.sites.items():
-        if why := conv_problem(adapter.name, adapter.found.modules[where]):
+        if why := conv_problem(adapter.name, adapter.backbone.modules[where]):
             raise adapter.error(f"{where!r}: {why}")
         for key, tensor in own.items():
             vector = key == "lora_magnitude_vector"
@@ -79,7 +77,7 @@ def _finish_oft(adapter: Adapter) -> None:
     sizes = {where: (1 + math.isqrt(1 + 8 * n)) // 2 for where, n in columns.items()}
     limit = adapter.options["oft_block_size"] = max(sizes.values())
     for where, size in sizes.items():
-        width = getattr(kind_of(adapter.found.modules[where]), "in_features", size)
+        width = getattr(kind_of(adapter.backbone.modules[where]), "in_features", size)
         ours = next(b for b in range(min(limit, width), 0, -1) if width % b == 0) if width else size
         if ours != size:
             raise adapter.error(
@@ -90,7 +88,7 @@ def _finish_oft(adapter: Adapter) -> None:
 
 
 def _finish_vera(adapter: Adapter) -> None:
-    around = adapter.found.common(list(adapter.sites))
+    around = adapter.backbone.innermost_around(list(adapter.sites))
     for name in PROJECTIONS:
         if name in adapter.others:
             adapter.others[adapter.key(around, f"tensors.{name}")] = adapter.others.pop(name)
@@ -99,9 +97,9 @@ def _finish_vera(adapter: Adapter) -> None:
 def _finish_ln(adapter: Adapter) -> None:
     """Turn new weights and biases into changes of those that the model has."""
     for where, own in adapter.sites.items():
-        offset, base = norm_terms(adapter.found, where)
+        offset, base = norm_terms(adapter.backbone, where)
         if offset is None:
-            what = type(adapter.found.modules[where]).__name__
+            what = type(adapter.backbone.modules[where]).__name__
             raise adapter.error(f"{where!r} ({what}) is no normalisation that scales by its weight")
         old, new = base["weight"] + offset, own.get("scale", torch.zeros(0)).cpu().double() + offset
         if old.shape != new.shape:

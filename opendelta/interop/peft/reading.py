@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ... import folder as files
-from ... import prompting, sharding
-from ...addressing import ancestors, survey
+from ..._backbone.backbone import Backbone
+from ..._files import folder as files
+from ..._layers import prompt as prompt_
+from ..._modules import tensors
+from ..._modules.tensors import stored
 from ...errors import DeltaLoadError
-from ...layers import stored
+from ...names import ancestors
 from .._files import read_json, read_safetensors
 from .._terms import dtype_option
 from .methods import FINISH
@@ -59,7 +61,7 @@ def translate(folder: Path, model: nn.Module) -> tuple[dict[str, Any], dict[str,
         DeltaLoadError: the adapter does what no delta does, is damaged, or is of another model.
     """
     config = read_json(folder / CONFIG)
-    adapter = Adapter(folder, config, survey(model), _method_of(folder, config))
+    adapter = Adapter(folder, config, Backbone.of(model), _method_of(folder, config))
     method = adapter.method
     _check_fields(adapter)
     for theirs, default in method.options.items():
@@ -67,7 +69,7 @@ def translate(folder: Path, model: nn.Module) -> tuple[dict[str, Any], dict[str,
     _sort_tensors(adapter, _read_tensors(folder))
     if not adapter.sites:
         raise adapter.error(f"{WEIGHTS} holds no tensor of a {method.peft_type}")
-    order = {name: place for place, name in enumerate(adapter.found.modules)}
+    order = {name: place for place, name in enumerate(adapter.backbone.modules)}
     adapter.sites = dict(sorted(adapter.sites.items(), key=lambda item: order[item[0]]))
     _check_complete(adapter)
     finish = FINISH.get(adapter.name)
@@ -84,7 +86,7 @@ def _facts(adapter: Adapter) -> dict[str, Any]:
     made_for = made_for or adapter.config.get("base_model_name_or_path") or "model"
     common = {
         "modified_modules": list(adapter.sites),
-        "dtype": dtype_option(adapter.found, adapter.sites),
+        "dtype": dtype_option(adapter.backbone, adapter.sites),
     }
     fact = {
         "delta_type": adapter.name,
@@ -145,7 +147,7 @@ def _check_fields(adapter: Adapter) -> None:
 # ------------------------------------------------------------------------------ sorting the tensors
 def _sort_tensors(adapter: Adapter, given: dict[str, Tensor]) -> None:
     """Give each tensor its place; those that have none are an error."""
-    names, unknown = adapter.found.modules, []
+    names, unknown = adapter.backbone.modules, []
     owners: dict[str, None] = {}
     prompt = adapter.name == "soft_prompt"
     for key, tensor in given.items():
@@ -167,7 +169,7 @@ def _sort_tensors(adapter: Adapter, given: dict[str, Tensor]) -> None:
     if unknown:
         raise adapter.error(
             f"{len(unknown)} of {len(given)} tensors of this {adapter.method.peft_type} belong to "
-            f"nothing in {type(adapter.found.root).__name__}: {', '.join(unknown[:3])}"
+            f"nothing in {type(adapter.backbone.model).__name__}: {', '.join(unknown[:3])}"
             f"{', ...' * (len(unknown) > 3)}; load it on the model that it was trained on"
         )
     adapter.options["modules_to_save"] = [name for name in names if name in owners] or None
@@ -177,7 +179,7 @@ def _owner(adapter: Adapter, name: str) -> str | None:
     """The outermost module around a tensor that modules_to_save names the end of."""
     ends = tuple(adapter.config.get("modules_to_save") or ())
     for around in reversed([*ancestors(name)][1:]):
-        if around in adapter.found.modules and ends and around.endswith(ends):
+        if around in adapter.backbone.modules and ends and around.endswith(ends):
             return around
     return None
 
@@ -189,12 +191,12 @@ def _is_of_backbone(adapter: Adapter, name: str, tensor: Tensor) -> bool:
         DeltaLoadError: it is, but the model has another.
     """
     where = name.removesuffix(".weight").removesuffix(".base_layer")
-    module = adapter.found.modules.get(where)
+    module = adapter.backbone.modules.get(where)
     own = None if module is None or where == name else stored(module, "weight")
     if own is None:
         return False
     if own.shape == tensor.shape and not own.is_meta:
-        whole = sharding.full(own.detach()).cpu()
+        whole = tensors.full(own.detach()).cpu()
         if torch.equal(whole.to(tensor.dtype), tensor):
             return True
     raise adapter.error(
@@ -214,12 +216,12 @@ def _stack_of(adapter: Adapter) -> str:
     causal = adapter.config.get("task_type") == "CAUSAL_LM"  # where labels go with the tokens
     adapter.options |= {"strip": causal, "token_init": False}
     stacks = [
-        n for n, is_decoder in prompting.stacks(adapter.found.modules).items() if not is_decoder
+        n for n, is_decoder in prompt_.stacks(adapter.backbone.modules).items() if not is_decoder
     ]
     if len(stacks) != 1:
         raise adapter.error(
-            f"a prompt needs one module that embeds tokens; {type(adapter.found.root).__name__} "
-            f"has {len(stacks)}: {stacks}"
+            "a prompt needs one module that embeds tokens; "
+            f"{type(adapter.backbone.model).__name__} has {len(stacks)}: {stacks}"
         )
     return stacks[0]
 
@@ -231,8 +233,8 @@ def _check_complete(adapter: Adapter) -> None:
     less = any(config.get(n) for n in ("layers_to_transform", "exclude_modules"))
     if not isinstance(targets, list) or less:
         return
-    missing, seen = [], {id(adapter.found.modules[name]) for name in adapter.sites}
-    for name, module in adapter.found.modules.items():
+    missing, seen = [], {id(adapter.backbone.modules[name]) for name in adapter.sites}
+    for name, module in adapter.backbone.modules.items():
         parts = name.split(".")
         ends = {".".join(parts[i:]) for i in range(len(parts))}
         kept = any(f".{m}." in f".{name}." for m in config.get("modules_to_save") or ())

@@ -9,16 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ... import copies, sharding
-from ...addressing import Survey
+from ..._backbone import copying
+from ..._backbone.backbone import Backbone
+from ..._modules.kinds import Conv2d, Norm, kind_of
+from ..._modules.tensors import full, stored_params
 from ...errors import DeltaLoadError
-from ...layers import (
-    Conv2d,
-    Norm,
-    kind_of,
-    stored_params,
-)
-from ...record import SLOT
+from ...names import SLOT
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX, PROMPT_PREFIX = "base_model.model.", "base_model."
@@ -142,7 +138,7 @@ class Adapter:
 
     folder: Path
     config: dict[str, Any]
-    found: Survey
+    backbone: Backbone
     name: str
     options: dict[str, Any] = field(default_factory=dict)
     sites: dict[str, dict[str, Tensor]] = field(default_factory=dict)
@@ -167,16 +163,16 @@ class Adapter:
         return DeltaLoadError(f"{self.folder / CONFIG}: {name}={given!r} cannot be loaded: {why}")
 
 
-def norm_terms(found: Survey, where: str) -> tuple[float | None, dict[str, Tensor]]:
+def norm_terms(backbone: Backbone, where: str) -> tuple[float | None, dict[str, Tensor]]:
     """(o, weight and bias) of a normalisation that scales by o + weight; o is 0, or 1 as in Gemma.
 
     None: it does otherwise. What it does is seen by running a copy of it.
     """
-    base = stored_params(found.modules[where])
-    norm = isinstance(kind_of(found.modules[where]), Norm) and "weight" in base
+    base = stored_params(backbone.modules[where])
+    norm = isinstance(kind_of(backbone.modules[where]), Norm) and "weight" in base
     if not norm or any(t.is_meta or t.ndim != 1 for t in base.values()):
         return None, {}
-    plain = copies.plain_copy(found, where, {})
+    plain = copying.plain_copy(backbone, where, {})
     outs = []
     with torch.no_grad():
         for parameter in plain.parameters():
@@ -189,7 +185,7 @@ def norm_terms(found: Survey, where: str) -> tuple[float | None, dict[str, Tenso
         offsets = [
             o for o in (0.0, 1.0) if torch.allclose((o + 1) * outs[0], o * outs[1], atol=1e-2)
         ]
-    values = {n: sharding.full(t.detach()).cpu().double() for n, t in base.items()}
+    values = {n: full(t.detach()).cpu().double() for n, t in base.items()}
     return (offsets[0] if offsets else None), values
 
 

@@ -12,16 +12,16 @@ from typing import Any
 
 from torch import Tensor
 
-from ... import copies, merging, sharding, site
-from ... import folder as files
-from ...addressing import Survey, survey, unwrapped
-from ...bases import OwnedModule
-from ...delta import Delta
+from ..._backbone import copying
+from ..._backbone.backbone import Backbone
+from ..._deltas.base import BaseDelta
+from ..._files import folder as files
+from ..._layers.base import Acts
+from ..._modules.kinds import TransposedLinear, kind_of
+from ..._modules.tensors import full
+from ..._sites import swap
 from ...errors import DeltaError
-from ...layers import (
-    TransposedLinear,
-    kind_of,
-)
+from ...names import unwrapped
 from .terms import (
     ALPHAS,
     CONFIG,
@@ -40,7 +40,7 @@ from .terms import (
 )
 
 
-def save(delta: Delta, folder: str | os.PathLike) -> None:
+def save(delta: BaseDelta, folder: str | os.PathLike) -> None:
     """Write a delta into `folder` as an adapter that PEFT and transformers read.
 
     Whether it is active, and what trains, is not in such files. A LoRA that started from the
@@ -52,30 +52,30 @@ def save(delta: Delta, folder: str | os.PathLike) -> None:
     Raises:
         DeltaError: it is no delta, or none that PEFT has, or the folder holds something else.
     """
-    if not isinstance(delta, Delta):
+    if not isinstance(delta, BaseDelta):
         raise DeltaError(
             f"peft.save takes a delta, not a {type(delta).__name__}: a folder of PEFT's holds just "
             "one. Name it: peft.save(composition(model)['name'], folder)"
         )
-    path, found = Path(folder), survey(delta.backbone_model)
+    path, backbone = Path(folder), Backbone.of(delta.backbone_model)
     _check_free(path)
-    _check_writable(delta, found)
-    names, owned = _owned_by_peft(delta, found)
+    _check_writable(delta, backbone)
+    names, owned = _owned_by_peft(delta, backbone)
     config = {
         "peft_type": METHODS[delta.delta_type].peft_type,
         "task_type": _task(delta),
         "base_model_name_or_path": getattr(
-            getattr(found.root, "config", None), "_name_or_path", None
+            getattr(backbone.model, "config", None), "_name_or_path", None
         ) or None,
         "peft_version": PEFT_VERSION,
         "inference_mode": True,
         "modules_to_save": names or None,
-        **_fields(delta, found),
+        **_config_of(delta, backbone),
     }  # fmt: skip
-    tensors = {**_tensors(delta, found), **owned}
-    whole = {key: sharding.full(tensor.detach()) for key, tensor in tensors.items()}
+    tensors = {**_tensors(delta, backbone), **owned}
+    whole = {key: full(tensor.detach()) for key, tensor in tensors.items()}
     path.mkdir(parents=True, exist_ok=True)
-    with files._locked(path):  # at any moment there is the old adapter, none, or the new one
+    with files.locked(path):  # at any moment there is the old adapter, none, or the new one
         (path / CONFIG).unlink(missing_ok=True)
         files.replace(path / WEIGHTS, whole)
         files.replace(path / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
@@ -92,7 +92,7 @@ def _check_free(folder: Path) -> None:
         raise DeltaError(f"{path} is not PEFT's; save into a folder of its own")
 
 
-def _check_writable(delta: Delta, found: Survey) -> None:
+def _check_writable(delta: BaseDelta, backbone: Backbone) -> None:
     """Raise if PEFT has no such delta."""
     name, config = delta.delta_type, delta.config
     what = f"{delta.name!r} cannot be written for PEFT: "
@@ -107,12 +107,12 @@ def _check_writable(delta: Delta, found: Survey) -> None:
             f"{what}it has no unfrozen_modules={config.unfrozen_modules}; use modules_to_save"
         )
     for where in delta.modified_modules:
-        module = found.modules[where]
+        module = backbone.modules[where]
         kind, conv1d = kind_of(module), type(module).__name__ == "Conv1D"
         why = conv_problem(name, module)
         if unwrapped(where) != where:
             why = "it is inside a wrapper such as torch.compile's; write it from the plain model"
-        if site.wants_reads(module, config.reads):
+        if swap.weight_is_read(module, config.reads):
             why = "its weight is read by the module around it, which PEFT's layer is not asked for"
         if isinstance(kind, TransposedLinear) and name in ("loha", "lokr", "oft"):
             why = f"PEFT's {name} takes no {'Conv1D' if conv1d else type(module).__name__}"
@@ -124,7 +124,7 @@ def _check_writable(delta: Delta, found: Survey) -> None:
         raise DeltaError(f"{what}its prompts stay in what the model gives; use strip=False")
 
 
-def _task(delta: Delta) -> str | None:
+def _task(delta: BaseDelta) -> str | None:
     """PEFT's name of what the model is for; for others than prompts, it would add heads to some."""
     model = delta.backbone_model
     config = getattr(model, "config", None)
@@ -135,7 +135,7 @@ def _task(delta: Delta) -> str | None:
     return name or default or "FEATURE_EXTRACTION"
 
 
-def _owned_by_peft(delta: Delta, found: Survey) -> tuple[list[str], dict[str, Tensor]]:
+def _owned_by_peft(delta: BaseDelta, backbone: Backbone) -> tuple[list[str], dict[str, Tensor]]:
     """The modules that PEFT will own, as it matches ends of names, and their tensors by key.
 
     Raises:
@@ -144,7 +144,7 @@ def _owned_by_peft(delta: Delta, found: Survey) -> tuple[list[str], dict[str, Te
     prompt = delta.delta_type == "soft_prompt"
     own = delta.config.modules_to_save or []
     ends = (*own, *(HEADS.get(_task(delta) or "", []) if prompt else []))
-    names = [name for name in found.modules if ends and name.endswith(ends)]
+    names = [name for name in backbone.modules if ends and name.endswith(ends)]
     targets = [] if prompt else delta.modified_modules
     tensors: dict[str, Tensor] = {}
     for name in names:
@@ -157,8 +157,8 @@ def _owned_by_peft(delta: Delta, found: Survey) -> tuple[list[str], dict[str, Te
                 f"{name!r} too there, which keeps {clash[0]!r} from its own; rename a module"
             )
         layer = delta.layers.get(name)
-        module = (
-            layer.module if isinstance(layer, OwnedModule) else copies.plain_copy(found, name, {})
+        module = (None if layer is None else layer.stand_in) or copying.plain_copy(
+            backbone, name, {}
         )
         for key, tensor in module.state_dict().items():
             tensors[f"{PROMPT_PREFIX if prompt else PREFIX}{name}.{key}"] = tensor
@@ -169,7 +169,7 @@ def _regex(names: Iterable[str]) -> str:
     return "|".join(re.escape(name) for name in names)
 
 
-def _fields(delta: Delta, found: Survey) -> dict[str, Any]:
+def _config_of(delta: BaseDelta, backbone: Backbone) -> dict[str, Any]:
     """The JSON fields of the method, and the modules that it is on."""
     method, own, layers = METHODS[delta.delta_type], vars(delta.config), delta.layers
     given = {theirs: own[method.renamed.get(theirs, theirs)] for theirs in method.options}
@@ -181,13 +181,13 @@ def _fields(delta: Delta, found: Survey) -> dict[str, Any]:
         start = {"num_transformer_submodules": 1, "prompt_tuning_init": "RANDOM"}
         return {**given, **start, "token_dim": layer.width}
     ends = tuple(f".{name}" for name in targets)
-    unclear = any(name.endswith(ends) for name in found.modules)
+    unclear = any(name.endswith(ends) for name in backbone.modules)
     if delta.delta_type == "ia3":
         before = own["feedforward_modules"] or []
         unclear |= any(n.endswith(tuple(before)) for n in targets if n not in before)
         given["feedforward_modules"] = _regex(before) if unclear else before
     if delta.delta_type in ("lora", "ia3", "vera", "fourierft"):
-        kinds = [kind_of(found.modules[name]) for name in targets]
+        kinds = [kind_of(backbone.modules[name]) for name in targets]
         given["fan_in_fan_out"] = all(
             isinstance(kind, TransposedLinear) and kind.name == "linear" for kind in kinds
         )
@@ -214,7 +214,7 @@ def _double(given: dict[str, Any]) -> None:
     given["alpha_pattern"] = {name: factor * a for name, a in given["alpha_pattern"].items()}
 
 
-def _only(delta: Delta, attribute: str) -> int:
+def _only(delta: BaseDelta, attribute: str) -> int:
     """The size that all layers have in common."""
     layers: Mapping[str, Any] = {name: delta.layers[name] for name in delta.modified_modules}
     given = {name: getattr(layer, attribute) for name, layer in layers.items()}
@@ -227,7 +227,7 @@ def _only(delta: Delta, attribute: str) -> int:
     return next(iter(sizes.values()))
 
 
-def _tensors(delta: Delta, found: Survey) -> dict[str, Tensor]:
+def _tensors(delta: BaseDelta, backbone: Backbone) -> dict[str, Tensor]:
     """The tensors of the delta by PEFT's keys."""
     tensors: dict[str, Tensor] = {}
     for where in delta.modified_modules:
@@ -236,11 +236,13 @@ def _tensors(delta: Delta, found: Survey) -> dict[str, Tensor]:
             return {PROMPT: layer.soft_embeds}
         own = _of_lora(layer) if delta.delta_type == "lora" else dict(layer.named_parameters())
         if delta.delta_type == "ia3":
-            own = {"ia3_l": layer.ia3_l[None] if layer.flow == "before" else layer.ia3_l[:, None]}
+            own = {
+                "ia3_l": layer.ia3_l[None] if layer.acts is Acts.BEFORE else layer.ia3_l[:, None]
+            }
         if delta.delta_type == "oft":
             own = {"oft_R.weight": layer.oft_R}
         if delta.delta_type == "ln_tuning":
-            own = _ofnorm_terms(delta, found, where)
+            own = _ofnorm_terms(delta, backbone, where)
         tensors |= {f"{PREFIX}{where}.{key}": tensor for key, tensor in own.items()}
         if delta.delta_type == "vera":
             tensors |= {f"base_model.{name}": getattr(layer.shared, name) for name in PROJECTIONS}
@@ -262,18 +264,18 @@ def _of_lora(layer: Any) -> dict[str, Tensor]:
     return {"lora_A.weight": A, "lora_B.weight": B, **own}
 
 
-def _ofnorm_terms(delta: Delta, found: Survey, where: str) -> dict[str, Tensor]:
+def _ofnorm_terms(delta: BaseDelta, backbone: Backbone, where: str) -> dict[str, Tensor]:
     """The weight and bias that the normalisation has with the delta."""
-    merging.check_apart(delta.record, "cannot write for PEFT")
+    delta.record.require_apart("cannot write for PEFT")
     layer: Any = delta.layers[where]
-    offset, base = norm_terms(found, where)
+    offset, base = norm_terms(backbone, where)
     if offset is None:
         raise DeltaError(
             f"{delta.name!r} cannot be written for PEFT: {where!r} "
-            f"({type(found.modules[where]).__name__}) does not scale by its weight"
+            f"({type(backbone.modules[where]).__name__}) does not scale by its weight"
         )
-    scale = sharding.full(layer.scale.detach()).cpu().double()
+    scale = full(layer.scale.detach()).cpu().double()
     own = {"weight": scale * (base["weight"] + offset) - offset}
     if layer.bias is not None:
-        own["bias"] = scale * base["bias"] + sharding.full(layer.bias.detach()).cpu().double()
+        own["bias"] = scale * base["bias"] + full(layer.bias.detach()).cpu().double()
     return {f"ln_tuning_layers.{n}": tensor.type_as(layer.scale) for n, tensor in own.items()}

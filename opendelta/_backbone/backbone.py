@@ -1,0 +1,193 @@
+"""A model with sites, as one walk over its modules found it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._layers.base import Acts, DeltaLayer
+from .._layers.record import Record
+from .._modules.calls import is_called
+from .._modules.placing import device_and_dtype, is_meta
+from .._sites.stack import Stack
+from ..errors import DeltaError
+from ..names import SLOT, ancestors, inside, join
+
+
+@dataclass
+class Backbone:
+    """A model with sites, as one walk over its modules found it: made once for each verb.
+
+    Attributes:
+        model: the user's model.
+        modules: {full name: module} without the deltas; a module that is registered twice stands
+            under both names.
+        stacks: {full name of the site: its stack}, each once.
+    """
+
+    model: nn.Module
+    modules: dict[str, nn.Module] = field(default_factory=dict)
+    stacks: dict[str, Stack] = field(default_factory=dict)
+    _computing: dict[str, tuple[torch.device, torch.dtype]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Backbone:
+        """Walk over the modules of `model` once."""
+        backbone = cls(model)
+        seen: set[int] = set()
+        todo: list[tuple[str, nn.Module]] = [("", model)]
+        while todo:
+            name, module = todo.pop()
+            backbone.modules[name] = module
+            for key, child in reversed(module._modules.items()):
+                if isinstance(child, Stack):
+                    if id(child) not in seen:
+                        seen.add(id(child))
+                        backbone.stacks[name] = child
+                elif child is not None:
+                    todo.append((f"{name}.{key}" if name else key, child))
+        return backbone
+
+    # ------------------------------------------------------------------------------- its modules
+    @cached_property
+    def is_meta(self) -> bool:
+        """True if no tensor of the model has memory, or gets some when the model computes."""
+        return is_meta(self.model)
+
+    def chain(self, where: str) -> Iterator[nn.Module]:
+        """The module called `where`, then its ancestors up to the model."""
+        yield self.modules[where]
+        while where:
+            where = where.rpartition(".")[0]
+            yield self.modules[where]
+
+    def innermost_around(self, names: Sequence[str]) -> str:
+        """The full name of the innermost module that is called and contains all of `names`."""
+        others = [{*ancestors(name)} for name in names[1:]]
+        return next(
+            (
+                name
+                for name in ancestors(names[0])
+                if is_called(self.modules[name]) and all(name in other for other in others)
+            ),
+            "",
+        )
+
+    def device_and_dtype_of(self, where: str) -> tuple[torch.device, torch.dtype]:
+        """The device and dtype in which the module called `where` computes."""
+        if where not in self._computing:
+            self._computing[where] = device_and_dtype(self.chain(where), self.is_meta)
+        return self._computing[where]
+
+    # ------------------------------------------------------------------------------- its deltas
+    def delta_layers(self) -> Iterator[tuple[str, str, DeltaLayer]]:
+        """(name of the site, name of the delta, layer) of every delta layer."""
+        for where, stack in self.stacks.items():
+            for name, layer in stack.in_order():
+                yield where, name, layer
+
+    def records(self) -> list[Record]:
+        """The attached deltas, in their total order."""
+        return _records_of(self.stacks.values())
+
+    def sites(self) -> dict[Record, list[str]]:
+        """{attached delta: the full names of the sites of its layers}, in total order."""
+        found: dict[Record, list[str]] = {record: [] for record in self.records()}
+        for where, stack in self.stacks.items():
+            for layer in stack.layers:
+                found[layer.record].append(where)
+        return found
+
+    # ------------------------------------------------------------------------------- its tensors
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The model's parameters by full name, without the deltas'; a tied one under each name."""
+        return {
+            join(name, key): parameter
+            for name, module in self.modules.items()
+            for key, parameter in module._parameters.items()
+            if parameter is not None
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The model's parameters and saved buffers by full name, without the deltas'."""
+        buffers = {
+            join(name, key): buffer
+            for name, module in self.modules.items()
+            for key, buffer in module._buffers.items()
+            if buffer is not None and key not in module._non_persistent_buffers_set
+        }
+        return {**self.parameters(), **buffers}
+
+    def delta_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters of all attached deltas by full name."""
+        prefixes = {where: inside(join(where, SLOT)) for where in self.stacks}
+        return {
+            f"{prefixes[where]}{name}": parameter
+            for where, stack in self.stacks.items()
+            for name, parameter in stack.named_parameters()
+        }
+
+    # ------------------------------------------------------------------------------- its guards
+    def require_unrouted(self, verb: str) -> None:
+        """Raise if the rows of batches take different deltas now.
+
+        Raises:
+            DeltaError: they do.
+        """
+        if any(stack.router is not None for stack in self.stacks.values()):
+            raise DeltaError(
+                f"{verb} inside opendelta.route(), where rows take different deltas: do so before "
+                "or after its block"
+            )
+
+    def require_above_merged(self, layers: Mapping[str, DeltaLayer], order: list[Record]) -> None:
+        """Raise if new layers would act beneath merged ones, which the weights already hold.
+
+        Args:
+            layers: the new layers by full name of their site.
+            order: all deltas, as they are to act.
+
+        Raises:
+            DeltaError: they would; sums have no order.
+        """
+        for where, layer in layers.items():
+            stack = self.stacks.get(where)
+            for name in (
+                stack.merged() if stack is not None and layer.acts is not Acts.SERVES else ()
+            ):
+                over: Any = stack[name]  # type: ignore[index]
+                ranks = order.index(layer.record), order.index(over.record)
+                if layer.acts is Acts.INSTEAD or (
+                    ranks[0] < ranks[1] and {layer.acts, over.acts} != {Acts.BESIDE}
+                ):
+                    over.record.require_apart(f"cannot put {layer.record.name!r} beneath")
+
+
+def attached_records(model: nn.Module) -> list[Record]:
+    """The attached deltas of `model` in their total order, in less time than `Backbone` takes."""
+    stacks: list[Stack] = []
+    level: list[nn.Module] = [model]
+    while level:
+        below = [child for module in level for child in module._modules.values()]
+        level = []
+        for child in below:
+            if isinstance(child, Stack):
+                stacks.append(child)
+            elif child is not None:
+                level.append(child)
+    return _records_of(stacks)
+
+
+def _records_of(stacks: Iterable[Stack]) -> list[Record]:
+    alike: dict[tuple, Stack] = {}  # there may be thousands of layers, on stacks that are alike
+    for stack in stacks:
+        for first in stack.layers:
+            alike.setdefault((first.record.shared, *stack._modules), stack)
+            break
+    found = {layer.record for stack in alike.values() for layer in stack.layers}
+    return sorted(found, key=lambda record: record.rank)

@@ -1,0 +1,32 @@
+"""Copies of backbone modules without the deltas that they carry."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import nn
+
+from .._modules import wrappers
+from .._sites import swap
+from ..names import SLOT
+from .backbone import Backbone
+
+
+def plain_copy(backbone: Backbone, name: str, memo: dict[int, Any]) -> nn.Module:
+    """A deep copy of a backbone module without deltas.
+
+    Args:
+        name: the module's full name.
+        memo: {id: what stands for that object in the copy}, as `copy.deepcopy` takes it.
+    """
+    placeholder = nn.Module()
+    memo = {**memo, **{id(stack): placeholder for stack in backbone.stacks.values()}}
+    copied = copy.deepcopy(backbone.modules[name], memo)
+    for part in copied.modules():
+        if part._modules.get(SLOT) is placeholder:
+            del part._modules[SLOT]
+            base = swap.plain_class(part)
+            if base is not None:
+                wrappers.set_class(part, base)
+    return copied

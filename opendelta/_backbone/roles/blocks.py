@@ -1,0 +1,99 @@
+"""The repeated blocks of a module tree, and which of them are built alike."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..._modules.calls import is_called
+from ..._modules.kinds import kind_of
+from ..._sites.swap import plain_class
+from ...names import ancestors
+from ..backbone import Backbone
+from . import naming
+from .flow import is_node
+
+LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+
+
+def class_of(module: nn.Module) -> str:
+    """The name of a module's class, without what deltas made of it."""
+    return (plain_class(module) or type(module)).__name__
+
+
+@dataclass
+class Tree:
+    """A survey, with the children of each module."""
+
+    found: Backbone
+    children: dict[str, list[str]]
+
+    @classmethod
+    def of(cls, backbone: Backbone) -> Tree:
+        """The tree of a survey."""
+        children: dict[str, list[str]] = defaultdict(list)
+        for name in backbone.modules:
+            if name:
+                children[name.rpartition(".")[0]].append(name)
+        return cls(backbone, children)
+
+    def below(self, name: str) -> Iterator[str]:
+        """The names of all modules in the one called `name`, in order."""
+        for child in self.children.get(name, ()):
+            yield child
+            yield from self.below(child)
+
+    def look(self, name: str, looks: dict[Hashable, int], seen: dict[str, int]) -> int:
+        """A number that is the same for modules that are built alike."""
+        if name not in seen:
+            module = self.found.modules[name]
+            kind = kind_of(module)
+            size = () if kind is None else (kind.in_features, kind.out_features)
+            beneath = tuple(
+                (child.rpartition(".")[2], self.look(child, looks, seen))
+                for child in self.children.get(name, ())
+            )
+            key = (plain_class(module) or type(module), size, beneath)
+            seen[name] = looks.setdefault(key, len(looks))
+        return seen[name]
+
+
+def units(tree: Tree) -> list[str]:
+    """The names of the blocks: items of lists that hold sublayers and are none themselves.
+
+    Of lists inside each other, an inner one is a stack of blocks of its own if its items are of one
+    class, as in Swin's stages; else it is a list of a block's parts, as in T5. A module that stands
+    alone counts if it is of a block's class. Without any list the whole model is one block.
+    """
+    items = [name for name in tree.found.modules if _is_item(tree, name)]
+    known = set(items)
+    inner: set[str] = set()
+    for name in items:
+        around = next((a for a in [*ancestors(name)][1:] if a in known), None)
+        if around is not None:
+            siblings = tree.children[name.rpartition(".")[0]]
+            kinds = {type(tree.found.modules[s]) for s in siblings}
+            inner |= {around} if len(kinds) == 1 and len(siblings) > 1 else {name}
+    blocks = [name for name in items if name not in inner]
+    classes = {type(tree.found.modules[name]) for name in blocks}
+    once = [n for n, m in tree.found.modules.items() if type(m) in classes and n not in known]
+    blocks += [n for n in once if not any(a in known for a in ancestors(n))]
+    return [n for n in tree.found.modules if n in set(blocks)] if blocks else [""]
+
+
+def _is_item(tree: Tree, name: str) -> bool:
+    around, _, key = name.rpartition(".")
+    module, holder = tree.found.modules[name], tree.found.modules.get(around)
+    if not isinstance(holder, LISTS) or not is_called(module) or is_node(module):
+        return False
+    if isinstance(module, LISTS) and not isinstance(module, nn.Sequential):
+        return False
+    held = around.rpartition(".")[2]
+    names = (held, key) if not key.isdigit() else (held,)
+    for step in names:
+        if naming.sublayer(step, class_of(module))[0] is not None:
+            return False
+    return any(not child.rpartition(".")[2].isdigit() for child in tree.below(name))

@@ -1,0 +1,312 @@
+"""The role of each module of one block: names and shapes decide, and the flow where they do not."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from ..._modules.kinds import Kind, kind_of
+from . import naming
+from .blocks import Tree, class_of
+from .flow import Flow, Node, holds_many, is_node, is_norm, trace
+
+Decision = tuple[str, str]  # a role, the reason
+INNER = {"q", "k", "v", "qkv", "kv", "in", "w1", "gate", "gate_up"}
+ACTIVATED = re.compile(r"silu|gelu|relu|sigmoid|tanh|swish|mish|elu|softplus|act", re.I)
+HIDDEN = re.compile(
+    r"hidden|input|^x$|^h$|embed|state|src|tgt|query|memory|latent|output|feat", re.I
+)
+PLACED = re.compile(r"rope|rotary|cos|sin|freq|position|mask", re.I)
+ROUTER = {"router", "gate", "gating"}
+
+
+@dataclass
+class Scope:
+    """A module that holds one sublayer.
+
+    Attributes:
+        kind: attn, cross_attn, ff, mixer or other.
+        name: its name, relative to the block; for a sublayer spread over a block, what it shares.
+        reason: what says so.
+        outer: the scope around it.
+        linears: its linear modules, without those of a scope inside it.
+    """
+
+    kind: str
+    name: str
+    reason: str
+    outer: Scope | None = None
+    linears: list[str] = field(default_factory=list)
+
+    @property
+    def label(self) -> str:
+        """What a message calls it."""
+        return self.name.rstrip("*") or "the block"
+
+    @property
+    def sublayer(self) -> str:
+        """The sublayer that it is a part of."""
+        return self.kind if self.kind != "other" or self.outer is None else self.outer.sublayer
+
+
+class Block:
+    """One block, and what is known of its modules so far.
+
+    Args:
+        tree: the tree of the whole model.
+        where: the name of the block.
+    """
+
+    def __init__(self, tree: Tree, where: str) -> None:
+        self.where, self.tree = where, tree
+        start = len(where) + 1 if where else 0
+        self.modules: dict[str, nn.Module] = {
+            name[start:]: tree.found.modules[name] for name in (where, *tree.below(where))
+        }
+        self.roles: dict[str, Decision] = {}
+        self.scopes: dict[str, Scope] = {}
+        self.scope_of: dict[str, Scope] = {}
+        self._find_scopes()
+
+    @functools.cached_property
+    def flows(self) -> list[Flow]:
+        """The flow of data through the block, as its forward is given more or fewer arguments."""
+        return trace(self.tree.found.modules[self.where])
+
+    def flow_of(self, *names: str) -> Flow | None:
+        """A flow that calls all the named modules; None: there is none."""
+        return next((f for f in self.flows if all(name in f.calls for name in names)), None)
+
+    def give(self, name: str, role: str, reason: str) -> None:
+        """Decide the role of a module, unless it is decided."""
+        self.roles.setdefault(name, (role, reason))
+
+    def _find_scopes(self) -> None:
+        kinds: dict[str, Scope | None] = {"": None}
+        for name, module in list(self.modules.items())[1:]:
+            around = kinds[name] = kinds[name.rpartition(".")[0]]
+            if is_node(module) and not isinstance(module, nn.MultiheadAttention):
+                if around is not None and kind_of(module) is not None:
+                    around.linears.append(name)
+                if around is not None:
+                    self.scope_of[name] = around
+                continue
+            scope = self._scope(name, module, around)
+            if scope is not None:
+                kinds[name] = self.scopes.setdefault(scope.name, scope)
+            if kinds[name] is not None:
+                self.scope_of[name] = kinds[name]  # type: ignore[assignment]
+
+    def _scope(self, name: str, module: nn.Module, around: Scope | None) -> Scope | None:
+        """The scope that a module is by itself."""
+        key, cls = name.rpartition(".")[2], class_of(module)
+        if key.isdigit() and around is not None:  # an item of a list of experts, or of sublayers
+            fits = around.kind != "other" and len(self.linears_in(name)) > 1
+            return Scope(around.kind, name, around.reason, around) if fits else None
+        kind = None if around is None else around.kind
+        own, reason = naming.sublayer(key, cls, kind, class_of(self.modules[""]))
+        if own is None:
+            if around is None and naming.is_weak(key):
+                shared = re.sub(r"_?(?:intermediate|inter|output)", "", name)
+                return Scope("ff", f"{shared}*", f"its name {key!r}")
+            return None
+        if kind in ("attn", "cross_attn", "mixer") and own != "other":
+            return None  # a part of it
+        if kind == own == "ff" and len(self.linears_in(name)) == 1:
+            return None
+        if own == "attn" and naming.is_cross(name, cls):
+            return Scope("cross_attn", name, f"{reason}, which says cross-attention")
+        return Scope(own, name, reason, around)
+
+    def inside(self, name: str) -> list[str]:
+        """The modules in the one called `name`, in order."""
+        start = f"{self.where}." if self.where else ""
+        return [n.removeprefix(start) for n in self.tree.below(f"{start}{name}")]
+
+    def linears_in(self, name: str) -> list[str]:
+        """The linear modules in the one called `name`, in order."""
+        return [n for n in self.inside(name) if is_linear(self.modules[n])]
+
+    def linears(self, scope: Scope) -> list[str]:
+        """The linear modules of a scope."""
+        return [name for name in scope.linears if is_linear(self.modules[name])]
+
+    def size(self, name: str) -> tuple[int, int]:
+        """(in, out) of a linear module."""
+        kind = kind_of(self.modules[name])
+        assert kind is not None
+        return kind.in_features, kind.out_features
+
+    def own_name(self, name: str, scope: Scope) -> str:
+        """What a linear is called, or what is around it if it is only called `dense` or so."""
+        parts = name.removeprefix(f"{scope.name}.").split(".")
+        while len(parts) > 1 and (parts[-1] in naming.GENERIC or parts[-1].isdigit()):
+            parts.pop()
+        return parts[-1]
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer, in whatever storage."""
+    kind = kind_of(module)
+    return kind is not None and kind.name == Kind.name and not is_norm(module)
+
+
+def by_names(tree: Tree, where: str) -> Block:
+    """The block at `where`, with the roles that names and sizes tell."""
+    block = Block(tree, where)
+    for scope in list(block.scopes.values()):
+        if scope.kind in ("attn", "cross_attn"):
+            _attention(block, scope)
+        elif scope.kind == "mixer":
+            _mixer(block, scope)
+        elif scope.kind == "ff":
+            _feed_forward(block, scope)
+    _bare(block)
+    return block
+
+
+# ------------------------------------------------------------------- attention and mixers
+def _attention(block: Block, scope: Scope) -> None:
+    names = {name: block.own_name(name, scope) for name in block.linears(scope)}
+    for name, own in names.items():
+        part = naming.attention_part(own, list(names.values()))
+        if part is not None:
+            block.give(name, f"{scope.kind}.{part}", f"{own!r} in {scope.label}: {scope.reason}")
+
+
+def _mixer(block: Block, scope: Scope) -> None:
+    for name in block.linears(scope):
+        own = block.own_name(name, scope)
+        part = naming.mixer_part(own)
+        if part is not None:
+            block.give(name, f"mixer.{part}", f"{own!r} in {scope.label}: {scope.reason}")
+
+
+# ------------------------------------------------------------------------------ feed-forward
+def _feed_forward(block: Block, scope: Scope) -> None:
+    _experts(block, scope)
+    names = {}
+    for name in block.linears(scope):
+        own = block.own_name(name, scope)
+        if name not in block.roles and not own.endswith("expert_gate"):
+            names[name] = naming.feed_forward_part(own)
+    parts_of_feed_forward(block, names, scope)
+
+
+def _experts(block: Block, scope: Scope) -> None:
+    """The router and the experts of a mixture, if the scope holds one."""
+    inside = block.inside(scope.name)
+    experts = [n for n in inside if _holds_experts(n, block.modules[n])]
+    for name in experts:
+        block.give(name, "ff.experts", f"{name!r} holds the experts")
+    if not experts:
+        return
+    for name in inside:
+        key = name.rpartition(".")[2]
+        first = name.removeprefix(f"{scope.name}.")
+        routes = set(naming.tokens(key)) & ROUTER and not key.endswith("expert_gate")
+        if routes and "." not in first and not name.startswith(tuple(f"{e}." for e in experts)):
+            held = block.linears_in(name)
+            target = held[0] if len(held) == 1 else name
+            block.give(target, "ff.router", f"{key!r} beside the experts of {scope.label}")
+
+
+def _holds_experts(name: str, module: nn.Module) -> bool:
+    if holds_many(module):
+        return name.endswith("experts") or class_of(module).endswith("Experts")
+    return name.endswith("experts") and "shared" not in name and not is_linear(module)
+
+
+def parts_of_feed_forward(block: Block, names: dict[str, str | None], scope: Scope) -> None:
+    """Roles of the linears of one feed-forward, from what their names say and how they connect."""
+    if not names:
+        return
+    why = f"in {scope.label}: {scope.reason}"
+    last = [n for n, part in names.items() if part == "last"]
+    unknown = [n for n, part in names.items() if part is None]
+    if not last and len(names) > 1:
+        last = [list(names)[-1]]
+    first = [n for n, part in names.items() if part in ("first", "gate", "gate_up")]
+    first += [n for n in unknown if n not in last and not first]
+    if not last or not first:
+        return
+    for name in last:
+        block.give(name, "ff.w2", f"{block.own_name(name, scope)!r} {why}")
+    width = block.size(last[0])[0]
+    wide = [n for n in first if block.size(n)[1] == width]
+    for name in first:
+        own, out = block.own_name(name, scope), block.size(name)[1]
+        if out == 2 * width:
+            block.give(name, "ff.gate_up", f"{own!r} {why}; it is twice as wide as {last[0]!r} in")
+        elif names[name] == "gate" and out == block.size(last[0])[1] != width:
+            block.give(name, "ff.gate", f"{own!r} {why}; it gates what {last[0]!r} gives")
+    if len(wide) == 2:
+        gate, reason = _gate(block, wide, names)
+        block.give(gate, "ff.gate", f"{reason} {why}")
+        wide.remove(gate)
+    for name in wide:
+        block.give(name, "ff.w1", f"{block.own_name(name, scope)!r} {why}")
+
+
+def _gate(block: Block, pair: list[str], names: dict[str, str | None]) -> tuple[str, str]:
+    """(which of two parallel linears is activated, the reason)."""
+    one, other = pair
+    flow = block.flow_of(one, other)
+    if flow is not None:
+        calls = flow.calls
+        found = {n: _activations(calls[n][0], calls[o][0]) for n, o in ((one, other), (other, one))}
+        if found[one] != found[other]:
+            gate = one if found[one] else other
+            return gate, f"its output is activated, that of {other if gate == one else one!r} not:"
+    named = [n for n in pair if names[n] in ("gate", "gate_up")]
+    return (named[0], "its name") if named else (one, "the first of two")
+
+
+def _activations(node: Node, other: Node) -> bool:
+    """Whether what `node` gives passes an activation before it meets what `other` gives."""
+    mine, its = _after(node), _after(other)
+    meet = min((n.place for n in mine & its), default=None)
+    return any(
+        ACTIVATED.search(n.op) for n in mine - its if meet is None or n.place < meet
+    )  # fmt: skip
+
+
+def _after(node: Node) -> set[Node]:
+    seen: set[Node] = set()
+    todo = [node]
+    while todo:
+        for after in todo.pop().outputs:
+            if after not in seen:
+                seen.add(after)
+                if after.op != "call":
+                    todo.append(after)
+    return seen
+
+
+def _bare(block: Block) -> None:
+    """Feed-forwards whose linears stand in the block itself: fc1 and fc2, say."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name, module in block.modules.items():
+        parent, _, key = name.rpartition(".")
+        scope = block.scope_of.get(name)
+        if scope is None and is_linear(module) and naming.BARE.fullmatch(key):
+            groups[parent].append(name)
+    for parent, linears in groups.items():
+        scope = Scope(
+            "ff", parent or block.where, "names like those of a feed-forward", None, linears
+        )
+        names = {n: naming.feed_forward_part(n.rpartition(".")[2]) for n in linears}
+        if _fit(block, linears):
+            for name in linears:
+                block.scope_of[name] = scope
+            parts_of_feed_forward(block, names, scope)
+
+
+def _fit(block: Block, linears: Iterable[str]) -> bool:
+    sizes = [block.size(name) for name in linears]
+    return len(sizes) > 1 and sizes[0][0] == sizes[-1][1]

@@ -1,0 +1,383 @@
+"""The flow of data through one block: its own forward, run on stand-ins in place of tensors.
+
+Nothing is computed: a stand-in takes part in any operation and remembers which. Modules with
+weights are the nodes of the graph that comes out; modules around them are looked into. The block
+itself is never called or changed: skeletons of its modules, which share their attributes but for
+the weights, are called in its place.
+"""
+
+from __future__ import annotations
+
+import dis
+import functools
+import inspect
+import re
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from ..._modules.calls import every, is_called
+from ..._modules.kinds import ACROSS_CHANNELS, Norm, kind_of
+from ..._sites.swap import plain_class
+from ...names import SLOT
+
+LIMIT = 40_000  # steps of one run: more are a loop that does not end on stand-ins
+SIZES = re.compile(r"size|dim|numel|stride|new_.*|(?:zeros|ones|empty|full|rand|randn)_like")
+LIKE = {"type_as", "to", "view_as", "expand_as", "reshape_as"}  # what else is given has no part
+OPTIONAL = re.compile(r"past|cache|state_dict|mask|output_|return_|use_|labels|_state$|params|bias")
+FED = re.compile(r"hidden|embed|state|query|key|value|memory|rotary|rope|freq|cos|sin|position|seq")
+
+
+class Node:
+    """One step of a run.
+
+    Attributes:
+        op: "input", "call" of a module with weights, or the name of an operation.
+        name: the module called, relative to the block, or the input's name.
+        inputs: the steps that this one takes from, in order.
+        outputs: the steps that take from this one.
+        place: the number of the step.
+    """
+
+    __slots__ = ("inputs", "name", "op", "outputs", "place")
+
+    def __init__(self, op: str, name: str, inputs: list[Node], place: int) -> None:
+        self.op, self.name, self.inputs, self.place = op, name, inputs, place
+        self.outputs: list[Node] = []
+        for node in inputs:
+            node.outputs.append(self)
+
+
+class Flow:
+    """What a run of a block found: the steps, and those that its output is made of.
+
+    Attributes:
+        calls: {module, relative to the block: the steps that call it}.
+        outputs: the steps whose values the block returns.
+        first: the name of the block's first input.
+        failure: why the run ended early, or "".
+    """
+
+    def __init__(self) -> None:
+        self.nodes: list[Node] = []
+        self.calls: dict[str, list[Node]] = {}
+        self.outputs: set[Node] = set()
+        self.first = ""
+        self.failure = ""
+
+    def step(self, op: str, name: str, given: Any) -> Value:
+        """A new step that takes all stand-ins in `given`."""
+        if len(self.nodes) > LIMIT:
+            raise TooLong
+        node = Node(
+            op, name, list(dict.fromkeys(v.node for v in every(Value, given))), len(self.nodes)
+        )
+        self.nodes.append(node)
+        if op == "call":
+            self.calls.setdefault(name, []).append(node)
+        return Value(self, node)
+
+    def downstream(self, node: Node, through: Callable[[Node], bool]) -> Iterator[Node]:
+        """The nearest steps after `node` that are not `through`, and block outputs on the way."""
+        yield from self._walk(node, lambda n: n.outputs, through)
+
+    def upstream(self, node: Node, through: Callable[[Node], bool]) -> Iterator[Node]:
+        """The nearest steps before `node` that are not `through`."""
+        yield from self._walk(node, lambda n: n.inputs, through)
+
+    def _walk(self, start: Node, following: Any, through: Callable[[Node], bool]) -> Iterator[Node]:
+        seen, todo = {start}, [start]
+        while todo:
+            for node in following(todo.pop()):
+                if node not in seen:
+                    seen.add(node)
+                    if through(node):
+                        todo.append(node)
+                    else:
+                        yield node
+
+    def reaches_output(self, node: Node) -> bool:
+        """Whether what `node` gives is returned by the block without passing a called module."""
+        seen, todo = {node}, [node]
+        while todo:
+            one = todo.pop()
+            if one in self.outputs:
+                return True
+            for after in one.outputs:
+                if after.op != "call" and after not in seen:
+                    seen.add(after)
+                    todo.append(after)
+        return False
+
+
+class TooLong(Exception):
+    """A run that takes more than LIMIT steps."""
+
+
+@functools.lru_cache(maxsize=1024)
+def _unpackings(code: CodeType) -> dict[int, int]:
+    """{place in the bytecode: how many names a value is unpacked into there}."""
+    return {
+        step.offset: (step.argval if step.opname == "UNPACK_SEQUENCE" else step.arg & 255) + (
+            step.opname == "UNPACK_EX"
+        )
+        for step in dis.get_instructions(code)
+        if step.opname in ("UNPACK_SEQUENCE", "UNPACK_EX") and step.arg is not None
+    }  # fmt: skip
+
+
+class Value:
+    """What stands in for a tensor, a number made from one, or a collection of them."""
+
+    def __init__(self, flow: Flow, node: Node, attribute: str = "") -> None:
+        self.flow, self.node, self.attribute = flow, node, attribute
+        self.truth = False
+
+    def op(self, name: str, *given: Any) -> Value:
+        """The result of an operation on this one and `given`."""
+        return self.flow.step(name, "", (self, *given))
+
+    def true(self) -> Value:
+        """The same, taken to be true where it is asked for."""
+        self.truth = True
+        return self
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        found = next(every(Value, (args, kwargs or {})))
+        name = getattr(function, "__name__", "op")
+        given = () if SIZES.fullmatch(name) else (args, kwargs or {})
+        return found.flow.step(name, "", given)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        if name == "dtype":
+            return torch.float32
+        if name == "device":
+            return torch.device("meta")
+        if name.startswith("is_") or name in ("requires_grad", "training"):
+            return False
+        if name in ("shape", "ndim"):
+            return self.flow.step(name, "", ())
+        return Value(self.flow, self.node, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Value:
+        if self.attribute.startswith("is_"):
+            return self
+        if SIZES.fullmatch(self.attribute):
+            return self.flow.step(self.attribute, "", ())
+        if self.attribute in LIKE:
+            return self.op(self.attribute)
+        result = self.op(self.attribute or "call_value", args, kwargs)
+        if self.attribute.endswith("_") and not self.attribute.endswith("__"):
+            self.node = result.node
+        return result
+
+    def __iter__(self) -> Iterator[Value]:
+        frame = sys._getframe(1)
+        count = _unpackings(frame.f_code).get(frame.f_lasti, 2)
+        return iter([self.op("item") for _ in range(count)])
+
+    def __getitem__(self, key: Any) -> Value:
+        return self.op("getitem", key)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.node = self.op("setitem", value).node
+
+    def __len__(self) -> int:
+        return 2
+
+    def __contains__(self, item: Any) -> bool:
+        return False
+
+    def __index__(self) -> int:
+        return 2
+
+    def __int__(self) -> int:
+        return 2
+
+    def __float__(self) -> float:
+        return 2.0
+
+    def __bool__(self) -> bool:
+        return self.truth
+
+    def __eq__(self, other: Any) -> Any:  # sizes agree, and none is 0 or 1
+        result = self.op("eq", other)
+        return result.true() if not isinstance(other, int) or other > 1 else result
+
+    def __ne__(self, other: Any) -> Any:
+        return self.op("ne", other)
+
+    def __gt__(self, other: Any) -> Value:  # sizes are more than nothing
+        result = self.op("gt", other)
+        return result.true() if isinstance(other, int) and other == 0 else result
+
+    def __lt__(self, other: Any) -> Value:
+        return self.op("lt", other)
+
+    def __hash__(self) -> int:
+        return id(self)
+
+
+def _operators() -> None:
+    for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or"):
+        setattr(Value, f"__{name}__", lambda self, other, n=name: self.op(n, other))
+        setattr(Value, f"__r{name}__", lambda self, other, n=name: self.op(n, other))
+        setattr(Value, f"__i{name}__", lambda self, other, n=name: self.op(n, other))
+    for name in ("le", "ge"):
+        setattr(Value, f"__{name}__", lambda self, other, n=name: self.op(n, other).true())
+    for name in ("neg", "invert", "abs", "pos"):
+        setattr(Value, f"__{name}__", lambda self, n=name: self.op(n))
+
+
+_operators()
+# ---------------------------------------------------------------------- skeletons
+_cache: Any = functools.cache  # its own annotation takes no classes of modules as arguments
+
+
+def is_node(module: nn.Module) -> bool:
+    """Whether a module with weights is one step, and not looked into."""
+    kind = kind_of(module)
+    if kind is not None or isinstance(module, nn.MultiheadAttention):
+        return True
+    inside = (child for key, child in module._modules.items() if child is not None and key != SLOT)
+    if any(True for child in inside for _ in child.parameters()):
+        return False
+    return is_norm(module) or _axes(module) > 1
+
+
+def _axes(module: nn.Module) -> int:
+    own = module._parameters.values()
+    return max((p.ndim for p in own if p is not None and not is_lazy(p)), default=0)
+
+
+def holds_many(module: nn.Module) -> bool:
+    """Whether one of a module's own parameters is a stack of matrices, as of fused experts."""
+    return _axes(module) > 2
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module normalises hidden states, by its type."""
+    named = "norm" in type(module).__name__.lower() and not isinstance(module, ACROSS_CHANNELS)
+    return isinstance(kind_of(module), Norm) or (named and not len(module._modules))
+
+
+@_cache
+def _skeleton_class(base: type[nn.Module]) -> type[nn.Module]:
+    """A subclass of `base` whose calls are steps of a flow."""
+    simple = base.__module__.startswith(("torch.nn", "transformers.activations"))
+
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        flow, name, node = self.__dict__["_opendelta_flow"]
+        if node:
+            return flow.step("call", name, (args, kwargs))
+        if not is_called(self) or (simple and not self._modules):
+            return flow.step(base.__name__, name, (args, kwargs))
+        try:
+            return base.forward(self, *args, **kwargs)
+        except TooLong:
+            raise
+        except Exception:  # whatever it does with what is no tensor
+            return flow.step("call", name, (args, kwargs))
+
+    meta: Any = type(base)
+    return meta(base.__name__, (base,), {"__call__": __call__, "__module__": base.__module__})
+
+
+def _skeleton(module: nn.Module, name: str, flow: Flow, seen: dict[int, Any]) -> Any:
+    """An object that runs what `module` runs, on stand-ins."""
+    if id(module) in seen:
+        return seen[id(module)]
+    base = plain_class(module) or type(module)
+    if isinstance(module, torch.jit.ScriptModule):  # compiled: a step that shows nothing inside
+        base, module = nn.Module, nn.Module()
+    copy: Any = object.__new__(_skeleton_class(base))
+    seen[id(module)] = copy
+    for key, value in module.__dict__.items():  # what a forward may write into is its own
+        copy.__dict__[key] = value.copy() if type(value) in (dict, list, set) else value
+    copy.__dict__.pop("forward", None)
+    copy.__dict__["_opendelta_flow"] = flow, name, is_node(module)
+    start = f"{name}." if name else ""
+    for table in ("_parameters", "_buffers"):
+        copy.__dict__[table] = {
+            key: None if tensor is None else flow.step("weight", f"{start}{key}", ())
+            for key, tensor in module.__dict__[table].items()
+        }
+    copy.__dict__["_modules"] = {
+        key: None if child is None else _skeleton(child, f"{start}{key}", flow, seen)
+        for key, child in module._modules.items()
+        if key != SLOT
+    }
+    return copy
+
+
+def trace(block: nn.Module) -> list[Flow]:
+    """The flow of data through `block`, for each choice of arguments on which its forward runs.
+
+    Those that ran to their end come first. Random numbers are drawn as if nothing had run.
+    """
+    flows = []
+    for choose in (_likely, _needed, _all):
+        flow = Flow()
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                flow.outputs = _run(block, flow, choose)
+            except Exception as error:  # as above
+                flow.failure = f"{type(error).__name__}: {error}"
+        flows.append(flow)
+        if not flow.failure and _has_all(flow, block):
+            break
+    return sorted(flows, key=lambda flow: bool(flow.failure))
+
+
+def _has_all(flow: Flow, block: nn.Module) -> bool:
+    return all(n in flow.calls or not is_norm(m) for n, m in block.named_modules())
+
+
+def _likely(parameter: inspect.Parameter, first: bool) -> bool:
+    """What a block is given as a rule: hidden states, positions, but no cache and no mask."""
+    name, needed = parameter.name, parameter.default is parameter.empty
+    if OPTIONAL.search(name):
+        return first
+    return needed or first or (parameter.default is None and FED.search(name) is not None)
+
+
+def _needed(parameter: inspect.Parameter, first: bool) -> bool:
+    return first or parameter.default is parameter.empty
+
+
+def _all(parameter: inspect.Parameter, first: bool) -> bool:
+    return first or not isinstance(parameter.default, bool | str)
+
+
+def _run(block: nn.Module, flow: Flow, choose: Callable[..., bool]) -> set[Node]:
+    root = _skeleton(block, "", flow, {})
+    forward = (plain_class(block) or type(block)).forward
+    args: list[Any] = []
+    kwargs: dict[str, Any] = {}
+    for number, parameter in enumerate(list(inspect.signature(forward).parameters.values())[1:]):
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            continue
+        flow.first = flow.first or parameter.name
+        if choose(parameter, number == 0):
+            value: Any = flow.step("input", parameter.name, ())
+        elif parameter.default is parameter.empty:
+            value = None
+        else:
+            value = parameter.default
+        if parameter.kind is parameter.POSITIONAL_ONLY:
+            args.append(value)
+        else:
+            kwargs[parameter.name] = value
+    return {value.node for value in every(Value, forward(root, *args, **kwargs))}

@@ -1,0 +1,241 @@
+"""Deltas on models that several ranks share: the same start everywhere, shards like the site's."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from .._modules.tensors import is_sharded
+from ..errors import SiteError
+from .backbone import Backbone
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranks:
+    """The ranks that share a model, as a delta layer in it needs to know them.
+
+    Attributes:
+        meshes: the device meshes over which parameters of the model are spread.
+        group: the FSDP2 parameter group whose shards a layer's shards are to resemble, or None.
+    """
+
+    meshes: list[Any]
+    group: Any
+
+
+def settle(backbone: Backbone) -> None:
+    """Put the shards of an FSDP2 model in place, which has some tensors gathered after a forward.
+
+    Those are in the dtype in which the model computes, which may not be that of its parameters.
+    """
+    for unit in _units(backbone.modules.values()):
+        unit.reshard()
+
+
+def group_of(backbone: Backbone, where: str, reads: bool, layer: nn.Module) -> Ranks | None:
+    """The ranks that share the module called `where`, or None if this process has it for itself.
+
+    Args:
+        reads: whether the parent reads the module's weight instead of calling it.
+        layer: the layer that is to go there.
+
+    Raises:
+        SiteError: the layer would diverge between ranks, or see a slice only.
+    """
+    if not _distributed():
+        return None
+    settle(backbone)
+    _check_wrappers(backbone, where)
+    group = _group_around(backbone, where)
+    _check_parallel(backbone, where, group)
+    if reads and group is not None and (layer is None or not _has_shards(layer)):
+        raise SiteError(
+            f"{where!r}: its parent reads .weight, which is sharded; attach before fully_shard, so "
+            "that the delta is gathered together with the weight"
+        )
+    meshes = _meshes(backbone, group)
+    return Ranks(meshes, group) if meshes else None
+
+
+def shard(layer: nn.Module, ranks: Ranks) -> None:
+    """Give every rank the first rank's values, then shard `layer` like the site around it.
+
+    A layer that comes back with its shards keeps them.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    if _has_shards(layer):
+        return
+    group = ranks.group
+    if group is not None:
+        layer.to(group.device)
+    _start_alike(layer, ranks.meshes)
+    if group is None or next(layer.parameters(), None) is None:
+        return
+    layer.register_forward_hook(_return_no_view)
+    # The site's casts happen around the site; a layer that did its own would cast what it passes
+    # on to the module. Resharding is asked for explicitly: a unit that is added after the first
+    # forward is a root of its own, roots stay gathered, and an optimizer made then would hold
+    # tensors that never get a gradient.
+    fully_shard(
+        layer,
+        mesh=group.mesh_info.mesh,
+        mp_policy=dataclasses.replace(
+            group.mp_policy, cast_forward_inputs=False, output_dtype=None
+        ),
+        offload_policy=group.offload_policy,
+        reshard_after_forward=True,
+    )
+
+
+def check_copy(backbone: Backbone, name: str) -> None:
+    """Raise if the module called `name` is sharded: a copy would be one of shards.
+
+    Raises:
+        SiteError: it is.
+    """
+    if not _distributed():
+        return
+    sharded = any(map(is_sharded, backbone.modules[name].parameters()))
+    if sharded or _group_around(backbone, name) is not None:
+        raise SiteError(
+            f"modules_to_save={name!r}: the module is sharded, and a copy of its shards would not "
+            "run; make the delta before fully_shard"
+        )
+
+
+def _distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _check_wrappers(backbone: Backbone, where: str) -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.nn.parallel import DistributedDataParallel
+
+    for module in backbone.chain(where):
+        if isinstance(module, DistributedDataParallel | FullyShardedDataParallel):
+            raise SiteError(
+                f"{where!r} is inside {type(module).__name__}, which would not synchronise the "
+                "delta's gradients; attach to the module first, wrap it then"
+            )
+
+
+def _check_parallel(backbone: Backbone, where: str, group: Any) -> None:
+    module, mesh = backbone.modules[where], None if group is None else group.mesh_info.mesh
+    advice = "Choose a module that is not split, such as the block around it"
+    for name, parameter in module._parameters.items():
+        if is_sharded(parameter) and parameter.device_mesh != mesh:
+            raise SiteError(
+                f"{where}.{name} is split by tensor parallelism ({parameter.placements}): a delta "
+                f"there would see a slice. {advice}"
+            )
+    if _is_parallel(module):
+        raise SiteError(
+            f"the forward of {where!r} is replaced by tensor parallelism: a delta there would see "
+            f"a slice or a partial sum. {advice}"
+        )
+
+
+def _is_parallel(module: nn.Module) -> bool:
+    """Whether transformers has put a parallel forward on `module`, split parameters or not."""
+    return "forward" in module.__dict__ and getattr(module, "_is_hooked", False)
+
+
+def _units(modules: Iterable[nn.Module]) -> list[Any]:
+    """The units of FSDP2 among `modules`."""
+    if not _distributed():
+        return []
+    from torch.distributed.fsdp import FSDPModule
+
+    return [module for module in modules if isinstance(module, FSDPModule)]
+
+
+def _group_around(backbone: Backbone, where: str) -> Any:
+    """The FSDP2 parameter group nearest to the module called `where`, or None outside of FSDP2."""
+    units = _units(backbone.chain(where))
+    if units:  # a unit has no group if its children hold all parameters: then theirs will do
+        units += _units(backbone.modules.values())
+    groups = (group for unit in units for group in unit._get_fsdp_state()._fsdp_param_groups)
+    return next(groups, None)
+
+
+def _has_shards(layer: nn.Module) -> bool:
+    return any(map(is_sharded, layer.parameters()))
+
+
+def _meshes(backbone: Backbone, group: Any) -> list[Any]:
+    """The meshes of all ranks that share the model, in an order in which all ranks have them."""
+    meshes = [] if group is None else [group.mesh_info.mesh]
+    for module in backbone.modules.values():
+        sharded = filter(is_sharded, module._parameters.values())
+        meshes += [parameter.device_mesh for parameter in sharded]
+    return list(dict.fromkeys(meshes))
+
+
+def _start_alike(layer: nn.Module, meshes: list[Any]) -> None:
+    for tensor in (*layer.parameters(), *layer.buffers()):
+        for mesh in meshes:
+            for axis in range(mesh.ndim):
+                group = mesh.get_group(axis)
+                torch.distributed.broadcast(tensor.detach(), group=group, group_src=0)
+
+
+def _return_no_view(_layer: nn.Module, _args: Any, output: Any) -> Any:
+    """Copies a view that the layer passes on, such as the output of F.linear.
+
+    FSDP2 hangs the gathering for backward on the output, and loses it when the model writes into a
+    view in place.
+    """
+
+    def own(tensor: Tensor) -> Tensor:
+        return tensor.clone() if tensor.requires_grad and tensor._is_view() else tensor
+
+    return tree_map_only(Tensor, own, output)
+
+
+@contextlib.contextmanager
+def whole(root: nn.Module) -> Iterator[None]:
+    """Inside, `root` runs as if nobody had sharded it, on parameters without memory or values.
+
+    It is for shape-only runs: they must not communicate, and FSDP2 would keep what one gathers.
+    """
+    if not _distributed():
+        yield
+        return
+    kept: list[tuple[dict, dict]] = []
+    try:
+        for module in root.modules():
+            if isinstance(module, torch.jit.ScriptModule):  # its tables are views
+                continue
+            hooks = (module._forward_pre_hooks, module._forward_hooks)
+            kept += [(table, dict(table)) for table in (module._parameters, *hooks)]
+            for name, parameter in module._parameters.items():
+                if is_sharded(parameter):
+                    module._parameters[name] = _stand_in(parameter)
+            for table in hooks:
+                for key in [key for key, hook in table.items() if _is_fsdp(hook)]:
+                    del table[key]
+            if _is_parallel(module):
+                kept.append((module.__dict__, dict(module.__dict__)))
+                del module.__dict__["forward"]
+        yield
+    finally:
+        for table, before in kept:
+            table.clear()
+            table.update(before)
+
+
+def _stand_in(parameter: Tensor) -> nn.Parameter:
+    """A parameter like `parameter`, of full shape, with one element of memory."""
+    one = torch.empty((), dtype=parameter.dtype, device=parameter.device)
+    return nn.Parameter(one.expand(parameter.shape), requires_grad=False)
+
+
+def _is_fsdp(hook: Callable[..., Any]) -> bool:
+    return getattr(hook, "__module__", "").startswith("torch.distributed.fsdp")

@@ -1,0 +1,127 @@
+"""Deltas on the Hugging Face hub: where a name leads, and how a folder gets there."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from .._deltas.base import BaseDelta
+from .._files.folder import own_version
+from .._show.tree import tree
+from ..errors import DeltaLoadError, OptionError
+from .saving import save
+
+FILES = ("*.json", "*.safetensors", "*.bin")
+
+
+def folder_of(path: str | os.PathLike, local_files_only: bool = False) -> Path:
+    """The local folder of `path`: itself, or where "user/name" on the hub is downloaded to.
+
+    What starts as a path does, with "./", "../", "/" or "~", is no name on the hub.
+
+    Raises:
+        OptionError: `path` is neither a path nor a name.
+        DeltaLoadError: there is no such folder, and no such name on the hub.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise OptionError(
+            f"a folder must be a path or 'user/name' on the hub, not a {type(path).__name__}; the "
+            "folder comes first, then the model"
+        )
+    folder = Path(path)
+    named = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path))
+    if folder.exists() or not named or str(path).startswith(("./", "../")):
+        return folder
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                str(path), allow_patterns=list(FILES), local_files_only=local_files_only
+            )
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise DeltaLoadError(
+            f"no delta in {str(path)!r}: there is no such folder here, and the hub says: {reason}"
+        ) from None
+
+
+CARD = """\
+---
+library_name: opendelta
+tags: [opendelta, {types}]
+{base}---
+
+# {name}
+
+{count} saved by opendelta {version} from a `{backbone}`: {sizes}.
+
+```python
+import opendelta
+
+opendelta.load("{name}", model)  # a {backbone}, in full precision or half
+```
+
+The model with its deltas:
+
+```text
+{tree}
+```
+"""
+
+
+def card(deltas: Sequence[BaseDelta], repo_id: str) -> str:
+    """The page of a repository: what is in it, how large it is, how to load it."""
+    model = deltas[0].backbone_model
+    source = getattr(getattr(model, "config", None), "_name_or_path", "")
+    types = list(dict.fromkeys(delta.delta_type for delta in deltas))
+    sizes = [
+        f"{delta.name} ({delta.delta_type}, {sum(p.numel() for p in delta.parameters()):,} "
+        "parameters)"
+        for delta in deltas
+    ]
+    return CARD.format(
+        types=", ".join(types),
+        base=f"base_model: {source}\n" if source and not Path(source).exists() else "",
+        name=repo_id,
+        count=f"{len(deltas)} deltas" if len(deltas) > 1 else "A delta",
+        version=own_version(),
+        backbone=type(model).__name__,
+        sizes=", ".join(sizes),
+        tree=tree(model),
+    )
+
+
+def push(
+    deltas: Sequence[BaseDelta], repo_id: str, private: bool | None = None, token: str | None = None
+) -> str:
+    """Save deltas into a repository on the hub, with a page that describes them; its address.
+
+    Args:
+        repo_id: "user/name", or "name" for one of one's own; it is made if need be.
+        private: whether a new repository is private.
+        token: of the user. None: the one that was logged in with.
+
+    Raises:
+        DeltaError: values are not finite.
+        huggingface_hub.errors.HfHubHTTPError: the hub refuses, or is out of reach.
+    """
+    import huggingface_hub
+
+    api = huggingface_hub.HfApi(token=token)
+    with tempfile.TemporaryDirectory() as folder:
+        save(deltas, folder)
+        address = api.create_repo(repo_id, private=private, exist_ok=True)
+        Path(folder, "README.md").write_text(card(deltas, address.repo_id), encoding="utf-8")
+        api.upload_folder(
+            repo_id=address.repo_id,
+            folder_path=folder,
+            delete_patterns="delta-*.safetensors",
+            commit_message=f"Save {', '.join(delta.name for delta in deltas)}",
+        )
+    return str(address)

@@ -1,0 +1,215 @@
+"""Deltas from a folder back onto a model, compared before anything is touched."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections import ChainMap
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._backbone.backbone import Backbone
+from .._deltas.base import BaseDelta
+from .._deltas.choosing import as_chosen
+from .._deltas.committing import commit, take_off
+from .._deltas.making import device_and_dtype_for, make, materialise, uncollected
+from .._deltas.options import DeltaConfig
+from .._deltas.order import free_name, known_records
+from .._deltas.placing import place
+from .._deltas.registry import method
+from .._files import tensors
+from .._files.tensors import compare
+from ..errors import DeltaError, DeltaLoadError, OptionError, UncheckedWarning, warn
+from . import fingerprint
+from .parts import copied, replaced
+from .source import Source, opened
+
+
+def load(
+    folder: str | os.PathLike,
+    model: nn.Module,
+    name: str | None = None,
+    expected: type[BaseDelta] | None = None,
+    check_backbone: bool = True,
+) -> tuple[list[BaseDelta], Source]:
+    """Put the deltas that `folder` holds on `model`, after those that are there.
+
+    Everything is compared before memory is taken, and before the model is touched.
+
+    Args:
+        name: the delta's name here, if there is one delta. None: its own, or the next free one.
+        expected: there must be one delta, and of this method.
+        check_backbone: compare a few values of the weights that the deltas stand on with those
+            that they had.
+
+    Returns:
+        The deltas, and what the folder says.
+
+    Raises:
+        DeltaLoadError: the folder is damaged, of another method, or does not fit `model`.
+    """
+    path = Path(folder)
+    if not isinstance(model, nn.Module):
+        raise OptionError(f"backbone_model must be a torch.nn.Module, not {model!r}")
+    with uncollected(), opened(path, model) as source:
+        facts, configs = source.facts, source.configs
+        if expected is not None:
+            _check_type(path, configs, expected)
+        backbone = Backbone.of(model)
+        known = known_records(backbone)
+        taken = {record.name for record in known}
+        deltas: list[BaseDelta] = []
+        for number, (fact, config) in enumerate(zip(facts["deltas"], configs, strict=True)):
+            config.name = name or free_name(fact["name"], taken)
+            taken.add(config.name)
+            brought = [*(config.unfrozen_modules or ()), *facts["backbone_tensors"]]
+            config.unfrozen_modules = list(dict.fromkeys(brought)) or None
+            deltas.append(_made(path, source.saved_from, fact, config, backbone))
+            deltas[-1].record.rank = (known[-1].rank + 1 if known else 0) + number
+            deltas[-1].record.active = fact["active"]
+        _fill(path, source, backbone, deltas, check_backbone)
+    if check_backbone and "unchecked" in facts:
+        warn(f"{path}: {facts['unchecked']}", UncheckedWarning)
+    return deltas, source
+
+
+def _check_type(path: Path, configs: Sequence[DeltaConfig], expected: type[BaseDelta]) -> None:
+    if len(configs) != 1:
+        raise DeltaLoadError(
+            f"{path} holds {len(configs)} deltas: {', '.join(str(c.name) for c in configs)}; use "
+            "opendelta.load(folder, model)"
+        )
+    cls = method(configs[0].delta_type)
+    if not issubclass(cls, expected):
+        raise DeltaLoadError(
+            f"{path} holds a {cls.delta_type!r}, which {expected.__name__} is not; use "
+            f"AutoDeltaModel.from_finetuned or {cls.__name__}.from_finetuned"
+        )
+
+
+def _made(
+    path: Path,
+    saved_from: str | None,
+    fact: dict[str, Any],
+    config: DeltaConfig,
+    backbone: Backbone,
+) -> BaseDelta:
+    """A delta of these resolved options, off the model and without memory."""
+    unfit = f"{path}, saved from a {saved_from or 'model'}, does not fit this "
+    unfit += type(backbone.model).__name__
+    try:
+        choice = as_chosen(backbone, method(config.delta_type), config)
+        delta = make(backbone, choice, values="saved")
+        delta.scale = fact.get("scale", 1.0)
+    except DeltaError as error:
+        raise DeltaLoadError(f"{unfit}: {error}") from None
+    except Exception as error:  # of a method, or of torch, for options that no delta can have
+        raise DeltaLoadError(f"{unfit}: {type(error).__name__}: {error}") from error
+    if not delta.layers:
+        raise DeltaLoadError(f"{path}: {config.name!r} changes no module")
+    return delta
+
+
+def _fill(
+    path: Path, source: Source, backbone: Backbone, deltas: Sequence[BaseDelta], check: bool
+) -> None:
+    """Give the deltas memory and the tensors of `source`, and put them on their model.
+
+    Args:
+        check: compare the backbone with the fingerprint.
+    """
+    facts, given = source.facts, source.tensors
+    own = backbone.tensors()
+    if strangers := [key for key in facts["backbone_tensors"] if key not in own]:
+        raise DeltaLoadError(f"{path}: backbone_tensors names {strangers[0]!r}, which is no tensor")
+    brought = {key: own[key] for key in facts["backbone_tensors"]}
+    entries = list(zip(facts["deltas"], deltas, strict=True))
+    states = [delta.state_dict(fact["name"]) for fact, delta in entries]
+    compare({**dict(ChainMap(*states)), **brought}, given, str(path))
+    _check_frozen(path, entries)
+    if check:
+        without = replaced(brought, [delta.config for delta in deltas])
+        _check_backbone(path, backbone, facts["fingerprint"], without)
+    source.verify()
+    new = dict(tensors.values(brought, given, str(path), own))
+    for (fact, delta), state in zip(entries, states, strict=True):
+        usual = copied(own, state, fact["name"])
+        value_of = functools.partial(_value_of, state, given, str(path), usual)
+        with torch.no_grad():
+            for where, layer in delta.layers.items():
+                device, _ = device_and_dtype_for(backbone, where, delta.config)
+                materialise(layer, device, delta.prefix(where, fact["name"]), value_of)
+        made = {key: tensor for key, tensor in state.items() if not tensor.is_meta}
+        tensors.copy(made, dict(tensors.values(made, given, str(path), usual)))
+        for name, parameter in delta.named_parameters(fact["name"]):
+            parameter.requires_grad_(name not in fact["frozen"] and parameter.is_floating_point())
+    _attach(path, backbone, deltas)
+    tensors.copy(brought, new)
+
+
+def _value_of(
+    own: Mapping[str, Tensor],
+    given: Mapping[str, Any],
+    source: str,
+    usual: Mapping[str, Tensor],
+    key: str,
+) -> Tensor | None:
+    """The values for the tensor called `key`, in new memory; None if they are not saved."""
+    if key not in own:
+        return None
+    value = tensors.value(key, own[key], given, source, usual)
+    return value.clone(
+        memory_format=torch.contiguous_format
+    )  # it lies in the file, or is another's
+
+
+def _check_frozen(path: Path, entries: Sequence[tuple[dict[str, Any], BaseDelta]]) -> None:
+    """Raise if a name in `frozen` is no parameter of its delta."""
+    for fact, delta in entries:
+        names = {n for n, _ in delta.named_parameters(fact["name"])} if fact["frozen"] else ()
+        if strangers := [name for name in fact["frozen"] if name not in names]:
+            raise DeltaLoadError(
+                f"{path}: frozen names {strangers[0]!r}, which is no parameter of {fact['name']!r}"
+            )
+
+
+def _attach(path: Path, backbone: Backbone, deltas: Sequence[BaseDelta]) -> None:
+    """Put deltas on their model, all or none."""
+    attached: list[BaseDelta] = []
+    try:
+        for delta in deltas:
+            commit(place(backbone, delta))
+            attached.append(delta)
+    except BaseException as error:
+        for delta in attached:
+            take_off(Backbone.of(backbone.model), delta)
+        if isinstance(error, DeltaError):
+            raise DeltaLoadError(f"{path} does not fit: {error}") from None
+        raise
+
+
+def _check_backbone(
+    path: Path, backbone: Backbone, given: dict[str, Any], replaced: Collection[str]
+) -> None:
+    """Raise if the weights under the deltas are not those that they were saved from."""
+    differ, unchecked = fingerprint.differences(backbone, given, replaced)
+    if differ:
+        first = ", ".join(f"{name} {how}" for name, how in [*differ.items()][:3])
+        raise DeltaLoadError(
+            f"{path} was saved from another backbone: of {len(given)} weights under its deltas "
+            f"{len(differ)} differ in this {type(backbone.model).__name__}: "
+            f"{first}{', ...' if len(differ) > 3 else ''} (relative norm; up to "
+            f"{fingerprint.TOLERANCE} is rounding). If that is meant, pass check_backbone=False, "
+            "or --no-check-backbone to the command merge",
+            differing=differ,
+        )
+    if unchecked:
+        warn(
+            f"{len(unchecked)} of {len(given)} weights under the deltas of {path} cannot be "
+            f"compared, being sharded, quantised or without values: {', '.join(unchecked[:3])}",
+            UncheckedWarning,
+        )

@@ -1,0 +1,112 @@
+"""Deltas of a live model written into a folder."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .. import interop
+from .._backbone.backbone import Backbone
+from .._deltas import making
+from .._deltas.base import BaseDelta
+from .._files import folder as files
+from .._modules.tensors import full, is_finite
+from .._sites import merged
+from ..errors import DeltaError, UnsavedWarning, warn
+from ..names import ancestors
+from . import fingerprint
+from .parts import copied, replaced
+
+
+@making.uncollected()
+def save(deltas: Sequence[BaseDelta], folder: str | os.PathLike) -> None:
+    """Write deltas of one backbone into `folder`, in this order, with all of their state."""
+    _check_free(Path(folder))
+    backbone = Backbone.of(deltas[0].backbone_model)
+    backbone.require_unrouted("cannot save")
+    brought = _backbone_part(backbone, deltas)
+    tensors = {**brought, **{k: t for delta in deltas for k, t in delta.state_dict().items()}}
+    whole = {name: full(tensor.detach()) for name, tensor in tensors.items()}
+    config = {
+        "opendelta_version": files.own_version(),
+        "backbone_class": type(backbone.model).__name__,
+        "backbone_config": fingerprint.described(backbone.model),
+        "backbone_tensors": sorted(brought),
+        "fingerprint": fingerprint.take(
+            backbone,
+            list(dict.fromkeys(name for delta in deltas for name in delta.modified_modules)),
+            replaced(brought, [delta.config for delta in deltas]),
+        ),
+        "deltas": [_facts(delta) for delta in deltas],
+    }
+    _check_finite(backbone, whole, deltas)
+    files.write(Path(folder), config, whole)
+
+
+def _check_free(folder: Path) -> None:
+    """Raise if `folder` holds something else, which a save would destroy or be taken for."""
+    files.check_free(folder)
+    if (folder / files.CONFIG).exists():
+        return
+    if (reader := interop.reader_of(folder)) is not None:
+        library = reader.__name__.rpartition(".")[2]
+        raise DeltaError(
+            f"{folder} holds files of another library ({library}); save into a folder of its own"
+        )
+
+
+def _check_finite(
+    backbone: Backbone, tensors: Mapping[str, Tensor], deltas: Sequence[BaseDelta]
+) -> None:
+    """Raise if values of tensors by full name are NaN or infinite: no loader would take them."""
+    bad = [key for key, tensor in tensors.items() if not is_finite(tensor)]
+    if bad:  # unless the backbone has the same, such as the -inf of a mask
+        own = backbone.tensors()
+        usual = {**own, **{k: t for d in deltas for k, t in copied(own, bad, d.name).items()}}
+        bad = [key for key in bad if not is_finite(tensors[key], usual.get(key))]
+    if bad:
+        raise DeltaError(
+            f"{len(bad)} tensors hold values that are not finite: {', '.join(bad[:3])}"
+            f"{', ...' * (len(bad) > 3)}: the training diverged. Nothing was saved"
+        )
+
+
+def _facts(delta: BaseDelta) -> dict[str, Any]:
+    """One delta as JSON: its type, name, switches and resolved options."""
+    options = {option: getattr(delta.config, option) for option in delta.config.option_names()}
+    del options["name"]
+    frozen = [name for name, p in delta.named_parameters() if not p.requires_grad]
+    return {
+        "delta_type": delta.delta_type,
+        "name": delta.name,
+        "active": delta.active,
+        **({} if delta.scale == 1 else {"scale": delta.scale}),
+        "frozen": frozen,
+        "options": options,
+    }
+
+
+def _backbone_part(backbone: Backbone, deltas: Sequence[BaseDelta]) -> dict[str, Tensor]:
+    """The backbone tensors that are saved with the deltas; warns of other trainable ones."""
+    own = backbone.tensors()
+    around = {n for d in deltas for n in (*d.unfrozen_modules, *d.record.shared.excluded)}
+    named = {n: t for n, t in own.items() if around and around & {"", *ancestors(n)}}
+    known = set(map(id, named.values()))
+    others = {id(p): p for p in own.values() if p.requires_grad and id(p) not in known}
+    if others and any(delta.attached for delta in deltas):
+        warn(
+            f"{len(others)} trainable parameters of the backbone "
+            f"({sum(p.numel() for p in others.values()):,} values) are not saved with "
+            f"{', '.join(repr(d.name) for d in deltas)}: freeze them with freeze_module(), or name "
+            "those that belong to it in freeze_module(exclude=[...]) or unfrozen_modules=[...]",
+            UnsavedWarning,
+        )
+    for name, tensor in named.items():
+        where, _, key = name.rpartition(".")
+        kept = merged.kept(where, backbone.modules[where], key, "saving")
+        named[name] = tensor if kept is None else kept.to(tensor)
+    return named

@@ -1,0 +1,128 @@
+"""What a folder of deltas says: its facts and options checked, its tensors still on disk."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .. import interop
+from .._deltas.options import DeltaConfig
+from .._deltas.registry import method
+from .._files import folder as files
+from .._files.tensors import Stored
+from ..errors import DeltaError, DeltaLoadError, OptionError, shown
+from . import fingerprint
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a folder says, and its tensors by name, of which those in our own files stay on disk.
+
+    Attributes:
+        verify: raises if the tensors are not those that were saved.
+    """
+
+    facts: dict[str, Any]
+    configs: list[DeltaConfig]
+    tensors: Mapping[str, Any]
+    verify: Callable[[], None]
+
+    @property
+    def saved_from(self) -> str | None:
+        """The class of the model that the deltas were on."""
+        name = self.facts.get("backbone_class")
+        return name if isinstance(name, str) else None
+
+    def other_config(self, model: nn.Module) -> dict[str, tuple[Any, Any]]:
+        """{setting of the model that the deltas were on: (its value there, that in `model`)}."""
+        then, now = self.facts.get("backbone_config"), fingerprint.described(model)
+        then = then if isinstance(then, dict) else {}
+        both = [key for key in now if key in then]
+        return {key: (then[key], now[key]) for key in both if then[key] != now[key]}
+
+
+@contextlib.contextmanager
+def opened(path: Path, model: nn.Module) -> Iterator[Source]:
+    """What the folder at `path` says, ours or another library's, for a delta on `model`.
+
+    Raises:
+        DeltaLoadError: it is damaged, or holds no delta.
+    """
+    reader = interop.reader_of(path)
+    if reader is not None:
+        try:
+            facts, tensors = reader.translate(path, model)
+        except DeltaLoadError:
+            raise
+        except Exception as error:  # whatever stands where the reader looks for something else
+            kind = "" if isinstance(error, DeltaError) else f"{type(error).__name__}: "
+            raise DeltaLoadError(f"{path} is damaged, or no delta: {kind}{error}") from error
+        facts["fingerprint"] = {}
+        yield Source(facts, configs_of(path, facts), tensors, lambda: None)
+        return
+    with files.open_folder(path) as (facts, weights, file):
+        stored = {key: Stored(weights, key) for key in weights.keys()}  # noqa: SIM118
+        verify = functools.partial(files.check_digest, path, facts, file)
+        yield Source(facts, configs_of(path, facts), stored, verify)
+
+
+def configs_of(folder: Path, facts: dict[str, Any]) -> list[DeltaConfig]:
+    """The options of the deltas in a folder's JSON.
+
+    Raises:
+        DeltaLoadError: it says what no delta can be.
+    """
+    where = folder / files.CONFIG
+    if not _are_names(facts.get("backbone_tensors")):
+        raise DeltaLoadError(f"{where}: backbone_tensors must be a list of names")
+    if not fingerprint.is_fingerprint(facts.get("fingerprint")):
+        raise DeltaLoadError(f"{where}: fingerprint must hold a shape and values of each weight")
+    given = facts.get("deltas")
+    if not isinstance(given, list) or not given:
+        raise DeltaLoadError(f"{where}: deltas must be a list of at least one")
+    configs = [_config(where, fact) for fact in given]
+    names = [fact["name"] for fact in given]
+    if len(set(names)) < len(names):
+        raise DeltaLoadError(f"{where}: two deltas have the same name: {shown(names)}")
+    return configs
+
+
+FACTS = {"delta_type": str, "name": str, "active": bool, "frozen": list, "options": dict}
+
+
+def _config(where: Path, fact: Any) -> DeltaConfig:
+    if not isinstance(fact, dict) or fact.keys() - {"scale"} != FACTS.keys():
+        raise DeltaLoadError(f"{where}: each of deltas must have just {', '.join(FACTS)}")
+    for key, kind in FACTS.items():
+        if not isinstance(fact[key], kind):
+            raise DeltaLoadError(f"{where}: {key}={shown(fact[key])} must be a {kind.__name__}")
+    if not isinstance(fact.get("scale", 1.0), float):
+        raise DeltaLoadError(f"{where}: scale={shown(fact['scale'])} must be a float")
+    if not _are_names(fact["frozen"]):
+        raise DeltaLoadError(f"{where}: frozen must be a list of names")
+    if pattern := next(_patterns(fact["options"].values()), None):
+        raise DeltaLoadError(
+            f"{where}: {shown(pattern)} is a pattern, where a saved delta has full names"
+        )
+    try:
+        options = {**fact["options"], "name": fact["name"]}
+        return method(fact["delta_type"]).config_class.from_dict(options)
+    except OptionError as error:
+        raise DeltaLoadError(f"{where}: {error}") from None
+
+
+def _patterns(values: Iterable[Any]) -> Iterator[str]:
+    """The regular expressions in options: they may take forever, and are never run."""
+    for value in values:
+        names = value if isinstance(value, list | dict) else [value]
+        yield from (name for name in names if isinstance(name, str) and name.startswith("[r]"))
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)

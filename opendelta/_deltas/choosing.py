@@ -1,0 +1,335 @@
+"""Choose a name and modules for a delta: the first step of attaching, with every AddressError."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from torch import nn
+
+from .._backbone import roles
+from .._backbone.backbone import Backbone
+from .._backbone.patterns import as_list, leave_out, literal, select, select_modules
+from .._layers import labels, prefix, prompt
+from .._layers.base import DeltaLayer
+from .._layers.record import Record
+from .._modules.kinds import KINDS, Kind, kind_of
+from .._sites import swap
+from .._sites.stack import check_name
+from ..errors import AddressError, SiteError, quoted
+from ..names import ancestors
+from .base import BaseDelta
+from .options import DeltaConfig
+from .order import free_name, known_records
+
+Config = TypeVar("Config", bound=DeltaConfig)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The first step: a delta's name and options, with the full names of modules in the options.
+
+    Attributes:
+        method: the class of the delta.
+        name: a name that is free on the backbone.
+        config: the options.
+        after: the deltas that it will act on top of, in their order.
+    """
+
+    method: type[BaseDelta]
+    name: str
+    config: DeltaConfig
+    after: list[Record]
+
+    @property
+    def layer_class(self) -> type[DeltaLayer]:
+        """The layer that the options ask for."""
+        return self.method.layer_for(self.config)
+
+
+def choose(backbone: Backbone, method: type[BaseDelta], config: DeltaConfig) -> Choice:
+    """Find a name, and the modules that the patterns and roles in `config` select.
+
+    Raises:
+        SiteError: the name is taken, or is none.
+        AddressError: a pattern or a role selects nothing, or exclusions leave nothing.
+    """
+    name, known = _free_name(backbone, config)
+    layer_class, defaults = method.layer_for(config), method.default_modified_modules
+    return Choice(method, name, resolve(backbone, config, defaults, layer_class), known)
+
+
+def as_chosen(backbone: Backbone, method: type[BaseDelta], config: DeltaConfig) -> Choice:
+    """Take the full names in `config` for what they are; no pattern is run.
+
+    Raises:
+        SiteError: the name is taken, or is none.
+        AddressError: the backbone has no module of a name.
+    """
+    name, known = _free_name(backbone, config)
+    return Choice(method, name, take_literally(backbone, config), known)
+
+
+def _free_name(backbone: Backbone, config: DeltaConfig) -> tuple[str, list[Record]]:
+    """The delta's name, and all deltas that there are."""
+    known = known_records(backbone)
+    taken = [record.name for record in known]
+    name = free_name(config.delta_type, taken) if config.name is None else config.name
+    check_name(name)
+    if name in taken:
+        raise SiteError(
+            f"{type(backbone.model).__name__} has a delta {name!r} already, attached, or detached "
+            "and still in a variable, so that it may come back; pass another name=, such as "
+            f"{free_name(name, taken)!r}"
+        )
+    return name, known
+
+
+def resolve(
+    backbone: Backbone, config: Config, defaults: Sequence[str], layer_class: type[DeltaLayer]
+) -> Config:
+    """The config with full names of modules in place of its patterns and roles.
+
+    Args:
+        defaults: the roles that get a layer where the config names no modules.
+        layer_class: the layer, which may take modules in pairs, or those inside the ones named.
+
+    Raises:
+        AddressError: a pattern or a role selects nothing, or exclusions leave nothing.
+    """
+    wanted = list(defaults) if config.modified_modules is None else config.modified_modules
+    if not wanted:
+        raise AddressError("modified_modules is an empty list; None selects the default places")
+    select_all = _selection(config, layer_class)
+    if layer_class.paired:
+        modified = _pairs(backbone, wanted, select_all, as_list(config.exclude_modules))
+    else:
+        by_role = select_all is not _by_name
+        names = inside(backbone, select_all(backbone, wanted), layer_class, by_role)
+        if by_role and not layer_class.can_fold():
+            names = [_called(backbone, name) for name in names]
+        modified = leave_out(backbone, names, as_list(config.exclude_modules))
+    owned = _owned(backbone, as_list(config.modules_to_save))
+    for name in modified:
+        if around := next((o for o in owned if f"{name}.".startswith(f"{o}.")), None):
+            raise AddressError(
+                f"{name!r} is selected by modified_modules, but modules_to_save={around!r} puts a "
+                f"copy in its place; add exclude_modules=[{around!r}]"
+            )
+    unfrozen = select(
+        _names(backbone), as_list(config.unfrozen_modules), backbone.model, what="name"
+    )
+    some: dict[str, Any] = {
+        field.name: _some_of(backbone, modified, config, field)
+        for field in dataclasses.fields(config)
+        if "modules" in field.metadata
+    }
+    return dataclasses.replace(
+        config,
+        modified_modules=modified,
+        exclude_modules=None,
+        common_structure=None,
+        modules_to_save=list(owned) or None,
+        num_labels=labels.check(backbone.model, owned, config.num_labels),
+        unfrozen_modules=unfrozen or None,
+        **some,
+    )
+
+
+def _selection(
+    config: DeltaConfig, layer_class: type[DeltaLayer]
+) -> Callable[[Backbone, Sequence[str]], list[str]]:
+    """How the config's names select modules: as patterns, or as roles.
+
+    Of the default roles an architecture need not have all.
+    """
+    by_default = config.modified_modules is None
+    if not by_default and not config.common_structure:
+        return _by_name
+    some = by_default and not layer_class.paired
+    return functools.partial(roles.with_roles, override=_override(config), some=some)
+
+
+def _by_name(backbone: Backbone, wanted: Sequence[str]) -> list[str]:
+    """What the patterns select; a role that selects nothing is told to be one."""
+    try:
+        return select_modules(backbone, wanted)
+    except AddressError as error:
+        role = next((name for name in wanted if name in roles.ROLES), None)
+        if role is None or repr(role) not in str(error):
+            raise
+        raise AddressError(
+            f"{error}; {role!r} is a role: for roles pass common_structure=True"
+        ) from None
+
+
+def _override(config: DeltaConfig) -> dict[str, str | None] | None:
+    """The roles that the user decides."""
+    return config.common_structure if isinstance(config.common_structure, dict) else None
+
+
+def _owned(backbone: Backbone, wanted: Sequence[str]) -> dict[str, nn.Module]:
+    """The selected modules by full name, each once, without those inside another of them."""
+    chosen = select(backbone.modules, wanted, backbone.model)
+    outermost = [n for n in chosen if not ({*ancestors(n)} - {n}) & {*chosen}]
+    names = {id(backbone.modules[name]): name for name in reversed(outermost)}
+    return {name: backbone.modules[name] for name in reversed(names.values())}
+
+
+def _pairs(
+    backbone: Backbone,
+    wanted: Sequence[str],
+    select_all: Callable[[Backbone, Sequence[str]], list[str]],
+    excluded: Sequence[str],
+) -> list[str]:
+    """Full names: where a branch starts, where it ends, where the next one starts, ...
+
+    Raises:
+        AddressError: the names do not come in pairs, or a module would be in two of them.
+    """
+    if len(wanted) % 2:
+        raise AddressError(
+            f"modified_modules={list(wanted)} must come in pairs: where a branch starts, where it "
+            "ends; name a module twice for a branch around it"
+        )
+    out = set(select(backbone.modules, excluded, backbone.model, inside=True))
+    chosen: list[str] = []
+    for one, other in zip(wanted[::2], wanted[1::2], strict=True):
+        starts, ends = (
+            [name for name in select_all(backbone, [pattern]) if name not in out]
+            for pattern in (one, other)
+        )
+        if len(starts) != len(ends):
+            raise AddressError(
+                f"modified_modules: {one!r} selects {len(starts)} modules and {other!r} "
+                f"{len(ends)}, which make no pairs: {', '.join(starts[:2])}, ... and "
+                f"{', '.join(ends[:2])}, ..."
+            )
+        chosen += [name for pair in zip(starts, ends, strict=True) for name in pair]
+    pairs = list(zip(chosen[::2], chosen[1::2], strict=True))
+    needed = Counter(name for pair in pairs for name in dict.fromkeys(pair))
+    if twice := [name for name, count in needed.items() if count > 1]:
+        raise AddressError(
+            f"modified_modules={list(wanted)}: {twice[0]!r} is in two pairs; make two deltas"
+        )
+    if not chosen:
+        raise AddressError(f"exclude_modules={list(excluded)} leaves no pair of modules")
+    return chosen
+
+
+def inside(
+    backbone: Backbone, names: list[str], layer_class: type[DeltaLayer], by_role: bool = False
+) -> list[str]:
+    """`names`, or, where the layer takes no such module but those inside it, their names.
+
+    Of modules selected `by_role`, those with none inside, such as fused experts, are left out.
+    """
+    if not layer_class.inside:
+        return names
+    fitting = {name for name in backbone.modules if _kinds(backbone, name) & {*layer_class.kinds}}
+    expanded = []
+    for name in names:
+        within = [
+            n for n in backbone.modules if n in fitting and n.startswith(f"{name}." if name else "")
+        ]
+        expanded += [name] if name in fitting or not (within or by_role) else within
+    return list(dict.fromkeys(expanded)) or names
+
+
+def _called(backbone: Backbone, name: str) -> str:
+    """The module itself, or the one around it that reads its weight and gives what it would."""
+    read = swap.weight_is_read(backbone.modules[name], asked=False)
+    return name.rpartition(".")[0] if read else name
+
+
+def _kinds(backbone: Backbone, name: str) -> set[str]:
+    """The kinds of the module called `name`: that of the table, or "other", and what it does."""
+    module = backbone.modules[name]
+    kind = kind_of(module)
+    kinds = {"other" if kind is None else kind.name}
+    if prefix.is_attention(module):
+        kinds.add("attention")
+    if set(prompt.arguments(module)) >= prompt.TAKES:
+        kinds |= {"stack"} if prompt.stacks(backbone.modules).get(name) is False else set()
+    return kinds
+
+
+def _some_of(
+    backbone: Backbone, modified: list[str], config: DeltaConfig, field: dataclasses.Field
+) -> Any:
+    """The modified modules that an option selects: by its patterns, or by its default roles.
+
+    An option that gives modules a value, {pattern: value}, gets full names in their place; of
+    several patterns that select a module the first decides.
+    """
+    patterns = getattr(config, field.name)
+    if patterns is None:
+        if not field.metadata["modules"]:
+            return None
+        known = roles.roles(backbone.model, _override(config))
+        return [name for name in modified if known.get(name) in field.metadata["modules"]] or None
+    if isinstance(patterns, dict):
+        values: dict[str, Any] = {}
+        for pattern, value in patterns.items():
+            for name in _some(backbone, modified, [pattern], config):
+                values.setdefault(name, value)
+        return values
+    return _some(backbone, modified, patterns, config)
+
+
+def _some(
+    backbone: Backbone, modified: list[str], patterns: list[str], config: DeltaConfig
+) -> list[str]:
+    if config.common_structure:
+        patterns = roles.with_roles(backbone, patterns, _override(config))
+    return select(modified, patterns, backbone.model, what="modified module")
+
+
+def take_literally(backbone: Backbone, config: Config) -> Config:
+    """The same config, once every full name in it is known to be one; no pattern is run.
+
+    Raises:
+        AddressError: the backbone has no module of that name.
+    """
+    for names in (config.modified_modules, config.modules_to_save):
+        literal(backbone.modules, names or [], backbone.model)
+    if config.num_labels is not None:
+        owned = {name: backbone.modules[name] for name in config.modules_to_save or ()}
+        labels.check(backbone.model, owned, config.num_labels)
+    literal(_names(backbone), config.unfrozen_modules or [], backbone.model, what="name")
+    return config
+
+
+def _names(backbone: Backbone) -> list[str]:
+    """The full names of all modules, parameters and saved buffers of the backbone."""
+    return [*backbone.modules, *backbone.tensors()]
+
+
+def check_kind(
+    backbone: Backbone,
+    name: str,
+    kind: Kind | None,
+    config: DeltaConfig,
+    layer_class: type[DeltaLayer],
+) -> None:
+    """Raise unless the layer takes the module called `name`, which is of this kind."""
+    wanted = {*layer_class.kinds}
+    if (kind is not None and kind.name in wanted) or _kinds(backbone, name) & wanted:
+        return
+    takes = "; ".join(KINDS[k] for k in layer_class.kinds)
+    inside = [
+        other
+        for other in backbone.modules
+        if other != name
+        and other.startswith(f"{name}." if name else "")
+        and _kinds(backbone, other) & (wanted - {"other"})
+    ]
+    raise SiteError(
+        f"{quoted(name)} ({type(backbone.modules[name]).__name__}) cannot carry "
+        f"{config.delta_type!r}, which takes: {takes}."
+        + (f" Inside it there are {', '.join(map(repr, inside[:4]))}" if inside else "")
+    )

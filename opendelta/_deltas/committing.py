@@ -1,0 +1,61 @@
+"""Put a placed delta on its model, and take one off: the only step that touches the model."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .._backbone import sharding
+from .._backbone.backbone import Backbone
+from .._sites import compile_limit, swap
+from .base import HANDLES, BaseDelta
+from .first_forward import unwatch_forward, watch_forward
+from .freezing import restore
+from .order import renumber
+from .placing import Placed
+from .state_dict import unwatch_state, watch_state
+
+
+def commit(placed: Placed) -> None:
+    """Put all layers of a delta on its model, or none if one of them fails."""
+    backbone, delta = placed.backbone, placed.delta
+    done: list[nn.Module] = []
+    try:
+        for where, placing in placed.placings.items():
+            module, layer, ranks = backbone.modules[where], delta.layers[where], placing.ranks
+            if ranks is None or ranks.group is None:
+                layer.fit(module, placing.device, placing.dtype)
+            if ranks is not None:
+                sharding.shard(layer, ranks)
+            backbone.stacks[where] = swap.add(module, delta.name, layer, placing.weight_is_read)
+            done.append(module)
+    except BaseException:
+        for module in done:
+            swap.remove(module, delta.name)
+        raise
+    record = delta.record
+    others = [other for other in placed.order if other is not record]
+    if others and record.shared is not others[0].shared:
+        others[0].shared.frozen |= record.shared.frozen
+        others[0].shared.excluded |= record.shared.excluded
+        record.shared = others[0].shared
+    renumber(backbone, placed.order)
+    record.shared.records.append(record)
+    compile_limit.watch_limit()
+    watch_forward(backbone)
+    watch_state(backbone, record.shared)
+    HANDLES.add(delta)
+
+
+def take_off(backbone: Backbone, delta: BaseDelta) -> None:
+    """Take all layers of a delta off its model; the last delta takes all traces along."""
+    record = delta.record
+    for where, name, layer in list(backbone.delta_layers()):
+        if layer.record is record:
+            swap.remove(backbone.modules[where], name)
+    shared = record.shared
+    shared.records = [other for other in shared.records if other is not record]
+    if not any(len(stack) for stack in backbone.stacks.values()):
+        unwatch_state(backbone)
+        unwatch_forward(backbone)
+        restore(backbone, shared)
+        shared.only_trainable = False

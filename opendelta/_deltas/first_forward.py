@@ -1,0 +1,92 @@
+"""Delta layers that never ran, named after the first whole forward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from .._backbone.backbone import Backbone
+from .._backbone.shapes import PROBING
+from ..errors import UnreachedWarning, warn
+from ..names import SLOT, unwrapped
+
+
+def unreached(model: nn.Module) -> list[str]:
+    """The active delta layers that have not run yet outside of compiled code, by full name."""
+    return unreached_in(Backbone.of(model))
+
+
+def unreached_in(backbone: Backbone) -> list[str]:
+    """The same, of a backbone that was walked over before."""
+    return [*_silent(backbone), *_lost(backbone)]
+
+
+def _silent(backbone: Backbone, compiled: bool = True) -> list[str]:
+    """The active layers that have not run; without `compiled`, but those in compiled code."""
+    return [
+        f"{where}.{SLOT}.{name}".lstrip(".")
+        for where, name, layer in backbone.delta_layers()
+        if layer.record.active and name not in backbone.stacks[where].ran
+        if not backbone.stacks[where].holds(name)
+        if compiled or not _in_compiled(backbone, where)
+    ]
+
+
+def _in_compiled(backbone: Backbone, where: str) -> bool:
+    return any(
+        module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
+        for module in backbone.chain(where)
+    )
+
+
+def _lost(backbone: Backbone) -> list[str]:
+    """The layers that went along when somebody put another module in the place of theirs."""
+    there: dict[int, list[str]] = {}
+    for where, _, layer in backbone.delta_layers():
+        there.setdefault(id(layer.record), []).append(f".{unwrapped(where)}")
+    missing = []
+    for record in backbone.records():
+        own = there[id(record)]
+        if len(own) == len(record.sites):
+            continue
+        for name in sorted(record.sites):
+            # A name is relative to the module through which the delta was attached.
+            if not any(w.endswith(f".{name}") or f".{name}".endswith(w) for w in own):
+                missing.append(f"{name}.{SLOT}.{record.name}".lstrip("."))
+    return missing
+
+
+class FirstForward:
+    """After the first whole forward of a backbone: names the active layers that did not run."""
+
+    def __call__(self, model: nn.Module, _args: Any, _output: Any) -> None:
+        if torch.compiler.is_compiling() or PROBING.get():
+            return
+        backbone = Backbone.of(model)
+        unwatch_forward(backbone)
+        missed = [*_silent(backbone, compiled=False), *_lost(backbone)]
+        if missed:
+            shown = ", ".join(missed[:3]) + (", ..." if len(missed) > 3 else "")
+            warn(
+                f"{len(missed)} delta layers did not run in the first forward of "
+                f"{type(model).__name__}: {shown}. If the parent reads the module's weight instead "
+                "of calling it, choose the parent, or pass reads=True; if the module was replaced "
+                "since, attach anew; if this forward skipped it (experts, layer drop), all is well",
+                UnreachedWarning,
+            )
+
+
+def watch_forward(backbone: Backbone) -> None:
+    """Check the backbone's next whole forward."""
+    unwatch_forward(backbone)
+    backbone.model.register_forward_hook(FirstForward())
+
+
+def unwatch_forward(backbone: Backbone) -> None:
+    """Take the check away."""
+    for module in backbone.modules.values():
+        hooks = module._forward_hooks
+        for key in [k for k, hook in hooks.items() if isinstance(hook, FirstForward)]:
+            del hooks[key]

@@ -1,0 +1,279 @@
+"""Make the layers of a delta: the second step of attaching. The model stays as it is."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from .._backbone import copying, sharding
+from .._backbone.backbone import Backbone
+from .._backbone.shapes import attention_heads, output_widths
+from .._layers import labels
+from .._layers.base import Acts, DeltaLayer
+from .._layers.gate import Gate
+from .._layers.owned import OwnedModule, SharedTensors
+from .._layers.record import Record, Shared
+from .._layers.site import Heads, Site
+from .._modules.kinds import kind_of
+from .._sites import swap
+from ..errors import LostGradientWarning, SiteError, TiedWeightWarning, warn
+from . import choosing
+from .base import BaseDelta
+from .choosing import Choice
+from .options import DeltaConfig
+
+# Where the values of layers come from: they start; they are to be read from a file, and until then
+# there is no memory for them; or they never come, as the layers are only looked at.
+Values = Literal["new", "saved", "never"]
+
+
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """Inside, Python looks for no garbage: it would visit all modules again for every few new ones.
+
+    Without it the time for each module grows with their number.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+def make(
+    backbone: Backbone, choice: Choice, into: BaseDelta | None = None, values: Values = "new"
+) -> BaseDelta:
+    """Make the layers of a chosen delta; the backbone stays as it is.
+
+    Args:
+        into: a new delta that is to have them. None: make that too.
+        values: "new" or else the tensors are on the meta device, those "saved" until `materialise`.
+
+    Raises:
+        SiteError: a module is of a kind that the method does not take, or of unknown width.
+    """
+    delta = choice.method.__new__(choice.method) if into is None else into
+    known = choice.after
+    delta.layers = _layers(backbone, choice, values)
+    rank, shared = (known[-1].rank + 1, known[0].shared) if known else (0, Shared())
+    delta.record = Record(choice.name, choice.config, rank, shared, tuple(delta.layers))
+    delta.backbone_model = backbone.model
+    for layer in delta.layers.values():
+        layer.record = delta.record
+    return delta
+
+
+def _layers(backbone: Backbone, choice: Choice, values: Values) -> dict[str, DeltaLayer]:
+    """{full name of the site: its new layer}."""
+    config, layer_class = choice.config, choice.layer_class
+    make_shared = choice.method.shared_for(config)
+    sharding.settle(backbone)
+    sites = _sites(backbone, config, layer_class, values)
+    starts = {n: s for n, s in sites.items() if s.end is not None or not layer_class.paired}
+    _warn_of_lost_gradients(backbone)
+    if layer_class.can_fold():
+        _warn_if_tied(backbone, list(sites), config.delta_type)
+    shared = make_shared(list(starts.values()), config) if make_shared is not None else None
+    new: Any = layer_class  # a method's layer takes a site and its config
+    made: dict[str, DeltaLayer] = {}
+    for name, site in starts.items():
+        site.shared = shared
+        layer = made[name] = new(site, config)
+        if config.gate:
+            layer.gate = _gate(layer, site)
+        if shared is not None:
+            layer.share(shared)
+    made |= _only_new(layer_class.companions(made, backbone.modules, config), made, config)
+    if shared is not None:
+        around = backbone.innermost_around(list(starts))
+        if around in starts:
+            made[around].tensors = shared
+        else:
+            made |= _only_new({around: SharedTensors(shared)}, made, config)
+    made |= _only_new(_owned(backbone, config, values), made, config)
+    if values == "new":
+        _seed(made)
+    return made
+
+
+def _seed(layers: dict[str, DeltaLayer]) -> None:
+    """Let modules fill the buffers that they make from a seed and do not save."""
+    for layer in layers.values():
+        for module in layer.modules():
+            if hasattr(type(module), "seed"):
+                module.seed()  # type: ignore[operator]
+
+
+def materialise(
+    layer: DeltaLayer,
+    device: torch.device,
+    prefix: str,
+    value_of: Callable[[str], torch.Tensor | None],
+) -> None:
+    """Give those tensors of a layer memory that have none, with given values or a seed's.
+
+    Args:
+        prefix: what the full names of its tensors start with.
+        value_of: gives the values of a tensor by full name, in its dtype and in memory of their
+            own; None: it has none.
+    """
+    for name, module in layer.named_modules(prefix=prefix.removesuffix(".")):
+        for own in (module._parameters, module._buffers):
+            for key, tensor in own.items():
+                if tensor is None or not tensor.is_meta:
+                    continue
+                new = value_of(f"{name}.{key}")
+                if new is None:  # not empty_like, which torch writes in Python for tensors on meta
+                    new = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+                new, is_parameter = new.to(device), own is module._parameters
+                own[key] = nn.Parameter(new, tensor.requires_grad) if is_parameter else new
+        if hasattr(type(module), "seed"):
+            module.seed()
+
+
+def _only_new(
+    more: dict[str, DeltaLayer], made: dict[str, DeltaLayer], config: DeltaConfig
+) -> dict[str, DeltaLayer]:
+    """`more`, if none of its sites has a layer of this delta yet."""
+    if twice := more.keys() & made.keys():
+        raise SiteError(
+            f"{config.delta_type!r} would need two layers on {', '.join(map(repr, twice))}; leave "
+            "it out with exclude_modules"
+        )
+    return more
+
+
+def _sites(
+    backbone: Backbone, config: DeltaConfig, layer_class: type[DeltaLayer], values: Values
+) -> dict[str, Site]:
+    """What the layers may know about each modified module."""
+    names = config.modified_modules or []
+    kinds = {name: kind_of(backbone.modules[name]) for name in names}
+    unknown = [name for name in names if kinds[name] is None]
+
+    @functools.cache
+    def widths() -> dict[str, int]:
+        return output_widths(backbone.model, unknown)
+
+    @functools.cache
+    def heads() -> dict[str, Heads]:
+        return attention_heads(backbone.model, names)
+
+    sites = {}
+    for name, kind in kinds.items():
+        module = backbone.modules[name]
+        swap.check_called(name, module)
+        choosing.check_kind(backbone, name, kind, config, layer_class)
+        device, dtype = device_and_dtype_for(backbone, name, config)
+        device = device if values == "new" else torch.device("meta")
+        of_width, of_heads = (lambda n: widths()[n]), (lambda n: heads()[n])
+        new = values != "saved"
+        sites[name] = Site(name, module, kind, device, dtype, of_width, of_heads, new)
+    if layer_class.paired:
+        for start, end in zip(names[::2], names[1::2], strict=True):
+            sites[start].end = sites[end]
+    return sites
+
+
+def _gate(layer: DeltaLayer, site: Site) -> Gate:
+    """The gate of a layer, as wide as what it reads."""
+    linear = site.known_kind is not None and site.known_kind.is_product
+    on_input = layer.acts is Acts.BEFORE or (layer.acts is Acts.BESIDE and linear)
+    width = layer.gate_width
+    if width is None:
+        width = site.in_features if on_input else site.out_features
+    return Gate(site, width, on_input)
+
+
+def device_and_dtype_for(
+    backbone: Backbone, where: str, config: DeltaConfig
+) -> tuple[torch.device, torch.dtype]:
+    """The device and dtype of a layer on the module called `where`."""
+    device, dtype = backbone.device_and_dtype_of(where)
+    return device, getattr(torch, config.dtype) if config.dtype else dtype
+
+
+def _owned(backbone: Backbone, config: DeltaConfig, values: Values) -> dict[str, DeltaLayer]:
+    """The copies that the delta owns, and what says on the root how many labels its head has."""
+    copied = {name: _own_copy(backbone, name, values) for name in config.modules_to_save or ()}
+    more: dict[str, DeltaLayer] = {}
+    count = config.num_labels
+    if count is not None and count != labels.count_of(backbone.model):
+        copied = {name: labels.resized(own, backbone.model, count) for name, own in copied.items()}
+        more[""] = labels.LabelsLayer(backbone.model, count)
+    return {**{name: OwnedModule(module) for name, module in copied.items()}, **more}
+
+
+def _own_copy(backbone: Backbone, name: str, values: Values) -> nn.Module:
+    """A trainable copy of a backbone module, without the deltas that it carries."""
+    if values != "saved":
+        sharding.check_copy(backbone, name)
+    memo: dict[int, Any] = {}
+    for parameter in backbone.modules[name].parameters() if values != "new" else ():
+        memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), False)
+    copied = copying.plain_copy(backbone, name, memo)
+    for parameter in copied.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    return copied
+
+
+def _warn_of_lost_gradients(backbone: Backbone) -> None:
+    """Warn if torchao's weights pass no gradient on, as its dynamic-activation kinds do not.
+
+    One module of each kind of weight is tried.
+    """
+    tried: dict[type, str] = {}
+    for name, module in backbone.modules.items():
+        weight = dict(module._parameters.items()).get("weight")
+        plain = name not in backbone.stacks  # deltas must not run, nor lend their gradient
+        if plain and type(weight).__module__.startswith("torchao"):
+            tried.setdefault(type(weight), name)
+    for name in tried.values():
+        module, kind = backbone.modules[name], kind_of(backbone.modules[name])
+        if kind is None or not isinstance(weight := module._parameters["weight"], torch.Tensor):
+            continue
+        x = torch.zeros(2, kind.in_features, device=weight.device, dtype=weight.dtype)
+        with torch.enable_grad():
+            out = module(x.requires_grad_())
+            passed = torch.autograd.grad(out.sum(), x, allow_unused=True)[0]
+        if passed is None:
+            warn(
+                f"{name!r} is quantised so that no gradient passes through it: deltas on modules "
+                "before it will not train right. Use a weight-only kind of quantisation",
+                LostGradientWarning,
+            )
+
+
+def tied(backbone: Backbone, targets: Sequence[str]) -> dict[str, list[str]]:
+    """{target: the other modules, no targets, that use a weight of it too}."""
+    users: dict[int, dict[int, str]] = {}
+    for name, module in backbone.modules.items():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                users.setdefault(id(parameter), {})[id(module)] = name
+    chosen = {id(backbone.modules[name]) for name in targets}
+    shared: dict[str, list[str]] = {}
+    for name in targets:
+        for parameter in backbone.modules[name]._parameters.values():
+            others = [n for m, n in users.get(id(parameter), {}).items() if m not in chosen]
+            if others:
+                shared[name] = [*shared.get(name, []), *others]
+    return shared
+
+
+def _warn_if_tied(backbone: Backbone, targets: Sequence[str], delta_type: str) -> None:
+    """Warn of a target whose weight other modules use too: a delta changes one use only."""
+    for name, others in tied(backbone, targets).items():
+        warn(
+            f"{delta_type!r} on {name!r} changes one use of a weight that "
+            f"{', '.join(map(repr, others))} uses too",
+            TiedWeightWarning,
+        )

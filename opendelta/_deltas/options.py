@@ -1,0 +1,231 @@
+"""The options of a method: one dataclass is the signature, the saved JSON and the validation."""
+
+from __future__ import annotations
+
+import dataclasses
+import numbers
+import types
+import typing
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+from ..errors import OptionError, nearest, shown
+
+Config = TypeVar("Config", bound="DeltaConfig")
+# Every delta takes these by position too, after the method's own options.
+PLACES = (
+    "modified_modules", "exclude_modules", "unfrozen_modules", "common_structure",
+    "interactive_modify",
+)  # fmt: skip
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+LARGEST = 1e6  # of numbers that scale: with more, half precision overflows and float32 is noise
+RANKS = ("lora_r", "r", "low_rank_rank", "low_rank_dimension")
+WIDTHS = ("bottleneck_dim", "reduction_factor")
+ELSEWHERE = {  # {an option of PEFT's or the adapters library's: what it may be here}, for messages
+    "target_modules": ("modified_modules",),
+    "layers_to_transform": ("modified_modules", "exclude_modules"),
+    "layers": ("modified_modules", "exclude_modules"),
+    "leave_out": ("exclude_modules",),
+    "feedforward_modules": ("modified_modules",),
+    "r": RANKS,
+    "rank": RANKS,
+    "lora_r": RANKS,
+    "lora_rank": RANKS,
+    "alpha": ("lora_alpha",),
+    "lora_alpha": ("alpha",),
+    "dropout": ("lora_dropout", "vera_dropout"),
+    "init_lora_weights": ("init",),
+    "bottleneck_size": WIDTHS,
+    "reduction_factor": WIDTHS,
+    "num_virtual_tokens": ("soft_token_num", "prefix_token_num"),
+    "prefix_length": ("prefix_token_num",),
+    "prompt_length": ("soft_token_num",),
+    "adapter_name": ("name",),
+    "use_gating": ("gate",),
+}
+
+
+def option(
+    default: Any,
+    *,
+    minimum: float | None = None,
+    below: float | None = None,
+    choices: Collection[Any] | None = None,
+    modules: Sequence[str] | None = None,
+) -> Any:
+    """A field of a config: its default, and what its value must be.
+
+    Args:
+        minimum: the smallest value allowed.
+        below: values must be smaller than this.
+        choices: the only values allowed.
+        modules: the value selects some of the modified modules, by the same rules, or gives them
+            values, {pattern: value}; the method gets their full names. These roles are selected
+            where the value is None.
+    """
+    limits = {"minimum": minimum, "below": below, "choices": choices, "modules": modules}
+    metadata = {name: limit for name, limit in limits.items() if limit is not None}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass
+class DeltaConfig:
+    """What every delta takes. A method adds its own options in a subclass.
+
+    Options after `_: KW_ONLY` are given by name only. `places` and `places_first` are for methods
+    that take `modified_modules` and the like in another order by position in OpenDelta 0.3.
+
+    Attributes:
+        modified_modules: the modules that get a layer: ends of names, or `[r]` and a regular
+            expression. None: the method's default places.
+        exclude_modules: the modules that do not, nor any module inside them.
+        unfrozen_modules: backbone modules or parameters that `freeze_module` leaves trainable and
+            that are saved with the delta.
+        common_structure: `modified_modules` are roles such as "attn.q", as the defaults are; see
+            `opendelta.roles`. {pattern: role} decides the roles of modules that match, as its
+            `override` does.
+        interactive_modify: OpenDelta 0.3's page for picking modules; not available.
+        modules_to_save: modules of which the delta owns a copy, in the module's place while the
+            delta is attached and active, trained and saved with it.
+        num_labels: how many labels the head in modules_to_save is for; if not as many as the
+            backbone's, its last layer is new, and the model's own loss goes by it while it acts.
+        name: unique on the backbone, 1 to 64 of [A-Za-z0-9_-]. None: the type, then type_1, ...
+        dtype: of the delta's tensors, such as "float32". None: what the module computes in.
+        reads: the parents of these modules read `.weight` instead of calling them, so the weight
+            must show the change. MultiheadAttention's is known.
+        gate: scale what the delta changes by a learned gate of its input, as UniPELT does
+            (arXiv:2110.07577); it starts half open.
+    """
+
+    delta_type: ClassVar[str] = ""
+    places: ClassVar[tuple[str, ...]] = PLACES
+    places_first: ClassVar[bool] = False
+
+    modified_modules: list[str] | None = dataclasses.field(default=None, kw_only=True)
+    exclude_modules: list[str] | None = dataclasses.field(default=None, kw_only=True)
+    unfrozen_modules: list[str] | None = dataclasses.field(default=None, kw_only=True)
+    common_structure: bool | dict[str, str | None] | None = dataclasses.field(
+        default=None, kw_only=True
+    )
+    interactive_modify: bool | int = dataclasses.field(default=False, kw_only=True)
+    modules_to_save: list[str] | None = dataclasses.field(default=None, kw_only=True)
+    num_labels: int | None = dataclasses.field(default=None, kw_only=True, metadata={"minimum": 1})
+    name: str | None = dataclasses.field(default=None, kw_only=True)
+    dtype: str | None = dataclasses.field(
+        default=None, kw_only=True, metadata={"choices": (None, *DTYPES)}
+    )
+    reads: bool = dataclasses.field(default=False, kw_only=True)
+    gate: bool = dataclasses.field(default=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            takes_list = not _fits(value, hints[field.name]) and "list" in str(hints[field.name])
+            if isinstance(value, str | tuple) and takes_list:
+                value = [value] if isinstance(value, str) else list(value)
+            if field.name == "dtype":
+                value = None if value is None else str(value).removeprefix("torch.")
+            setattr(self, field.name, value)
+            self._check(field, value, hints[field.name])
+        if self.interactive_modify:
+            raise OptionError(
+                "interactive_modify is not available: opendelta.tree(model) prints all names; pass "
+                "those you want as modified_modules=[...]"
+            )
+
+    def _check(self, field: dataclasses.Field, value: Any, hint: Any) -> None:
+        where = f"{type(self).__name__}: {field.name}={shown(value)}"
+        if not _fits(value, hint):
+            raise OptionError(f"{where} must be {_spell(hint)}, not {type(value).__name__}")
+        limits = field.metadata
+        if "choices" in limits and value not in limits["choices"]:
+            raise OptionError(f"{where} must be one of {list(limits['choices'])}")
+        for number in value.values() if isinstance(value, dict) else [value]:
+            if "minimum" in limits and number is not None and not number >= limits["minimum"]:
+                raise OptionError(f"{where} must be at least {limits['minimum']}")
+            if "below" in limits and number is not None and not number < limits["below"]:
+                raise OptionError(f"{where} must be below {limits['below']}")
+            if "float" in str(hint) and isinstance(number, int | float):
+                as_scaling(where, number)
+
+    @classmethod
+    def option_names(cls) -> list[str]:
+        """The names of all options: the method's own, then those that every delta takes."""
+        every = [field.name for field in dataclasses.fields(cls)]
+        return [*(name for name in every if name not in COMMON), *COMMON]
+
+    @classmethod
+    def positional_names(cls) -> list[str]:
+        """The options that a delta's class takes by position: OpenDelta 0.3's, in its order."""
+        fields = dataclasses.fields(cls)
+        own = [f.name for f in fields if f.name not in COMMON and not f.kw_only]
+        return [*cls.places, *own] if cls.places_first else [*own, *cls.places]
+
+    @classmethod
+    def check_names(cls, given: typing.Iterable[str]) -> None:
+        """Raise for the first of `given` that is no option, with the nearest that are."""
+        names = cls.option_names()
+        for name in given:
+            if name not in names:
+                ours = [other for other in ELSEWHERE.get(name, ()) if other in names]
+                near = list(dict.fromkeys([*ours, *nearest(str(name), names)]))[:3]
+                raise OptionError(
+                    f"{cls.delta_type!r} has no option {shown(name)}; "
+                    + (f"nearest: {', '.join(near)}" if near else f"it has {', '.join(names)}")
+                )
+
+    @classmethod
+    def from_dict(cls: type[Config], options: dict[str, Any]) -> Config:
+        """A config from options by name. A `"delta_type"` in it must be this method's."""
+        given = dict(options)
+        found = given.pop("delta_type", cls.delta_type)
+        if found != cls.delta_type:
+            raise OptionError(f"{cls.__name__} is for {cls.delta_type!r}, not {found!r}")
+        cls.check_names(given)
+        return cls(**given)
+
+    def to_dict(self) -> dict[str, Any]:
+        """`delta_type` and all options by name, as JSON can hold them."""
+        return {"delta_type": self.delta_type, **dataclasses.asdict(self)}
+
+
+COMMON = [field.name for field in dataclasses.fields(DeltaConfig)]
+
+
+def as_scaling(what: str, number: Any) -> float:
+    """A number that values can be multiplied by, Python's or numpy's.
+
+    Args:
+        what: it, for the message.
+
+    Raises:
+        OptionError: it is none.
+    """
+    real = isinstance(number, numbers.Real) and not isinstance(number, bool)
+    if not real or not abs(number) <= LARGEST:
+        raise OptionError(f"{what} must be a number between {-LARGEST:g} and {LARGEST:g}")
+    return float(number)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether `value` is of the annotated type; an int is a float, a bool is no int."""
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, part) for part in parts)
+    if origin is list:
+        return isinstance(value, list) and all(_fits(item, parts[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(
+            _fits(k, parts[0]) and _fits(v, parts[1]) for k, v in value.items()
+        )
+    if hint is Any:
+        return True
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, (int, float) if hint is float else hint)
+
+
+def _spell(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)

@@ -1,0 +1,237 @@
+"""The one total order of a backbone's deltas, attached and detached, and their names."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+
+from torch import nn
+
+from .._backbone.backbone import Backbone, attached_records
+from .._layers.record import Record
+from .._sites.stack import LONGEST_NAME
+from ..errors import DeltaError, SiteError, nearest
+from ..names import unwrapped
+from .base import HANDLES, BaseDelta
+from .registry import method
+
+
+def free_name(wanted: str, taken: Collection[str]) -> str:
+    """`wanted`, or the first of wanted_1, wanted_2, ... that is not taken."""
+    name, count = wanted, 0
+    while name in taken:
+        count += 1
+        end = f"_{count}"
+        name = wanted[: LONGEST_NAME - len(end)] + end
+    return name
+
+
+def known_records(backbone: Backbone) -> list[Record]:
+    """The deltas of a backbone in total order: the attached, and the detached that are held."""
+    records = dict.fromkeys(backbone.records())
+    inside = {id(module) for module in backbone.modules.values()}
+    records |= dict.fromkeys(h.record for h in HANDLES if id(h.backbone_model) in inside)
+    return sorted(records, key=lambda record: record.rank)
+
+
+def prefix_of(record: Record, sites: list[str]) -> str | None:
+    """The name of the module through which a delta was attached; None: one around the backbone.
+
+    Args:
+        sites: where the delta stands on the backbone.
+    """
+    names = set(record.sites)
+    if any(unwrapped(where) in names for where in sites):
+        return ""
+    for where in map(unwrapped, sites):
+        for name in names:
+            if name == "" or where.endswith(f".{name}"):
+                return where.removesuffix(name).removesuffix(".")
+    return None
+
+
+def neighbour(
+    known: list[Record], delta: BaseDelta, other: BaseDelta | str | None
+) -> Record | None:
+    """The delta among the `known` ones next to which `delta` is to stand, given or by name.
+
+    Raises:
+        DeltaError: there is no such delta on the backbone.
+    """
+    if other is None:
+        return None
+    others = [record for record in known if record is not delta.record]
+    for record in others:
+        if record.name == other or record is getattr(other, "record", None):
+            return record
+    name = getattr(other, "name", other)
+    raise DeltaError(
+        f"{delta.name!r} cannot stand next to {name!r}: the other deltas of this "
+        f"{type(delta.backbone_model).__name__} are {[record.name for record in others]}"
+    )
+
+
+def _order(
+    known: list[Record], record: Record, before: Record | None, after: Record | None
+) -> list[Record]:
+    """The `known` others, with `record` at its old place or next to a neighbour."""
+    order = sorted([*known, record], key=lambda r: (r.rank, r is record))
+    if before is not None or after is not None:
+        order.remove(record)
+        order.insert(order.index(before) if before is not None else order.index(after) + 1, record)  # type: ignore[arg-type]
+    return order
+
+
+def order_with(
+    backbone: Backbone, delta: BaseDelta, before: Record | None, after: Record | None
+) -> list[Record]:
+    """All deltas of a backbone in the order that they have once `delta` has come.
+
+    Raises:
+        SiteError: one of them has its name.
+        DeltaError: one that is merged would come to act on what the delta does.
+    """
+    known = [record for record in known_records(backbone) if record is not delta.record]
+    if any(record.name == delta.name for record in known):
+        raise SiteError(f"another delta of this backbone is called {delta.name!r} by now")
+    order = _order(known, delta.record, before, after)
+    backbone.require_above_merged(delta.layers, order)
+    return order
+
+
+def move(backbone: Backbone, record: Record, before: Record | None, after: Record | None) -> None:
+    """Give an attached delta its place next to a neighbour."""
+    known = known_records(backbone)
+    for each in known:
+        each.require_apart("cannot move deltas around")
+    renumber(backbone, _order([r for r in known if r is not record], record, before, after))
+
+
+def renumber(backbone: Backbone, order: list[Record]) -> None:
+    """Let the deltas act in this order."""
+    for rank, record in enumerate(order):
+        record.rank = rank
+    for stack in backbone.stacks.values():
+        stack.sort()
+
+
+def check_root(backbone: Backbone) -> None:
+    """Raise if the backbone has deltas that were attached through a module around it, or inside.
+
+    Or through another model that has modules of this one.
+    """
+    what = type(backbone.model).__name__
+    made_for = {h.record: h.backbone_model for h in HANDLES}
+    inside = {id(module) for module in backbone.modules.values()}
+    for record, sites in backbone.sites().items():
+        prefix = prefix_of(record, sites)
+        if prefix != "":
+            other = "a module around it" if prefix is None else f"its module {prefix!r}"
+            raise SiteError(
+                f"{record.name!r} was attached through {other}, not through this {what}; attach "
+                "all deltas of a model through the same module"
+            )
+        other_model = made_for.get(record, backbone.model)
+        if id(other_model) not in inside and not _holds(other_model, backbone.model):
+            raise SiteError(
+                f"{record.name!r} was attached through another {type(other_model).__name__}, which "
+                f"shares modules with this {what}; detach it first, or give this model modules of "
+                "its own by opendelta.shared_copy(model)"
+            )
+    others = {id(h.backbone_model): h.backbone_model for h in HANDLES}
+    others.pop(id(backbone.model), None)
+    around = {k for k, outer in others.items() if _holds(outer, backbone.model)}
+    for handle in HANDLES:
+        outer = handle.backbone_model
+        if id(outer) in around and handle.attached:
+            raise SiteError(
+                f"{handle.name!r} was attached through the {type(outer).__name__} around this "
+                f"{what}; attach all deltas of a model through the same module"
+            )
+
+
+def _holds(outer: nn.Module, module: nn.Module) -> bool:
+    return any(part is module for part in outer.modules())
+
+
+def handle_of(backbone: Backbone, record: Record) -> BaseDelta:
+    """The handle of an attached delta: the one that somebody holds, or a new one."""
+    for handle in HANDLES:
+        if handle.record is record:
+            return handle
+    own = [(where, layer) for where, _, layer in backbone.delta_layers() if layer.record is record]
+    prefix = prefix_of(record, [where for where, _ in own])
+    if prefix is None:
+        raise DeltaError(
+            f"{record.name!r} was attached through a module around this "
+            f"{type(backbone.model).__name__}; use composition() of that one"
+        )
+    cls = method(record.config.delta_type)
+    handle = cls.__new__(cls)
+    handle.backbone_model, handle.record = backbone.modules[prefix], record
+    layers = {w[len(prefix) + 1 if prefix else 0 :]: layer for w, layer in own}
+    places = {name: place for place, name in enumerate(record.sites)}
+    ordered = sorted(layers, key=lambda where: places[unwrapped(where)])
+    handle.layers = {where: layers[where] for where in ordered}
+    HANDLES.add(handle)
+    return handle
+
+
+def attached_once(model: nn.Module) -> list[Record]:
+    """The attached deltas of a model, in order, if each has a name of its own.
+
+    Raises:
+        DeltaError: several are called the same.
+    """
+    records = attached_records(model)
+    names = [record.name for record in records]
+    if len(set(names)) < len(names):
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise DeltaError(
+            f"{type(model).__name__} carries several deltas called {twice}: they were "
+            "attached through different modules of it; use composition() on those"
+        )
+    return records
+
+
+def attached_by_name(
+    model: nn.Module, names: Iterable[str | BaseDelta], among: list[Record]
+) -> list[Record]:
+    """The attached deltas that names or handles mean.
+
+    Args:
+        names: several, or one by itself.
+        among: the attached deltas.
+
+    Raises:
+        DeltaError: one is not attached.
+    """
+    records = {record.name: record for record in among}
+    chosen = []
+    for given in [names] if isinstance(names, str) else names:
+        if not isinstance(given, str | BaseDelta):
+            raise DeltaError(f"{given!r} must be a delta or the name of one, by itself")
+        name = given.name if isinstance(given, BaseDelta) else given
+        if name not in records or (
+            isinstance(given, BaseDelta) and given.record is not records[name]
+        ):
+            raise DeltaError(_not_attached(model, given, records))
+        chosen.append(records[name])
+    return chosen
+
+
+def _not_attached(model: nn.Module, given: str | BaseDelta, attached: Collection[str]) -> str:
+    """That no such delta is attached, and what to do."""
+    name = given.name if isinstance(given, BaseDelta) else given
+    if isinstance(given, BaseDelta) and name in attached:
+        return (
+            f"this {name!r} is a delta of another model, such as the one that this "
+            f"{type(model).__name__} is a copy of: give its name, or the handle "
+            f"composition(model)[{name!r}]"
+        )
+    text = f"no delta {name!r} is attached to {type(model).__name__}; "
+    for record in known_records(Backbone.of(model)):
+        own = not isinstance(given, BaseDelta) or given.record is record
+        if own and record.name == name and name not in attached:
+            return f"{text}it is detached: call attach() of it first"
+    near = nearest(name, attached)
+    return f"{text}attached are {list(attached)}" + (f"; nearest: {near[0]!r}" if near else "")

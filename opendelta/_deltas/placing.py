@@ -1,0 +1,144 @@
+"""Place new layers on modules: the third step of attaching, with every refusal.
+
+The model stays as it is; `committing` alone touches it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from .._backbone import sharding
+from .._backbone.backbone import Backbone
+from .._backbone.patterns import no_match
+from .._layers.base import Acts, DeltaLayer
+from .._layers.record import Record
+from .._modules import wrappers
+from .._sites import swap
+from .._sites.stack import Stack, stack_of
+from ..errors import SiteError
+from ..names import ancestors
+from .base import BaseDelta
+from .making import device_and_dtype_for
+from .order import check_root, order_with
+
+
+@dataclass(frozen=True)
+class Placing:
+    """How one layer goes onto its module.
+
+    Attributes:
+        weight_is_read: the module around reads the weight, which must show the change.
+        ranks: the ranks that share the module; None: this process has it for itself.
+        device: where the layer computes.
+        dtype: in what.
+    """
+
+    weight_is_read: bool
+    ranks: sharding.Ranks | None
+    device: torch.device
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A delta with a place for each of its layers, which nothing keeps from being attached.
+
+    Attributes:
+        backbone: the model, as it is.
+        delta: the delta, off the model.
+        placings: {full name of the site: how the layer goes there}.
+        order: all deltas, as they will act.
+    """
+
+    backbone: Backbone
+    delta: BaseDelta
+    placings: dict[str, Placing]
+    order: list[Record]
+
+
+def place(
+    backbone: Backbone,
+    delta: BaseDelta,
+    before: Record | None = None,
+    after: Record | None = None,
+) -> Placed:
+    """Find a place for each layer of a delta.
+
+    Args:
+        before: the delta that is to act right after this one.
+        after: the delta that is to act right before this one.
+
+    Raises:
+        SiteError: a layer cannot go where it should.
+        DeltaError: the rows of batches take different deltas now, or the delta would act beneath a
+            merged one.
+    """
+    backbone.require_unrouted(f"cannot attach {delta.name!r}")
+    check_root(backbone)
+    _check_owned(backbone, delta.layers)
+    whole = {name for name, module in backbone.modules.items() if wrappers.loads_inside(module)}
+    placings = {}
+    for where, layer in delta.layers.items():
+        if where not in backbone.modules:
+            raise no_match(where, backbone.modules, backbone.model)
+        if whole and whole & {"", *ancestors(where)}:
+            module = backbone.modules[where]
+            raise SiteError(
+                f"{where!r} ({type(module).__name__}): accelerate loads this module as part of a "
+                "whole (preload_module_classes) that the delta was not in; attach before offloading"
+            )
+        placings[where] = _placing(backbone, delta, where, layer)
+    return Placed(backbone, delta, placings, order_with(backbone, delta, before, after))
+
+
+def _placing(backbone: Backbone, delta: BaseDelta, where: str, layer: DeltaLayer) -> Placing:
+    module, stack = backbone.modules[where], backbone.stacks.get(where)
+    planned = stack if isinstance(stack, PlannedStack) else None
+    asked = delta.config.reads and where in (delta.config.modified_modules or ())
+    is_read = swap.weight_is_read(module, asked or (planned is not None and planned.weight_is_read))
+    on_it = stack_of(module) if planned is None else planned
+    swap.check(where, module, delta.name, layer, is_read, on_it)
+    ranks = sharding.group_of(backbone, where, is_read, layer)
+    return Placing(is_read, ranks, *device_and_dtype_for(backbone, where, delta.config))
+
+
+class PlannedStack(Stack):
+    """The stack that a module would have with one more layer; the module does not carry it.
+
+    Attributes:
+        weight_is_read: whether the module would show folded weights.
+    """
+
+    def __init__(self, before: Stack | None, name: str, layer: DeltaLayer, is_read: bool) -> None:
+        super().__init__()
+        self.weight_is_read = is_read
+        if before is not None:
+            self._modules.update(before._modules)
+            self.steps = before.steps
+        self._modules[name] = layer
+
+
+def _check_owned(backbone: Backbone, layers: Mapping[str, DeltaLayer]) -> None:
+    """Raise if one of `layers`, by full name, would never run, or keep another from running.
+
+    A delta's own copy of a module acts in the module's place, so nothing inside the module runs.
+    """
+    owners = {w: n for w, n, layer in backbone.delta_layers() if layer.acts is Acts.INSTEAD}
+    for where in layers:
+        around = next((name for name in [*ancestors(where)][1:] if name in owners), None)
+        if around is not None:
+            raise SiteError(
+                f"{where!r} is inside {around!r}, in whose place {owners[around]!r} puts its own "
+                "copy (modules_to_save): a delta on it would never run"
+            )
+    owned = {where for where, layer in layers.items() if layer.acts is Acts.INSTEAD}
+    for name, stack in backbone.stacks.items() if owned else ():
+        around = next((w for w in [*ancestors(name)][1:] if w in owned), None)
+        if around is not None and len(stack):
+            raise SiteError(
+                f"modules_to_save={around!r}: {', '.join(stack)} on {name!r} inside it would stop "
+                "acting; detach it first, or put it on other modules"
+            )

@@ -1,0 +1,51 @@
+"""The methods, by the name that they have in files."""
+
+from __future__ import annotations
+
+from .._deltas.base import BaseDelta
+from .._layers.base import DeltaLayer
+from ..errors import OptionError, nearest, shown
+from .options import DeltaConfig
+
+METHODS: dict[str, type[BaseDelta]] = {}
+
+
+def method(delta_type: str) -> type[BaseDelta]:
+    """The class registered for `delta_type`.
+
+    Raises:
+        OptionError: there is none.
+    """
+    if not isinstance(delta_type, str) or delta_type not in METHODS:
+        near = nearest(str(delta_type), METHODS)
+        hint = f"nearest: {', '.join(near)}" if near else f"known: {', '.join(sorted(METHODS))}"
+        raise OptionError(
+            f"no method {shown(delta_type)}; {hint}. A method from elsewhere is known once the "
+            "module that defines it is imported"
+        )
+    return METHODS[delta_type]
+
+
+def register(cls: type[BaseDelta]) -> None:
+    """Make a method known by its `delta_type`.
+
+    Raises:
+        OptionError: it lacks what a method needs, or another one has that type.
+    """
+    needs = {"delta_type": str, "config_class": type, "layer_class": type}
+    for name, kind in {**needs, "default_modified_modules": tuple}.items():
+        value = getattr(cls, name, None)
+        if not isinstance(value, kind):
+            raise OptionError(f"{cls.__name__}.{name} must be a {kind.__name__}, not {value!r}")
+    if not issubclass(cls.config_class, DeltaConfig) or not issubclass(cls.layer_class, DeltaLayer):
+        raise OptionError(
+            f"{cls.__name__}: config_class must be a DeltaConfig, and layer_class a DeltaLayer"
+        )
+    other = METHODS.get(cls.delta_type, cls)
+    if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+        raise OptionError(
+            f"{cls.__name__}: delta_type {cls.delta_type!r} is that of "
+            f"{other.__module__}.{other.__qualname__}; choose another"
+        )
+    cls.config_class.delta_type = cls.delta_type
+    METHODS[cls.delta_type] = cls

@@ -1,0 +1,128 @@
+"""The state dict of a backbone that carries deltas."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from torch import nn
+
+from .._backbone.backbone import Backbone
+from .._layers import record as records
+from .._layers.record import Record, Shared
+from .._sites.stack import stack_of
+from ..errors import UnsavedWarning, warn
+from ..names import SLOT, ancestors
+
+
+class StateDictHook:
+    """Runs after `state_dict()` of a backbone that carries deltas.
+
+    It keeps only what trains, if `freeze_module(set_state_dict=True)` asked for that, and says what
+    becomes of the deltas when transformers' `save_pretrained` asked for the state.
+    """
+
+    def __init__(self, shared: Shared, on_root: bool) -> None:
+        self.shared, self.on_root = shared, on_root
+
+    def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, _meta: Any) -> None:
+        slotted = _slots(module, prefix)
+        deltas = {key for key in state if key.startswith(slotted)}
+        if self.shared.only_trainable:
+            trains = {
+                f"{prefix}{name}"
+                for name, parameter in module.named_parameters(remove_duplicate=False)
+                if parameter.requires_grad
+            }
+            for key in [k for k in state if k.startswith(prefix)]:
+                if key not in trains and key not in deltas:
+                    del state[key]
+        if deltas and _for_save_pretrained():
+            warn(
+                f"{self._written(module, len(deltas))}, and from_pretrained will drop the deltas. "
+                f"Save a delta with delta.save_finetuned(folder); {_plain_advice(module)}",
+                UnsavedWarning,
+            )
+
+    def _written(self, module: nn.Module, deltas: int) -> str:
+        """What save_pretrained puts into the file."""
+        name = type(module).__name__
+        if not self.shared.only_trainable:
+            return f"save_pretrained writes the backbone and {deltas} delta tensors of {name}"
+        return (
+            f"save_pretrained writes {deltas} delta tensors and what else trains of {name}: the "
+            "backbone is not in the file, as freeze_module(set_state_dict=True) asked"
+        )
+
+
+def _plain_advice(module: nn.Module) -> str:
+    """How to save a plain model instead."""
+    stacks = (stack_of(child) for child in module.modules())
+    if any(stack is not None and stack.merged() for stack in stacks):
+        return (
+            "they are merged into the weights: to save the plain model with them in it, save "
+            "composition(model).to_backbone()"
+        )
+    return "to save the plain backbone, detach the deltas first"
+
+
+def _slots(module: nn.Module, prefix: str) -> tuple[str, ...]:
+    """The prefixes of all delta keys under `module`."""
+    return tuple(
+        f"{prefix}{name}.{SLOT}." if name else f"{prefix}{SLOT}."
+        for name, child in module.named_modules(remove_duplicate=False)
+        if stack_of(child) is not None
+    )
+
+
+def _for_save_pretrained() -> bool:
+    """Whether transformers' save_pretrained asked for the state, and not for Trainer's checkpoints,
+
+    whose deltas `resume_from_checkpoint` and `load_best_model_at_end` do restore.
+    """
+    names = set()
+    frame = sys._getframe(1)
+    while frame is not None:
+        names.add(frame.f_code.co_name)
+        frame = frame.f_back  # type: ignore[assignment]
+    return "save_pretrained" in names and "_save_checkpoint" not in names
+
+
+def state_hook(module: nn.Module) -> StateDictHook | None:
+    """The hook on `module`, if there is one."""
+    hooks = module._state_dict_hooks.values()
+    return next((hook for hook in hooks if isinstance(hook, StateDictHook)), None)
+
+
+def all_inside(model: nn.Module) -> list[Record] | None:
+    """The deltas inside `model`, in order, or None where only a look at its modules can tell.
+
+    One that went along when somebody replaced its modules is among them.
+    """
+    hook = state_hook(model)
+    if hook is None or not hook.on_root:
+        return None
+    # Those of another backbone may have come with a module that was put into this one.
+    if len(records.BACKBONES) > 1:
+        return None
+    return sorted(hook.shared.records, key=lambda record: record.rank)
+
+
+def watch_state(backbone: Backbone, shared: Shared) -> None:
+    """Put the hook on the backbone, and on the transformers models inside a wrapping module."""
+    wanted = [backbone.model]
+    if not hasattr(backbone.model, "save_pretrained"):
+        outer = [n for n, module in backbone.modules.items() if hasattr(module, "save_pretrained")]
+        wanted += [backbone.modules[n] for n in outer if not (set(ancestors(n)) - {n}) & set(outer)]
+    for module in wanted:
+        if state_hook(module) is None:
+            hook = StateDictHook(shared, module is backbone.model)
+            module.register_state_dict_post_hook(hook)
+
+
+def unwatch_state(backbone: Backbone) -> None:
+    """Take the hooks away."""
+    for module in backbone.modules.values():
+        hooks = module._state_dict_hooks
+        for key in [k for k, hook in hooks.items() if isinstance(hook, StateDictHook)]:
+            del hooks[key]

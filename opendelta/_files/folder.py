@@ -1,0 +1,406 @@
+"""A folder of two files, a JSON config and safetensors weights, replaced in one step.
+
+At any moment it holds the old pair or the new one: the weights file is named by its content, and
+the config, which names that file and its sha256, is replaced last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import math
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import safetensors.torch
+from torch import Tensor
+
+from ..errors import DeltaError, DeltaLoadError, shown
+
+CONFIG = "config.json"
+FORMAT, SCHEMA = "opendelta", 1
+# What is beyond these is refused unread. 70 B models with many deltas need a tenth of them.
+LARGEST = 16 * 2**20  # bytes of a JSON file, and of the header of a weights file
+MOST_ITEMS = 500_000  # of a JSON file
+LONGEST, DEEPEST = 1_000, 32  # characters of a text in our JSON, and how deep lists are nested
+TRIES = 50  # of opening the weights, while other processes save
+WEIGHTS = "delta-{}.safetensors"
+TEMPORARY = re.compile(r"\.delta-[0-9a-f]{16}\.tmp")
+
+
+@functools.cache
+def own_version() -> str:
+    """The installed version of opendelta."""
+    with contextlib.suppress(PackageNotFoundError):
+        return version("opendelta")
+    return "unknown"
+
+
+# ------------------------------------------------------------------------------------------ writing
+def check_free(folder: Path) -> None:
+    """Raise if `folder` holds something else, which a save would destroy or be taken for."""
+    if folder.is_file():
+        raise DeltaError(f"{folder} is a file; give a folder, which is made if need be")
+    with contextlib.suppress(FileNotFoundError):
+        try:
+            given = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        except (ValueError, RecursionError):
+            return  # the remains of a damaged delta, as far as one can tell
+        if not isinstance(given, dict) or given.get("format") != FORMAT:
+            raise DeltaError(
+                f"{folder} has a {CONFIG} that is not a delta's, such as a transformers model's; "
+                "save into a folder of its own"
+            )
+
+
+def write(folder: Path, config: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Put a config and tensors into `folder`, which is made if need be.
+
+    The weights that an older config named go at the end, and what a killed process left behind.
+
+    Args:
+        tensors: whole and detached, on any device.
+
+    Raises:
+        DeltaError: the config or the header of the weights is larger than `open_folder` reads.
+        OSError: the disk is full, or cannot be written to. The folder holds what it held before.
+    """
+    facts = {"format": FORMAT, "schema_version": SCHEMA, **config}
+    lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in facts.items()]
+    refused = f"what is to be saved in {folder}"
+    if problem := _excess(_text(lines, "0" * 64)):
+        raise DeltaError(f"{refused} {problem}: save fewer deltas in one")
+    with _made(folder), locked(folder) as alone:
+        old = [*folder.glob("delta-*.safetensors")]
+        if alone:  # so nobody is writing into a temporary folder that is there
+            old += [path for path in folder.glob(".*.tmp") if TEMPORARY.fullmatch(path.name)]
+        with _replacing(folder) as (new, put):
+            write_tensors(new, tensors)
+            with open(new, "rb") as file:
+                if problem := _header_excess(file.read(8)):
+                    raise DeltaError(f"{refused} {problem}: save fewer deltas in one")
+                digest = _sha256(file)
+            put(WEIGHTS.format(digest[:16]))
+        replace(folder / CONFIG, _text(lines, digest))
+        for path in old:
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            elif path.name != WEIGHTS.format(digest[:16]):
+                with contextlib.suppress(OSError):  # the new state is whole in any case
+                    path.unlink()
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file in the place of another; tensors that share memory are copied.
+
+    Raises:
+        OSError: the disk is full, or cannot be written to.
+    """
+    plain: dict[str, Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        own = tensor.cpu().contiguous()
+        storage = own.untyped_storage().data_ptr()
+        plain[name] = own.clone() if storage in storages else own
+        storages.add(storage)
+    mode = path.stat().st_mode
+    try:
+        safetensors.torch.save_file(plain, path, metadata={"format": "pt"})
+        path.chmod(mode)  # safetensors' own lets nobody else read the file
+    except safetensors.SafetensorError as error:
+        code = re.search(r"os error (\d+)", str(error))
+        if code is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from None
+
+
+def _text(lines: Iterable[str], digest: str) -> bytes:
+    """The JSON of these entries, each on a line, and of those that name weights of this sha256."""
+    own = [f'  "weights": "{WEIGHTS.format(digest[:16])}"', f'  "sha256": "{digest}"']
+    return "{{\n{}\n}}\n".format(",\n".join([*lines, *own])).encode()
+
+
+@contextlib.contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """Make `folder` if need be; if nothing comes to be in it, it goes again."""
+    there = folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        if not there:
+            with contextlib.suppress(OSError):  # others have put something into it
+                folder.rmdir()
+        raise
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[bool]:
+    """Keep other processes from writing into `folder`; gives False where the system can't."""
+    if os.name != "posix":
+        yield False
+        return
+    import fcntl
+
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        alone = True
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError:  # some network file systems have no locks
+            alone = False
+        yield alone
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def _replacing(folder: Path) -> Iterator[tuple[Path, Callable[[str], None]]]:
+    """The path of a new file, and what puts that into `folder` in one step, under a name.
+
+    It is in a temporary folder, and with it what safetensors leaves behind if it is killed.
+    """
+    temporary = folder / f".delta-{secrets.token_hex(8)}.tmp"
+    new = temporary / "new"
+
+    def put(name: str) -> None:
+        with open(new, "r+b") as file:
+            os.fsync(file.fileno())
+        os.replace(new, folder / name)
+        if os.name == "posix":
+            handle = os.open(folder, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+
+    temporary.mkdir()
+    try:
+        new.touch()
+        yield new, put
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def replace(path: Path, content: bytes | Mapping[str, Tensor]) -> None:
+    """Write a file in one step: bytes, or tensors as a safetensors file."""
+    with _replacing(path.parent) as (new, put):
+        if isinstance(content, bytes):
+            new.write_bytes(content)
+        else:
+            write_tensors(new, content)
+        put(path.name)
+
+
+# ------------------------------------------------------------------------------------------ reading
+def read_json(path: Path, longest: int = LONGEST) -> Any:
+    """What a JSON file holds, once it is known that it can do no harm by its size.
+
+    Args:
+        longest: characters that a text in it may have.
+
+    Raises:
+        DeltaLoadError: it is no JSON file, or holds more than any configuration does.
+    """
+    given = _parsed(path)
+    _check_items(path, given, longest)
+    return given
+
+
+def _parsed(path: Path) -> Any:
+    """What a JSON file of no more than the usual size holds."""
+    try:
+        if not path.is_file():
+            raise DeltaLoadError(f"{path} cannot be read: it is no file")
+        if (size := path.stat().st_size) > LARGEST:
+            raise DeltaLoadError(f"{path} has {size:,} bytes, more than {LARGEST:,}")
+        content = path.read_bytes()
+        if problem := _excess(content):
+            raise DeltaLoadError(f"{path} {problem}")
+        return json.loads(content.decode("utf-8"))
+    except DeltaLoadError:
+        raise
+    except (ValueError, RecursionError, OSError) as error:
+        raise DeltaLoadError(f"{path} cannot be read as JSON: {error}") from None
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether the config in `folder` is one of this format, whatever else lies there.
+
+    Raises:
+        DeltaLoadError: there is a config, and nobody can tell.
+    """
+    if not (folder / CONFIG).is_file():
+        return False
+    given = _parsed(folder / CONFIG)
+    return isinstance(given, dict) and given.get("format") == FORMAT
+
+
+def _excess(text: bytes) -> str | None:
+    """What a JSON text has too much of."""
+    if len(text) > LARGEST:
+        return f"has {len(text):,} bytes, more than {LARGEST:,}"
+    if (items := sum(text.count(sign) for sign in (b",", b"[", b"{"))) > MOST_ITEMS:
+        return f"has {items:,} items, more than {MOST_ITEMS:,}"
+    return None
+
+
+def _header_excess(start: bytes) -> str | None:
+    """What the header of a safetensors file has too much of, by its first eight bytes."""
+    size = int.from_bytes(start[:8], "little")
+    return f"has a header of {size:,} bytes, more than {LARGEST:,}" if size > LARGEST else None
+
+
+def _check_items(path: Path, given: Any, longest: int) -> None:
+    """Raise for a text, a number or a nesting that no configuration has."""
+    depth, level = 0, [given]
+    while level:
+        below: list[Any] = []
+        for value in level:
+            if isinstance(value, dict):
+                below += value
+                below += value.values()
+            elif isinstance(value, list):
+                below += value
+            elif problem := _problem(value, longest):
+                raise DeltaLoadError(f"{path} holds {problem}")
+        depth, level = depth + 1, below
+        if level and depth > DEEPEST:
+            raise DeltaLoadError(f"{path} holds lists or objects nested more than {DEEPEST} deep")
+
+
+def _problem(value: Any, longest: int) -> str | None:
+    """What is wrong with a text or a number in a JSON file."""
+    if isinstance(value, str):
+        size = len(value)
+        return f"a text of {size:,} characters, more than {longest:,}" if size > longest else None
+    if isinstance(value, float):
+        return None if math.isfinite(value) else f"the number {value}"
+    fits = not isinstance(value, int) or -(2**63) <= value < 2**63
+    return None if fits else "an integer of more than 64 bits"
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The JSON of a folder, known to be of this format.
+
+    Raises:
+        DeltaLoadError: there is no such file, or it is not one of ours.
+    """
+    file = folder / CONFIG
+    if not file.exists():
+        what = f"{CONFIG} is missing" if folder.exists() else "there is no such folder"
+        raise DeltaLoadError(
+            f"no delta in {str(folder)!r}: {what}. Give the folder that "
+            "save_finetuned or composition(model).save wrote, or 'user/name' for one on the hub"
+        )
+    given = read_json(file)
+    if not isinstance(given, dict) or given.get("format") != FORMAT:
+        raise DeltaLoadError(
+            f"{file} was not written by opendelta 1.0 or later. If it is a Trainer's "
+            "checkpoint: resume from it, and save deltas with save_finetuned to load them elsewhere"
+        )
+    if given.get("schema_version") != SCHEMA:
+        raise DeltaLoadError(
+            f"{file} has schema {shown(given.get('schema_version'))}; this version of opendelta "
+            f"reads {SCHEMA}: update opendelta"
+        )
+    return given
+
+
+@contextlib.contextmanager
+def open_folder(folder: Path) -> Iterator[tuple[dict[str, Any], Any, BinaryIO]]:
+    """A folder's JSON, and the weights that it names, open, as tensors and as a file.
+
+    Nothing of the tensors is read into memory but what is asked for. Both stay readable when
+    another process replaces them.
+
+    Raises:
+        DeltaLoadError: the folder is no delta's; the weights are missing, elsewhere or damaged.
+    """
+    with contextlib.ExitStack() as stack:
+        for left in reversed(range(TRIES)):
+            config = read_config(folder)
+            path = weights_path(folder, config)
+            try:
+                file = stack.enter_context(open(path, "rb"))
+                weights = stack.enter_context(open_safetensors(path, file))
+                break
+            except OSError as error:
+                # Perhaps it was replaced after the config was read.
+                if not isinstance(error, FileNotFoundError):
+                    raise DeltaLoadError(f"{path} cannot be read: {error}") from None
+                if not left:
+                    raise DeltaLoadError(f"{path} is missing, though {CONFIG} names it") from None
+        yield config, weights, file
+
+
+def weights_path(folder: Path, config: dict[str, Any]) -> Path:
+    """Where the weights are that a folder's JSON names.
+
+    Raises:
+        DeltaLoadError: elsewhere than in the folder.
+    """
+    name = str(config.get("weights"))
+    plain = Path(name).name == name and "\\" not in name and name.endswith(".safetensors")
+    if not plain or "\0" in name:
+        raise DeltaLoadError(f"{folder / CONFIG}: {name!r} is no safetensors file beside it")
+    path = folder / name
+    if path.exists() and not path.is_file():
+        raise DeltaLoadError(f"{path} cannot be read: it is no file")
+    check_link(path)
+    return path
+
+
+def open_safetensors(path: Path, file: BinaryIO) -> Any:
+    """The tensors of a file that is open as bytes too.
+
+    Raises:
+        DeltaLoadError: it is no safetensors file, or its header is larger than any needs to be.
+    """
+    if problem := _header_excess(file.read(8)):
+        raise DeltaLoadError(f"{path} is no safetensors file: it {problem}")
+    try:
+        return safetensors.safe_open(path, framework="pt")
+    except safetensors.SafetensorError as error:
+        raise DeltaLoadError(f"{path} is damaged, or no safetensors file: {error}") from None
+
+
+def check_digest(folder: Path, config: dict[str, Any], file: BinaryIO) -> None:
+    """Raise unless the open weights are those that were saved.
+
+    Raises:
+        DeltaLoadError: their sha256 is not the one in the JSON.
+    """
+    if _sha256(file) != config.get("sha256"):
+        raise DeltaLoadError(
+            f"{folder / str(config['weights'])} is damaged: its sha256 is not the one in {CONFIG}"
+        )
+
+
+def _sha256(file: BinaryIO) -> str:
+    """Of all that a file holds, in hex."""
+    digest, part = hashlib.sha256(), memoryview(bytearray(2**18))
+    file.seek(0)
+    while size := file.readinto(part):  # type: ignore[attr-defined]
+        digest.update(part[:size])
+    return digest.hexdigest()
+
+
+def check_link(path: Path) -> None:
+    """Raise if a file is a link out of its folder.
+
+    But one of the hub cache's, from snapshots/ to blobs/, is none.
+    """
+    folder = path.parent.resolve()
+    if not path.is_symlink() or path.resolve().parent == folder:
+        return
+    if path.resolve().parent != folder.parent.parent / "blobs":
+        raise DeltaLoadError(f"{path} is a link out of its folder, to {path.resolve()}")

@@ -1,0 +1,4 @@
+"""What users hold: `Delta`, `Composition`, `load`, `route`, `AutoDeltaModel`.
+
+It imports every room below; `author`, `methods`, `recipes` and the programs may import it.
+"""

@@ -1,0 +1,291 @@
+"""A delta as users hold it: one method on one backbone. Attach, detach, freeze, save, show."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar, cast
+
+from torch import Tensor, nn
+
+from .._backbone.backbone import Backbone
+from .._backbone.patterns import as_list
+from .._checkpoint import hub, loading, saving
+from .._deltas.base import BaseDelta
+from .._deltas.choosing import choose
+from .._deltas.committing import commit, take_off
+from .._deltas.freezing import freeze
+from .._deltas.making import make, uncollected
+from .._deltas.options import DeltaConfig
+from .._deltas.order import known_records, move, neighbour
+from .._deltas.placing import place
+from .._deltas.registry import register
+from .._files.tensors import copy_into
+from .._show.tree import log
+from ..errors import DeltaError, OptionError
+from .with_block import block
+
+AnyDelta = TypeVar("AnyDelta", bound="Delta")
+
+
+class Delta(BaseDelta):
+    """Base of all methods: `LoraModel(model)` puts one on `model` and is the handle to it.
+
+    A method sets the four class attributes; everything else is here. The arguments of the class are
+    the backbone and the fields of its config.
+
+    Attributes:
+        delta_type: the method's name in files.
+        config_class: its options.
+        layer_class: its layer.
+        default_modified_modules: the roles that get a layer by default.
+        backbone_model: the model it was made for.
+        layers: {full name of the site: layer}, attached or not.
+        record: name, rank, activity and resolved options, shared with the layers.
+    """
+
+    def __init_subclass__(cls) -> None:
+        register(cls)
+        fields = {field.name: field for field in dataclasses.fields(cls.config_class)}
+        first, names = cls.config_class.positional_names(), cls.config_class.option_names()
+        by_position, by_name = (
+            inspect.Parameter.POSITIONAL_OR_KEYWORD,
+            inspect.Parameter.KEYWORD_ONLY,
+        )
+        cls.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+            [inspect.Parameter("backbone_model", by_position, annotation=nn.Module)]
+            + [
+                inspect.Parameter(n, kind, default=fields[n].default, annotation=fields[n].type)
+                for group, kind in ((first, by_position), (names, by_name))
+                for n in group
+                if group is first or n not in first
+            ]
+        )
+
+    def __init__(self, backbone_model: nn.Module, *args: Any, **options: Any) -> None:
+        names = self.config_class.positional_names()
+        if len(args) > len(names):
+            raise OptionError(
+                f"{type(self).__name__} takes at most {len(names)} options by position; give "
+                "others by name"
+            )
+        if args and isinstance(args[0], DeltaConfig):
+            raise OptionError(f"to use a config: {type(self).__name__}.from_config(config, model)")
+        given = dict(zip(names, args, strict=False))
+        if twice := given.keys() & options.keys():
+            raise OptionError(
+                f"{type(self).__name__}: {sorted(twice)} given twice, by position and by name; "
+                f"after backbone_model come {', '.join(names[:4])}, ..."
+            )
+        config = self.config_class.from_dict({**given, **options})
+        if not isinstance(backbone_model, nn.Module):
+            raise OptionError(f"backbone_model must be a torch.nn.Module, not {backbone_model!r}")
+        backbone = Backbone.of(backbone_model)
+        with uncollected():
+            make(backbone, choose(backbone, type(self), config), into=self)
+            commit(place(backbone, self))
+
+    @classmethod
+    def from_config(
+        cls: type[AnyDelta], config: DeltaConfig, backbone_model: nn.Module, **options: Any
+    ) -> AnyDelta:
+        """Put a new delta with these options, changed by `options`, on `backbone_model`."""
+        if not isinstance(config, cls.config_class):
+            raise OptionError(f"{cls.__name__} takes a {cls.config_class.__name__}, not {config!r}")
+        return cls(backbone_model, **{**vars(config), **options})
+
+    @classmethod
+    def from_finetuned(
+        cls: type[AnyDelta],
+        finetuned_delta_path: str | os.PathLike,
+        backbone_model: nn.Module,
+        name: str | None = None,
+        local_files_only: bool = False,
+        check_hash: bool = True,
+        check_backbone: bool = True,
+    ) -> AnyDelta:
+        """Put a delta that `save_finetuned` wrote on `backbone_model`.
+
+        Args:
+            finetuned_delta_path: the folder, or "user/name" on the hub.
+            name: the delta's name here. None: its own, or the next free one.
+            local_files_only: take what was downloaded before.
+            check_backbone: raise if the weights that the delta stands on are not those that it was
+                trained on, as far as a few values tell.
+            check_hash: OpenDelta 0.3's name for that.
+
+        Raises:
+            DeltaLoadError: the folder holds another method, is damaged, or does not fit.
+        """
+        path = hub.folder_of(finetuned_delta_path, local_files_only)
+        loaded, _ = loading.load(path, backbone_model, name, cls, check_hash and check_backbone)
+        return cast(AnyDelta, loaded[0])
+
+    # ------------------------------------------------------- attaching, detaching
+    def attach(
+        self, *, before: Delta | str | None = None, after: Delta | str | None = None
+    ) -> None:
+        """Put the delta back at its place in the order, or next to another delta.
+
+        Its tensors follow the modules to their device, dtype and training flag. If it is attached
+        already, only its place changes.
+
+        Args:
+            before: the delta, or its name, that is to act right after this one.
+            after: the delta, or its name, that is to act right before this one.
+
+        Raises:
+            SiteError: a module cannot take the layer back, or deltas are attached through another
+                one around or inside this backbone. Nothing is attached then.
+            DeltaError: both neighbours are given, or one is not on this backbone; or the delta
+                would act beneath a merged one.
+        """
+        if before is not None and after is not None:
+            raise DeltaError("attach(before=..., after=...): give one neighbour, not both")
+        backbone = Backbone.of(self.backbone_model)
+        known = known_records(backbone)
+        next_to = [neighbour(known, self, other) for other in (before, after)]
+        if not self.attached:
+            commit(place(backbone, self, *next_to))
+        elif any(next_to):
+            move(backbone, self.record, *next_to)
+
+    def detach(self) -> None:
+        """Take the delta off, whatever came before or after it; its tensors stay with this handle.
+
+        The last one to leave restores the flags that `freeze_module` changed and takes the
+        state-dict filter along.
+        """
+        self.record.require_apart("cannot detach")
+        take_off(Backbone.of(self.backbone_model), self)
+
+    # ---------------------------------------------------------- the switches
+    def enable(self) -> None:
+        """Let the delta act. Whether it is attached, and whether it trains, stays as it is."""
+        self._switch(True)
+
+    def disable(self) -> None:
+        """Let the backbone compute as if the delta were not there."""
+        self._switch(False)
+
+    def _switch(self, active: bool) -> None:
+        if active != self.record.active:
+            self.record.require_apart("cannot switch")
+        self.record.active = active
+
+    @block
+    def disabled(self) -> Iterator[None]:
+        """Disable the delta inside a `with` block."""
+        before = self.record.active
+        self._switch(False)
+        try:
+            yield
+        finally:
+            self._switch(before)
+
+    def requires_grad_(self: AnyDelta, requires_grad: bool = True) -> AnyDelta:
+        """Let the delta train, or freeze it; others are not touched."""
+        for parameter in self.parameters():
+            parameter.requires_grad_(requires_grad)
+        return self
+
+    def train(self: AnyDelta, mode: bool = True) -> AnyDelta:
+        """Put the delta's layers into training mode, as dropout needs it."""
+        for layer in self.layers.values():
+            layer.train(mode)
+        return self
+
+    def eval(self: AnyDelta) -> AnyDelta:
+        """Put the delta's layers into evaluation mode."""
+        return self.train(False)
+
+    def freeze_module(
+        self,
+        module: nn.Module | None = None,
+        exclude: Sequence[str] | str | None = ("deltas",),
+        set_state_dict: bool = True,
+    ) -> None:
+        """Freeze the backbone, or one module of it, except what `exclude` names.
+
+        A later call decides anew: what an earlier one froze and this one excludes trains again.
+
+        Args:
+            module: a module of the backbone. None: all of it.
+            exclude: names by the addressing rules, of parameters, modules or deltas; `"deltas"` is
+                all deltas. What they name is left as it is.
+            set_state_dict: let `state_dict()` of the backbone hold only what trains, until the last
+                delta is detached. False: let it hold everything.
+
+        Raises:
+            AddressError: a name selects nothing. Nothing is frozen then.
+        """
+        backbone = Backbone.of(self.backbone_model)
+        shared = self.record.shared
+        unfrozen = {n for r in known_records(backbone) for n in r.config.unfrozen_modules or ()}
+        freeze(backbone, shared, module, as_list(exclude), unfrozen)
+        shared.only_trainable = set_state_dict
+
+    # --------------------------------------------------------------- tensors
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Copy tensors by full name into the delta.
+
+        Raises:
+            DeltaLoadError: a tensor is missing, unexpected or misshaped. Nothing is copied then.
+        """
+        self.record.require_apart("cannot load")
+        copy_into(self.state_dict(), state, f"state_dict of {self.name!r}")
+
+    # ------------------------------------------------------- showing, saving
+    def log(
+        self,
+        delta_ratio: bool = True,
+        trainable_ratio: bool = True,
+        visualization: bool = True,
+        cuda_memory: bool = True,
+    ) -> None:
+        """Print the backbone's tree with its deltas, and the share of what trains.
+
+        Args:
+            delta_ratio: print the delta parameters' share of all parameters.
+            trainable_ratio: print the trainable parameters' share.
+            visualization: print the tree.
+            cuda_memory: print the memory in use, where there is CUDA.
+        """
+        log(self.backbone_model, delta_ratio, trainable_ratio, visualization, cuda_memory)
+
+    def save_finetuned(
+        self, save_directory: str | os.PathLike = "./output", push_to_hub: bool | str = False
+    ) -> None:
+        """Save the delta, the modules it owns, and the backbone parameters left trainable by name.
+
+        These are the parameters of `unfrozen_modules`, and those that `freeze_module(exclude=...)`
+        named. The folder gets one JSON file and one safetensors file, and holds either its old or
+        its new content at any moment.
+
+        Args:
+            save_directory: the folder; it is made if need be.
+            push_to_hub: save it on the hub too, in the repository "user/name"; True: in one of
+                one's own that is called as the folder is. See the method `push_to_hub`.
+        """
+        saving.save([self], save_directory)
+        if push_to_hub:
+            name = os.path.basename(os.path.realpath(save_directory))
+            self.push_to_hub(name if push_to_hub is True else push_to_hub)
+
+    def push_to_hub(
+        self, repo_id: str, private: bool | None = None, token: str | None = None
+    ) -> str:
+        """Save the delta into a repository on the Hugging Face hub; the address of its page.
+
+        Args:
+            repo_id: "user/name", or "name" for one of one's own; it is made if need be.
+            private: whether a new repository is private.
+            token: of the user. None: the one that was logged in with.
+
+        Raises:
+            DeltaError: values are not finite.
+            huggingface_hub.errors.HfHubHTTPError: the hub refuses, or is out of reach.
+        """
+        return hub.push([self], repo_id, private, token)

@@ -1,0 +1,111 @@
+"""Deltas from a folder or the hub onto a model."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Any, Literal, overload
+
+from .._checkpoint import hub, loading
+from ..errors import DeltaLoadError
+from .composition import Composition, Model
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What `load(..., strict=False)` did; true if the deltas are on the model.
+
+    Attributes:
+        names: the deltas that were put on the model.
+        problem: why none was, in words, or None.
+        saved_from: the class of the model that the deltas were on; None where nobody says.
+        other_config: {setting of that model's config: (its value there, its value here)}.
+        missing: the tensors that the file lacks.
+        unexpected: the tensors in the file that the deltas do not have.
+        misshaped: {tensor: (its shape in the file, the shape it must have)}.
+        other_kind: {tensor: its dtype in the file} of floats for integers, or integers for floats.
+        not_finite: a tensor with NaN or infinite values.
+        differing: {weight of the backbone: how it differs from what the deltas were trained on}.
+    """
+
+    names: list[str]
+    problem: str | None = None
+    saved_from: str | None = None
+    other_config: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    misshaped: dict[str, tuple[list[int], list[int]]] = field(default_factory=dict)
+    other_kind: dict[str, str] = field(default_factory=dict)
+    not_finite: list[str] = field(default_factory=list)
+    differing: dict[str, str] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return self.problem is None
+
+    def __str__(self) -> str:
+        source = f", saved from a {self.saved_from}" if self.saved_from else ""
+        if self:
+            other = [f"{k}={was!r} (here {now!r})" for k, (was, now) in self.other_config.items()]
+            there = f" with {', '.join(other)}" if other else ""
+            return f"loaded {', '.join(self.names)}{source}{there}"
+        return f"nothing was loaded: {self.problem}"
+
+
+@overload
+def load(
+    folder: str | os.PathLike,
+    model: Model,
+    *,
+    check_backbone: bool = True,
+    local_files_only: bool = False,
+    strict: Literal[True] = True,
+) -> Composition[Model]: ...
+
+
+@overload
+def load(
+    folder: str | os.PathLike,
+    model: Model,
+    *,
+    check_backbone: bool = True,
+    local_files_only: bool = False,
+    strict: Literal[False],
+) -> LoadReport: ...
+
+
+def load(
+    folder: str | os.PathLike,
+    model: Model,
+    *,
+    check_backbone: bool = True,
+    local_files_only: bool = False,
+    strict: bool = True,
+) -> Composition[Model] | LoadReport:
+    """Put the deltas that `composition(...).save` or `save_finetuned` wrote on `model`.
+
+    They come after those that are there, in their own order, with the switches that they had; one
+    whose name is taken gets the next free one. Everything is compared before the model is touched.
+    Folders of OpenDelta 0.3, PEFT and adapters are read too.
+
+    Args:
+        folder: the folder, or "user/name" on the hub.
+        check_backbone: raise if the weights that the deltas stand on are not those that they were
+            trained on, as far as a few values of each tell.
+        local_files_only: take what was downloaded from the hub before.
+        strict: False: return a report instead of raising.
+
+    Raises:
+        DeltaLoadError: the folder is damaged, or does not fit `model`. Nothing is loaded then.
+    """
+    try:
+        path = hub.folder_of(folder, local_files_only)
+        loaded, source = loading.load(path, model, check_backbone=check_backbone)
+    except DeltaLoadError as error:
+        if strict:
+            raise
+        return LoadReport([], str(error), **error.details)
+    names = [delta.name for delta in loaded]
+    if strict:
+        return Composition(model)
+    other = source.other_config(model)
+    return LoadReport(names, saved_from=source.saved_from, other_config=other)

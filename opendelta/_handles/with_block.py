@@ -1,0 +1,58 @@
+"""`with` blocks that tell if nobody entered them: they do nothing then."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, Generic, ParamSpec, TypeVar
+
+from ..errors import UnusedWarning, warn
+
+P = ParamSpec("P")
+Given = TypeVar("Given")
+
+
+class Block(contextlib.ContextDecorator, Generic[Given]):
+    """What `with` takes; as a decorator it is entered anew for each call.
+
+    Args:
+        make: gives what it does.
+        name: of the function that made it, for messages.
+    """
+
+    entered = True  # where torch.compile makes one without __init__
+
+    def __init__(
+        self, make: Callable[[], contextlib.AbstractContextManager[Given]], name: str
+    ) -> None:
+        self.inner, self.make, self.name, self.entered = make(), make, name, False
+
+    def _recreate_cm(self) -> Block[Given]:
+        self.entered = True
+        return Block(self.make, self.name)
+
+    def __enter__(self) -> Given:
+        self.entered = True
+        return self.inner.__enter__()
+
+    def __exit__(self, *error: Any) -> bool | None:
+        return self.inner.__exit__(*error)
+
+    def __del__(self) -> None:
+        if not self.entered:
+            warn(
+                f"{self.name}() did nothing, because nobody entered it: write `with` before it",
+                UnusedWarning,
+            )
+
+
+def block(function: Callable[P, Iterator[Given]]) -> Callable[P, Block[Given]]:
+    """Make of a function with one `yield` one that gives a `with` block."""
+    make = contextlib.contextmanager(function)
+
+    @functools.wraps(function)
+    def made(*args: P.args, **kwargs: P.kwargs) -> Block[Given]:
+        return Block(functools.partial(make, *args, **kwargs), function.__name__)
+
+    return made

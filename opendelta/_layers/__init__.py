@@ -1,0 +1,4 @@
+"""What one delta layer computes, and the base classes that authors subclass.
+
+It knows no site, no backbone and no file. It imports `_modules`; every room above may import it.
+"""

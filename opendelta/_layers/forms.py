@@ -1,0 +1,209 @@
+"""The common forms of a delta layer: a change of the output, of the weight, a branch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .._modules import calls
+from .._modules.kinds import Kind
+from ..errors import SiteError
+from . import low_rank
+from .base import Acts, DeltaLayer, Handover, Params, is_one, times
+from .costs import Flops
+from .low_rank import LowRank
+from .site import Site
+
+
+class OutputLayer(DeltaLayer):
+    """A delta layer on the module's hidden states; a subclass sets `width` and writes `change`.
+
+    The module may return a tensor, a tuple or a ModelOutput: the first floating tensor [..., width]
+    in it is changed.
+    """
+
+    kinds: tuple[str, ...] = ("linear", "embedding", "norm", "other")
+    scales = True
+    width: int
+
+    def change(self, h: Tensor) -> Tensor:
+        """The hidden states [..., width] that take the place of `h`."""
+        raise NotImplementedError
+
+    def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return calls.change_hidden(call(*args, **kwargs), self.width, self.scaled)
+
+    def scaled(self, h: Tensor) -> Tensor:
+        """`change(h)`, as far as `delta.scale` goes."""
+        changed, factor = self.change(h), self.strength()
+        return changed if is_one(factor) else h + factor * (changed - h)
+
+
+class InputLayer(DeltaLayer):
+    """y = f(g(x)); a subclass writes `change`, which is g.
+
+    If `change` is linear and the module too, `fold` may make the same change of the weight's
+    columns.
+    """
+
+    kinds: tuple[str, ...] = ("linear",)
+    acts = Acts.BEFORE
+    scales = True
+
+    def change(self, x: Tensor) -> Tensor:
+        """The input [..., in_features] that takes the place of `x`."""
+        raise NotImplementedError
+
+    def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        x = calls.first_input(args, kwargs)
+        changed, factor = self.change(x), self.strength()
+        changed = changed if is_one(factor) else x + factor * (changed - x)
+        args, kwargs = calls.replace_input(args, kwargs, changed)
+        return call(*args, **kwargs)
+
+
+class WeightLayer(DeltaLayer):
+    """y = f(x) + D x; a subclass writes `delta_weight`.
+
+    Where D need not be built it writes `factors`, if D is a product of two matrices, or `product`.
+    Neighbours with `factors` run as one; see `neighbours`.
+
+    Attributes:
+        kind: the module's row in the table of kinds.
+        dropout: probability of dropping an input of the change while training.
+    """
+
+    kinds: tuple[str, ...] = ("linear",)
+    acts = Acts.BESIDE
+    scales = True
+    kind: Kind
+    dropout: float
+
+    def __init__(self, site: Site, dropout: float = 0.0) -> None:
+        super().__init__()
+        cls, kind = type(self), site.kind
+        common = cls.forward is WeightLayer.forward and cls.product is WeightLayer.product
+        self.__dict__.update(
+            kind=kind,
+            dropout=0.0 if kind.takes_ids else dropout,
+            runs_as_factors=common and kind.is_product,
+        )
+
+    def delta_weight(self) -> Tensor:
+        """D, the change of the weight [out_features, in_features]."""
+        raise NotImplementedError
+
+    def factors(self) -> tuple[Tensor, Tensor, float] | None:
+        """A [rank, in_features], B [out_features, rank] and s of D = s B A; None: it has none."""
+        return None
+
+    def low_rank(self) -> LowRank | None:
+        """The factors with the dropout that acts now, or None."""
+        factors = self.factors()
+        if factors is None:
+            return None
+        A, B, scale = factors
+        return LowRank(A, B, scale * self.strength(), self.dropout if self.training else 0.0)
+
+    def folds_as(self) -> LowRank | None:
+        """The factors, if to add their product to the weight is all that `fold` does."""
+        return self.low_rank() if type(self).fold is WeightLayer.fold else None
+
+    def product(self, x: Tensor) -> Tensor:
+        """D x: what the module would compute from its input if its weight were D."""
+        factors = self.factors()
+        if factors is None:
+            return self.kind.product(x, self.delta_weight())
+        A, B, scale = factors
+        return scale * self.kind.low_rank(x, A, B)
+
+    def forward(self, call: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        pair = self.low_rank() if low_rank.ENABLED and self.runs_as_factors else None
+        if pair is not None:
+            return low_rank.add(call, [pair], False, *args, **kwargs)
+        out, x = call(*args, **kwargs), calls.first_input(args, kwargs)
+        if self.dropout:
+            x = F.dropout(x, self.dropout, self.training)
+        return out + times(self.strength(), self.product(x)).type_as(out)
+
+    def fold(self, params: Params) -> Params:
+        matrix, factors = self.kind.matrix(params["weight"]), self.factors()
+        if factors is not None and factors[0].dtype == matrix.dtype and matrix.is_contiguous():
+            A, B, scale = factors
+            matrix = torch.addmm(matrix, times(self.strength(), B), A, alpha=scale)
+        else:
+            matrix = matrix + times(self.strength(), self.delta_weight())
+        return params | {"weight": self.kind.like_weight(matrix, params["weight"])}
+
+
+class BranchLayer(DeltaLayer):
+    """A branch from one module's input to the same or another module's output, where it is added.
+
+    A subclass sets `width`, that of the output, and writes `branch`.
+    """
+
+    kinds = ("linear", "norm", "other")
+    acts = Acts.BESIDE
+    paired = True
+    gates_itself = True
+    scales = True
+    width: int
+    hands_over = True
+
+    def branch(self, x: Tensor) -> Tensor:
+        """What is added [..., width], from the input of the module where the branch starts."""
+        raise NotImplementedError
+
+    def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        x = calls.first_input(args, kwargs)
+        branch = times(self.strength(), self.branch(x))
+        branch = branch if self.gate is None else self.gate(x) * branch
+        if self.handover is None:
+            out = call(*args, **kwargs)
+            return calls.change_hidden(out, self.width, lambda h: h + branch.type_as(h))
+        self.handover.put(branch)
+        return call(*args, **kwargs)
+
+    @classmethod
+    def companions(
+        cls, made: Mapping[str, DeltaLayer], modules: Mapping[str, nn.Module], config: Any
+    ) -> dict[str, DeltaLayer]:
+        ends: dict[str, DeltaLayer] = {}
+        names = config.modified_modules
+        for start, end in zip(names[::2], names[1::2], strict=True):
+            if start != end:
+                layer: Any = made[start]
+                layer.handover = Handover()
+                ends[end] = BranchEnd(layer.width, layer.handover, start)
+        return ends
+
+
+class BranchEnd(OutputLayer):
+    """Adds what a branch computed from the input of another module."""
+
+    acts = Acts.BESIDE
+
+    def __init__(self, width: int, handover: Handover, start: str) -> None:
+        super().__init__()
+        self.width, self.handover, self.start = width, handover, start
+
+    def scaled(self, h: Tensor) -> Tensor:
+        return self.change(h)  # the branch was scaled where it starts
+
+    def change(self, h: Tensor) -> Tensor:
+        assert self.handover is not None
+        branch = self.handover.take()
+        if branch is None:
+            raise SiteError(
+                f"{self.record.name!r}: the branch from {self.start!r} ends here, but "
+                f"{self.start!r} did not run first; pair modules that run in that order"
+            )
+        return h + branch.type_as(h)
+
+    def flops(self, module: nn.Module) -> Flops:
+        """None: the branch is counted where it starts."""
+        return Flops(0, 0)

@@ -1,0 +1,188 @@
+"""Heads with another number of labels than the backbone's, and the loss that goes with them."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import OptionError
+from ..names import SLOT
+from .base import Acts, DeltaLayer
+
+
+def count_of(model: nn.Module) -> int | None:
+    """The number of labels that a transformers model is made for; None for other models."""
+    count = getattr(model.__dict__.get("config"), "num_labels", None)
+    return count if isinstance(count, int) else None
+
+
+def head_of(module: nn.Module, labels: int | None) -> str | None:
+    """The name, inside `module`, of the last linear layer that gives so many outputs."""
+    names = [
+        name
+        for name, part in module.named_modules()
+        if isinstance(part, nn.Linear) and part.out_features == labels
+    ]
+    return names[-1] if names else None
+
+
+def check(model: nn.Module, owned: Mapping[str, nn.Module], labels: int | None) -> int | None:
+    """The number of labels that a delta's head is for; None if it owns none.
+
+    Args:
+        owned: the modules of which it has a copy, by full name.
+        labels: as many as it was asked for.
+
+    Raises:
+        OptionError: it owns no layer with as many outputs as the backbone has labels.
+    """
+    before = count_of(model)
+    if any(head_of(module, before) is not None for module in owned.values()):
+        return labels or before
+    if labels is None:
+        return None
+    raise OptionError(
+        f"num_labels={labels}: modules_to_save={list(owned) or None} holds no linear layer with "
+        f"the {before or 'unknown'} outputs that {type(model).__name__} has labels, so there "
+        "is none to replace: name the classifier in it"
+    )
+
+
+def resized(module: nn.Module, model: nn.Module, labels: int) -> nn.Module:
+    """`module`, a copy of a backbone's, with a new last layer for so many labels, if it has one."""
+    name = head_of(module, count_of(model))
+    if name is None:
+        return module
+    old = module.get_submodule(name)
+    assert isinstance(old, nn.Linear)
+    like = {"device": old.weight.device, "dtype": old.weight.dtype}
+    new = nn.Linear(old.in_features, labels, old.bias is not None, **like)
+    if not old.weight.is_meta:
+        config = model.__dict__["config"]
+        nn.init.normal_(new.weight, std=getattr(config, "initializer_range", 0.02))
+        if new.bias is not None:
+            nn.init.zeros_(new.bias)
+    new.train(old.training)
+    if not name:
+        return new
+    around, _, last = name.rpartition(".")
+    setattr(module.get_submodule(around), last, new)
+    return module
+
+
+class LabelsLayer(DeltaLayer):
+    """On the root: while it acts, the model and its config say that there are `count` labels.
+
+    So the model's own loss is that of the head that acts. Nothing of the model is written to.
+    """
+
+    acts = Acts.SERVES
+    computes = False
+
+    def __init__(self, model: nn.Module, count: int) -> None:
+        super().__init__()
+        self.count = self.labels = count
+        self.view: Any = _view_of(model.__dict__["config"], count)
+
+    def shown(self, config: Any) -> Any:
+        """The view of a config that is the model's."""
+        if self.view is None or self.view.real is not config:
+            self.view = _view_of(config, self.count)
+        if not torch.compiler.is_compiling():
+            self.view.follow()
+        return self.view
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "view": None}  # of a config that is not copied with the layer
+
+    def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return call(*args, **kwargs)
+
+
+# ---------------------------------------------------------------------------------------- the view
+_cache: Any = functools.cache  # its own annotation takes no classes as arguments
+OWN = ("id2label", "label2id", "problem_type")  # what a view has of its own
+
+
+@_cache
+def _view_class(base: Any) -> Any:
+    """A class of configs that show another one of class `base`, live, but for their labels."""
+
+    def follow(self: Any) -> None:
+        fresh = {key: value for key, value in self.real.__dict__.items() if key not in OWN}
+        self.__dict__.update(fresh)
+
+    def __setattr__(self: Any, key: str, value: Any) -> None:
+        base.__setattr__(self, key, value)
+        if key not in (*OWN, "num_labels"):
+            setattr(self.real, key, value)
+
+    body = {
+        "__slots__": ("real",),
+        "__setattr__": __setattr__,
+        "__reduce_ex__": lambda self, protocol: (_plain_config, (base, dict(self.__dict__))),
+        "__module__": base.__module__,
+        "follow": follow,
+    }
+    return type(base.__name__, (base,), body)
+
+
+def _view_of(config: Any, count: int) -> Any:
+    """A view of `config` with so many labels."""
+    view: Any = object.__new__(_view_class(type(config)))
+    object.__setattr__(view, "real", config)
+    names = {number: f"LABEL_{number}" for number in range(count)}
+    numbers = {name: number for number, name in names.items()}
+    own = {"id2label": names, "label2id": numbers, "problem_type": None}
+    object.__setattr__(view, "__dict__", {**config.__dict__, **own})
+    return view
+
+
+def _plain_config(base: Any, state: dict[str, Any]) -> Any:
+    config = base.__new__(base)
+    config.__dict__.update(state)
+    return config
+
+
+# --------------------------------------------------------------------------- what the model shows
+def _acting(module: nn.Module) -> LabelsLayer | None:
+    """The last layer on `module` that says how many labels there are."""
+    stack = module._modules.get(SLOT)
+    layers: list[Any] = [] if stack is None else list(stack._modules.values())
+    acting = [each for each in layers if isinstance(each, LabelsLayer) and each.record.active]
+    return acting[-1] if acting else None
+
+
+def shown_config(module: nn.Module) -> Any:
+    """The config of a model as it is with the labels that act."""
+    layer = _acting(module)
+    return module.__dict__["config"] if layer is None else layer.shown(module.__dict__["config"])
+
+
+def showing_count() -> property:
+    """The attribute `num_labels` of a transformers model, as it is with the labels that act."""
+
+    def read(self: nn.Module) -> Any:
+        if "num_labels" not in self.__dict__:
+            raise AttributeError("num_labels")
+        layer = _acting(self)
+        return self.__dict__["num_labels"] if layer is None else layer.count
+
+    def write(self: nn.Module, value: Any) -> None:
+        self.__dict__["num_labels"] = value
+
+    return property(read, write)
+
+
+def hand_on(model: nn.Module, plain: Any) -> None:
+    """Give `plain`, a copy of `model` without deltas, the labels that act on `model`."""
+    layer = _acting(model)
+    if layer is not None:
+        plain.config = copy.copy(layer.shown(model.__dict__["config"]))
+        if "num_labels" in plain.__dict__:
+            plain.num_labels = layer.count

@@ -1,0 +1,380 @@
+"""Low-rank products beside a linear module, several as one pair of matrix products.
+
+y + sum_i s_i B_i A_i x  =  y + B A x   with   A = [A_1; A_2; ...],  B = [s_1 B_1, s_2 B_2, ...]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.utils import checkpoint
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from .._modules.calls import first_input
+
+ENABLED = True  # False: as each layer's own equation says, which is what tests compare with
+Call = Callable[..., Tensor]
+
+
+class LowRank(NamedTuple):
+    """A change s B A of a weight, with A [rank, in_features] and B [out_features, rank].
+
+    Attributes:
+        scale: a number; in compiled code, a tensor of one.
+        dropout: probability of dropping an input of the change now.
+    """
+
+    A: Tensor
+    B: Tensor
+    scale: Any
+    dropout: float
+
+
+class Segment(NamedTuple):
+    """Consecutive layers that see the same input: several without dropout, or one with it.
+
+    Attributes:
+        start, end: the layers, by index.
+        dropout: probability of dropping an input.
+        seed: of the mask that dropout drew, None where it need not be drawn again.
+    """
+
+    start: int
+    end: int
+    dropout: float
+    seed: int | None = None
+
+
+def side_by_side(run: Sequence[LowRank]) -> LowRank:
+    """One pair that computes the sum of several, whose dropout is that of the first."""
+    if len(run) == 1:
+        return run[0]
+    scale = run[0].scale
+    A, B = [pair.A for pair in run], [pair.B for pair in run]
+    if isinstance(scale, Tensor) or [pair for pair in run if pair.scale != scale]:
+        B, scale = [pair.scale * pair.B for pair in run], 1.0
+    return LowRank(torch.cat(A), torch.cat(B, 1), scale, run[0].dropout)
+
+
+def _cat(tensors: Sequence[Tensor], axis: int) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tuple(tensors), axis)
+
+
+def _seed() -> int:
+    """A number from torch's own generator for the CPU, whatever the default device is."""
+    return int(torch.empty((), dtype=torch.int64, device="cpu").random_())
+
+
+def _segments(rates: Sequence[float], seeded: bool) -> list[Segment]:
+    found: list[Segment] = []
+    for index, rate in enumerate(rates):
+        if not rate and found and not found[-1].dropout:
+            found[-1] = found[-1]._replace(end=index + 1)
+        else:
+            seed = _seed() if rate and seeded else None
+            found.append(Segment(index, index + 1, rate, seed))
+    return found
+
+
+# -------------------------------------------------------------------------------------- computation
+def add(call: Call, run: Sequence[LowRank], raw: bool, *args: Any, **kwargs: Any) -> Tensor:
+    """What `call` gives, plus what the layers of a run add.
+
+    Args:
+        run: their factors.
+        raw: `call` is the forward of torch's Linear or the like, whose output is its own to change.
+    """
+    x = first_input(args, kwargs)
+    if not is_eager(x):
+        return _composed(call(*args, **kwargs), x, run)
+    flat = x if x.ndim == 2 else x.reshape(-1, x.size(-1))
+    out = call(flat) if raw else call(*args, **kwargs)
+    if type(out) is not Tensor or out.dtype != x.dtype:
+        return _shaped(_composed(out, flat if raw else x, run), x)
+    y = out if raw else out.reshape(-1, out.size(-1))
+    scales, rates = [pair.scale for pair in run], [pair.dropout for pair in run]
+    if torch.is_grad_enabled() or any(rates):  # with and without a gradient dropout is the same
+        in_place = raw and not y._is_view()  # a view's graph would copy the gradient
+        factors = [like(pair.A, x) for pair in run] + [like(pair.B, x) for pair in run]
+        y = _AddLowRank.apply(y, flat, in_place, scales, _segments(rates, True), *factors)
+    else:
+        A, B, scale, _ = side_by_side(run)
+        h = _narrow(flat, like(A, x).t())
+        y = (y.addmm_ if raw else y.addmm)(h, like(B, x).t(), alpha=scale)
+    return _shaped(y, x)
+
+
+def is_eager(x: Any) -> bool:
+    """Whether operations on `x` may be in place, and have a gradient written by hand."""
+    return (type(x) is Tensor or type(x) is nn.Parameter) and not (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or x.is_nested
+        or x.is_meta
+        or torch._C._is_any_autocast_enabled()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or (torch._C._len_torch_dispatch_stack() > 0 and _results_are_kept())
+    )
+
+
+def _results_are_kept() -> bool:
+    """Whether selective checkpointing keeps what operations give, which may not change then."""
+    modes = (checkpoint._CachingTorchDispatchMode, checkpoint._CachedTorchDispatchMode)
+    return any(isinstance(mode, modes) for mode in _get_current_dispatch_mode_stack())
+
+
+def _shaped(y: Tensor, x: Tensor) -> Tensor:
+    """`y` [tokens, width] with the axes of `x`, whose last is the width."""
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], y.size(-1))  # of no tokens, -1 says nothing
+
+
+def like(tensor: Tensor, x: Tensor) -> Tensor:
+    return tensor if tensor.dtype == x.dtype else tensor.to(x.dtype)
+
+
+def _composed(out: Tensor, x: Tensor, run: Sequence[LowRank]) -> Tensor:
+    """The same in torch's own operations, for what compiles or transforms them."""
+    for part in _segments([pair.dropout for pair in run], False):
+        whole = side_by_side(run[part.start : part.end])
+        dropped = F.dropout(x, part.dropout) if part.dropout else x
+        change = F.linear(F.linear(dropped, like(whole.A, x)), like(whole.B, x))
+        out = out + (whole.scale * change).type_as(out)
+    return out
+
+
+def _down(x: Tensor, A: Sequence[Tensor], segments: Sequence[Segment]) -> Tensor:
+    """A_i x side by side [tokens, all ranks], each layer with its own dropout."""
+    parts = [(_dropped(x, part), _cat(A[part.start : part.end], 0)) for part in segments]
+    return _cat([_narrow(dropped, whole.t()) for dropped, whole in parts], 1)
+
+
+def _narrow(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, with few columns: CPU libraries take up to ten times as long as for few rows."""
+    if a.is_cpu and a.size(0) >= 64 and 1 < b.size(1) < 16:
+        return (b.t() @ a.t()).t()
+    return a @ b
+
+
+def _scaled(h: Tensor, scales: Sequence[float], A: Sequence[Tensor]) -> Tensor:
+    """h [tokens, all ranks], each layer's part times its scale."""
+    if all(scale == scales[0] for scale in scales):
+        return h if scales[0] == 1 else h * scales[0]
+    parts = h.split([factor.size(0) for factor in A], 1)
+    return torch.cat([part * scale for part, scale in zip(parts, scales, strict=True)], 1)
+
+
+def _dropped(x: Tensor, part: Segment) -> Tensor:
+    return _mask(x, part).mul_(x) if part.dropout else x
+
+
+def _mask(x: Tensor, part: Segment) -> Tensor:
+    """The same numbers, 0 and 1 / (1 - p), for the same seed; p in steps of 2^-16."""
+    assert part.seed is not None
+    generator = torch.Generator(x.device).manual_seed(part.seed)
+    # four values from each 64 bits take a quarter of the time of rand on a CPU
+    drawn = torch.empty(-(-x.numel() // 4), dtype=torch.int64, device=x.device)
+    drawn = drawn.random_(-(2**63), None, generator=generator).view(torch.int16)[: x.numel()]
+    dropped = min(round(part.dropout * 2**16), 2**16 - 1)
+    kept = (drawn >= dropped - 2**15).view(x.shape)
+    return kept.to(x.dtype).div_(1 - dropped / 2**16)
+
+
+class _AddLowRank(torch.autograd.Function):
+    """y + B A x for several pairs; keeps the factors and, where one of them trains, x and A x.
+
+    It keeps no copies of x or of factors. Dropout's masks are drawn again for the gradient, from
+    their seeds.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        x: Tensor,
+        in_place: bool,
+        scales: list[float],
+        segments: list[Segment],
+        *factors: Tensor,
+    ) -> Tensor:
+        A, B = factors[: len(scales)], factors[len(scales) :]
+        ctx.scales, ctx.segments = scales, segments
+        h = _down(x, A, segments)
+        inner = (x, h) if any(ctx.needs_input_grad[5:]) else (None, None)
+        ctx.save_for_backward(*inner, *factors)
+        scaled, up = _scaled(h, scales, A), _cat(B, 1).t()
+        if not in_place:
+            return torch.addmm(y, scaled, up)
+        ctx.mark_dirty(y)
+        return y.addmm_(scaled, up)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        x, h, *factors = ctx.saved_tensors
+        scales, count = ctx.scales, len(ctx.scales)
+        A, B = factors[:count], factors[count:]
+        if x is None:
+            x = _shape_only(g, A[0])
+        elif torch.is_grad_enabled():  # h has no graph of its own, for a second derivative
+            h = _down(x, A, ctx.segments)
+        wanted = ctx.needs_input_grad[1:2] + ctx.needs_input_grad[5:]
+        g_x, *g_factors = _gradients(g, x, h, A, B, scales, ctx.segments, wanted)
+        return (g, g_x, None, None, None, *g_factors)
+
+
+def _shape_only(g: Tensor, A: Tensor) -> Tensor:
+    """What stands for an input that was not kept, for dropout's mask; it has one value."""
+    return g.new_empty(1, 1).expand(g.size(0), A.size(1))
+
+
+def _gradients(
+    g: Tensor,
+    x: Tensor,
+    h: Tensor,
+    A: Sequence[Tensor],
+    B: Sequence[Tensor],
+    scales: Sequence[float],
+    segments: Sequence[Segment],
+    wanted: Sequence[bool],
+) -> list[Any]:
+    """The gradients of x, all A and all B, from that of sum_i s_i B_i A_i x.
+
+    Args:
+        wanted: which of them are.
+    """
+    count, ranks = len(A), [factor.size(0) for factor in A]
+    of_x, of_A, of_B = wanted[0], wanted[1 : 1 + count], wanted[1 + count :]
+    g_A: list[Any] = [None] * count
+    g_B: list[Any] = [None] * count
+    if any(of_B):
+        g_B = [
+            part if scale == 1 else part * scale
+            for part, scale in zip(
+                _narrow(g.t(), h).contiguous().split(ranks, 1), scales, strict=True
+            )
+        ]
+    g_h = _scaled(_narrow(g, _cat(B, 1)), scales, A).split(ranks, 1)
+    g_x = None
+    for part in segments:
+        these = slice(part.start, part.end)
+        own = _cat(g_h[these], 1)
+        mask = _mask(x, part) if part.dropout else None
+        if any(of_A[these]):
+            dropped = x if mask is None else x * mask
+            g_A[these] = (own.t() @ dropped).split(ranks[these], 0)
+        if of_x:
+            more = own @ _cat(A[these], 0)
+            more = more if mask is None else more.mul_(mask)
+            g_x = more if g_x is None else g_x + more
+    return [g_x, *g_A, *g_B]
+
+
+# ------------------------------------------------------------------------------------ rescaled rows
+def rescales(x: Any) -> bool:
+    """Whether `rescaled` takes this input of a Linear or the like."""
+    return ENABLED and is_eager(x)
+
+
+def rescaled(
+    call: Call, x: Tensor, change: LowRank, scale: Tensor, weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    """n (W x + s B A x) + b.
+
+    Args:
+        call: the forward of a Linear or the like, on W and b.
+        scale: n [out_features].
+        weight: W [out_features, in_features].
+    """
+    flat = x if x.ndim == 2 else x.reshape(-1, x.size(-1))
+    out, factors = call(flat), (like(change.A, x), like(change.B, x))
+    segments, in_place = _segments([change.dropout], True), not out._is_view()
+    y = _Rescaled.apply(
+        out, flat, in_place, change.scale, segments, like(scale, x), weight, bias, *factors
+    )
+    return _shaped(y, x)
+
+
+class _Rescaled(torch.autograd.Function):
+    """y = n u + b with u = W x + s B A x, from W x + b.
+
+    Where n, A or B trains it keeps x and A x, and where n does u too, unless that is wider than x.
+    A wider u is computed again for the gradient of n. The output is never kept: it may be changed
+    in place.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        out: Tensor,
+        x: Tensor,
+        in_place: bool,
+        scale: float,
+        segments: list[Segment],
+        n: Tensor,
+        W: Tensor,
+        b: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+    ) -> Tensor:
+        ctx.scale, ctx.segments = scale, segments
+        h = _down(x, [A], segments)
+        kept = ctx.needs_input_grad[5] and out.size(1) <= x.size(1)
+        if in_place and not kept:
+            ctx.mark_dirty(out)
+            u = out.addmm_(h, B.t(), alpha=scale)
+        else:
+            u = torch.addmm(out, h, B.t(), alpha=scale)
+        u = u if b is None else u.sub_(b)
+        inner = (x, h) if any(ctx.needs_input_grad[i] for i in (5, 8, 9)) else (None, None)
+        ctx.save_for_backward(*inner, n, W, A, B, u if kept else None)
+        y = u * n if kept else u.mul_(n)
+        return y if b is None else y.add_(b)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Any, ...]:
+        x, h, n, W, A, B, u = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        if x is None:
+            x = _shape_only(g, A)
+        elif torch.is_grad_enabled():  # for a second derivative: h and u have no graph of their own
+            h, u = _down(x, [A], ctx.segments), None
+        g_u, g_n, g_b = g * n, None, None
+        if wanted[5]:
+            u = F.linear(x, W).addmm_(h, B.t(), alpha=ctx.scale) if u is None else u
+            g_n = (g * u).sum(0)
+        if wanted[7]:
+            g_b = (g - g_u).sum(0)
+        wanted = wanted[1:2] + wanted[8:]
+        g_x, g_A, g_B = _gradients(g_u, x, h, [A], [B], [ctx.scale], ctx.segments, wanted)
+        return (g_u, g_x, None, None, None, g_n, None, g_b, g_A, g_B)
+
+
+# ------------------------------------------------------------------------------------ in the weight
+BLOCK = 2**18  # values that each thread works on at a time: 1 MiB, which a core's cache holds
+
+
+def add_to_weight(old: Tensor, new: Tensor, run: Sequence[LowRank]) -> Iterator[Tensor]:
+    """Write W + sum_i s_i B_i A_i into `new`, rounded once, and yield each block once it is there.
+
+    Args:
+        old: W [out_features, in_features].
+    """
+    wide = torch.promote_types(old.dtype, torch.float32)
+    A, B, scale, _ = side_by_side([p._replace(A=p.A.to(wide), B=p.B.to(wide)) for p in run])
+    if not old.is_contiguous():  # stored as (in, out): its rows are columns of this
+        old, new, A, B = old.t(), new.t(), B.t(), A.t()
+    rows = len(old)
+    if old.device.type == "cpu":  # a multiple of 8 rows is one of 8 bytes
+        rows = 8 + BLOCK * torch.get_num_threads() // max(old.size(1), 1) // 8 * 8
+    parts = (tensor.split(max(rows, 1)) for tensor in (old, new, B))
+    for before, after, up in zip(*parts, strict=True):
+        if wide == old.dtype:
+            torch.addmm(before, up, A, alpha=scale, out=after)
+        else:
+            after.copy_(before.to(wide).addmm_(up, A, alpha=scale))
+        yield after

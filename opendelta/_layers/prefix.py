@@ -1,0 +1,284 @@
+"""Keys and values that all queries see, put in where transformers computes attention.
+
+They never pass through the KV cache: checkpointing drops that, sliding windows push a prefix out of
+it, and encoders have none. A transformers attention module looks its function up by the name in its
+config (`ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, ...)`); while
+prefixes act, the site shows a view of the config with another name, under which the functions here
+are registered.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import inspect
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import SiteError
+from ..names import SLOT
+from .base import Acts, DeltaLayer, Handover
+from .costs import Flops, counted
+from .site import Heads, Site
+
+NAME = "opendelta|"  # before the name of transformers' own function
+SUPPORTED = ("eager", "sdpa")
+looking = threading.RLock()  # held by who sets what follows
+observed: dict[int, Heads] | None = None  # {id(module): sizes}, while a shape-only run looks
+
+
+def uses_interface(cls: type) -> bool:
+    """Whether modules of this class look their function up in transformers' registry."""
+    code = getattr(inspect.unwrap(cls.forward), "__code__", None)  # type: ignore[attr-defined]
+    return code is not None and "get_interface" in code.co_names
+
+
+def is_attention(module: nn.Module) -> bool:
+    """Whether a prefix can be put on `module`."""
+    config = module.__dict__.get("config")
+    return hasattr(config, "_attn_implementation") and uses_interface(type(module))
+
+
+class PrefixLayer(DeltaLayer):
+    """Keys and values [heads, prefix, width of a head] before those that attention computes.
+
+    A subclass calls `super().__init__(site)` and writes `keys_and_values`.
+    """
+
+    kinds = ("attention",)
+    acts = Acts.WITHIN
+    inside = True
+    gates_itself = True
+    identity = False
+    routes_itself = True
+
+    def __init__(self, site: Site) -> None:
+        super().__init__()
+        register()
+        config = site.module.__dict__["config"]
+        used, self.config_class = config._attn_implementation, type(config)
+        _view_class(self.config_class)
+        if used not in SUPPORTED:
+            raise SiteError(_refusal(type(site.module).__name__, used))
+        self.heads = site.heads
+        self.gate_width = site.heads.hidden
+        self.eager = eager_function(type(site.module))
+        self.open = Handover()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        register()  # an unpickled model may be in another process
+        _view_class(self.config_class)
+
+    @property
+    def for_all_rows(self) -> None:
+        """None: attention opens the prefix for the rows that take it."""
+
+    def flops(self, module: nn.Module) -> Flops:
+        """Count what the queries of `module` do with the prefix, and what makes it."""
+        made: list[tuple[Tensor, Tensor]] = []
+        once = counted(lambda: made.append(self.keys_and_values()))
+        rows, width = made[0][0].size(1), self.heads.key + self.heads.value
+        queries = self.heads.count * getattr(module, "num_key_value_groups", 1)
+        return Flops(2 * rows * queries * width, once)
+
+    def keys_and_values(self) -> tuple[Tensor, Tensor]:
+        """Keys [heads, prefix, head] and values [heads, prefix, head]."""
+        raise NotImplementedError
+
+    def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self.gate is not None:
+            self.open.put(F.logsigmoid(self.gate.logit(_hidden_states(args, kwargs))))
+        return call(*args, **kwargs)
+
+
+def _hidden_states(args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    return kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+
+
+def eager_function(cls: type) -> Callable[..., Any]:
+    """The eager attention function in the file that defines `cls` or a class that it is made of.
+
+    Raises:
+        SiteError: there is none.
+    """
+    for base in cls.__mro__:
+        found = getattr(sys.modules.get(base.__module__), "eager_attention_forward", None)
+        if found is not None:
+            return found
+    raise SiteError(f"{cls.__name__}: no eager_attention_forward beside it, as transformers has")
+
+
+def _refusal(where: str, used: str | None) -> str:
+    return (
+        f"{where} computes attention by {used!r}; prefixes act with {' and '.join(SUPPORTED)}: "
+        "model.set_attn_implementation('sdpa')"
+    )
+
+
+# --------------------------------------------------------------------------- the view of the config
+_views: dict[type, type] = {}  # made when a layer is, so that compiled code finds them here
+
+
+def _view_class(base: type) -> type:
+    if base not in _views:
+        shown = property(lambda self: NAME + str(self._attn_implementation_internal))
+        _views[base] = type(base.__name__, (base,), {"_attn_implementation": shown})
+    return _views[base]
+
+
+def view_of(config: Any) -> Any:
+    """The same config, live, but for the name of the attention function."""
+    view: Any = object.__new__(_view_class(type(config)))
+    object.__setattr__(view, "__dict__", config.__dict__)
+    return view
+
+
+def shown_config(module: nn.Module) -> Any:
+    """The config of an attention module; while prefixes act, it names our attention function."""
+    config, stack = module.__dict__["config"], module._modules.get(SLOT)
+    layers: Any = () if stack is None else stack._modules.values()
+    acts = any(isinstance(each, PrefixLayer) and each.record.active for each in layers)
+    return view_of(config) if acts else config
+
+
+# ---------------------------------------------------------------------------------- the computation
+@functools.cache
+def register() -> None:
+    """Make the functions below known to transformers, for all of its own."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    for name in ("eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()):
+        if not name.startswith(NAME):
+            ALL_ATTENTION_FUNCTIONS.register(NAME + name, functools.partial(_attend, name))
+
+
+def _attend(
+    name: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Attention of `query` to the prefixes of `module`, then to `key` and `value` as before.
+
+    Args:
+        name: that of transformers' own function.
+        query: [batch, heads, length, head].
+        key: [batch, key-value heads, keys, head]; value alike.
+        attention_mask: [batch or 1, heads or 1, length, keys], boolean or additive.
+    """
+    if observed is not None:
+        observed[id(module)] = Heads(key.size(1), key.size(3), value.size(3), 0)
+    if name not in SUPPORTED:
+        raise SiteError(_refusal(type(module).__name__, name))
+    inner, prefixes = _function(name, module)
+    if prefixes and kwargs.get("cache") is not None:
+        raise SiteError(f"{type(module).__name__}: prefixes do not act with a paged cache")
+    causal = prefixes and name == "sdpa" and _is_causal(module, query, kwargs)
+    if causal and attention_mask is None:
+        # sdpa's own causal mask starts at the first key, which is the prefix's now
+        shape = (query.size(2), key.size(2))
+        attention_mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril()[None, None]
+    for layer in prefixes:
+        keys, values = layer.keys_and_values()
+        logit = layer.open.take()
+        router: Any = module._modules[SLOT].router  # type: ignore[union-attr]
+        if router is not None:
+            logit = router.opened(layer, logit, key)
+        rows = key.size(0)
+        key = torch.cat([keys.type_as(key).expand(rows, -1, -1, -1), key], 2)
+        value = torch.cat([values.type_as(value).expand(rows, -1, -1, -1), value], 2)
+        attention_mask = _widened(attention_mask, keys.size(1), logit, query, key)
+        if kwargs.get("position_bias") is not None:
+            kwargs["position_bias"] = F.pad(kwargs["position_bias"], (keys.size(1), 0))
+    if prefixes and name == "sdpa":
+        kwargs["is_causal"] = False
+    return inner(module, query, key, value, attention_mask, *args, **kwargs)
+
+
+def _function(name: str, module: nn.Module) -> tuple[Callable[..., Any], list[PrefixLayer]]:
+    """transformers' own function, and the prefixes that act, the innermost last before the keys."""
+    stack: Any = module._modules.get(SLOT)
+    on_it = () if stack is None else stack._modules.values()
+    prefixes = [ly for ly in on_it if isinstance(ly, PrefixLayer) and ly.record.active]
+    if name == "eager":
+        return (prefixes[0].eager if prefixes else eager_function(type(module))), prefixes
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    return ALL_ATTENTION_FUNCTIONS[name], prefixes
+
+
+def _is_causal(module: nn.Module, query: Tensor, kwargs: dict[str, Any]) -> bool:
+    given = kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", True) if given is None else given
+    return bool(causal) and query.size(2) > 1
+
+
+def _widened(
+    mask: Tensor | None, count: int, logit: Tensor | None, query: Tensor, key: Tensor
+) -> Tensor | None:
+    """`mask` for `count` more keys, which all queries see, as far as a gate is open.
+
+    Args:
+        logit: log of the gate [batch, length, 1], which weighs the prefix, or None.
+        key: the keys, with the new ones.
+    """
+    if logit is None:
+        if mask is None:
+            return None
+        return F.pad(mask, (count, 0), value=True if mask.dtype == torch.bool else 0.0)
+    if mask is None:
+        mask = query.new_zeros(1, 1, query.size(2), key.size(2) - count)
+    elif mask.dtype == torch.bool:
+        lowest = torch.finfo(query.dtype).min
+        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, lowest)
+    weight = logit.type_as(mask).reshape(logit.size(0) if logit.ndim > 1 else 1, 1, -1, 1)
+    rows = max(mask.size(0), weight.size(0))
+    mask = mask.expand(rows, -1, query.size(2), -1)
+    return torch.cat([weight.expand(rows, mask.size(1), query.size(2), count), mask], -1)
+
+
+# ------------------------------------------------------------------------------------------- sizes
+def show(module: nn.Module) -> None:
+    """Let `module` find our functions, whether it has a prefix or not; the caller puts it back."""
+    module.__dict__["config"] = view_of(module.__dict__["config"])
+
+
+@contextlib.contextmanager
+def observing(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Heads]]:
+    """Inside, a run of `modules`, after `show`, notes the sizes of keys, values and inputs.
+
+    One thread at a time.
+    """
+    global observed
+    looking.acquire()
+    before, observed = observed, {}
+    sizes: dict[str, Heads] = {}
+    hidden: dict[str, int] = {}
+    hooks = []
+    for name, module in modules.items():
+
+        def note(_: nn.Module, args: tuple, kwargs: dict[str, Any], name: str = name) -> None:
+            hidden[name] = _hidden_states(args, kwargs).size(-1)
+
+        hooks.append(module.register_forward_pre_hook(note, with_kwargs=True))
+    try:
+        yield sizes
+        for name, module in modules.items():
+            sizes[name] = dataclasses.replace(observed[id(module)], hidden=hidden[name])
+    finally:
+        observed = before
+        looking.release()
+        for hook in hooks:
+            hook.remove()

@@ -1,0 +1,94 @@
+"""The arguments and the output of a module's call: the first input, the hidden states."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import SiteError
+
+
+def is_called(module: nn.Module) -> bool:
+    """Whether `module` has a forward, as ModuleList has none."""
+    return getattr(type(module), "forward", None) is not nn.Module.forward
+
+
+def first_input(args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    """The first argument of a call, positional or by keyword."""
+    return args[0] if args else next(iter(kwargs.values()))
+
+
+def replace_input(args: tuple, kwargs: dict[str, Any], new: Tensor) -> tuple[tuple, dict[str, Any]]:
+    """The same arguments with another first one."""
+    if args:
+        return (new, *args[1:]), kwargs
+    return args, {**kwargs, next(iter(kwargs)): new}
+
+
+def _is_hidden(value: Any, width: int | None) -> bool:
+    """Whether `value` is a floating tensor [..., width]; with no width, any of two or more axes."""
+    if not isinstance(value, Tensor) or not value.is_floating_point() or value.ndim < 2:
+        return False
+    return width is None or value.size(-1) == width  # a nested tensor has no shape
+
+
+def hidden_key(output: Any, width: int | None = None) -> Any:
+    """Where an output keeps its hidden states: an index, a field, or None for the tensor itself.
+
+    Args:
+        output: a tensor, a tuple or list, or a mapping such as a ModelOutput.
+        width: the size of the last axis that is asked for.
+
+    Raises:
+        SiteError: nothing in it is a floating tensor [..., width].
+    """
+    items: list[tuple[Any, Any]]
+    if isinstance(output, Tensor):
+        items = [(None, output)]
+    elif isinstance(output, dict):
+        items = list(output.items())
+    else:
+        items = list(enumerate(output)) if isinstance(output, tuple | list) else []
+    for key, value in items:
+        if _is_hidden(value, width):
+            return key
+    raise SiteError(
+        f"no floating tensor [..., {'width' if width is None else width}] in the module's output, "
+        f"a {type(output).__name__}; choose a module that returns one"
+    )
+
+
+def hidden(output: Any) -> Tensor:
+    """The hidden states in an output: its first floating tensor of two or more axes."""
+    key = hidden_key(output)
+    return output if key is None else output[key]
+
+
+def every(kind: type[Any], value: Any) -> Iterator[Any]:
+    """All instances of `kind` in `value`, however deep in mappings, lists and tuples."""
+    if isinstance(value, kind):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from every(kind, item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from every(kind, item)
+
+
+def change_hidden(output: Any, width: int, change: Callable[[Tensor], Tensor]) -> Any:
+    """`output` with its hidden states [..., width] replaced by `change(hidden states)`."""
+    if isinstance(output, Tensor):
+        return change(output)
+    key = hidden_key(output, width)
+    new = change(output[key])
+    if type(output) is dict:
+        return {**output, key: new}
+    if isinstance(output, dict):  # a ModelOutput keeps its fields and items in step by itself
+        output[key] = new
+        return output
+    if hasattr(output, "_replace"):
+        return output._replace(**{output._fields[key]: new})
+    return type(output)([*output[:key], new, *output[key + 1 :]])

@@ -1,0 +1,233 @@
+"""The one table of module kinds: sizes, layout of the weight, products beside the module.
+
+Sizes come from here and never from a weight's shape, which quantised modules pack."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..names import SLOT
+from .arithmetic import linear
+from .tensors import stored
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A module whose output width is known from its type; weights, if any, are (out, in) matrices.
+
+    Attributes:
+        is_product: the module computes x W^T + b over the last axis.
+        takes_ids: its input is indices.
+        axis: the axis of the output whose size is `out_features`.
+        in_features: columns of the weight matrix; 0 where there is no matrix.
+        out_features: width of the output.
+    """
+
+    name: ClassVar[str] = "linear"
+    is_product: ClassVar[bool] = True
+    takes_ids: ClassVar[bool] = False
+    axis: ClassVar[int] = -1
+    in_features: int
+    out_features: int
+
+    def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        """What the module would compute from `x` if its weight were B @ A.
+
+        Args:
+            x: the module's input.
+            A: [rank, in_features].
+            B: [out_features, rank].
+        """
+        return linear(linear(x, A), B)
+
+    def product(self, x: Tensor, matrix: Tensor) -> Tensor:
+        """What the module would compute from `x` if its weight were [out_features, in_features]."""
+        return linear(x, matrix)
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """The module's weight as a matrix [out_features, in_features]; undone by `like_weight`."""
+        return weight
+
+    def like_weight(self, matrix: Tensor, weight: Tensor) -> Tensor:
+        """A matrix [out_features, in_features] in the layout and dtype of the module's weight."""
+        return matrix.to(weight.dtype)
+
+    def per_channel(self, values: Tensor) -> Tensor:
+        """A view of values [out_features] that broadcasts along the output's other axes."""
+        return values
+
+    def example(self, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, int]:
+        """An input and an output without values, and how many positions they have.
+
+        Args:
+            length: more makes more positions.
+        """
+        like: Any = {"device": "meta", "dtype": dtype}
+        x = torch.empty(1, length, self.in_features or self.out_features, **like)
+        return x, torch.empty(1, length, self.out_features, **like), length
+
+
+class TransposedLinear(Kind):
+    """transformers' Conv1D (GPT-2): a linear layer that stores its weight as (in, out)."""
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        return weight.T
+
+    def like_weight(self, matrix: Tensor, weight: Tensor) -> Tensor:
+        return matrix.T.to(weight.dtype)
+
+
+@dataclass(frozen=True)
+class Embedding(TransposedLinear):
+    """The matrix is [embedding_dim, num_embeddings]."""
+
+    name: ClassVar[str] = "embedding"
+    is_product: ClassVar[bool] = False
+    takes_ids: ClassVar[bool] = True
+    scale: float = 1.0  # of the embeddings that multiply their output, such as BART's and Gemma's
+
+    def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        return linear(F.embedding(x, A.T), B) * self.scale
+
+    def product(self, x: Tensor, matrix: Tensor) -> Tensor:
+        return F.embedding(x, matrix.T) * self.scale
+
+    def example(self, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, int]:
+        _, out, positions = super().example(length, dtype)
+        return torch.zeros(1, length, dtype=torch.long, device="meta"), out, positions
+
+
+@dataclass(frozen=True)
+class Conv2d(Kind):
+    """The matrix is [out_channels, in_channels * kernel height * kernel width]."""
+
+    name: ClassVar[str] = "conv2d"
+    is_product: ClassVar[bool] = False
+    axis: ClassVar[int] = 1
+    patch: tuple[int, ...] = ()  # (in_channels, kernel height, kernel width)
+    stride: tuple[int, ...] = (1, 1)
+    padding: Any = 0
+    dilation: tuple[int, ...] = (1, 1)
+    pad_mode: str = "zeros"
+    pad_sizes: tuple[int, ...] = ()
+
+    def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        return F.conv2d(self.product(x, A), B.to(x.dtype)[..., None, None])
+
+    def product(self, x: Tensor, matrix: Tensor) -> Tensor:
+        padding = self.padding
+        if self.pad_mode != "zeros":
+            x, padding = F.pad(x, self.pad_sizes, mode=self.pad_mode), 0
+        weight = matrix.to(x.dtype).view(-1, *self.patch)
+        return F.conv2d(x, weight, None, self.stride, padding, self.dilation)
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        return weight.flatten(1)
+
+    def like_weight(self, matrix: Tensor, weight: Tensor) -> Tensor:
+        return matrix.view_as(weight).to(weight.dtype)
+
+    def per_channel(self, values: Tensor) -> Tensor:
+        return values.view(-1, 1, 1)
+
+    def example(self, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, int]:
+        like: Any = {"device": "meta", "dtype": dtype}
+        x = torch.empty(length, self.patch[0], *(8 * size for size in self.patch[1:]), **like)
+        out = self.product(x, torch.empty(self.out_features, self.in_features, **like))
+        return x, out, length * out.size(-2) * out.size(-1)
+
+
+class Convolution(Kind):
+    """Any other convolution: no delta is defined on it."""
+
+    name: ClassVar[str] = "convolution"
+    is_product: ClassVar[bool] = False
+
+
+@dataclass(frozen=True)
+class Norm(Kind):
+    """A normalisation over the last axis; it scales by its weight, or else does not fold."""
+
+    name: ClassVar[str] = "norm"
+    is_product: ClassVar[bool] = False
+    scales_by_weight: bool = True
+
+
+KINDS = {
+    "linear": "Linear, Conv1D and quantised linears",
+    "embedding": "Embedding",
+    "conv2d": "Conv2d without groups",
+    "norm": "LayerNorm, RMSNorm and others like them",
+    "other": "any other module that returns hidden states [..., width]",
+    "attention": "attention modules that use transformers' attention interface",
+    "stack": "modules that embed tokens, with input_ids, inputs_embeds, attention_mask",
+}
+
+
+def _convolution(module: Any) -> Kind:
+    if not isinstance(module, nn.Conv2d) or module.groups != 1:
+        return Convolution(module.in_channels, module.out_channels)
+    patch = (module.in_channels, *module.kernel_size)
+    return Conv2d(
+        patch[0] * patch[1] * patch[2], module.out_channels, patch, module.stride, module.padding,
+        module.dilation, module.padding_mode, tuple(module._reversed_padding_repeated_twice),
+    )  # fmt: skip
+
+
+ACROSS_CHANNELS = (nn.modules.batchnorm._NormBase, nn.GroupNorm)  # not over the last axis
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Whether `module` is a normalisation that somebody wrote, such as transformers' RMSNorms."""
+    if "norm" not in type(module).__name__.lower() or isinstance(module, ACROSS_CHANNELS):
+        return False
+    own = {name: p for name, p in module._parameters.items() if p is not None}
+    children = module._modules.keys() - {SLOT}
+    return (
+        not children and {"weight"} <= own.keys() <= {"weight", "bias"} and own["weight"].ndim == 1
+    )
+
+
+def kind_of(module: nn.Module) -> Kind | None:
+    """The row of the table for `module`, or None if its type says nothing about its sizes."""
+    if isinstance(module, nn.Embedding):
+        scale = getattr(module, "embed_scale", 1.0)  # a float, or a buffer of one element
+        if isinstance(scale, Tensor) and scale.is_meta:  # as on a backbone without weights
+            scale = getattr(module, "scalar_embed_scale", 1.0)
+        return Embedding(module.num_embeddings, module.embedding_dim, float(scale))
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return _convolution(module)
+    if isinstance(module, nn.LayerNorm | nn.RMSNorm):
+        return Norm(0, module.normalized_shape[-1], len(module.normalized_shape) == 1)
+    if _is_norm(module):
+        return Norm(0, module._parameters["weight"].numel(), False)  # type: ignore[union-attr]
+    if hasattr(module, "nx") and hasattr(module, "nf"):
+        return TransposedLinear(int(module.nx), int(module.nf))  # type: ignore[arg-type]
+    sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if isinstance(sizes[0], int) and isinstance(sizes[1], int):
+        return Kind(sizes[0], sizes[1])
+    return None
+
+
+def raw_forward(base: type[nn.Module]) -> Callable[..., Tensor] | None:
+    """The forward of a Linear or Conv1D on its stored parameters, or None for another class."""
+    if base.forward is nn.Linear.forward:
+        return _raw_linear
+    if getattr(base.forward, "__qualname__", "") == "Conv1D.forward":
+        return _raw_conv1d
+    return None
+
+
+def _raw_linear(self: nn.Module, input: Tensor) -> Tensor:
+    return F.linear(input, stored(self, "weight"), stored(self, "bias"))  # type: ignore[arg-type]
+
+
+def _raw_conv1d(self: nn.Module, x: Tensor) -> Tensor:
+    flat = torch.addmm(stored(self, "bias"), x.view(-1, x.size(-1)), stored(self, "weight"))  # type: ignore
+    return flat.view(*x.shape[:-1], flat.size(-1))

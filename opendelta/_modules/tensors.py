@@ -1,0 +1,170 @@
+"""A module's tensors as they are stored: plain, quantised or sharded; and their values."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from ..errors import SiteError
+
+
+def stored(module: nn.Module, name: str) -> Tensor | None:
+    """The stored parameter, or on a DataParallel replica the plain tensor that stands for it."""
+    own = module._parameters
+    return own[name] if name in own else module.__dict__.get(name)
+
+
+def stored_params(module: nn.Module) -> dict[str, Tensor]:
+    """The stored weight and bias of `module`, as far as it has them."""
+    return {name: t for name in ("weight", "bias") if (t := stored(module, name)) is not None}
+
+
+def is_sharded(tensor: Tensor | None) -> TypeGuard[DTensor]:
+    """Whether `tensor` is a DTensor, as FSDP2 and tensor parallelism make them."""
+    if type(tensor) in (Tensor, nn.Parameter) or not torch.distributed.is_available():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def full(tensor: Tensor) -> Tensor:
+    """`tensor` without its shards; a collective call if it has some."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def spread(tensor: Tensor, like: Tensor) -> Tensor:
+    """`tensor`, which every rank has in full, in shards as those of `like`."""
+    from torch.distributed.tensor import distribute_tensor
+
+    if not is_sharded(like):
+        return tensor
+    mesh, placements = like.device_mesh, like.placements
+    return distribute_tensor(tensor.to(like.device), mesh, placements, src_data_rank=None)
+
+
+def is_finite(tensor: Tensor, usual: Tensor | None = None) -> bool:
+    """Whether no value is NaN or infinite, but where `usual` has the same."""
+    if not tensor.is_floating_point() or tensor.is_meta:
+        return True
+    if tensor.itemsize == 1:  # torch has no isfinite for 8-bit floats
+        tensor = tensor.float()
+    # A finite sum says that all values are, and costs much less to see.
+    if math.isfinite(tensor.sum()) or torch.isfinite(tensor).all():
+        return True
+    if usual is None or usual.is_meta or usual.shape != tensor.shape:
+        return False
+    whole = full(usual.detach()).to(tensor)
+    return bool((torch.isfinite(tensor) | (tensor == whole)).all())
+
+
+def is_plain(parameter: Any) -> bool:
+    """Whether `parameter` is an ordinary floating one."""
+    return type(parameter) is nn.Parameter and parameter.dtype in FLOATS
+
+
+def in_full(module: nn.Module, key: str) -> Tensor:
+    """The values of a module's parameter in at least float32; those of the parameter itself if so.
+
+    Raises:
+        SiteError: its kind of quantisation is not known.
+    """
+    parameter: Any = module._parameters[key]
+    if is_plain(parameter):
+        return parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32))
+    kind = type(parameter).__name__
+    if kind == "Params4bit":
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(parameter.data, parameter.quant_state).float()
+    if kind == "Int8Params":
+        rows, scales = (parameter.CB, parameter.SCB)
+        state: Any = getattr(module, "state", None)
+        if scales is None and state is not None:  # after the first forward the state has them
+            rows, scales = state.CB, state.SCB
+        if scales is not None:
+            rows = parameter.data if rows is None else rows
+            return rows.float() * scales.float()[:, None] / 127
+    if hasattr(parameter, "dequantize") and type(parameter).__module__.startswith("torchao"):
+        return parameter.dequantize().float()
+    raise _unknown(module, key, parameter)
+
+
+def replace(module: nn.Module, key: str, tensor: Tensor) -> Any:
+    """Give a module's parameter new values, quantised as the old ones; what `put_back` needs.
+
+    The old storage stays as it is, so that others that share it are not changed.
+
+    Raises:
+        SiteError: its kind of quantisation is not known.
+    """
+    parameter: Any = module._parameters[key]
+    if is_plain(parameter):
+        kept = parameter.data
+        parameter.data = tensor.to(parameter.dtype)
+        return kept
+    state = module.__dict__.get("state")
+    new = _requantised(module, key, parameter, tensor)
+    module._parameters[key] = new
+    if type(parameter).__name__ == "Int8Params":
+        fresh: Any = copy.copy(state)
+        fresh.CB = fresh.SCB = None
+        module.__dict__["state"] = fresh
+    return parameter, state
+
+
+def _requantised(module: nn.Module, key: str, parameter: Any, tensor: Tensor) -> Any:
+    kind, device = type(parameter).__name__, parameter.device
+    if kind == "Params4bit":
+        return type(parameter)(
+            tensor.cpu(),
+            requires_grad=False,
+            blocksize=parameter.blocksize,
+            compress_statistics=parameter.compress_statistics,
+            quant_type=parameter.quant_type,
+            quant_storage=parameter.quant_storage,
+            module=module,
+        ).to(device)
+    if kind == "Int8Params":
+        return type(parameter)(tensor.cpu(), requires_grad=False, has_fp16_weights=False).to(device)
+    if kind == "Int8Tensor" and parameter.act_quant_kwargs is None:
+        from torchao.quantization import PerRow, PerTensor
+
+        whole = list(parameter.block_size) == list(parameter.shape)
+        made = type(parameter).from_hp(tensor, PerTensor() if whole else PerRow())
+        return nn.Parameter(made, requires_grad=False)
+    if kind == "IntxUnpackedToInt8Tensor":
+        made = type(parameter).from_hp(
+            tensor,
+            tuple(parameter.block_size),
+            parameter.target_dtype,
+            activation_quantization=parameter.activation_quantization,
+        )
+        return nn.Parameter(made, requires_grad=False)
+    raise _unknown(module, key, parameter)
+
+
+def put_back(module: nn.Module, key: str, kept: Any) -> None:
+    """Undo `replace`, bit for bit; a model that was moved since gets the old values moved."""
+    parameter: Any = module._parameters[key]
+    if isinstance(kept, Tensor):
+        parameter.data = kept.to(parameter.device, parameter.dtype)
+        return
+    module._parameters[key], state = kept
+    if state is not None:
+        module.__dict__["state"] = state
+
+
+def _unknown(module: nn.Module, key: str, parameter: Any) -> SiteError:
+    return SiteError(
+        f"the {key} of {type(module).__name__}, a {type(parameter).__name__}, cannot be taken out "
+        "of its quantisation and put back; merge into the model in full precision, then quantise it"
+    )

@@ -1,0 +1,60 @@
+"""Tables as they are printed: rich, and the same as plain text."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from .tree import spell
+
+WIDTH = 110  # columns of what is not printed on a terminal
+SHOWN = 4  # of several names
+
+
+def as_text(what: Any) -> str:
+    """What rich would print on a terminal of `WIDTH` columns, without colours."""
+    console = Console(file=io.StringIO(), width=WIDTH)
+    with console.capture() as capture:
+        console.print(what)
+    return "\n".join(line.rstrip() for line in capture.get().rstrip("\n").split("\n"))
+
+
+def folded(names: Iterable[str]) -> list[str]:
+    """Full names of modules, those that differ in one number only as one: `layers.0-11.fc2`."""
+    together: dict[str, list[str]] = {}
+    for name in names:
+        together.setdefault(re.sub(r"(?<![^.])\d+(?![^.])", "#", name, count=1), []).append(name)
+    shown = []
+    for pattern, own in together.items():
+        place = next((i for i, step in enumerate(pattern.split(".")) if step == "#"), None)
+        numbers = [] if place is None else [name.split(".")[place] for name in own]
+        shown.append(pattern.replace("#", spell(numbers), 1) or "(root)")
+    return shown
+
+
+def size(count: float) -> str:
+    """So many bytes, in the unit that fits."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            break
+        count /= 1024
+    return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
+
+
+def plain_table(title: str | None = None, *headings: str) -> Table:
+    """An empty table with a line beneath its headings and no other."""
+    return Table(
+        *headings,
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+    )

@@ -1,0 +1,364 @@
+"""The picture of a model: one line per module, its parameters, its deltas, in text and colours."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any, Literal, overload
+
+import torch
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.measure import Measurement
+from rich.segment import Segment
+from rich.text import Text
+from rich.tree import Tree
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from .._backbone.counting import statistics
+from .._layers.base import Acts, DeltaLayer
+from .._sites.stack import Stack
+from ..errors import OptionError
+
+Note = tuple[str, str]  # a piece of a line: text, style
+NAME, FOLDED, TYPE, MARK = "white", "red", "green", "yellow"
+OWNED = ("in place of", MARK)  # drawn with the name of the module above
+PARAMETER = {  # (is it a delta's, does it train): style
+    (False, True): "blue",
+    (False, False): "grey50",
+    (True, True): "magenta",
+    (True, False): "dim magenta",
+}
+COLOURS = {  # what the styles look like in SVG and HTML
+    "white": "#f0f0f0",
+    "red": "#ff5f5f",
+    "green": "#5fc85f",
+    "yellow": "#e1be50",
+    "blue": "#5fa5ff",
+    "grey50": "#8c8c8c",
+    "magenta": "#f57df5",
+    "dim magenta": "#a05aa0",
+}
+BACK, FRONT = "#121212", "#a5a5a5"
+FONT = "Menlo, 'DejaVu Sans Mono', Consolas, 'Liberation Mono', monospace"
+HTML = f"""\
+<pre style="background: {BACK}; color: {FRONT}; font-family: {FONT}; line-height: 1.2; \
+padding: 1em; white-space: pre; overflow-x: auto">{{lines}}</pre>
+"""
+WIDE = 1_000_000  # columns: no line is longer
+CELL, LINE, MARGIN = 8.45, 17, 12  # pixels of an SVG whose letters have the size 14
+SVG = f"""\
+<svg xmlns="http://www.w3.org/2000/svg" width="{{width}}" height="{{height}}" \
+viewBox="0 0 {{width}} {{height}}">
+<rect width="{{width}}" height="{{height}}" rx="6" fill="{BACK}"/>
+<g font-family="{FONT}" font-size="14" fill="{FRONT}">
+{{lines}}
+</g>
+</svg>
+"""
+
+
+@dataclass
+class Node:
+    """One line of the picture, and the lines beneath it.
+
+    Attributes:
+        names: the names of the siblings that this line stands for.
+        type: the name of their class.
+        notes: (text, style) of what stands behind the type: marks and parameters.
+        children: the lines beneath.
+        look: equal for siblings that differ in their names only.
+    """
+
+    names: list[str]
+    type: str
+    notes: list[Note]
+    children: list[Node]
+    look: int
+
+
+class Walk:
+    """One walk over a model, bottom up, in which equal subtrees get equal numbers."""
+
+    def __init__(self, keep_non_params: bool) -> None:
+        self.keep_non_params = keep_non_params
+        self.looks: dict[Hashable, int] = {}
+
+    def node(
+        self, name: str, module: nn.Module, delta: bool = False, marks: Sequence[Note] = ()
+    ) -> Node:
+        """The lines of `module`; `delta` says whether its parameters are a delta's."""
+        own = ((key, p) for key, p in module._parameters.items() if p is not None)
+        notes = [*marks, *parameters(own, delta)]
+        layers: dict[str, DeltaLayer] = {}
+        nodes = []
+        for key, child in module._modules.items():
+            if isinstance(child, Stack):
+                layers = dict(child.items())  # type: ignore[arg-type]
+            elif child is not None:
+                nodes.append(self.node(key, child, delta))
+        children = fold(n for n in nodes if self.keep_non_params or n.notes or n.children)
+        for key, layer in layers.items():
+            if layer.acts is Acts.BESIDE:
+                notes += beside(key, layer)
+            else:
+                children.append(self.delta(key, layer))
+        beneath = tuple((tuple(child.names), child.look) for child in children)
+        look = self.looks.setdefault((type(module), tuple(notes), beneath), len(self.looks))
+        return Node([name], type(module).__name__, notes, children, look)
+
+    def delta(self, name: str, layer: DeltaLayer) -> Node:
+        """The lines of a delta layer that stands beneath its module."""
+        marks = [(text, MARK) for text in states(layer)]
+        if layer.stand_in is not None:
+            return self.node(name, layer.stand_in, True, [OWNED, *marks])
+        return self.node(name, layer, True, marks)
+
+
+def parameters(
+    named: Iterable[tuple[str, Tensor]], delta: bool, prefix: str = ""
+) -> Iterator[Note]:
+    """(text, style) of each parameter; `delta` says whether they are a delta's."""
+    for name, parameter in named:
+        shape = "[?]" if is_lazy(parameter) else list(parameter.shape)
+        yield f"{prefix}{name}:{shape}", PARAMETER[delta, parameter.requires_grad]
+
+
+def beside(name: str, layer: DeltaLayer) -> Iterator[Note]:
+    """(text, style) of what stands in its module's line for a delta beside that module."""
+    prefix = "" if name == layer.record.config.delta_type else f"{name}."
+    yield from parameters(layer.named_parameters(), True, prefix)
+    for text in states(layer):
+        yield f"{name} {text}", MARK
+
+
+def states(layer: DeltaLayer) -> list[str]:
+    """What is unusual about how a delta layer acts."""
+    record = layer.record
+    scaled = [f"scale {record.scale:g}"] if record.scale != 1 and layer.scales else []
+    return [*scaled, *([] if record.active else ["disabled"])]
+
+
+def fold(nodes: Iterable[Node]) -> list[Node]:
+    """Siblings that look the same as one node, where the first of them stood."""
+    folded: dict[int, Node] = {}
+    for node in nodes:
+        first = folded.setdefault(node.look, node)
+        if first is not node:
+            first.names += node.names
+    return list(folded.values())
+
+
+def _as_dict(node: Node) -> dict[str, Any]:
+    return {
+        "names": node.names,
+        "type": node.type,
+        "notes": [text for text, _ in node.notes],
+        "children": [_as_dict(child) for child in node.children],
+    }
+
+
+def spell(names: Iterable[str]) -> str:
+    """The names in one word: successive numbers as a range, all else separated by commas."""
+    runs: list[list[str]] = []
+    for name in names:
+        last = runs[-1][-1] if runs else ""
+        if last.isdecimal() and last == str(int(last)) and name == str(int(last) + 1):
+            runs[-1].append(name)
+        else:
+            runs.append([name])
+    return ",".join(run[0] if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def draw(node: Node, above: str = "") -> Tree:
+    """The rich tree of `node`; `above` is the name of the module that it stands beneath."""
+    name = spell(node.names)
+    parts = [(name, FOLDED if len(node.names) > 1 else NAME)]
+    parts += [(f"({node.type})", TYPE)] if above else []
+    parts += [(f"in place of {above}", MARK) if note == OWNED else note for note in node.notes]
+    label = Text()
+    for text, style in parts:
+        printable = text if text.isprintable() else repr(text)[1:-1]
+        label.append(" " if label else "").append(printable, style)
+    drawn = Tree(label)
+    drawn.children = [draw(child, name) for child in node.children]
+    return drawn
+
+
+def coloured(line: Iterable[Segment], tag: Literal["span", "tspan"]) -> str:
+    """The line in HTML or SVG, with a tag around each piece that has a colour."""
+    attribute = 'fill="{}"' if tag == "tspan" else 'style="color: {}"'
+    pieces = []
+    for text, style, _ in line:
+        shown = escape(text)
+        if tag == "tspan":  # an SVG viewer joins successive spaces
+            shown = shown.replace(" ", "\u00a0")
+        colour = COLOURS.get(str(style))
+        pieces.append(f"<{tag} {attribute.format(colour)}>{shown}</{tag}>" if colour else shown)
+    return "".join(pieces)
+
+
+class ModelTree:
+    """The picture of a model as it was when `tree` drew it.
+
+    It shows itself: as plain text where it is printed or stands at a prompt, in colours where rich
+    prints it and in Jupyter.
+    """
+
+    def __init__(self, model: nn.Module, keep_non_params: bool = False) -> None:
+        if not isinstance(model, nn.Module):
+            raise OptionError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+        self._node = Walk(keep_non_params).node("root", model)
+        self._tree = draw(self._node)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        # A console that may not wrap gets whole lines; any other cuts what is wider than itself.
+        if options.no_wrap:
+            options = options.update(width=WIDE, justify=None)
+        yield from console.render(self._tree, options)
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        return Measurement.get(console, options, self._tree)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as JSON can hold it: names, type, parameters and marks, children."""
+        return _as_dict(self._node)
+
+    def _lines(self) -> list[list[Segment]]:
+        console = Console(file=io.StringIO())
+        return console.render_lines(self._tree, console.options.update(width=WIDE), pad=False)
+
+    def __str__(self) -> str:
+        return "\n".join("".join(text for text, *_ in line) for line in self._lines())
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        return HTML.format(lines="\n".join(coloured(line, "span") for line in self._lines()))
+
+    def _svg(self) -> str:
+        lines = self._lines()
+        rows = [
+            f'<text x="{MARGIN}" y="{MARGIN + LINE * row + 13}">{coloured(line, "tspan")}</text>'
+            for row, line in enumerate(lines)
+        ]
+        return SVG.format(
+            width=round(max(map(Segment.get_line_length, lines)) * CELL + 2 * MARGIN),
+            height=len(lines) * LINE + 2 * MARGIN,
+            lines="\n".join(rows),
+        )
+
+    def show(self) -> None:
+        """Print the picture, in colours where the output has them, with no line cut or wrapped."""
+        console = Console(soft_wrap=True)
+        if console.is_jupyter:
+            from IPython.display import display
+
+            display(self)
+        else:
+            console.print(self)
+
+
+@overload
+def tree(model: nn.Module, to: None = None) -> ModelTree: ...
+
+
+@overload
+def tree(model: nn.Module, to: Literal["text", "svg", "html"]) -> str: ...
+
+
+def tree(model: nn.Module, to: str | None = None) -> ModelTree | str:
+    """Draw the modules of `model` with their parameters and deltas.
+
+    Names are white, types green, parameters that train blue and frozen ones grey, those of deltas
+    magenta; a red name stands for several modules that are alike.
+
+    Args:
+        to: "text", "svg" or "html" for a string. None: an object that shows itself, printed, at a
+            prompt, through rich and in Jupyter.
+
+    Raises:
+        OptionError: `to` is something else, or `model` is no module.
+
+    Example:
+        >>> from torch import nn
+        >>> import opendelta
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 2))
+        >>> delta = opendelta.LoraModel(model, modified_modules=["3"], lora_r=1)
+        >>> print(opendelta.tree(model))
+        root
+        ├── 0,2 (Linear) weight:[8, 8] bias:[8]
+        └── 3 (Linear) weight:[2, 8] bias:[2] lora_A:[1, 8] lora_B:[2, 1]
+    """
+    if to not in (None, "text", "svg", "html"):
+        raise OptionError(f"to={to!r} must be 'text', 'svg', 'html' or None")
+    drawn = ModelTree(model)
+    if to == "text":
+        return str(drawn)
+    if to == "svg":
+        return drawn._svg()
+    return drawn._repr_html_() if to == "html" else drawn
+
+
+class Visualization:
+    """The tree of a model, by the name that it has in OpenDelta.
+
+    Example:
+        >>> from torch import nn
+        >>> from opendelta import Visualization
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+        >>> Visualization(model).structure_graph(keep_non_params=True)
+        root
+        ├── 0 (Linear) weight:[2, 2] bias:[2]
+        └── 1 (ReLU)
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def structure_graph(self, printTree: bool = True, keep_non_params: bool = False) -> None:
+        """Print the tree.
+
+        Args:
+            printTree: False: print nothing.
+            keep_non_params: show modules without parameters too, such as dropout and activations.
+
+        Raises:
+            OptionError: the model is no module.
+        """
+        drawn = ModelTree(self.model, keep_non_params)
+        if printTree:
+            drawn.show()
+
+
+def log(
+    model: nn.Module,
+    delta_ratio: bool = True,
+    trainable_ratio: bool = True,
+    visualization: bool = True,
+    cuda_memory: bool = True,
+) -> None:
+    """Print the tree of `model`, shares of its parameters, and memory; see `Delta.log`.
+
+    Raises:
+        OptionError: `model` is no module.
+
+    Example:
+        >>> from torch import nn
+        >>> from opendelta._show.tree import log
+        >>> log(nn.Linear(2, 2), visualization=False, cuda_memory=False)
+        Trainable Ratio: 100.000000%
+        Delta Parameter Ratio: 0.000000%
+    """
+    drawn, counts = ModelTree(model), statistics(model)
+    if visualization:
+        drawn.show()
+    if trainable_ratio:
+        print(f"Trainable Ratio: {counts.trainable_ratio * 100:.6f}%")
+    if delta_ratio:
+        print(f"Delta Parameter Ratio: {counts.delta_ratio * 100:.6f}%")
+    if cuda_memory and torch.cuda.is_available():
+        static, most = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+        print(f"Static Memory {static / 2**30:.2f} GB, Max Memory {most / 2**30:.2f} GB")

@@ -1,0 +1,48 @@
+"""torch.compile and switching: an error where torch would stop compiling new sets of deltas."""
+
+from __future__ import annotations
+
+import logging
+import re
+
+from ..errors import CompileLimitError
+from ..names import SLOT
+
+CLASS = re.compile(r"___check_type_id\(\S*_modules\['[^']*'\], (\d+)\)")
+SITES: set[int] = set()  # ids of the classes that sites have, and have when they are none
+
+
+class LimitFilter(logging.Filter):
+    """Sees torch's message that it compiles no more graphs, and raises if deltas are the reason."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Let all other messages pass.
+
+        Raises:
+            CompileLimitError: what changed is which deltas a module has, or which of them act.
+        """
+        args = record.args
+        at_limit = str(record.msg).startswith("torch._dynamo hit config.")
+        if at_limit and isinstance(args, tuple) and _is_ours(str(args[3])):
+            option, limit, function = args[:3]
+            raise CompileLimitError(
+                f"torch.compile keeps at most {limit} graphs of {function}, and this set of acting "
+                f"deltas would need another. Set torch._dynamo.config.{option} to more, such as "
+                f"{2 * int(str(limit))}: each set that you switch between takes one, and so does "
+                "what else changes, such as a cache"
+            )
+        return True
+
+
+def _is_ours(changed: str) -> bool:
+    """Whether what torch names as changed is a stack, or that a module became a site or is none."""
+    found = CLASS.search(changed)
+    return f"_modules['{SLOT}']" in changed or (found is not None and int(found[1]) in SITES)
+
+
+_filter = LimitFilter()
+
+
+def watch_limit() -> None:
+    """Look out for torch's message from now on."""
+    logging.getLogger("torch._dynamo.convert_frame").addFilter(_filter)  # twice is once

@@ -1,0 +1,145 @@
+"""Layers folded into the weights of their module, and the weights put back bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._layers import low_rank
+from .._layers.base import DeltaLayer, Params
+from .._layers.low_rank import LowRank
+from .._modules import tensors
+from ..errors import DeltaError, SiteError
+from .stack import Stack, Step, stack_of
+
+Named = tuple[str, DeltaLayer]
+
+
+@torch.no_grad()
+def fold_into(where: str, module: nn.Module, run: list[Named]) -> tuple[Step, float | None]:
+    """Fold layers into the weights of a module; the step that undoes it, and a weight's error."""
+    step, error, folded = Step(dict(run)), None, {}
+    for key, (new, blocks) in _new_values(where, module, list(step.layers.values())).items():
+        bits = 0
+        for block in blocks:  # each is checked while the processor's cache still holds it
+            if not tensors.is_finite(block):
+                raise SiteError(
+                    f"{where!r}: merging {', '.join(step.layers)} gives a {key} with values that "
+                    "are not finite; check the delta's tensors and its scale"
+                )
+            bits += _bits(block)
+        folded[key] = new, bits
+    for key, (new, bits) in folded.items():
+        if tensors.is_plain(module._parameters[key]):
+            step.kept[key], step.marks[key] = tensors.replace(module, key, new), bits % 2**64
+            continue
+        change = (new - tensors.in_full(module, key)).norm().clamp_min(1e-30)
+        step.kept[key] = tensors.replace(module, key, new)
+        step.marks[key] = mark(module._parameters[key])
+        error = float((tensors.in_full(module, key) - new).norm() / change)
+    return step, error
+
+
+def _new_values(
+    where: str, module: nn.Module, layers: list[Any]
+) -> dict[str, tuple[Tensor, Iterable[Tensor]]]:
+    """{name of a parameter that changes: its new values, and the same in blocks}.
+
+    What is yet to be computed is computed as the blocks are read. Values are in the parameter's
+    dtype, or in float32 where it is quantised.
+    """
+    if run := _low_rank(module, layers):
+        weight: Any = module._parameters["weight"]
+        kind: Any = layers[0].kind
+        new = torch.empty_like(weight)
+        return {"weight": (new, low_rank.add_to_weight(kind.matrix(weight), kind.matrix(new), run))}
+    own = {key: p for key, p in module._parameters.items() if key in ("weight", "bias")}
+    exact: Params = {k: tensors.in_full(module, k) for k, p in own.items() if p is not None}
+    folded = exact
+    try:
+        for layer in layers:
+            folded = layer.fold(folded)
+    except KeyError as error:
+        if error.args[0] not in {"weight", "bias"} - exact.keys():
+            raise
+        raise SiteError(
+            f"{where!r} ({type(module).__name__}): its {error.args[0]} is no parameter of its own, "
+            "as of a parametrized module: remove the parametrization, or merge the deltas elsewhere"
+        ) from None
+    changed = {key: tensor for key, tensor in folded.items() if tensor is not exact[key]}
+    rounded = {key: tensor.to(_float_of(own[key])) for key, tensor in changed.items()}
+    return {key: (tensor, [tensor]) for key, tensor in rounded.items()}
+
+
+def _low_rank(module: nn.Module, layers: list[Any]) -> list[LowRank]:
+    """The changes of a plain weight that are all the layers make; empty where they do more."""
+    weight: Any = module._parameters.get("weight")
+    if not tensors.is_plain(weight) or not weight.is_contiguous():
+        return []
+    run = [layer.folds_as() for layer in layers]
+    return [] if None in run else run
+
+
+def _float_of(parameter: Any) -> torch.dtype:
+    """What new values of a parameter are rounded to; float32 where it is quantised."""
+    return parameter.dtype if tensors.is_plain(parameter) else torch.float32
+
+
+def mark(parameter: Any) -> int:
+    """A number that tells whether the bits of a parameter changed."""
+    return _bits(parameter) % 2**64 if tensors.is_plain(parameter) else id(parameter)
+
+
+def _bits(tensor: Tensor) -> int:
+    """The sum over a tensor's 8-byte words and the bytes that are left, up to multiples of 2^64."""
+    flat = tensor.detach().contiguous().view(-1)
+    if flat.storage_offset() * flat.element_size() % 8:
+        flat = flat.clone()
+    if rest := flat.numel() * flat.element_size() % 8:
+        flat = flat.view(torch.uint8)
+        return int(flat[:-rest].view(torch.int64).sum()) + int(flat[-rest:].sum())
+    return int(flat.view(torch.int64).sum())
+
+
+def check_unchanged(where: str, module: nn.Module, stack: Stack, key: str, what: str) -> None:
+    """Raise if a merged parameter was changed since, which `what` would lose."""
+    newest = [step.marks[key] for step in stack.steps if key in step.marks][-1]
+    if mark(module._parameters[key]) != newest:
+        raise DeltaError(
+            f"{where}.{key} was changed after the merge, and {what} would lose that; "
+            "merge after training and loading, or keep the merged model as it is"
+        )
+
+
+def undo(module: nn.Module, stack: Stack) -> None:
+    """Undo the last step of merging on one site."""
+    step = stack.steps.pop()
+    for key, kept in step.kept.items():
+        tensors.put_back(module, key, kept)
+    for layer in step.layers.values():
+        layer.record.merged -= 1
+
+
+def kept(where: str, module: nn.Module, key: str, what: str = "") -> Tensor | None:
+    """A parameter's values from before all merging; None if nothing merged changed them.
+
+    Also None for one that is quantised.
+
+    Args:
+        where: the full name of `module`.
+        what: what would lose it if the parameter was changed since; "" asks for no such error.
+
+    Raises:
+        DeltaError: it was.
+    """
+    stack = stack_of(module)
+    steps = stack.steps if stack is not None else []
+    values = next((step.kept[key] for step in steps if key in step.kept), None)
+    if not isinstance(values, Tensor):
+        return None
+    if what:
+        check_unchanged(where, module, stack, key, what)  # type: ignore[arg-type]
+    return values

@@ -1,0 +1,284 @@
+"""How a site lets the rows of a batch take different layers.
+
+At a site, rows that take the same of its layers are a group. The module's own forward runs once for
+all rows, and each group's layers see its rows of what went in and came out. Low-rank layers beside
+a linear module are added to the rows of its output, and rows with factors of one size in a single
+batched product."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._layers import labels, low_rank
+from .._layers.base import Acts, DeltaLayer
+from .._layers.low_rank import LowRank
+from .._modules import arithmetic, calls
+from ..errors import SiteError, quoted
+from . import runs as runs_
+from .rows import Groups, Handovers, Rows, ShapeError, SharedCall, cut, joined
+from .runs import KeptFactors
+from .stack import Stack
+
+EXPERTS = re.compile(r"(^|\.)experts\.")  # they see some tokens of all rows
+OWN_BATCH = "give such rows a batch of their own"
+
+
+class Routed:
+    """How the rows of a batch go through one site while `route` lasts.
+
+    A copy of it, by deepcopy or pickle, is None: the copy of a model is not routed.
+
+    Args:
+        where: the full name of the site.
+        rows: what all sites of the model share.
+        holds_sites: whether there are other sites inside the site's module.
+    """
+
+    def __init__(self, where: str, rows: Rows, holds_sites: bool) -> None:
+        self.where, self.rows, self.holds_sites = where, rows, holds_sites
+
+    def __reduce__(self) -> tuple:
+        return type(None), ()
+
+    def check_alike(self, acting: Sequence[DeltaLayer]) -> None:
+        """Raise unless all rows take the same of these layers."""
+        for layer in acting:
+            self.check_common(layer, "acts on the weight that the module around it reads")
+
+    def check_common(self, layer: DeltaLayer, why: str) -> None:
+        """Raise unless all rows take the layer, or none does."""
+        if len(set(self.rows.takers(layer.record.name))) > 1:
+            raise SiteError(
+                f"{layer.record.name!r} on {quoted(self.where)} {why}, so that it acts on all rows "
+                f"of a batch or on none: {OWN_BATCH}"
+            )
+
+    def check(self, stack: Stack, module: nn.Module) -> None:
+        """Raise if the stack has layers that cannot act on some rows alone."""
+        acting: list[Any] = [
+            layer
+            for name, layer in stack._modules.items()
+            if layer.record.active and not (stack.steps and stack.holds(name))  # type: ignore
+        ]
+        for layer in acting:
+            if EXPERTS.search(self.where):
+                self.check_common(layer, "sees some tokens of all rows, mixed")
+            if layer.for_all_rows is not None:
+                self.check_common(layer, layer.for_all_rows)
+            for other in computing(acting) if layer.stands_alone else ():
+                self.check_common(other, f"acts beside {layer.record.name!r}, a prompt")
+        heads = [layer for layer in acting if layer.labels is not None]
+        if heads:
+            self._check_labels(heads, labels.count_of(module))
+
+    def _check_labels(self, heads: list[DeltaLayer], own: int | None) -> None:
+        counts = [own] * len(self.rows.names)
+        for layer in heads:  # the last one decides
+            takes = self.rows.takers(layer.record.name)
+            counts = [layer.labels if t else n for t, n in zip(takes, counts, strict=True)]
+        if len(set(counts)) > 1:
+            raise SiteError(
+                f"the rows of route() have heads for {counts} labels, which fit into no one "
+                f"batch: {OWN_BATCH}"
+            )
+
+    # ------------------------------------------------------------------------------- running
+    def run(
+        self,
+        stack: Stack,
+        acting: list[DeltaLayer],
+        call: Callable[..., Any],
+        module: nn.Module,
+        raw: bool,
+        /,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """`call`, the forward of `module`, with each row's own of the acting layers around it."""
+        acting = computing(acting)
+        if not acting:
+            return call(*args, **kwargs)
+        if "_is_replica" in module.__dict__:
+            raise SiteError("route() does not know which rows DataParallel gives to which device")
+        x = next((x for x in calls.every(Tensor, [args, kwargs]) if x.ndim), None)
+        if x is None:
+            raise SiteError(f"no rows to route: no tensor goes into {quoted(self.where)}")
+        grouped = self.rows.groups(acting, x, self.where)
+        if len(grouped.groups) == 1:
+            path = [acting[index] for index in grouped.groups[0].path]
+            return stack.onion(path, call, module, raw)(*args, **kwargs)
+        runs, whole = _runs(stack, acting, grouped, x), []
+        if runs is not None:
+            out = call(*args, **kwargs)
+            if type(out) is Tensor and out.dtype == x.dtype and out.is_contiguous():
+                return add_rows(out, x, raw, grouped, runs, stack.kept_factors)
+            whole.append(out)
+        within: list[Any] = [layer for layer in acting if layer.routes_itself]
+        if within:  # they know all rows; see `opened`
+            call = stack.onion(within, call, module, raw)
+        once = SharedCall(call, (args, kwargs), len(grouped.of_row), whole)
+        why = "has other deltas inside" if self.holds_sites else ""
+        why = "has a prefix inside" if within else why
+        paths = [[acting[index] for index in group.path] for group in grouped.groups]
+        paths = [[layer for layer in path if layer not in within] for path in paths]
+        around = functools.partial(stack.onion, module=module, raw=False)
+        return self._in_groups(around, grouped, paths, once, why)
+
+    def _in_groups(
+        self,
+        around: Callable[[list[DeltaLayer], Callable[..., Any]], Callable[..., Any]],
+        grouped: Groups,
+        paths: list[list[DeltaLayer]],
+        once: SharedCall,
+        whole: str,
+    ) -> Any:
+        """What the layers of each group make of its rows, put together.
+
+        Args:
+            around: puts layers around a call.
+            paths: the layers of each group.
+            whole: why the module cannot run on the rows of one group alone, if so.
+        """
+        cells, parts = Handovers([layer for path in paths for layer in path]), []
+        for group, path in zip(grouped.groups, paths, strict=True):
+            given = cut(once.given, once.batch, group.rows)
+            if path and path[0].acts is Acts.INSTEAD:
+                self._check_alone(path[0], given, "")
+            check = functools.partial(self._check_alone, path[0] if path else None, given, whole)
+            inner = functools.partial(once.for_rows, group.rows, given, check)
+            cells.open(group.rows)
+            parts.append(around(path, inner)(*given[0], **given[1]))
+            cells.close(group.rows, once.batch)
+        cells.leave()
+        try:
+            return joined(parts, grouped)
+        except ShapeError as error:
+            names = [[layer.record.name for layer in path] for path in paths]
+            raise SiteError(
+                f"rows with {names} get outputs of {quoted(self.where)} of the shapes {error}, "
+                f"which fit into no one batch: {OWN_BATCH}"
+            ) from None
+
+    def _check_alone(self, layer: Any, given: tuple, why: str) -> None:
+        """Raise if the module cannot run on the rows of one group alone.
+
+        Args:
+            layer: the innermost of the group's layers.
+            given: the arguments and keyword arguments for its rows.
+            why: a reason that is known, if any.
+        """
+        args, kwargs = given
+        if any(hasattr(value, "get_seq_length") for value in (*args, *kwargs.values())):
+            why = "fills a KV cache"
+        if why:
+            raise SiteError(
+                f"{layer.record.name!r} lets {quoted(self.where)} run on its rows by themselves, "
+                f"but that {why}, for all rows at once: {OWN_BATCH}"
+            )
+
+    def opened(self, layer: DeltaLayer, logit: Tensor | None, key: Tensor) -> Tensor | None:
+        """The log of what weighs a prefix [batch, length or 1, 1], 0 for rows without it.
+
+        Args:
+            logit: the same for rows that all take it; None: 0 everywhere.
+            key: the keys [batch, ...].
+        """
+        groups = self.rows.groups([layer], key, self.where).groups
+        if all(group.path for group in groups):
+            return logit
+        closed = key.new_zeros(key.size(0), 1, 1)
+        for group in groups:
+            if not group.path:
+                closed[group.rows] = float("-inf")
+        return closed if logit is None else logit + closed
+
+
+def computing(acting: list[DeltaLayer]) -> list[DeltaLayer]:
+    return [layer for layer in acting if layer.computes]
+
+
+def _runs(
+    stack: Stack, acting: list[DeltaLayer], grouped: Groups, x: Tensor
+) -> list[LowRank | None] | None:
+    """The factors of each group as one pair, None for no layers; None if `add_rows` is not all."""
+    if not low_rank.is_eager(x):
+        return None
+    pairs = runs_.pairs(acting, 0) if stack.kept_factors is None else []
+    if stack.kept_factors is None and len(pairs) < len(acting):
+        return None
+    found: list[LowRank | None] = []
+    for group in grouped.groups:
+        path = group.path
+        if stack.kept_factors is not None and path:
+            run, count = stack.kept_factors.run([acting[index] for index in path], 0)
+            if count < len(path) or len(run) > 1:
+                return None
+            pair: LowRank | None = run[0]
+        elif len(path) > 1:
+            pair = low_rank.side_by_side([pairs[index] for index in path])
+        else:
+            pair = pairs[path[0]] if path else None
+        if pair is not None and pair.dropout:
+            return None
+        found.append(pair)
+    return None if torch.is_grad_enabled() and not _alike(found, grouped) else found
+
+
+def _alike(runs: Sequence[LowRank | None], grouped: Groups) -> bool:
+    """Whether the rows' factors are of one size, and not the same for several rows each."""
+    sizes = {(pair.A.size(0), pair.scale) for pair in runs if pair is not None}
+    return len(sizes) == 1 and 2 * len(runs) > len(grouped.of_row)
+
+
+def add_rows(
+    out: Tensor,
+    x: Tensor,
+    raw: bool,
+    grouped: Groups,
+    runs: list[LowRank | None],
+    frozen: KeptFactors | None,
+) -> Tensor:
+    """`out` with the products of each group's factors added to its rows.
+
+    Args:
+        out: what the module gave [batch, ..., out_features].
+        x: its input [batch, ..., in_features].
+        raw: `out` may be written to.
+        runs: the factors of each group; None: it has none.
+        frozen: what keeps them, if anything does.
+    """
+    batch, traced = len(grouped.of_row), torch.is_grad_enabled()
+    out = out if raw or traced else out.clone()
+    rows, y = x.reshape(batch, -1, x.size(-1)), out.view(batch, -1, out.size(-1))
+    if _alike(runs, grouped):
+        pairs = [runs[number] for number in grouped.of_row]
+        A, B, scale = _stacked(pairs) if frozen is None else frozen.once(pairs, _stacked)
+        h = torch.bmm(low_rank.like(A, x), rows.mT)  # on a CPU up to a third faster than x A^T
+        add = torch.baddbmm if traced else Tensor.baddbmm_
+        return add(y, h.mT, low_rank.like(B, x).mT, alpha=scale).view_as(out)
+    for group, pair in zip(grouped.groups, runs, strict=True):
+        if pair is not None:
+            B = low_rank.like(pair.B, x)
+            h = arithmetic.linear(rows[group.rows].flatten(0, 1), pair.A)
+            if isinstance(group.rows, slice):
+                y[group.rows].flatten(0, 1).addmm_(h, B.t(), alpha=pair.scale)
+            else:
+                change = torch.mm(h, B.t()).view(group.count, *y.shape[1:])
+                y.index_add_(0, group.rows, change, alpha=pair.scale)
+    return out
+
+
+def _stacked(pairs: Sequence[LowRank | None]) -> tuple[Tensor, Tensor, float]:
+    """A [batch, rank, in_features], B [batch, out_features, rank] and the scale of all rows."""
+    known = nothing = next(pair for pair in pairs if pair is not None)
+    if None in pairs:
+        nothing = known._replace(A=known.A.detach(), B=torch.zeros_like(known.B.detach()))
+    each = [nothing if pair is None else pair for pair in pairs]
+    A, B = torch.stack([pair.A for pair in each]), torch.stack([pair.B for pair in each])
+    return A, B, known.scale

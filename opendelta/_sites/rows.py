@@ -1,0 +1,259 @@
+"""Rows of a batch: which take the same layers of a site, and taking them apart and together."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._layers.base import DeltaLayer
+from ..errors import SiteError, quoted
+
+MOST_KEPT = 16
+
+
+@dataclass(frozen=True)
+class Group:
+    """The rows of a batch that take the same layers of a site.
+
+    Attributes:
+        path: which of the acting layers those are, by index.
+        rows: where the rows are in the batch.
+        count: how many they are.
+    """
+
+    path: tuple[int, ...]
+    rows: slice | Tensor
+    count: int
+
+
+@dataclass(frozen=True)
+class Groups:
+    """All rows of a batch, by what they take of a site.
+
+    Attributes:
+        groups: in the order of their first rows.
+        of_row: the number of each row's group.
+        order: puts the rows of all groups, one group after the other, in order; None: they are.
+    """
+
+    groups: list[Group]
+    of_row: list[int]
+    order: Tensor | None
+
+
+class Rows:
+    """The deltas that the rows of a batch take, and their groups, which alike sites share.
+
+    Args:
+        names: of the deltas that each row takes.
+        known: the names of all deltas that rows can take; others act on all rows.
+        repeats: how many rows in a row a batch may have for each of those.
+    """
+
+    def __init__(self, names: list[frozenset[str]], known: frozenset[str], repeats: int) -> None:
+        self.names, self.known, self.repeats = names, known, repeats
+        self.found: dict[tuple, Groups] = {}
+
+    def takers(self, name: str) -> list[bool]:
+        """For each row whether it takes the delta, if that acts at all."""
+        return [name in row or name not in self.known for row in self.names]
+
+    def groups(self, acting: Sequence[DeltaLayer], x: Tensor, where: str) -> Groups:
+        """The rows of `x` by what they take of the acting layers.
+
+        Raises:
+            SiteError: it has another number of rows than there are, repeated or not.
+        """
+        names = [layer.record.name for layer in acting]
+        if torch.compiler.is_compiling():
+            return self._grouped(names, x.size(0), x.device, where)
+        key = (x.size(0), x.device, *names)
+        found = self.found.get(key)
+        if found is None:
+            if len(self.found) > MOST_KEPT:  # tokens may come as rows, in ever new numbers
+                self.found.clear()
+            found = self.found[key] = self._grouped(names, x.size(0), x.device, where)
+        return found
+
+    def _grouped(
+        self, names: Sequence[str], batch: int, device: torch.device, where: str
+    ) -> Groups:
+        times = 1 if batch == len(self.names) else self.repeats
+        if times * len(self.names) != batch:
+            wanted = f"{len(self.names)} rows" + f" x {self.repeats}" * (self.repeats > 1)
+            whole, rest = divmod(batch, len(self.names))
+            beams = "For generate() with beams, or several sequences a row, give "
+            raise SiteError(
+                f"route() was given {wanted}, but the input of {quoted(where)} has {batch} on its "
+                "first axis, where the rows of the batch must be. "
+                + (f"{beams}repeats={whole}. " if whole and not rest else "")
+                + "If they are not there, leave that module out of the deltas by exclude_modules="
+            )
+        paths: dict[tuple[int, ...], list[int]] = {}
+        takers = [self.takers(name) for name in names]
+        for index in range(len(self.names)):
+            path = tuple(i for i, taken in enumerate(takers) if taken[index])
+            paths.setdefault(path, []).extend(range(index * times, (index + 1) * times))
+        groups: list[Group] = []
+        of_row = [0] * batch
+        for path, rows in paths.items():
+            for row in rows:
+                of_row[row] = len(groups)
+            run = slice(rows[0], rows[-1] + 1)
+            together = run.stop - run.start == len(rows)
+            groups.append(
+                Group(path, run if together else torch.tensor(rows, device=device), len(rows))
+            )
+        after = [row for rows in paths.values() for row in rows]
+        if after == list(range(batch)):
+            return Groups(groups, of_row, None)
+        places = [0] * batch
+        for place, row in enumerate(after):
+            places[row] = place
+        return Groups(groups, of_row, torch.tensor(places, device=device))
+
+
+# ----------------------------------------------------------------------------- apart and together
+def cut(value: Any, batch: int, rows: slice | Tensor) -> Any:
+    """`value` with some of the rows of each tensor in it that has `batch` of them."""
+    if isinstance(value, Tensor):
+        return value[rows] if value.ndim and value.size(0) == batch else value
+    if isinstance(value, dict):
+        return _like_mapping(value, {key: cut(item, batch, rows) for key, item in value.items()})
+    if isinstance(value, tuple | list):
+        items = [cut(item, batch, rows) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return value
+
+
+class ShapeError(ValueError):
+    """Outputs that fit into no one batch; the message is their shapes."""
+
+
+def joined(parts: list[Any], grouped: Groups) -> Any:
+    """The outputs of the groups as one output for all rows.
+
+    Raises:
+        ShapeError: they differ in more than the number of rows.
+    """
+    first = parts[0]
+    if isinstance(first, dict):
+        items = {key: joined([part[key] for part in parts], grouped) for key in first}
+        return _like_mapping(first, items)
+    if isinstance(first, tuple | list):
+        found = [joined(list(each), grouped) for each in zip(*parts, strict=True)]
+        return type(first)(*found) if hasattr(first, "_fields") else type(first)(found)
+    if not isinstance(first, Tensor) or all(part is first for part in parts):
+        return first
+    counts = [part.size(0) if part.ndim else 0 for part in parts]
+    alike = all(part.shape[1:] == first.shape[1:] for part in parts)
+    if not alike or counts != [group.count for group in grouped.groups]:
+        raise ShapeError(", ".join(str(tuple(part.shape)) for part in parts))
+    together = torch.cat(parts)
+    return together if grouped.order is None else together[grouped.order]
+
+
+def _like_mapping(value: dict, items: dict) -> dict:
+    """A copy of `value`, a dict or a ModelOutput, with these items."""
+    if type(value) is dict:
+        return items
+    out = copy.copy(value)
+    for key, item in items.items():
+        if item is not value[key]:
+            out[key] = item
+    return out
+
+
+# ------------------------------------------------------------------------------- calls and branches
+def _same(one: Any, other: Any) -> bool:
+    """Whether two calls have the same objects as arguments, also in tuples, lists and mappings."""
+    if isinstance(one, dict):
+        known = isinstance(other, dict) and one.keys() == other.keys()
+        return known and all(_same(one[key], other[key]) for key in one)
+    if isinstance(one, tuple | list):
+        known = isinstance(other, tuple | list) and len(one) == len(other)
+        return known and all(_same(a, b) for a, b in zip(one, other, strict=True))
+    return one is other
+
+
+class SharedCall:
+    """The forward of a module beneath the layers of each group: once, for all rows.
+
+    It runs on the rows of a group alone where a layer changes what goes in.
+
+    Args:
+        given: the arguments and keyword arguments for all rows.
+        batch: how many rows those are.
+        whole: what the module gave for them, if it ran.
+    """
+
+    def __init__(
+        self, call: Callable[..., Any], given: tuple, batch: int, whole: list[Any]
+    ) -> None:
+        self.call, self.given, self.batch, self.whole = call, given, batch, whole
+
+    def for_rows(
+        self,
+        rows: slice | Tensor,
+        given: tuple,
+        check: Callable[[], None],
+        /,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """What the module gives for the rows of a group.
+
+        Args:
+            given: the arguments and keyword arguments for those rows, as they come in.
+            check: raises if the module cannot run on them alone.
+            args, kwargs: what the group's layers made of them.
+        """
+        if not _same((args, kwargs), given):
+            check()
+            return self.call(*args, **kwargs)
+        if not self.whole:
+            self.whole.append(self.call(*self.given[0], **self.given[1]))
+        return cut(self.whole[0], self.batch, rows)
+
+
+class Handovers:
+    """Lets branches from one site to another find the rows of each group, and puts them together.
+
+    Args:
+        acting: the layers of the site where branches start or end.
+    """
+
+    def __init__(self, acting: Sequence[DeltaLayer]) -> None:
+        every: list[Any] = [ly for ly in acting if ly.handover is not None]
+        starts = {ly.handover: ly.hands_over for ly in every}
+        self.cells: list[Any] = list(starts)
+        left = [cell.take() for cell in self.cells]
+        # what is left where a branch starts is of a forward that did not reach its end
+        self.held = [None if starts[c] else v for c, v in zip(self.cells, left, strict=True)]
+        self.new: list[Tensor | None] = [None for _ in self.cells]
+
+    def open(self, rows: slice | Tensor) -> None:
+        """Let the layers of a group find its rows of what comes from another site."""
+        for cell, value in zip(self.cells, self.held, strict=True):
+            if value is not None:
+                cell.put(value[rows])
+
+    def close(self, rows: slice | Tensor, batch: int) -> None:
+        """Keep the rows that the layers of a group leave for another site."""
+        for index, cell in enumerate(self.cells):
+            value = cell.take()
+            if value is not None and self.held[index] is None:
+                if self.new[index] is None:
+                    self.new[index] = value.new_zeros(batch, *value.shape[1:])
+                self.new[index][rows] = value  # type: ignore[index]
+
+    def leave(self) -> None:
+        """Leave the rows of all groups for another site; those of rows without a branch are 0."""
+        for cell, value in zip(self.cells, self.new, strict=True):
+            if value is not None:
+                cell.put(value)

@@ -1,0 +1,113 @@
+"""Which layers of a stack run as one, and what is kept of them while nothing changes.
+
+The factors are put side by side anew for every forward: nothing tells whether a copy of parameters
+that was kept is still right, because fused optimizers and `.data` change values unseen. It is kept
+only where the user says that nothing changes; see `Frozen`.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules import module as modules
+
+from .._layers import low_rank
+from .._layers.base import DeltaLayer
+from .._layers.low_rank import LowRank, side_by_side
+from ..errors import DeltaError
+
+
+def pairs(acting: Sequence[DeltaLayer], start: int) -> list[LowRank]:
+    """The factors of the layers from `start` on, as far as they can run as one."""
+    found: list[LowRank] = []
+    if not low_rank.ENABLED or modules._has_any_global_hook():  # somebody watches all calls
+        return found
+    for index in range(start, len(acting)):
+        layer: Any = acting[index]
+        if not layer.runs_as_factors or layer.gate is not None or _is_watched(layer.__dict__):
+            break
+        pair = layer.low_rank()
+        if pair is None:
+            break
+        found.append(pair)
+    return found
+
+
+class KeptFactors:
+    """The joined factors of the runs of one site, kept while `composition(model).frozen()` lasts.
+
+    A copy of it, by deepcopy or pickle, is None: the copy of a model is not frozen.
+    """
+
+    def __init__(self) -> None:
+        self.runs: dict[tuple, tuple[list[tuple[float, bool]], list[LowRank], int]] = {}
+        self.sources: dict[Tensor, int] = {}
+        self.made: tuple[list[Any], Any] = [], None
+        self.late = False
+
+    def run(self, acting: Sequence[DeltaLayer], start: int) -> tuple[list[LowRank], int]:
+        """The factors of the run at `start`, joined, and how many layers they stand for.
+
+        Raises:
+            DeltaError: a gradient would have to reach them.
+        """
+        key = tuple(acting[start:])
+        states = [(layer.record.scale, layer.training) for layer in acting[start:]]
+        if key not in self.runs or self.runs[key][0] != states:
+            run = pairs(acting, start)
+            if any(pair.dropout for pair in run) or "_is_replica" in acting[start].__dict__:
+                return run, len(run)
+            whole = [LowRank(*map(_values, side_by_side(run)))] if run else run
+            joined = acting[start : start + len(run)] if key not in self.runs else ()
+            for tensor in [p for layer in joined for p in layer.parameters()]:
+                if not tensor.is_inference():
+                    self.sources.setdefault(tensor, tensor._version)
+            self.runs[key] = states, whole, len(run)
+        if torch.is_grad_enabled() and any(p.requires_grad for p in self.sources):
+            raise DeltaError(
+                "frozen() keeps copies of the deltas' tensors, which no gradient reaches: run the "
+                "model under torch.no_grad() inside it, or train outside of it"
+            )
+        return self.runs[key][1:]
+
+    def once(self, parts: list[Any], make: Callable[[list[Any]], Any]) -> Any:
+        """What `make` gives for `parts`, which `run` keeps; made anew for other parts only."""
+        known, made = self.made
+        if len(known) != len(parts) or any(map(operator.is_not, known, parts)):
+            made = make(parts)
+            self.made = parts, made
+        return made
+
+    def forget(self, layer: DeltaLayer) -> None:
+        """Drop what is kept of a layer that is taken off."""
+        self.late = self.changed()
+        self.runs = {key: run for key, run in self.runs.items() if layer not in key}
+        for parameter in layer.parameters():
+            self.sources.pop(parameter, None)
+        self.made = [], None
+
+    def changed(self) -> bool:
+        """Whether values changed since they were copied, as far as torch counts changes."""
+        return self.late or any(p._version != version for p, version in self.sources.items())
+
+    def __reduce__(self) -> tuple:
+        return type(None), ()
+
+
+def _values(part: Any) -> Any:
+    return part.detach() if isinstance(part, Tensor) else part
+
+
+def _is_watched(own: dict[str, Any]) -> bool:
+    """Whether somebody sees the calls of the layer whose attributes these are."""
+    return bool(
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
+    )

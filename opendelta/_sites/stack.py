@@ -1,0 +1,200 @@
+"""The ordered delta layers of one module.
+
+    f0 = the module's own forward;  f(i+1) = layer_i around f_i;  the module computes f_n
+
+The stack is data, an ordered mapping: any layer may leave, return or move at any time.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from .._layers import low_rank
+from .._layers.base import Acts, DeltaLayer, Params
+from ..errors import SiteError
+from ..names import SLOT
+from . import runs
+
+LONGEST_NAME = 64
+NAME = re.compile(rf"[A-Za-z0-9_-]{{1,{LONGEST_NAME}}}")
+
+
+def _step_aside(*_: Any) -> None:
+    """Does nothing: torch's fused paths see a hook in the subtree and then call the children."""
+
+
+@dataclass
+class Step:
+    """One merging of layers into the weights of their module.
+
+    Attributes:
+        layers: the layers by name, the innermost first.
+        kept: {name of a parameter: what puts its old values back}.
+        marks: {name of a parameter: a number that tells whether its new values changed since}.
+    """
+
+    layers: dict[str, DeltaLayer] = field(default_factory=dict)
+    kept: dict[str, Any] = field(default_factory=dict)
+    marks: dict[str, int] = field(default_factory=dict)
+
+
+class Router(Protocol):
+    """Lets each row of a batch take its own layers of a stack; see `routed`.
+
+    Attributes:
+        rows: what the rows of the batch take, the same at all sites of the model.
+    """
+
+    rows: Any
+
+    def run(
+        self,
+        stack: Stack,
+        acting: list[DeltaLayer],
+        call: Callable[..., Any],
+        module: nn.Module,
+        raw: bool,
+        /,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """`call`, the forward of `module`, with each row's own of the acting layers around it."""
+
+    def check_alike(self, acting: Sequence[DeltaLayer]) -> None:
+        """Raise unless all rows take the same of these layers."""
+
+
+class Stack(nn.ModuleDict):
+    """The ordered delta layers of one site; the first is the innermost.
+
+    An empty stack computes what the plain module computes. `ran` holds the names of the layers that
+    have run outside of compiled code; DataParallel's replicas share it. Layers that `steps` merged
+    do not act.
+    """
+
+    ran: set[str]
+    steps: list[Step]
+    kept_factors: runs.KeptFactors | None = None
+    router: Router | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.__dict__.update(ran=set(), steps=[])  # nn.Module would look at each attribute
+        self.register_forward_pre_hook(_step_aside)
+
+    def _acting(self) -> list[DeltaLayer]:
+        acting: list[Any] = []
+        ran, steps = self.ran, self.steps
+        watched = not torch.compiler.is_compiling()  # no side effect, hence no guard, in a graph
+        for name, layer in self._modules.items():
+            if layer.record.active and not (steps and self.holds(name)):  # type: ignore
+                acting.append(layer)
+                if watched:
+                    ran.add(name)
+        return acting
+
+    @property
+    def layers(self) -> Iterable[DeltaLayer]:
+        """The layers, the innermost first."""
+        return self._modules.values()  # type: ignore[return-value]
+
+    def holds(self, name: str) -> bool:
+        """Whether the layer of this name is merged into the module's weights."""
+        return any(name in step.layers for step in self.steps)
+
+    def merged(self) -> list[str]:
+        """The names of the layers that are merged into the weights, the innermost first."""
+        return [name for step in self.steps for name in step.layers]
+
+    def forward(self, input: Any) -> Any:
+        """`input`, unchanged: for modules such as Sequential, which call all of their children."""
+        return input
+
+    def in_order(self) -> list[tuple[str, DeltaLayer]]:
+        """(name of the delta, layer), the innermost first."""
+        return list(self._modules.items())  # type: ignore[arg-type]
+
+    def around(
+        self, call: Callable[..., Any], module: nn.Module, raw: bool = False
+    ) -> Callable[..., Any]:
+        """`call`, the forward of `module`, with all active layers around it.
+
+        Args:
+            raw: whether `call` is the forward of torch's Linear or the like.
+        """
+        acting = self._acting()
+        if self.router is not None:
+            return functools.partial(self.router.run, self, acting, call, module, raw)
+        return self.onion(acting, call, module, raw)
+
+    def onion(
+        self, acting: list[DeltaLayer], call: Callable[..., Any], module: nn.Module, raw: bool
+    ) -> Callable[..., Any]:
+        """`call` with these layers around it, the first as the innermost."""
+        index = 0
+        while index < len(acting):
+            layer = acting[index]
+            if (
+                torch.compiler.is_compiling() or self.kept_factors is None
+            ):  # no guard on what is kept
+                run = runs.pairs(acting, index)
+                count = len(run)
+            else:
+                run, count = self.kept_factors.run(acting, index)
+            if run:
+                call = functools.partial(low_rank.add, call, run, raw and index == 0)
+                index += count
+                continue
+            call = layer.around(call, module, acting[:index], raw and index == 0)
+            index += 1
+        return call
+
+    def fold(self, params: Params) -> Params:
+        """`params` with all active layers folded in."""
+        acting = self._acting()
+        if self.router is not None:
+            self.router.check_alike(acting)
+        for layer in acting:
+            params = layer.fold(params)
+        return params
+
+    def sort(self) -> None:
+        """Put the layers into the total order, those in the module's place beneath all others.
+
+        The mapping object itself stays the same.
+        """
+        ordered = sorted(
+            self.in_order(),
+            key=lambda item: (item[1].acts is not Acts.INSTEAD, item[1].record.rank),
+        )
+        if [name for name, _ in ordered] != list(self._modules):
+            self._modules.clear()
+            self._modules.update(ordered)
+
+
+RESERVED = frozenset(dir(Stack()))
+
+
+def stack_of(module: nn.Module) -> Stack | None:
+    """The stack that `module` carries, or None. A stack may be empty."""
+    children = module._modules
+    child = children[SLOT] if SLOT in children else None  # noqa: SIM401  a ScriptModule has no get
+    return child if isinstance(child, Stack) else None
+
+
+def check_name(name: str) -> None:
+    """Raise unless `name` can be the key of a layer in every stack."""
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise SiteError(f"{name!r} is no name for a delta: use 1 to 64 letters, digits, '_' or '-'")
+    if name in RESERVED:
+        raise SiteError(
+            f"{name!r} is no name for a delta: torch.nn.ModuleDict has an attribute of that name; "
+            f"use another, such as '{name}_delta'"
+        )

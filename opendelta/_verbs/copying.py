@@ -1,0 +1,87 @@
+"""Copies of a whole model without its deltas: over the same tensors, or with all in the weights."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, TypeVar
+
+from torch import nn
+
+from .._backbone.backbone import Backbone
+from .._backbone.copying import plain_copy
+from .._deltas import first_forward, state_dict
+from .._layers import labels
+from .._modules import tensors
+from .._sites import merged
+from ..errors import DeltaError
+from . import merging
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def shared_copy(model: Module) -> Module:
+    """A second module tree over the tensors of `model`, without its deltas.
+
+    Several compositions live side by side on one backbone in memory, each on a copy of its own;
+    they may run in several threads. What is written into a shared tensor in place is seen by all;
+    `requires_grad` flags, merging and moving to another device or dtype are each copy's own.
+
+    Raises:
+        DeltaError: deltas are merged into the weights.
+
+    Example:
+        >>> from torch import nn
+        >>> import opendelta
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> de, fr = opendelta.shared_copy(model), opendelta.shared_copy(model)
+        >>> german = opendelta.LoraModel(de, modified_modules=["0"])
+        >>> de[0].weight.data_ptr() == fr[0].weight.data_ptr()
+        True
+        >>> opendelta.composition(fr).names
+        []
+    """
+    backbone = Backbone.of(model)
+    for record in backbone.records():
+        record.require_apart("cannot share the weights under")
+    memo: dict[int, Any] = {}
+    for parameter in backbone.parameters().values():
+        if tensors.is_plain(parameter):
+            shared = nn.Parameter(parameter.detach(), parameter.requires_grad)
+            memo[id(parameter)] = shared
+        else:
+            memo[id(parameter)] = parameter
+    for module in backbone.modules.values():
+        memo.update({id(b): b for b in module._buffers.values() if b is not None})
+    copied: Any = plain_copy(backbone, "", memo)
+    fresh = Backbone.of(copied)
+    state_dict.unwatch_state(fresh)
+    first_forward.unwatch_forward(fresh)
+    return copied
+
+
+def to_backbone(model: Module) -> Module:
+    """A plain model whose weights hold all that acts on `model`; see `Composition.to_backbone`."""
+    backbone = Backbone.of(model)
+    backbone.require_unrouted("cannot make a plain model")
+    merging.check_whole(backbone)
+    copied = shared_copy(model)
+    fresh = Backbone.of(copied)
+    for where, stack in backbone.stacks.items():
+        run = [(n, ly) for n, ly in stack.in_order() if ly.folds and ly.record.active]
+        run = [(n, ly) for n, ly in run if ly.acts.in_the_weights]
+        acting = [layer.stand_in for layer in stack.layers if layer.record.active]
+        if stand_ins := [module for module in acting if module is not None]:
+            _put(copied, where, copy.deepcopy(stand_ins[-1]))
+        if run:
+            merged.fold_into(where, fresh.modules[where], run)
+    labels.hand_on(model, copied)
+    if model.training:
+        copied.train()
+    return copied
+
+
+def _put(model: nn.Module, where: str, module: nn.Module) -> None:
+    if not where:
+        raise DeltaError("modules_to_save holds the whole model, which has no place to stand in")
+    parent, _, key = where.rpartition(".")
+    model.get_submodule(parent)._modules[key] = module

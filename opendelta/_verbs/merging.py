@@ -1,0 +1,228 @@
+"""Fold deltas into the weights of their modules, and take them out again bit for bit.
+
+A stack folds from the bottom: a layer can be written into the weight only if everything beneath it
+is. Merged layers stay on their stack, with the weights as they were, and no longer act."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from .._backbone.backbone import Backbone
+from .._layers.base import Acts, DeltaLayer
+from .._layers.record import Record
+from .._modules.tensors import is_sharded
+from .._sites.merged import Named, check_unchanged, fold_into, undo
+from .._sites.stack import Stack
+from ..errors import SiteError
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What `merge` did.
+
+    Attributes:
+        merged: {full name of a module: names of the deltas in its weight now, the innermost first}.
+        left: {full name of a module: names of the deltas that still act there, by themselves}.
+        errors: {full name of a quantised module: |requantised - exact| / |exact - before|}.
+    """
+
+    merged: dict[str, list[str]] = field(default_factory=dict)
+    left: dict[str, list[str]] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        merged = Counter(", ".join(names) for names in self.merged.values())
+        left = Counter(", ".join(names) for names in self.left.values())
+        lines = [f"merged into {count} modules: {names}" for names, count in merged.items()]
+        lines += [f"still acting on {count} modules: {names}" for names, count in left.items()]
+        lines += [f"{where}: relative error {e:.1e}" for where, e in self.errors.items()]
+        return "\n".join(lines)
+
+
+def foldable_run(
+    stack: Stack,
+) -> tuple[list[Named], Named | None]:
+    """The layers that can be merged now, the innermost first, and the one that stops them."""
+    run: list[Named] = []
+    for name, layer in stack.in_order():
+        if name in stack.merged() or layer.acts is Acts.SERVES:
+            continue
+        if not layer.folds or not layer.record.active:
+            return run, (name, layer)
+        run.append((name, layer))
+    return run, None
+
+
+def plan(backbone: Backbone, wanted: Collection[Record] | None) -> dict[str, list[Named]]:
+    """{full name of the site: the layers to merge there, the innermost first}.
+
+    Args:
+        wanted: the deltas to merge whole. None: what can be merged.
+
+    Raises:
+        SiteError: one of them does not fold, or stands on one that does not; or nothing folds.
+    """
+    planned, stopped, users = {}, "", _users(backbone)
+    for where, stack in backbone.stacks.items():
+        run, stop = foldable_run(stack)
+        if stop is not None and not stopped:
+            stopped = f"; {_refusal(where, *stop, *stop)}"
+        if wanted is not None:
+            run = _needed(where, stack, run, stop, wanted)
+        if run:
+            _check_module(backbone, where, run, users)
+            planned[where] = run
+    if not planned:
+        raise SiteError(
+            "nothing to merge: "
+            + (
+                "all of it is merged"
+                if any(stack.steps for stack in backbone.stacks.values())
+                else f"no delta at the bottom of a stack folds into a weight{stopped}"
+            )
+        )
+    return planned
+
+
+def _needed(
+    where: str,
+    stack: Stack,
+    run: list[Named],
+    stop: Named | None,
+    wanted: Collection[Record],
+) -> list[Named]:
+    """The part of `run` that merging all of `wanted` takes."""
+    names = {name for name, layer in stack.in_order() if layer.record in wanted}
+    names = {n for n in names if n not in stack.merged() and stack[n].acts is not Acts.SERVES}
+    in_run = [name for name, _ in run]
+    for name in names - set(in_run):
+        assert stop is not None
+        raise SiteError(_refusal(where, name, stack[name], *stop))  # type: ignore[arg-type]
+    last = max((in_run.index(name) for name in names), default=-1)
+    for other in in_run[: last + 1]:
+        if other not in names:
+            asked = ", ".join(map(repr, sorted(names)))
+            raise SiteError(
+                f"{where!r}: {other!r} acts beneath {asked} and would no longer; merge it too, or "
+                "reorder the composition first"
+            )
+    return run[: last + 1]
+
+
+def _refusal(where: str, name: str, layer: DeltaLayer, stop: str, blocker: DeltaLayer) -> str:
+    def what(which: DeltaLayer) -> str:
+        if not which.record.active:
+            return "is disabled: enable it, or detach it"
+        return _unfolded(which)
+
+    if name == stop:
+        return f"{where!r}: {name!r} {what(layer)}"
+    return f"{where!r}: {name!r} stands on {stop!r}, which {what(blocker)}"
+
+
+def _unfolded(layer: DeltaLayer) -> str:
+    """That a layer does not fold, and what of it or its module keeps it from that."""
+    why = "its gate goes by what it reads" if layer.gate is not None else layer.why_not
+    able = type(layer).can_fold()
+    return f"({type(layer).__name__}) does not fold into a weight" + f" ({why})" * (
+        able and why != ""
+    )
+
+
+def _users(backbone: Backbone) -> dict[int, list[str]]:
+    """{id of a parameter: the full names of the modules that have it}."""
+    users: dict[int, list[str]] = {}
+    for name, module in backbone.modules.items():
+        for parameter in module._parameters.values():
+            users.setdefault(id(parameter), []).append(name)
+    return users
+
+
+def _check_module(
+    backbone: Backbone, where: str, run: list[Named], users: dict[int, list[str]]
+) -> None:
+    """Raise if the weights of a module cannot be changed for this module alone."""
+    module = backbone.modules[where]
+    names = ", ".join(name for name, _ in run)
+    what = f"{where!r} ({type(module).__name__}): {names} cannot be merged"
+    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        raise SiteError(
+            f"{what}: its max_norm shortens the weight whenever it runs, and would shorten the "
+            "merged changes along; set it to None, once it has run on all of the weight"
+        )
+    for key, parameter in module._parameters.items():
+        if parameter is None or key not in ("weight", "bias"):
+            continue
+        for other in users[id(parameter)]:
+            if backbone.modules[other] is not module:
+                raise SiteError(
+                    f"{what}: its {key} is tied to that of {other!r}, which would change too"
+                )
+        if is_sharded(parameter):
+            raise SiteError(f"{what}: its {key} is sharded; merge before sharding")
+        if parameter.is_meta:
+            raise SiteError(f"{what}: its {key} is on the meta device, without values")
+
+
+def merge(backbone: Backbone, wanted: Collection[Record] | None = None) -> MergeReport:
+    """Fold deltas into the weights; see `Composition.merge`."""
+    backbone.require_unrouted("cannot merge")
+    planned = plan(backbone, wanted)
+    report = MergeReport()
+    done: list[str] = []
+    try:
+        for where, run in planned.items():
+            step, error = fold_into(where, backbone.modules[where], run)
+            backbone.stacks[where].steps.append(step)
+            done.append(where)
+            for _, layer in run:
+                layer.record.merged += 1
+            report.errors.update({} if error is None else {where: error})
+    except BaseException:
+        for where in done:
+            undo(backbone.modules[where], backbone.stacks[where])
+        raise
+    for where, stack in backbone.stacks.items():
+        if merged := stack.merged():
+            report.merged[where] = merged
+        acting = [
+            n for n, ly in stack.in_order() if ly.record.active and ly.acts is not Acts.SERVES
+        ]
+        if left := [name for name in acting if name not in merged]:
+            report.left[where] = left
+    return report
+
+
+def check_whole(backbone: Backbone) -> None:
+    """Raise unless all that acts is in the weights, once it is merged.
+
+    Raises:
+        SiteError: names the first that does not fold.
+    """
+    users = _users(backbone)
+    for where, stack in backbone.stacks.items():
+        for name, layer in stack.in_order():
+            aside = not layer.acts.in_the_weights or not layer.record.active
+            if not aside and not layer.folds:
+                raise SiteError(
+                    f"{where!r}: {name!r} {_unfolded(layer)}, so no plain model computes the same; "
+                    "disable it to leave it out"
+                )
+        acting = [(n, ly) for n, ly in stack.in_order() if ly.record.active]
+        run = [(name, layer) for name, layer in acting if layer.acts.in_the_weights]
+        if run:
+            _check_module(backbone, where, run, users)
+
+
+def unmerge(backbone: Backbone) -> None:
+    """Put the weights back as they were before; see `Composition.unmerge`."""
+    for where, stack in backbone.stacks.items():
+        for key in dict.fromkeys(key for step in stack.steps for key in step.marks):
+            check_unchanged(where, backbone.modules[where], stack, key, "unmerging")
+    for where, stack in backbone.stacks.items():
+        while stack.steps:
+            undo(backbone.modules[where], stack)

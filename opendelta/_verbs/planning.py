@@ -1,0 +1,214 @@
+"""A dry run of attaching: which modules deltas would be on, and what they would cost."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from torch import nn
+
+from .._backbone.backbone import Backbone
+from .._backbone.roles import roles
+from .._deltas.base import BaseDelta
+from .._deltas.choosing import choose
+from .._deltas.making import make, tied
+from .._deltas.options import DeltaConfig
+from .._deltas.order import known_records
+from .._deltas.placing import PlannedStack, place
+from .._deltas.registry import method
+from .._layers.base import DeltaLayer
+from .._layers.costs import Flops
+from .._modules import tensors
+from .._modules.tensors import is_sharded
+from ..errors import DeltaError, OptionError, shown
+from ..names import ancestors
+from .costs import memory_of
+from .plan_report import Plan, PlannedDelta, PlannedModule
+
+
+def plan(
+    model: nn.Module,
+    configs: DeltaConfig | Sequence[DeltaConfig],
+    *,
+    optimizer_states: int = 2,
+) -> Plan:
+    """What attaching deltas with these configs would do; nothing is touched or allocated.
+
+    Several are planned as if attached one after another, on top of the deltas that `model` has. The
+    model may be on the meta device.
+
+    Args:
+        model: the backbone.
+        configs: such as `LoraConfig(lora_r=8)`, or a list of them.
+        optimizer_states: values that the optimizer keeps for each parameter: 2 for Adam.
+
+    Raises:
+        DeltaError: whatever attaching would raise.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import opendelta
+        >>> with torch.device("meta"):
+        ...     model = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10))
+        >>> plan = opendelta.plan(model, opendelta.LoraConfig(lora_r=4, modified_modules=["0"]))
+        >>> plan.added_parameters, plan.memory.total, plan.flops.per_token
+        (4096, 65536, 8192)
+        >>> [module.name for module in plan.deltas[0].modules]
+        ['0']
+    """
+    if not isinstance(model, nn.Module):
+        raise OptionError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    wanted = _checked(configs)
+    backbone = Backbone.of(model)
+    planner = Planner(backbone, optimizer_states)
+    deltas = [planner.add(config) for config in wanted]
+    return Plan(
+        model=type(model).__name__,
+        deltas=deltas,
+        total_parameters=sum(p.numel() for p in model.parameters()),
+        added_parameters=sum(delta.parameters for delta in deltas),
+        trainable_parameters=planner.trainable(),
+    )
+
+
+def _checked(configs: Any) -> list[DeltaConfig]:
+    """The configs in what `plan` was given."""
+    several = isinstance(configs, Iterable) and not isinstance(configs, str)
+    wanted = list(configs) if several else [configs]
+    for config in wanted:
+        if isinstance(config, type):
+            made = config.config_class if issubclass(config, BaseDelta) else config
+            name = made.__name__ if issubclass(made, DeltaConfig) else "LoraConfig"
+            raise OptionError(f"plan takes configs such as {name}(...), not {config.__name__}")
+        if not isinstance(config, DeltaConfig):
+            raise OptionError(f"plan takes configs such as LoraConfig(...), not {shown(config)}")
+    if not wanted:
+        raise OptionError("plan needs at least one config, such as LoraConfig(...)")
+    return wanted
+
+
+class Planner:
+    """Puts layers without memory on stacks that no module carries, one delta after another."""
+
+    def __init__(self, backbone: Backbone, optimizer_states: int) -> None:
+        self.backbone, self.optimizer_states = backbone, optimizer_states
+        self.roles = _roles(backbone.model)
+        self.flops: dict[Any, Flops | None] = {}
+
+    def add(self, config: DeltaConfig) -> PlannedDelta:
+        """Plan one delta on top of those before.
+
+        Raises:
+            DeltaError: whatever attaching it would raise.
+        """
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            choice = choose(self.backbone, method(config.delta_type), dataclasses.replace(config))
+            delta = make(self.backbone, choice, values="never")
+            placed = place(self.backbone, delta)
+        reads = {where: each.weight_is_read for where, each in placed.placings.items()}
+        for where, layer in delta.layers.items():
+            before = self.backbone.stacks.get(where)
+            stack = PlannedStack(before, delta.name, layer, reads[where])
+            self.backbone.stacks[where] = stack
+        layers = delta.layers.values()
+        return PlannedDelta(
+            name=delta.name,
+            delta_type=delta.delta_type,
+            options=delta.config.to_dict(),
+            modules=list(self._carrying(delta, reads)),
+            parameters=sum(p.numel() for p in delta.parameters()),
+            memory=memory_of(layers, self.optimizer_states),
+            positions=sum(layer.extra_positions for layer in layers),
+            missed=self._missed(delta.modified_modules),
+            warnings=[str(warning.message) for warning in caught],
+        )
+
+    def trainable(self) -> int:
+        """The parameters that train after `freeze_module()`: of all deltas, and by their names."""
+        records = known_records(self.backbone)
+        frozen = {name for record in records for name in record.shared.frozen}
+        kept = {name for record in records for name in record.config.unfrozen_modules or ()}
+        trains = [p for p in self.backbone.delta_parameters().values() if p.requires_grad]
+        for name, parameter in self.backbone.parameters().items():
+            if kept & {"", *ancestors(name)} and (parameter.requires_grad or name in frozen):
+                trains.append(parameter)
+        return sum({id(p): p.numel() for p in trains}.values())
+
+    def _carrying(self, delta: BaseDelta, reads: dict[str, bool]) -> Iterator[PlannedModule]:
+        others = tied(self.backbone, [w for w in delta.layers if w in delta.modified_modules])
+        for where in self.backbone.modules:
+            if where not in delta.layers:
+                continue
+            module, layer = self.backbone.modules[where], delta.layers[where]
+            yield PlannedModule(
+                name=where,
+                type=type(module).__name__,
+                role=self.roles.get(where),
+                block=block_of(where),
+                parameters=sum(p.numel() for p in layer.parameters()),
+                flops=self._flops(layer, module),
+                reads=reads[where],
+                tied=others.get(where, []),
+                quantised=_quantised(module),
+            )
+
+    def _flops(self, layer: DeltaLayer, module: nn.Module) -> Flops | None:
+        """What a layer adds to a forward, found once for all that look the same; None: unknown."""
+        shapes = [(n, t.shape) for n, t in (*layer.named_parameters(), *layer.named_buffers())]
+        shared = layer.shared
+        key = type(layer), layer.acts, tuple(shapes), id(shared), type(module), repr(module)
+        if key not in self.flops:
+            try:
+                self.flops[key] = layer.flops(module)
+            except Exception:  # a method's own forward: it may want what is not known here
+                self.flops[key] = None
+        return self.flops[key]
+
+    def _missed(self, hit: Sequence[str]) -> list[str]:
+        """The modules that are like one of those that are `hit`, and are not hit."""
+        modules = self.backbone.modules
+        looks = {(self.roles.get(n), type(modules[n]), _kind_of_name(n)) for n in hit}
+        roles_hit = {role for role, _, _ in looks if role is not None}
+        same = {(kind, name) for role, kind, name in looks if role is None and name}
+        seen = {id(modules[n]) for n in hit}
+        return [
+            name
+            for name, module in modules.items()
+            if id(module) not in seen
+            and (
+                self.roles.get(name) in roles_hit
+                or (name not in self.roles and (type(module), _kind_of_name(name)) in same)
+            )
+        ]
+
+
+def _roles(model: nn.Module) -> dict[str, str]:
+    try:
+        return roles(model)
+    except DeltaError:  # a structure that cannot be read has no roles
+        return {}
+
+
+def block_of(name: str) -> str | None:
+    """The full name of the block that a module is in: up to the first number in its name."""
+    found = re.match(r"(?:.*?\.)?\d+(?=\.|$)", name)
+    return found[0] if found else None
+
+
+def _kind_of_name(name: str) -> str:
+    """The last step of a name that is no number, and the numbers behind it without their values."""
+    steps = ["#" if step.isdigit() else step for step in name.split(".")]
+    last = max((place for place, step in enumerate(steps) if step != "#"), default=0)
+    return ".".join(steps[last:])
+
+
+def _quantised(module: nn.Module) -> str | None:
+    for parameter in module._parameters.values():
+        if parameter is not None and not tensors.is_plain(parameter):
+            return None if is_sharded(parameter) else type(parameter).__name__
+    return None

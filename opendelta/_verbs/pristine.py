@@ -1,0 +1,109 @@
+"""What is left of deltas on a backbone."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._deltas import state_dict
+from .._deltas.first_forward import FirstForward
+from .._modules.tensors import is_sharded
+from .._sites.stack import stack_of
+from .._sites.swap import plain_class
+from ..errors import DeltaError, PristineError, quoted
+from ..names import SLOT
+
+# No trace of a delta: accelerate, and so Trainer, leaves it on each model that it prepares.
+MARKER = "_is_accelerate_prepared"
+
+
+def _bits(tensor: Tensor) -> str:
+    if is_sharded(tensor):
+        tensor = tensor.to_local()
+    if tensor.device.type == "meta":
+        return "meta"
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.blake2b(flat.numpy().tobytes(), digest_size=16).hexdigest()
+
+
+def _hooks(module: nn.Module) -> dict[str, int]:
+    tables = {k: v for k, v in module.__dict__.items() if "_hooks" in k and isinstance(v, dict)}
+    return {name: len(table) for name, table in tables.items()}
+
+
+def _facts(module: nn.Module) -> dict[str, Any]:
+    parameters = dict(module.named_parameters(recurse=False, remove_duplicate=False))
+    buffers = dict(module.named_buffers(recurse=False, remove_duplicate=False))
+    return {
+        "class": type(module),
+        "attributes": sorted(module.__dict__.keys() - {MARKER}),
+        "children": [name for name, _ in module.named_children()],
+        "hooks": _hooks(module),
+        "requires_grad": {k: p.requires_grad for k, p in parameters.items()},
+        "values": {k: _bits(t) for k, t in (parameters | buffers).items()},
+        "training": module.training,
+    }
+
+
+def snapshot(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """What `assert_pristine(model, like=...)` compares: classes, attributes, flags, hashed bits."""
+    return {name: _facts(module) for name, module in model.named_modules(remove_duplicate=False)}
+
+
+def _called(name: str, module: nn.Module) -> str:
+    return f"{quoted(name)} ({type(module).__name__})"
+
+
+def assert_pristine(model: nn.Module, like: dict[str, dict[str, Any]] | None = None) -> None:
+    """Raise unless `model` shows no trace of any delta.
+
+    Args:
+        like: a `snapshot` taken before the first delta; then classes, attributes, children, hooks,
+            `requires_grad` flags, the training flag and all bits must equal it.
+
+    Raises:
+        PristineError: names the module and what is left of a delta.
+    """
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name, module in modules.items():
+        stack = stack_of(module)
+        if stack is not None and len(stack):
+            raise PristineError(f"{_called(name, module)} carries {', '.join(stack)}; detach first")
+    for name, module in modules.items():
+        if plain_class(module) is not None:
+            raise PristineError(f"{_called(name, module)} still has the class of a site")
+        hooks = [*module._state_dict_hooks.values(), *module._forward_hooks.values()]
+        if left := [h for h in hooks if isinstance(h, state_dict.StateDictHook | FirstForward)]:
+            raise PristineError(f"{_called(name, module)} still has the hook {left[0]!r}")
+    if like is None:
+        return
+    if not isinstance(like, dict):
+        raise DeltaError(
+            f"like= takes what opendelta.snapshot(model) gave, not a {type(like).__name__}"
+        )
+    now = snapshot(model)
+    if now.keys() != like.keys():
+        own = any(f".{SLOT}." in f".{name}." for name in like.keys() - now.keys())
+        raise PristineError(
+            f"modules came or went: {sorted(now.keys() ^ like.keys())[:5]}"
+            + "; the snapshot was taken while deltas were attached: take it before" * own
+        )
+    for name, facts in now.items():
+        for what, value in facts.items():
+            if value != like[name][what]:
+                raise PristineError(
+                    f"{_called(name, modules[name])}: {what} {_change(like[name][what], value)}"
+                )
+
+
+def _change(was: Any, now: Any) -> str:
+    """What is other in `now`, in words; of lists and mappings only the items that differ."""
+    if isinstance(now, list) and set(was) != set(now):
+        parts = {"lost": sorted(set(was) - set(now)), "got": sorted(set(now) - set(was))}
+        return " and ".join(f"{verb} {names}" for verb, names in parts.items() if names)
+    if isinstance(now, dict) and was.keys() == now.keys():
+        return f"changed: {', '.join(key for key in now if now[key] != was[key])}"
+    return f"was {was!r} and is {now!r}"

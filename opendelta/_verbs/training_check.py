@@ -1,0 +1,305 @@
+"""Will it train? One forward and backward that name the mistakes people make with deltas."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import random
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from .._backbone import shapes
+from .._backbone.backbone import Backbone
+from .._backbone.shapes import PROBING
+from .._deltas.first_forward import unreached_in
+from .._modules.calls import every
+from .._modules.tensors import is_sharded
+from ..errors import DeltaError
+from ..names import SLOT
+
+Batch = Mapping[str, Any] | Sequence[Any] | Tensor
+SHOWN = 4  # of several names
+PACKED = 2**20  # elements of a buffer of whole numbers that holds weights, which no forward changes
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What `check` found: true if all is well; `str()` says what to do.
+
+    Attributes:
+        model: the class of the backbone.
+        unreached: active delta layers that did not run.
+        no_gradient: trainable parameters that got no gradient in a backward.
+        not_optimized: trainable parameters that the optimizer does not hold.
+        optimized_twice: parameters that the optimizer holds more than once.
+        strangers: how many tensors the optimizer holds that are not parameters of the model.
+        mixed_modes: {full name: "train" or "eval"} of modules in train mode inside a model in eval
+            mode, and of delta layers in another mode than the module that they are on.
+        trainable_parameters: how many values train.
+        total_parameters: of how many.
+        all_train: no parameter of the backbone is frozen, which is no problem where it is meant.
+        not_checked: what could not be looked at, and why.
+    """
+
+    model: str
+    unreached: list[str]
+    no_gradient: list[str] = field(default_factory=list)
+    not_optimized: list[str] = field(default_factory=list)
+    optimized_twice: list[str] = field(default_factory=list)
+    strangers: int = 0
+    mixed_modes: dict[str, str] = field(default_factory=dict)
+    trainable_parameters: int = 0
+    total_parameters: int = 0
+    all_train: bool = False
+    not_checked: list[str] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        """Whether all is well, as far as it could be looked at."""
+        return not self.problems
+
+    @property
+    def problems(self) -> list[str]:
+        """What is wrong, where, and what to do: one sentence each."""
+        inside = [f"{name} in {mode} mode" for name, mode in self.mixed_modes.items()]
+        found = [
+            (self.unreached, "delta layers did not run", "if the module around one reads its "
+             "weight instead of calling it, choose that module, or pass reads=True"),
+            (self.no_gradient, "trainable parameters got no gradient", "what they belong to is "
+             "disabled, merged, not reached or behind a detach; freeze it, or let it act"),
+            (self.not_optimized, "trainable parameters are not in the optimizer", "make it after "
+             "attaching, from [p for p in model.parameters() if p.requires_grad]"),
+            (self.optimized_twice, "parameters are in the optimizer more than once", "each step "
+             "would change them twice; give each to one group of one optimizer"),
+            (inside, "modules are in another mode than what is around them", "call model.train() "
+             "or model.eval() after attaching, and delta.train() for a delta alone"),
+        ]  # fmt: skip
+        told = [f"{len(n)} {what}: {_some(n)}. To do: {todo}" for n, what, todo in found if n]
+        if self.strangers:
+            told.append(
+                f"the optimizer holds {self.strangers} tensors that are no parameters of the "
+                "model: they were replaced since, or belong to another. To do: make it anew"
+            )
+        return told
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it as JSON can hold it."""
+        return {**dataclasses.asdict(self), "problems": self.problems}
+
+    def __str__(self) -> str:
+        share = self.trainable_parameters / max(1, self.total_parameters)
+        count = len(self.problems)
+        head = f"{count} problem{'s' * (count != 1)}" if count else "all is well"
+        return "\n".join([
+            f"check of {self.model}: {head}; {self.trainable_parameters:,} of "
+            f"{self.total_parameters:,} parameters train ({share:.4%})",
+            *(f"- {problem}" for problem in self.problems),
+            *(["- nothing of the backbone is frozen: freeze_module() of a delta leaves just the "
+               "deltas to train"] if self.all_train else []),
+            *(f"- not checked: {what}" for what in self.not_checked),
+        ])  # fmt: skip
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+
+
+def check(
+    model: nn.Module,
+    batch: Batch | None = None,
+    optimizer: Any = None,
+) -> CheckReport:
+    """Run `model` forward and backward once, and name what will not train as it should.
+
+    It runs eagerly even if it is compiled. Gradients, buffers such as BatchNorm's statistics,
+    random number generators and modes are afterwards as they were.
+
+    Args:
+        batch: the arguments of the forward: by keyword in a mapping, by position in a sequence, or
+            one tensor. With labels, the model's own loss is taken, else the sum of what it gives.
+            None: run on shapes alone, without arithmetic, on the model's `dummy_inputs`.
+        optimizer: one, or several in a list, that should hold all that trains.
+
+    Raises:
+        DeltaError: `model` carries no delta, or `optimizer` is none.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import opendelta
+        >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> opendelta.LoraModel(model, modified_modules=["0"], name="late").freeze_module()
+        >>> report = opendelta.check(model, torch.randn(3, 8), optimizer)
+        >>> bool(report), report.not_optimized
+        (False, ['0.deltas.late.lora_A', '0.deltas.late.lora_B'])
+    """
+    plain = _inner(model)
+    backbone = Backbone.of(plain)
+    if not backbone.records():
+        raise DeltaError(f"{type(plain).__name__} carries no delta, so there is nothing to check")
+    trainable = {name: p for name, p in plain.named_parameters() if p.requires_grad}
+    held = None if optimizer is None else _held(optimizer)
+    missed, no_gradient, not_checked = _run(backbone, batch, trainable)
+    known = {id(p) for p in plain.parameters()}
+    names = {id(p): name for name, p in plain.named_parameters()}
+    return CheckReport(
+        model=type(plain).__name__,
+        unreached=missed,
+        no_gradient=no_gradient,
+        not_optimized=[n for n, p in trainable.items() if held is not None and id(p) not in held],
+        optimized_twice=[names[i] for i, n in (held or {}).items() if n > 1 and i in known],
+        strangers=len((held or {}).keys() - known),
+        mixed_modes=_mixed_modes(backbone),
+        trainable_parameters=sum(p.numel() for p in trainable.values()),
+        total_parameters=sum(p.numel() for p in plain.parameters()),
+        all_train=all(p.requires_grad for p in backbone.parameters().values()),
+        not_checked=not_checked,
+    )
+
+
+def _inner(model: nn.Module) -> nn.Module:
+    """What torch.compile, DDP or DataParallel wrap: their own forward waits for a training step."""
+    while True:
+        if isinstance(model, DistributedDataParallel | DataParallel):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
+
+
+def _held(optimizer: Any) -> Counter[int]:
+    """{id of a tensor: how often the optimizers hold it}."""
+    several = optimizer if isinstance(optimizer, list | tuple) else [optimizer]
+    for each in several:
+        if not isinstance(getattr(each, "param_groups", None), list):
+            raise DeltaError(
+                f"optimizer must be a torch optimizer, or several, not {type(each).__name__}"
+            )
+    groups = [group for each in several for group in each.param_groups]
+    return Counter(id(p) for group in groups for p in group["params"])
+
+
+# ------------------------------------------------------------------------------- forward, backward
+def _run(
+    backbone: Backbone, batch: Batch | None, trainable: dict[str, nn.Parameter]
+) -> tuple[list[str], list[str], list[str]]:
+    """The layers that did not run, the parameters without gradient, and what was not looked at."""
+    why = _no_backward(backbone)
+    results: list[Any] = []
+
+    def look(output: Any) -> None:
+        results.append(unreached_in(backbone))
+        results.append(([], f"gradients: {why}") if why else _gradients(output, trainable))
+
+    token = PROBING.set(True)  # the report says it, so the first forward need not warn
+    try:
+        if batch is None:
+            shapes.dry_run(backbone, look)
+        else:
+            for stack in backbone.stacks.values():
+                stack.ran.clear()
+            eager = torch.compiler.set_stance("force_eager")
+            with _kept(backbone), torch.set_grad_enabled(why is None), eager:
+                look(_call(backbone.model, batch))
+    finally:
+        PROBING.reset(token)
+    missed, (without, problem) = results
+    return missed, without, [problem] if problem else []
+
+
+def _call(model: nn.Module, batch: Batch) -> Any:
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(*([batch] if isinstance(batch, Tensor) else batch))
+
+
+def _no_backward(backbone: Backbone) -> str | None:
+    """Why gradients of the model's own parameters cannot be asked for; None: they can."""
+    own = list(backbone.model.parameters())
+    if any(is_sharded(p) or type(p).__name__ == "FlatParameter" for p in own):
+        return "the parameters are sharded, and a backward would leave its own behind"
+    if not backbone.is_meta and any(p.is_meta and p.requires_grad for p in own):
+        return "trainable parameters are offloaded"
+    return None
+
+
+def _gradients(output: Any, trainable: dict[str, nn.Parameter]) -> tuple[list[str], str | None]:
+    """The trainable parameters without gradient, and why that cannot be told."""
+    loss = output.get("loss") if isinstance(output, Mapping) else None
+    tensors = [loss] if isinstance(loss, Tensor) else list(every(Tensor, output))
+    ends = [t for t in tensors if t.requires_grad and t.is_floating_point()]
+    if not ends or not trainable:
+        return list(trainable), None
+    total = torch.stack([t.float().sum().to(ends[0].device) for t in ends]).sum()
+    if _recomputes(total):
+        return [], "gradients: reentrant checkpointing; use use_reentrant=False"
+    try:
+        # Not backward(), which writes into .grad, and lets optimizers step that are hooked there.
+        grads = torch.autograd.grad(total, list(trainable.values()), allow_unused=True)
+    except RuntimeError as error:
+        return [], f"gradients: the backward failed: {str(error).strip().splitlines()[0]}"
+    return [name for name, grad in zip(trainable, grads, strict=True) if grad is None], None
+
+
+def _recomputes(end: Tensor) -> bool:
+    """Whether reentrant checkpointing hides a part of the graph from `torch.autograd.grad`."""
+    todo: list[Any] = [end.grad_fn]
+    seen: set[Any] = set()
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name().startswith("CheckpointFunction"):
+            return True
+        todo += [before for before, _ in node.next_functions]
+    return False
+
+
+@contextlib.contextmanager
+def _kept(backbone: Backbone) -> Iterator[None]:
+    """Put back buffers and random number generators that the block changes."""
+    tables = [(m._buffers, k, b) for m in backbone.model.modules() for k, b in m._buffers.items()]
+    copies = {
+        id(b): (b, b.detach().clone())
+        for _, _, b in tables
+        if b is not None and (b.is_floating_point() or b.numel() <= PACKED) and not b.is_meta
+    }
+    numpy: Any = sys.modules.get("numpy")
+    drawn = random.getstate(), numpy.random.get_state() if numpy else None
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=list(devices)):
+        try:
+            yield
+        finally:
+            random.setstate(drawn[0])
+            if numpy:
+                numpy.random.set_state(drawn[1])
+            with torch.no_grad():
+                for buffer, copy in copies.values():
+                    if not torch.equal(buffer, copy):
+                        buffer.copy_(copy)
+            for table, key, before in tables:
+                if table.get(key) is not before:
+                    table[key] = before
+
+
+def _mixed_modes(backbone: Backbone) -> dict[str, str]:
+    mixed = {}
+    for name, module in backbone.modules.items():
+        around = backbone.modules.get(name.rpartition(".")[0], backbone.model)
+        if module.training and not around.training:
+            mixed[name] = "train"
+    for where, name, layer in backbone.delta_layers():
+        modes = {part.training for part in layer.modules()}
+        if modes != {backbone.modules[where].training}:
+            mixed[f"{where}.{SLOT}.{name}".lstrip(".")] = "train" if True in modes else "eval"
+    return mixed

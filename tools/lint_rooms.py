@@ -1,0 +1,112 @@
+"""Check what import-linter cannot: privacy, layers that answer for themselves, warnings, English.
+
+Each rule is a function that yields (line, what is wrong) for one file.
+"""
+
+import ast
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent.parent / "opendelta"
+BAD_SUMMARY = re.compile(r"What\b|Those\b|Whether [^.]*, or\b")
+Found = Iterator[tuple[int, str]]
+
+
+class Package:
+    """All files of a package, parsed, with the private names and the layer classes in them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.texts = {path: path.read_text(encoding="utf-8") for path in folder.rglob("*.py")}
+        self.trees = {path: ast.parse(text) for path, text in self.texts.items()}
+        nodes = [(path, node) for path, tree in self.trees.items() for node in ast.walk(tree)]
+        self.private: dict[str, set[Path]] = {}
+        bases: dict[str, set[str]] = {}
+        for path, node in nodes:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and is_private(node.name):
+                self.private.setdefault(node.name, set()).add(path)
+            if isinstance(node, ast.ClassDef):
+                bases.setdefault(node.name, set()).update(map(last_name, node.bases))
+        self.layers = {"DeltaLayer"}
+        while more := {name for name, own in bases.items() if own & self.layers} - self.layers:
+            self.layers |= more
+
+
+def is_private(name: str) -> bool:
+    """True for `_name`, and not for `__name__`."""
+    return name.startswith("_") and not name.startswith("__")
+
+
+def last_name(node: ast.AST) -> str:
+    """The last step of a dotted name."""
+    return getattr(node, "attr", getattr(node, "id", ""))
+
+
+def private_names(package: Package, path: Path) -> Found:
+    """Private names are for their own file: no import of one, no `thing._name` from elsewhere."""
+    for node in ast.walk(package.trees[path]):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            for name in (alias.name for alias in node.names):
+                if path not in package.private.get(name, {path}):
+                    yield node.lineno, f"imports the private {name!r}: give it a public name"
+        elif isinstance(node, ast.Attribute) and last_name(node.value) not in ("self", "cls"):
+            name = node.attr
+            if path not in package.private.get(name, {path}):
+                yield node.lineno, f"reaches for the private {name!r} of another file"
+
+
+def layer_tests(package: Package, path: Path) -> Found:
+    """A layer answers for itself: outside its room nobody asks which class it is of."""
+    for node in ast.walk(package.trees[path]):
+        if isinstance(node, ast.Call) and last_name(node.func) == "isinstance":
+            asked = {last_name(part) for part in ast.walk(node.args[1])} & package.layers
+            if asked and "_layers" not in path.parts:
+                yield node.lineno, f"isinstance of {', '.join(sorted(asked))}: ask the layer itself"
+
+
+def stack_levels(package: Package, path: Path) -> Found:
+    """Only `errors.warn` finds the line that a warning points at."""
+    for node in ast.walk(package.trees[path]):
+        if isinstance(node, ast.keyword) and node.arg == "stacklevel":
+            yield node.lineno, "stacklevel is counted by hand: use errors.warn"
+
+
+def late_imports(package: Package, path: Path) -> Found:
+    """An import of our own inside a function says which start-up time it saves."""
+    lines = package.texts[path].splitlines()
+    functions = (n for n in ast.walk(package.trees[path]) if isinstance(n, ast.FunctionDef))
+    for node in {part for function in functions for part in ast.walk(function)}:
+        own = isinstance(node, ast.ImportFrom) and node.level
+        if own and "# start-up:" not in lines[node.lineno - 1]:
+            yield node.lineno, "an import inside a function needs a reason: # start-up: ..."
+
+
+def summaries(package: Package, path: Path) -> Found:
+    """A docstring's summary names the thing: it does not begin with "What" or "Those"."""
+    kinds = ast.Module | ast.ClassDef | ast.FunctionDef
+    for node in ast.walk(package.trees[path]):
+        text = ast.get_docstring(node) if isinstance(node, kinds) else None
+        if text and BAD_SUMMARY.match(text):
+            yield getattr(node, "lineno", 1), f"the summary names no thing: {text.splitlines()[0]}"
+
+
+RULES: tuple[Callable[[Package, Path], Found], ...] = (
+    private_names, layer_tests, stack_levels, late_imports,
+)  # fmt: skip
+
+
+def broken(folder: Path = PACKAGE) -> list[str]:
+    """Each place that breaks a rule, as a line of text."""
+    package = Package(folder)
+    return [
+        f"{path.relative_to(folder.parent)}:{line} {problem}"
+        for path in sorted(package.trees)
+        for rule in RULES
+        for line, problem in rule(package, path)
+        if not (rule is stack_levels and path.name == "errors.py")
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit("\n".join(broken()) or 0)

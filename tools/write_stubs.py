@@ -1,0 +1,77 @@
+"""Write `opendelta/methods/__init__.pyi`: the methods' signatures for editors and type checkers.
+
+They are made from the configs, so that an option is written once:
+
+    python tools/write_stubs.py
+"""
+
+import dataclasses
+import inspect
+import json
+from pathlib import Path
+
+import opendelta
+from opendelta import methods
+
+FILE = Path(methods.__file__).with_suffix(".pyi")
+HEAD = """\
+# Written by tools/write_stubs.py: the signatures of the methods, made from their configs.
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from ..author import Delta
+"""
+# A config's own types are those after it has turned what it was given into one form.
+GIVEN = {
+    "list[str] | None": "str | Sequence[str] | None",
+    "dtype": "str | torch.dtype | None",
+}
+
+
+def text() -> str:
+    """The whole stub."""
+    models = [getattr(methods, name) for name in methods.__all__ if name.endswith("Model")]
+    configs = sorted(
+        f"from .{model.config_class.__module__.rpartition('.')[2]} import "
+        f"{model.config_class.__name__} as {model.config_class.__name__}"
+        for model in models
+    )
+    names = ["__all__ = [", *(f'    "{name}",' for name in methods.__all__), "]"]
+    return "\n".join([HEAD + "\n".join(configs), "", *names, "", *map(_class, models)])
+
+
+def _class(model: type[opendelta.Delta]) -> str:
+    lines = [f"class {model.__name__}(Delta):"]
+    own = [name for name in vars(model) if name in vars(model).get("__annotations__", {})]
+    lines += [f"    {name}: {vars(model)['__annotations__'][name]}" for name in own]
+    lines += ["    def __init__(", "        self,", "        backbone_model: nn.Module,"]
+    fields = {field.name: field for field in dataclasses.fields(model.config_class)}
+    by_name = False
+    for name, parameter in list(inspect.signature(model).parameters.items())[1:]:
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY and not by_name:
+            lines.append("        *,")
+            by_name = True
+        lines.append(f"        {name}: {_type(fields[name])} = {_code(parameter.default)},")
+    lines += ["    ) -> None: ...", "    @property"]
+    lines += [f"    def config(self) -> {model.config_class.__name__}: ...", ""]
+    return "\n".join(lines)
+
+
+def _code(value: object) -> str:
+    """A constant as code, with the quotation marks of this project."""
+    return json.dumps(value) if isinstance(value, str) else repr(value)
+
+
+def _type(field: dataclasses.Field) -> str:
+    """The type of what an option may be given, as text."""
+    choices = field.metadata.get("choices")
+    if field.name in GIVEN or choices is None:
+        return GIVEN.get(field.name) or GIVEN.get(str(field.type), str(field.type))
+    return f"Literal[{', '.join(map(_code, choices))}]"
+
+
+if __name__ == "__main__":
+    FILE.write_text(text(), encoding="utf-8")
