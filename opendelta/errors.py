@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
@@ -32,7 +33,28 @@ class DeltaError(ValueError):
 
 
 class AddressError(DeltaError):
-    """A pattern or a name that selects no module."""
+    """A pattern or a name that selects no module.
+
+    Attributes:
+        pattern: the pattern or name; None where several are to blame.
+        nearest: the names that look most like it, the best first.
+
+    Example:
+        >>> from torch import nn
+        >>> import opendelta
+        >>> model = nn.TransformerEncoderLayer(8, 2, 16)
+        >>> try:
+        ...     opendelta.LoraModel(model, modified_modules=["linear3"])
+        ... except opendelta.AddressError as error:
+        ...     print(error.pattern, error.nearest)
+        linear3 ['linear2', 'linear1']
+    """
+
+    def __init__(
+        self, message: str, pattern: str | None = None, nearest: Sequence[str] = ()
+    ) -> None:
+        super().__init__(message)
+        self.pattern, self.nearest = pattern, list(nearest)
 
 
 class OptionError(DeltaError, TypeError):
@@ -40,19 +62,51 @@ class OptionError(DeltaError, TypeError):
 
 
 class SiteError(DeltaError):
-    """A module that cannot carry this delta layer."""
+    """A module that cannot carry this delta layer.
+
+    Attributes:
+        where: the full name of the module; None where it is not known, as inside a forward.
+    """
+
+    def __init__(self, message: str, where: str | None = None) -> None:
+        super().__init__(message)
+        self.where = where
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mismatch:
+    """Where the tensors of a file do not fit; false if all do.
+
+    Attributes:
+        missing: the tensors that the file lacks.
+        unexpected: the tensors in the file that the deltas do not have.
+        misshaped: {tensor: (its shape in the file, the shape it must have)}.
+        other_kind: {tensor: its dtype in the file} of floats for integers, or integers for floats.
+        not_finite: a tensor with NaN or infinite values.
+        differing: {weight of the backbone: how it differs from what the deltas were trained on}.
+    """
+
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    misshaped: dict[str, tuple[list[int], list[int]]] = field(default_factory=dict)
+    other_kind: dict[str, str] = field(default_factory=dict)
+    not_finite: list[str] = field(default_factory=list)
+    differing: dict[str, str] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return any(vars(self).values())
 
 
 class DeltaLoadError(DeltaError):
     """A checkpoint that does not fit, is damaged, or is not one.
 
     Attributes:
-        details: what of it does not fit, by the fields of `LoadReport`.
+        details: the tensors that do not fit, by what is wrong with them.
     """
 
-    def __init__(self, message: str, **details: Any) -> None:
+    def __init__(self, message: str, details: Mismatch | None = None) -> None:
         super().__init__(message)
-        self.details = details
+        self.details = Mismatch() if details is None else details
 
 
 class CompileLimitError(DeltaError, RuntimeError):

@@ -313,7 +313,7 @@ BLOCKWISE = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("kind", sorted(BLOCKWISE))
 def test_blocks_hold_the_sum_of_all_loras_rounded_once(monkeypatch, kind, dtype):
-    monkeypatch.setattr(products, "BLOCK", 40)
+    monkeypatch.setattr(products, "CHUNK", 40)
     torch.manual_seed(0)
     model = nn.Sequential(BLOCKWISE[kind]()).to(dtype)
     for i, options in enumerate([{}, {"lora_alpha": 3.0}, {"dtype": "float32"}, {"lora_r": 2}]):
@@ -342,7 +342,7 @@ def test_blocks_hold_the_sum_of_all_loras_rounded_once(monkeypatch, kind, dtype)
 @pytest.mark.parametrize("row", [0, 11, 22])
 @pytest.mark.parametrize("value", [float("inf"), float("nan"), 3e38])
 def test_what_is_not_finite_in_any_block_is_refused(monkeypatch, row, value):
-    monkeypatch.setattr(products, "BLOCK", 40)
+    monkeypatch.setattr(products, "CHUNK", 40)
     model = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 23))
     delta = shake(LoraModel(model, modified_modules=["0", "1"]))
     with torch.no_grad():
@@ -356,7 +356,7 @@ def test_a_change_in_any_block_is_seen(monkeypatch, place):
     model = nn.Sequential(nn.Linear(5, 23)).half()  # 115 values: not a multiple of 8 bytes
     shake(LoraModel(model, modified_modules=["0"]))
     c = opendelta.composition(model)
-    monkeypatch.setattr(products, "BLOCK", 40)
+    monkeypatch.setattr(products, "CHUNK", 40)
     c.merge()
     monkeypatch.undo()
     model[0].weight.data.view(-1).view(torch.int16)[place] += 1

@@ -12,6 +12,7 @@ from torch import nn
 import opendelta
 from opendelta._deltas.registry import METHODS
 from opendelta._layers.base import DeltaLayer
+from opendelta.author import Acts, change_hidden, hidden
 
 NAMES = sorted(METHODS)
 PLACES = [(name, place) for name in NAMES for place in places_of(METHODS[name])]
@@ -35,6 +36,39 @@ def test_it_starts_as_the_identity(placed):
     put(method, model, place)
     same = torch.allclose(model(IDS), plain, atol=1e-6)
     assert same == method.layer_class.identity  # the exceptions say so
+
+
+def test_its_layers_act_as_they_say(placed):
+    """A layer that says so falsely would give wrong numbers once others are merged: see `Acts`."""
+    method, place = placed
+    model, calls = net(), []
+    module = model.get_submodule(place)
+    hook = module.register_forward_hook(lambda *call: calls.append(call[1:]), with_kwargs=True)
+    model(IDS)
+    hook.remove()
+    layer = shake(put(method, model, place)).layers[place]
+    ((args, kwargs, out),) = calls
+
+    def around(result):
+        given = []
+
+        def call(*new, **options):
+            given.append((new, options))
+            return result
+
+        return layer.around(call, module, ())(*args, **kwargs), given
+
+    changed, given = around(out)
+    if layer.acts is Acts.BESIDE:
+        moved = change_hidden(out, hidden(out).size(-1), lambda h: h + 1)
+        other, _ = around(moved)
+        assert torch.allclose(hidden(other) - hidden(changed), torch.ones(()), atol=1e-5)
+    elif layer.acts is Acts.AFTER:
+        assert len(given) == 1
+        assert all(new is old for new, old in zip(given[0][0], args, strict=True))
+    elif layer.acts is Acts.BEFORE and place:
+        assert changed is out
+        assert given[0][0][0] is not args[0]
 
 
 def test_it_acts_and_leaves_without_a_trace(placed):
@@ -217,10 +251,13 @@ def test_it_refuses_modules_of_other_kinds(method):
 
 
 def test_its_signature_is_its_config(method):
-    names = list(inspect.signature(method).parameters)
-    assert names == ["backbone_model", *method.config_class.option_names()]
-    for name, parameter in list(inspect.signature(method).parameters.items())[1:]:
-        assert getattr(method.config_class(), name) == parameter.default
+    first, *options = inspect.signature(method).parameters.values()
+    assert first.name == "backbone_model"
+    assert sorted(p.name for p in options) == sorted(method.config_class.option_names())
+    by_position = [p.name for p in options if p.kind is p.POSITIONAL_OR_KEYWORD]
+    assert by_position == method.config_class.positional_names()
+    for parameter in options:
+        assert getattr(method.config_class(), parameter.name) == parameter.default
 
 
 def test_its_options_survive_json(method):

@@ -772,7 +772,7 @@ def test_a_merge_visits_each_module_as_often_for_many_sites_as_for_few(monkeypat
 def test_a_merge_into_16_bits_needs_no_copy_of_a_weight_in_float32(monkeypatch):
     model = one_linear(dtype=torch.bfloat16, width=256)
     loras(model, 2, lora_r=2, dtype="float32")
-    monkeypatch.setattr(products, "BLOCK", 16 * 256)
+    monkeypatch.setattr(products, "CHUNK", 16 * 256)
     sizes = {}
 
     class Made(TorchDispatchMode):

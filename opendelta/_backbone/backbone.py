@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from .._layers.base import Acts, DeltaLayer
 from .._layers.record import Record
-from .._modules.calls import is_called
+from .._modules.calls import has_forward
 from .._modules.placing import device_and_dtype, is_meta
 from .._sites.stack import Stack
 from ..errors import DeltaError
-from ..names import SLOT, ancestors, inside, join
+from ..names import SLOT, ancestors, inside, join, parent
 
 
 @dataclass
@@ -50,7 +50,7 @@ class Backbone:
                         seen.add(id(child))
                         backbone.stacks[name] = child
                 elif child is not None:
-                    todo.append((f"{name}.{key}" if name else key, child))
+                    todo.append((join(name, key), child))
         return backbone
 
     # ------------------------------------------------------------------------------- its modules
@@ -63,7 +63,7 @@ class Backbone:
         """The module called `where`, then its ancestors up to the model."""
         yield self.modules[where]
         while where:
-            where = where.rpartition(".")[0]
+            where = parent(where)
             yield self.modules[where]
 
     def innermost_around(self, names: Sequence[str]) -> str:
@@ -73,7 +73,7 @@ class Backbone:
             (
                 name
                 for name in ancestors(names[0])
-                if is_called(self.modules[name]) and all(name in other for other in others)
+                if has_forward(self.modules[name]) and all(name in other for other in others)
             ),
             "",
         )

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from torch import Tensor, nn
 
 from ..errors import AddressError, nearest
-from ..names import ancestors
+from ..names import ancestors, last
 from .backbone import Backbone
 
 
@@ -78,14 +78,16 @@ def no_match(
         f"no {what} matches {pattern!r} in {type(where).__name__}; "
         + (f"{found} {hints}" if near else "opendelta.tree(model) prints all names")
         + (f"; its repeated blocks: {blocks}" if blocks else "")
-        + ("" if is_plain else f"; a regular expression is written '[r]{pattern}'")
+        + ("" if is_plain else f"; a regular expression is written '[r]{pattern}'"),
+        pattern,
+        near,
     )
 
 
 def _matrices(model: nn.Module) -> Counter[str]:
     """How many modules with a weight matrix are called what, without those that are numbered."""
     ends = (
-        name.rpartition(".")[2]
+        last(name)
         for name, module in model.named_modules()
         if isinstance(weight := module._parameters.get("weight"), Tensor) and weight.ndim == 2
     )
@@ -133,7 +135,7 @@ def select_modules(backbone: Backbone, patterns: Sequence[str]) -> list[str]:
     Raises:
         AddressError: a pattern selects nothing.
     """
-    own = {""} if any(n.rpartition(".")[2] == "root" for n in backbone.modules) else {"", "root"}
+    own = {""} if any(last(n) == "root" for n in backbone.modules) else {"", "root"}
     root = [""] if own & set(patterns) else []
     return root + select(backbone.modules, [p for p in patterns if p not in own], backbone.model)
 

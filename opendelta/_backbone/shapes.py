@@ -198,7 +198,8 @@ def output_widths(model: nn.Module, names: Sequence[str]) -> dict[str, int]:
         if hidden.ndim > 3 and not _ends_in_width(backbone.modules[name], hidden):
             raise SiteError(
                 f"{name!r} ({type(backbone.modules[name]).__name__}) returns an image or so, "
-                f"{list(hidden.shape)}: hidden states must be [..., width] in 2 or 3 axes"
+                f"{list(hidden.shape)}: hidden states must be [..., width] in 2 or 3 axes",
+                where=name,
             )
         widths[name] = hidden.size(-1)
 
@@ -263,7 +264,8 @@ def _observe(
     raise SiteError(
         f"the {what} of {unknown!r} ({type(backbone.modules[unknown]).__name__}) is not known: "
         f"{tried}. Set model.dummy_inputs = {{argument: tensor, ...}} to inputs of "
-        f"{type(backbone.model).__name__}.forward, or choose other modules, such as Linear"
+        f"{type(backbone.model).__name__}.forward, or choose other modules, such as Linear",
+        where=unknown,
     )
 
 
@@ -285,7 +287,8 @@ def dry_run(backbone: Backbone, look: Callable[[Any], None]) -> None:
     raise SiteError(
         f"{type(backbone.model).__name__} does not run on shapes: "
         f"{'; '.join(failures) or 'no layer'}. Give a batch, or set "
-        "model.dummy_inputs = {argument: tensor, ...}"
+        "model.dummy_inputs = {argument: tensor, ...}",
+        where=where,
     )
 
 

@@ -57,7 +57,8 @@ def group_of(backbone: Backbone, where: str, reads: bool, layer: nn.Module) -> R
     if reads and group is not None and (layer is None or not _has_shards(layer)):
         raise SiteError(
             f"{where!r}: its parent reads .weight, which is sharded; attach before fully_shard, so "
-            "that the delta is gathered together with the weight"
+            "that the delta is gathered together with the weight",
+            where=where,
         )
     meshes = _meshes(backbone, group)
     return Ranks(meshes, group) if meshes else None
@@ -106,7 +107,8 @@ def check_copy(backbone: Backbone, name: str) -> None:
     if sharded or _group_around(backbone, name) is not None:
         raise SiteError(
             f"modules_to_save={name!r}: the module is sharded, and a copy of its shards would not "
-            "run; make the delta before fully_shard"
+            "run; make the delta before fully_shard",
+            where=name,
         )
 
 
@@ -122,7 +124,8 @@ def _check_wrappers(backbone: Backbone, where: str) -> None:
         if isinstance(module, DistributedDataParallel | FullyShardedDataParallel):
             raise SiteError(
                 f"{where!r} is inside {type(module).__name__}, which would not synchronise the "
-                "delta's gradients; attach to the module first, wrap it then"
+                "delta's gradients; attach to the module first, wrap it then",
+                where=where,
             )
 
 
@@ -133,12 +136,14 @@ def _check_parallel(backbone: Backbone, where: str, group: Any) -> None:
         if is_sharded(parameter) and parameter.device_mesh != mesh:
             raise SiteError(
                 f"{where}.{name} is split by tensor parallelism ({parameter.placements}): a delta "
-                f"there would see a slice. {advice}"
+                f"there would see a slice. {advice}",
+                where=where,
             )
     if _is_parallel(module):
         raise SiteError(
             f"the forward of {where!r} is replaced by tensor parallelism: a delta there would see "
-            f"a slice or a partial sum. {advice}"
+            f"a slice or a partial sum. {advice}",
+            where=where,
         )
 
 

@@ -18,7 +18,7 @@ from .._modules import tensors
 from .._modules.tensors import is_sharded
 from .._sites import merged
 from ..errors import shown
-from ..names import ancestors
+from ..names import ancestors, inside
 
 SAMPLES = 16  # values of each weight
 WEIGHTS = 4  # of a module that has none of its own, those of the first inside it
@@ -110,7 +110,7 @@ def _decoded(text: Any) -> list[float] | None:
 
 def _own(backbone: Backbone, name: str, key: str) -> Tensor | None:
     """A parameter of the module called `name`, as it was before deltas were merged into it."""
-    kept = merged.kept(name, backbone.modules[name], key)
+    kept = merged.original(name, backbone.modules[name], key)
     return dict(backbone.modules[name]._parameters.items()).get(key) if kept is None else kept
 
 
@@ -125,7 +125,7 @@ def _weights(
         count = 0
         for place in range(at[name], len(order)):
             module = order[place]
-            if module != name and not module.startswith(f"{name}." if name else ""):
+            if module != name and not module.startswith(inside(name)):
                 break
             tensor, full = _own(backbone, module, "weight"), f"{module}.weight".lstrip(".")
             if tensor is None or tensor.ndim < 1 or (without and {*without} & {*ancestors(full)}):
@@ -146,11 +146,11 @@ def _values(tensor: Any) -> list[float] | None:
     if not tensor.numel():
         return []
     # By coordinates: to flatten a transposed weight would copy all of it.
-    return tensor.detach()[_places(tensor.shape)].float().tolist()
+    return tensor.detach()[_coordinates(tensor.shape)].float().tolist()
 
 
 @functools.lru_cache(maxsize=64)  # the layers of a model have few shapes
-def _places(shape: torch.Size) -> tuple[Tensor, ...]:
+def _coordinates(shape: torch.Size) -> tuple[Tensor, ...]:
     """Where some values are: their coordinates on each axis."""
     size = shape.numel()
     axes: list[list[int]] = [[] for _ in shape]

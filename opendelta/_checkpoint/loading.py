@@ -23,7 +23,15 @@ from .._deltas.placing import place
 from .._deltas.registry import method
 from .._files import tensors
 from .._files.tensors import compare
-from ..errors import DeltaError, DeltaLoadError, OptionError, UncheckedWarning, warn
+from ..errors import (
+    DeltaError,
+    DeltaLoadError,
+    Mismatch,
+    OptionError,
+    UncheckedWarning,
+    listed,
+    warn,
+)
 from . import fingerprint
 from .parts import copied, replaced
 from .source import Source, opened
@@ -198,14 +206,14 @@ def _check_backbone(
     """Raise if the weights under the deltas are not those that they were saved from."""
     differ, unchecked = fingerprint.differences(backbone, given, replaced)
     if differ:
-        first = ", ".join(f"{name} {how}" for name, how in [*differ.items()][:3])
+        first = listed(f"{name} {how}" for name, how in differ.items())
         raise DeltaLoadError(
             f"{path} was saved from another backbone: of {len(given)} weights under its deltas "
             f"{len(differ)} differ in this {type(backbone.model).__name__}: "
-            f"{first}{', ...' if len(differ) > 3 else ''} (relative norm; up to "
+            f"{first} (relative norm; up to "
             f"{fingerprint.TOLERANCE} is rounding). If that is meant, pass check_backbone=False, "
             "or --no-check-backbone to the command merge",
-            differing=differ,
+            Mismatch(differing=differ),
         )
     if unchecked:
         warn(

@@ -16,8 +16,8 @@ from .._deltas.base import BaseDelta
 from .._files import folder as files
 from .._modules.tensors import full, is_finite
 from .._sites import merged
-from ..errors import DeltaError, UnsavedWarning, warn
-from ..names import ancestors
+from ..errors import DeltaError, UnsavedWarning, listed, warn
+from ..names import ancestors, last
 from . import fingerprint
 from .parts import copied, replaced
 
@@ -53,7 +53,7 @@ def _check_free(folder: Path) -> None:
     if (folder / files.CONFIG).exists():
         return
     if (reader := interop.reader_of(folder)) is not None:
-        library = reader.__name__.rpartition(".")[2]
+        library = last(reader.__name__)
         raise DeltaError(
             f"{folder} holds files of another library ({library}); save into a folder of its own"
         )
@@ -70,8 +70,8 @@ def _check_finite(
         bad = [key for key in bad if not is_finite(tensors[key], usual.get(key))]
     if bad:
         raise DeltaError(
-            f"{len(bad)} tensors hold values that are not finite: {', '.join(bad[:3])}"
-            f"{', ...' * (len(bad) > 3)}: the training diverged. Nothing was saved"
+            f"{len(bad)} tensors hold values that are not finite: {listed(bad)}"
+            f": the training diverged. Nothing was saved"
         )
 
 
@@ -107,6 +107,6 @@ def _backbone_part(backbone: Backbone, deltas: Sequence[BaseDelta]) -> dict[str,
         )
     for name, tensor in named.items():
         where, _, key = name.rpartition(".")
-        kept = merged.kept(where, backbone.modules[where], key, "saving")
+        kept = merged.original(where, backbone.modules[where], key, "saving")
         named[name] = tensor if kept is None else kept.to(tensor)
     return named

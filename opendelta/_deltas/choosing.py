@@ -21,7 +21,7 @@ from .._modules.kinds import KINDS, Kind, kind_of
 from .._sites import swap
 from .._sites.stack import check_name
 from ..errors import AddressError, SiteError, quoted
-from ..names import ancestors
+from ..names import ancestors, parent
 from .base import BaseDelta
 from .options import DeltaConfig
 from .order import free_name, known_records
@@ -111,7 +111,7 @@ def resolve(
         by_role = select_all is not _by_name
         names = inside(backbone, select_all(backbone, wanted), layer_class, by_role)
         if by_role and not layer_class.can_fold():
-            names = [_called(backbone, name) for name in names]
+            names = [_caller_of(backbone, name) for name in names]
         modified = leave_out(backbone, names, as_list(config.exclude_modules))
     owned = _owned(backbone, as_list(config.modules_to_save))
     for name in modified:
@@ -163,7 +163,9 @@ def _by_name(backbone: Backbone, wanted: Sequence[str]) -> list[str]:
         if role is None or repr(role) not in str(error):
             raise
         raise AddressError(
-            f"{error}; {role!r} is a role: for roles pass common_structure=True"
+            f"{error}; {role!r} is a role: for roles pass common_structure=True",
+            error.pattern,
+            error.nearest,
         ) from None
 
 
@@ -240,10 +242,10 @@ def inside(
     return list(dict.fromkeys(expanded)) or names
 
 
-def _called(backbone: Backbone, name: str) -> str:
+def _caller_of(backbone: Backbone, name: str) -> str:
     """The module itself, or the one around it that reads its weight and gives what it would."""
     read = swap.weight_is_read(backbone.modules[name], asked=False)
-    return name.rpartition(".")[0] if read else name
+    return parent(name) if read else name
 
 
 def _kinds(backbone: Backbone, name: str) -> set[str]:
@@ -331,5 +333,6 @@ def check_kind(
     raise SiteError(
         f"{quoted(name)} ({type(backbone.modules[name]).__name__}) cannot carry "
         f"{config.delta_type!r}, which takes: {takes}."
-        + (f" Inside it there are {', '.join(map(repr, inside[:4]))}" if inside else "")
+        + (f" Inside it there are {', '.join(map(repr, inside[:4]))}" if inside else ""),
+        where=name,
     )

@@ -9,8 +9,8 @@ from torch import nn
 
 from .._backbone.backbone import Backbone
 from .._backbone.shapes import PROBING
-from ..errors import UnreachedWarning, warn
-from ..names import SLOT, unwrapped
+from ..errors import UnreachedWarning, listed, warn
+from ..names import SLOT, join, unwrapped
 
 
 def unreached(model: nn.Module) -> list[str]:
@@ -26,7 +26,7 @@ def unreached_in(backbone: Backbone) -> list[str]:
 def _silent(backbone: Backbone, compiled: bool = True) -> list[str]:
     """The active layers that have not run; without `compiled`, but those in compiled code."""
     return [
-        f"{where}.{SLOT}.{name}".lstrip(".")
+        join(where, SLOT, name)
         for where, name, layer in backbone.delta_layers()
         if layer.record.active and name not in backbone.stacks[where].ran
         if not backbone.stacks[where].holds(name)
@@ -54,7 +54,7 @@ def _lost(backbone: Backbone) -> list[str]:
         for name in sorted(record.sites):
             # A name is relative to the module through which the delta was attached.
             if not any(w.endswith(f".{name}") or f".{name}".endswith(w) for w in own):
-                missing.append(f"{name}.{SLOT}.{record.name}".lstrip("."))
+                missing.append(join(name, SLOT, record.name))
     return missing
 
 
@@ -68,7 +68,7 @@ class FirstForward:
         unwatch_forward(backbone)
         missed = [*_silent(backbone, compiled=False), *_lost(backbone)]
         if missed:
-            shown = ", ".join(missed[:3]) + (", ..." if len(missed) > 3 else "")
+            shown = listed(missed)
             warn(
                 f"{len(missed)} delta layers did not run in the first forward of "
                 f"{type(model).__name__}: {shown}. If the parent reads the module's weight instead "

@@ -170,7 +170,7 @@ def _sites(
     sites = {}
     for name, kind in kinds.items():
         module = backbone.modules[name]
-        swap.check_called(name, module)
+        swap.check_has_forward(name, module)
         choosing.check_kind(backbone, name, kind, config, layer_class)
         device, dtype = device_and_dtype_for(backbone, name, config)
         device = device if values == "new" else torch.device("meta")

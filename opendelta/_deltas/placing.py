@@ -88,7 +88,9 @@ def place(
             module = backbone.modules[where]
             raise SiteError(
                 f"{where!r} ({type(module).__name__}): accelerate loads this module as part of a "
-                "whole (preload_module_classes) that the delta was not in; attach before offloading"
+                "whole (preload_module_classes) that the delta was not in; attach before "
+                "offloading",
+                where=where,
             )
         placings[where] = _placing(backbone, delta, where, layer)
     return Placed(backbone, delta, placings, order_with(backbone, delta, before, after))
@@ -132,7 +134,8 @@ def _check_owned(backbone: Backbone, layers: Mapping[str, DeltaLayer]) -> None:
         if around is not None:
             raise SiteError(
                 f"{where!r} is inside {around!r}, in whose place {owners[around]!r} puts its own "
-                "copy (modules_to_save): a delta on it would never run"
+                "copy (modules_to_save): a delta on it would never run",
+                where=where,
             )
     owned = {where for where, layer in layers.items() if layer.acts is Acts.INSTEAD}
     for name, stack in backbone.stacks.items() if owned else ():
@@ -140,5 +143,6 @@ def _check_owned(backbone: Backbone, layers: Mapping[str, DeltaLayer]) -> None:
         if around is not None and len(stack):
             raise SiteError(
                 f"modules_to_save={around!r}: {', '.join(stack)} on {name!r} inside it would stop "
-                "acting; detach it first, or put it on other modules"
+                "acting; detach it first, or put it on other modules",
+                where=where,
             )

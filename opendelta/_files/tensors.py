@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from .._modules import tensors
 from .._modules.tensors import is_finite
-from ..errors import DeltaLoadError
+from ..errors import DeltaLoadError, Mismatch, listed
 
 
 @dataclass(frozen=True)
@@ -34,42 +33,11 @@ class Stored:
         return self.file.get_tensor(self.key)
 
 
-@dataclass
-class Mismatch:
-    """What of given tensors does not fit; false if all do.
-
-    Attributes:
-        missing: names that are not given.
-        unexpected: names of which there are none here.
-        misshaped: {name: (shape given, shape here)}.
-        other_kind: {name: dtype given} where that is floating and the one here is not, or reversed.
-    """
-
-    missing: list[str] = field(default_factory=list)
-    unexpected: list[str] = field(default_factory=list)
-    misshaped: dict[str, tuple[list[int], list[int]]] = field(default_factory=dict)
-    other_kind: dict[str, str] = field(default_factory=dict)
-
-    def __bool__(self) -> bool:
-        return any(vars(self).values())
-
-    def __str__(self) -> str:
-        shapes = [f"{k}: {given} instead of {own}" for k, (given, own) in self.misshaped.items()]
-        integers = [f"{k}: {d}" for k, d in self.other_kind.items() if not _is_floating(d)]
-        floating = [f"{k}: {d}" for k, d in self.other_kind.items() if _is_floating(d)]
-        return "; ".join([
-            *_some("missing", self.missing),
-            *_some("unexpected", self.unexpected),
-            *_some("of another shape", shapes),
-            *_some("not floating", integers),
-            *_some("floating instead of integers", floating),
-        ])  # fmt: skip
-
-
 def mismatch(own: Mapping[str, Tensor], given: Mapping[str, Any]) -> Mismatch:
     """What of `given` tensors, in memory or in a file, does not fit `own` ones."""
     found = Mismatch(
-        [key for key in own if key not in given], [key for key in given if key not in own]
+        missing=[key for key in own if key not in given],
+        unexpected=[key for key in given if key not in own],
     )
     for key, tensor in own.items():
         if key not in given:
@@ -92,7 +60,21 @@ def compare(own: Mapping[str, Tensor], given: Mapping[str, Any], source: str) ->
         DeltaLoadError: names, shapes or kinds of numbers differ.
     """
     if found := mismatch(own, given):
-        raise DeltaLoadError(f"{source} does not fit: {found}", **dataclasses.asdict(found))
+        raise DeltaLoadError(f"{source} does not fit: {_in_words(found)}", found)
+
+
+def _in_words(found: Mismatch) -> str:
+    """The names, shapes and dtypes that do not fit, the first few of each."""
+    shapes = [f"{k}: {given} instead of {own}" for k, (given, own) in found.misshaped.items()]
+    integers = [f"{k}: {d}" for k, d in found.other_kind.items() if not _is_floating(d)]
+    floating = [f"{k}: {d}" for k, d in found.other_kind.items() if _is_floating(d)]
+    return "; ".join([
+        *_some("missing", found.missing),
+        *_some("unexpected", found.unexpected),
+        *_some("of another shape", shapes),
+        *_some("not floating", integers),
+        *_some("floating instead of integers", floating),
+    ])  # fmt: skip
 
 
 def copy_into(own: Mapping[str, Tensor], given: Mapping[str, Any], source: str) -> None:
@@ -148,7 +130,7 @@ def value(
         raise DeltaLoadError(
             f"{source} does not fit: {key} holds values that are not finite in {found.dtype}: "
             "the training diverged, or the file is damaged",
-            not_finite=[key],
+            Mismatch(not_finite=[key]),
         )
     return found
 
@@ -162,5 +144,5 @@ def _some(what: str, names: Iterable[str]) -> Sequence[str]:
     names = sorted(names)
     if not names:
         return []
-    shortened = [name if len(name) <= 200 else f"{name[:200]}..." for name in names[:3]]
-    return [f"{len(names)} {what}: {', '.join(shortened)}" + ", ..." * (len(names) > 3)]
+    shortened = [name if len(name) <= 200 else f"{name[:200]}..." for name in names]
+    return [f"{len(names)} {what}: {listed(shortened)}"]

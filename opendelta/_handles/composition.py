@@ -19,7 +19,7 @@ from .._verbs.copying import to_backbone
 from .._verbs.merging import MergeReport
 from ..errors import DeltaError
 from .delta import Delta
-from .with_block import block
+from .with_block import with_block
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -29,6 +29,8 @@ class Composition(Generic[Model]):
 
     It is a view: it always shows the model as it is now.
     """
+
+    model: Model
 
     def __init__(self, model: Model) -> None:
         if not isinstance(model, nn.Module):
@@ -86,7 +88,7 @@ class Composition(Generic[Model]):
         for stack in backbone.stacks.values():
             stack.sort()
 
-    @block
+    @with_block
     def only(self, *names: str | Delta) -> Iterator[Composition[Model]]:
         """Let just these deltas act inside a `with` block; none of them: the plain backbone.
 
@@ -107,7 +109,7 @@ class Composition(Generic[Model]):
             for record, active in before:
                 record.active = active or record.merged > 0  # merged inside, it acts
 
-    @block
+    @with_block
     def frozen(self) -> Iterator[Composition[Model]]:
         """Serve faster inside a `with` block, in which no delta's values change.
 

@@ -25,7 +25,7 @@ from .._deltas.registry import register
 from .._files.tensors import copy_into
 from .._show.tree import log
 from ..errors import DeltaError, OptionError
-from .with_block import block
+from .with_block import with_block
 
 AnyDelta = TypeVar("AnyDelta", bound="Delta")
 
@@ -175,7 +175,7 @@ class Delta(BaseDelta):
             self.record.require_apart("cannot switch")
         self.record.active = active
 
-    @block
+    @with_block
     def disabled(self) -> Iterator[None]:
         """Disable the delta inside a `with` block."""
         before = self.record.active

@@ -7,37 +7,27 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, overload
 
 from .._checkpoint import hub, loading
-from ..errors import DeltaLoadError
+from ..errors import DeltaLoadError, Mismatch
 from .composition import Composition, Model
 
 
 @dataclass(frozen=True)
-class LoadReport:
+class LoadReport(Mismatch):
     """What `load(..., strict=False)` did; true if the deltas are on the model.
+
+    Where tensors do not fit, the fields of `Mismatch` say which.
 
     Attributes:
         names: the deltas that were put on the model.
         problem: why none was, in words, or None.
         saved_from: the class of the model that the deltas were on; None where nobody says.
         other_config: {setting of that model's config: (its value there, its value here)}.
-        missing: the tensors that the file lacks.
-        unexpected: the tensors in the file that the deltas do not have.
-        misshaped: {tensor: (its shape in the file, the shape it must have)}.
-        other_kind: {tensor: its dtype in the file} of floats for integers, or integers for floats.
-        not_finite: a tensor with NaN or infinite values.
-        differing: {weight of the backbone: how it differs from what the deltas were trained on}.
     """
 
     names: list[str]
     problem: str | None = None
     saved_from: str | None = None
     other_config: dict[str, tuple[Any, Any]] = field(default_factory=dict)
-    missing: list[str] = field(default_factory=list)
-    unexpected: list[str] = field(default_factory=list)
-    misshaped: dict[str, tuple[list[int], list[int]]] = field(default_factory=dict)
-    other_kind: dict[str, str] = field(default_factory=dict)
-    not_finite: list[str] = field(default_factory=list)
-    differing: dict[str, str] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
         return self.problem is None
@@ -103,7 +93,7 @@ def load(
     except DeltaLoadError as error:
         if strict:
             raise
-        return LoadReport([], str(error), **error.details)
+        return LoadReport([], str(error), **vars(error.details))
     names = [delta.name for delta in loaded]
     if strict:
         return Composition(model)

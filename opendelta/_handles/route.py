@@ -15,7 +15,7 @@ from ..errors import DeltaError
 from ..names import ancestors
 from .composition import Composition, Model
 from .delta import Delta
-from .with_block import block
+from .with_block import with_block
 
 
 def _as_lists(rows: Any) -> list[Any]:
@@ -29,7 +29,7 @@ def _as_lists(rows: Any) -> list[Any]:
     return [[] if row is None else list(row) if isinstance(row, several) else [row] for row in rows]
 
 
-@block
+@with_block
 def route(
     model: Model,
     rows: Sequence[str | Delta | Collection[str | Delta] | None],

@@ -13,7 +13,7 @@ P = ParamSpec("P")
 Given = TypeVar("Given")
 
 
-class Block(contextlib.ContextDecorator, Generic[Given]):
+class WithBlock(contextlib.ContextDecorator, Generic[Given]):
     """What `with` takes; as a decorator it is entered anew for each call.
 
     Args:
@@ -28,9 +28,9 @@ class Block(contextlib.ContextDecorator, Generic[Given]):
     ) -> None:
         self.inner, self.make, self.name, self.entered = make(), make, name, False
 
-    def _recreate_cm(self) -> Block[Given]:
+    def _recreate_cm(self) -> WithBlock[Given]:
         self.entered = True
-        return Block(self.make, self.name)
+        return WithBlock(self.make, self.name)
 
     def __enter__(self) -> Given:
         self.entered = True
@@ -47,12 +47,12 @@ class Block(contextlib.ContextDecorator, Generic[Given]):
             )
 
 
-def block(function: Callable[P, Iterator[Given]]) -> Callable[P, Block[Given]]:
+def with_block(function: Callable[P, Iterator[Given]]) -> Callable[P, WithBlock[Given]]:
     """Make of a function with one `yield` one that gives a `with` block."""
     make = contextlib.contextmanager(function)
 
     @functools.wraps(function)
-    def made(*args: P.args, **kwargs: P.kwargs) -> Block[Given]:
-        return Block(functools.partial(make, *args, **kwargs), function.__name__)
+    def made(*args: P.args, **kwargs: P.kwargs) -> WithBlock[Given]:
+        return WithBlock(functools.partial(make, *args, **kwargs), function.__name__)
 
     return made

@@ -47,8 +47,8 @@ class Handover(threading.local):
 class Acts(enum.Enum):
     """How a delta layer stands to the call that it wraps.
 
-    This is a promise that the rest of the library builds on, and no check can see a false one: a
-    layer that is BESIDE by name and not by its equation gives wrong numbers when others are merged.
+    The rest of the library builds on it: a layer that is BESIDE by name and not by its equation
+    gives wrong numbers once others are merged. `tests/` checks it for each registered method.
 
     Attributes:
         AFTER: it changes the module's output: y = g(f(x)).
@@ -101,6 +101,7 @@ class DeltaLayer(nn.Module):
         stands_alone: beside it no other delta may choose its rows of a batch.
         routes_itself: it finds out by itself which rows of a batch take it.
         extra_positions: how many positions it adds to every sequence.
+        shows_config: while it acts, the module shows another config, its `shown_config`.
         labels: how many labels the model has while it acts; None: as many as before.
         handover: where it leaves a value for another site, or finds one; None: it does not.
         hands_over: it leaves a value in its `handover`, and does not find one there.
@@ -121,6 +122,7 @@ class DeltaLayer(nn.Module):
     stands_alone: ClassVar[bool] = False
     routes_itself: ClassVar[bool] = False
     extra_positions: int = 0
+    shows_config: ClassVar[bool] = False
     labels: int | None = None
     handover: Handover | None = None
     hands_over: ClassVar[bool] = False
@@ -136,6 +138,8 @@ class DeltaLayer(nn.Module):
                 f"{cls.__name__}.acts={cls.acts!r} must be one of {', '.join(map(str, Acts))}; "
                 "opendelta.author.Acts says what each means"
             )
+        if cls.acts is Acts.INSTEAD and cls.stand_in is DeltaLayer.stand_in:
+            raise OptionError(f"{cls.__name__} acts INSTEAD of a module, so it needs a `stand_in`")
 
     def __init__(self) -> None:
         super().__init__()
@@ -209,6 +213,10 @@ class DeltaLayer(nn.Module):
     def stand_in(self) -> nn.Module | None:
         """The module that a plain model has in the place of the layer's module; None: its own."""
         return None
+
+    def shown_config(self, config: Any) -> Any:
+        """The transformers config that the module shows in the place of its own."""
+        return config
 
     def around(
         self, call: Call, module: nn.Module, acting: Sequence[DeltaLayer], raw: bool = False

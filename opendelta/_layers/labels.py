@@ -83,13 +83,14 @@ class LabelsLayer(DeltaLayer):
 
     acts = Acts.SERVES
     computes = False
+    shows_config = True
 
     def __init__(self, model: nn.Module, count: int) -> None:
         super().__init__()
         self.count = self.labels = count
         self.view: Any = _view_of(model.__dict__["config"], count)
 
-    def shown(self, config: Any) -> Any:
+    def shown_config(self, config: Any) -> Any:
         """The view of a config that is the model's."""
         if self.view is None or self.view.real is not config:
             self.view = _view_of(config, self.count)
@@ -158,12 +159,6 @@ def _acting(module: nn.Module) -> LabelsLayer | None:
     return acting[-1] if acting else None
 
 
-def shown_config(module: nn.Module) -> Any:
-    """The config of a model as it is with the labels that act."""
-    layer = _acting(module)
-    return module.__dict__["config"] if layer is None else layer.shown(module.__dict__["config"])
-
-
 def showing_count() -> property:
     """The attribute `num_labels` of a transformers model, as it is with the labels that act."""
 
@@ -183,6 +178,6 @@ def hand_on(model: nn.Module, plain: Any) -> None:
     """Give `plain`, a copy of `model` without deltas, the labels that act on `model`."""
     layer = _acting(model)
     if layer is not None:
-        plain.config = copy.copy(layer.shown(model.__dict__["config"]))
+        plain.config = copy.copy(layer.shown_config(model.__dict__["config"]))
         if "num_labels" in plain.__dict__:
             plain.num_labels = layer.count

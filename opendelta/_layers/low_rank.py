@@ -119,11 +119,11 @@ def is_eager(x: Any) -> bool:
         or torch._C._is_any_autocast_enabled()
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
-        or (torch._C._len_torch_dispatch_stack() > 0 and _results_are_kept())
+        or (torch._C._len_torch_dispatch_stack() > 0 and _caches_results())
     )
 
 
-def _results_are_kept() -> bool:
+def _caches_results() -> bool:
     """Whether selective checkpointing keeps what operations give, which may not change then."""
     modes = (checkpoint._CachingTorchDispatchMode, checkpoint._CachedTorchDispatchMode)
     return any(isinstance(mode, modes) for mode in _get_current_dispatch_mode_stack())
@@ -355,7 +355,7 @@ class _Rescaled(torch.autograd.Function):
 
 
 # ------------------------------------------------------------------------------------ in the weight
-BLOCK = 2**18  # values that each thread works on at a time: 1 MiB, which a core's cache holds
+CHUNK = 2**18  # values that each thread works on at a time: 1 MiB, which a core's cache holds
 
 
 def add_to_weight(old: Tensor, new: Tensor, run: Sequence[LowRank]) -> Iterator[Tensor]:
@@ -370,7 +370,7 @@ def add_to_weight(old: Tensor, new: Tensor, run: Sequence[LowRank]) -> Iterator[
         old, new, A, B = old.t(), new.t(), B.t(), A.t()
     rows = len(old)
     if old.device.type == "cpu":  # a multiple of 8 rows is one of 8 bytes
-        rows = 8 + BLOCK * torch.get_num_threads() // max(old.size(1), 1) // 8 * 8
+        rows = 8 + CHUNK * torch.get_num_threads() // max(old.size(1), 1) // 8 * 8
     parts = (tensor.split(max(rows, 1)) for tensor in (old, new, B))
     for before, after, up in zip(*parts, strict=True):
         if wide == old.dtype:

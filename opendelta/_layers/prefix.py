@@ -58,6 +58,7 @@ class PrefixLayer(DeltaLayer):
     gates_itself = True
     identity = False
     routes_itself = True
+    shows_config = True
 
     def __init__(self, site: Site) -> None:
         super().__init__()
@@ -66,7 +67,7 @@ class PrefixLayer(DeltaLayer):
         used, self.config_class = config._attn_implementation, type(config)
         _view_class(self.config_class)
         if used not in SUPPORTED:
-            raise SiteError(_refusal(type(site.module).__name__, used))
+            raise SiteError(_refusal(type(site.module).__name__, used), where=site.name)
         self.heads = site.heads
         self.gate_width = site.heads.hidden
         self.eager = eager_function(type(site.module))
@@ -80,6 +81,10 @@ class PrefixLayer(DeltaLayer):
     @property
     def for_all_rows(self) -> None:
         """None: attention opens the prefix for the rows that take it."""
+
+    def shown_config(self, config: Any) -> Any:
+        """The config with the name of our attention function."""
+        return view_of(config)
 
     def flops(self, module: nn.Module) -> Flops:
         """Count what the queries of `module` do with the prefix, and what makes it."""
@@ -139,14 +144,6 @@ def view_of(config: Any) -> Any:
     view: Any = object.__new__(_view_class(type(config)))
     object.__setattr__(view, "__dict__", config.__dict__)
     return view
-
-
-def shown_config(module: nn.Module) -> Any:
-    """The config of an attention module; while prefixes act, it names our attention function."""
-    config, stack = module.__dict__["config"], module._modules.get(SLOT)
-    layers: Any = () if stack is None else stack._modules.values()
-    acts = any(isinstance(each, PrefixLayer) and each.record.active for each in layers)
-    return view_of(config) if acts else config
 
 
 # ---------------------------------------------------------------------------------- the computation

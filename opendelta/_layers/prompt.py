@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._modules.calls import is_called
+from .._modules.calls import has_forward
 from .._modules.kinds import Embedding, kind_of
 from .._modules.tensors import stored
 from ..errors import OptionError, SiteError, quoted
+from ..names import parent
 from .base import Acts, DeltaLayer, Handover
 from .costs import Flops
 from .site import Site
@@ -72,8 +73,8 @@ def _block_holder(modules: Mapping[str, nn.Module], stack: str) -> str:
     if not lists:
         return stack
     biggest = max(lists, key=lambda n: sum(p.numel() for p in modules[n].parameters()))
-    holder = biggest.rpartition(".")[0]
-    return holder if is_called(modules[holder]) else stack
+    holder = parent(biggest)
+    return holder if has_forward(modules[holder]) else stack
 
 
 def embedding_of(module: nn.Module) -> str:
@@ -123,7 +124,10 @@ class PromptLayer(_WithPrompt):
         self.embedding = embedding_of(site.module)
         kind = kind_of(site.module.get_submodule(self.embedding))
         if not isinstance(kind, Embedding):
-            raise SiteError(f"{site.name!r}: its embedding {self.embedding!r} has no known width")
+            raise SiteError(
+                f"{site.name!r}: its embedding {self.embedding!r} has no known width",
+                where=site.name,
+            )
         self.width, self.length, self.strip = kind.out_features, length, strip
         self.stripper: Handover | None = (
             None  # strips in the middle, as what follows reads a position

@@ -63,7 +63,8 @@ class Site:
         if self.known_kind is None:
             raise SiteError(
                 f"{self.name!r} ({type(self.module).__name__}) is of no known kind: the layer's "
-                "`kinds` must leave out 'other', or it must not ask for the kind"
+                "`kinds` must leave out 'other', or it must not ask for the kind",
+                where=self.name,
             )
         return self.known_kind
 

@@ -30,7 +30,8 @@ def plain_weight(site: Site, reason: str) -> Tensor:
     if weight is None or not plain or offloaded:
         raise SiteError(
             f"{site.name!r} ({type(site.module).__name__}): {reason} needs the module's weight as "
-            "a plain floating tensor, not quantised, sharded or offloaded"
+            "a plain floating tensor, not quantised, sharded or offloaded",
+            where=site.name,
         )
     values = weight.detach().to("meta") if site.device.type == "meta" else weight.detach()
     return values.to(torch.promote_types(weight.dtype, torch.float32))
@@ -62,11 +63,14 @@ def start(layer: Any, site: Site, init: str) -> None:
 def _start_from_weight(layer: Any, site: Site, init: str) -> None:
     if not site.kind.is_product:
         what = f"{site.name!r} ({type(site.module).__name__})"
-        raise SiteError(f"{what}: init={init!r} is for linear modules")
+        raise SiteError(f"{what}: init={init!r} is for linear modules", where=site.name)
     rank, most = layer.lora_A.size(0), min(site.in_features, site.out_features)
     weight = plain_weight(site, f"init={init!r}") if site.new else None
     if rank > most:
-        raise SiteError(f"{site.name!r}: init={init!r} needs a rank of at most {most}, not {rank}")
+        raise SiteError(
+            f"{site.name!r}: init={init!r} needs a rank of at most {most}, not {rank}",
+            where=site.name,
+        )
     if weight is None or layer.lora_A.is_meta:
         layer.register_buffer("start_A", torch.empty_like(layer.lora_A, requires_grad=False))
         layer.register_buffer("start_B", torch.empty_like(layer.lora_B, requires_grad=False))

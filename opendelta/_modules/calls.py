@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..errors import SiteError
 
 
-def is_called(module: nn.Module) -> bool:
+def has_forward(module: nn.Module) -> bool:
     """Whether `module` has a forward, as ModuleList has none."""
     return getattr(type(module), "forward", None) is not nn.Module.forward
 

@@ -19,7 +19,7 @@ ATTRIBUTES = ("forward", "_old_forward")
 Setter = Callable[[Any], None]
 
 
-def _kept(module: nn.Module) -> Iterator[tuple[Any, Setter]]:
+def _held(module: nn.Module) -> Iterator[tuple[Any, Setter]]:
     """Every callable that wrappers on the instance keep, with the function that replaces it."""
     own = module.__dict__
     todo = [(own[k], functools.partial(own.__setitem__, k)) for k in ATTRIBUTES if k in own]
@@ -46,7 +46,7 @@ def holders(module: nn.Module) -> list[Setter]:
     own = type(module).forward
     return [
         setter
-        for value, setter in _kept(module)
+        for value, setter in _held(module)
         if isinstance(value, MethodType) and value.__self__ is module and value.__func__ is own
     ]
 

@@ -12,7 +12,7 @@ from .._backbone.patterns import select
 from .._layers.base import Acts, DeltaLayer
 from .._modules.kinds import kind_of
 from .._sites.stack import Stack
-from ..errors import AddressError
+from ..errors import AddressError, listed
 from ..names import join, last, parent
 
 
@@ -57,8 +57,8 @@ def _one(backbone: Backbone, module: str) -> str:
     sites = [name for name in names if name in backbone.stacks] or names
     if len(sites) > 1:
         raise AddressError(
-            f"{module!r} selects {len(sites)} modules: {', '.join(sites[:4])}"
-            f"{', ...' * (len(sites) > 4)}; give the full name of one"
+            f"{module!r} selects {len(sites)} modules: {listed(sites, 4)}"
+            f"; give the full name of one"
         )
     return sites[0]
 

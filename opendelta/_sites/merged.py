@@ -28,16 +28,17 @@ def fold_into(where: str, module: nn.Module, run: list[Named]) -> tuple[Step, fl
             if not tensors.is_finite(block):
                 raise SiteError(
                     f"{where!r}: merging {', '.join(step.layers)} gives a {key} with values that "
-                    "are not finite; check the delta's tensors and its scale"
+                    "are not finite; check the delta's tensors and its scale",
+                    where=where,
                 )
             bits += _bits(block)
         folded[key] = new, bits
     for key, (new, bits) in folded.items():
         if tensors.is_plain(module._parameters[key]):
-            step.kept[key], step.marks[key] = tensors.replace(module, key, new), bits % 2**64
+            step.originals[key], step.marks[key] = tensors.replace(module, key, new), bits % 2**64
             continue
         change = (new - tensors.in_full(module, key)).norm().clamp_min(1e-30)
-        step.kept[key] = tensors.replace(module, key, new)
+        step.originals[key] = tensors.replace(module, key, new)
         step.marks[key] = mark(module._parameters[key])
         error = float((tensors.in_full(module, key) - new).norm() / change)
     return step, error
@@ -67,7 +68,9 @@ def _new_values(
             raise
         raise SiteError(
             f"{where!r} ({type(module).__name__}): its {error.args[0]} is no parameter of its own, "
-            "as of a parametrized module: remove the parametrization, or merge the deltas elsewhere"
+            "as of a parametrized module: remove the parametrization, or merge the deltas "
+            "elsewhere",
+            where=where,
         ) from None
     changed = {key: tensor for key, tensor in folded.items() if tensor is not exact[key]}
     rounded = {key: tensor.to(_float_of(own[key])) for key, tensor in changed.items()}
@@ -117,13 +120,13 @@ def check_unchanged(where: str, module: nn.Module, stack: Stack, key: str, what:
 def undo(module: nn.Module, stack: Stack) -> None:
     """Undo the last step of merging on one site."""
     step = stack.steps.pop()
-    for key, kept in step.kept.items():
+    for key, kept in step.originals.items():
         tensors.put_back(module, key, kept)
     for layer in step.layers.values():
         layer.record.merged -= 1
 
 
-def kept(where: str, module: nn.Module, key: str, what: str = "") -> Tensor | None:
+def original(where: str, module: nn.Module, key: str, what: str = "") -> Tensor | None:
     """A parameter's values from before all merging; None if nothing merged changed them.
 
     Also None for one that is quantised.
@@ -137,7 +140,7 @@ def kept(where: str, module: nn.Module, key: str, what: str = "") -> Tensor | No
     """
     stack = stack_of(module)
     steps = stack.steps if stack is not None else []
-    values = next((step.kept[key] for step in steps if key in step.kept), None)
+    values = next((step.originals[key] for step in steps if key in step.originals), None)
     if not isinstance(values, Tensor):
         return None
     if what:

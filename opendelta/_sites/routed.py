@@ -56,7 +56,8 @@ class Routed:
         if len(set(self.rows.takers(layer.record.name))) > 1:
             raise SiteError(
                 f"{layer.record.name!r} on {quoted(self.where)} {why}, so that it acts on all rows "
-                f"of a batch or on none: {OWN_BATCH}"
+                f"of a batch or on none: {OWN_BATCH}",
+                where=self.where,
             )
 
     def check(self, stack: Stack, module: nn.Module) -> None:
@@ -85,7 +86,8 @@ class Routed:
         if len(set(counts)) > 1:
             raise SiteError(
                 f"the rows of route() have heads for {counts} labels, which fit into no one "
-                f"batch: {OWN_BATCH}"
+                f"batch: {OWN_BATCH}",
+                where=self.where,
             )
 
     # ------------------------------------------------------------------------------- running
@@ -162,7 +164,8 @@ class Routed:
             names = [[layer.record.name for layer in path] for path in paths]
             raise SiteError(
                 f"rows with {names} get outputs of {quoted(self.where)} of the shapes {error}, "
-                f"which fit into no one batch: {OWN_BATCH}"
+                f"which fit into no one batch: {OWN_BATCH}",
+                where=self.where,
             ) from None
 
     def _check_alone(self, layer: Any, given: tuple, why: str) -> None:
@@ -179,7 +182,8 @@ class Routed:
         if why:
             raise SiteError(
                 f"{layer.record.name!r} lets {quoted(self.where)} run on its rows by themselves, "
-                f"but that {why}, for all rows at once: {OWN_BATCH}"
+                f"but that {why}, for all rows at once: {OWN_BATCH}",
+                where=self.where,
             )
 
     def opened(self, layer: DeltaLayer, logit: Tensor | None, key: Tensor) -> Tensor | None:

@@ -92,7 +92,8 @@ class Rows:
                 f"route() was given {wanted}, but the input of {quoted(where)} has {batch} on its "
                 "first axis, where the rows of the batch must be. "
                 + (f"{beams}repeats={whole}. " if whole and not rest else "")
-                + "If they are not there, leave that module out of the deltas by exclude_modules="
+                + "If they are not there, leave that module out of the deltas by exclude_modules=",
+                where=where,
             )
         paths: dict[tuple[int, ...], list[int]] = {}
         takers = [self.takers(name) for name in names]

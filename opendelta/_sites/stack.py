@@ -36,12 +36,12 @@ class Step:
 
     Attributes:
         layers: the layers by name, the innermost first.
-        kept: {name of a parameter: what puts its old values back}.
+        originals: {name of a parameter: what puts its old values back}.
         marks: {name of a parameter: a number that tells whether its new values changed since}.
     """
 
     layers: dict[str, DeltaLayer] = field(default_factory=dict)
-    kept: dict[str, Any] = field(default_factory=dict)
+    originals: dict[str, Any] = field(default_factory=dict)
     marks: dict[str, int] = field(default_factory=dict)
 
 

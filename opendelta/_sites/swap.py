@@ -40,11 +40,14 @@ def _reading(name: str) -> property:
     return property(read, write)
 
 
-def _showing_config(shown: Callable[[nn.Module], Any]) -> property:
-    """The attribute `config`, as `shown` gives it."""
+def _showing_config() -> property:
+    """The attribute `config`, as the last layer that acts and `shows_config` wants it shown."""
 
     def read(self: nn.Module) -> Any:
-        return shown(self)
+        config, stack = self.__dict__["config"], stack_of(self)
+        showing = [layer for layer in stack.layers if layer.shows_config] if stack else []
+        acting = [layer for layer in showing if layer.record.active]
+        return acting[-1].shown_config(config) if acting else config
 
     def write(self: nn.Module, value: Any) -> None:
         self.__dict__["config"] = value
@@ -112,13 +115,10 @@ def site_class(base: type[nn.Module], reads: bool = False) -> type[nn.Module]:
         body["__len__"] = lambda self: len(self._modules) - (SLOT in self._modules)
     if reads:
         body |= {"weight": _reading("weight"), "bias": _reading("bias")}
-    if prefix.uses_interface(base):
-        body["config"] = _showing_config(prefix.shown_config)
-    elif hasattr(base, "config_class"):  # a transformers model
-        body |= {
-            "config": _showing_config(labels.shown_config),
-            "num_labels": labels.showing_count(),
-        }
+    if prefix.uses_interface(base) or hasattr(base, "config_class"):
+        body["config"] = _showing_config()
+    if hasattr(base, "config_class"):  # a transformers model
+        body["num_labels"] = labels.showing_count()
     made = _site_meta(type(base))(base.__name__, (base,), body)
     compile_limit.SITES.update((id(base), id(made)))
     return made
@@ -142,12 +142,13 @@ def weight_is_read(module: nn.Module, asked: bool) -> bool:
     return asked or known or getattr(type(module), "_site_reads", False)
 
 
-def check_called(where: str, module: nn.Module) -> None:
+def check_has_forward(where: str, module: nn.Module) -> None:
     """Raise if `module`, at `where`, has no forward, as ModuleList has none."""
     if getattr(type(module), "forward", None) is nn.Module.forward:
         raise SiteError(
             f"{where!r} ({type(module).__name__}) is never called, having no forward; choose its "
-            rf"items, such as r'[r]{where.rpartition('.')[2]}\.\d+'"
+            rf"items, such as r'[r]{where.rpartition('.')[2]}\.\d+'",
+            where=where,
         )
 
 
@@ -166,19 +167,23 @@ def check(
     """
     here = f"{where!r} ({(plain_class(module) or type(module)).__name__})"
     if isinstance(module, torch.jit.ScriptModule):
-        raise SiteError(f"{here} is compiled by TorchScript; attach before torch.jit.script")
+        raise SiteError(
+            f"{here} is compiled by TorchScript; attach before torch.jit.script", where=where
+        )
     if stack_of(module) is None and hasattr(module, SLOT):
         raise SiteError(
             f"{here} has an attribute {SLOT!r} of its own, which is where the layers would live; "
-            "rename it, or choose its parent or its children"
+            "rename it, or choose its parent or its children",
+            where=where,
         )
-    check_called(where, module)
+    check_has_forward(where, module)
     if stack is not None and name in stack:
-        raise SiteError(f"{here} carries a delta {name!r} already; pass another name=")
+        raise SiteError(f"{here} carries a delta {name!r} already; pass another name=", where=where)
     if wrappers.hides_forward(module):
         raise SiteError(
             f"{here} had its forward replaced by {module.__dict__['forward']!r}: the delta would "
-            "never run. Attach before that replacement, or remove it"
+            "never run. Attach before that replacement, or remove it",
+            where=where,
         )
     if reads:
         _check_reads(here, module, stack, (name, layer))

@@ -57,7 +57,7 @@ def foldable_run(
     return run, None
 
 
-def plan(backbone: Backbone, wanted: Collection[Record] | None) -> dict[str, list[Named]]:
+def _runs_to_merge(backbone: Backbone, wanted: Collection[Record] | None) -> dict[str, list[Named]]:
     """{full name of the site: the layers to merge there, the innermost first}.
 
     Args:
@@ -83,7 +83,8 @@ def plan(backbone: Backbone, wanted: Collection[Record] | None) -> dict[str, lis
                 "all of it is merged"
                 if any(stack.steps for stack in backbone.stacks.values())
                 else f"no delta at the bottom of a stack folds into a weight{stopped}"
-            )
+            ),
+            where=where,
         )
     return planned
 
@@ -101,14 +102,15 @@ def _needed(
     in_run = [name for name, _ in run]
     for name in names - set(in_run):
         assert stop is not None
-        raise SiteError(_refusal(where, name, stack[name], *stop))  # type: ignore[arg-type]
+        raise SiteError(_refusal(where, name, stack[name], *stop), where=where)  # type: ignore[arg-type]
     last = max((in_run.index(name) for name in names), default=-1)
     for other in in_run[: last + 1]:
         if other not in names:
             asked = ", ".join(map(repr, sorted(names)))
             raise SiteError(
                 f"{where!r}: {other!r} acts beneath {asked} and would no longer; merge it too, or "
-                "reorder the composition first"
+                "reorder the composition first",
+                where=where,
             )
     return run[: last + 1]
 
@@ -152,7 +154,8 @@ def _check_module(
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         raise SiteError(
             f"{what}: its max_norm shortens the weight whenever it runs, and would shorten the "
-            "merged changes along; set it to None, once it has run on all of the weight"
+            "merged changes along; set it to None, once it has run on all of the weight",
+            where=where,
         )
     for key, parameter in module._parameters.items():
         if parameter is None or key not in ("weight", "bias"):
@@ -160,18 +163,19 @@ def _check_module(
         for other in users[id(parameter)]:
             if backbone.modules[other] is not module:
                 raise SiteError(
-                    f"{what}: its {key} is tied to that of {other!r}, which would change too"
+                    f"{what}: its {key} is tied to that of {other!r}, which would change too",
+                    where=where,
                 )
         if is_sharded(parameter):
-            raise SiteError(f"{what}: its {key} is sharded; merge before sharding")
+            raise SiteError(f"{what}: its {key} is sharded; merge before sharding", where=where)
         if parameter.is_meta:
-            raise SiteError(f"{what}: its {key} is on the meta device, without values")
+            raise SiteError(f"{what}: its {key} is on the meta device, without values", where=where)
 
 
 def merge(backbone: Backbone, wanted: Collection[Record] | None = None) -> MergeReport:
     """Fold deltas into the weights; see `Composition.merge`."""
     backbone.require_unrouted("cannot merge")
-    planned = plan(backbone, wanted)
+    planned = _runs_to_merge(backbone, wanted)
     report = MergeReport()
     done: list[str] = []
     try:
@@ -210,7 +214,8 @@ def check_whole(backbone: Backbone) -> None:
             if not aside and not layer.folds:
                 raise SiteError(
                     f"{where!r}: {name!r} {_unfolded(layer)}, so no plain model computes the same; "
-                    "disable it to leave it out"
+                    "disable it to leave it out",
+                    where=where,
                 )
         acting = [(n, ly) for n, ly in stack.in_order() if ly.record.active]
         run = [(name, layer) for name, layer in acting if layer.acts.in_the_weights]

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from .._layers.costs import Flops
 from .._show.tables import SHOWN, as_text, folded, plain_table, size
+from ..errors import listed
 from .costs import Memory
 
 
@@ -213,5 +214,4 @@ def _remarks(delta: PlannedDelta) -> Iterator[str]:
 
 
 def _some(names: Iterable[str]) -> str:
-    shown = folded(names)
-    return ", ".join(shown[:SHOWN]) + (", ..." if len(shown) > SHOWN else "")
+    return listed(folded(names), SHOWN)

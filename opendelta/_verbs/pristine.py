@@ -53,7 +53,7 @@ def snapshot(model: nn.Module) -> dict[str, dict[str, Any]]:
     return {name: _facts(module) for name, module in model.named_modules(remove_duplicate=False)}
 
 
-def _called(name: str, module: nn.Module) -> str:
+def _described(name: str, module: nn.Module) -> str:
     return f"{quoted(name)} ({type(module).__name__})"
 
 
@@ -71,13 +71,15 @@ def assert_pristine(model: nn.Module, like: dict[str, dict[str, Any]] | None = N
     for name, module in modules.items():
         stack = stack_of(module)
         if stack is not None and len(stack):
-            raise PristineError(f"{_called(name, module)} carries {', '.join(stack)}; detach first")
+            raise PristineError(
+                f"{_described(name, module)} carries {', '.join(stack)}; detach first"
+            )
     for name, module in modules.items():
         if plain_class(module) is not None:
-            raise PristineError(f"{_called(name, module)} still has the class of a site")
+            raise PristineError(f"{_described(name, module)} still has the class of a site")
         hooks = [*module._state_dict_hooks.values(), *module._forward_hooks.values()]
         if left := [h for h in hooks if isinstance(h, state_dict.StateDictHook | FirstForward)]:
-            raise PristineError(f"{_called(name, module)} still has the hook {left[0]!r}")
+            raise PristineError(f"{_described(name, module)} still has the hook {left[0]!r}")
     if like is None:
         return
     if not isinstance(like, dict):
@@ -95,7 +97,7 @@ def assert_pristine(model: nn.Module, like: dict[str, dict[str, Any]] | None = N
         for what, value in facts.items():
             if value != like[name][what]:
                 raise PristineError(
-                    f"{_called(name, modules[name])}: {what} {_change(like[name][what], value)}"
+                    f"{_described(name, modules[name])}: {what} {_change(like[name][what], value)}"
                 )
 
 

@@ -21,8 +21,8 @@ from .._backbone.shapes import PROBING
 from .._deltas.first_forward import unreached_in
 from .._modules.calls import every
 from .._modules.tensors import is_sharded
-from ..errors import DeltaError
-from ..names import SLOT
+from ..errors import DeltaError, listed
+from ..names import SLOT, join, parent
 
 Batch = Mapping[str, Any] | Sequence[Any] | Tensor
 SHOWN = 4  # of several names
@@ -80,7 +80,9 @@ class CheckReport:
             (inside, "modules are in another mode than what is around them", "call model.train() "
              "or model.eval() after attaching, and delta.train() for a delta alone"),
         ]  # fmt: skip
-        told = [f"{len(n)} {what}: {_some(n)}. To do: {todo}" for n, what, todo in found if n]
+        told = [
+            f"{len(n)} {what}: {listed(n, SHOWN)}. To do: {todo}" for n, what, todo in found if n
+        ]
         if self.strangers:
             told.append(
                 f"the optimizer holds {self.strangers} tensors that are no parameters of the "
@@ -104,10 +106,6 @@ class CheckReport:
                "deltas to train"] if self.all_train else []),
             *(f"- not checked: {what}" for what in self.not_checked),
         ])  # fmt: skip
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
 
 
 def check(
@@ -207,7 +205,7 @@ def _run(
             for stack in backbone.stacks.values():
                 stack.ran.clear()
             eager = torch.compiler.set_stance("force_eager")
-            with _kept(backbone), torch.set_grad_enabled(why is None), eager:
+            with _put_back(backbone), torch.set_grad_enabled(why is None), eager:
                 look(_call(backbone.model, batch))
     finally:
         PROBING.reset(token)
@@ -265,7 +263,7 @@ def _recomputes(end: Tensor) -> bool:
 
 
 @contextlib.contextmanager
-def _kept(backbone: Backbone) -> Iterator[None]:
+def _put_back(backbone: Backbone) -> Iterator[None]:
     """Put back buffers and random number generators that the block changes."""
     tables = [(m._buffers, k, b) for m in backbone.model.modules() for k, b in m._buffers.items()]
     copies = {
@@ -295,11 +293,11 @@ def _kept(backbone: Backbone) -> Iterator[None]:
 def _mixed_modes(backbone: Backbone) -> dict[str, str]:
     mixed = {}
     for name, module in backbone.modules.items():
-        around = backbone.modules.get(name.rpartition(".")[0], backbone.model)
+        around = backbone.modules.get(parent(name), backbone.model)
         if module.training and not around.training:
             mixed[name] = "train"
     for where, name, layer in backbone.delta_layers():
         modes = {part.training for part in layer.modules()}
         if modes != {backbone.modules[where].training}:
-            mixed[f"{where}.{SLOT}.{name}".lstrip(".")] = "train" if True in modes else "eval"
+            mixed[join(where, SLOT, name)] = "train" if True in modes else "eval"
     return mixed

@@ -1,6 +1,6 @@
-"""The command `opendelta`: its subcommands, and what becomes of errors and warnings.
+"""The command `opendelta`: its subcommands, and how it prints errors and warnings.
 
-Nothing may import it but `__main__`.
+Only `__main__` may import it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ try:
     import typer
 except ModuleNotFoundError:  # an optional extra; `main` says so
     typer = None  # type: ignore[assignment]
-WRONG, BAD_INPUT = 1, 2  # exit codes: a command found a problem; it could not do what was asked
+WRONG, BAD_INPUT = 1, 2  # exit codes: a command found a problem; a command could not run
 
 
 def about(
@@ -25,9 +25,9 @@ def about(
 ) -> None:
     """Compose small trainable changes on any PyTorch model without touching its code.
 
-    MODEL is a folder, a config.json or a name on the Hugging Face hub; CHECKPOINT is a folder or a
-    name on the hub, of opendelta, PEFT or OpenDelta 0.3. Exit codes: 0 all is well, 1 the command
-    found a problem, 2 it could not do what was asked.
+    MODEL is a folder, a config.json or a name on the Hugging Face hub. CHECKPOINT is a folder or a
+    name on the hub, written by opendelta, PEFT, adapters or OpenDelta 0.3. Exit codes: 0 all is
+    well, 1 the command found a problem, 2 the command could not run.
 
     Example: opendelta demo
 
@@ -39,8 +39,8 @@ def about(
 
 
 def app() -> Any:
-    """The command with all its subcommands."""
-    from . import changing, looking  # start-up: they need typer, which `main` may have to ask for
+    """Return the command with all its subcommands."""
+    from . import changing, looking  # start-up: they need typer, which may be missing; see `main`
     from .requests import DeltasInOrder  # start-up: likewise
     from .training import demo  # start-up: likewise
 
@@ -57,7 +57,7 @@ def app() -> Any:
 
 
 def main() -> None:
-    """Run the subcommand that was asked for; an error of opendelta is one line and exit code 2."""
+    """Run the subcommand in sys.argv; print a DeltaError as one line and exit with code 2."""
     if typer is None:
         sys.exit("the command opendelta needs typer; install with: pip install 'opendelta[cli]'")
     warnings.showwarning = _note
@@ -71,6 +71,6 @@ def main() -> None:
 
 
 def _note(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
-    """A warning as one line, without the place in the code that gave it."""
+    """Print a warning as one line, without the line of code that raised it."""
     name = "" if issubclass(category, DeltaWarning) else f"{category.__name__}: "
     print(f"opendelta: note: {name}{message}", file=sys.stderr)

@@ -22,7 +22,7 @@ from .looking import AsJson, Checkpoint, Class, Model, as_json, saved_from
 
 
 class Format(str, enum.Enum):
-    """What `convert` writes."""
+    """The formats that `convert` can write."""
 
     opendelta = "opendelta"
     peft = "peft"
@@ -38,7 +38,7 @@ def merge(
     ] = True,
     json: AsJson = False,
 ) -> None:
-    """Fold the deltas of CHECKPOINT into the weights of MODEL, and save that as a plain model.
+    """Fold the deltas of CHECKPOINT into the weights of MODEL, and save the plain model in OUT.
 
     `from_pretrained(OUT)` reads it without opendelta. The tokenizer is not copied.
 
@@ -59,17 +59,18 @@ def merge(
 
 def convert(
     source: Annotated[str, typer.Argument(metavar="IN", help="Folder or hub name.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder that gets the new one.")],
-    to: Annotated[Format, typer.Option(help="Whose files to write.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the new checkpoint.")],
+    to: Annotated[Format, typer.Option(help="Format to write.")],
     model: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="What it is for, if IN does not say.")
+        str | None, typer.Option(metavar="MODEL", help="Model of the deltas, if IN names none.")
     ] = None,
     class_name: Class = None,
     json: AsJson = False,
 ) -> None:
-    """Write the checkpoint IN as one of PEFT's, or of opendelta, also from OpenDelta 0.3.
+    """Write the checkpoint IN as a checkpoint of PEFT or of opendelta.
 
-    Several deltas become one PEFT adapter each, in folders inside OUT.
+    IN may be a checkpoint of opendelta, PEFT, adapters or OpenDelta 0.3. Of several deltas each
+    becomes a PEFT adapter of its own, in a folder inside OUT.
 
     Example: opendelta convert peft-lora out --to opendelta --model roberta-base
 
@@ -103,7 +104,7 @@ def _check_new(out: Path) -> None:
 
 @contextlib.contextmanager
 def _all_or_nothing(out: Path) -> Iterator[Path]:
-    """A folder to write into, which becomes `out` unless an error is raised."""
+    """Yield a folder to write into; rename it to `out` if no error is raised."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as around:
         folder = Path(around) / "new"
@@ -119,9 +120,9 @@ def verify(
     class_name: Class = None,
     json: AsJson = False,
 ) -> None:
-    """Say whether CHECKPOINT is whole, and fits MODEL and its weights. Exit code 1 if not.
+    """Check that CHECKPOINT is whole, and fits MODEL and its weights. Exit code 1 if not.
 
-    Of a MODEL that is a config.json the weights cannot be compared.
+    If MODEL is a config.json, there are no weights to compare.
 
     Example: opendelta verify my-composition roberta-base
     """

@@ -1,4 +1,4 @@
-"""What a CHECKPOINT holds, without a model: for `show` and `diff`."""
+"""Read the contents of a CHECKPOINT without a model, for `show` and `diff`."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from .._checkpoint.source import opened
 from .._deltas.registry import METHODS
 from ..errors import DeltaLoadError
 from ..interop import _files as others
-from ..names import SLOT
+from ..names import SLOT, last
 
 SET_ELSEWHERE = ("modified_modules", "modules_to_save", "unfrozen_modules")
-NO_OPTIONS = {  # of other libraries' files
+NO_OPTIONS = {  # fields of other libraries' files that `show` does not list as options
     "architecture", "auto_mapping", "backbone_checkpoint_name", "backbone_class", "backbone_hash",
     "base_model_name_or_path", "common_structure", "delta_type", "inference_mode",
     "modified_modules", "modules_to_save", "opendelta_version", "peft_type", "peft_version",
@@ -29,16 +29,17 @@ NO_OPTIONS = {  # of other libraries' files
 
 @dataclass(frozen=True)
 class Contents:
-    """What a folder holds.
+    """The contents of a folder.
 
     Attributes:
-        format: what wrote it.
+        path: the CHECKPOINT as it was given.
+        format: the library that wrote it.
         backbone: the class of the model that it was saved from; "": not known.
         model: the name of that model; "": not known.
-        deltas: of each its name, type, switches, options that are no defaults, and modules.
+        deltas: for each delta its name, type, switches, modules, and options other than defaults.
         shapes: {name of a tensor: its shape}.
-        bytes: of all its files together.
-        values: the tensors, read when asked for.
+        bytes: size of all its files together.
+        values: {name of a tensor: the tensor}; {} if only the shapes were read.
     """
 
     path: str
@@ -58,13 +59,13 @@ def contents(given: str, values: bool = False) -> Contents:
         values: read the tensors too, and not only their shapes.
 
     Raises:
-        DeltaLoadError: there is none, or it is damaged.
+        DeltaLoadError: there is no checkpoint, or it is damaged.
     """
     folder = hub.folder_of(given)
     reader = interop.reader_of(folder) if folder.is_dir() else None
     size = sum(file.stat().st_size for file in folder.glob("*") if file.is_file())
     if reader is not None:
-        return _foreign(given, folder, reader.__name__.rpartition(".")[2], size)
+        return _foreign(given, folder, last(reader.__name__), size)
     with opened(folder, nn.Module()) as source:
         source.verify()
         facts, tensors = source.facts, source.tensors
@@ -97,7 +98,7 @@ def contents(given: str, values: bool = False) -> Contents:
 
 
 def changed_options(config: Any) -> dict[str, Any]:
-    """The options of a config that are not the method's defaults."""
+    """Return the options of a config that differ from the method's defaults."""
     default = vars(METHODS[config.delta_type].config_class())
     return {
         name: value
@@ -116,15 +117,17 @@ def _count(shapes: Mapping[str, list[int]], name: str) -> int:
 
 @dataclass(frozen=True)
 class Foreign:
-    """Where another library's folder says what `show` tells.
+    """The files and options of another library from which `show` reads.
 
     Attributes:
-        name: the library's.
+        name: the library's name.
         config: its file of options.
-        weights: its files of tensors, of which one is there.
-        kind: the option that names the method; `places` that names the modules; `backbone` and
-            `model` those that name the class of the model, and the model.
-        inner: the option that holds the others.
+        weights: its possible files of tensors; a folder has one of them.
+        kind: the option that names the method.
+        places: the option that names the modules.
+        backbone: the option that names the class of the model.
+        model: the option that names the model.
+        inner: the option that holds the options of the method; None if they are not nested.
     """
 
     name: str
@@ -154,7 +157,7 @@ FOREIGN = {
 
 
 def _foreign(given: str, folder: Path, reader: str, size: int) -> Contents:
-    """Another library's folder: what stands in its own files, in its own terms."""
+    """Read another library's folder; names and options stay as that library writes them."""
     library = FOREIGN[reader]
     whole = others.read_json(folder / library.config)
     inner = whole.get(library.inner) if library.inner else whole
@@ -190,7 +193,7 @@ def _foreign(given: str, folder: Path, reader: str, size: int) -> Contents:
 
 
 def compared(one: Contents, other: Contents) -> dict[str, Any]:
-    """What differs between two checkpoints; empty values where nothing does."""
+    """Return the differences between two checkpoints; an empty value means no difference."""
     ours = {delta["name"]: delta for delta in one.deltas}
     theirs = {delta["name"]: delta for delta in other.deltas}
     both = [name for name in ours if name in theirs]
@@ -218,14 +221,14 @@ def compared(one: Contents, other: Contents) -> dict[str, Any]:
 
 
 def _changes(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, list[Any]]:
-    """{what: [in A, in B]} of two deltas of one name."""
+    """Return {fact or option: [value in A, value in B]} for two deltas of the same name."""
     a = {**ours, **ours["options"], "options": None, "parameters": None}
     b = {**theirs, **theirs["options"], "options": None, "parameters": None}
     return {k: [a.get(k), b.get(k)] for k in {**a, **b} if a.get(k) != b.get(k)}
 
 
 def _distance(a: Tensor, b: Tensor) -> float:
-    """|a - b| / |b|; 0 where all bits are equal."""
+    """Return |a - b| / max(|a|, |b|); 0 only if the dtypes and all bits are equal."""
     if torch.equal(a, b) and a.dtype == b.dtype:
         return 0.0
     one, other = a.double(), b.double()

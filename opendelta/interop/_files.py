@@ -1,4 +1,4 @@
-"""The files of other libraries: JSON and tensors, read without running anything in them."""
+"""Read the JSON and the tensors of other libraries' files without running any code in them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from ..errors import DeltaLoadError
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Return the object in a JSON file.
 
     Raises:
-        DeltaLoadError: it is no JSON object, or larger than a configuration can be.
+        DeltaLoadError: the file holds no JSON object, or is larger than a configuration can be.
     """
     given = files.read_json(path, longest=10_000)
     if not isinstance(given, dict):
@@ -27,7 +27,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors by name.
+    """Return the tensors of a safetensors file by name.
 
     Raises:
         DeltaLoadError: the file is damaged, or a link out of its folder.
@@ -41,17 +41,17 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
-    """The tensors of a state dict that `torch.save` wrote; of a pickle nothing else is read.
+    """Return the tensors of a state dict that `torch.save` wrote; unpickle nothing else.
 
     Raises:
-        DeltaLoadError: it holds something else than named tensors.
+        DeltaLoadError: the file holds something else than named tensors.
     """
     try:
         with zipfile.ZipFile(path) as archive:  # as torch has written them since 1.6
             if sum(part.file_size for part in archive.infolist()) > path.stat().st_size:
                 raise ValueError("it is compressed, as torch's own files never are")
         given = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises nearly anything for what is damaged
+    except Exception as error:  # for a damaged file torch raises nearly any exception
         first = next(iter(str(error).splitlines()), type(error).__name__)
         raise DeltaLoadError(
             f"{path} is no state dict of plain tensors, and nothing else is unpickled: {first}"
@@ -69,5 +69,5 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
 
 
 def repeats_too_much(pattern: str) -> bool:
-    """Whether a regular expression could take forever: a repeated group, or many repetitions."""
+    """True if a regular expression could run forever: a repeated group, or over 3 repetitions."""
     return bool(re.search(r"\)[*+{]", pattern)) or len(re.findall(r"[*+{]", pattern)) > 3

@@ -1,4 +1,4 @@
-"""What readers of several libraries say alike of the deltas that they translate to."""
+"""Options of a delta that the readers of several libraries find in the same way."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from .._modules.placing import device_and_dtype
 
 
 def dtype_option(backbone: Backbone, sites: Mapping[str, Mapping[str, Tensor]]) -> str | None:
-    """The option `dtype` that keeps float32 tensors so on a backbone of 16 bits.
+    """Return the option `dtype` for saved tensors: "float32" or None.
+
+    "float32" keeps float32 tensors in float32 on a backbone that computes in 16 bits.
 
     Args:
         sites: {full name of a module: {name of a tensor: values}}.

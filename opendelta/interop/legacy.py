@@ -1,6 +1,6 @@
-"""OpenDelta 0.3's checkpoints: a folder of one delta, or the state dict of a whole composition.
+"""Read checkpoints of OpenDelta 0.3: a folder of one delta, or a state dict of several deltas.
 
-Both hold pickles of tensors, and nothing else of a pickle is read.
+Both are pickles. Only tensors are unpickled.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .._files import folder as files
 from .._files.tensors import copy_into
 from .._modules.tensors import full, stored_params
 from ..errors import DeltaError, DeltaLoadError, OptionError
-from ..names import SLOT
+from ..names import SLOT, inside
 from ._files import read_json, read_pickle, repeats_too_much
 
 CONFIG, WEIGHTS = "config.json", "pytorch_model.bin"
@@ -41,16 +41,16 @@ METHODS = {
     "bitfit": "bitfit",
     "prefix": "prefix",
 }
-# Of two layers of one method on a module the second has _1 behind its name, the third _2.
+# With three layers of one method on a module, the second has _1 behind its name, the third _2.
 KEY = re.compile(rf"(?P<where>.+?)\.(?P<slot>{'|'.join(METHODS)})(?:_(?P<nth>\d+))?\.(?P<rest>.+)")
 NETWORK = re.compile(r".+\.reparams(?:_\d+)?\.(?P<rest>.+)")
 PROMPT = "soft_prompt_layer.soft_embeds"
-RENAMED = {  # how tensors are called here
+RENAMED = {  # {our method: [(pattern in a 0.3 name, our text instead)]}
     "adapter": [(r"^modulelist\.", "")],
     "parallel_adapter": [(r"^modulelist\.", "")],
     "compacter": [(r"\.(?=phm_rule)", ".rule."), (r"\.(?=W)", ".blocks.")],
 }
-# What a config says of itself, or gives a value that computes nothing else.
+# Fields that describe the config itself, or that do not change the result.
 FREE = {
     "delta_type", "modified_modules", "exclude_modules", "unfrozen_modules", "common_structure",
     "interactive_modify", "backbone_checkpoint_name", "backbone_class", "backbone_hash",
@@ -61,14 +61,14 @@ FREE = {
 
 @dataclass
 class Content:
-    """The tensors of a state dict of OpenDelta 0.3, by what they belong to.
+    """The tensors of a state dict of OpenDelta 0.3, sorted by their owners.
 
     Attributes:
-        sites: {(our name of a method, how many of it are on the module before): {full name of a
-            module: {our name of a tensor: values}}}.
-        network: that from which a prefix computes its keys and values.
+        sites: {(our name of a method, number of earlier layers of it on the same module): {full
+            name of a module: {our name of a tensor: values}}}.
+        network: the network that computes the keys and values of prefixes.
         prompt: the rows of a soft prompt.
-        others: those of the backbone.
+        others: the backbone's tensors.
     """
 
     sites: dict[tuple[str, int], dict[str, dict[str, Tensor]]] = field(
@@ -99,7 +99,7 @@ def _content(given: dict[str, Tensor]) -> Content:
 
 # --------------------------------------------------------------------------------------- a folder
 def recognises(folder: Path) -> bool:
-    """Whether OpenDelta 0.3 wrote `folder`."""
+    """True if OpenDelta 0.3 wrote `folder`."""
     if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
         return False
     given = read_json(folder / CONFIG)
@@ -107,27 +107,27 @@ def recognises(folder: Path) -> bool:
 
 
 def config_of(folder: Path) -> DeltaConfig:
-    """The config of the delta that OpenDelta 0.3 saved in `folder`.
+    """Return the config of the delta that OpenDelta 0.3 saved in `folder`.
 
     Raises:
-        DeltaLoadError: it says what no delta can be.
+        DeltaLoadError: no delta can have this config.
     """
     return _config(folder, read_json(folder / CONFIG))
 
 
 def translate(folder: Path, model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What OpenDelta 0.3 saved in `folder`, as what `opendelta.load` finds in a folder of ours.
+    """Return a folder of OpenDelta 0.3 as the JSON and tensors that `opendelta.load` finds in ours.
 
-    Its md5 of the backbone can't be compared, as it depends on the versions of libraries.
+    Its md5 of the backbone is not compared: it depends on the versions of libraries.
 
     Args:
-        model: the backbone, for the names of its modules, and for biases that 0.3 replaces.
+        model: the backbone. It gives the names of modules, and the biases that 0.3 replaced.
 
     Returns:
         The JSON, and the tensors by full name.
 
     Raises:
-        DeltaLoadError: the folder is damaged, or not of one delta.
+        DeltaLoadError: the folder is damaged, or holds tensors of several methods.
     """
     files.check_link(folder / WEIGHTS)
     config, backbone = read_json(folder / CONFIG), Backbone.of(model)
@@ -163,11 +163,11 @@ def translate(folder: Path, model: nn.Module) -> tuple[dict[str, Any], dict[str,
 
 
 def _key(where: str, name: str, tensor: str) -> str:
-    return (f"{where}." if where else "") + f"{SLOT}.{name}.{tensor}"
+    return (inside(where)) + f"{SLOT}.{name}.{tensor}"
 
 
 def _options(folder: Path, config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The method's name, and the options of it that are not null, which means 0.3's default."""
+    """Return the method's name and its options that are not null; null means 0.3's default."""
     name = config["delta_type"]
     for pattern in as_list(config.get("modified_modules")):
         if str(pattern).startswith("[r]") and repeats_too_much(pattern):
@@ -194,7 +194,7 @@ def _options(folder: Path, config: dict[str, Any]) -> tuple[str, dict[str, Any]]
 def _config(folder: Path, config: dict[str, Any]) -> DeltaConfig:
     name, options = _options(folder, config)
     wanted = None if name == "soft_prompt" else config.get("modified_modules")
-    if wanted is not None:  # 0.3 marks with @ what it found by its role
+    if wanted is not None:  # 0.3 put an @ into names that it found by a role
         options["modified_modules"] = [pattern.replace("@", "") for pattern in as_list(wanted)]
         options["common_structure"] = bool(config.get("common_structure")) or None
     try:
@@ -210,7 +210,7 @@ def _sites_of(
     content: Content,
     sites: dict[str, dict[str, Tensor]],
 ) -> list[str]:
-    """The modules that the delta changes: as the keys say, or where they don't, the config."""
+    """Return the modules that the delta changes: from the keys, else from the config."""
     name = config["delta_type"]
     if name == "bitfit":
         _take_biases(content, sites)
@@ -227,7 +227,7 @@ def _sites_of(
 
 
 def _take_biases(content: Content, sites: dict[str, dict[str, Tensor]]) -> None:
-    """Let the biases of modules whose weight is not there too be those of BitFit."""
+    """Move a bias from `content.others` to BitFit if the file has no weight of its module."""
     for key in [key for key in content.others if key.endswith(".bias")]:
         where = key.removesuffix(".bias")
         if f"{where}.weight" not in content.others:
@@ -236,17 +236,17 @@ def _take_biases(content: Content, sites: dict[str, dict[str, Tensor]]) -> None:
 
 # ---------------------------------------------------------------------------------- a composition
 def load_state_dict(model: nn.Module, path: str | os.PathLike) -> None:
-    """Copy what OpenDelta 0.3 saved of several deltas into the same deltas on `model`.
+    """Copy the tensors of several deltas of OpenDelta 0.3 into the same deltas on `model`.
 
-    That is a file of `torch.save(model.state_dict(), path)`, as 0.3's documentation saved a
-    composition. Attach the deltas in the order in which they were attached there, SoftPromptModel
-    with strip=False, which is what it did.
+    The file was written by `torch.save(model.state_dict(), path)`: the documentation of 0.3 saved
+    a composition so. First attach the same deltas in the same order. Give SoftPromptModel
+    strip=False, as 0.3 did not strip.
 
     Args:
         model: carries the deltas; the values of other trainable tensors of it are copied too.
 
     Raises:
-        DeltaLoadError: the tensors are not those of these deltas. Nothing is copied then.
+        DeltaLoadError: the file's tensors do not fit these deltas. Nothing is copied then.
     """
     source, found = Path(path), Backbone.of(model)
     content = _content(read_pickle(source))
@@ -276,10 +276,10 @@ def load_state_dict(model: nn.Module, path: str | os.PathLike) -> None:
 def _of_delta(
     delta: BaseDelta, backbone: Backbone, content: Content, counts: dict[tuple[str, str], int]
 ) -> dict[str, Tensor]:
-    """The tensors for a delta by our full names, taken out of `content`.
+    """Take the tensors of a delta out of `content` and return them by our full names.
 
     Args:
-        counts: {(method, module): layers there of deltas before}; it is raised.
+        counts: {(method, module): layers that earlier deltas have there}; this delta is added.
     """
     kind, wanted = delta.delta_type, list(dict.fromkeys(delta.modified_modules))
     sites: dict[str, dict[str, Tensor]] = {}
@@ -287,7 +287,7 @@ def _of_delta(
         nth = counts[kind, where]
         counts[kind, where] += 1
         part = content.sites.get((kind, nth), {})
-        # 0.3 put a prefix on the module around the attention that we put it on
+        # We put a prefix on the attention module, 0.3 put it on the module around.
         around = (n for n in part if where == n or (kind == "prefix" and where.startswith(f"{n}.")))
         if (theirs := next(around, None)) is not None:
             sites[where] = part.pop(theirs)
@@ -302,10 +302,12 @@ def _of_delta(
 
 
 def _of_backbone(source: Path, backbone: Backbone, given: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Those tensors of the backbone that are to be copied: the trainable ones.
+    """Return the trainable tensors of the backbone, which are to be copied.
+
+    A tensor that does not fit the model is returned too, for `copy_into` to refuse.
 
     Raises:
-        DeltaLoadError: another one differs from what the model has.
+        DeltaLoadError: a frozen tensor differs from the model's.
     """
     own = backbone.tensors()
     copied = {}
@@ -321,7 +323,7 @@ def _of_backbone(source: Path, backbone: Backbone, given: dict[str, Tensor]) -> 
     return copied
 
 
-# -------------------------------------------------------------------------------- in our terms
+# -------------------------------------------------------------------------------- by our names
 def _own(
     name: str,
     backbone: Backbone,
@@ -329,7 +331,7 @@ def _own(
     sites: dict[str, dict[str, Tensor]],
     wanted: Iterable[str],
 ) -> dict[str, dict[str, Tensor]]:
-    """{full name of a module: {our tensor: values}}, for a delta on the modules `wanted`."""
+    """Return {full name of a module: {our tensor: values}} for a delta on the modules `wanted`."""
     wanted = list(wanted)
     if name == "soft_prompt" and content.prompt is not None:
         return {wanted[0]: {"soft_embeds": content.prompt}} if wanted else {}
@@ -344,7 +346,7 @@ def _own(
 
 
 def _change(backbone: Backbone, where: str, own: dict[str, Tensor]) -> Tensor:
-    """What BitFit adds to a module's bias, of which 0.3 saved the whole."""
+    """Return BitFit's change of a module's bias: 0.3 saved the changed bias, not the change."""
     change = own.get("bias", torch.zeros(()))
     if "whole" in own:
         module = backbone.modules.get(where)
@@ -359,7 +361,7 @@ def _change(backbone: Backbone, where: str, own: dict[str, Tensor]) -> Tensor:
 def _prefixes(
     backbone: Backbone, content: Content, wanted: list[str]
 ) -> dict[str, dict[str, Tensor]]:
-    """The network that all prefixes share, and the rows of its last layer for each of them."""
+    """Split the network of all prefixes: a shared part, and the rows of its last layer for each."""
     network = content.network
     try:
         last = [network.pop(f"control_trans.2.{end}") for end in ("weight", "bias")]

@@ -150,7 +150,8 @@ def _check_layer(backbone: Backbone, where: str, name: str, layer: DeltaLayer) -
     if not layer.folds or kind is None or kind.name not in LoraLayer.kinds:
         raise SiteError(
             f"{where!r}: {name!r} ({type(layer).__name__}) does not change a weight matrix "
-            "alone, so it has no part in sums of weight changes"
+            "alone, so it has no part in sums of weight changes",
+            where=where,
         )
 
 
@@ -172,7 +173,8 @@ def change_of(module: nn.Module, where: str, layer: DeltaLayer) -> Tensor:
     if "bias" in params and not torch.equal(folded["bias"], params["bias"]):
         raise SiteError(
             f"{where!r}: {layer.record.name!r} ({type(layer).__name__}) changes the bias too, "
-            "which a sum of weight changes would lose"
+            "which a sum of weight changes would lose",
+            where=where,
         )
     return kind.matrix(folded["weight"]) - kind.matrix(params["weight"])
 
@@ -200,7 +202,8 @@ def _combined(
         reason = f"they have a rank above {rank}" if low else "these are not all LoRAs"
         raise SiteError(
             f"{where!r}: how='cat' puts the factors of LoRAs side by side, but {reason}; "
-            "how='linear' takes any"
+            "how='linear' takes any",
+            where=where,
         )
     A, B = _truncated(wanted, rank)
     return (A, B), _error(A, B, wanted)

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..._modules.kinds import Embedding, kind_of
 from ...errors import AddressError, OptionError, nearest
-from ...names import ancestors
+from ...names import ancestors, last
 from ..backbone import Backbone
 from ..patterns import compile_pattern, no_match, repeated
 from .blocks import Tree, units
@@ -247,15 +247,16 @@ def with_roles(
 def _unknown(backbone: Backbone, known: Mapping[str, str], role: str) -> AddressError:
     """The error for a role that no module plays, with what could be named in its place."""
     held = sorted(set(known.values()))
-    near = ", ".join(nearest(role, held)) or "none"
+    alike = nearest(role, held)
+    near = ", ".join(alike) or "none"
     reason = (
         f"the roles in it are {', '.join(held)}; nearest: {near}"
         if known
         else "its architecture is not known"
     )
     linears = [name for name, module in backbone.modules.items() if name and is_linear(module)]
-    ends = Counter(name.rpartition(".")[2] for name in linears)
-    part = role.rpartition(".")[2]
+    ends = Counter(last(name) for name in linears)
+    part = last(role)
     likely = [end for word in (*ALIKE.get(part, ()), part) for end in nearest(word, ends, 1)]
     likely = list(dict.fromkeys([*likely, *(end for end, _ in ends.most_common())]))[:2]
     hints = " or ".join(f"{end!r} ({ends[end]} module{'s' * (ends[end] > 1)})" for end in likely)
@@ -265,5 +266,7 @@ def _unknown(backbone: Backbone, known: Mapping[str, str], role: str) -> Address
         "modules instead: modified_modules=[...]"
         + (f", such as {hints}" if hints else "")
         + (f"; its repeated blocks are {blocks}" if blocks else "")
-        + "; opendelta.tree(model) prints all names"
+        + "; opendelta.tree(model) prints all names",
+        role,
+        alike,
     )

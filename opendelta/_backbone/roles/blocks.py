@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from ..._modules.calls import is_called
+from ..._modules.calls import has_forward
 from ..._modules.kinds import kind_of
 from ..._sites.swap import plain_class
-from ...names import ancestors
+from ...names import ancestors, last, parent
 from ..backbone import Backbone
 from . import naming
 from .flow import is_node
@@ -37,7 +37,7 @@ class Tree:
         children: dict[str, list[str]] = defaultdict(list)
         for name in backbone.modules:
             if name:
-                children[name.rpartition(".")[0]].append(name)
+                children[parent(name)].append(name)
         return cls(backbone, children)
 
     def below(self, name: str) -> Iterator[str]:
@@ -53,7 +53,7 @@ class Tree:
             kind = kind_of(module)
             size = () if kind is None else (kind.in_features, kind.out_features)
             beneath = tuple(
-                (child.rpartition(".")[2], self.look(child, looks, seen))
+                (last(child), self.look(child, looks, seen))
                 for child in self.children.get(name, ())
             )
             key = (plain_class(module) or type(module), size, beneath)
@@ -74,7 +74,7 @@ def units(tree: Tree) -> list[str]:
     for name in items:
         around = next((a for a in [*ancestors(name)][1:] if a in known), None)
         if around is not None:
-            siblings = tree.children[name.rpartition(".")[0]]
+            siblings = tree.children[parent(name)]
             kinds = {type(tree.found.modules[s]) for s in siblings}
             inner |= {around} if len(kinds) == 1 and len(siblings) > 1 else {name}
     blocks = [name for name in items if name not in inner]
@@ -87,13 +87,13 @@ def units(tree: Tree) -> list[str]:
 def _is_item(tree: Tree, name: str) -> bool:
     around, _, key = name.rpartition(".")
     module, holder = tree.found.modules[name], tree.found.modules.get(around)
-    if not isinstance(holder, LISTS) or not is_called(module) or is_node(module):
+    if not isinstance(holder, LISTS) or not has_forward(module) or is_node(module):
         return False
     if isinstance(module, LISTS) and not isinstance(module, nn.Sequential):
         return False
-    held = around.rpartition(".")[2]
+    held = last(around)
     names = (held, key) if not key.isdigit() else (held,)
     for step in names:
         if naming.sublayer(step, class_of(module))[0] is not None:
             return False
-    return any(not child.rpartition(".")[2].isdigit() for child in tree.below(name))
+    return any(not last(child).isdigit() for child in tree.below(name))

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from ..._modules.kinds import Kind, kind_of
+from ...names import parent
 from . import naming
 from .blocks import Tree, class_of
 from .flow import Flow, Node, holds_many, is_node, is_norm, trace
@@ -89,7 +90,7 @@ class Block:
     def _find_scopes(self) -> None:
         kinds: dict[str, Scope | None] = {"": None}
         for name, module in list(self.modules.items())[1:]:
-            around = kinds[name] = kinds[name.rpartition(".")[0]]
+            around = kinds[name] = kinds[parent(name)]
             if is_node(module) and not isinstance(module, nn.MultiheadAttention):
                 if around is not None and kind_of(module) is not None:
                     around.linears.append(name)

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from ..._modules.calls import every, is_called
+from ..._modules.calls import every, has_forward
 from ..._modules.kinds import ACROSS_CHANNELS, Norm, kind_of
 from ..._sites.swap import plain_class
 from ...names import SLOT
@@ -281,7 +281,7 @@ def _skeleton_class(base: type[nn.Module]) -> type[nn.Module]:
         flow, name, node = self.__dict__["_opendelta_flow"]
         if node:
             return flow.step("call", name, (args, kwargs))
-        if not is_called(self) or (simple and not self._modules):
+        if not has_forward(self) or (simple and not self._modules):
             return flow.step(base.__name__, name, (args, kwargs))
         try:
             return base.forward(self, *args, **kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ...names import parent
 from .deciding import HIDDEN, INNER, PLACED, Block
 from .flow import Flow, Node, is_norm
 
@@ -26,7 +27,7 @@ def _sublayer(block: Block, node: Node) -> str | None:
     if name in block.roles:
         return block.roles[name][0].partition(".")[0]
     if node.op == "weight":
-        name = name.rpartition(".")[0]
+        name = parent(name)
     scope = block.scope_of.get(name)
     return None if scope is None else scope.sublayer
 

@@ -1,4 +1,4 @@
-"""The adapters library's checkpoints (AdapterHub), read as deltas, without that library."""
+"""Read checkpoints of the adapters library (AdapterHub) as deltas, without that library."""
 
 from .reading import recognises, translate
 

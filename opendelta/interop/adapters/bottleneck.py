@@ -1,7 +1,8 @@
-"""Bottleneck adapters and Compacter of the adapters library: on which module each of them is here.
+"""Translate bottleneck adapters and Compacter: find the module that each adapter is on here.
 
-There an adapter stands between a sublayer's output h and the sum h + r with its input r, which BERT
-normalises, and options say what it reads and where it is added.
+In the adapters library an adapter stands between a sublayer's output h and the sum h + r, where r
+is the sublayer's input. BERT normalises that sum. Options say which of these tensors the adapter
+reads, and to which it is added.
 """
 
 from __future__ import annotations
@@ -10,15 +11,16 @@ import torch
 from torch import Tensor
 
 from ...errors import shown
+from ...names import parent
 from .terms import Part
 
-NORM = "LayerNorm"  # in the modules of models that normalise h + r
-INSIDE = {  # roles of the module that gives h, by the name of the library's own module in a block
+NORM = "LayerNorm"  # the child's name in modules that normalise h + r
+INSIDE = {  # roles of the module that returns h, by the name of the library's module in a block
     "attention_adapters": ("attn.proj",),
     "output_adapters": ("ff.w2",),
     "": ("attn.proj", "cross_attn.proj", "ff.w2"),
 }
-BESIDE = {  # what reads r first, seen from the module around
+BESIDE = {  # the module that reads r first, by its name in the module around
     "attention_adapters": ("ln_1", "input_layernorm"),
     "output_adapters": ("ln_2", "post_attention_layernorm"),
 }
@@ -26,7 +28,7 @@ ORDER = ("original_ln_before", "original_ln_after", "residual_before_ln")
 
 
 def read(part: Part) -> None:
-    """Fill in a part whose tensors are those of bottleneck adapters."""
+    """Fill in a part that holds tensors of bottleneck adapters."""
     config = part.config
     part.method = "parallel_adapter" if config["is_parallel"] else "adapter"
     if config["phm_layer"]:
@@ -66,7 +68,10 @@ def _check_norms(part: Part) -> None:
 
 # --------------------------------------------------------------------------------------- the places
 def _site(part: Part, path: str) -> str:
-    """The full name of the module that the adapter at `path` is on; notes pairs in the options."""
+    """Return the full name of the module that the adapter at `path` is on.
+
+    A parallel adapter is on a pair of modules: the option `modified_modules` gets both.
+    """
     head, _, last = path.rpartition(".")
     where, last = (part.resolve(head), last) if last in BESIDE else (part.resolve(path), "")
     norm = f"{where}.{NORM}" if f"{where}.{NORM}" in part.backbone.modules else None
@@ -91,7 +96,7 @@ def _site(part: Part, path: str) -> str:
 
 
 def _proj(part: Part, where: str, last: str) -> str:
-    """The module inside `where` that gives the sublayer's output."""
+    """Return the name of the module inside `where` that returns the sublayer's output h."""
     wanted = INSIDE[last]
     names = [n for n, role in part.roles.items() if role in wanted and n.startswith(f"{where}.")]
     if len(names) != 1:
@@ -103,7 +108,7 @@ def _proj(part: Part, where: str, last: str) -> str:
 
 
 def _whole(part: Part, where: str, last: str) -> str:
-    """The module that gives h + r."""
+    """Return the name of the module that returns h + r."""
     if last == "attention_adapters":
         raise part.refusal(
             "mh_adapter",
@@ -114,10 +119,10 @@ def _whole(part: Part, where: str, last: str) -> str:
 
 
 def _start(part: Part, where: str, last: str, norm: str | None) -> str:
-    """The module that reads r first, where a parallel adapter's branch starts."""
+    """Return the name of the module that reads r first, where a parallel adapter starts."""
     if not part.config["original_ln_after"]:
         raise part.refusal("original_ln_after", "a parallel adapter here leaves the sum as it is")
-    around = where.rpartition(".")[0]
+    around = parent(where)
     if norm is not None:
         names = [f"{around}.self.query", f"{around}.intermediate.dense"]
     else:
@@ -130,7 +135,7 @@ def _start(part: Part, where: str, last: str, norm: str | None) -> str:
 
 # -------------------------------------------------------------------------------------- the tensors
 def _plain(part: Part, own: dict[str, Tensor], path: str) -> dict[str, Tensor]:
-    """The tensors of an adapter by our names; a learned scale becomes part of its up-projection."""
+    """Return an adapter's tensors by our names; multiply a learned scale into its up-projection."""
     config = part.config
     out: dict[str, Tensor] = {}
     norms = {"ln_before": "adapter_down.0", "ln_after": "adapter_norm_after"}
@@ -144,19 +149,19 @@ def _plain(part: Part, own: dict[str, Tensor], path: str) -> dict[str, Tensor]:
     bias = part.take(own, "adapter_up.bias", weight.size(0))
     scale = _scale(part, own, bias)
     out |= {"up_proj.weight": weight * scale[:, None], "up_proj.bias": bias * scale}
-    # the normalisation before is there under two names
+    # the file has the normalisation before the adapter under two names
     part.check_empty((name for name in own if "adapter_norm_before." not in name), path)
     return out
 
 
 def _scale(part: Part, own: dict[str, Tensor], bias: Tensor) -> Tensor:
-    """What the up-projection is multiplied by; a plain number becomes an option instead."""
+    """Return the factor [width] of the up-projection; ones if the scale becomes an option."""
     given = part.config["scaling"]
     if given in ("learned", "channel"):
         size = 1 if given == "learned" else bias.numel()
         return part.take(own, "scaling", size).expand_as(bias)
     factor = part.number("scaling")
-    if part.config["ln_after"]:  # there the scale comes before the normalisation
+    if part.config["ln_after"]:  # the library scales before this normalisation
         return torch.full_like(bias, factor)
     part.options["scaled" if part.config["is_parallel"] else "scaling"] = factor
     return torch.ones_like(bias)
@@ -164,7 +169,7 @@ def _scale(part: Part, own: dict[str, Tensor], bias: Tensor) -> Tensor:
 
 # ---------------------------------------------------------------------------------------- Compacter
 def _phm(part: Part, own: dict[str, Tensor], path: str) -> dict[str, Tensor]:
-    """The tensors of a Compacter layer by our names."""
+    """Return the tensors of a Compacter layer by our names."""
     out = {}
     for theirs, ours in (("adapter_down.0.", "down_sampler."), ("adapter_up.", "up_sampler.")):
         for key in [key for key in own if key.startswith(theirs)]:
@@ -174,13 +179,13 @@ def _phm(part: Part, own: dict[str, Tensor], path: str) -> dict[str, Tensor]:
 
 
 def _inside(name: str) -> str:
-    """A tensor of a hypercomplex linear layer by our name."""
+    """Return our name of a tensor in a hypercomplex linear layer."""
     part = "blocks." if name.startswith("W") else "rule." if name.startswith("phm_rule") else ""
     return part + name
 
 
 def _finish_compacter(part: Part) -> None:
-    """The options of a Compacter, and what its layers share."""
+    """Fill in the options of a Compacter and the tensors that its layers share."""
     config, n = part.config, part.whole("phm_dim")
     if part.number("scaling") != 1:
         raise part.refusal("scaling", "a Compacter here has no scale")
@@ -219,7 +224,7 @@ def _finish_compacter(part: Part) -> None:
 
 
 def _sizes(own: dict[str, Tensor], way: str, n: int) -> str:
-    """How we call the matrices that all layers share: by the sizes of what they map."""
+    """Return our name of the shared matrices, such as "768x48": their input and output width."""
     left, right = (own.get(f"W_{way}{end}", own.get(f"W_{way}")) for end in ("_left", "_right"))
     if left is None or right is None or left.ndim != 3 or right.ndim != 3:
         return ""

@@ -1,4 +1,4 @@
-"""The prediction head that the adapters library saves beside an adapter: whose it is here."""
+"""Translate the prediction head that the adapters library saves beside an adapter."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .terms import Part
 CONFIG, WEIGHTS, PICKLE = "head_config.json", "model_head.safetensors", "pytorch_model_head.bin"
 ONE = {"layers": 1}
 TWO = {"layers": 2, "activation_function": "tanh", "use_pooler": False}
-# {class of the model: [(what the head's config must say, the linear layers here, in order)]}
+# {class of the model: [(fields that the head's config must have, our linear layers in order)]}
 HEADS: dict[str, list[tuple[dict[str, Any], list[str]]]] = {
     "BertForSequenceClassification": [
         ({"head_type": "classification", **TWO}, ["bert.pooler.dense", "classifier"]),
@@ -38,11 +38,11 @@ HEADS: dict[str, list[tuple[dict[str, Any], list[str]]]] = {
         )
     },
 }
-PLACES = (1, 4)  # of a head's linear layers among its dropouts and activations
+PLACES = (1, 4)  # indices of a head's linear layers among its dropouts and activations
 
 
 def add(part: Part, given: dict[str, Tensor]) -> None:
-    """Let the delta of `part` own the modules whose weights a saved head has.
+    """Let the delta of `part` own the modules that the tensors of a saved head belong to.
 
     A head that is none of the backbone's modules is left out with a warning.
 
@@ -75,7 +75,7 @@ def add(part: Part, given: dict[str, Tensor]) -> None:
 
 
 def _count(part: Part, named: dict[str, Tensor]) -> int | None:
-    """How many labels the head is for; None if it has no such layer."""
+    """Return the head's number of labels; None if no layer of it gives one value per label."""
     count = labels.count_of(part.backbone.model)
     for owner in part.options["modules_to_save"]:
         inside = labels.head_of(part.backbone.modules[owner], count)
@@ -88,7 +88,7 @@ def _count(part: Part, named: dict[str, Tensor]) -> int | None:
 def _named(
     backbone: Backbone, config: dict[str, Any], given: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The tensors by the backbone's names for them; none if it has no such head."""
+    """Return the head's tensors by the backbone's names; {} if the backbone has no such head."""
     form = config.get("config")
     if form is None:  # a transformers model's own head
         return given
@@ -109,31 +109,31 @@ def _renamed(key: str, starts: dict[str, str]) -> str:
 
 
 def _tensor(backbone: Backbone, name: str) -> Tensor | None:
-    """The backbone's own tensor of that full name."""
+    """Return the backbone's own tensor with this full name, or None."""
     where, _, last = name.rpartition(".")
     module = backbone.modules.get(where)
     return None if module is None else stored(module, last)
 
 
 def _owner(backbone: Backbone, name: str) -> str | None:
-    """The outermost module, outside the base model, that has the tensor called `name`."""
+    """Return the outermost module around the tensor `name` that is not the base model, or None."""
     base = getattr(backbone.model, "base_model_prefix", "")
     around = [n for n in ancestors(name) if n in backbone.modules and n != base]
     return around[-1] if around else None
 
 
 def _same(own: Tensor | None, given: Tensor) -> bool:
-    """Whether a saved tensor is that of the backbone."""
+    """True if a saved tensor equals the backbone's."""
     if own is None or own.is_meta or own.shape != given.shape:
         return False
     return torch.equal(tensors.full(own.detach()).cpu().to(given.dtype), given)
 
 
 def read(folder: Path) -> Path | None:
-    """The file with the weights of a head, if one was saved.
+    """Return the file with the weights of a head; None if no head was saved.
 
     Raises:
-        DeltaLoadError: its config is there without them.
+        DeltaLoadError: the folder has the head's config, but not its weights.
     """
     if not (folder / CONFIG).is_file():
         return None

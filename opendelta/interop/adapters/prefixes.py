@@ -1,17 +1,18 @@
-"""Prefix tuning of the adapters library: one tensor, or network, for all layers."""
+"""Translate prefix tuning of the adapters library: one tensor or one network for all layers."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from ..._layers import prefix
+from ...names import parent
 from .terms import Part
 
 SELF = "self_prefix."
 
 
 def read(part: Part) -> None:
-    """Fill in a part whose tensors are those of prefixes."""
+    """Fill in a part that holds tensors of prefixes."""
     part.method = "prefix"
     if any(name.endswith("relative_attention_bias") for name in part.backbone.modules):
         raise part.error(
@@ -42,8 +43,8 @@ def read(part: Part) -> None:
 
 
 def _places(part: Part) -> list[str]:
-    """The self-attention modules that have a prefix, in order."""
-    around = {n.rpartition(".")[0] for n, role in part.roles.items() if role.startswith("attn.")}
+    """Return the names of the self-attention modules that have a prefix, in order."""
+    around = {parent(n) for n, role in part.roles.items() if role.startswith("attn.")}
     names = [n for n, m in part.backbone.modules.items() if prefix.is_attention(m) and n in around]
     left = part.config.get("leave_out") or []
     if not isinstance(left, list):
@@ -56,7 +57,7 @@ def _places(part: Part) -> list[str]:
 
 
 def _read_network(part: Part, own: dict[str, Tensor], places: list[str]) -> None:
-    """The network that all prefixes share, and the rows of its last layer for each of them."""
+    """Split the network of all prefixes: a shared part, and the rows of its last layer for each."""
     if part.config["non_linearity"] != "tanh":
         raise part.refusal("non_linearity", "a prefix here is computed with 'tanh'")
     count = 2 * len(places)

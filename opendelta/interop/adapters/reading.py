@@ -1,4 +1,4 @@
-"""An adapter read from its folder: every tensor in its place, or an error."""
+"""Read a folder of the adapters library: each tensor gets its place, or there is an error."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ READ = {"adapter": bottleneck.read, "lora": weights.read, "prefix": prefixes.rea
 
 
 def recognises(folder: Path) -> bool:
-    """Whether the adapters library wrote `folder`."""
+    """True if the adapters library wrote `folder`."""
     if any((folder / name).is_file() for name in SEVERAL):
         return True
     config = folder / CONFIG
@@ -48,15 +48,15 @@ def recognises(folder: Path) -> bool:
 
 
 def translate(folder: Path, model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What the adapters library saved in `folder`, as what `opendelta.load` finds in ours.
+    """Return an adapters folder as the JSON and tensors that `opendelta.load` finds in ours.
 
-    Of a pickle only tensors are read. The modules are those that the tensors name.
+    Of a pickle only tensors are read. The keys of the tensors name the modified modules.
 
     Args:
         model: the backbone, for the names and roles of its modules.
 
     Returns:
-        The JSON, and the tensors by full name; of a union of methods one delta each.
+        The JSON, and the tensors by full name. A union of methods gives one delta per method.
 
     Raises:
         DeltaLoadError: the adapter does what no delta does, is damaged, or is of another model.
@@ -89,7 +89,7 @@ def translate(folder: Path, model: nn.Module) -> tuple[dict[str, Any], dict[str,
 
 
 def _facts(config: dict[str, Any], parts: list[Part]) -> dict[str, Any]:
-    """The JSON that a folder of ours would have."""
+    """Return the JSON that a folder of ours would have."""
     deltas = []
     for part in parts:
         common = {
@@ -120,7 +120,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _read(folder: Path, *names: str) -> dict[str, Tensor]:
-    """The tensors in the first of these files that is there."""
+    """Return the tensors of the first of these files that exists."""
     for name in names:
         if (folder / name).is_file():
             return _tensors(folder / name)
@@ -128,7 +128,7 @@ def _read(folder: Path, *names: str) -> dict[str, Tensor]:
 
 
 def _check_model(folder: Path, config: dict[str, Any], model: nn.Module) -> None:
-    """Raise if the adapter is of another kind of model: its modules may have the same names."""
+    """Raise if the adapter is of another kind of model, whose modules may have the same names."""
     theirs = config.get("model_type")
     ours = getattr(getattr(model, "config", None), "model_type", None)
     if theirs and ours and theirs != ours:
@@ -142,7 +142,7 @@ def _check_model(folder: Path, config: dict[str, Any], model: nn.Module) -> None
 def _sorted(
     folder: Path, config: dict[str, Any], given: dict[str, Tensor]
 ) -> dict[str, dict[str, dict[str, Tensor]]]:
-    """{slot: {path of a module there: {name of a tensor: values}}}, each tensor once."""
+    """Sort tensors into {slot: {path of the library's module: {name of a tensor: values}}}."""
     name = config.get("name")
     if not isinstance(name, str) or not name:
         raise DeltaLoadError(f"{folder / CONFIG}: name={shown(name)} must be the adapter's name")
@@ -152,7 +152,7 @@ def _sorted(
         found = pattern.fullmatch(key)
         if found is None:
             unknown.append(key)
-        elif not f".{found['where']}.".endswith(".prefix_tuning.pool."):  # in each layer once more
+        elif not f".{found['where']}.".endswith(".prefix_tuning.pool."):  # each layer repeats it
             slot = OLD.get(found["slot"], found["slot"])
             out[slot][found["where"] or ""][found["rest"]] = tensor
     if unknown or not out:
@@ -165,7 +165,7 @@ def _sorted(
 
 # ---------------------------------------------------------------------------------------- the parts
 def _terms(folder: Path, config: dict[str, Any]) -> Terms:
-    """What the library says of the method that a config is of."""
+    """Return the library's terms for the method of a config."""
     kind = config.get("architecture")
     terms = ARCHITECTURES.get(kind) if kind is None or isinstance(kind, str) else None
     if terms is None:
@@ -182,7 +182,7 @@ def _parts(
     backbone: Backbone,
     given: dict[str, dict[str, dict[str, Tensor]]],
 ) -> list[Part]:
-    """One part for each method in the config, with its tensors."""
+    """Return a part for each method in the config, with its tensors."""
     whole = config.get("config")
     union = isinstance(whole, dict) and whole.get("architecture") == "union"
     configs = whole.get("configs") if union and isinstance(whole, dict) else [whole]
@@ -217,7 +217,7 @@ def _parts(
 
 
 def _check_options(part: Part, terms: Terms) -> None:
-    """Raise for the first option that changes what is computed, and is not understood."""
+    """Raise for the first option that changes the result and that we do not understand."""
     for option, value in part.config.items():
         if option in terms.refused and value and value != terms.defaults[option]:
             raise part.refusal(option, f"{terms.refused[option]}. Use the adapters library for it")

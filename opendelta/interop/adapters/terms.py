@@ -1,4 +1,4 @@
-"""How the adapters library calls what we have, and a checkpoint of its on the way to deltas."""
+"""Names that the adapters library uses, and `Part`: one method of its checkpoint, half read."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from torch import Tensor
 from ..._backbone import roles as roles_
 from ..._backbone.backbone import Backbone
 from ...errors import DeltaLoadError, shown
-from ...names import SLOT
+from ...names import SLOT, inside
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter.safetensors", "pytorch_adapter.bin"
-LARGEST, LONGEST = 1e38, 100_000  # of options; a float32 holds the one, no model needs the other
+# Limits of options: a float32 holds LARGEST, and no model needs a size over LONGEST.
+LARGEST, LONGEST = 1e38, 100_000
 SLOTS = (
     "adapters", "loras", "prefix_tunings", "prefix_gates", "shared_parameters", "prompt_tunings",
     "refts", "invertible_adapters",
 )  # fmt: skip
-OLD = {  # slots of adapter-transformers 1.x
+OLD = {  # {slot of adapter-transformers 1.x: slot of today}
     f"{place}_{kind}_adapters": "adapters"
     for place in ("attention", "layer")
     for kind in ("text_task", "text_lang")
@@ -31,12 +32,12 @@ OLD = {  # slots of adapter-transformers 1.x
 
 @dataclass(frozen=True)
 class Terms:
-    """What the library says of one of its methods.
+    """The library's names and defaults for one of its methods.
 
     Attributes:
-        name: what we call it here.
-        slots: where its tensors are.
-        defaults: {option: its default} of those that change what is computed.
+        name: our name for the method.
+        slots: the slots with its tensors.
+        defaults: {option: its default} for the options that change the result.
         refused: {option: why no other value than the default can be loaded}.
         free: options that change nothing, or that the tensors show too.
     """
@@ -98,11 +99,11 @@ class Part:
     """One method of a checkpoint on its way to a delta.
 
     Attributes:
-        folder: where it is.
-        found: the backbone.
-        config: the library's options, with its defaults for those that are not there.
-        given: {slot: {path of the module there: {name of a tensor: values}}}.
-        name: what the delta will be called.
+        folder: the folder of the checkpoint.
+        backbone: the backbone that the delta will be on.
+        config: the library's options; a missing option has the library's default.
+        given: {slot: {path of the library's module: {name of a tensor: values}}}.
+        name: the name of the delta to be.
         method: our name of the method.
         options: the delta's options so far.
         sites: {full name of a module: {our tensor: values}}.
@@ -121,24 +122,24 @@ class Part:
 
     @cached_property
     def roles(self) -> dict[str, str]:
-        """{full name of a module: the role that it plays}."""
+        """Return {full name of a module: its role}."""
         return roles_.roles(self.backbone.model)
 
     def key(self, where: str, tensor: str) -> str:
-        """The full name that a tensor on the module called `where` has in our files."""
-        return (f"{where}." if where else "") + f"{SLOT}.{self.name}.{tensor}"
+        """Return the full name in our files of a tensor on the module `where`."""
+        return (inside(where)) + f"{SLOT}.{self.name}.{tensor}"
 
     def error(self, what: str) -> DeltaLoadError:
-        """An error of this folder."""
+        """Return an error that names this folder."""
         return DeltaLoadError(f"{self.folder}: {what}")
 
     def refusal(self, option: str, why: str) -> DeltaLoadError:
-        """The error for an option of the JSON."""
+        """Return the error for an option of the JSON."""
         given = f"{option}={shown(self.config.get(option))}"
         return DeltaLoadError(f"{self.folder / CONFIG}: {given} cannot be loaded: {why}")
 
     def number(self, option: str) -> float:
-        """An option that must be a number."""
+        """Return an option that must be a number."""
         value: Any = self.config.get(option)
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not number or not abs(value) < LARGEST:
@@ -146,16 +147,17 @@ class Part:
         return value
 
     def whole(self, option: str) -> int:
-        """An option that must be a whole number of at least 1."""
+        """Return an option that must be a whole number of at least 1."""
         value = self.number(option)
         if not 1 <= value <= LONGEST or value != int(value):
             raise self.refusal(option, f"it must be a whole number from 1 to {LONGEST:,}")
         return int(value)
 
     def resolve(self, path: str) -> str:
-        """The full name here of the module that is called `path` in the library's model.
+        """Return our full name of the module that the library calls `path`.
 
-        Between a model with a head and one without, names differ by the name of the base model.
+        Names in a model with a head start with the name of the base model; names in a model without
+        a head do not.
         """
         base = getattr(self.backbone.model, "base_model_prefix", "")
         for name in (path, f"{base}.{path}", path.partition(".")[2]):
@@ -167,10 +169,10 @@ class Part:
         )
 
     def take(self, own: dict[str, Tensor], name: str, *shape: int) -> Tensor:
-        """The tensor called `name`, out of `own`.
+        """Take the tensor `name` out of `own` and return it.
 
         Args:
-            shape: its shape, -1 for any size. None given: any shape.
+            shape: its shape, -1 for any size. No shape given: any shape fits.
         """
         tensor = own.pop(name, None)
         if tensor is None:
@@ -183,12 +185,12 @@ class Part:
         return tensor
 
     def check_empty(self, own: Iterable[str], where: str) -> None:
-        """Raise if tensors are left that nothing took."""
+        """Raise if tensors are left that no reader took."""
         if left := sorted(own):
             raise self.error(f"nothing is known of {', '.join(left[:3])} on {where!r}")
 
 
 def slot_pattern(name: str) -> re.Pattern[str]:
-    """What the key of a tensor of the adapter called `name` looks like."""
+    """Return the regular expression for a key of the adapter `name`: where, slot and rest."""
     slots = "|".join((*SLOTS, *OLD))
     return re.compile(rf"(?:(?P<where>.+)\.)?(?P<slot>{slots})\.{re.escape(name)}\.(?P<rest>.+)")

@@ -1,4 +1,4 @@
-"""LoRA, DoRA and IA3 of the adapters library, which are on the weights that they change."""
+"""Translate LoRA, DoRA and IA3 of the adapters library, which are on the weights they change."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LETTERS = ("q", "k", "v")
 
 
 def read(part: Part) -> None:
-    """Fill in a part whose tensors are those of LoRA or IA3."""
+    """Fill in a part that holds tensors of LoRA or IA3."""
     groups = part.given.pop("loras")
     scale = part.config["composition_mode"] == "scale"
     if part.config["composition_mode"] not in ("add", "scale"):
@@ -27,7 +27,7 @@ def read(part: Part) -> None:
         part.sites[where] = _ia3(part, own, where) if scale else _lora(part, own, where)
         part.check_empty(own, where)
     if scale:
-        part.options["feedforward_modules"] = []  # all of its vectors are after the weight
+        part.options["feedforward_modules"] = []  # all vectors scale the output of a weight
         return
     part.options |= {
         "lora_r": part.whole("r"),
@@ -38,7 +38,7 @@ def read(part: Part) -> None:
 
 
 def correct(config: dict, version: object) -> dict:
-    """The options of a LoRA as its version computed: before adapters 1.1 alpha had no effect."""
+    """Return the options as their version used them: before adapters 1.1, alpha had no effect."""
     number = re.match(r"adapters\.(\d+)\.(\d+)", str(version))
     if number and (int(number[1]), int(number[2])) < (1, 1) and "r" in config:
         return {**config, "alpha": config["r"]}
@@ -46,7 +46,7 @@ def correct(config: dict, version: object) -> dict:
 
 
 def _outputs(part: Part, where: str) -> int:
-    """Rows of the weight of the module called `where`."""
+    """Return the number of outputs of the linear module `where`."""
     kind = kind_of(part.backbone.modules[where])
     if kind is None or kind.name != "linear":
         what = type(part.backbone.modules[where]).__name__
@@ -55,7 +55,7 @@ def _outputs(part: Part, where: str) -> int:
 
 
 def _thirds(part: Part, where: str) -> list[int] | None:
-    """Which thirds of a fused projection are changed; None for a module of another kind."""
+    """Return the changed thirds of a fused projection (0: q, 1: k, 2: v); None if not fused."""
     if part.roles.get(where) != "attn.qkv":
         return None
     given = part.config["attn_matrices"]
@@ -90,7 +90,7 @@ def _lora(part: Part, own: dict[str, Tensor], where: str) -> dict[str, Tensor]:
 
 
 def _fused(part: Part, own: dict[str, Tensor], where: str, thirds: list[int]) -> dict[str, Tensor]:
-    """LoRA on some thirds of a fused projection, as one of a higher rank on all of it."""
+    """Turn LoRA on some thirds of a fused projection into one LoRA of higher rank on all of it."""
     if part.config["use_dora"]:
         raise part.refusal("use_dora", f"{where!r} is a fused projection")
     r, n, rows = part.whole("r"), len(thirds), _outputs(part, where) // 3

@@ -1,4 +1,4 @@
-"""PEFT's checkpoints: read as deltas, and written from them, without PEFT itself."""
+"""Read PEFT's checkpoints as deltas, and write deltas as PEFT's checkpoints, without PEFT."""
 
 from .reading import recognises, translate
 from .writing import save

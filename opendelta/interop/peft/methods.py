@@ -1,4 +1,4 @@
-"""What is special to a method of PEFT's when it is read."""
+"""The last step of reading one of PEFT's methods, for the methods that need one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .terms import PATTERNS, PROJECTIONS, Adapter, conv_problem, norm_terms
 
 
 def _test_of(adapter: Adapter, name: str, pattern: Any, form: str = "{}") -> re.Pattern[str]:
-    """A regular expression of the JSON, put into `form`, unless it could take forever."""
+    """Put a regular expression of the JSON into `form`; refuse one that could run forever."""
     try:
         if repeats_too_much(pattern):
             raise adapter.refusal(name, f"{pattern!r} repeats too much; write names of modules")
@@ -25,7 +25,7 @@ def _test_of(adapter: Adapter, name: str, pattern: Any, form: str = "{}") -> re.
 
 
 def _finish_patterns(adapter: Adapter) -> None:
-    """Give the modules the ranks and alphas of the first pattern that fits the end of the name."""
+    """Give each module the rank and alpha of the first pattern that fits the end of its name."""
     for name in PATTERNS:
         given = adapter.config.get(name) or {}
         if not isinstance(given, dict):
@@ -45,7 +45,7 @@ def _finish_patterns(adapter: Adapter) -> None:
 
 
 def _matrix(tensor: Tensor) -> Tensor:
-    """A matrix from the weight of a convolution."""
+    """Flatten the weight of a convolution into a matrix."""
     return tensor.flatten(1) if tensor.ndim > 2 else tensor
 
 
@@ -66,7 +66,7 @@ def _finish_ia3(adapter: Adapter) -> None:
 
 
 def _finish_oft(adapter: Adapter) -> None:
-    """Find the size of block from the tensors: PEFT's fields may be adjusted module by module."""
+    """Find the block size from the tensors: PEFT may have adjusted its field for each module."""
     number = re.match(r"(\d+)\.(\d+)", str(adapter.config.get("peft_version")))
     old = number is None or (int(number[1]), int(number[2])) < (0, 18)
     if "oft_block_size" not in adapter.config or (old and adapter.options["use_cayley_neumann"]):
@@ -95,7 +95,7 @@ def _finish_vera(adapter: Adapter) -> None:
 
 
 def _finish_ln(adapter: Adapter) -> None:
-    """Turn new weights and biases into changes of those that the model has."""
+    """Turn PEFT's new weights and biases into changes of the model's weights and biases."""
     for where, own in adapter.sites.items():
         offset, base = norm_terms(adapter.backbone, where)
         if offset is None:
@@ -103,7 +103,7 @@ def _finish_ln(adapter: Adapter) -> None:
             raise adapter.error(f"{where!r} ({what}) is no normalisation that scales by its weight")
         old, new = base["weight"] + offset, own.get("scale", torch.zeros(0)).cpu().double() + offset
         if old.shape != new.shape:
-            continue  # missing or misshaped, as the core will say
+            continue  # a tensor is missing or has another shape: opendelta.load will say so
         if lost := int(((old == 0) & (new != 0)).sum()):
             raise adapter.error(
                 f"{where!r}: {lost} weights are exactly 0 in this model but not in the adapter, so "

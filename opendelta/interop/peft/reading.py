@@ -1,4 +1,4 @@
-"""An adapter of PEFT's, read from its folder: every tensor in its place, or an error."""
+"""Read a folder of PEFT: each tensor gets its place, or there is an error."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..._files import folder as files
 from ..._layers import prompt as prompt_
 from ..._modules import tensors
 from ..._modules.tensors import stored
-from ...errors import DeltaLoadError
+from ...errors import DeltaLoadError, listed
 from ...names import ancestors
 from .._files import read_json, read_safetensors
 from .._terms import dtype_option
@@ -36,7 +36,7 @@ from .terms import (
 
 
 def recognises(folder: Path) -> bool:
-    """Whether PEFT wrote `folder`."""
+    """True if PEFT wrote `folder`."""
     config = folder / CONFIG
     if not config.is_file():
         return False
@@ -47,12 +47,12 @@ def recognises(folder: Path) -> bool:
 
 
 def translate(folder: Path, model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What PEFT saved in `folder`, as what `opendelta.load` finds in a folder of ours.
+    """Return a folder of PEFT as the JSON and tensors that `opendelta.load` finds in ours.
 
-    Nothing is unpickled, and the modules are those that the tensors name: no pattern selects them.
+    Nothing is unpickled. The keys of the tensors name the modified modules; no pattern is used.
 
     Args:
-        model: the backbone, for the names of its modules, and for weights that PEFT replaces.
+        model: the backbone. It gives the names of modules, and the weights that PEFT replaces.
 
     Returns:
         The JSON, and the tensors by full name.
@@ -80,7 +80,7 @@ def translate(folder: Path, model: nn.Module) -> tuple[dict[str, Any], dict[str,
 
 
 def _facts(adapter: Adapter) -> dict[str, Any]:
-    """The JSON that a folder of ours would have."""
+    """Return the JSON that a folder of ours would have."""
     mapping = adapter.config.get("auto_mapping")
     made_for = mapping.get("base_model_class") if isinstance(mapping, dict) else None
     made_for = made_for or adapter.config.get("base_model_name_or_path") or "model"
@@ -121,7 +121,7 @@ def _method_of(folder: Path, config: dict[str, Any]) -> str:
 
 
 def _check_fields(adapter: Adapter) -> None:
-    """Raise for the first field that changes what the adapter computes, and is not understood."""
+    """Raise for the first field that changes the result and that we do not understand."""
     method, config = adapter.method, adapter.config
     known = FREE | {*method.free, *method.options}
     for name, value in config.items():
@@ -146,7 +146,7 @@ def _check_fields(adapter: Adapter) -> None:
 
 # ------------------------------------------------------------------------------ sorting the tensors
 def _sort_tensors(adapter: Adapter, given: dict[str, Tensor]) -> None:
-    """Give each tensor its place; those that have none are an error."""
+    """Give each tensor its place; raise if a tensor has none."""
     names, unknown = adapter.backbone.modules, []
     owners: dict[str, None] = {}
     prompt = adapter.name == "soft_prompt"
@@ -169,14 +169,14 @@ def _sort_tensors(adapter: Adapter, given: dict[str, Tensor]) -> None:
     if unknown:
         raise adapter.error(
             f"{len(unknown)} of {len(given)} tensors of this {adapter.method.peft_type} belong to "
-            f"nothing in {type(adapter.backbone.model).__name__}: {', '.join(unknown[:3])}"
-            f"{', ...' * (len(unknown) > 3)}; load it on the model that it was trained on"
+            f"nothing in {type(adapter.backbone.model).__name__}: {listed(unknown)}"
+            f"; load it on the model that it was trained on"
         )
     adapter.options["modules_to_save"] = [name for name in names if name in owners] or None
 
 
 def _owner(adapter: Adapter, name: str) -> str | None:
-    """The outermost module around a tensor that modules_to_save names the end of."""
+    """Return the outermost module around a tensor whose name ends as modules_to_save says."""
     ends = tuple(adapter.config.get("modules_to_save") or ())
     for around in reversed([*ancestors(name)][1:]):
         if around in adapter.backbone.modules and ends and around.endswith(ends):
@@ -185,10 +185,10 @@ def _owner(adapter: Adapter, name: str) -> str | None:
 
 
 def _is_of_backbone(adapter: Adapter, name: str, tensor: Tensor) -> bool:
-    """Whether a tensor is a backbone's weight that PEFT saved too, as it does with embeddings.
+    """True if a tensor is a weight of the backbone that PEFT saved too, such as an embedding.
 
     Raises:
-        DeltaLoadError: it is, but the model has another.
+        DeltaLoadError: the model's weight has other values.
     """
     where = name.removesuffix(".weight").removesuffix(".base_layer")
     module = adapter.backbone.modules.get(where)
@@ -207,13 +207,13 @@ def _is_of_backbone(adapter: Adapter, name: str, tensor: Tensor) -> bool:
 
 
 def _stack_of(adapter: Adapter) -> str:
-    """The full name of the module that embeds the tokens."""
+    """Return the full name of the module that embeds the tokens."""
     both = 2 if adapter.config.get("task_type") == "SEQ_2_SEQ_LM" else 1
     if (adapter.config.get("num_transformer_submodules") or both) != 1:
         raise adapter.refusal(
             "num_transformer_submodules", "the decoder has a prompt of its own; train with 1"
         )
-    causal = adapter.config.get("task_type") == "CAUSAL_LM"  # where labels go with the tokens
+    causal = adapter.config.get("task_type") == "CAUSAL_LM"  # each token has a label
     adapter.options |= {"strip": causal, "token_init": False}
     stacks = [
         n for n, is_decoder in prompt_.stacks(adapter.backbone.modules).items() if not is_decoder
@@ -227,7 +227,7 @@ def _stack_of(adapter: Adapter) -> str:
 
 
 def _check_complete(adapter: Adapter) -> None:
-    """Raise if a module that target_modules lists has no tensors, as in a file that was cut."""
+    """Raise if a module that target_modules lists has no tensors: the file is incomplete."""
     config = adapter.config
     targets = config.get("target_modules")
     less = any(config.get(n) for n in ("layers_to_transform", "exclude_modules"))
@@ -247,5 +247,5 @@ def _check_complete(adapter: Adapter) -> None:
     if missing:
         raise adapter.error(
             f"{WEIGHTS} has no tensors for {len(missing)} modules that target_modules selects: "
-            f"{', '.join(missing[:3])}{', ...' * (len(missing) > 3)}"
+            f"{listed(missing)}"
         )

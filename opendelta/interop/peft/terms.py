@@ -1,4 +1,4 @@
-"""How PEFT calls what we have, and an adapter of its on the way to a delta."""
+"""PEFT's names for our methods and options, and `Adapter`: an adapter of PEFT, half read."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from ..._backbone.backbone import Backbone
 from ..._modules.kinds import Conv2d, Norm, kind_of
 from ..._modules.tensors import full, stored_params
 from ...errors import DeltaLoadError
-from ...names import SLOT
+from ...names import SLOT, inside
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX, PROMPT_PREFIX = "base_model.model.", "base_model."
-PEFT_VERSION = "0.21.2"  # whose files these are; PEFT asks it of files with OFT
+PEFT_VERSION = "0.21.2"  # our files are as of this version; PEFT checks it in files with OFT
 PROMPT, PROJECTIONS = "prompt_embeddings", ("vera_A", "vera_B")
 
 
 @dataclass(frozen=True)
 class Method:
-    """PEFT's terms for one of our methods.
+    """PEFT's names for one of our methods.
 
     Attributes:
-        peft_type: its name there.
-        options: {PEFT's field: its default there} of the fields that are options of ours.
-        tensors: {how the key of a tensor ends: our tensor}.
-        free: further fields that change nothing, most of them how the training started.
-        renamed: {PEFT's field: our option} where those differ.
+        peft_type: PEFT's name of the method.
+        options: {PEFT's field: PEFT's default} for the fields that are options of ours.
+        tensors: {end of PEFT's key of a tensor: our tensor}.
+        free: further fields that change nothing; most say how the training started.
+        renamed: {PEFT's field: our option} where the two names differ.
     """
 
     peft_type: str
@@ -115,7 +115,7 @@ TASKS = {
     "ForTokenClassification": "TOKEN_CLS",
     "ForQuestionAnswering": "QUESTION_ANS",
 }
-HEADS = {  # the ends of names of what PEFT saves with a prompt for such a task
+HEADS = {  # {task: ends of the names of the modules that PEFT saves with a prompt}
     "SEQ_CLS": ["classifier", "score"],
     "TOKEN_CLS": ["classifier", "score"],
     "QUESTION_ANS": ["qa_outputs"],
@@ -124,12 +124,12 @@ HEADS = {  # the ends of names of what PEFT saves with a prompt for such a task
 
 @dataclass
 class Adapter:
-    """An adapter of PEFT's on its way to a delta.
+    """An adapter of PEFT on its way to a delta.
 
     Attributes:
-        folder: where it is.
+        folder: the adapter's folder.
         config: its JSON.
-        found: the backbone.
+        backbone: the backbone that the delta will be on.
         name: our name of its method.
         options: the delta's options so far.
         sites: {full name of a module: {our tensor: values}}.
@@ -146,27 +146,28 @@ class Adapter:
 
     @property
     def method(self) -> Method:
-        """PEFT's terms for its method."""
+        """PEFT's names for the adapter's method."""
         return METHODS[self.name]
 
     def key(self, where: str, tensor: str) -> str:
-        """The full name that a tensor on the module called `where` has in our files."""
-        return (f"{where}." if where else "") + f"{SLOT}.{self.name}.{tensor}"
+        """Return the full name in our files of a tensor on the module `where`."""
+        return (inside(where)) + f"{SLOT}.{self.name}.{tensor}"
 
     def error(self, what: str) -> DeltaLoadError:
-        """An error of this folder."""
+        """Return an error that names this folder."""
         return DeltaLoadError(f"{self.folder}: {what}")
 
     def refusal(self, name: str, why: str) -> DeltaLoadError:
-        """The error for a field of the JSON."""
+        """Return the error for a field of the JSON."""
         given = self.config.get(name)
         return DeltaLoadError(f"{self.folder / CONFIG}: {name}={given!r} cannot be loaded: {why}")
 
 
 def norm_terms(backbone: Backbone, where: str) -> tuple[float | None, dict[str, Tensor]]:
-    """(o, weight and bias) of a normalisation that scales by o + weight; o is 0, or 1 as in Gemma.
+    """Return (o, weight and bias) of a normalisation that scales by o + weight.
 
-    None: it does otherwise. What it does is seen by running a copy of it.
+    For example o is 0 in LayerNorm, and 1 in Gemma. It is None if the module scales in another way.
+    A copy of the module is run to find o.
     """
     base = stored_params(backbone.modules[where])
     norm = isinstance(kind_of(backbone.modules[where]), Norm) and "weight" in base
@@ -190,7 +191,7 @@ def norm_terms(backbone: Backbone, where: str) -> tuple[float | None, dict[str, 
 
 
 def conv_problem(name: str, module: nn.Module) -> str:
-    """Why PEFT computes something else than we do on a convolution, or nothing."""
+    """Return why PEFT computes another result than we do on a convolution; "" if it does not."""
     kind = kind_of(module)
     if isinstance(kind, Conv2d) and kind.pad_mode != "zeros":
         return f"PEFT's {name} ignores padding_mode={kind.pad_mode!r} of this convolution"

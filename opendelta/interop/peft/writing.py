@@ -1,4 +1,4 @@
-"""Deltas written as adapters of PEFT's."""
+"""Write deltas as adapters of PEFT."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ from .terms import (
 def save(delta: BaseDelta, folder: str | os.PathLike) -> None:
     """Write a delta into `folder` as an adapter that PEFT and transformers read.
 
-    Whether it is active, and what trains, is not in such files. A LoRA that started from the
-    weights ("pissa", "olora") gets twice the rank, for the part that it takes off again.
+    Such files do not say if the delta is active, or which tensors train. A LoRA that started from
+    the weights ("pissa", "olora") gets twice the rank: the other half subtracts its start.
 
     Args:
-        folder: it is made if need be; an adapter of PEFT's in it is replaced.
+        folder: it is made if need be; an adapter of PEFT in it is replaced.
 
     Raises:
-        DeltaError: it is no delta, or none that PEFT has, or the folder holds something else.
+        DeltaError: `delta` is no delta, or PEFT has no such delta, or the folder holds other files.
     """
     if not isinstance(delta, BaseDelta):
         raise DeltaError(
@@ -125,7 +125,10 @@ def _check_writable(delta: BaseDelta, backbone: Backbone) -> None:
 
 
 def _task(delta: BaseDelta) -> str | None:
-    """PEFT's name of what the model is for; for others than prompts, it would add heads to some."""
+    """Return PEFT's name of the model's task, such as "CAUSAL_LM", or None.
+
+    For most tasks PEFT adds a head to the saved modules: so only a prompt names such a task.
+    """
     model = delta.backbone_model
     config = getattr(model, "config", None)
     name = next((t for end, t in TASKS.items() if type(model).__name__.endswith(end)), None)
@@ -136,10 +139,12 @@ def _task(delta: BaseDelta) -> str | None:
 
 
 def _owned_by_peft(delta: BaseDelta, backbone: Backbone) -> tuple[list[str], dict[str, Tensor]]:
-    """The modules that PEFT will own, as it matches ends of names, and their tensors by key.
+    """Return the modules that PEFT will own and their tensors by PEFT's key.
+
+    PEFT owns each module whose name ends with an entry of modules_to_save.
 
     Raises:
-        DeltaError: those would be in each other, or in the way of the delta.
+        DeltaError: one such module is inside another, or has a layer of the delta inside.
     """
     prompt = delta.delta_type == "soft_prompt"
     own = delta.config.modules_to_save or []
@@ -170,7 +175,7 @@ def _regex(names: Iterable[str]) -> str:
 
 
 def _config_of(delta: BaseDelta, backbone: Backbone) -> dict[str, Any]:
-    """The JSON fields of the method, and the modules that it is on."""
+    """Return the JSON fields of the method and of the modules that it is on."""
     method, own, layers = METHODS[delta.delta_type], vars(delta.config), delta.layers
     given = {theirs: own[method.renamed.get(theirs, theirs)] for theirs in method.options}
     targets = delta.modified_modules
@@ -207,7 +212,7 @@ def _config_of(delta: BaseDelta, backbone: Backbone) -> dict[str, Any]:
 
 
 def _double(given: dict[str, Any]) -> None:
-    """Twice the ranks, and the alphas that leave the scalings as they are."""
+    """Double the ranks in `given`, and raise the alphas so that the scalings stay as they are."""
     factor = math.sqrt(2) if given["use_rslora"] else 2
     given["r"], given["lora_alpha"] = 2 * given["r"], factor * given["lora_alpha"]
     given["rank_pattern"] = {name: 2 * rank for name, rank in given["rank_pattern"].items()}
@@ -215,7 +220,7 @@ def _double(given: dict[str, Any]) -> None:
 
 
 def _only(delta: BaseDelta, attribute: str) -> int:
-    """The size that all layers have in common."""
+    """Return the size that all layers have in common; raise if they differ."""
     layers: Mapping[str, Any] = {name: delta.layers[name] for name in delta.modified_modules}
     given = {name: getattr(layer, attribute) for name, layer in layers.items()}
     sizes = {n: v.numel() if isinstance(v, Tensor) else int(v) for n, v in given.items()}
@@ -228,7 +233,7 @@ def _only(delta: BaseDelta, attribute: str) -> int:
 
 
 def _tensors(delta: BaseDelta, backbone: Backbone) -> dict[str, Tensor]:
-    """The tensors of the delta by PEFT's keys."""
+    """Return the tensors of the delta by PEFT's keys."""
     tensors: dict[str, Tensor] = {}
     for where in delta.modified_modules:
         layer: Any = delta.layers[where]
@@ -259,13 +264,14 @@ def _of_lora(layer: Any) -> dict[str, Tensor]:
         A, B, axes = A.unflatten(1, layer.kind.patch), B[..., None, None], (1, -1, 1, 1)
     if hasattr(layer, "lora_magnitude_vector"):
         magnitude = layer.lora_magnitude_vector
-        # PEFT's own key lacks the end, and reads both; transformers' load_adapter only this one
+        # PEFT writes the key without ".weight" and reads both; transformers' load_adapter reads
+        # only this one.
         own["lora_magnitude_vector.weight"] = magnitude.view(axes) if axes else magnitude
     return {"lora_A.weight": A, "lora_B.weight": B, **own}
 
 
 def _ofnorm_terms(delta: BaseDelta, backbone: Backbone, where: str) -> dict[str, Tensor]:
-    """The weight and bias that the normalisation has with the delta."""
+    """Return the weight and bias of the normalisation with the delta merged in."""
     delta.record.require_apart("cannot write for PEFT")
     layer: Any = delta.layers[where]
     offset, base = norm_terms(backbone, where)

@@ -1,0 +1,189 @@
+"""Errors carry fields beside their text, and warnings point at the line of the user."""
+
+import runpy
+import sys
+import textwrap
+import warnings
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import opendelta
+from opendelta import AddressError, DeltaLoadError, LoraModel, OptionError, SiteError
+from opendelta.author import Acts, DeltaLayer, OutputLayer
+from opendelta.errors import listed, quoted
+
+
+def net():
+    return nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+
+
+def tied_net():
+    model = net()
+    model[2].weight = model[0].weight
+    return model
+
+
+# ------------------------------------------------------------------------------------------ fields
+def test_an_address_error_carries_the_pattern_and_the_nearest_names():
+    model = nn.TransformerEncoderLayer(8, 2, 16)
+    with pytest.raises(AddressError) as caught:
+        LoraModel(model, modified_modules=["linear3"])
+    assert caught.value.pattern == "linear3"
+    assert caught.value.nearest == ["linear2", "linear1"]
+    with pytest.raises(AddressError) as caught:
+        LoraModel(model, modified_modules=["attn.k2"], common_structure=True)
+    assert caught.value.pattern == "attn.k2"
+    assert "attn.proj" in caught.value.nearest or caught.value.nearest
+
+
+def test_a_role_that_is_taken_for_a_pattern_keeps_its_fields():
+    with pytest.raises(AddressError, match="common_structure=True") as caught:
+        LoraModel(net(), modified_modules=["attn.q"])
+    assert caught.value.pattern == "attn.q"
+
+
+@pytest.mark.parametrize(
+    ("attach", "where"),
+    [
+        (lambda m: LoraModel(m, modified_modules=["1"]), "1"),
+        (lambda m: LoraModel(m, modified_modules=["0"], name="one"), "0"),
+        (lambda m: LoraModel(m, modified_modules=["0"], init="pissa", lora_r=5), "0"),
+        (lambda m: opendelta.AdapterModel(m, modified_modules=["0"], reads=True), "0"),
+    ],
+)
+def test_a_site_error_says_which_module(attach, where):
+    model = net()
+    model[0].deltas = None
+    with pytest.raises(SiteError) as caught:
+        attach(model)
+    assert caught.value.where == where
+
+
+def test_a_load_error_says_which_tensors(tmp_path):
+    saved(net(), tmp_path)
+    wider = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 4))
+    with pytest.raises(DeltaLoadError) as caught:
+        opendelta.load(tmp_path, wider)
+    details = caught.value.details
+    assert details.misshaped == {"0.deltas.lora.lora_A": ([8, 4], [8, 5])}
+    assert not details.missing
+    assert bool(details)
+    report = opendelta.load(tmp_path, wider, strict=False)
+    assert report.misshaped == details.misshaped
+    assert not DeltaLoadError("no folder").details
+
+
+def test_lists_and_names_for_messages():
+    assert listed("abc") == "a, b, c"
+    assert listed("abcd") == "a, b, c, ..."
+    assert listed([], 2) == ""
+    assert (quoted("a.b"), quoted("")) == ("'a.b'", "the root")
+
+
+# ---------------------------------------------------------------------------------- layer classes
+def test_a_layer_class_says_how_it_acts_in_one_of_the_words():
+    with pytest.raises(OptionError, match=r"Bad.acts='beside' must be one of Acts.AFTER, .*SERVES"):
+
+        class Bad(OutputLayer):
+            acts = "beside"
+
+
+def test_a_layer_in_the_place_of_a_module_has_a_stand_in():
+    with pytest.raises(OptionError, match="acts INSTEAD of a module, so it needs a `stand_in`"):
+
+        class Bad(DeltaLayer):
+            acts = Acts.INSTEAD
+
+
+# ---------------------------------------------------------------------------------------- warnings
+def warned_at(script, tmp_path, **names):
+    """The file and the line that the first warning of a script points at."""
+    path = tmp_path / "script.py"
+    path.write_text(textwrap.dedent(script))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        runpy.run_path(str(path), init_globals=names, run_name="__main__")
+    first = next(w for w in caught if issubclass(w.category, opendelta.DeltaWarning))
+    return first.filename == str(path), first.lineno
+
+
+WAYS_IN = {
+    "a method": "opendelta.LoraModel(model, modified_modules=['0'])",
+    "a config": "opendelta.LoraModel.from_config(config, model)",
+    "any method": "opendelta.AutoDeltaModel.from_config(config, model)",
+    "a folder": "opendelta.load(folder, model)",
+    "a folder of a method": "opendelta.LoraModel.from_finetuned(folder, model)",
+    "a folder of any method": "opendelta.AutoDeltaModel.from_finetuned(folder, model)",
+}
+
+
+@pytest.mark.parametrize("way", WAYS_IN)
+@pytest.mark.parametrize("inside", [False, True], ids=["script", "function"])
+def test_a_warning_points_at_the_users_line(way, inside, tmp_path):
+    call, model = WAYS_IN[way], tied_net()
+    script = f"def attach():\n    {call}\n\n\nattach()\n" if inside else f"\n{call}\n"
+    with warnings.catch_warnings(action="ignore"):
+        folder = saved(opendelta.shared_copy(model), tmp_path / "delta")
+    config = opendelta.LoraConfig(modified_modules=["0"])
+    names = {"opendelta": opendelta, "model": model, "folder": folder, "config": config}
+    assert warned_at(script, tmp_path, **names) == (True, 2)
+
+
+def saved(model, folder):
+    """A folder of a delta that was on `model`."""
+    delta = LoraModel(model, modified_modules=["0"])
+    delta.freeze_module()
+    delta.save_finetuned(folder)
+    return folder
+
+
+def test_a_warning_of_saving_points_at_the_users_line(tmp_path):
+    model = net()
+    script = "\n\ndelta.save_finetuned(folder)\n"
+    names = {"delta": LoraModel(model, modified_modules=["0"]), "folder": tmp_path / "delta"}
+    assert warned_at(script, tmp_path, **names) == (True, 3)
+    script = "\nopendelta.composition(model).save(folder)\n"
+    names = {"opendelta": opendelta, "model": model, "folder": tmp_path / "all"}
+    assert warned_at(script, tmp_path, **names) == (True, 2)
+
+
+def test_a_warning_of_the_first_forward_points_at_the_users_line(tmp_path):
+    class Reader(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return x @ self.inner.weight
+
+    model = Reader()
+    LoraModel(model, modified_modules=["inner"])
+    names = {"model": model, "x": torch.ones(1, 4)}
+    assert warned_at("\n\n\nmodel(x)\n", tmp_path, **names) == (True, 4)
+
+
+def test_a_warning_of_save_pretrained_points_at_the_users_line(tmp_path):
+    config = transformers.BertConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=9
+    )
+    model = transformers.BertModel(config)
+    LoraModel(model)
+    names = {"model": model, "folder": tmp_path / "model"}
+    assert warned_at("\nmodel.save_pretrained(folder)\n", tmp_path, **names) == (True, 2)
+
+
+def test_a_block_that_nobody_entered_points_at_the_users_line(tmp_path):
+    model = net()
+    delta = LoraModel(model, modified_modules=["0"])
+    assert warned_at("\ndelta.disabled()\n", tmp_path, delta=delta) == (True, 2)
+
+
+def test_without_a_line_of_a_user_the_outermost_stands_for_it(monkeypatch):
+    frame = sys._getframe()
+    monkeypatch.setattr(opendelta.errors, "PASSED_ON", (*opendelta.errors.PASSED_ON, __name__))
+    assert frame.f_globals["__name__"] == __name__
+    with pytest.warns(opendelta.TiedWeightWarning):
+        LoraModel(tied_net(), modified_modules=["0"])
