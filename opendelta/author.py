@@ -1,6 +1,6 @@
-"""All that a method's file needs: the bases of deltas and of their layers, options, sizes, errors.
+"""All that a method's file imports: base classes of deltas and layers, options, sizes, errors.
 
-CONTRIBUTING.md shows how to write one.
+CONTRIBUTING.md shows how to write a method.
 """
 
 from ._deltas.options import DeltaConfig, option

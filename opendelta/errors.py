@@ -1,4 +1,4 @@
-"""What can go wrong: errors and warnings, and the nearest name for a message."""
+"""The errors and warnings of opendelta, and helpers for their messages."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class AddressError(DeltaError):
     """A pattern or a name that selects no module.
 
     Attributes:
-        pattern: the pattern or name; None where several are to blame.
+        pattern: the pattern or name; None if several select nothing together.
         nearest: the names that look most like it, the best first.
 
     Example:
@@ -58,14 +58,14 @@ class AddressError(DeltaError):
 
 
 class OptionError(DeltaError, TypeError):
-    """An option that a method does not have, or a value it does not take."""
+    """An option that a method does not have, or a value that it does not take."""
 
 
 class SiteError(DeltaError):
     """A module that cannot carry this delta layer.
 
     Attributes:
-        where: the full name of the module; None where it is not known, as inside a forward.
+        where: the full name of the module; None if it is not known, as inside a forward.
     """
 
     def __init__(self, message: str, where: str | None = None) -> None:
@@ -75,15 +75,16 @@ class SiteError(DeltaError):
 
 @dataclass(frozen=True, kw_only=True)
 class Mismatch:
-    """Where the tensors of a file do not fit; false if all do.
+    """The tensors of a file that do not fit; false if all fit.
 
     Attributes:
         missing: the tensors that the file lacks.
         unexpected: the tensors in the file that the deltas do not have.
         misshaped: {tensor: (its shape in the file, the shape it must have)}.
-        other_kind: {tensor: its dtype in the file} of floats for integers, or integers for floats.
+        other_kind: {tensor: its dtype in the file}, if the file has integers instead of floats, or
+            floats instead of integers.
         not_finite: a tensor with NaN or infinite values.
-        differing: {weight of the backbone: how it differs from what the deltas were trained on}.
+        differing: {weight of the backbone: how it differs from the weight at the training}.
     """
 
     missing: list[str] = field(default_factory=list)
@@ -98,10 +99,10 @@ class Mismatch:
 
 
 class DeltaLoadError(DeltaError):
-    """A checkpoint that does not fit, is damaged, or is not one.
+    """A checkpoint that does not fit or is damaged, or a folder that is no checkpoint.
 
     Attributes:
-        details: the tensors that do not fit, by what is wrong with them.
+        details: the tensors that do not fit, sorted by their problem.
     """
 
     def __init__(self, message: str, details: Mismatch | None = None) -> None:
@@ -110,11 +111,11 @@ class DeltaLoadError(DeltaError):
 
 
 class CompileLimitError(DeltaError, RuntimeError):
-    """A compiled model met more sets of acting deltas than torch.compile keeps graphs for."""
+    """A compiled model met more sets of active deltas than torch.compile keeps graphs for."""
 
 
 class PristineError(DeltaError, AssertionError):
-    """Something of a delta is left on a backbone."""
+    """A trace of a delta is left on a backbone."""
 
 
 class DeltaWarning(UserWarning):
@@ -126,33 +127,33 @@ class UnreachedWarning(DeltaWarning):
 
 
 class LostGradientWarning(DeltaWarning):
-    """A quantised module that passes no gradient on to what comes before it."""
+    """A quantised module that passes no gradient on to the modules before it."""
 
 
 class UnsavedWarning(DeltaWarning):
-    """Trained tensors that a file does not hold, or that its reader will drop."""
+    """Trained tensors that are not saved in a file, or not read from it."""
 
 
 class UncheckedWarning(DeltaWarning):
-    """Weights of a backbone that cannot be compared with those that a delta was trained on."""
+    """Weights of a backbone that cannot be compared with the weights at the training of a delta."""
 
 
 class TiedWeightWarning(DeltaWarning):
-    """A delta on one use of a weight that other modules use too."""
+    """A delta on one module whose weight other modules use too."""
 
 
 class UnusedWarning(DeltaWarning):
-    """A `with` block that nobody entered, so that it did nothing."""
+    """A `with` block that was made and never entered, so that it did nothing."""
 
 
-# Frames of these packages stand between a user's line and the warning that it causes.
+# Packages whose frames may lie between the user's line and the warning that it causes.
 PASSED_ON = ("opendelta", "torch", "transformers", "accelerate", "contextlib", "functools")
 
 
 def warn(message: str, category: type[DeltaWarning]) -> None:
-    """Warn, and point at the user's line that led here, however many calls lie between.
+    """Give a warning that points at the line of the user's code that led here.
 
-    Where no frame is a user's, as at a command line, the outermost one stands for it.
+    If no frame is the user's, as at a command line, the warning points at the outermost frame.
     """
     frame = sys._getframe(1)
     while frame.f_back is not None and _root(frame) in PASSED_ON:
@@ -168,12 +169,12 @@ def warn(message: str, category: type[DeltaWarning]) -> None:
 
 
 def _root(frame: FrameType) -> str:
-    """The top-level package whose code runs in a frame."""
+    """Return the top-level package whose code runs in a frame."""
     return str(frame.f_globals.get("__name__", "")).partition(".")[0]
 
 
 def nearest(word: str, known: Iterable[str], n: int = 3) -> list[str]:
-    """The up to `n` names in `known` that look most like `word`, the best first."""
+    """Return at most `n` names in `known` that look most like `word`, the best first."""
     lower = {name.lower(): name for name in sorted(set(known))}
     parts = [name for name in lower if word.lower() in name.split("_")]
     close = difflib.get_close_matches(word.lower(), lower, n=n, cutoff=0.4)
@@ -181,17 +182,17 @@ def nearest(word: str, known: Iterable[str], n: int = 3) -> list[str]:
 
 
 def shown(value: Any, longest: int = 200) -> str:
-    """`repr` of what somebody gave, shortened for a message."""
+    """Return the `repr` of a value, shortened for a message."""
     text = repr(value)
     return text if len(text) <= longest else f"{text[:longest]}..."
 
 
 def quoted(name: str) -> str:
-    """The full name of a module for a message; the root's is empty."""
+    """Return the full name of a module for a message; "the root" for the empty name."""
     return repr(name) if name else "the root"
 
 
 def listed(names: Iterable[str], most: int = 3) -> str:
-    """The first names, separated by commas, and "..." if there are more."""
+    """Join the first names with commas, with "..." at the end if there are more."""
     names = list(names)
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "")

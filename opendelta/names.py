@@ -1,4 +1,4 @@
-"""Full names of modules: how they are joined and taken apart, the slot of the deltas, wrappers."""
+"""Join and split full names of modules; the name of the deltas' slot; names of wrappers."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
 def join(*steps: str) -> str:
-    """The full name that these steps make; the root's step is empty and leaves no dot."""
+    """Join steps to a full name; an empty step, as of the root, is left out."""
     return ".".join(step for step in steps if step)
 
 
 def inside(name: str) -> str:
-    """The start of the names of all that is inside the module called `name`.
+    """Return the start of the full names of all modules and tensors inside the module `name`.
 
     Example:
         >>> inside("encoder"), inside("")
@@ -24,22 +24,22 @@ def inside(name: str) -> str:
 
 
 def parent(name: str) -> str:
-    """The full name of the module around the one called `name`; the root's is empty."""
+    """Return the full name of the module around the module `name`; "" for the root."""
     return name.rpartition(".")[0]
 
 
 def last(name: str) -> str:
-    """The last step of a full name."""
+    """Return the last step of a full name."""
     return name.rpartition(".")[2]
 
 
 def ancestors(name: str) -> Iterator[str]:
-    """`name` itself, then the names of all modules that contain it, without the root."""
+    """Yield `name` itself, then the names of all modules around it, without the root."""
     while name:
         yield name
         name = name.rpartition(".")[0]
 
 
 def unwrapped(name: str) -> str:
-    """`name` without the steps that torch.compile, checkpointing and FSDP1 put into it."""
+    """Return `name` without the steps that torch.compile, checkpointing and FSDP1 add to it."""
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)

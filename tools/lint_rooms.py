@@ -92,7 +92,7 @@ def summaries(package: Package, path: Path) -> Found:
 
 
 RULES: tuple[Callable[[Package, Path], Found], ...] = (
-    private_names, layer_tests, stack_levels, late_imports,
+    private_names, layer_tests, stack_levels, late_imports, summaries,
 )  # fmt: skip
 
 

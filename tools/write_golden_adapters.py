@@ -1,4 +1,4 @@
-"""Write tests/golden_adapters with the adapters library itself; it needs an environment of its own.
+"""Write tests/interop/golden_adapters with the adapters library itself, in its own environment.
 
 It was run with adapters 1.3.0, transformers 4.57.6, torch 2.13.0, safetensors 0.8.0:
 
@@ -30,7 +30,7 @@ from adapters import (
 )
 from safetensors.torch import save_file
 
-ROOT = Path(__file__).parent.parent / "tests" / "golden_adapters"
+ROOT = Path(__file__).parent.parent / "tests" / "interop" / "golden_adapters"
 VOCABULARY, LENGTH = 40, 6
 BERT = {
     "vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,

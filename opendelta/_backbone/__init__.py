@@ -1,4 +1,4 @@
-"""One model with sites: names, tensors, shapes, shards, and the roles of its modules.
+"""A backbone: one model with sites. Its names, tensors, shapes and shards, and its modules' roles.
 
 It knows layers and sites, and no delta as a whole. It imports `_sites`; every room above may import
 it.

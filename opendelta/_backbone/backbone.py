@@ -1,4 +1,4 @@
-"""A model with sites, as one walk over its modules found it."""
+"""`Backbone`: a model with sites, as one walk over its modules finds it."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from ..names import SLOT, ancestors, inside, join, parent
 
 @dataclass
 class Backbone:
-    """A model with sites, as one walk over its modules found it: made once for each verb.
+    """A model with sites, as one walk over its modules finds it; each verb makes one.
 
     Attributes:
         model: the user's model.
-        modules: {full name: module} without the deltas; a module that is registered twice stands
-            under both names.
-        stacks: {full name of the site: its stack}, each once.
+        modules: {full name: module} without the deltas; a module that is registered twice has two
+            entries.
+        stacks: {full name of the site: its stack}; each stack has one entry.
     """
 
     model: nn.Module
@@ -56,18 +56,18 @@ class Backbone:
     # ------------------------------------------------------------------------------- its modules
     @cached_property
     def is_meta(self) -> bool:
-        """True if no tensor of the model has memory, or gets some when the model computes."""
+        """True if every tensor of the model is on the meta device and no hook will load it."""
         return is_meta(self.model)
 
     def chain(self, where: str) -> Iterator[nn.Module]:
-        """The module called `where`, then its ancestors up to the model."""
+        """Yield the module `where`, then its ancestors up to the model."""
         yield self.modules[where]
         while where:
             where = parent(where)
             yield self.modules[where]
 
     def innermost_around(self, names: Sequence[str]) -> str:
-        """The full name of the innermost module that is called and contains all of `names`."""
+        """Return the full name of the innermost module with a forward that contains all `names`."""
         others = [{*ancestors(name)} for name in names[1:]]
         return next(
             (
@@ -79,24 +79,24 @@ class Backbone:
         )
 
     def device_and_dtype_of(self, where: str) -> tuple[torch.device, torch.dtype]:
-        """The device and dtype in which the module called `where` computes."""
+        """Return the device and dtype in which the module `where` computes."""
         if where not in self._computing:
             self._computing[where] = device_and_dtype(self.chain(where), self.is_meta)
         return self._computing[where]
 
     # ------------------------------------------------------------------------------- its deltas
     def delta_layers(self) -> Iterator[tuple[str, str, DeltaLayer]]:
-        """(name of the site, name of the delta, layer) of every delta layer."""
+        """Yield (name of the site, name of the delta, layer) of each delta layer."""
         for where, stack in self.stacks.items():
             for name, layer in stack.in_order():
                 yield where, name, layer
 
     def records(self) -> list[Record]:
-        """The attached deltas, in their total order."""
+        """Return the records of the attached deltas, in their total order."""
         return _records_of(self.stacks.values())
 
     def sites(self) -> dict[Record, list[str]]:
-        """{attached delta: the full names of the sites of its layers}, in total order."""
+        """Return {attached delta: the full names of its layers' sites}, in total order."""
         found: dict[Record, list[str]] = {record: [] for record in self.records()}
         for where, stack in self.stacks.items():
             for layer in stack.layers:
@@ -105,7 +105,7 @@ class Backbone:
 
     # ------------------------------------------------------------------------------- its tensors
     def parameters(self) -> dict[str, nn.Parameter]:
-        """The model's parameters by full name, without the deltas'; a tied one under each name."""
+        """Return the model's parameters by full name, without deltas; a tied one has each name."""
         return {
             join(name, key): parameter
             for name, module in self.modules.items()
@@ -114,7 +114,7 @@ class Backbone:
         }
 
     def tensors(self) -> dict[str, Tensor]:
-        """The model's parameters and saved buffers by full name, without the deltas'."""
+        """Return the model's parameters and persistent buffers by full name, without deltas."""
         buffers = {
             join(name, key): buffer
             for name, module in self.modules.items()
@@ -124,7 +124,7 @@ class Backbone:
         return {**self.parameters(), **buffers}
 
     def delta_parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters of all attached deltas by full name."""
+        """Return the parameters of all attached deltas by full name."""
         prefixes = {where: inside(join(where, SLOT)) for where in self.stacks}
         return {
             f"{prefixes[where]}{name}": parameter
@@ -134,10 +134,10 @@ class Backbone:
 
     # ------------------------------------------------------------------------------- its guards
     def require_unrouted(self, verb: str) -> None:
-        """Raise if the rows of batches take different deltas now.
+        """Raise inside `route()`, where the rows of a batch take different deltas.
 
         Raises:
-            DeltaError: they do.
+            DeltaError: the model is inside `route()`.
         """
         if any(stack.router is not None for stack in self.stacks.values()):
             raise DeltaError(
@@ -146,14 +146,16 @@ class Backbone:
             )
 
     def require_above_merged(self, layers: Mapping[str, DeltaLayer], order: list[Record]) -> None:
-        """Raise if new layers would act beneath merged ones, which the weights already hold.
+        """Raise if new layers would act beneath layers that are merged into the weights.
+
+        For layers that act BESIDE this is allowed: a sum has no order.
 
         Args:
             layers: the new layers by full name of their site.
-            order: all deltas, as they are to act.
+            order: all deltas in the order in which they will act.
 
         Raises:
-            DeltaError: they would; sums have no order.
+            DeltaError: a new layer would act beneath a merged one.
         """
         for where, layer in layers.items():
             stack = self.stacks.get(where)
@@ -169,7 +171,7 @@ class Backbone:
 
 
 def attached_records(model: nn.Module) -> list[Record]:
-    """The attached deltas of `model` in their total order, in less time than `Backbone` takes."""
+    """Return the attached deltas of `model` in total order; it is faster than `Backbone`."""
     stacks: list[Stack] = []
     level: list[nn.Module] = [model]
     while level:
@@ -184,7 +186,7 @@ def attached_records(model: nn.Module) -> list[Record]:
 
 
 def _records_of(stacks: Iterable[Stack]) -> list[Record]:
-    alike: dict[tuple, Stack] = {}  # there may be thousands of layers, on stacks that are alike
+    alike: dict[tuple, Stack] = {}  # one stack for each set of deltas: there may be thousands
     for stack in stacks:
         for first in stack.layers:
             alike.setdefault((first.record.shared, *stack._modules), stack)

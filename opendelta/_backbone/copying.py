@@ -1,4 +1,4 @@
-"""Copies of backbone modules without the deltas that they carry."""
+"""Copy modules of a backbone without the deltas on them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .backbone import Backbone
 
 
 def plain_copy(backbone: Backbone, name: str, memo: dict[int, Any]) -> nn.Module:
-    """A deep copy of a backbone module without deltas.
+    """Return a deep copy of a backbone's module without deltas.
 
     Args:
         name: the module's full name.
-        memo: {id: what stands for that object in the copy}, as `copy.deepcopy` takes it.
+        memo: {id of an object: the object in its place in the copy}, as `copy.deepcopy` takes it.
     """
     placeholder = nn.Module()
     memo = {**memo, **{id(stack): placeholder for stack in backbone.stacks.values()}}

@@ -1,4 +1,4 @@
-"""Parameter counts of a backbone with its deltas."""
+"""Count the parameters of a backbone with its deltas."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ class Statistics:
 
     @property
     def trainable_ratio(self) -> float:
-        """Share of all parameters that train."""
+        """Return the share of all parameters that train."""
         return self.trainable_parameters / max(1, self.total_parameters)
 
     @property
     def delta_ratio(self) -> float:
-        """Share of all parameters that belong to deltas."""
+        """Return the share of all parameters that belong to deltas."""
         return self.delta_parameters / max(1, self.total_parameters)
 
 
 def statistics(model: nn.Module) -> Statistics:
-    """Count the parameters of `model`, deltas included."""
+    """Count the parameters of `model` with its deltas."""
     parameters = list(model.parameters())
     deltas = Backbone.of(model).delta_parameters()
     return Statistics(

@@ -1,8 +1,8 @@
-"""Names and patterns to modules: which match, and the error where none does.
+"""Select modules by names and patterns, with an error for a pattern that selects none.
 
-A pattern is the end of a module's name, on a name boundary ("attention.output", "fc2", a full
-name), or `[r]` and a regular expression that matches such an end whole, as in OpenDelta. Modules
-inside a delta are never matched."""
+A pattern is the last steps of a module's full name, such as "fc2", "attention.output", or the full
+name. Or it is `[r]` and a regular expression that matches such last steps whole, as in OpenDelta
+0.3. Modules inside a delta are never selected."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .backbone import Backbone
 
 
 def compile_pattern(pattern: str) -> Callable[[str], bool]:
-    """A function that tells whether a full name is selected by `pattern`.
+    """Return a function that is true for the full names that `pattern` selects.
 
     Raises:
         AddressError: the pattern is not a string, or not a regular expression.
@@ -41,12 +41,12 @@ def compile_pattern(pattern: str) -> Callable[[str], bool]:
 
 
 def as_list(patterns: str | Sequence[str] | None) -> list[str]:
-    """One pattern, several, or None, as a list."""
+    """Return one pattern, several patterns, or None, as a list."""
     return [patterns] if isinstance(patterns, str) else list(patterns or ())
 
 
 def repeated(modules: Mapping[str, nn.Module], most: int = 3) -> str:
-    """The repeated blocks of a module tree, for a message: "encoder.layer.0-11 (BertLayer)"."""
+    """Return the repeated blocks of a model for a message: "encoder.layer.0-11 (BertLayer)"."""
     stacks: dict[tuple[str, type], list[int]] = {}
     for name, module in modules.items():
         holder, _, key = name.rpartition(".")
@@ -63,7 +63,7 @@ def repeated(modules: Mapping[str, nn.Module], most: int = 3) -> str:
 def no_match(
     pattern: str, names: Iterable[str], where: object, what: str = "module"
 ) -> AddressError:
-    """The error for a pattern that selects nothing, with the nearest names that would."""
+    """Return the error for a pattern that selects nothing, with the nearest names that exist."""
     parts = 1 if pattern.startswith("[r]") else pattern.count(".") + 1
     ends = Counter(".".join(name.split(".")[-parts:]) for name in names if name)
     near = nearest(pattern.removeprefix("[r]"), (end for end in ends if not end.isdigit()))
@@ -85,7 +85,7 @@ def no_match(
 
 
 def _matrices(model: nn.Module) -> Counter[str]:
-    """How many modules with a weight matrix are called what, without those that are numbered."""
+    """Count the modules with a weight matrix by the last step of their names, except numbers."""
     ends = (
         last(name)
         for name, module in model.named_modules()
@@ -101,10 +101,10 @@ def select(
     inside: bool = False,
     what: str = "module",
 ) -> list[str]:
-    """The names that any of `patterns` selects, in the order of `names`.
+    """Return the names that any of `patterns` selects, in the order of `names`.
 
     Args:
-        inside: whether a pattern that selects an ancestor selects the name too.
+        inside: a pattern that selects a module also selects all modules inside it.
 
     Raises:
         AddressError: a pattern selects none of the names.
@@ -128,9 +128,9 @@ def select(
 
 
 def select_modules(backbone: Backbone, patterns: Sequence[str]) -> list[str]:
-    """The full names of the modules that any of `patterns` selects.
+    """Return the full names of the modules that any of `patterns` selects.
 
-    `""` is the backbone itself, and so is `"root"` unless one of its modules is called so.
+    `""` is the backbone itself. `"root"` is the backbone too, unless a module has this name.
 
     Raises:
         AddressError: a pattern selects nothing.
@@ -141,7 +141,9 @@ def select_modules(backbone: Backbone, patterns: Sequence[str]) -> list[str]:
 
 
 def leave_out(backbone: Backbone, names: Sequence[str], excluded: Sequence[str]) -> list[str]:
-    """`names` without what `excluded` selects and without what is inside that; each module once.
+    """Return `names` without the modules that `excluded` selects, and the modules inside them.
+
+    A module with several names is returned once.
 
     Raises:
         AddressError: an exclusion selects nothing, or nothing is left.
@@ -163,10 +165,10 @@ def leave_out(backbone: Backbone, names: Sequence[str], excluded: Sequence[str])
 def literal(
     known: Iterable[str], names: Sequence[str], where: object, what: str = "module"
 ) -> None:
-    """Raise unless all `names` are among the `known` ones as they stand; no pattern is run.
+    """Raise unless all `names` are in `known`; no name is taken as a pattern.
 
     Raises:
-        AddressError: one is not.
+        AddressError: a name is not in `known`.
     """
     known = set(known)
     for name in names:

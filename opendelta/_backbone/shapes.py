@@ -1,7 +1,7 @@
-"""Sizes of modules that no table knows: one shape-only run of the backbone.
+"""Find the sizes of modules that no table knows, by a run of the backbone on shapes alone.
 
-The run uses fake tensors: no arithmetic, no memory, no random numbers; what it leaves on modules
-is put back.
+The run uses fake tensors: it needs no arithmetic and no memory, and draws no random numbers. All
+that it changes on modules is put back.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ PROBING: ContextVar[bool] = ContextVar("opendelta_probing", default=False)
 
 @contextlib.contextmanager
 def untouched(backbone: Backbone) -> Iterator[None]:
-    """Put back what a forward may leave behind: attributes, tensors, hooks' and stacks' notes."""
+    """Put back all that a forward may change: attributes, tensors, hooks' and stacks' notes."""
     own: list[dict[str, Any]] = []
     for module in backbone.model.modules():
-        if not isinstance(module, torch.jit.ScriptModule):  # whose tables are views
+        if not isinstance(module, torch.jit.ScriptModule):  # its tables are views
             own += [module.__dict__, module._parameters, module._buffers]
             own += [vars(hook) for hook in placing_hooks(module)]
     kept = [dict(table) for table in own]
@@ -52,7 +52,7 @@ def untouched(backbone: Backbone) -> Iterator[None]:
 
 
 def _inputs(backbone: Backbone) -> Iterator[tuple[str, tuple, dict[str, Any]]]:
-    """(name of the module to run, args, kwargs), the likeliest first."""
+    """Yield (name of the module to run, args, kwargs) to try, the likeliest first."""
     outermost: list[str] = []
     for name, module in backbone.modules.items():
         inside = any(not o or name.startswith(f"{o}.") for o in outermost)
@@ -84,12 +84,12 @@ def _run(
     grad: bool = False,
     look: Callable[[Any], None] = lambda _: None,
 ) -> None:
-    """Let `look` see what a module gives on shapes, in its own dtype or, if it fails, in bfloat16.
+    """Run a module on shapes in its own dtype, or else in bfloat16; give `look` the output.
 
-    Some of torch's operations, such as products of grouped experts, know shapes of bfloat16 only.
+    Some of torch's operations, such as products of grouped experts, find shapes only in bfloat16.
 
     Raises:
-        _Failed: it raised an error both times; the first one is told.
+        _Failed: the module raised an error both times; it holds the first error.
     """
     failure: Exception | None = None
     for dtype in (None, torch.bfloat16):
@@ -98,7 +98,7 @@ def _run(
                 output = _run_as(dtype, backbone, where, args, kwargs, grad)
             except SiteError:
                 raise
-            except Exception as error:  # any model's forward: whatever it raises is told
+            except Exception as error:  # a model's forward may raise anything
                 failure = failure or error
                 continue
             look(output)
@@ -107,7 +107,7 @@ def _run(
 
 
 class _Failed(Exception):
-    """A run that failed, with the reason."""
+    """A run failed; it holds the reason."""
 
 
 @contextlib.contextmanager
@@ -153,10 +153,10 @@ def _put_stand_ins(
     fake: Callable[[Tensor], Tensor],
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Put fake tensors in the place of those that a run would change, or load from somewhere.
+    """Replace by fake tensors the tensors that a run would change or load.
 
-    These are the buffers, because an operation on real tensors alone is carried out, even among
-    fake ones; and the parameters that accelerate offloaded. All that float get `dtype`, if given.
+    These are the buffers: an operation on real tensors alone is carried out even in fake mode. And
+    they are the parameters that accelerate offloaded. All floating tensors get `dtype`, if given.
     """
     if isinstance(module, torch.jit.ScriptModule):
         return
@@ -171,7 +171,7 @@ def _put_stand_ins(
             elif tensor is not None and tensor.is_meta and device is not None:
                 table[name] = torch.empty_like(tensor, device=device)
             elif tensor is not None and tensor.dtype == torch.float16:
-                table[name] = fake(tensor).float()  # float16 branches on values, to catch overflow
+                table[name] = fake(tensor).float()  # models check float16 values for overflow
             elif tensor is not None and table is module._buffers:
                 table[name] = fake(tensor)
     for child in module.children():
@@ -179,10 +179,10 @@ def _put_stand_ins(
 
 
 def output_widths(model: nn.Module, names: Sequence[str]) -> dict[str, int]:
-    """The size of the last axis of what each named module returns, in one shape-only run.
+    """Return the width of each named module's output, found by one run on shapes.
 
     Raises:
-        SiteError: the run failed, or never reached a module.
+        SiteError: the run failed, or did not reach a module.
     """
     backbone = Backbone.of(model)
     known = {
@@ -209,10 +209,10 @@ def output_widths(model: nn.Module, names: Sequence[str]) -> dict[str, int]:
 
 
 def attention_heads(model: nn.Module, names: Sequence[str]) -> dict[str, Heads]:
-    """Sizes of the keys and values of each named attention module, from one shape-only run.
+    """Return the sizes of each named attention module, found by one run on shapes.
 
     Raises:
-        SiteError: the run failed, or never reached a module.
+        SiteError: the run failed, or did not reach a module.
     """
     backbone = Backbone.of(model)
     prefix.register()
@@ -228,14 +228,14 @@ def _observe(
     what: str,
     prepare: Callable[[nn.Module], None] = lambda _: None,
 ) -> None:
-    """Run the backbone on shapes until `note` has had each named module's output.
+    """Run the backbone on shapes until `note` was called with each named module's output.
 
-    The inputs are the backbone's own `dummy_inputs`, which every transformers model has; a model
-    without them is given token ids, vectors or images, by its first layer.
+    The inputs are the backbone's own `dummy_inputs`, which each transformers model has. A model
+    without `dummy_inputs` gets token ids, vectors or images, depending on its first layer.
 
     Args:
-        what: what is looked for, for the message.
-        prepare: called on each named module before a run, after which the module is put back.
+        what: the wanted size, for the message.
+        prepare: called on each named module before a run; the module is put back after the run.
     """
     reached: set[str] = set()
     failures = []
@@ -270,10 +270,10 @@ def _observe(
 
 
 def dry_run(backbone: Backbone, look: Callable[[Any], None]) -> None:
-    """Run the backbone once on shapes, with gradients, and let `look` see what it gives.
+    """Run the backbone once on shapes, with gradients, and give `look` the output.
 
     Raises:
-        SiteError: it does not run on its `dummy_inputs`, nor on what its first layer takes.
+        SiteError: it runs neither on its `dummy_inputs`, nor on an input for its first layer.
     """
     failures = []
     for where, args, kwargs in _inputs(backbone):
@@ -302,7 +302,7 @@ def _failure(
 
 
 def _ends_in_width(module: nn.Module, output: Tensor) -> bool:
-    """Whether a weight says that the last of many axes is the width, as a norm's does for heads."""
+    """True if a weight shows that the last axis is the width, as a norm's weight does for heads."""
     sizes = {p.numel() for p in module.parameters() if p.ndim == 1}
     return output.size(-1) in sizes and output.size(1) not in sizes
 

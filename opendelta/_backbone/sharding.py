@@ -1,4 +1,4 @@
-"""Deltas on models that several ranks share: the same start everywhere, shards like the site's."""
+"""Fit deltas to models that several ranks share: the same start values, shards like the site's."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from .backbone import Backbone
 
 @dataclasses.dataclass(frozen=True)
 class Ranks:
-    """The ranks that share a model, as a delta layer in it needs to know them.
+    """The ranks that share a model, for a delta layer in it.
 
     Attributes:
         meshes: the device meshes over which parameters of the model are spread.
-        group: the FSDP2 parameter group whose shards a layer's shards are to resemble, or None.
+        group: the FSDP2 parameter group by which a layer is sharded, or None.
     """
 
     meshes: list[Any]
@@ -30,23 +30,24 @@ class Ranks:
 
 
 def settle(backbone: Backbone) -> None:
-    """Put the shards of an FSDP2 model in place, which has some tensors gathered after a forward.
+    """Put the shards of an FSDP2 model in place.
 
-    Those are in the dtype in which the model computes, which may not be that of its parameters.
+    After a forward some of its tensors are still gathered. They are in the dtype in which the model
+    computes, which may differ from the dtype of its parameters.
     """
     for unit in _units(backbone.modules.values()):
         unit.reshard()
 
 
 def group_of(backbone: Backbone, where: str, reads: bool, layer: nn.Module) -> Ranks | None:
-    """The ranks that share the module called `where`, or None if this process has it for itself.
+    """Return the ranks that share the module `where`; None if this process has it alone.
 
     Args:
-        reads: whether the parent reads the module's weight instead of calling it.
-        layer: the layer that is to go there.
+        reads: the parent reads the module's weight instead of calling the module.
+        layer: the layer that will go there.
 
     Raises:
-        SiteError: the layer would diverge between ranks, or see a slice only.
+        SiteError: the layer would diverge between ranks, or see only a slice of its input.
     """
     if not _distributed():
         return None
@@ -65,9 +66,9 @@ def group_of(backbone: Backbone, where: str, reads: bool, layer: nn.Module) -> R
 
 
 def shard(layer: nn.Module, ranks: Ranks) -> None:
-    """Give every rank the first rank's values, then shard `layer` like the site around it.
+    """Give each rank the first rank's values, then shard `layer` like the site around it.
 
-    A layer that comes back with its shards keeps them.
+    A layer that has shards already, from an earlier time on the model, keeps them.
     """
     from torch.distributed.fsdp import fully_shard
 
@@ -80,10 +81,10 @@ def shard(layer: nn.Module, ranks: Ranks) -> None:
     if group is None or next(layer.parameters(), None) is None:
         return
     layer.register_forward_hook(_return_no_view)
-    # The site's casts happen around the site; a layer that did its own would cast what it passes
-    # on to the module. Resharding is asked for explicitly: a unit that is added after the first
-    # forward is a root of its own, roots stay gathered, and an optimizer made then would hold
-    # tensors that never get a gradient.
+    # Casts: the site casts its inputs and outputs. If the layer cast them too, it would cast the
+    # input that it passes on to the module.
+    # Resharding: a unit that is added after the first forward is a root of its own, and roots stay
+    # gathered. An optimizer made then would hold tensors that never get a gradient.
     fully_shard(
         layer,
         mesh=group.mesh_info.mesh,
@@ -96,10 +97,10 @@ def shard(layer: nn.Module, ranks: Ranks) -> None:
 
 
 def check_copy(backbone: Backbone, name: str) -> None:
-    """Raise if the module called `name` is sharded: a copy would be one of shards.
+    """Raise if the module `name` is sharded: a copy of its shards would not run.
 
     Raises:
-        SiteError: it is.
+        SiteError: the module is sharded.
     """
     if not _distributed():
         return
@@ -148,12 +149,12 @@ def _check_parallel(backbone: Backbone, where: str, group: Any) -> None:
 
 
 def _is_parallel(module: nn.Module) -> bool:
-    """Whether transformers has put a parallel forward on `module`, split parameters or not."""
+    """True if transformers has put a parallel forward on `module`; its weights may be whole."""
     return "forward" in module.__dict__ and getattr(module, "_is_hooked", False)
 
 
 def _units(modules: Iterable[nn.Module]) -> list[Any]:
-    """The units of FSDP2 among `modules`."""
+    """Return the units of FSDP2 among `modules`."""
     if not _distributed():
         return []
     from torch.distributed.fsdp import FSDPModule
@@ -162,9 +163,9 @@ def _units(modules: Iterable[nn.Module]) -> list[Any]:
 
 
 def _group_around(backbone: Backbone, where: str) -> Any:
-    """The FSDP2 parameter group nearest to the module called `where`, or None outside of FSDP2."""
+    """Return the FSDP2 parameter group nearest to the module `where`; None outside of FSDP2."""
     units = _units(backbone.chain(where))
-    if units:  # a unit has no group if its children hold all parameters: then theirs will do
+    if units:  # a unit has no group if its children hold all parameters: then use a child's group
         units += _units(backbone.modules.values())
     groups = (group for unit in units for group in unit._get_fsdp_state()._fsdp_param_groups)
     return next(groups, None)
@@ -175,7 +176,7 @@ def _has_shards(layer: nn.Module) -> bool:
 
 
 def _meshes(backbone: Backbone, group: Any) -> list[Any]:
-    """The meshes of all ranks that share the model, in an order in which all ranks have them."""
+    """Return the meshes of all ranks that share the model, in the same order on each rank."""
     meshes = [] if group is None else [group.mesh_info.mesh]
     for module in backbone.modules.values():
         sharded = filter(is_sharded, module._parameters.values())
@@ -192,10 +193,10 @@ def _start_alike(layer: nn.Module, meshes: list[Any]) -> None:
 
 
 def _return_no_view(_layer: nn.Module, _args: Any, output: Any) -> Any:
-    """Copies a view that the layer passes on, such as the output of F.linear.
+    """Copy a view in the layer's output, such as the output of F.linear.
 
-    FSDP2 hangs the gathering for backward on the output, and loses it when the model writes into a
-    view in place.
+    FSDP2 attaches a hook to the output, which gathers parameters in the backward. The hook is lost
+    when the model writes into a view in place.
     """
 
     def own(tensor: Tensor) -> Tensor:
@@ -206,9 +207,9 @@ def _return_no_view(_layer: nn.Module, _args: Any, output: Any) -> Any:
 
 @contextlib.contextmanager
 def whole(root: nn.Module) -> Iterator[None]:
-    """Inside, `root` runs as if nobody had sharded it, on parameters without memory or values.
+    """Let `root` run inside the block as if it were not sharded, on parameters without values.
 
-    It is for shape-only runs: they must not communicate, and FSDP2 would keep what one gathers.
+    It is for runs on shapes: they must not communicate, and FSDP2 would keep gathered tensors.
     """
     if not _distributed():
         yield
@@ -237,7 +238,7 @@ def whole(root: nn.Module) -> Iterator[None]:
 
 
 def _stand_in(parameter: Tensor) -> nn.Parameter:
-    """A parameter like `parameter`, of full shape, with one element of memory."""
+    """Return a parameter like `parameter`, of full shape, with one element of memory."""
     one = torch.empty((), dtype=parameter.dtype, device=parameter.device)
     return nn.Parameter(one.expand(parameter.shape), requires_grad=False)
 

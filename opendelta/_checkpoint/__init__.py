@@ -1,4 +1,4 @@
-"""The deltas of a live model into a folder and back, and to the hub.
+"""Save the deltas of a model into a folder or to the hub, and load them.
 
 It imports `_deltas`, `_files`, `_show`, `_verbs` and `interop`; the rooms from `_handles` on may
 import it.

@@ -1,4 +1,7 @@
-"""Is this the backbone that a delta was trained on? A few values of the weights under it."""
+"""Fingerprints of a backbone: a few values of the weights under the deltas.
+
+A fingerprint shows if a delta was trained on this backbone.
+"""
 
 from __future__ import annotations
 
@@ -21,23 +24,24 @@ from ..errors import shown
 from ..names import ancestors, inside
 
 SAMPLES = 16  # values of each weight
-WEIGHTS = 4  # of a module that has none of its own, those of the first inside it
-# A cast to half precision and back changes values by up to 1.7e-3 in relative norm, training or
-# another model by 1e-2 and more.
+WEIGHTS = 4  # weights inside a module that has no weight of its own: the first ones
+# A cast to half precision and back changes values by up to 1.7e-3 in relative norm. Training, or
+# another model, changes values by 1e-2 and more.
 TOLERANCE = 4e-3
-NO_SETTING = ("dtype", "problem_type", "transformers_version")  # they may change under a delta
+NO_SETTING = ("dtype", "problem_type", "transformers_version")  # fields that a delta allows to vary
 
 
 def take(backbone: Backbone, names: Collection[str], without: Collection[str]) -> dict[str, Any]:
-    """The fingerprint of a backbone, as JSON holds it.
+    """Return the fingerprint of a backbone in the form that JSON holds.
 
     Args:
-        names: full names of the modules that deltas stand on.
-        without: full names of tensors, and of modules around them, that are saved with the deltas.
+        names: full names of the modules that deltas are on.
+        without: full names of tensors that are saved with the deltas, and of modules around such
+            tensors. They have no part in the fingerprint.
 
     Returns:
-        {full name of a weight: {"shape", "values"}}, where values are base64 of little-endian
-        float32 and None where they cannot be read: sharded, quantised or without memory.
+        {full name of a weight: {"shape", "values"}}. The values are base64 of little-endian
+        float32, or None if the weight cannot be read: sharded, quantised or without memory.
     """
     prints = {}
     for name, tensor in _weights(backbone, names, without):
@@ -49,7 +53,7 @@ def take(backbone: Backbone, names: Collection[str], without: Collection[str]) -
 
 
 def described(model: Any) -> dict[str, Any]:
-    """The plain settings of a transformers model, without names of files; {} for other models."""
+    """Return the plain settings of a transformers model, without file names; {} for others."""
     to_dict = getattr(model.__dict__.get("config"), "to_dict", None)
     if to_dict is None:
         return {}
@@ -64,7 +68,7 @@ def described(model: Any) -> dict[str, Any]:
 def differences(
     backbone: Backbone, given: dict[str, Any], without: Collection[str]
 ) -> tuple[dict[str, str], list[str]]:
-    """{weight that differs from a fingerprint: how}, and the weights that cannot be compared.
+    """Return {weight that differs from a fingerprint: how}, and a list of the unreadable weights.
 
     Args:
         without: as for `take`.
@@ -90,7 +94,7 @@ def differences(
 
 
 def is_fingerprint(value: Any) -> bool:
-    """Whether `value` is what `take` gives, as far as types go."""
+    """True if `value` has the types of a fingerprint that `take` returns."""
     return isinstance(value, dict) and all(
         isinstance(facts, dict)
         and facts.keys() == {"shape", "values"}
@@ -109,7 +113,7 @@ def _decoded(text: Any) -> list[float] | None:
 
 
 def _own(backbone: Backbone, name: str, key: str) -> Tensor | None:
-    """A parameter of the module called `name`, as it was before deltas were merged into it."""
+    """Return a parameter of the module `name` as it was before deltas were merged into it."""
     kept = merged.original(name, backbone.modules[name], key)
     return dict(backbone.modules[name]._parameters.items()).get(key) if kept is None else kept
 
@@ -117,9 +121,9 @@ def _own(backbone: Backbone, name: str, key: str) -> Tensor | None:
 def _weights(
     backbone: Backbone, names: Collection[str], without: Collection[str]
 ) -> Iterator[tuple[str, Tensor]]:
-    """(full name, tensor) of the weights that deltas on the modules called `names` stand on."""
+    """Yield (full name, tensor) of the weights under the deltas that are on the modules `names`."""
     seen = set()
-    order = list(backbone.modules)  # a module, then those inside it
+    order = list(backbone.modules)  # each module comes right before the modules inside it
     at = {name: place for place, name in enumerate(order)}
     for name in names:
         count = 0
@@ -139,7 +143,7 @@ def _weights(
 
 
 def _values(tensor: Any) -> list[float] | None:
-    """Some values of a tensor at places that its size decides; None if it has none to read."""
+    """Return some values of a tensor; its size decides the places. None if it is unreadable."""
     plain = tensors.is_plain(tensor) or type(tensor) is Tensor
     if is_sharded(tensor) or not plain or tensor.is_meta:
         return None
@@ -151,7 +155,7 @@ def _values(tensor: Any) -> list[float] | None:
 
 @functools.lru_cache(maxsize=64)  # the layers of a model have few shapes
 def _coordinates(shape: torch.Size) -> tuple[Tensor, ...]:
-    """Where some values are: their coordinates on each axis."""
+    """Return the coordinates of some values: for each axis one tensor."""
     size = shape.numel()
     axes: list[list[int]] = [[] for _ in shape]
     for place in sorted({(i * 2654435761 + size // 2) % size for i in range(SAMPLES)}):
@@ -162,7 +166,7 @@ def _coordinates(shape: torch.Size) -> tuple[Tensor, ...]:
 
 
 def _distance(values: list[float], others: list[float] | None) -> float:
-    """|a - b| over the larger of |a| and |b|; infinite where they are not as many."""
+    """Return |a - b| / max(|a|, |b|); infinite if the numbers of values differ."""
     if others is None or len(values) != len(others):
         return math.inf
     if values == others:

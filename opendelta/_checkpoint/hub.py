@@ -1,4 +1,4 @@
-"""Deltas on the Hugging Face hub: where a name leads, and how a folder gets there."""
+"""Download a folder of deltas from the Hugging Face hub, and upload one."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ FILES = ("*.json", "*.safetensors", "*.bin")
 
 
 def folder_of(path: str | os.PathLike, local_files_only: bool = False) -> Path:
-    """The local folder of `path`: itself, or where "user/name" on the hub is downloaded to.
+    """Return the local folder of `path`: the path itself, or the download of "user/name".
 
-    What starts as a path does, with "./", "../", "/" or "~", is no name on the hub.
+    A text that starts with "./", "../", "/" or "~" is a path, and no name on the hub.
 
     Raises:
         OptionError: `path` is neither a path nor a name.
-        DeltaLoadError: there is no such folder, and no such name on the hub.
+        DeltaLoadError: there is no such folder here, and no such name on the hub.
     """
     if not isinstance(path, str | os.PathLike):
         raise OptionError(
@@ -76,7 +76,7 @@ The model with its deltas:
 
 
 def card(deltas: Sequence[BaseDelta], repo_id: str) -> str:
-    """The page of a repository: what is in it, how large it is, how to load it."""
+    """Return the page of a repository: its deltas, their sizes, and how to load them."""
     model = deltas[0].backbone_model
     source = getattr(getattr(model, "config", None), "_name_or_path", "")
     types = list(dict.fromkeys(delta.delta_type for delta in deltas))
@@ -100,12 +100,12 @@ def card(deltas: Sequence[BaseDelta], repo_id: str) -> str:
 def push(
     deltas: Sequence[BaseDelta], repo_id: str, private: bool | None = None, token: str | None = None
 ) -> str:
-    """Save deltas into a repository on the hub, with a page that describes them; its address.
+    """Save deltas into a repository on the hub, with a page about them; return its address.
 
     Args:
-        repo_id: "user/name", or "name" for one of one's own; it is made if need be.
-        private: whether a new repository is private.
-        token: of the user. None: the one that was logged in with.
+        repo_id: "user/name", or "name" for the user's own repository; it is made if need be.
+        private: make a new repository private.
+        token: the user's token. None: the token of the user who is logged in.
 
     Raises:
         DeltaError: values are not finite.

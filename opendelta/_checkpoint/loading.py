@@ -1,4 +1,4 @@
-"""Deltas from a folder back onto a model, compared before anything is touched."""
+"""Load deltas from a folder onto a model; compare all before the model is touched."""
 
 from __future__ import annotations
 
@@ -44,18 +44,17 @@ def load(
     expected: type[BaseDelta] | None = None,
     check_backbone: bool = True,
 ) -> tuple[list[BaseDelta], Source]:
-    """Put the deltas that `folder` holds on `model`, after those that are there.
+    """Put the deltas in `folder` on `model`, after the deltas that are on it.
 
     Everything is compared before memory is taken, and before the model is touched.
 
     Args:
-        name: the delta's name here, if there is one delta. None: its own, or the next free one.
-        expected: there must be one delta, and of this method.
-        check_backbone: compare a few values of the weights that the deltas stand on with those
-            that they had.
+        name: the new name of a single delta. None: its saved name, or the next free one.
+        expected: the folder must hold one delta, and of this class.
+        check_backbone: compare a few values of the weights under the deltas with the saved values.
 
     Returns:
-        The deltas, and what the folder says.
+        The deltas, and the source that the folder holds.
 
     Raises:
         DeltaLoadError: the folder is damaged, of another method, or does not fit `model`.
@@ -106,7 +105,7 @@ def _made(
     config: DeltaConfig,
     backbone: Backbone,
 ) -> BaseDelta:
-    """A delta of these resolved options, off the model and without memory."""
+    """Make a delta with these resolved options, off the model and without memory."""
     unfit = f"{path}, saved from a {saved_from or 'model'}, does not fit this "
     unfit += type(backbone.model).__name__
     try:
@@ -115,7 +114,7 @@ def _made(
         delta.scale = fact.get("scale", 1.0)
     except DeltaError as error:
         raise DeltaLoadError(f"{unfit}: {error}") from None
-    except Exception as error:  # of a method, or of torch, for options that no delta can have
+    except Exception as error:  # methods and torch raise anything for options that are impossible
         raise DeltaLoadError(f"{unfit}: {type(error).__name__}: {error}") from error
     if not delta.layers:
         raise DeltaLoadError(f"{path}: {config.name!r} changes no module")
@@ -125,7 +124,7 @@ def _made(
 def _fill(
     path: Path, source: Source, backbone: Backbone, deltas: Sequence[BaseDelta], check: bool
 ) -> None:
-    """Give the deltas memory and the tensors of `source`, and put them on their model.
+    """Give the deltas memory and the tensors of `source`, and put the deltas on their model.
 
     Args:
         check: compare the backbone with the fingerprint.
@@ -166,17 +165,17 @@ def _value_of(
     usual: Mapping[str, Tensor],
     key: str,
 ) -> Tensor | None:
-    """The values for the tensor called `key`, in new memory; None if they are not saved."""
+    """Return the saved values of the tensor `key` in new memory; None if they are not saved."""
     if key not in own:
         return None
     value = tensors.value(key, own[key], given, source, usual)
     return value.clone(
         memory_format=torch.contiguous_format
-    )  # it lies in the file, or is another's
+    )  # `value` may be memory of the file, or of another tensor
 
 
 def _check_frozen(path: Path, entries: Sequence[tuple[dict[str, Any], BaseDelta]]) -> None:
-    """Raise if a name in `frozen` is no parameter of its delta."""
+    """Raise if a name in the field `frozen` is no parameter of its delta."""
     for fact, delta in entries:
         names = {n for n, _ in delta.named_parameters(fact["name"])} if fact["frozen"] else ()
         if strangers := [name for name in fact["frozen"] if name not in names]:
@@ -186,7 +185,7 @@ def _check_frozen(path: Path, entries: Sequence[tuple[dict[str, Any], BaseDelta]
 
 
 def _attach(path: Path, backbone: Backbone, deltas: Sequence[BaseDelta]) -> None:
-    """Put deltas on their model, all or none."""
+    """Put all deltas on their model, or none if an error is raised."""
     attached: list[BaseDelta] = []
     try:
         for delta in deltas:
@@ -203,7 +202,7 @@ def _attach(path: Path, backbone: Backbone, deltas: Sequence[BaseDelta]) -> None
 def _check_backbone(
     path: Path, backbone: Backbone, given: dict[str, Any], replaced: Collection[str]
 ) -> None:
-    """Raise if the weights under the deltas are not those that they were saved from."""
+    """Raise if the weights under the deltas differ from the fingerprint."""
     differ, unchecked = fingerprint.differences(backbone, given, replaced)
     if differ:
         first = listed(f"{name} {how}" for name, how in differ.items())

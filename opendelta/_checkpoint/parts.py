@@ -1,4 +1,4 @@
-"""The tensors of a backbone that a file of deltas brings along."""
+"""Find the tensors of a backbone that a file of deltas brings along."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from ..names import SLOT
 
 
 def copied(own: Mapping[str, Tensor], keys: Iterable[str], name: str) -> dict[str, Tensor]:
-    """{key of a tensor in a module that the delta called `name` owns: the backbone's own one}."""
+    """Return {key of a tensor in a module that the delta `name` owns: the backbone's tensor}."""
     slot = f".{SLOT}.{name}.module."
     plain = {key: key.replace(slot, ".") for key in keys if slot in key}
     return {key: own[place] for key, place in plain.items() if place in own}
 
 
 def replaced(backbone: Iterable[str], configs: Iterable[DeltaConfig]) -> set[str]:
-    """Names of tensors and modules whose values the file brings along."""
+    """Return the names of the tensors and modules whose values the file brings along."""
     return {*backbone, *(name for config in configs for name in config.modules_to_save or ())}

@@ -1,4 +1,4 @@
-"""Deltas of a live model written into a folder."""
+"""Write the deltas of a model into a folder."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .parts import copied, replaced
 
 @making.uncollected()
 def save(deltas: Sequence[BaseDelta], folder: str | os.PathLike) -> None:
-    """Write deltas of one backbone into `folder`, in this order, with all of their state."""
+    """Write deltas of one backbone into `folder`, in this order, with all their state."""
     _check_free(Path(folder))
     backbone = Backbone.of(deltas[0].backbone_model)
     backbone.require_unrouted("cannot save")
@@ -48,7 +48,7 @@ def save(deltas: Sequence[BaseDelta], folder: str | os.PathLike) -> None:
 
 
 def _check_free(folder: Path) -> None:
-    """Raise if `folder` holds something else, which a save would destroy or be taken for."""
+    """Raise if `folder` holds other files: they would be lost, or hide the saved deltas."""
     files.check_free(folder)
     if (folder / files.CONFIG).exists():
         return
@@ -62,9 +62,9 @@ def _check_free(folder: Path) -> None:
 def _check_finite(
     backbone: Backbone, tensors: Mapping[str, Tensor], deltas: Sequence[BaseDelta]
 ) -> None:
-    """Raise if values of tensors by full name are NaN or infinite: no loader would take them."""
+    """Raise if tensors hold NaN or infinite values: `load` would refuse them."""
     bad = [key for key, tensor in tensors.items() if not is_finite(tensor)]
-    if bad:  # unless the backbone has the same, such as the -inf of a mask
+    if bad:  # a copy of a backbone tensor may hold the same values as it, such as -inf in a mask
         own = backbone.tensors()
         usual = {**own, **{k: t for d in deltas for k, t in copied(own, bad, d.name).items()}}
         bad = [key for key in bad if not is_finite(tensors[key], usual.get(key))]
@@ -76,7 +76,7 @@ def _check_finite(
 
 
 def _facts(delta: BaseDelta) -> dict[str, Any]:
-    """One delta as JSON: its type, name, switches and resolved options."""
+    """Return a delta as JSON: its type, name, switches and resolved options."""
     options = {option: getattr(delta.config, option) for option in delta.config.option_names()}
     del options["name"]
     frozen = [name for name, p in delta.named_parameters() if not p.requires_grad]
@@ -91,7 +91,7 @@ def _facts(delta: BaseDelta) -> dict[str, Any]:
 
 
 def _backbone_part(backbone: Backbone, deltas: Sequence[BaseDelta]) -> dict[str, Tensor]:
-    """The backbone tensors that are saved with the deltas; warns of other trainable ones."""
+    """Return the backbone tensors to save with the deltas; warn of other trainable tensors."""
     own = backbone.tensors()
     around = {n for d in deltas for n in (*d.unfrozen_modules, *d.record.shared.excluded)}
     named = {n: t for n, t in own.items() if around and around & {"", *ancestors(n)}}

@@ -1,4 +1,4 @@
-"""What a folder of deltas says: its facts and options checked, its tensors still on disk."""
+"""Open a folder of deltas: check its facts and options, and leave its tensors on disk."""
 
 from __future__ import annotations
 
@@ -22,10 +22,13 @@ from . import fingerprint
 
 @dataclass(frozen=True)
 class Source:
-    """What a folder says, and its tensors by name, of which those in our own files stay on disk.
+    """The contents of a folder of deltas.
 
     Attributes:
-        verify: raises if the tensors are not those that were saved.
+        facts: the JSON.
+        configs: the options of each delta.
+        tensors: {full name: tensor}; the tensors of our own files stay on disk.
+        verify: raises if the tensors have changed since they were saved.
     """
 
     facts: dict[str, Any]
@@ -35,12 +38,12 @@ class Source:
 
     @property
     def saved_from(self) -> str | None:
-        """The class of the model that the deltas were on."""
+        """Return the class of the model that the deltas were saved from; None if unknown."""
         name = self.facts.get("backbone_class")
         return name if isinstance(name, str) else None
 
     def other_config(self, model: nn.Module) -> dict[str, tuple[Any, Any]]:
-        """{setting of the model that the deltas were on: (its value there, that in `model`)}."""
+        """Return {setting that differs: (its value in the deltas' model, its value in `model`)}."""
         then, now = self.facts.get("backbone_config"), fingerprint.described(model)
         then = then if isinstance(then, dict) else {}
         both = [key for key in now if key in then]
@@ -49,10 +52,10 @@ class Source:
 
 @contextlib.contextmanager
 def opened(path: Path, model: nn.Module) -> Iterator[Source]:
-    """What the folder at `path` says, ours or another library's, for a delta on `model`.
+    """Open the folder at `path`, ours or another library's, for deltas on `model`.
 
     Raises:
-        DeltaLoadError: it is damaged, or holds no delta.
+        DeltaLoadError: the folder is damaged, or holds no delta.
     """
     reader = interop.reader_of(path)
     if reader is not None:
@@ -60,7 +63,7 @@ def opened(path: Path, model: nn.Module) -> Iterator[Source]:
             facts, tensors = reader.translate(path, model)
         except DeltaLoadError:
             raise
-        except Exception as error:  # whatever stands where the reader looks for something else
+        except Exception as error:  # a damaged file may raise anything in a reader
             kind = "" if isinstance(error, DeltaError) else f"{type(error).__name__}: "
             raise DeltaLoadError(f"{path} is damaged, or no delta: {kind}{error}") from error
         facts["fingerprint"] = {}
@@ -73,10 +76,10 @@ def opened(path: Path, model: nn.Module) -> Iterator[Source]:
 
 
 def configs_of(folder: Path, facts: dict[str, Any]) -> list[DeltaConfig]:
-    """The options of the deltas in a folder's JSON.
+    """Return the options of the deltas in a folder's JSON.
 
     Raises:
-        DeltaLoadError: it says what no delta can be.
+        DeltaLoadError: the JSON describes no possible delta.
     """
     where = folder / files.CONFIG
     if not _are_names(facts.get("backbone_tensors")):
@@ -118,7 +121,7 @@ def _config(where: Path, fact: Any) -> DeltaConfig:
 
 
 def _patterns(values: Iterable[Any]) -> Iterator[str]:
-    """The regular expressions in options: they may take forever, and are never run."""
+    """Yield the regular expressions in options. They may run forever, so they are refused."""
     for value in values:
         names = value if isinstance(value, list | dict) else [value]
         yield from (name for name in names if isinstance(name, str) and name.startswith("[r]"))

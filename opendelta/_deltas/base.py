@@ -1,4 +1,4 @@
-"""What one delta is: its name, options, layers and tensors. The verbs are a floor above."""
+"""The data of one delta: its name, options, layers and tensors. `Delta` adds the verbs."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from .options import DeltaConfig, as_scaling
 
 
 class BaseDelta:
-    """One method on one backbone, without verbs: the data that they all work on.
+    """One delta, a method on one backbone: the data that all verbs work on.
 
     Attributes:
         delta_type: the method's name in files.
-        config_class: its options.
-        layer_class: its layer.
+        config_class: the class of its options.
+        layer_class: the class of its layers.
         default_modified_modules: the roles that get a layer by default.
-        backbone_model: the model it was made for.
+        backbone_model: the model that it was made for.
         layers: {full name of the site: layer}, attached or not.
         record: name, rank, activity and resolved options, shared with the layers.
     """
@@ -41,14 +41,15 @@ class BaseDelta:
 
     @classmethod
     def layer_for(cls, config: Any) -> type[DeltaLayer]:
-        """The layer that these options ask for: `layer_class`, or a variant of it."""
+        """Return the class of layers for these options: `layer_class`, or a variant of it."""
         return cls.layer_class
 
     @classmethod
     def shared_for(cls, config: Any) -> Callable[..., nn.Module] | None:
-        """What makes the tensors that all layers share, from their sites and the config, or None.
+        """Return a function that makes the module that all layers share, or None.
 
-        A layer finds them in `self.shared`.
+        The function takes the layers' sites and the config. A layer finds the module in
+        `self.shared`.
         """
         return None
 
@@ -68,50 +69,50 @@ class BaseDelta:
         self.__dict__.update(state)
         HANDLES.add(self)
 
-    # ---------------------------------------------------------------- what it is
+    # ---------------------------------------------------------------- its facts
     @property
     def name(self) -> str:
-        """Unique on the backbone, and the key of its layer on every site."""
+        """Return the name: unique on the backbone, and the key of the layer on each site."""
         return self.record.name
 
     @property
     def config(self) -> DeltaConfig:
-        """The options, with patterns resolved to the full names of modules."""
+        """Return the options, with full names of modules in the place of patterns."""
         return self.record.config
 
     @property
     def modified_modules(self) -> list[str]:
-        """The full names of the modules that it changes."""
+        """Return the full names of the modules that the delta changes."""
         return list(self.config.modified_modules or ())
 
     @property
     def unfrozen_modules(self) -> list[str]:
-        """The backbone modules that stay trainable and are saved with the delta."""
+        """Return the backbone modules that stay trainable and are saved with the delta."""
         return list(self.config.unfrozen_modules or ())
 
     @property
     def attached(self) -> bool:
-        """Whether its layers are on the backbone."""
+        """True if the delta's layers are on the backbone."""
         backbone = Backbone.of(self.backbone_model)
         return any(layer.record is self.record for _, _, layer in backbone.delta_layers())
 
     @property
     def active(self) -> bool:
-        """Whether its layers act where they are attached; see `enable` and `disable`."""
+        """True if the delta's layers act while they are attached; see `enable` and `disable`."""
         return self.record.active
 
     @property
     def scale(self) -> float:
-        """What multiplies the change that the delta makes to an output: 1, until it is set.
+        """Return or set the factor of the delta's change of an output; it is 1 at first.
 
-        It comes on top of the method's own scaling, such as alpha / r, and is saved with the delta.
-        Setting it takes as long for a large model as for a small one, and compiles nothing anew
-        under `torch.compile`. Modules that the delta owns (`modules_to_save`) are not scaled.
+        It multiplies the method's own scaling, such as alpha / r, and is saved with the delta. To
+        set it takes the same short time on a large model, and `torch.compile` compiles nothing
+        again. Modules that the delta owns (`modules_to_save`) are not scaled.
 
         Raises:
-            OptionError: it is set to something else than a finite number of at most 1e6, or for a
-                method that does not add to an output.
-            DeltaError: it is set while the delta is merged.
+            OptionError: the value is no number of at most 1e6 in magnitude, or the method does not
+                add to an output.
+            DeltaError: the delta is merged.
         """
         return self.record.scale
 
@@ -131,34 +132,34 @@ class BaseDelta:
 
     # --------------------------------------------------------------- tensors
     def prefix(self, where: str, named: str | None = None) -> str:
-        """The start of the full names of the tensors of its layer on the module called `where`.
+        """Return the start of the full names of the tensors of the layer on the module `where`.
 
         Args:
-            named: the delta's name in them. None: its own.
+            named: the delta's name in the full names. None: its own name.
         """
         return inside(join(where, SLOT, named or self.name))
 
     def named_parameters(self, named: str | None = None) -> Iterator[tuple[str, nn.Parameter]]:
-        """(full name, parameter) of the delta, the same whether it is attached or not.
+        """Yield (full name, parameter) of the delta; the same for an attached and a detached delta.
 
         Args:
-            named: give the full names that they would have if the delta were called so.
+            named: the delta's name in the full names. None: its own name.
         """
         for where, layer in self.layers.items():
             prefix = self.prefix(where, named)
-            # most layers have nothing inside, where torch would look for it all the same
+            # Most layers have no modules inside; then this is faster than torch's search.
             own = layer.named_parameters() if layer._modules else layer._parameters.items()
             yield from ((prefix + name, p) for name, p in own if p is not None)
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """The delta's parameters."""
+        """Yield the delta's parameters."""
         return (parameter for _, parameter in self.named_parameters())
 
     def state_dict(self, named: str | None = None) -> dict[str, Tensor]:
-        """The delta's tensors by full name, the same whether it is attached or not.
+        """Return the delta's tensors by full name; the same for an attached and a detached delta.
 
         Args:
-            named: the full names that they would have if the delta were called so.
+            named: the delta's name in the full names. None: its own name.
         """
         state: dict[str, Tensor] = {}
         for where, layer in self.layers.items():
@@ -167,10 +168,10 @@ class BaseDelta:
 
 
 class Handles:
-    """The deltas that somebody holds, as `iter()` finds them while other threads add theirs.
+    """The deltas that are still in a variable; other threads may add deltas during `iter()`.
 
-    Who holds a detached delta keeps its name and its place in the order; this set keeps nothing
-    alive.
+    A detached delta that is in a variable keeps its name and its place in the order. This set holds
+    weak references: it keeps no delta alive.
     """
 
     def __init__(self) -> None:
@@ -178,7 +179,7 @@ class Handles:
         self._lock = threading.Lock()
 
     def add(self, handle: BaseDelta) -> None:
-        """Know one more."""
+        """Add a delta."""
         with self._lock:
             self._known.add(handle)
 

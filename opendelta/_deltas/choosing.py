@@ -1,4 +1,4 @@
-"""Choose a name and modules for a delta: the first step of attaching, with every AddressError."""
+"""Choose a name and modules for a delta: the first step of attaching. It raises AddressErrors."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ Config = TypeVar("Config", bound=DeltaConfig)
 
 @dataclass(frozen=True)
 class Choice:
-    """The first step: a delta's name and options, with the full names of modules in the options.
+    """The result of the first step: a delta's name and options.
 
     Attributes:
         method: the class of the delta.
         name: a name that is free on the backbone.
-        config: the options.
-        after: the deltas that it will act on top of, in their order.
+        config: the options, with full names of modules in the place of patterns.
+        after: the deltas that act before it, in their order.
     """
 
     method: type[BaseDelta]
@@ -47,7 +47,7 @@ class Choice:
 
     @property
     def layer_class(self) -> type[DeltaLayer]:
-        """The layer that the options ask for."""
+        """Return the class of layers for the options."""
         return self.method.layer_for(self.config)
 
 
@@ -55,7 +55,7 @@ def choose(backbone: Backbone, method: type[BaseDelta], config: DeltaConfig) -> 
     """Find a name, and the modules that the patterns and roles in `config` select.
 
     Raises:
-        SiteError: the name is taken, or is none.
+        SiteError: the name is taken, or has a wrong form.
         AddressError: a pattern or a role selects nothing, or exclusions leave nothing.
     """
     name, known = _free_name(backbone, config)
@@ -64,18 +64,18 @@ def choose(backbone: Backbone, method: type[BaseDelta], config: DeltaConfig) -> 
 
 
 def as_chosen(backbone: Backbone, method: type[BaseDelta], config: DeltaConfig) -> Choice:
-    """Take the full names in `config` for what they are; no pattern is run.
+    """Take the names in `config` as full names; none is taken as a pattern.
 
     Raises:
-        SiteError: the name is taken, or is none.
-        AddressError: the backbone has no module of a name.
+        SiteError: the name is taken, or has a wrong form.
+        AddressError: the backbone has no module of such a name.
     """
     name, known = _free_name(backbone, config)
     return Choice(method, name, take_literally(backbone, config), known)
 
 
 def _free_name(backbone: Backbone, config: DeltaConfig) -> tuple[str, list[Record]]:
-    """The delta's name, and all deltas that there are."""
+    """Return the name for a new delta, and all deltas of the backbone."""
     known = known_records(backbone)
     taken = [record.name for record in known]
     name = free_name(config.delta_type, taken) if config.name is None else config.name
@@ -92,11 +92,12 @@ def _free_name(backbone: Backbone, config: DeltaConfig) -> tuple[str, list[Recor
 def resolve(
     backbone: Backbone, config: Config, defaults: Sequence[str], layer_class: type[DeltaLayer]
 ) -> Config:
-    """The config with full names of modules in place of its patterns and roles.
+    """Return the config with full names of modules in the place of its patterns and roles.
 
     Args:
-        defaults: the roles that get a layer where the config names no modules.
-        layer_class: the layer, which may take modules in pairs, or those inside the ones named.
+        defaults: the roles that get a layer if the config names no modules.
+        layer_class: the class of the layers; it decides if modules come in pairs, and if a module
+            stands for the modules inside it.
 
     Raises:
         AddressError: a pattern or a role selects nothing, or exclusions leave nothing.
@@ -143,9 +144,9 @@ def resolve(
 def _selection(
     config: DeltaConfig, layer_class: type[DeltaLayer]
 ) -> Callable[[Backbone, Sequence[str]], list[str]]:
-    """How the config's names select modules: as patterns, or as roles.
+    """Return the function by which the config's names select modules: by patterns or by roles.
 
-    Of the default roles an architecture need not have all.
+    An architecture may lack some of the default roles.
     """
     by_default = config.modified_modules is None
     if not by_default and not config.common_structure:
@@ -155,7 +156,7 @@ def _selection(
 
 
 def _by_name(backbone: Backbone, wanted: Sequence[str]) -> list[str]:
-    """What the patterns select; a role that selects nothing is told to be one."""
+    """Return the modules that the patterns select; an error says if a pattern is a role."""
     try:
         return select_modules(backbone, wanted)
     except AddressError as error:
@@ -170,12 +171,12 @@ def _by_name(backbone: Backbone, wanted: Sequence[str]) -> list[str]:
 
 
 def _override(config: DeltaConfig) -> dict[str, str | None] | None:
-    """The roles that the user decides."""
+    """Return the roles that the user decides, or None."""
     return config.common_structure if isinstance(config.common_structure, dict) else None
 
 
 def _owned(backbone: Backbone, wanted: Sequence[str]) -> dict[str, nn.Module]:
-    """The selected modules by full name, each once, without those inside another of them."""
+    """Return the outermost selected modules by full name; a module with several names once."""
     chosen = select(backbone.modules, wanted, backbone.model)
     outermost = [n for n in chosen if not ({*ancestors(n)} - {n}) & {*chosen}]
     names = {id(backbone.modules[name]): name for name in reversed(outermost)}
@@ -188,10 +189,10 @@ def _pairs(
     select_all: Callable[[Backbone, Sequence[str]], list[str]],
     excluded: Sequence[str],
 ) -> list[str]:
-    """Full names: where a branch starts, where it ends, where the next one starts, ...
+    """Return full names in pairs: the start and the end of a branch, of the next branch, ...
 
     Raises:
-        AddressError: the names do not come in pairs, or a module would be in two of them.
+        AddressError: the names do not come in pairs, or a module would be in two pairs.
     """
     if len(wanted) % 2:
         raise AddressError(
@@ -226,9 +227,11 @@ def _pairs(
 def inside(
     backbone: Backbone, names: list[str], layer_class: type[DeltaLayer], by_role: bool = False
 ) -> list[str]:
-    """`names`, or, where the layer takes no such module but those inside it, their names.
+    """Replace each name that the layer cannot sit on by the names of the fitting modules inside it.
 
-    Of modules selected `by_role`, those with none inside, such as fused experts, are left out.
+    Args:
+        by_role: roles selected the names. Then a module that does not fit, and has no fitting
+            module inside, is left out: fused experts, for example.
     """
     if not layer_class.inside:
         return names
@@ -243,13 +246,19 @@ def inside(
 
 
 def _caller_of(backbone: Backbone, name: str) -> str:
-    """The module itself, or the one around it that reads its weight and gives what it would."""
+    """Return the module `name`; if the module around is known to read its weight, return that one.
+
+    Such a parent never calls the module, and computes its output itself.
+    """
     read = swap.weight_is_read(backbone.modules[name], asked=False)
     return parent(name) if read else name
 
 
 def _kinds(backbone: Backbone, name: str) -> set[str]:
-    """The kinds of the module called `name`: that of the table, or "other", and what it does."""
+    """Return the kinds of the module `name`, as in `KINDS`: from the table of kinds or "other".
+
+    It may be "attention" or "stack" too.
+    """
     module = backbone.modules[name]
     kind = kind_of(module)
     kinds = {"other" if kind is None else kind.name}
@@ -263,10 +272,10 @@ def _kinds(backbone: Backbone, name: str) -> set[str]:
 def _some_of(
     backbone: Backbone, modified: list[str], config: DeltaConfig, field: dataclasses.Field
 ) -> Any:
-    """The modified modules that an option selects: by its patterns, or by its default roles.
+    """Return the modified modules that an option selects: by its patterns, or by its default roles.
 
-    An option that gives modules a value, {pattern: value}, gets full names in their place; of
-    several patterns that select a module the first decides.
+    An option {pattern: value} becomes {full name: value}. If several patterns select a module, the
+    first decides.
     """
     patterns = getattr(config, field.name)
     if patterns is None:
@@ -292,10 +301,10 @@ def _some(
 
 
 def take_literally(backbone: Backbone, config: Config) -> Config:
-    """The same config, once every full name in it is known to be one; no pattern is run.
+    """Check each full name in `config` and return `config`; no name is taken as a pattern.
 
     Raises:
-        AddressError: the backbone has no module of that name.
+        AddressError: the backbone has no module of such a name.
     """
     for names in (config.modified_modules, config.modules_to_save):
         literal(backbone.modules, names or [], backbone.model)
@@ -307,7 +316,7 @@ def take_literally(backbone: Backbone, config: Config) -> Config:
 
 
 def _names(backbone: Backbone) -> list[str]:
-    """The full names of all modules, parameters and saved buffers of the backbone."""
+    """Return the full names of all modules, parameters and persistent buffers of the backbone."""
     return [*backbone.modules, *backbone.tensors()]
 
 
@@ -318,7 +327,7 @@ def check_kind(
     config: DeltaConfig,
     layer_class: type[DeltaLayer],
 ) -> None:
-    """Raise unless the layer takes the module called `name`, which is of this kind."""
+    """Raise unless the layer takes the module `name`, which has this kind."""
     wanted = {*layer_class.kinds}
     if (kind is not None and kind.name in wanted) or _kinds(backbone, name) & wanted:
         return

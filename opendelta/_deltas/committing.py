@@ -1,4 +1,4 @@
-"""Put a placed delta on its model, and take one off: the only step that touches the model."""
+"""Put a placed delta on its model, or take it off: the only step that touches the model."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def commit(placed: Placed) -> None:
 
 
 def take_off(backbone: Backbone, delta: BaseDelta) -> None:
-    """Take all layers of a delta off its model; the last delta takes all traces along."""
+    """Take all layers of a delta off its model; with the last delta, remove all other traces."""
     record = delta.record
     for where, name, layer in list(backbone.delta_layers()):
         if layer.record is record:

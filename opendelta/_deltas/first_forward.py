@@ -1,4 +1,4 @@
-"""Delta layers that never ran, named after the first whole forward."""
+"""After the first whole forward of a backbone, warn of active delta layers that did not run."""
 
 from __future__ import annotations
 
@@ -14,17 +14,21 @@ from ..names import SLOT, join, unwrapped
 
 
 def unreached(model: nn.Module) -> list[str]:
-    """The active delta layers that have not run yet outside of compiled code, by full name."""
+    """Return the full names of active delta layers that have not run outside of compiled code."""
     return unreached_in(Backbone.of(model))
 
 
 def unreached_in(backbone: Backbone) -> list[str]:
-    """The same, of a backbone that was walked over before."""
+    """Return the layers of `unreached` for a known backbone."""
     return [*_silent(backbone), *_lost(backbone)]
 
 
 def _silent(backbone: Backbone, compiled: bool = True) -> list[str]:
-    """The active layers that have not run; without `compiled`, but those in compiled code."""
+    """Return the active layers that have not run.
+
+    Args:
+        compiled: count layers in compiled code too.
+    """
     return [
         join(where, SLOT, name)
         for where, name, layer in backbone.delta_layers()
@@ -42,7 +46,7 @@ def _in_compiled(backbone: Backbone, where: str) -> bool:
 
 
 def _lost(backbone: Backbone) -> list[str]:
-    """The layers that went along when somebody put another module in the place of theirs."""
+    """Return the layers that were lost because their module was replaced by another one."""
     there: dict[int, list[str]] = {}
     for where, _, layer in backbone.delta_layers():
         there.setdefault(id(layer.record), []).append(f".{unwrapped(where)}")
@@ -52,14 +56,14 @@ def _lost(backbone: Backbone) -> list[str]:
         if len(own) == len(record.sites):
             continue
         for name in sorted(record.sites):
-            # A name is relative to the module through which the delta was attached.
+            # The name is relative to the module that the delta was attached to.
             if not any(w.endswith(f".{name}") or f".{name}".endswith(w) for w in own):
                 missing.append(join(name, SLOT, record.name))
     return missing
 
 
 class FirstForward:
-    """After the first whole forward of a backbone: names the active layers that did not run."""
+    """A hook that warns, after the next whole forward, of active layers that did not run."""
 
     def __call__(self, model: nn.Module, _args: Any, _output: Any) -> None:
         if torch.compiler.is_compiling() or PROBING.get():
@@ -85,7 +89,7 @@ def watch_forward(backbone: Backbone) -> None:
 
 
 def unwatch_forward(backbone: Backbone) -> None:
-    """Take the check away."""
+    """Take the hook away."""
     for module in backbone.modules.values():
         hooks = module._forward_hooks
         for key in [k for k, hook in hooks.items() if isinstance(hook, FirstForward)]:

@@ -1,4 +1,4 @@
-"""Which parameters train, and how the flags go back."""
+"""Freeze parameters, and restore their `requires_grad` flags."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def freeze(
     exclude: Sequence[str],
     unfrozen: Collection[str],
 ) -> None:
-    """Freeze all parameters of `module` but those that are named; the last call decides.
+    """Freeze all parameters of `module` except the named ones; the last call decides.
 
     Args:
-        exclude: patterns for a parameter, a module around it, or a delta; "deltas" is all deltas.
-        unfrozen: full names of parameters or of modules around them.
+        exclude: patterns for parameters, modules around them, or deltas; "deltas" means all deltas.
+        unfrozen: full names of parameters, or of modules around them, that are not frozen.
 
     Raises:
-        AddressError: a pattern names nothing. Nothing is frozen then.
+        AddressError: a pattern selects nothing. Nothing is frozen then.
         DeltaError: `module` is not a module of the backbone.
     """
     within = _name_of(backbone, module)
@@ -71,7 +71,7 @@ def _name_of(backbone: Backbone, module: nn.Module | None) -> str:
 
 
 def restore(backbone: Backbone, shared: Shared, within: str = "") -> None:
-    """Make trainable again what `freeze` froze inside `within`, and forget it."""
+    """Make the parameters inside `within` that `freeze` froze trainable again, and forget them."""
     if not shared.frozen:
         return
     inside = f"{within}." if within else ""

@@ -28,16 +28,17 @@ from .base import BaseDelta
 from .choosing import Choice
 from .options import DeltaConfig
 
-# Where the values of layers come from: they start; they are to be read from a file, and until then
-# there is no memory for them; or they never come, as the layers are only looked at.
+# Where the values of layers come from. "new": the layers set their start values. "saved": a file
+# will give them, and until then they have no memory. "never": the layers are only looked at.
 Values = Literal["new", "saved", "never"]
 
 
 @contextlib.contextmanager
 def uncollected() -> Iterator[None]:
-    """Inside, Python looks for no garbage: it would visit all modules again for every few new ones.
+    """Stop Python's garbage collection inside a `with` block that makes many modules.
 
-    Without it the time for each module grows with their number.
+    Else Python visits all modules again after every few new ones, so that the time for a module
+    grows with the number of modules.
     """
     was_on = gc.isenabled()
     gc.disable()
@@ -54,8 +55,9 @@ def make(
     """Make the layers of a chosen delta; the backbone stays as it is.
 
     Args:
-        into: a new delta that is to have them. None: make that too.
-        values: "new" or else the tensors are on the meta device, those "saved" until `materialise`.
+        into: a new delta that gets the layers. None: make a delta.
+        values: see `Values`. If it is not "new", the tensors are on the meta device; "saved" ones
+            get memory by `materialise`.
 
     Raises:
         SiteError: a module is of a kind that the method does not take, or of unknown width.
@@ -72,7 +74,7 @@ def make(
 
 
 def _layers(backbone: Backbone, choice: Choice, values: Values) -> dict[str, DeltaLayer]:
-    """{full name of the site: its new layer}."""
+    """Return {full name of the site: its new layer}."""
     config, layer_class = choice.config, choice.layer_class
     make_shared = choice.method.shared_for(config)
     sharding.settle(backbone)
@@ -105,7 +107,7 @@ def _layers(backbone: Backbone, choice: Choice, values: Values) -> dict[str, Del
 
 
 def _seed(layers: dict[str, DeltaLayer]) -> None:
-    """Let modules fill the buffers that they make from a seed and do not save."""
+    """Let modules fill the buffers that are made from a seed and not saved."""
     for layer in layers.values():
         for module in layer.modules():
             if hasattr(type(module), "seed"):
@@ -118,12 +120,12 @@ def materialise(
     prefix: str,
     value_of: Callable[[str], torch.Tensor | None],
 ) -> None:
-    """Give those tensors of a layer memory that have none, with given values or a seed's.
+    """Give memory to a layer's tensors on the meta device, with given values or from a seed.
 
     Args:
-        prefix: what the full names of its tensors start with.
-        value_of: gives the values of a tensor by full name, in its dtype and in memory of their
-            own; None: it has none.
+        prefix: the start of the full names of its tensors.
+        value_of: returns the values of a tensor by full name, in the tensor's dtype and in memory
+            of their own; None if there are no values for it.
     """
     for name, module in layer.named_modules(prefix=prefix.removesuffix(".")):
         for own in (module._parameters, module._buffers):
@@ -131,7 +133,7 @@ def materialise(
                 if tensor is None or not tensor.is_meta:
                     continue
                 new = value_of(f"{name}.{key}")
-                if new is None:  # not empty_like, which torch writes in Python for tensors on meta
+                if new is None:  # empty_like is slow here: for meta tensors it runs in Python
                     new = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
                 new, is_parameter = new.to(device), own is module._parameters
                 own[key] = nn.Parameter(new, tensor.requires_grad) if is_parameter else new
@@ -142,7 +144,7 @@ def materialise(
 def _only_new(
     more: dict[str, DeltaLayer], made: dict[str, DeltaLayer], config: DeltaConfig
 ) -> dict[str, DeltaLayer]:
-    """`more`, if none of its sites has a layer of this delta yet."""
+    """Return `more`; raise if one of its sites has a layer of this delta already."""
     if twice := more.keys() & made.keys():
         raise SiteError(
             f"{config.delta_type!r} would need two layers on {', '.join(map(repr, twice))}; leave "
@@ -154,7 +156,7 @@ def _only_new(
 def _sites(
     backbone: Backbone, config: DeltaConfig, layer_class: type[DeltaLayer], values: Values
 ) -> dict[str, Site]:
-    """What the layers may know about each modified module."""
+    """Return the `Site` of each modified module by full name."""
     names = config.modified_modules or []
     kinds = {name: kind_of(backbone.modules[name]) for name in names}
     unknown = [name for name in names if kinds[name] is None]
@@ -184,7 +186,7 @@ def _sites(
 
 
 def _gate(layer: DeltaLayer, site: Site) -> Gate:
-    """The gate of a layer, as wide as what it reads."""
+    """Make the gate of a layer, with the width of its input."""
     linear = site.known_kind is not None and site.known_kind.is_product
     on_input = layer.acts is Acts.BEFORE or (layer.acts is Acts.BESIDE and linear)
     width = layer.gate_width
@@ -196,13 +198,17 @@ def _gate(layer: DeltaLayer, site: Site) -> Gate:
 def device_and_dtype_for(
     backbone: Backbone, where: str, config: DeltaConfig
 ) -> tuple[torch.device, torch.dtype]:
-    """The device and dtype of a layer on the module called `where`."""
+    """Return the device and dtype of a layer on the module `where`."""
     device, dtype = backbone.device_and_dtype_of(where)
     return device, getattr(torch, config.dtype) if config.dtype else dtype
 
 
 def _owned(backbone: Backbone, config: DeltaConfig, values: Values) -> dict[str, DeltaLayer]:
-    """The copies that the delta owns, and what says on the root how many labels its head has."""
+    """Build the layers for `modules_to_save` and `num_labels`.
+
+    Each module in `modules_to_save` gets one copy. If `num_labels` differs from the backbone's
+    number, the root gets a LabelsLayer.
+    """
     copied = {name: _own_copy(backbone, name, values) for name in config.modules_to_save or ()}
     more: dict[str, DeltaLayer] = {}
     count = config.num_labels
@@ -213,7 +219,7 @@ def _owned(backbone: Backbone, config: DeltaConfig, values: Values) -> dict[str,
 
 
 def _own_copy(backbone: Backbone, name: str, values: Values) -> nn.Module:
-    """A trainable copy of a backbone module, without the deltas that it carries."""
+    """Return a trainable copy of a backbone's module, without the deltas on it."""
     if values != "saved":
         sharding.check_copy(backbone, name)
     memo: dict[int, Any] = {}
@@ -226,14 +232,14 @@ def _own_copy(backbone: Backbone, name: str, values: Values) -> nn.Module:
 
 
 def _warn_of_lost_gradients(backbone: Backbone) -> None:
-    """Warn if torchao's weights pass no gradient on, as its dynamic-activation kinds do not.
+    """Warn if a kind of torchao's weights passes no gradient on.
 
-    One module of each kind of weight is tried.
+    Dynamic-activation kinds, for example, pass none. One module of each kind of weight is tried.
     """
     tried: dict[type, str] = {}
     for name, module in backbone.modules.items():
         weight = dict(module._parameters.items()).get("weight")
-        plain = name not in backbone.stacks  # deltas must not run, nor lend their gradient
+        plain = name not in backbone.stacks  # a delta's own gradient would hide the loss
         if plain and type(weight).__module__.startswith("torchao"):
             tried.setdefault(type(weight), name)
     for name in tried.values():
@@ -253,7 +259,7 @@ def _warn_of_lost_gradients(backbone: Backbone) -> None:
 
 
 def tied(backbone: Backbone, targets: Sequence[str]) -> dict[str, list[str]]:
-    """{target: the other modules, no targets, that use a weight of it too}."""
+    """Return {target: the modules that share a weight with it and are no targets}."""
     users: dict[int, dict[int, str]] = {}
     for name, module in backbone.modules.items():
         for parameter in module._parameters.values():
@@ -270,7 +276,7 @@ def tied(backbone: Backbone, targets: Sequence[str]) -> dict[str, list[str]]:
 
 
 def _warn_if_tied(backbone: Backbone, targets: Sequence[str], delta_type: str) -> None:
-    """Warn of a target whose weight other modules use too: a delta changes one use only."""
+    """Warn of a target whose weight other modules use too: a delta changes only one use."""
     for name, others in tied(backbone, targets).items():
         warn(
             f"{delta_type!r} on {name!r} changes one use of a weight that "

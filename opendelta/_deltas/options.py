@@ -1,4 +1,4 @@
-"""The options of a method: one dataclass is the signature, the saved JSON and the validation."""
+"""The options of a method: one dataclass gives the signature, the saved JSON and the checks."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from typing import Any, ClassVar, TypeVar
 from ..errors import OptionError, nearest, shown
 
 Config = TypeVar("Config", bound="DeltaConfig")
-# Every delta takes these by position too, after the method's own options.
+# Each delta takes these by position too, after the method's own options.
 PLACES = (
     "modified_modules", "exclude_modules", "unfrozen_modules", "common_structure",
     "interactive_modify",
 )  # fmt: skip
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-LARGEST = 1e6  # of numbers that scale: with more, half precision overflows and float32 is noise
+LARGEST = 1e6  # of scalings: with a larger one, half precision overflows and float32 is noise
 RANKS = ("lora_r", "r", "low_rank_rank", "low_rank_dimension")
 WIDTHS = ("bottleneck_dim", "reduction_factor")
-ELSEWHERE = {  # {an option of PEFT's or the adapters library's: what it may be here}, for messages
+ELSEWHERE = {  # {option of PEFT or adapters: options here that may replace it}, for messages
     "target_modules": ("modified_modules",),
     "layers_to_transform": ("modified_modules", "exclude_modules"),
     "layers": ("modified_modules", "exclude_modules"),
@@ -51,27 +51,30 @@ def option(
     *,
     minimum: float | None = None,
     below: float | None = None,
+    multiple_of: int | None = None,
     choices: Collection[Any] | None = None,
     modules: Sequence[str] | None = None,
 ) -> Any:
-    """A field of a config: its default, and what its value must be.
+    """Make a field of a config: its default, and the limits of its value.
 
     Args:
         minimum: the smallest value allowed.
         below: values must be smaller than this.
+        multiple_of: values must be multiples of this.
         choices: the only values allowed.
-        modules: the value selects some of the modified modules, by the same rules, or gives them
-            values, {pattern: value}; the method gets their full names. These roles are selected
-            where the value is None.
+        modules: the value selects some of the modified modules by patterns, or gives them values,
+            {pattern: value}. The method gets full names in the place of patterns. If the value is
+            None, these roles are selected.
     """
-    limits = {"minimum": minimum, "below": below, "choices": choices, "modules": modules}
+    limits: dict[str, Any] = {"minimum": minimum, "below": below, "multiple_of": multiple_of}
+    limits |= {"choices": choices, "modules": modules}
     metadata = {name: limit for name, limit in limits.items() if limit is not None}
     return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass
 class DeltaConfig:
-    """What every delta takes. A method adds its own options in a subclass.
+    """The options of each delta. A method adds its own options in a subclass.
 
     Options after `_: KW_ONLY` are given by name only. `places` and `places_first` are for methods
     that take `modified_modules` and the like in another order by position in OpenDelta 0.3.
@@ -79,23 +82,25 @@ class DeltaConfig:
     Attributes:
         modified_modules: the modules that get a layer: ends of names, or `[r]` and a regular
             expression. None: the method's default places.
-        exclude_modules: the modules that do not, nor any module inside them.
+        exclude_modules: modules that get no layer, and neither do the modules inside them.
         unfrozen_modules: backbone modules or parameters that `freeze_module` leaves trainable and
             that are saved with the delta.
-        common_structure: `modified_modules` are roles such as "attn.q", as the defaults are; see
-            `opendelta.roles`. {pattern: role} decides the roles of modules that match, as its
-            `override` does.
+        common_structure: True: `modified_modules` are roles such as "attn.q", as the defaults are;
+            see `opendelta.roles`. {pattern: role}: the same, and the matching modules have these
+            roles, as with `override` of `opendelta.roles`.
         interactive_modify: OpenDelta 0.3's page for picking modules; not available.
-        modules_to_save: modules of which the delta owns a copy, in the module's place while the
-            delta is attached and active, trained and saved with it.
-        num_labels: how many labels the head in modules_to_save is for; if not as many as the
-            backbone's, its last layer is new, and the model's own loss goes by it while it acts.
+        modules_to_save: modules that the delta owns a copy of. The copy takes the module's place
+            while the delta is attached and active; it is trained and saved with the delta.
+        num_labels: number of labels of the head in modules_to_save. If the backbone has another
+            number, the head's last layer is new, and the model's own loss fits the head while the
+            delta acts.
         name: unique on the backbone, 1 to 64 of [A-Za-z0-9_-]. None: the type, then type_1, ...
-        dtype: of the delta's tensors, such as "float32". None: what the module computes in.
+        dtype: dtype of the delta's tensors, such as "float32". None: the dtype in which the module
+            computes.
         reads: the parents of these modules read `.weight` instead of calling them, so the weight
-            must show the change. MultiheadAttention's is known.
-        gate: scale what the delta changes by a learned gate of its input, as UniPELT does
-            (arXiv:2110.07577); it starts half open.
+            must show the change. For MultiheadAttention this is known.
+        gate: multiply the delta's change by a learned gate, as UniPELT does (arXiv:2110.07577); the
+            gate starts at 1/2.
     """
 
     delta_type: ClassVar[str] = ""
@@ -147,25 +152,27 @@ class DeltaConfig:
                 raise OptionError(f"{where} must be at least {limits['minimum']}")
             if "below" in limits and number is not None and not number < limits["below"]:
                 raise OptionError(f"{where} must be below {limits['below']}")
+            if "multiple_of" in limits and number is not None and number % limits["multiple_of"]:
+                raise OptionError(f"{where} must be a multiple of {limits['multiple_of']}")
             if "float" in str(hint) and isinstance(number, int | float):
                 as_scaling(where, number)
 
     @classmethod
     def option_names(cls) -> list[str]:
-        """The names of all options: the method's own, then those that every delta takes."""
+        """Return the names of all options: the method's own, then the options of each delta."""
         every = [field.name for field in dataclasses.fields(cls)]
         return [*(name for name in every if name not in COMMON), *COMMON]
 
     @classmethod
     def positional_names(cls) -> list[str]:
-        """The options that a delta's class takes by position: OpenDelta 0.3's, in its order."""
+        """Return the options that a delta's class takes by position, in OpenDelta 0.3's order."""
         fields = dataclasses.fields(cls)
         own = [f.name for f in fields if f.name not in COMMON and not f.kw_only]
         return [*cls.places, *own] if cls.places_first else [*own, *cls.places]
 
     @classmethod
     def check_names(cls, given: typing.Iterable[str]) -> None:
-        """Raise for the first of `given` that is no option, with the nearest that are."""
+        """Raise for the first of `given` that is no option; the message has the nearest options."""
         names = cls.option_names()
         for name in given:
             if name not in names:
@@ -178,7 +185,7 @@ class DeltaConfig:
 
     @classmethod
     def from_dict(cls: type[Config], options: dict[str, Any]) -> Config:
-        """A config from options by name. A `"delta_type"` in it must be this method's."""
+        """Make a config from options by name. A `"delta_type"` among them must be this method's."""
         given = dict(options)
         found = given.pop("delta_type", cls.delta_type)
         if found != cls.delta_type:
@@ -187,7 +194,7 @@ class DeltaConfig:
         return cls(**given)
 
     def to_dict(self) -> dict[str, Any]:
-        """`delta_type` and all options by name, as JSON can hold them."""
+        """Return `delta_type` and all options by name, for JSON."""
         return {"delta_type": self.delta_type, **dataclasses.asdict(self)}
 
 
@@ -195,13 +202,13 @@ COMMON = [field.name for field in dataclasses.fields(DeltaConfig)]
 
 
 def as_scaling(what: str, number: Any) -> float:
-    """A number that values can be multiplied by, Python's or numpy's.
+    """Return a number, Python's or numpy's, as a float; raise if it is no usable scaling.
 
     Args:
-        what: it, for the message.
+        what: the option and its value, for the message.
 
     Raises:
-        OptionError: it is none.
+        OptionError: it is no number, or its magnitude is above `LARGEST`.
     """
     real = isinstance(number, numbers.Real) and not isinstance(number, bool)
     if not real or not abs(number) <= LARGEST:
@@ -210,7 +217,7 @@ def as_scaling(what: str, number: Any) -> float:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether `value` is of the annotated type; an int is a float, a bool is no int."""
+    """True if `value` has the annotated type; an int is a float, a bool is no int."""
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, part) for part in parts)

@@ -16,7 +16,7 @@ from .registry import method
 
 
 def free_name(wanted: str, taken: Collection[str]) -> str:
-    """`wanted`, or the first of wanted_1, wanted_2, ... that is not taken."""
+    """Return `wanted`, or the first of wanted_1, wanted_2, ... that is not taken."""
     name, count = wanted, 0
     while name in taken:
         count += 1
@@ -26,7 +26,7 @@ def free_name(wanted: str, taken: Collection[str]) -> str:
 
 
 def known_records(backbone: Backbone) -> list[Record]:
-    """The deltas of a backbone in total order: the attached, and the detached that are held."""
+    """Return all deltas of a backbone in order, with detached ones that are still in variables."""
     records = dict.fromkeys(backbone.records())
     inside = {id(module) for module in backbone.modules.values()}
     records |= dict.fromkeys(h.record for h in HANDLES if id(h.backbone_model) in inside)
@@ -34,10 +34,10 @@ def known_records(backbone: Backbone) -> list[Record]:
 
 
 def prefix_of(record: Record, sites: list[str]) -> str | None:
-    """The name of the module through which a delta was attached; None: one around the backbone.
+    """Return the name of the module to which a delta was attached; None: one around the backbone.
 
     Args:
-        sites: where the delta stands on the backbone.
+        sites: the full names of the delta's sites on the backbone.
     """
     names = set(record.sites)
     if any(unwrapped(where) in names for where in sites):
@@ -52,7 +52,11 @@ def prefix_of(record: Record, sites: list[str]) -> str | None:
 def neighbour(
     known: list[Record], delta: BaseDelta, other: BaseDelta | str | None
 ) -> Record | None:
-    """The delta among the `known` ones next to which `delta` is to stand, given or by name.
+    """Return the record of `other`, next to which `delta` will act; None if `other` is None.
+
+    Args:
+        known: the deltas of the backbone.
+        other: a delta or its name.
 
     Raises:
         DeltaError: there is no such delta on the backbone.
@@ -73,7 +77,7 @@ def neighbour(
 def _order(
     known: list[Record], record: Record, before: Record | None, after: Record | None
 ) -> list[Record]:
-    """The `known` others, with `record` at its old place or next to a neighbour."""
+    """Return the `known` others with `record` at its old place, or next to a neighbour."""
     order = sorted([*known, record], key=lambda r: (r.rank, r is record))
     if before is not None or after is not None:
         order.remove(record)
@@ -84,11 +88,11 @@ def _order(
 def order_with(
     backbone: Backbone, delta: BaseDelta, before: Record | None, after: Record | None
 ) -> list[Record]:
-    """All deltas of a backbone in the order that they have once `delta` has come.
+    """Return all deltas of a backbone in their order with `delta`.
 
     Raises:
-        SiteError: one of them has its name.
-        DeltaError: one that is merged would come to act on what the delta does.
+        SiteError: another delta has the same name.
+        DeltaError: `delta` would act beneath a merged delta.
     """
     known = [record for record in known_records(backbone) if record is not delta.record]
     if any(record.name == delta.name for record in known):
@@ -99,7 +103,7 @@ def order_with(
 
 
 def move(backbone: Backbone, record: Record, before: Record | None, after: Record | None) -> None:
-    """Give an attached delta its place next to a neighbour."""
+    """Move an attached delta next to a neighbour in the order."""
     known = known_records(backbone)
     for each in known:
         each.require_apart("cannot move deltas around")
@@ -115,9 +119,10 @@ def renumber(backbone: Backbone, order: list[Record]) -> None:
 
 
 def check_root(backbone: Backbone) -> None:
-    """Raise if the backbone has deltas that were attached through a module around it, or inside.
+    """Raise if a delta on the backbone was attached to another model.
 
-    Or through another model that has modules of this one.
+    That is a module around the backbone, a module inside it, or a model that shares modules with
+    it.
     """
     what = type(backbone.model).__name__
     made_for = {h.record: h.backbone_model for h in HANDLES}
@@ -154,7 +159,7 @@ def _holds(outer: nn.Module, module: nn.Module) -> bool:
 
 
 def handle_of(backbone: Backbone, record: Record) -> BaseDelta:
-    """The handle of an attached delta: the one that somebody holds, or a new one."""
+    """Return the handle of an attached delta: the handle in a variable, or else a new one."""
     for handle in HANDLES:
         if handle.record is record:
             return handle
@@ -177,10 +182,10 @@ def handle_of(backbone: Backbone, record: Record) -> BaseDelta:
 
 
 def attached_once(model: nn.Module) -> list[Record]:
-    """The attached deltas of a model, in order, if each has a name of its own.
+    """Return the attached deltas of a model in order; raise if two have the same name.
 
     Raises:
-        DeltaError: several are called the same.
+        DeltaError: two deltas have the same name.
     """
     records = attached_records(model)
     names = [record.name for record in records]
@@ -196,14 +201,14 @@ def attached_once(model: nn.Module) -> list[Record]:
 def attached_by_name(
     model: nn.Module, names: Iterable[str | BaseDelta], among: list[Record]
 ) -> list[Record]:
-    """The attached deltas that names or handles mean.
+    """Return the records of attached deltas, given by names or handles.
 
     Args:
-        names: several, or one by itself.
+        names: several names or handles, or one name.
         among: the attached deltas.
 
     Raises:
-        DeltaError: one is not attached.
+        DeltaError: a delta is not attached.
     """
     records = {record.name: record for record in among}
     chosen = []
@@ -220,7 +225,7 @@ def attached_by_name(
 
 
 def _not_attached(model: nn.Module, given: str | BaseDelta, attached: Collection[str]) -> str:
-    """That no such delta is attached, and what to do."""
+    """Return the message that no such delta is attached, with advice."""
     name = given.name if isinstance(given, BaseDelta) else given
     if isinstance(given, BaseDelta) and name in attached:
         return (

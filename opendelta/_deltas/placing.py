@@ -1,6 +1,6 @@
-"""Place new layers on modules: the third step of attaching, with every refusal.
+"""Find a place for each layer of a delta: the third step of attaching, with all other refusals.
 
-The model stays as it is; `committing` alone touches it.
+The model stays as it is; only `committing` touches it.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from .order import check_root, order_with
 
 @dataclass(frozen=True)
 class Placing:
-    """How one layer goes onto its module.
+    """The facts for putting one layer on its module.
 
     Attributes:
-        weight_is_read: the module around reads the weight, which must show the change.
-        ranks: the ranks that share the module; None: this process has it for itself.
-        device: where the layer computes.
-        dtype: in what.
+        weight_is_read: the module around reads the weight, so the weight must show the change.
+        ranks: the ranks that share the module; None: this process has it alone.
+        device: the device on which the layer computes.
+        dtype: the dtype in which it computes.
     """
 
     weight_is_read: bool
@@ -44,13 +44,13 @@ class Placing:
 
 @dataclass(frozen=True)
 class Placed:
-    """A delta with a place for each of its layers, which nothing keeps from being attached.
+    """A delta with a place for each of its layers; all checks passed.
 
     Attributes:
-        backbone: the model, as it is.
+        backbone: the model, unchanged.
         delta: the delta, off the model.
-        placings: {full name of the site: how the layer goes there}.
-        order: all deltas, as they will act.
+        placings: {full name of the site: the facts for its layer}.
+        order: all deltas in the order in which they will act.
     """
 
     backbone: Backbone
@@ -68,13 +68,12 @@ def place(
     """Find a place for each layer of a delta.
 
     Args:
-        before: the delta that is to act right after this one.
-        after: the delta that is to act right before this one.
+        before: put `delta` right before this delta in the order.
+        after: put `delta` right after this delta in the order.
 
     Raises:
-        SiteError: a layer cannot go where it should.
-        DeltaError: the rows of batches take different deltas now, or the delta would act beneath a
-            merged one.
+        SiteError: a module cannot take its layer.
+        DeltaError: the model is inside `route()`, or the delta would act beneath a merged one.
     """
     backbone.require_unrouted(f"cannot attach {delta.name!r}")
     check_root(backbone)
@@ -111,7 +110,7 @@ class PlannedStack(Stack):
     """The stack that a module would have with one more layer; the module does not carry it.
 
     Attributes:
-        weight_is_read: whether the module would show folded weights.
+        weight_is_read: the module would show folded weights.
     """
 
     def __init__(self, before: Stack | None, name: str, layer: DeltaLayer, is_read: bool) -> None:
@@ -124,9 +123,12 @@ class PlannedStack(Stack):
 
 
 def _check_owned(backbone: Backbone, layers: Mapping[str, DeltaLayer]) -> None:
-    """Raise if one of `layers`, by full name, would never run, or keep another from running.
+    """Raise if a new layer would never run, or would keep another layer from running.
 
     A delta's own copy of a module acts in the module's place, so nothing inside the module runs.
+
+    Args:
+        layers: the new layers by full name of their site.
     """
     owners = {w: n for w, n, layer in backbone.delta_layers() if layer.acts is Acts.INSTEAD}
     for where in layers:
@@ -144,5 +146,5 @@ def _check_owned(backbone: Backbone, layers: Mapping[str, DeltaLayer]) -> None:
             raise SiteError(
                 f"modules_to_save={around!r}: {', '.join(stack)} on {name!r} inside it would stop "
                 "acting; detach it first, or put it on other modules",
-                where=where,
+                where=around,
             )

@@ -1,4 +1,4 @@
-"""The methods, by the name that they have in files."""
+"""The registered methods, by their name in files."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ METHODS: dict[str, type[BaseDelta]] = {}
 
 
 def method(delta_type: str) -> type[BaseDelta]:
-    """The class registered for `delta_type`.
+    """Return the class that is registered for `delta_type`.
 
     Raises:
-        OptionError: there is none.
+        OptionError: no class is.
     """
     if not isinstance(delta_type, str) or delta_type not in METHODS:
         near = nearest(str(delta_type), METHODS)
@@ -27,10 +27,10 @@ def method(delta_type: str) -> type[BaseDelta]:
 
 
 def register(cls: type[BaseDelta]) -> None:
-    """Make a method known by its `delta_type`.
+    """Register a method under its `delta_type`.
 
     Raises:
-        OptionError: it lacks what a method needs, or another one has that type.
+        OptionError: an attribute is missing or wrong, or another method has this `delta_type`.
     """
     needs = {"delta_type": str, "config_class": type, "layer_class": type}
     for name, kind in {**needs, "default_modified_modules": tuple}.items():

@@ -1,4 +1,4 @@
-"""The state dict of a backbone that carries deltas."""
+"""A hook on the state dict of a backbone that carries deltas."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from ..names import SLOT, ancestors
 class StateDictHook:
     """Runs after `state_dict()` of a backbone that carries deltas.
 
-    It keeps only what trains, if `freeze_module(set_state_dict=True)` asked for that, and says what
-    becomes of the deltas when transformers' `save_pretrained` asked for the state.
+    After `freeze_module(set_state_dict=True)` it keeps only tensors that train, and the deltas'
+    tensors. If transformers' `save_pretrained` asked for the state, it warns that the deltas will
+    be lost.
     """
 
     def __init__(self, shared: Shared, on_root: bool) -> None:
@@ -45,7 +46,7 @@ class StateDictHook:
             )
 
     def _written(self, module: nn.Module, deltas: int) -> str:
-        """What save_pretrained puts into the file."""
+        """Return a text about the tensors that save_pretrained writes into the file."""
         name = type(module).__name__
         if not self.shared.only_trainable:
             return f"save_pretrained writes the backbone and {deltas} delta tensors of {name}"
@@ -56,7 +57,7 @@ class StateDictHook:
 
 
 def _plain_advice(module: nn.Module) -> str:
-    """How to save a plain model instead."""
+    """Return the advice how to save a plain model instead."""
     stacks = (stack_of(child) for child in module.modules())
     if any(stack is not None and stack.merged() for stack in stacks):
         return (
@@ -67,7 +68,7 @@ def _plain_advice(module: nn.Module) -> str:
 
 
 def _slots(module: nn.Module, prefix: str) -> tuple[str, ...]:
-    """The prefixes of all delta keys under `module`."""
+    """Return the prefixes of all delta keys under `module`."""
     return tuple(
         f"{prefix}{name}.{SLOT}." if name else f"{prefix}{SLOT}."
         for name, child in module.named_modules(remove_duplicate=False)
@@ -76,9 +77,9 @@ def _slots(module: nn.Module, prefix: str) -> tuple[str, ...]:
 
 
 def _for_save_pretrained() -> bool:
-    """Whether transformers' save_pretrained asked for the state, and not for Trainer's checkpoints,
+    """True if transformers' save_pretrained asked for the state, except for Trainer's checkpoints.
 
-    whose deltas `resume_from_checkpoint` and `load_best_model_at_end` do restore.
+    `resume_from_checkpoint` and `load_best_model_at_end` restore the deltas of such checkpoints.
     """
     names = set()
     frame = sys._getframe(1)
@@ -89,27 +90,28 @@ def _for_save_pretrained() -> bool:
 
 
 def state_hook(module: nn.Module) -> StateDictHook | None:
-    """The hook on `module`, if there is one."""
+    """Return the hook on `module`, or None."""
     hooks = module._state_dict_hooks.values()
     return next((hook for hook in hooks if isinstance(hook, StateDictHook)), None)
 
 
 def all_inside(model: nn.Module) -> list[Record] | None:
-    """The deltas inside `model`, in order, or None where only a look at its modules can tell.
+    """Return the deltas inside `model` in order, without a walk over its modules.
 
-    One that went along when somebody replaced its modules is among them.
+    A delta whose modules were replaced since is among them. The result is None if only a walk over
+    the modules can find the deltas.
     """
     hook = state_hook(model)
     if hook is None or not hook.on_root:
         return None
-    # Those of another backbone may have come with a module that was put into this one.
+    # Deltas of another backbone may be on a module that was put into this one.
     if len(records.BACKBONES) > 1:
         return None
     return sorted(hook.shared.records, key=lambda record: record.rank)
 
 
 def watch_state(backbone: Backbone, shared: Shared) -> None:
-    """Put the hook on the backbone, and on the transformers models inside a wrapping module."""
+    """Put the hook on the backbone, and on transformers models inside it if it is none itself."""
     wanted = [backbone.model]
     if not hasattr(backbone.model, "save_pretrained"):
         outer = [n for n, module in backbone.modules.items() if hasattr(module, "save_pretrained")]

@@ -1,4 +1,4 @@
-"""The format of a folder: JSON, safetensors, tensors compared before they are copied.
+"""Read and write the files of a folder: JSON and safetensors; compare tensors, then copy them.
 
 It knows no delta and no model. It imports `_modules`; every room above but `_layers` may import it.
 """

@@ -1,7 +1,7 @@
 """A folder of two files, a JSON config and safetensors weights, replaced in one step.
 
-At any moment it holds the old pair or the new one: the weights file is named by its content, and
-the config, which names that file and its sha256, is replaced last.
+At any moment the folder holds the old pair or the new pair. The name of the weights file depends on
+its content. The config holds this name and the sha256 of the weights, and is replaced last.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from ..errors import DeltaError, DeltaLoadError, shown
 
 CONFIG = "config.json"
 FORMAT, SCHEMA = "opendelta", 1
-# What is beyond these is refused unread. 70 B models with many deltas need a tenth of them.
+# A file beyond these limits is refused unread. 70 B models with many deltas need a tenth of them.
 LARGEST = 16 * 2**20  # bytes of a JSON file, and of the header of a weights file
-MOST_ITEMS = 500_000  # of a JSON file
+MOST_ITEMS = 500_000  # items in a JSON file
 LONGEST, DEEPEST = 1_000, 32  # characters of a text in our JSON, and how deep lists are nested
-TRIES = 50  # of opening the weights, while other processes save
+TRIES = 50  # how often to try to open the weights while other processes save
 WEIGHTS = "delta-{}.safetensors"
 TEMPORARY = re.compile(r"\.delta-[0-9a-f]{16}\.tmp")
 
 
 @functools.cache
 def own_version() -> str:
-    """The installed version of opendelta."""
+    """Return the installed version of opendelta, or "unknown"."""
     with contextlib.suppress(PackageNotFoundError):
         return version("opendelta")
     return "unknown"
@@ -46,14 +46,14 @@ def own_version() -> str:
 
 # ------------------------------------------------------------------------------------------ writing
 def check_free(folder: Path) -> None:
-    """Raise if `folder` holds something else, which a save would destroy or be taken for."""
+    """Raise if `folder` is a file, or holds a config that is not ours and would be lost."""
     if folder.is_file():
         raise DeltaError(f"{folder} is a file; give a folder, which is made if need be")
     with contextlib.suppress(FileNotFoundError):
         try:
             given = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         except (ValueError, RecursionError):
-            return  # the remains of a damaged delta, as far as one can tell
+            return  # the file may be the remains of a damaged delta
         if not isinstance(given, dict) or given.get("format") != FORMAT:
             raise DeltaError(
                 f"{folder} has a {CONFIG} that is not a delta's, such as a transformers model's; "
@@ -64,14 +64,14 @@ def check_free(folder: Path) -> None:
 def write(folder: Path, config: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Put a config and tensors into `folder`, which is made if need be.
 
-    The weights that an older config named go at the end, and what a killed process left behind.
+    At the end the old weights are deleted, and temporary folders that a killed process left.
 
     Args:
         tensors: whole and detached, on any device.
 
     Raises:
         DeltaError: the config or the header of the weights is larger than `open_folder` reads.
-        OSError: the disk is full, or cannot be written to. The folder holds what it held before.
+        OSError: the disk is full, or cannot be written to. The folder is then as it was before.
     """
     facts = {"format": FORMAT, "schema_version": SCHEMA, **config}
     lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in facts.items()]
@@ -80,7 +80,7 @@ def write(folder: Path, config: dict[str, Any], tensors: Mapping[str, Tensor]) -
         raise DeltaError(f"{refused} {problem}: save fewer deltas in one")
     with _made(folder), locked(folder) as alone:
         old = [*folder.glob("delta-*.safetensors")]
-        if alone:  # so nobody is writing into a temporary folder that is there
+        if alone:  # then no other process is writing into these temporary folders
             old += [path for path in folder.glob(".*.tmp") if TEMPORARY.fullmatch(path.name)]
         with _replacing(folder) as (new, put):
             write_tensors(new, tensors)
@@ -94,12 +94,12 @@ def write(folder: Path, config: dict[str, Any], tensors: Mapping[str, Tensor]) -
             if path.is_dir():
                 shutil.rmtree(path, ignore_errors=True)
             elif path.name != WEIGHTS.format(digest[:16]):
-                with contextlib.suppress(OSError):  # the new state is whole in any case
+                with contextlib.suppress(OSError):  # the new pair is complete in any case
                     path.unlink()
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file in the place of another; tensors that share memory are copied.
+    """Write tensors into an existing file as safetensors; copy tensors that share memory.
 
     Raises:
         OSError: the disk is full, or cannot be written to.
@@ -114,7 +114,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     mode = path.stat().st_mode
     try:
         safetensors.torch.save_file(plain, path, metadata={"format": "pt"})
-        path.chmod(mode)  # safetensors' own lets nobody else read the file
+        path.chmod(mode)  # with the mode that safetensors sets, no other user could read the file
     except safetensors.SafetensorError as error:
         code = re.search(r"os error (\d+)", str(error))
         if code is None:
@@ -123,28 +123,28 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _text(lines: Iterable[str], digest: str) -> bytes:
-    """The JSON of these entries, each on a line, and of those that name weights of this sha256."""
+    """Return the JSON of these lines, and of the two entries that name weights of this sha256."""
     own = [f'  "weights": "{WEIGHTS.format(digest[:16])}"', f'  "sha256": "{digest}"']
     return "{{\n{}\n}}\n".format(",\n".join([*lines, *own])).encode()
 
 
 @contextlib.contextmanager
 def _made(folder: Path) -> Iterator[None]:
-    """Make `folder` if need be; if nothing comes to be in it, it goes again."""
+    """Make `folder` if need be; remove a new folder if an error is raised and it is empty."""
     there = folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:
         yield
     except BaseException:
         if not there:
-            with contextlib.suppress(OSError):  # others have put something into it
+            with contextlib.suppress(OSError):  # another process has put files into it
                 folder.rmdir()
         raise
 
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[bool]:
-    """Keep other processes from writing into `folder`; gives False where the system can't."""
+    """Keep other processes from writing into `folder`; yield False if the system has no locks."""
     if os.name != "posix":
         yield False
         return
@@ -164,9 +164,10 @@ def locked(folder: Path) -> Iterator[bool]:
 
 @contextlib.contextmanager
 def _replacing(folder: Path) -> Iterator[tuple[Path, Callable[[str], None]]]:
-    """The path of a new file, and what puts that into `folder` in one step, under a name.
+    """Yield the path of a new file, and a function that moves it into `folder` under a name.
 
-    It is in a temporary folder, and with it what safetensors leaves behind if it is killed.
+    The move is one step. The new file is in a temporary folder, and so is the file that safetensors
+    leaves if it is killed.
     """
     temporary = folder / f".delta-{secrets.token_hex(8)}.tmp"
     new = temporary / "new"
@@ -202,13 +203,13 @@ def replace(path: Path, content: bytes | Mapping[str, Tensor]) -> None:
 
 # ------------------------------------------------------------------------------------------ reading
 def read_json(path: Path, longest: int = LONGEST) -> Any:
-    """What a JSON file holds, once it is known that it can do no harm by its size.
+    """Return the content of a JSON file; refuse one that is too large.
 
     Args:
-        longest: characters that a text in it may have.
+        longest: largest number of characters in a text.
 
     Raises:
-        DeltaLoadError: it is no JSON file, or holds more than any configuration does.
+        DeltaLoadError: the file is no JSON, or larger than any configuration.
     """
     given = _parsed(path)
     _check_items(path, given, longest)
@@ -216,7 +217,7 @@ def read_json(path: Path, longest: int = LONGEST) -> Any:
 
 
 def _parsed(path: Path) -> Any:
-    """What a JSON file of no more than the usual size holds."""
+    """Return the content of a JSON file; refuse one with too many bytes or items."""
     try:
         if not path.is_file():
             raise DeltaLoadError(f"{path} cannot be read: it is no file")
@@ -233,10 +234,10 @@ def _parsed(path: Path) -> Any:
 
 
 def is_ours(folder: Path) -> bool:
-    """Whether the config in `folder` is one of this format, whatever else lies there.
+    """True if the config in `folder` has our format; other files do not matter.
 
     Raises:
-        DeltaLoadError: there is a config, and nobody can tell.
+        DeltaLoadError: there is a config, and it cannot be read.
     """
     if not (folder / CONFIG).is_file():
         return False
@@ -245,7 +246,7 @@ def is_ours(folder: Path) -> bool:
 
 
 def _excess(text: bytes) -> str | None:
-    """What a JSON text has too much of."""
+    """Return which limit a JSON text exceeds, as the end of a sentence; None if it exceeds none."""
     if len(text) > LARGEST:
         return f"has {len(text):,} bytes, more than {LARGEST:,}"
     if (items := sum(text.count(sign) for sign in (b",", b"[", b"{"))) > MOST_ITEMS:
@@ -254,7 +255,7 @@ def _excess(text: bytes) -> str | None:
 
 
 def _header_excess(start: bytes) -> str | None:
-    """What the header of a safetensors file has too much of, by its first eight bytes."""
+    """Return how a safetensors header is too large, from the file's first 8 bytes; else None."""
     size = int.from_bytes(start[:8], "little")
     return f"has a header of {size:,} bytes, more than {LARGEST:,}" if size > LARGEST else None
 
@@ -278,7 +279,7 @@ def _check_items(path: Path, given: Any, longest: int) -> None:
 
 
 def _problem(value: Any, longest: int) -> str | None:
-    """What is wrong with a text or a number in a JSON file."""
+    """Return the problem of a text or a number in a JSON file; None if it has no problem."""
     if isinstance(value, str):
         size = len(value)
         return f"a text of {size:,} characters, more than {longest:,}" if size > longest else None
@@ -289,10 +290,10 @@ def _problem(value: Any, longest: int) -> str | None:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The JSON of a folder, known to be of this format.
+    """Return the JSON of a folder of our format.
 
     Raises:
-        DeltaLoadError: there is no such file, or it is not one of ours.
+        DeltaLoadError: there is no such file, or opendelta did not write it.
     """
     file = folder / CONFIG
     if not file.exists():
@@ -317,13 +318,13 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def open_folder(folder: Path) -> Iterator[tuple[dict[str, Any], Any, BinaryIO]]:
-    """A folder's JSON, and the weights that it names, open, as tensors and as a file.
+    """Open a folder: yield its JSON, and its weights as safetensors and as a binary file.
 
-    Nothing of the tensors is read into memory but what is asked for. Both stay readable when
-    another process replaces them.
+    A tensor is read into memory only when it is asked for. The weights stay readable when another
+    process replaces the file.
 
     Raises:
-        DeltaLoadError: the folder is no delta's; the weights are missing, elsewhere or damaged.
+        DeltaLoadError: the folder holds no delta; the weights are missing, elsewhere or damaged.
     """
     with contextlib.ExitStack() as stack:
         for left in reversed(range(TRIES)):
@@ -334,7 +335,7 @@ def open_folder(folder: Path) -> Iterator[tuple[dict[str, Any], Any, BinaryIO]]:
                 weights = stack.enter_context(open_safetensors(path, file))
                 break
             except OSError as error:
-                # Perhaps it was replaced after the config was read.
+                # Another process may have replaced the weights after the config was read.
                 if not isinstance(error, FileNotFoundError):
                     raise DeltaLoadError(f"{path} cannot be read: {error}") from None
                 if not left:
@@ -343,10 +344,10 @@ def open_folder(folder: Path) -> Iterator[tuple[dict[str, Any], Any, BinaryIO]]:
 
 
 def weights_path(folder: Path, config: dict[str, Any]) -> Path:
-    """Where the weights are that a folder's JSON names.
+    """Return the path of the weights that a folder's JSON names.
 
     Raises:
-        DeltaLoadError: elsewhere than in the folder.
+        DeltaLoadError: the path is not in the folder.
     """
     name = str(config.get("weights"))
     plain = Path(name).name == name and "\\" not in name and name.endswith(".safetensors")
@@ -360,10 +361,13 @@ def weights_path(folder: Path, config: dict[str, Any]) -> Path:
 
 
 def open_safetensors(path: Path, file: BinaryIO) -> Any:
-    """The tensors of a file that is open as bytes too.
+    """Open the safetensors file at `path`.
+
+    Args:
+        file: the same file, open as bytes, at its start.
 
     Raises:
-        DeltaLoadError: it is no safetensors file, or its header is larger than any needs to be.
+        DeltaLoadError: it is no safetensors file, or its header is too large.
     """
     if problem := _header_excess(file.read(8)):
         raise DeltaLoadError(f"{path} is no safetensors file: it {problem}")
@@ -374,7 +378,7 @@ def open_safetensors(path: Path, file: BinaryIO) -> Any:
 
 
 def check_digest(folder: Path, config: dict[str, Any], file: BinaryIO) -> None:
-    """Raise unless the open weights are those that were saved.
+    """Raise if the open weights have changed since they were saved.
 
     Raises:
         DeltaLoadError: their sha256 is not the one in the JSON.
@@ -386,7 +390,7 @@ def check_digest(folder: Path, config: dict[str, Any], file: BinaryIO) -> None:
 
 
 def _sha256(file: BinaryIO) -> str:
-    """Of all that a file holds, in hex."""
+    """Return the sha256 of a file's content in hex."""
     digest, part = hashlib.sha256(), memoryview(bytearray(2**18))
     file.seek(0)
     while size := file.readinto(part):  # type: ignore[attr-defined]
@@ -397,7 +401,7 @@ def _sha256(file: BinaryIO) -> str:
 def check_link(path: Path) -> None:
     """Raise if a file is a link out of its folder.
 
-    But one of the hub cache's, from snapshots/ to blobs/, is none.
+    A link in the cache of the hub, from snapshots/ to blobs/, is allowed.
     """
     folder = path.parent.resolve()
     if not path.is_symlink() or path.resolve().parent == folder:

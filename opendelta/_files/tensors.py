@@ -1,4 +1,4 @@
-"""Tensors of a file against those that they are for: compared first, copied second."""
+"""Compare the tensors of a file with the tensors that they are for, and copy them if all fit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..errors import DeltaLoadError, Mismatch, listed
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in an open safetensors file: its shape and dtype, and itself when it is read."""
+    """A tensor in an open safetensors file: only `read` loads its values into memory."""
 
     file: Any
     key: str
@@ -34,7 +34,7 @@ class Stored:
 
 
 def mismatch(own: Mapping[str, Tensor], given: Mapping[str, Any]) -> Mismatch:
-    """What of `given` tensors, in memory or in a file, does not fit `own` ones."""
+    """Return the differences between `given` tensors, in memory or in a file, and `own` tensors."""
     found = Mismatch(
         missing=[key for key in own if key not in given],
         unexpected=[key for key in given if key not in own],
@@ -51,7 +51,7 @@ def mismatch(own: Mapping[str, Tensor], given: Mapping[str, Any]) -> Mismatch:
 
 
 def compare(own: Mapping[str, Tensor], given: Mapping[str, Any], source: str) -> None:
-    """Raise unless `given` tensors, in memory or in a file, fit `own` ones.
+    """Raise unless `given` tensors, in memory or in a file, fit the `own` tensors.
 
     Args:
         source: where `given` comes from, for the message.
@@ -64,7 +64,7 @@ def compare(own: Mapping[str, Tensor], given: Mapping[str, Any], source: str) ->
 
 
 def _in_words(found: Mismatch) -> str:
-    """The names, shapes and dtypes that do not fit, the first few of each."""
+    """Return a text with the first few names, shapes and dtypes that do not fit."""
     shapes = [f"{k}: {given} instead of {own}" for k, (given, own) in found.misshaped.items()]
     integers = [f"{k}: {d}" for k, d in found.other_kind.items() if not _is_floating(d)]
     floating = [f"{k}: {d}" for k, d in found.other_kind.items() if _is_floating(d)]
@@ -78,7 +78,7 @@ def _in_words(found: Mismatch) -> str:
 
 
 def copy_into(own: Mapping[str, Tensor], given: Mapping[str, Any], source: str) -> None:
-    """Copy `given` tensors into `own` ones of the same names.
+    """Copy `given` tensors into the `own` tensors of the same names.
 
     Raises:
         DeltaLoadError: they do not fit, or hold values that are not finite. Nothing is copied then.
@@ -100,10 +100,11 @@ def values(
     source: str,
     usual: Mapping[str, Tensor] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """(name, values in the dtype of `own`) of `given` tensors that are known to fit.
+    """Yield (name, values in the dtype of `own`) of `given` tensors that are known to fit.
 
     Args:
-        usual: tensors that may hold what is not finite, such as the -inf of a mask, where these do.
+        usual: tensors that may hold values such as the -inf of a mask. A given tensor may hold the
+            same value at the same place.
 
     Raises:
         DeltaLoadError: values are not finite, or cannot be read.
@@ -119,7 +120,7 @@ def value(
     source: str,
     usual: Mapping[str, Tensor] | None = None,
 ) -> Tensor:
-    """The values that are given for `own`, the tensor called `key`; see `values`."""
+    """Return the given values for `own`, the tensor called `key`; see `values`."""
     found = given[key]
     try:
         found = found if isinstance(found, Tensor) else found.read()
@@ -136,7 +137,7 @@ def value(
 
 
 def _is_floating(dtype: str) -> bool:
-    """Whether a dtype of torch, or of a safetensors header, is floating."""
+    """True if a dtype is floating; it may be named as in torch or as in a safetensors header."""
     return "float" in dtype or dtype.startswith(("F", "BF"))
 
 

@@ -1,4 +1,4 @@
-"""Configs and deltas of any method, chosen by the name in a dict or a file."""
+"""Make configs and deltas of any method, by the method's name in a dict or a file."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class AutoDeltaConfig:
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **options: Any) -> DeltaConfig:
-        """A config from options by name, changed by `options`.
+        """Make a config from options by name, changed by `options`.
 
         Args:
             config_dict: the options and `"delta_type"`.
@@ -43,7 +43,7 @@ class AutoDeltaConfig:
 
     @classmethod
     def from_finetuned(cls, finetuned_delta_path: str | os.PathLike) -> DeltaConfig:
-        """The config of a delta that `save_finetuned` wrote, OpenDelta 0.3's too.
+        """Read the config of a delta that `save_finetuned` wrote, here or in OpenDelta 0.3.
 
         Args:
             finetuned_delta_path: the folder, or "user/name" on the hub.
@@ -94,15 +94,15 @@ class AutoDeltaModel:
         check_hash: bool = True,
         check_backbone: bool = True,
     ) -> Delta:
-        """Put a delta that `save_finetuned` wrote on a backbone, whatever its method.
+        """Put a delta of any method that `save_finetuned` wrote on a backbone.
 
         Args:
             finetuned_delta_path: the folder, or "user/name" on the hub.
-            name: the delta's name here. None: its own, or the next free one.
-            local_files_only: take what was downloaded before.
-            check_backbone: raise if the weights that the delta stands on are not those that it was
-                trained on, as far as a few values tell.
-            check_hash: OpenDelta 0.3's name for that.
+            name: the delta's new name. None: its saved name, or the next free one.
+            local_files_only: use only files that were downloaded before.
+            check_backbone: raise if the weights under the delta differ from the weights that it was
+                trained on. A few values are compared.
+            check_hash: OpenDelta 0.3's name for `check_backbone`; both must be true for the check.
 
         Raises:
             DeltaLoadError: the folder is damaged, or does not fit the backbone.

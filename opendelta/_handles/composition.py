@@ -1,4 +1,4 @@
-"""All deltas of a backbone: their order, which of them act, and what a module computes."""
+"""All deltas of a backbone: order, switch, merge, save and explain them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 class Composition(Generic[Model]):
-    """The attached deltas of a backbone, disabled ones included, in the order in which they act.
+    """The attached deltas of a backbone, in the order in which they act; disabled ones too.
 
     It is a view: it always shows the model as it is now.
     """
@@ -39,7 +39,7 @@ class Composition(Generic[Model]):
 
     @property
     def names(self) -> list[str]:
-        """The names of the attached deltas, in order."""
+        """Return the names of the attached deltas, in order."""
         return [record.name for record in attached_once(self.model)]
 
     def __iter__(self) -> Iterator[Delta]:
@@ -63,7 +63,7 @@ class Composition(Generic[Model]):
     def reorder(self, names: Iterable[str | Delta]) -> None:
         """Let the attached deltas act in this order.
 
-        A detached delta that somebody holds keeps its distance to the start of the order.
+        A detached delta that is still in a variable keeps its distance to the start of the order.
 
         Args:
             names: all attached deltas, each once.
@@ -90,9 +90,9 @@ class Composition(Generic[Model]):
 
     @with_block
     def only(self, *names: str | Delta) -> Iterator[Composition[Model]]:
-        """Let just these deltas act inside a `with` block; none of them: the plain backbone.
+        """Let only these deltas act inside a `with` block; without names, the plain backbone.
 
-        With activation checkpointing call `backward()` inside, as it runs the model again.
+        With activation checkpointing, call `backward()` inside the block: it runs the model again.
         """
         known = state_dict.all_inside(self.model)
         records = attached_once(self.model) if known is None else known
@@ -107,18 +107,18 @@ class Composition(Generic[Model]):
             yield self
         finally:
             for record, active in before:
-                record.active = active or record.merged > 0  # merged inside, it acts
+                record.active = active or record.merged > 0  # a delta merged inside stays active
 
     @with_block
     def frozen(self) -> Iterator[Composition[Model]]:
-        """Serve faster inside a `with` block, in which no delta's values change.
+        """Make inference faster inside a `with` block in which no delta's values change.
 
-        Neighbouring low-rank layers of a module keep their joined matrices from one forward to the
-        next. Switching, scaling, reordering, attaching and detaching inside are safe.
+        Consecutive low-rank layers of a module keep their joined matrices from one forward to the
+        next. Inside, it is safe to switch, scale, reorder, attach and detach.
 
         Raises:
-            DeltaError: a forward inside would have to give the deltas gradients; or, at the end,
-                their values changed inside, so that outputs were those of the old ones.
+            DeltaError: a forward inside would have to compute gradients for deltas. Or, at the end
+                of the block: values changed inside, and outputs used the old values.
 
         Example:
             >>> import torch
@@ -131,9 +131,7 @@ class Composition(Generic[Model]):
         stacks = [s for s in Backbone.of(self.model).stacks.values() if s.kept_factors is None]
         kept = [runs.KeptFactors() for _ in stacks]
         for stack, each in zip(stacks, kept, strict=True):
-            stack.__dict__["kept_factors"] = (
-                each  # past nn.Module, which looks long at each attribute
-            )
+            stack.__dict__["kept_factors"] = each  # not by nn.Module.__setattr__, which is slow
         try:
             yield self
         finally:
@@ -146,23 +144,24 @@ class Composition(Generic[Model]):
             )
 
     def merge(self, *names: str | Delta) -> MergeReport:
-        """Fold deltas into the weights of their modules, where they act at no cost.
+        """Fold deltas into the weights of their modules; merged deltas act at no cost.
 
-        A layer folds only if all beneath it on its module do. Without names the longest run that
-        folds is taken on each module, and the rest acts on top of it as before. Merged deltas stay
-        attached, and are taken out again by `unmerge`; until then they cannot be switched,
-        detached or moved, and training them changes nothing. The old weights are kept meanwhile,
-        in as much memory as the new ones take.
+        A layer folds only if all layers beneath it on its module fold. Without names, each module
+        merges as many layers as fold, from the innermost on; the others act on top as before.
+
+        Merged deltas stay attached, and `unmerge` takes them out again. Until then they cannot be
+        switched, detached or moved, and training them changes nothing. The old weights are kept
+        until then; they take as much memory as the new weights.
 
         Args:
-            names: the deltas to merge whole. None: what folds of all of them.
+            names: the deltas to merge whole. None: merge all layers that fold.
 
         Returns:
-            What was merged and what was left, and the errors of requantised weights.
+            A report of the merged deltas, the other ones, and the errors of requantised weights.
 
         Raises:
-            SiteError: a delta does not fold, or stands on one that does not or is not merged; a
-                weight is tied, sharded or without values; a result is not finite. Nothing is
+            SiteError: a delta does not fold, or a layer beneath it does not fold or is not merged;
+                a weight is tied, sharded or without values; a result is not finite. Nothing is
                 changed then.
         """
         return merging.merge(
@@ -171,34 +170,35 @@ class Composition(Generic[Model]):
         )
 
     def unmerge(self) -> None:
-        """Put the weights back, bit for bit, as they were before the first `merge`.
+        """Put back the weights from before the first `merge`, bit for bit.
 
         Raises:
-            DeltaError: a merged weight was changed since. Nothing is changed then.
+            DeltaError: a merged weight was changed since the merge. Nothing is changed then.
         """
         merging.unmerge(Backbone.of(self.model))
 
     def to_backbone(self) -> Model:
-        """A plain model of the same class whose weights hold all that acts on this one.
+        """Return a plain model of the same class, with all active deltas in its weights.
 
-        It has no deltas, so that `save_pretrained` and `from_pretrained` treat it as any other. It
-        shares the tensors that no delta changed with this model, which stays as it is; modules that
-        acting deltas own stand in their places.
+        It has no deltas, so `save_pretrained` and `from_pretrained` treat it as any other model. It
+        shares the tensors that no delta changed with this model. This model stays as it is. A
+        module that an active delta owns takes its place in the plain model.
 
         Raises:
-            SiteError: something that acts does not fold, or a weight is tied or sharded.
+            SiteError: an active layer does not fold, or a weight is tied or sharded.
         """
         return to_backbone(self.model)
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Save all attached deltas as one: tensors, options, order, activity, what trains.
+        """Save all attached deltas into one folder: tensors, options, order and switches.
 
         `opendelta.load(folder, model)` brings them back bit for bit. The folder gets one JSON file
         and one safetensors file, and holds either its old or its new content at any moment.
-        Backbone modules that train in place by name are saved too, as by `Delta.save_finetuned`.
+        Backbone parameters that were left trainable by name are saved too, as by
+        `Delta.save_finetuned`.
 
         Raises:
-            DeltaError: no delta is attached, or the folder holds something else.
+            DeltaError: no delta is attached, or the folder holds other files.
         """
         saving.save(self._to_save(), folder)
 
@@ -213,12 +213,12 @@ class Composition(Generic[Model]):
     def push_to_hub(
         self, repo_id: str, private: bool | None = None, token: str | None = None
     ) -> str:
-        """Save all attached deltas into a repository on the Hugging Face hub; its address.
+        """Save all attached deltas into a repository on the Hugging Face hub; return its address.
 
         Args:
-            repo_id: "user/name", or "name" for one of one's own; it is made if need be.
-            private: whether a new repository is private.
-            token: of the user. None: the one that was logged in with.
+            repo_id: "user/name", or "name" for the user's own repository; it is made if need be.
+            private: make a new repository private.
+            token: the user's token. None: the token of the user who is logged in.
 
         Raises:
             DeltaError: no delta is attached, or values are not finite.
@@ -227,19 +227,19 @@ class Composition(Generic[Model]):
         return hub.push(self._to_save(), repo_id, private, token)
 
     def explain(self, module: str) -> Explanation:
-        """What a module with deltas computes, as a formula and step by step.
+        """Explain the computation of a module with deltas, as a formula and step by step.
 
         Args:
             module: its full name, or a pattern that selects just one module with deltas.
 
         Raises:
-            AddressError: nothing is called so, or several modules are.
+            AddressError: the name or pattern selects no module, or several modules.
         """
         return explain(Backbone.of(self.model), module)
 
 
 def composition(model: Model) -> Composition[Model]:
-    """The deltas of `model`: `.names`, `[name]`, `.reorder`, `.only`, `.explain`.
+    """Return the deltas of `model`, with `.names`, `[name]`, `.reorder`, `.only`, `.explain`.
 
     Example:
         >>> from torch import nn

@@ -1,4 +1,4 @@
-"""A delta as users hold it: one method on one backbone. Attach, detach, freeze, save, show."""
+"""`Delta`, the user's handle of one delta: attach, detach, switch, freeze, save, show."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ AnyDelta = TypeVar("AnyDelta", bound="Delta")
 
 
 class Delta(BaseDelta):
-    """Base of all methods: `LoraModel(model)` puts one on `model` and is the handle to it.
+    """The base class of all methods: `LoraModel(model)` puts a delta on `model`, and is its handle.
 
-    A method sets the four class attributes; everything else is here. The arguments of the class are
+    A method sets the four class attributes; all other code is here. The arguments of the class are
     the backbone and the fields of its config.
 
     Attributes:
         delta_type: the method's name in files.
-        config_class: its options.
-        layer_class: its layer.
+        config_class: the class of its options.
+        layer_class: the class of its layers.
         default_modified_modules: the roles that get a layer by default.
-        backbone_model: the model it was made for.
+        backbone_model: the model that it was made for.
         layers: {full name of the site: layer}, attached or not.
         record: name, rank, activity and resolved options, shared with the layers.
     """
@@ -110,11 +110,11 @@ class Delta(BaseDelta):
 
         Args:
             finetuned_delta_path: the folder, or "user/name" on the hub.
-            name: the delta's name here. None: its own, or the next free one.
-            local_files_only: take what was downloaded before.
-            check_backbone: raise if the weights that the delta stands on are not those that it was
-                trained on, as far as a few values tell.
-            check_hash: OpenDelta 0.3's name for that.
+            name: the delta's new name. None: its saved name, or the next free one.
+            local_files_only: use only files that were downloaded before.
+            check_backbone: raise if the weights under the delta differ from the weights that it was
+                trained on. A few values are compared.
+            check_hash: OpenDelta 0.3's name for `check_backbone`; both must be true for the check.
 
         Raises:
             DeltaLoadError: the folder holds another method, is damaged, or does not fit.
@@ -127,18 +127,18 @@ class Delta(BaseDelta):
     def attach(
         self, *, before: Delta | str | None = None, after: Delta | str | None = None
     ) -> None:
-        """Put the delta back at its place in the order, or next to another delta.
+        """Put the delta back at its old place in the order, or next to another delta.
 
-        Its tensors follow the modules to their device, dtype and training flag. If it is attached
-        already, only its place changes.
+        Its layers get the device, dtype and training mode of their modules. If the delta is
+        attached already, only its place in the order changes.
 
         Args:
-            before: the delta, or its name, that is to act right after this one.
-            after: the delta, or its name, that is to act right before this one.
+            before: a delta or its name: put this delta right before it in the order.
+            after: a delta or its name: put this delta right after it in the order.
 
         Raises:
-            SiteError: a module cannot take the layer back, or deltas are attached through another
-                one around or inside this backbone. Nothing is attached then.
+            SiteError: a module cannot take its layer back, or a delta is attached to a module
+                around or inside this backbone. Nothing is attached then.
             DeltaError: both neighbours are given, or one is not on this backbone; or the delta
                 would act beneath a merged one.
         """
@@ -153,17 +153,17 @@ class Delta(BaseDelta):
             move(backbone, self.record, *next_to)
 
     def detach(self) -> None:
-        """Take the delta off, whatever came before or after it; its tensors stay with this handle.
+        """Take the delta off, at any place in the order; its tensors stay with this handle.
 
-        The last one to leave restores the flags that `freeze_module` changed and takes the
-        state-dict filter along.
+        When the last delta leaves, the flags that `freeze_module` changed are restored, and
+        `state_dict()` of the backbone holds all tensors again.
         """
         self.record.require_apart("cannot detach")
         take_off(Backbone.of(self.backbone_model), self)
 
     # ---------------------------------------------------------- the switches
     def enable(self) -> None:
-        """Let the delta act. Whether it is attached, and whether it trains, stays as it is."""
+        """Let the delta act. This does not attach it, and does not change which tensors train."""
         self._switch(True)
 
     def disable(self) -> None:
@@ -186,13 +186,13 @@ class Delta(BaseDelta):
             self._switch(before)
 
     def requires_grad_(self: AnyDelta, requires_grad: bool = True) -> AnyDelta:
-        """Let the delta train, or freeze it; others are not touched."""
+        """Let the delta train, or freeze it; other deltas are not touched."""
         for parameter in self.parameters():
             parameter.requires_grad_(requires_grad)
         return self
 
     def train(self: AnyDelta, mode: bool = True) -> AnyDelta:
-        """Put the delta's layers into training mode, as dropout needs it."""
+        """Put the delta's layers into training mode, which turns their dropout on."""
         for layer in self.layers.values():
             layer.train(mode)
         return self
@@ -207,16 +207,17 @@ class Delta(BaseDelta):
         exclude: Sequence[str] | str | None = ("deltas",),
         set_state_dict: bool = True,
     ) -> None:
-        """Freeze the backbone, or one module of it, except what `exclude` names.
+        """Freeze the parameters of the backbone, or of one module, except the excluded ones.
 
-        A later call decides anew: what an earlier one froze and this one excludes trains again.
+        The last call decides: a parameter that an earlier call froze, and this call excludes,
+        trains again.
 
         Args:
-            module: a module of the backbone. None: all of it.
-            exclude: names by the addressing rules, of parameters, modules or deltas; `"deltas"` is
-                all deltas. What they name is left as it is.
-            set_state_dict: let `state_dict()` of the backbone hold only what trains, until the last
-                delta is detached. False: let it hold everything.
+            module: a module of the backbone. None: the whole backbone.
+            exclude: names or patterns of parameters, modules or deltas; `"deltas"` means all
+                deltas. Excluded parameters are left as they are.
+            set_state_dict: let `state_dict()` of the backbone hold only tensors that train, and the
+                deltas, until the last delta is detached. False: let it hold all tensors.
 
         Raises:
             AddressError: a name selects nothing. Nothing is frozen then.
@@ -245,29 +246,29 @@ class Delta(BaseDelta):
         visualization: bool = True,
         cuda_memory: bool = True,
     ) -> None:
-        """Print the backbone's tree with its deltas, and the share of what trains.
+        """Print the backbone's tree with its deltas, and the share of parameters that train.
 
         Args:
             delta_ratio: print the delta parameters' share of all parameters.
             trainable_ratio: print the trainable parameters' share.
             visualization: print the tree.
-            cuda_memory: print the memory in use, where there is CUDA.
+            cuda_memory: print the memory in use, if there is CUDA.
         """
         log(self.backbone_model, delta_ratio, trainable_ratio, visualization, cuda_memory)
 
     def save_finetuned(
         self, save_directory: str | os.PathLike = "./output", push_to_hub: bool | str = False
     ) -> None:
-        """Save the delta, the modules it owns, and the backbone parameters left trainable by name.
+        """Save the delta, its own modules, and the backbone parameters left trainable by name.
 
-        These are the parameters of `unfrozen_modules`, and those that `freeze_module(exclude=...)`
-        named. The folder gets one JSON file and one safetensors file, and holds either its old or
-        its new content at any moment.
+        Such backbone parameters are named by `unfrozen_modules` or by `freeze_module(exclude=...)`.
+        The folder gets one JSON file and one safetensors file, and holds either its old or its new
+        content at any moment.
 
         Args:
             save_directory: the folder; it is made if need be.
-            push_to_hub: save it on the hub too, in the repository "user/name"; True: in one of
-                one's own that is called as the folder is. See the method `push_to_hub`.
+            push_to_hub: save the delta on the hub too, in the repository "user/name". True: in the
+                user's repository with the folder's name. See the method `push_to_hub`.
         """
         saving.save([self], save_directory)
         if push_to_hub:
@@ -277,12 +278,12 @@ class Delta(BaseDelta):
     def push_to_hub(
         self, repo_id: str, private: bool | None = None, token: str | None = None
     ) -> str:
-        """Save the delta into a repository on the Hugging Face hub; the address of its page.
+        """Save the delta into a repository on the Hugging Face hub; return the address of its page.
 
         Args:
-            repo_id: "user/name", or "name" for one of one's own; it is made if need be.
-            private: whether a new repository is private.
-            token: of the user. None: the one that was logged in with.
+            repo_id: "user/name", or "name" for the user's own repository; it is made if need be.
+            private: make a new repository private.
+            token: the user's token. None: the token of the user who is logged in.
 
         Raises:
             DeltaError: values are not finite.

@@ -1,4 +1,4 @@
-"""Deltas from a folder or the hub onto a model."""
+"""Load deltas from a folder or the hub onto a model."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from .composition import Composition, Model
 
 @dataclass(frozen=True)
 class LoadReport(Mismatch):
-    """What `load(..., strict=False)` did; true if the deltas are on the model.
+    """The result of `load(..., strict=False)`; true if the deltas are on the model.
 
-    Where tensors do not fit, the fields of `Mismatch` say which.
+    If tensors do not fit, the fields of `Mismatch` name them.
 
     Attributes:
         names: the deltas that were put on the model.
-        problem: why none was, in words, or None.
-        saved_from: the class of the model that the deltas were on; None where nobody says.
-        other_config: {setting of that model's config: (its value there, its value here)}.
+        problem: why no delta was put on the model, in words; None: all were.
+        saved_from: the class of the model that the deltas were saved from; None if unknown.
+        other_config: {setting that differs: (its value in that model's config, its value here)}.
     """
 
     names: list[str]
@@ -73,16 +73,16 @@ def load(
 ) -> Composition[Model] | LoadReport:
     """Put the deltas that `composition(...).save` or `save_finetuned` wrote on `model`.
 
-    They come after those that are there, in their own order, with the switches that they had; one
-    whose name is taken gets the next free one. Everything is compared before the model is touched.
-    Folders of OpenDelta 0.3, PEFT and adapters are read too.
+    They act after the deltas that are on the model, in their saved order, with their saved
+    switches. A delta whose name is taken gets the next free name. Everything is compared before the
+    model is touched. Folders of OpenDelta 0.3, PEFT and adapters are read too.
 
     Args:
         folder: the folder, or "user/name" on the hub.
-        check_backbone: raise if the weights that the deltas stand on are not those that they were
-            trained on, as far as a few values of each tell.
-        local_files_only: take what was downloaded from the hub before.
-        strict: False: return a report instead of raising.
+        check_backbone: raise if the weights under the deltas differ from the weights that they were
+            trained on. A few values of each weight are compared.
+        local_files_only: use only files that were downloaded from the hub before.
+        strict: if False, return a report instead of raising.
 
     Raises:
         DeltaLoadError: the folder is damaged, or does not fit `model`. Nothing is loaded then.

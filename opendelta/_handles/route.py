@@ -19,7 +19,7 @@ from .with_block import with_block
 
 
 def _as_lists(rows: Any) -> list[Any]:
-    """The deltas of each row, as a list."""
+    """Return the deltas of each row as a list."""
     if isinstance(rows, str | Mapping) or not isinstance(rows, Collection) or not rows:
         raise DeltaError(
             f"route(model, rows) takes one entry for each row of the batch, such as "
@@ -37,27 +37,28 @@ def route(
 ) -> Iterator[Composition[Model]]:
     """Let each row of a batch take its own deltas inside a `with` block, in training too.
 
-    Row i is computed as if just the deltas of `rows[i]` were enabled, in the composition's order,
-    and its gradients reach just those. A row is a row of axis 0 of what goes into each module with
-    deltas: a module that takes the sequence first, as torch's do by default, is not for it. The
-    model's own forward runs once for all rows, as far as the deltas leave what goes into their
-    modules as it is.
+    Row i is computed as if only the deltas of `rows[i]` were enabled, in the composition's order;
+    its gradients reach only these deltas. Rows are counted on axis 0 of the input of each module
+    with deltas. So a module whose input has the sequence on axis 0, as torch's modules by default,
+    cannot be routed. The model's own forward runs once for all rows, except in modules whose input
+    a delta changes.
 
-    A delta that is disabled outside is enabled for the rows that name it; one that is switched off
-    inside acts on no row. Another `route` inside takes the place of this one until it ends. Like
-    all switches it is the model's, and so seen by all threads; `shared_copy` gives each its own
-    model. With activation checkpointing call `backward()` inside, as it runs the model again.
+    A delta that is disabled outside is enabled for the rows that name it. A delta that is switched
+    off inside acts on no row. Another `route` inside replaces this one until it ends. Like all
+    switches it belongs to the model, so all threads see it; give each thread its own model by
+    `shared_copy`. With activation checkpointing, call `backward()` inside the block: it runs the
+    model again.
 
     Args:
-        rows: for each row the names or handles of its attached deltas, or just one; [] or None is
-            the plain backbone.
-        repeats: how many rows in a row a batch may have for each of those too: `num_beams` or
-            `num_return_sequences` of `generate()`, whichever is more.
+        rows: for each row the names or handles of its attached deltas, or just one; [] or None
+            means the plain backbone.
+        repeats: number of successive rows in a batch that each entry of `rows` may stand for:
+            `num_beams` or `num_return_sequences` of `generate()`, whichever is larger.
 
     Raises:
-        DeltaError: no such delta is attached; one is merged, and not all rows take it; or one
-            cannot act on some rows alone, such as a soft prompt or a head for other labels. Later,
-            from the forward: the batch has another number of rows.
+        DeltaError: no such delta is attached; a delta is merged, and not all rows take it; or a
+            delta cannot act on some rows alone, such as a soft prompt or a head for other labels.
+            Later, in the forward: the batch has another number of rows.
 
     Example:
         >>> import torch
@@ -100,23 +101,23 @@ def route(
 def _leave(
     own: Rows, kept: list[tuple[Stack, Router | None]], before: list[tuple[Record, bool]]
 ) -> None:
-    """End a block: everything is as before it.
+    """End a block of `route`: put everything back.
 
     Args:
-        own: what the block set up.
-        kept: the stacks, and what they followed before.
-        before: the deltas, and whether they acted before.
+        own: the rows of the block.
+        kept: the stacks, and their routers before the block.
+        before: the deltas, each with True if it was active before the block.
 
     Raises:
         DeltaError: a block inside has not ended. Nothing is routed then.
     """
     now = [stack.router for stack, _ in kept]
-    if any(now) or not kept:  # or else a block around, which ended first, has put all back
+    if any(now) or not kept:  # else a block around ended first, and has put all back
         for record, active in before:
             record.active = active
     in_order = all(routed is not None and routed.rows is own for routed in now)
     for stack, outer in kept:
-        stack.__dict__.pop("router", None)  # not None: as it was, for what is compiled
+        stack.__dict__.pop("router", None)  # compiled code expects no attribute, not None
         if in_order and outer is not None:
             stack.__dict__["router"] = outer
     if not in_order:

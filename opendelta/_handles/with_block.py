@@ -1,4 +1,4 @@
-"""`with` blocks that tell if nobody entered them: they do nothing then."""
+"""`with` blocks that warn if they are never entered: then they do nothing."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ Given = TypeVar("Given")
 
 
 class WithBlock(contextlib.ContextDecorator, Generic[Given]):
-    """What `with` takes; as a decorator it is entered anew for each call.
+    """A context manager; as a decorator it is entered again for each call of the function.
 
     Args:
-        make: gives what it does.
-        name: of the function that made it, for messages.
+        make: makes the context manager that does the work.
+        name: the name of the function that returned this block, for messages.
     """
 
-    entered = True  # where torch.compile makes one without __init__
+    entered = True  # torch.compile makes blocks without __init__
 
     def __init__(
         self, make: Callable[[], contextlib.AbstractContextManager[Given]], name: str
@@ -48,7 +48,7 @@ class WithBlock(contextlib.ContextDecorator, Generic[Given]):
 
 
 def with_block(function: Callable[P, Iterator[Given]]) -> Callable[P, WithBlock[Given]]:
-    """Make of a function with one `yield` one that gives a `with` block."""
+    """Turn a function with one `yield` into a function that returns a `with` block."""
     make = contextlib.contextmanager(function)
 
     @functools.wraps(function)

@@ -1,4 +1,4 @@
-"""What one delta layer computes, and the base classes that authors subclass.
+"""The computation of one delta layer, and the base classes that authors subclass.
 
 It knows no site, no backbone and no file. It imports `_modules`; every room above may import it.
 """

@@ -24,7 +24,7 @@ Call = Callable[..., Any]
 
 
 class Handover(threading.local):
-    """Holds one value from one site of a delta to the next, within a call and for each thread.
+    """Passes one value from one site of a delta to the next, within a call of one thread.
 
     A copy of it, by deepcopy or pickle, is empty.
     """
@@ -32,11 +32,11 @@ class Handover(threading.local):
     value: Any = None
 
     def put(self, value: Any) -> None:
-        """Keep `value` until it is taken."""
+        """Keep `value` until `take` is called."""
         self.value = value
 
     def take(self) -> Any:
-        """Return the value that was put last, once; None if there is none."""
+        """Return the last value, and forget it; None if there is none."""
         value, self.value = self.value, None
         return value
 
@@ -45,23 +45,23 @@ class Handover(threading.local):
 
 
 class Acts(enum.Enum):
-    """How a delta layer stands to the call that it wraps.
+    """The place of a delta layer relative to the call f that it wraps.
 
-    The rest of the library builds on it: a layer that is BESIDE by name and not by its equation
-    gives wrong numbers once others are merged. `tests/` checks it for each registered method.
+    The rest of the library relies on it. For example, if a layer says BESIDE but has another
+    equation, results are wrong after other deltas are merged. Tests check each registered method.
 
     Attributes:
-        AFTER: it changes the module's output: y = g(f(x)).
-        BEFORE: it changes the module's input: y = f(g(x)). Its gate reads the input.
-        BESIDE: it adds a term that depends on the input alone: y = f(x) + g(x). Such layers may be
-            attached, moved and merged in any order among each other, as a sum has none. On a linear
-            module its gate reads the input.
-        WITHIN: it changes what the module computes inside. A row of a batch cannot take it alone,
-            unless the layer `routes_itself`.
-        INSTEAD: it takes the module's place, as the innermost layer whatever the order says.
-            Nothing inside the module runs. A plain model gets its `stand_in`, as it does not fold.
-        SERVES: it changes nothing by itself and serves layers elsewhere: it is not merged, has no
-            place in a formula, and costs nothing.
+        AFTER: the layer changes the module's output: y = g(f(x)).
+        BEFORE: the layer changes the module's input: y = f(g(x)). Its gate reads the input.
+        BESIDE: the layer adds a term that depends on the input alone: y = f(x) + g(x). A sum has no
+            order, so such layers may be attached, moved and merged in any order. On a linear module
+            the gate reads the input.
+        WITHIN: the layer changes the computation inside the module. All rows of a batch must take
+            it, unless the layer `routes_itself`.
+        INSTEAD: the layer takes the module's place. It is always the innermost layer. Nothing
+            inside the module runs. The layer does not fold; a plain model gets its `stand_in`.
+        SERVES: the layer changes nothing by itself, and serves layers on other modules. It is not
+            merged, has no place in a formula, and costs nothing.
     """
 
     AFTER = "acts on the output"
@@ -78,33 +78,34 @@ class Acts(enum.Enum):
 
 
 class DeltaLayer(nn.Module):
-    """One delta on one module; the base class of what a method author writes.
+    """One delta on one module: the base class of the layers that authors of methods write.
 
-    A subclass takes `(site, config)`, makes its parameters from the sizes of the site, starts as
-    the identity, and writes the paper's equation around the wrapped `call` in `forward`. If the
-    same change can be made to the weights, `fold` makes it.
+    A subclass takes `(site, config)` and makes its parameters from the sizes of the site. At the
+    start it changes nothing. Its `forward` is the paper's equation around the wrapped `call`. If
+    the same change can be made to the weights, its `fold` makes it.
 
     Attributes:
-        kinds: the kinds of module it can be put on: keys of `KINDS`.
-        acts: how it stands to the wrapped call; see `Acts` for what follows from it.
+        kinds: the kinds of module that it can be put on: keys of `KINDS`.
+        acts: its place relative to the wrapped call; see `Acts`.
         inside: a module of another kind stands for the modules of these kinds inside it.
-        paired: `modified_modules` come in pairs: where a branch starts, and where it ends.
+        paired: `modified_modules` come in pairs: the start and the end of a branch.
         sees_module: the `call` of its forward has `.module` and `.params()`: see `InnerCall`.
-        gates_itself: its own equation heeds `self.gate`.
-        scales: its own equation heeds `self.strength()`. A subclass with a forward or a fold of its
-            own says so anew.
-        runs_as_factors: it computes just what its factors say, beside a linear module.
-        gate_width: width of what its gate reads, where that is neither in- nor output of a weight.
-        identity: whether it changes nothing at the start.
-        why_not: what keeps a layer with a `fold` from folding, for messages.
-        computes: False for a layer that only holds something.
-        stands_alone: beside it no other delta may choose its rows of a batch.
-        routes_itself: it finds out by itself which rows of a batch take it.
-        extra_positions: how many positions it adds to every sequence.
+        gates_itself: its own equation uses `self.gate`.
+        scales: its own equation uses `self.strength()`. A subclass with its own forward or fold
+            must set it again.
+        runs_as_factors: its equation is y = f(x) + s B A x with its `factors`, beside a linear
+            module.
+        gate_width: width of the gate's input; None: the width of the module's input or output.
+        identity: true if it changes nothing at the start.
+        why_not: for messages, why a layer with a `fold` may not fold.
+        computes: False for a layer that only holds tensors or facts.
+        stands_alone: no other delta on the same module may choose its rows of a batch.
+        routes_itself: it finds by itself the rows of a batch that take it.
+        extra_positions: number of positions that it adds to each sequence.
         shows_config: while it acts, the module shows another config, its `shown_config`.
-        labels: how many labels the model has while it acts; None: as many as before.
-        handover: where it leaves a value for another site, or finds one; None: it does not.
-        hands_over: it leaves a value in its `handover`, and does not find one there.
+        labels: number of labels of the model while it acts; None: it changes no labels.
+        handover: passes a value to or from another site; None: it passes none.
+        hands_over: it puts a value into its `handover`; another layer takes the value.
     """
 
     kinds: tuple[str, ...] = tuple(KINDS)
@@ -143,22 +144,22 @@ class DeltaLayer(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.__dict__["gate"] = None  # past nn.Module, which looks long at each attribute
+        self.__dict__["gate"] = None  # not by nn.Module.__setattr__, which is slow
 
-    # ----------------------------------------------------------------- what an author writes
+    # ------------------------------------------------------------- methods that authors write
     def forward(self, call: Call, *args: Any, **kwargs: Any) -> Any:
-        """The equation around `call`, the module's own forward with all layers beneath this one."""
+        """Compute the equation around `call`: the module's forward with all layers beneath."""
         raise NotImplementedError
 
     def fold(self, params: Params) -> Params:
-        """Make the same change in weight space. Pure.
+        """Make the same change to the weights. The given tensors must not change.
 
         Args:
             params: `weight`, in the layout of the module, and `bias` if it has one; in at least
                 float32.
 
         Returns:
-            The same with new tensors in the place of those that change.
+            The params with new tensors in the place of the changed ones.
         """
         raise NotImplementedError
 
@@ -166,7 +167,7 @@ class DeltaLayer(nn.Module):
     def companions(
         cls, made: Mapping[str, DeltaLayer], modules: Mapping[str, nn.Module], config: Any
     ) -> dict[str, DeltaLayer]:
-        """The layers that this delta needs on further modules, by full name.
+        """Return the layers that this delta needs on further modules, by full name.
 
         Args:
             made: its layers so far, by full name.
@@ -174,22 +175,23 @@ class DeltaLayer(nn.Module):
         """
         return {}
 
-    # ------------------------------------------------------------------- what it can use
+    # ------------------------------------------------------- methods that authors may call
     def strength(self) -> Any:
-        """What multiplies the change, `delta.scale`: a number; in compiled code, a tensor."""
+        """Return the factor of the change, `delta.scale`: a number; in compiled code, a tensor."""
         record = self.record
         return record.scale_tensor if torch.compiler.is_compiling() else record.scale
 
     @property
     def shared(self) -> Any:
-        """What all layers of this delta share, made by the delta's `shared_for`; or None."""
+        """Return the module that all layers of this delta share, or None; see `shared_for`."""
         return self.__dict__.get("_shared", (None,))[0]
 
     def share(self, module: nn.Module) -> None:
         """Let `shared` be `module`, without owning its parameters."""
-        self.__dict__["_shared"] = (module,)  # hidden from nn.Module, followed by deepcopy, pickle
+        # In a tuple nn.Module does not see the module, but deepcopy and pickle copy it.
+        self.__dict__["_shared"] = (module,)
 
-    # ------------------------------------------------------- what the library asks of it
+    # ------------------------------------------------------ methods that the library calls
     @classmethod
     def can_fold(cls) -> bool:
         """True if the class writes a `fold`."""
@@ -201,21 +203,24 @@ class DeltaLayer(nn.Module):
         return self.can_fold() and self.gate is None
 
     def folds_as(self) -> Any:
-        """The `LowRank` whose product with the weight's layout is all that `fold` adds; or None."""
+        """Return the `LowRank` whose product is all that `fold` adds to the weight, or None."""
         return None
 
     @property
     def for_all_rows(self) -> str | None:
-        """Why all rows of a batch must take it, or none: "changes ..."; None: each may choose."""
+        """Return why all rows of a batch must take the layer, such as "acts inside the module".
+
+        None: each row may choose.
+        """
         return "acts inside the module" if self.acts is Acts.WITHIN else None
 
     @property
     def stand_in(self) -> nn.Module | None:
-        """The module that a plain model has in the place of the layer's module; None: its own."""
+        """Return the module for a plain model in the place of the site; None: the site's module."""
         return None
 
     def shown_config(self, config: Any) -> Any:
-        """The transformers config that the module shows in the place of its own."""
+        """Return the transformers config that the module shows instead of its own."""
         return config
 
     def around(
@@ -226,7 +231,7 @@ class DeltaLayer(nn.Module):
         Args:
             call: the forward of `module` with the layers beneath.
             acting: the layers beneath.
-            raw: `call` is the forward of torch's Linear or the like, with nothing beneath.
+            raw: `call` is the forward of a Linear or Conv1D, with no layer beneath.
         """
         if self.sees_module:
             call = InnerCall(call, module, acting, raw)
@@ -235,10 +240,11 @@ class DeltaLayer(nn.Module):
         return functools.partial(self, call)
 
     def formula(self, name: str, inner: Callable[[str], str]) -> Callable[[str], str]:
-        """Return the formula of `inner` with this layer around it, as text; both are given x.
+        """Return a function from the text of x to the formula of this layer around `inner`.
 
         Args:
-            name: what the layer is called in it.
+            name: the layer's name in the formula.
+            inner: the same function for the layers beneath.
         """
         if self.acts is Acts.BESIDE:
             factor = "" if self.record.scale == 1 else f"{self.record.scale:g} "
@@ -252,10 +258,10 @@ class DeltaLayer(nn.Module):
         return inner
 
     def flops(self, module: nn.Module) -> Flops:
-        """Count what the layer, on the meta device, adds to a forward of `module`.
+        """Count the operations that the layer, on the meta device, adds to a forward of `module`.
 
         Raises:
-            Exception: whatever its own forward raises on tensors without values.
+            Exception: its own forward may raise anything on tensors without values.
         """
         if not self.acts.in_the_weights:
             return Flops(0, 0)
@@ -271,9 +277,9 @@ class DeltaLayer(nn.Module):
         return costs.around(module, run, width, reads, dtype)
 
     def fit(self, module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-        """Move to where `module` computes, unless accelerate offloaded the layer.
+        """Move the layer to the device and dtype in which `module` computes.
 
-        Then accelerate brings its values for every run.
+        A layer that accelerate offloaded stays: accelerate loads its values for each run.
         """
         own = list(_tensors(self))
         if device.type != "meta" and any(t.is_meta and isinstance(t, nn.Parameter) for t in own):
@@ -284,7 +290,7 @@ class DeltaLayer(nn.Module):
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:
-    """All parameters and buffers in `module`, in less time than torch takes for their names."""
+    """Return all parameters and buffers in `module`; faster than torch, which makes their names."""
     own = [*module._parameters.values(), *module._buffers.values()]
     found = [tensor for tensor in own if tensor is not None]
     for child in module._modules.values():
@@ -297,7 +303,10 @@ class InnerCall:
     """The wrapped call of a layer that also needs the module, or the weights beneath it.
 
     Attributes:
-        raw: it is the forward of torch's Linear or the like, with nothing beneath.
+        call: the wrapped call.
+        module: the module.
+        beneath: the layers beneath.
+        raw: the call is the forward of a Linear or Conv1D, with no layer beneath.
     """
 
     def __init__(
@@ -309,7 +318,7 @@ class InnerCall:
         return self.call(*args, **kwargs)
 
     def params(self) -> Params:
-        """The module's weight and bias with the layers beneath folded in, as far as they fold."""
+        """Return the module's weight and bias with the changes of the layers beneath that fold."""
         params = tensors.stored_params(self.module)
         for layer in self.beneath:
             params = layer.fold(params) if layer.folds else params
@@ -317,7 +326,7 @@ class InnerCall:
 
 
 def times(factor: Any, change: Tensor) -> Tensor:
-    """Return `change`, multiplied by what `DeltaLayer.strength` gives."""
+    """Return `change` times `factor`, the result of `DeltaLayer.strength`."""
     return change if is_one(factor) else factor * change
 
 
@@ -327,10 +336,10 @@ def is_one(factor: Any) -> bool:
 
 
 def _gated(layer: DeltaLayer, call: Call, *args: Any, **kwargs: Any) -> Any:
-    """Call `layer` around `call`, as far as its gate is open.
+    """Call `layer` around `call`, and multiply its change by its gate.
 
-    The gate stands on what the layer changes: its input, or the output that `call` gives. It reads
-    the input where the layer reads that, and else the output.
+    The change is of the input, or of the output of `call`. The gate reads the input if the layer
+    reads it (`gate.on_input`), else the output.
     """
     gate: Any = layer.gate
     x = calls.first_input(args, kwargs)

@@ -1,4 +1,4 @@
-"""Floating-point operations of one delta layer, counted on the meta device."""
+"""Count the floating-point operations of one delta layer on the meta device."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .._modules.kinds import kind_of
 
 @dataclass(frozen=True)
 class Flops:
-    """Floating-point operations of a forward: those of matrix products, 2 a multiply-add.
+    """Floating-point operations of a forward: only of matrix products, 2 per multiply-add.
 
     Attributes:
-        per_token: for each position that passes the module.
-        per_forward: once, however many there are: what the layer computes from its parameters.
+        per_token: operations for each position that passes the module.
+        per_forward: operations once in a forward, on the layer's parameters alone.
     """
 
     per_token: int
@@ -41,12 +41,13 @@ def around(
     reads: int | None,
     dtype: torch.dtype,
 ) -> Flops:
-    """Count what a layer adds to a forward of `module`.
+    """Count the operations that a layer adds to a forward of `module`.
 
     Args:
-        run: runs the layer around a module that does nothing, from an input and an output of it.
-        width: of the output, where the table of kinds does not know the module.
-        reads: width of the input, where that is not the module's own.
+        run: runs the layer around a module that does nothing; takes this module, an input and an
+            output.
+        width: width of the output, if the table of kinds does not know the module.
+        reads: width of the input; None: the width of the module's input.
     """
     kind = kind_of(module)
     options: dict[str, Any] = {"device": "meta", "dtype": dtype}

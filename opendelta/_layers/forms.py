@@ -1,4 +1,4 @@
-"""The common forms of a delta layer: a change of the output, of the weight, a branch."""
+"""The common forms of a delta layer: a change of output, input or weight, and a branch."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from .site import Site
 class OutputLayer(DeltaLayer):
     """A delta layer on the module's hidden states; a subclass sets `width` and writes `change`.
 
-    The module may return a tensor, a tuple or a ModelOutput: the first floating tensor [..., width]
-    in it is changed.
+    The module may return a tensor, a tuple or a ModelOutput. The layer changes the first floating
+    tensor [..., width] in it.
     """
 
     kinds: tuple[str, ...] = ("linear", "embedding", "norm", "other")
@@ -31,14 +31,14 @@ class OutputLayer(DeltaLayer):
     width: int
 
     def change(self, h: Tensor) -> Tensor:
-        """The hidden states [..., width] that take the place of `h`."""
+        """Return the hidden states [..., width] that replace `h`."""
         raise NotImplementedError
 
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return calls.change_hidden(call(*args, **kwargs), self.width, self.scaled)
 
     def scaled(self, h: Tensor) -> Tensor:
-        """`change(h)`, as far as `delta.scale` goes."""
+        """Return h + s (change(h) - h), where s is `delta.scale`."""
         changed, factor = self.change(h), self.strength()
         return changed if is_one(factor) else h + factor * (changed - h)
 
@@ -46,7 +46,7 @@ class OutputLayer(DeltaLayer):
 class InputLayer(DeltaLayer):
     """y = f(g(x)); a subclass writes `change`, which is g.
 
-    If `change` is linear and the module too, `fold` may make the same change of the weight's
+    If both `change` and the module are linear, `fold` may make the same change to the weight's
     columns.
     """
 
@@ -55,7 +55,7 @@ class InputLayer(DeltaLayer):
     scales = True
 
     def change(self, x: Tensor) -> Tensor:
-        """The input [..., in_features] that takes the place of `x`."""
+        """Return the input [..., in_features] that replaces `x`."""
         raise NotImplementedError
 
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -69,8 +69,8 @@ class InputLayer(DeltaLayer):
 class WeightLayer(DeltaLayer):
     """y = f(x) + D x; a subclass writes `delta_weight`.
 
-    Where D need not be built it writes `factors`, if D is a product of two matrices, or `product`.
-    Neighbours with `factors` run as one; see `neighbours`.
+    It may also write `factors`, if D is a product of two matrices, or `product`: then D is not
+    built. Consecutive layers with `factors` run as one pair of products; see `_sites/runs.py`.
 
     Attributes:
         kind: the module's row in the table of kinds.
@@ -94,15 +94,15 @@ class WeightLayer(DeltaLayer):
         )
 
     def delta_weight(self) -> Tensor:
-        """D, the change of the weight [out_features, in_features]."""
+        """Return D, the change of the weight [out_features, in_features]."""
         raise NotImplementedError
 
     def factors(self) -> tuple[Tensor, Tensor, float] | None:
-        """A [rank, in_features], B [out_features, rank] and s of D = s B A; None: it has none."""
+        """Return A [rank, in_features], B [out_features, rank] and s of D = s B A, or None."""
         return None
 
     def low_rank(self) -> LowRank | None:
-        """The factors with the dropout that acts now, or None."""
+        """Return the factors with the current scale and dropout, or None."""
         factors = self.factors()
         if factors is None:
             return None
@@ -110,11 +110,11 @@ class WeightLayer(DeltaLayer):
         return LowRank(A, B, scale * self.strength(), self.dropout if self.training else 0.0)
 
     def folds_as(self) -> LowRank | None:
-        """The factors, if to add their product to the weight is all that `fold` does."""
+        """Return the factors, if `fold` only adds their product to the weight; else None."""
         return self.low_rank() if type(self).fold is WeightLayer.fold else None
 
     def product(self, x: Tensor) -> Tensor:
-        """D x: what the module would compute from its input if its weight were D."""
+        """Return D x, the module's result on its input for the weight D, without its bias."""
         factors = self.factors()
         if factors is None:
             return self.kind.product(x, self.delta_weight())
@@ -141,9 +141,9 @@ class WeightLayer(DeltaLayer):
 
 
 class BranchLayer(DeltaLayer):
-    """A branch from one module's input to the same or another module's output, where it is added.
+    """A branch from one module's input; it is added to the output of the same or another module.
 
-    A subclass sets `width`, that of the output, and writes `branch`.
+    A subclass sets `width`, the width of this output, and writes `branch`.
     """
 
     kinds = ("linear", "norm", "other")
@@ -155,7 +155,7 @@ class BranchLayer(DeltaLayer):
     hands_over = True
 
     def branch(self, x: Tensor) -> Tensor:
-        """What is added [..., width], from the input of the module where the branch starts."""
+        """Return the term [..., width] to add; `x` is the input of the module at the start."""
         raise NotImplementedError
 
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -183,7 +183,7 @@ class BranchLayer(DeltaLayer):
 
 
 class BranchEnd(OutputLayer):
-    """Adds what a branch computed from the input of another module."""
+    """The end of a branch: adds the term that was computed at the start of the branch."""
 
     acts = Acts.BESIDE
 
@@ -192,7 +192,7 @@ class BranchEnd(OutputLayer):
         self.width, self.handover, self.start = width, handover, start
 
     def scaled(self, h: Tensor) -> Tensor:
-        return self.change(h)  # the branch was scaled where it starts
+        return self.change(h)  # the term was scaled at the start of the branch
 
     def change(self, h: Tensor) -> Tensor:
         assert self.handover is not None
@@ -205,5 +205,5 @@ class BranchEnd(OutputLayer):
         return h + branch.type_as(h)
 
     def flops(self, module: nn.Module) -> Flops:
-        """None: the branch is counted where it starts."""
+        """Return 0: the branch is counted at its start."""
         return Flops(0, 0)

@@ -12,13 +12,12 @@ from .site import Site
 class Gate(nn.Module):
     """UniPELT's learned gate, g = sigmoid(w h + b) at each position. arXiv:2110.07577.
 
-    The paper averages the gate over the sequence; here every position has its own, so that a causal
-    model stays causal and generates the same with and without its cache. It starts at 1/2.
+    The paper averages the gate over the sequence. Here each position has its own gate: so a causal
+    model stays causal, and generates the same with and without its cache. A gate starts at 1/2.
 
     Args:
-        width: size of the last axis of `h`, or of axis 1 for images; 0 for a gate that depends on
-            nothing.
-        on_input: whether `h` is the module's input, and not its output.
+        width: size of the last axis of `h`, or of axis 1 for images; 0: the gate is sigmoid(b).
+        on_input: `h` is the module's input; else it is the module's output.
     """
 
     def __init__(self, site: Site, width: int, on_input: bool) -> None:
@@ -31,7 +30,7 @@ class Gate(nn.Module):
             nn.init.zeros_(parameter)
 
     def logit(self, h: Tensor) -> Tensor:
-        """w h + b, of size 1 on the axis of the width."""
+        """Return w h + b, with size 1 on the axis of the width."""
         if self.weight is None:
             return self.bias
         h = h.movedim(self.axis, -1)

@@ -1,4 +1,4 @@
-"""Heads with another number of labels than the backbone's, and the loss that goes with them."""
+"""Heads with another number of labels than the backbone, so that the model's loss fits them."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from .base import Acts, DeltaLayer
 
 
 def count_of(model: nn.Module) -> int | None:
-    """The number of labels that a transformers model is made for; None for other models."""
+    """Return the number of labels in a transformers model's config; None for other models."""
     count = getattr(model.__dict__.get("config"), "num_labels", None)
     return count if isinstance(count, int) else None
 
 
 def head_of(module: nn.Module, labels: int | None) -> str | None:
-    """The name, inside `module`, of the last linear layer that gives so many outputs."""
+    """Return the name inside `module` of its last linear layer with `labels` outputs, or None."""
     names = [
         name
         for name, part in module.named_modules()
@@ -32,14 +32,14 @@ def head_of(module: nn.Module, labels: int | None) -> str | None:
 
 
 def check(model: nn.Module, owned: Mapping[str, nn.Module], labels: int | None) -> int | None:
-    """The number of labels that a delta's head is for; None if it owns none.
+    """Return the number of labels of a delta's head; None if the delta owns no head.
 
     Args:
-        owned: the modules of which it has a copy, by full name.
-        labels: as many as it was asked for.
+        owned: {full name: module} of the modules that the delta has a copy of.
+        labels: the option `num_labels`.
 
     Raises:
-        OptionError: it owns no layer with as many outputs as the backbone has labels.
+        OptionError: `labels` is given, but no owned layer has one output per label of the backbone.
     """
     before = count_of(model)
     if any(head_of(module, before) is not None for module in owned.values()):
@@ -54,7 +54,12 @@ def check(model: nn.Module, owned: Mapping[str, nn.Module], labels: int | None) 
 
 
 def resized(module: nn.Module, model: nn.Module, labels: int) -> nn.Module:
-    """`module`, a copy of a backbone's, with a new last layer for so many labels, if it has one."""
+    """Return `module` with a new last layer for `labels` labels, or as it is if it has no head.
+
+    Args:
+        module: a copy of one of the backbone's modules.
+        model: the backbone.
+    """
     name = head_of(module, count_of(model))
     if name is None:
         return module
@@ -76,9 +81,9 @@ def resized(module: nn.Module, model: nn.Module, labels: int) -> nn.Module:
 
 
 class LabelsLayer(DeltaLayer):
-    """On the root: while it acts, the model and its config say that there are `count` labels.
+    """A layer on the root: while it acts, the model and its config show `count` labels.
 
-    So the model's own loss is that of the head that acts. Nothing of the model is written to.
+    So the model computes the right loss for the delta's head. The model itself is not changed.
     """
 
     acts = Acts.SERVES
@@ -91,7 +96,7 @@ class LabelsLayer(DeltaLayer):
         self.view: Any = _view_of(model.__dict__["config"], count)
 
     def shown_config(self, config: Any) -> Any:
-        """The view of a config that is the model's."""
+        """Return a view of the model's config with the layer's labels."""
         if self.view is None or self.view.real is not config:
             self.view = _view_of(config, self.count)
         if not torch.compiler.is_compiling():
@@ -99,20 +104,20 @@ class LabelsLayer(DeltaLayer):
         return self.view
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "view": None}  # of a config that is not copied with the layer
+        return {**self.__dict__, "view": None}  # a copy of the layer has another config
 
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return call(*args, **kwargs)
 
 
 # ---------------------------------------------------------------------------------------- the view
-_cache: Any = functools.cache  # its own annotation takes no classes as arguments
-OWN = ("id2label", "label2id", "problem_type")  # what a view has of its own
+_cache: Any = functools.cache  # Any: its annotation allows no class as argument
+OWN = ("id2label", "label2id", "problem_type")  # the fields that differ between view and config
 
 
 @_cache
 def _view_class(base: Any) -> Any:
-    """A class of configs that show another one of class `base`, live, but for their labels."""
+    """Return a class of views: a view shows a config of class `base`, live, with other labels."""
 
     def follow(self: Any) -> None:
         fresh = {key: value for key, value in self.real.__dict__.items() if key not in OWN}
@@ -134,7 +139,7 @@ def _view_class(base: Any) -> Any:
 
 
 def _view_of(config: Any, count: int) -> Any:
-    """A view of `config` with so many labels."""
+    """Return a view of `config` with `count` labels."""
     view: Any = object.__new__(_view_class(type(config)))
     object.__setattr__(view, "real", config)
     names = {number: f"LABEL_{number}" for number in range(count)}
@@ -150,9 +155,9 @@ def _plain_config(base: Any, state: dict[str, Any]) -> Any:
     return config
 
 
-# --------------------------------------------------------------------------- what the model shows
+# ------------------------------------------------------------------- the labels that a model shows
 def _acting(module: nn.Module) -> LabelsLayer | None:
-    """The last layer on `module` that says how many labels there are."""
+    """Return the last active LabelsLayer on `module`, or None."""
     stack = module._modules.get(SLOT)
     layers: list[Any] = [] if stack is None else list(stack._modules.values())
     acting = [each for each in layers if isinstance(each, LabelsLayer) and each.record.active]
@@ -160,7 +165,7 @@ def _acting(module: nn.Module) -> LabelsLayer | None:
 
 
 def showing_count() -> property:
-    """The attribute `num_labels` of a transformers model, as it is with the labels that act."""
+    """Return a property `num_labels` for transformers models: the labels of the active deltas."""
 
     def read(self: nn.Module) -> Any:
         if "num_labels" not in self.__dict__:
@@ -175,7 +180,7 @@ def showing_count() -> property:
 
 
 def hand_on(model: nn.Module, plain: Any) -> None:
-    """Give `plain`, a copy of `model` without deltas, the labels that act on `model`."""
+    """Give `plain`, a copy of `model` without deltas, the labels that `model` shows."""
     layer = _acting(model)
     if layer is not None:
         plain.config = copy.copy(layer.shown_config(model.__dict__["config"]))

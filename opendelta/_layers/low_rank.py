@@ -1,4 +1,4 @@
-"""Low-rank products beside a linear module, several as one pair of matrix products.
+"""Add low-rank products to a linear module: several layers as one pair of matrix products.
 
 y + sum_i s_i B_i A_i x  =  y + B A x   with   A = [A_1; A_2; ...],  B = [s_1 B_1, s_2 B_2, ...]
 """
@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from .._modules.calls import first_input
 
-ENABLED = True  # False: as each layer's own equation says, which is what tests compare with
+ENABLED = True  # False: compute each layer's own equation, for tests to compare with
 Call = Callable[..., Tensor]
 
 
@@ -25,8 +25,8 @@ class LowRank(NamedTuple):
     """A change s B A of a weight, with A [rank, in_features] and B [out_features, rank].
 
     Attributes:
-        scale: a number; in compiled code, a tensor of one.
-        dropout: probability of dropping an input of the change now.
+        scale: a number; in compiled code, a tensor of one value.
+        dropout: current probability of dropping an input of the change.
     """
 
     A: Tensor
@@ -36,12 +36,12 @@ class LowRank(NamedTuple):
 
 
 class Segment(NamedTuple):
-    """Consecutive layers that see the same input: several without dropout, or one with it.
+    """Consecutive layers that see the same input: several without dropout, or one with dropout.
 
     Attributes:
-        start, end: the layers, by index.
+        start, end: the layers are start, ..., end - 1.
         dropout: probability of dropping an input.
-        seed: of the mask that dropout drew, None where it need not be drawn again.
+        seed: seed of the dropout mask; None if the mask is drawn only once.
     """
 
     start: int
@@ -51,7 +51,7 @@ class Segment(NamedTuple):
 
 
 def side_by_side(run: Sequence[LowRank]) -> LowRank:
-    """One pair that computes the sum of several, whose dropout is that of the first."""
+    """Join pairs to one pair that computes their sum; its dropout is the dropout of the first."""
     if len(run) == 1:
         return run[0]
     scale = run[0].scale
@@ -66,7 +66,7 @@ def _cat(tensors: Sequence[Tensor], axis: int) -> Tensor:
 
 
 def _seed() -> int:
-    """A number from torch's own generator for the CPU, whatever the default device is."""
+    """Return a number from torch's CPU generator, whatever the default device is."""
     return int(torch.empty((), dtype=torch.int64, device="cpu").random_())
 
 
@@ -83,11 +83,11 @@ def _segments(rates: Sequence[float], seeded: bool) -> list[Segment]:
 
 # -------------------------------------------------------------------------------------- computation
 def add(call: Call, run: Sequence[LowRank], raw: bool, *args: Any, **kwargs: Any) -> Tensor:
-    """What `call` gives, plus what the layers of a run add.
+    """Return the output of `call` plus the changes of the layers of a run.
 
     Args:
-        run: their factors.
-        raw: `call` is the forward of torch's Linear or the like, whose output is its own to change.
+        run: the layers' factors.
+        raw: `call` is the forward of a Linear or Conv1D, so its output may be changed in place.
     """
     x = first_input(args, kwargs)
     if not is_eager(x):
@@ -98,8 +98,8 @@ def add(call: Call, run: Sequence[LowRank], raw: bool, *args: Any, **kwargs: Any
         return _shaped(_composed(out, flat if raw else x, run), x)
     y = out if raw else out.reshape(-1, out.size(-1))
     scales, rates = [pair.scale for pair in run], [pair.dropout for pair in run]
-    if torch.is_grad_enabled() or any(rates):  # with and without a gradient dropout is the same
-        in_place = raw and not y._is_view()  # a view's graph would copy the gradient
+    if torch.is_grad_enabled() or any(rates):  # so dropout is the same with and without gradients
+        in_place = raw and not y._is_view()  # in place on a view, autograd copies the gradient
         factors = [like(pair.A, x) for pair in run] + [like(pair.B, x) for pair in run]
         y = _AddLowRank.apply(y, flat, in_place, scales, _segments(rates, True), *factors)
     else:
@@ -110,7 +110,7 @@ def add(call: Call, run: Sequence[LowRank], raw: bool, *args: Any, **kwargs: Any
 
 
 def is_eager(x: Any) -> bool:
-    """Whether operations on `x` may be in place, and have a gradient written by hand."""
+    """True if operations on `x` may be in place, and may have a gradient written by hand."""
     return (type(x) is Tensor or type(x) is nn.Parameter) and not (
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
@@ -124,14 +124,15 @@ def is_eager(x: Any) -> bool:
 
 
 def _caches_results() -> bool:
-    """Whether selective checkpointing keeps what operations give, which may not change then."""
+    """True inside selective checkpointing, where an in-place update corrupts a cached result."""
     modes = (checkpoint._CachingTorchDispatchMode, checkpoint._CachedTorchDispatchMode)
     return any(isinstance(mode, modes) for mode in _get_current_dispatch_mode_stack())
 
 
 def _shaped(y: Tensor, x: Tensor) -> Tensor:
-    """`y` [tokens, width] with the axes of `x`, whose last is the width."""
-    return y if x.ndim == 2 else y.view(*x.shape[:-1], y.size(-1))  # of no tokens, -1 says nothing
+    """Return `y` [tokens, width] with the first axes of `x`: [..., width]."""
+    # With no tokens, -1 for the width would fail.
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], y.size(-1))
 
 
 def like(tensor: Tensor, x: Tensor) -> Tensor:
@@ -139,7 +140,7 @@ def like(tensor: Tensor, x: Tensor) -> Tensor:
 
 
 def _composed(out: Tensor, x: Tensor, run: Sequence[LowRank]) -> Tensor:
-    """The same in torch's own operations, for what compiles or transforms them."""
+    """Compute the sum by torch's own operations, which torch can compile and transform."""
     for part in _segments([pair.dropout for pair in run], False):
         whole = side_by_side(run[part.start : part.end])
         dropped = F.dropout(x, part.dropout) if part.dropout else x
@@ -149,20 +150,20 @@ def _composed(out: Tensor, x: Tensor, run: Sequence[LowRank]) -> Tensor:
 
 
 def _down(x: Tensor, A: Sequence[Tensor], segments: Sequence[Segment]) -> Tensor:
-    """A_i x side by side [tokens, all ranks], each layer with its own dropout."""
+    """Return all A_i x side by side [tokens, all ranks], each layer with its own dropout."""
     parts = [(_dropped(x, part), _cat(A[part.start : part.end], 0)) for part in segments]
     return _cat([_narrow(dropped, whole.t()) for dropped, whole in parts], 1)
 
 
 def _narrow(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b, with few columns: CPU libraries take up to ten times as long as for few rows."""
+    """Return a @ b for a narrow b: on CPUs few columns take up to ten times as long as few rows."""
     if a.is_cpu and a.size(0) >= 64 and 1 < b.size(1) < 16:
         return (b.t() @ a.t()).t()
     return a @ b
 
 
 def _scaled(h: Tensor, scales: Sequence[float], A: Sequence[Tensor]) -> Tensor:
-    """h [tokens, all ranks], each layer's part times its scale."""
+    """Multiply each layer's part of h [tokens, all ranks] by the layer's scale."""
     if all(scale == scales[0] for scale in scales):
         return h if scales[0] == 1 else h * scales[0]
     parts = h.split([factor.size(0) for factor in A], 1)
@@ -174,7 +175,7 @@ def _dropped(x: Tensor, part: Segment) -> Tensor:
 
 
 def _mask(x: Tensor, part: Segment) -> Tensor:
-    """The same numbers, 0 and 1 / (1 - p), for the same seed; p in steps of 2^-16."""
+    """Return a mask of 0 and 1 / (1 - p), the same for the same seed; p is in steps of 2^-16."""
     assert part.seed is not None
     generator = torch.Generator(x.device).manual_seed(part.seed)
     # four values from each 64 bits take a quarter of the time of rand on a CPU
@@ -186,10 +187,10 @@ def _mask(x: Tensor, part: Segment) -> Tensor:
 
 
 class _AddLowRank(torch.autograd.Function):
-    """y + B A x for several pairs; keeps the factors and, where one of them trains, x and A x.
+    """y + B A x for several pairs, with a gradient written by hand.
 
-    It keeps no copies of x or of factors. Dropout's masks are drawn again for the gradient, from
-    their seeds.
+    For the gradient it keeps the factors, and x and A x if a factor trains. It copies neither x nor
+    factors. Dropout masks are drawn again from their seeds.
     """
 
     @staticmethod
@@ -220,7 +221,7 @@ class _AddLowRank(torch.autograd.Function):
         A, B = factors[:count], factors[count:]
         if x is None:
             x = _shape_only(g, A[0])
-        elif torch.is_grad_enabled():  # h has no graph of its own, for a second derivative
+        elif torch.is_grad_enabled():  # a second derivative needs the graph of h
             h = _down(x, A, ctx.segments)
         wanted = ctx.needs_input_grad[1:2] + ctx.needs_input_grad[5:]
         g_x, *g_factors = _gradients(g, x, h, A, B, scales, ctx.segments, wanted)
@@ -228,7 +229,7 @@ class _AddLowRank(torch.autograd.Function):
 
 
 def _shape_only(g: Tensor, A: Tensor) -> Tensor:
-    """What stands for an input that was not kept, for dropout's mask; it has one value."""
+    """Return a tensor with the shape, dtype and device of an input that was not kept."""
     return g.new_empty(1, 1).expand(g.size(0), A.size(1))
 
 
@@ -242,10 +243,11 @@ def _gradients(
     segments: Sequence[Segment],
     wanted: Sequence[bool],
 ) -> list[Any]:
-    """The gradients of x, all A and all B, from that of sum_i s_i B_i A_i x.
+    """Return the gradients of x, all A and all B, from the gradient g of sum_i s_i B_i A_i x.
 
     Args:
-        wanted: which of them are.
+        h: all A_i x side by side.
+        wanted: for x, each A and each B, true if its gradient is needed.
     """
     count, ranks = len(A), [factor.size(0) for factor in A]
     of_x, of_A, of_B = wanted[0], wanted[1 : 1 + count], wanted[1 + count :]
@@ -276,17 +278,17 @@ def _gradients(
 
 # ------------------------------------------------------------------------------------ rescaled rows
 def rescales(x: Any) -> bool:
-    """Whether `rescaled` takes this input of a Linear or the like."""
+    """True if `rescaled` takes this input of a Linear or Conv1D."""
     return ENABLED and is_eager(x)
 
 
 def rescaled(
     call: Call, x: Tensor, change: LowRank, scale: Tensor, weight: Tensor, bias: Tensor | None
 ) -> Tensor:
-    """n (W x + s B A x) + b.
+    """Return n (W x + s B A x) + b.
 
     Args:
-        call: the forward of a Linear or the like, on W and b.
+        call: the forward of a Linear or Conv1D, on W and b.
         scale: n [out_features].
         weight: W [out_features, in_features].
     """
@@ -300,10 +302,10 @@ def rescaled(
 
 
 class _Rescaled(torch.autograd.Function):
-    """y = n u + b with u = W x + s B A x, from W x + b.
+    """y = n u + b with u = W x + s B A x, from W x + b, with a gradient written by hand.
 
-    Where n, A or B trains it keeps x and A x, and where n does u too, unless that is wider than x.
-    A wider u is computed again for the gradient of n. The output is never kept: it may be changed
+    It keeps x and A x if n, A or B trains. If n trains, it keeps u too, unless u is wider than x: a
+    wider u is computed again for the gradient of n. It never keeps the output, which may be changed
     in place.
     """
 
@@ -341,7 +343,7 @@ class _Rescaled(torch.autograd.Function):
         wanted = ctx.needs_input_grad
         if x is None:
             x = _shape_only(g, A)
-        elif torch.is_grad_enabled():  # for a second derivative: h and u have no graph of their own
+        elif torch.is_grad_enabled():  # a second derivative needs the graphs of h and u
             h, u = _down(x, [A], ctx.segments), None
         g_u, g_n, g_b = g * n, None, None
         if wanted[5]:
@@ -355,21 +357,21 @@ class _Rescaled(torch.autograd.Function):
 
 
 # ------------------------------------------------------------------------------------ in the weight
-CHUNK = 2**18  # values that each thread works on at a time: 1 MiB, which a core's cache holds
+CHUNK = 2**18  # values that each thread works on at a time: 1 MiB, which fits a core's cache
 
 
 def add_to_weight(old: Tensor, new: Tensor, run: Sequence[LowRank]) -> Iterator[Tensor]:
-    """Write W + sum_i s_i B_i A_i into `new`, rounded once, and yield each block once it is there.
+    """Write W + sum_i s_i B_i A_i into `new`, rounded once; yield each block after it is written.
 
     Args:
         old: W [out_features, in_features].
     """
     wide = torch.promote_types(old.dtype, torch.float32)
     A, B, scale, _ = side_by_side([p._replace(A=p.A.to(wide), B=p.B.to(wide)) for p in run])
-    if not old.is_contiguous():  # stored as (in, out): its rows are columns of this
+    if not old.is_contiguous():  # stored as (in, out): work on the transposed matrices
         old, new, A, B = old.t(), new.t(), B.t(), A.t()
     rows = len(old)
-    if old.device.type == "cpu":  # a multiple of 8 rows is one of 8 bytes
+    if old.device.type == "cpu":  # with a multiple of 8 rows, a block is a multiple of 8 bytes
         rows = 8 + CHUNK * torch.get_num_threads() // max(old.size(1), 1) // 8 * 8
     parts = (tensor.split(max(rows, 1)) for tensor in (old, new, B))
     for before, after, up in zip(*parts, strict=True):

@@ -1,4 +1,4 @@
-"""The layers that the core adds: modules that a delta owns, and tensors that its layers share."""
+"""Layers that no method writes: modules that a delta owns, and tensors that its layers share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .base import Acts, DeltaLayer, Params
 
 
 class SharedTensors(DeltaLayer):
-    """Holds what all layers of a delta share, on a module around all of them; computes nothing."""
+    """Holds the tensors that all layers of a delta share; it is on a module around all of them."""
 
     acts = Acts.SERVES
     computes = False
@@ -29,7 +29,7 @@ class SharedTensors(DeltaLayer):
 
 
 class OwnedModule(DeltaLayer):
-    """The delta's own copy of a module, which acts in the module's place (`modules_to_save`)."""
+    """The delta's own copy of a module; it acts in the module's place (`modules_to_save`)."""
 
     acts = Acts.INSTEAD
 
@@ -38,18 +38,18 @@ class OwnedModule(DeltaLayer):
         self.module = module
 
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        # Not through __call__: a hook for all modules of this class sees the site already.
+        # Not by __call__: hooks for all modules have seen the site's call already.
         return self.module.forward(*args, **kwargs)
 
     @property
     def stand_in(self) -> nn.Module:
-        """The copy."""
+        """Return the copy."""
         return self.module
 
     def fit(self, module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-        """Move to where `module` computes; each parameter takes the dtype of the module's own."""
+        """Move to the device where `module` computes; take each parameter's dtype from `module`."""
         if device.type != "meta" and any(p.is_meta for p in self.parameters()):
-            return  # accelerate offloaded the copy and brings its values for every run
+            return  # accelerate offloaded the copy, and loads its values for each run
         self.to(device=device)
         like = dict(module.named_parameters())
         for name, parameter in self.module.named_parameters():

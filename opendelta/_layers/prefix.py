@@ -1,10 +1,10 @@
-"""Keys and values that all queries see, put in where transformers computes attention.
+"""Put trained keys and values, which all queries see, into transformers' attention functions.
 
-They never pass through the KV cache: checkpointing drops that, sliding windows push a prefix out of
-it, and encoders have none. A transformers attention module looks its function up by the name in its
-config (`ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, ...)`); while
-prefixes act, the site shows a view of the config with another name, under which the functions here
-are registered.
+They never pass through the KV cache: checkpointing drops the cache, sliding windows push a prefix
+out of it, and encoders have no cache. A transformers attention module finds its function by the
+name in its config (`ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, ...)`).
+While prefixes act, the site shows a view of the config with another name: the name under which a
+function of this file is registered.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ from .site import Heads, Site
 
 NAME = "opendelta|"  # before the name of transformers' own function
 SUPPORTED = ("eager", "sdpa")
-looking = threading.RLock()  # held by who sets what follows
-observed: dict[int, Heads] | None = None  # {id(module): sizes}, while a shape-only run looks
+looking = threading.RLock()  # to hold while `observed` is set
+observed: dict[int, Heads] | None = None  # {id(module): sizes} found by a run on shapes alone
 
 
 def uses_interface(cls: type) -> bool:
-    """Whether modules of this class look their function up in transformers' registry."""
+    """True if modules of this class find their function in transformers' registry."""
     code = getattr(inspect.unwrap(cls.forward), "__code__", None)  # type: ignore[attr-defined]
     return code is not None and "get_interface" in code.co_names
 
 
 def is_attention(module: nn.Module) -> bool:
-    """Whether a prefix can be put on `module`."""
+    """True if a prefix can be put on `module`."""
     config = module.__dict__.get("config")
     return hasattr(config, "_attn_implementation") and uses_interface(type(module))
 
 
 class PrefixLayer(DeltaLayer):
-    """Keys and values [heads, prefix, width of a head] before those that attention computes.
+    """Keys and values [heads, prefix, width of a head] before the keys and values of attention.
 
     A subclass calls `super().__init__(site)` and writes `keys_and_values`.
     """
@@ -80,14 +80,14 @@ class PrefixLayer(DeltaLayer):
 
     @property
     def for_all_rows(self) -> None:
-        """None: attention opens the prefix for the rows that take it."""
+        """Return None: attention uses the prefix only for the rows that take it."""
 
     def shown_config(self, config: Any) -> Any:
-        """The config with the name of our attention function."""
+        """Return a view of the config with the name of our attention function."""
         return view_of(config)
 
     def flops(self, module: nn.Module) -> Flops:
-        """Count what the queries of `module` do with the prefix, and what makes it."""
+        """Count the operations of the queries on the prefix, and of computing the prefix."""
         made: list[tuple[Tensor, Tensor]] = []
         once = counted(lambda: made.append(self.keys_and_values()))
         rows, width = made[0][0].size(1), self.heads.key + self.heads.value
@@ -95,7 +95,7 @@ class PrefixLayer(DeltaLayer):
         return Flops(2 * rows * queries * width, once)
 
     def keys_and_values(self) -> tuple[Tensor, Tensor]:
-        """Keys [heads, prefix, head] and values [heads, prefix, head]."""
+        """Return keys [heads, prefix, head] and values [heads, prefix, head]."""
         raise NotImplementedError
 
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -109,10 +109,10 @@ def _hidden_states(args: tuple, kwargs: dict[str, Any]) -> Tensor:
 
 
 def eager_function(cls: type) -> Callable[..., Any]:
-    """The eager attention function in the file that defines `cls` or a class that it is made of.
+    """Return the eager attention function in the file that defines `cls` or a base class of it.
 
     Raises:
-        SiteError: there is none.
+        SiteError: there is no such function.
     """
     for base in cls.__mro__:
         found = getattr(sys.modules.get(base.__module__), "eager_attention_forward", None)
@@ -129,7 +129,7 @@ def _refusal(where: str, used: str | None) -> str:
 
 
 # --------------------------------------------------------------------------- the view of the config
-_views: dict[type, type] = {}  # made when a layer is, so that compiled code finds them here
+_views: dict[type, type] = {}  # filled when a layer is made: compiled code finds the classes here
 
 
 def _view_class(base: type) -> type:
@@ -140,7 +140,7 @@ def _view_class(base: type) -> type:
 
 
 def view_of(config: Any) -> Any:
-    """The same config, live, but for the name of the attention function."""
+    """Return a live view of `config` with another name of the attention function."""
     view: Any = object.__new__(_view_class(type(config)))
     object.__setattr__(view, "__dict__", config.__dict__)
     return view
@@ -149,7 +149,7 @@ def view_of(config: Any) -> Any:
 # ---------------------------------------------------------------------------------- the computation
 @functools.cache
 def register() -> None:
-    """Make the functions below known to transformers, for all of its own."""
+    """Register a function of ours with transformers for each attention function of its own."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     for name in ("eager", *ALL_ATTENTION_FUNCTIONS.valid_keys()):
@@ -167,12 +167,12 @@ def _attend(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Attention of `query` to the prefixes of `module`, then to `key` and `value` as before.
+    """Compute attention of `query` to the prefixes of `module` and to `key` and `value`.
 
     Args:
-        name: that of transformers' own function.
+        name: the name of transformers' own function.
         query: [batch, heads, length, head].
-        key: [batch, key-value heads, keys, head]; value alike.
+        key: [batch, key-value heads, keys, head]; `value` has the same form.
         attention_mask: [batch or 1, heads or 1, length, keys], boolean or additive.
     """
     if observed is not None:
@@ -184,7 +184,7 @@ def _attend(
         raise SiteError(f"{type(module).__name__}: prefixes do not act with a paged cache")
     causal = prefixes and name == "sdpa" and _is_causal(module, query, kwargs)
     if causal and attention_mask is None:
-        # sdpa's own causal mask starts at the first key, which is the prefix's now
+        # sdpa's own causal mask starts at the first key, and this key is now in the prefix
         shape = (query.size(2), key.size(2))
         attention_mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril()[None, None]
     for layer in prefixes:
@@ -205,7 +205,7 @@ def _attend(
 
 
 def _function(name: str, module: nn.Module) -> tuple[Callable[..., Any], list[PrefixLayer]]:
-    """transformers' own function, and the prefixes that act, the innermost last before the keys."""
+    """Return transformers' own function, and the active prefixes in the order of the stack."""
     stack: Any = module._modules.get(SLOT)
     on_it = () if stack is None else stack._modules.values()
     prefixes = [ly for ly in on_it if isinstance(ly, PrefixLayer) and ly.record.active]
@@ -225,10 +225,10 @@ def _is_causal(module: nn.Module, query: Tensor, kwargs: dict[str, Any]) -> bool
 def _widened(
     mask: Tensor | None, count: int, logit: Tensor | None, query: Tensor, key: Tensor
 ) -> Tensor | None:
-    """`mask` for `count` more keys, which all queries see, as far as a gate is open.
+    """Widen `mask` by `count` keys, which all queries see; a gate weighs these keys.
 
     Args:
-        logit: log of the gate [batch, length, 1], which weighs the prefix, or None.
+        logit: log of the gate [batch, length, 1], or None.
         key: the keys, with the new ones.
     """
     if logit is None:
@@ -248,15 +248,15 @@ def _widened(
 
 # ------------------------------------------------------------------------------------------- sizes
 def show(module: nn.Module) -> None:
-    """Let `module` find our functions, whether it has a prefix or not; the caller puts it back."""
+    """Let `module` find our functions, with or without a prefix; the caller restores its config."""
     module.__dict__["config"] = view_of(module.__dict__["config"])
 
 
 @contextlib.contextmanager
 def observing(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Heads]]:
-    """Inside, a run of `modules`, after `show`, notes the sizes of keys, values and inputs.
+    """Yield a dict that gets the sizes of `modules` at the end of the block.
 
-    One thread at a time.
+    Call `show` on each module before, and run the modules inside the block. One thread at a time.
     """
     global observed
     looking.acquire()

@@ -1,7 +1,7 @@
-"""Prompts before the input of the module that embeds tokens, stripped from what comes out.
+"""Put prompts before the embedded tokens of a model, and strip them from its output.
 
-What is kept in step: the attention mask, position ids and token types; the cache, whose first
-positions are the prompt; an encoder-decoder's cross-attention mask.
+The attention mask, position ids and token types are widened by the prompt. The prompt takes the
+first positions of the cache. An encoder-decoder's cross-attention mask is widened too.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CROSS = {"encoder_hidden_states", "encoder_attention_mask"}
 
 
 def arguments(module: nn.Module) -> list[str]:
-    """The names of the arguments of a module's forward."""
+    """Return the names of the arguments of a module's forward."""
     cls: Any = type(module)
     return list(_arguments(cls))
 
@@ -44,9 +44,9 @@ def _arguments(cls: type) -> tuple[str, ...]:
 
 
 def stacks(modules: Mapping[str, nn.Module]) -> dict[str, bool]:
-    """{full name of a module that embeds tokens: whether it is an encoder-decoder's decoder}.
+    """Return {full name of a module that embeds tokens: true for an encoder-decoder's decoder}.
 
-    Of modules inside each other that take token ids, the innermost embeds them.
+    If modules inside each other take token ids, the innermost one embeds them.
     """
     takes = [name for name, module in modules.items() if set(arguments(module)) >= TAKES]
     inner = [n for n in takes if not any(o != n and _is_in(o, n) for o in takes)]
@@ -55,7 +55,7 @@ def stacks(modules: Mapping[str, nn.Module]) -> dict[str, bool]:
         two = getattr(getattr(module, "config", None), "is_encoder_decoder", False)
         if two and hasattr(module, "get_decoder"):
             decoder: Any = module.get_decoder()  # type: ignore[operator]
-            if decoder is not module:  # as an encoder by itself says
+            if decoder is not module:  # an encoder by itself returns itself
                 decoders |= {id(part) for part in decoder.modules()}
     return {name: id(modules[name]) in decoders for name in inner}
 
@@ -65,7 +65,7 @@ def _is_in(name: str, around: str) -> bool:
 
 
 def _block_holder(modules: Mapping[str, nn.Module], stack: str) -> str:
-    """The full name of the module inside `stack` that runs its blocks, or `stack` itself."""
+    """Return the full name of the module inside `stack` that runs the blocks, or `stack` itself."""
     lists = [
         name for name, module in modules.items()
         if isinstance(module, nn.ModuleList) and _is_in(name, stack)
@@ -78,10 +78,10 @@ def _block_holder(modules: Mapping[str, nn.Module], stack: str) -> str:
 
 
 def embedding_of(module: nn.Module) -> str:
-    """The name, inside `module`, of its token embedding.
+    """Return the name inside `module` of its token embedding.
 
     Raises:
-        SiteError: there is none.
+        SiteError: it has no token embedding.
     """
     wanted = None
     if hasattr(module, "get_input_embeddings"):
@@ -93,13 +93,13 @@ def embedding_of(module: nn.Module) -> str:
 
 
 class _WithPrompt(DeltaLayer):
-    """A layer on which the length of the rows depends."""
+    """A layer that changes the length of the rows, or depends on this length."""
 
     stands_alone = True
 
     @property
     def for_all_rows(self) -> str:
-        """A batch has rows of one length."""
+        """Return the reason: all rows of a batch have one length."""
         return "changes the length of the rows that take it"
 
 
@@ -130,20 +130,20 @@ class PromptLayer(_WithPrompt):
             )
         self.width, self.length, self.strip = kind.out_features, length, strip
         self.stripper: Handover | None = (
-            None  # strips in the middle, as what follows reads a position
+            None  # to strip right after the blocks, as later modules read a single position
         )
 
     @property
     def extra_positions(self) -> int:  # type: ignore[override]
-        """The length of the prompt."""
+        """Return the length of the prompt."""
         return self.length
 
     def flops(self, module: nn.Module) -> Flops:
-        """None: the prompt is put before the embedded tokens as it is."""
+        """Return 0: the prompt is put before the embedded tokens as it is."""
         return Flops(0, 0)
 
     def prompt(self) -> Tensor:
-        """The prompt [length, width]."""
+        """Return the prompt [length, width]."""
         raise NotImplementedError
 
     def forward(self, call: Any, *args: Any, **kwargs: Any) -> Any:
@@ -166,7 +166,7 @@ class PromptLayer(_WithPrompt):
         return strip(out, self.length, length) if self.strip else out
 
     def _widen(self, given: dict[str, Any], module: nn.Module, first: bool) -> None:
-        """Let what goes along with the tokens have a place for the prompt, too."""
+        """Widen the attention mask, position ids and token types in `given` for the prompt."""
         mask, positions = given.get("attention_mask"), given.get("position_ids")
         if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
             raise SiteError(
@@ -177,7 +177,7 @@ class PromptLayer(_WithPrompt):
             given["attention_mask"] = F.pad(mask, (self.length, 0), value=1)
         start, embeddings = 0, module._modules.get("embeddings")
         if hasattr(embeddings, COUNT) and hasattr(embeddings, "padding_idx"):
-            # RoBERTa's positions begin after its padding index, which is that of padding
+            # RoBERTa's positions begin after its padding index, the position of all padding.
             start = int(embeddings.padding_idx) + 1  # type: ignore[union-attr,arg-type]
             if positions is None and first and given.get("input_ids") is not None:
                 positions = getattr(embeddings, COUNT)(given["input_ids"], start - 1)
@@ -212,10 +212,10 @@ class PromptLayer(_WithPrompt):
 
 
 def rows_of(site: Site, embedding: str, config: Any, length: int) -> Tensor:
-    """The embeddings [length, width] of the tokens that `config.token_init` names.
+    """Return the embeddings [length, width] of the tokens that `config.token_init` names.
 
     Raises:
-        OptionError: a text without a tokenizer, no tokens, or ids that the vocabulary has not.
+        OptionError: a text without a tokenizer, no tokens, or ids that are not in the vocabulary.
     """
     table = site.module.get_submodule(embedding)
     kind: Any = kind_of(table)
@@ -246,7 +246,7 @@ def rows_of(site: Site, embedding: str, config: Any, length: int) -> Tensor:
 
 
 class CrossMask(_WithPrompt):
-    """Lets a decoder attend to the prompt, which is part of what the encoder gave."""
+    """Lets a decoder attend to the prompt, which is part of the encoder's output."""
 
     acts = Acts.SERVES
 
@@ -263,7 +263,7 @@ class CrossMask(_WithPrompt):
 
 
 class Strip(_WithPrompt):
-    """Takes the prompt's positions out of what the blocks gave."""
+    """Takes the prompt's positions out of the blocks' output."""
 
     acts = Acts.SERVES
 
@@ -279,7 +279,7 @@ class Strip(_WithPrompt):
 
 
 def strip(value: Any, length: int, full: int) -> Any:
-    """`value` without the first `length` of `full` positions of all hidden states in it."""
+    """Return `value` without the first `length` of the `full` positions of its hidden states."""
     if isinstance(value, Tensor):
         return value[:, length:] if value.ndim == 3 and value.size(1) == full else value
     if isinstance(value, dict):  # a ModelOutput, whose fields and items are the same

@@ -1,7 +1,7 @@
-"""The small record behind every delta layer: who it is, where it stands, whether it acts.
+"""The record of a delta, which all its layers share: its name, options, sites and switches.
 
-A record is reachable from each layer of its delta and from nowhere else on the model, so that a
-deepcopy or an unpickled model carries a whole, independent composition.
+On the model only the layers of a delta refer to its record. So a deepcopy or an unpickled model has
+a whole, independent composition.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from ..errors import DeltaError
 
 @dataclass(eq=False)
 class Shared:
-    """What all deltas of one backbone share.
+    """Facts that all deltas of one backbone share.
 
     Attributes:
         frozen: names of the parameters that `freeze_module` froze.
-        excluded: names of those that its `exclude` named, and of the buffers among them, which are
-            saved with a delta.
-        only_trainable: whether `state_dict()` of the backbone holds only what trains.
+        excluded: names of the parameters and buffers that its `exclude` named; they are saved with
+            a delta.
+        only_trainable: `state_dict()` of the backbone holds only tensors that train.
         records: the attached deltas, in no order.
     """
 
@@ -36,7 +36,7 @@ class Shared:
     def __post_init__(self) -> None:
         BACKBONES.add(self)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:  # of a copy
+    def __setstate__(self, state: dict[str, Any]) -> None:  # called on a copy
         self.__dict__.update(state)
         BACKBONES.add(self)
 
@@ -49,15 +49,16 @@ class Record:
     """One delta, without its tensors.
 
     Attributes:
-        name: unique on the backbone; also the delta's key on every site.
+        name: unique on the backbone; also the delta's key on each site.
         config: the options of the method.
-        rank: position in the one total order of the backbone's deltas; lower acts first.
+        rank: position in the one total order of the backbone's deltas; a lower rank acts first.
+        shared: facts that all deltas of the backbone share.
         sites: the full names of the modules that carry its layers.
-        active: whether the layers act. Read on every call, changed in constant time.
-        scale: what multiplies the change that they make.
-        scale_tensor: the same as a float32 tensor, for compiled code, which is compiled for just
-            one value of a number.
-        merged: on how many modules they are merged into the weights.
+        active: the layers act. It is read in each call, and changed in constant time.
+        scale: the factor of the change that the layers make.
+        scale_tensor: the scale as a float32 tensor for compiled code. With a number, torch would
+            compile the code again for each value.
+        merged: number of modules whose weights its layers are merged into.
     """
 
     name: str
@@ -73,16 +74,19 @@ class Record:
     merged: int = 0
 
     def set_scale(self, scale: float) -> None:
-        """Set the number and the tensor."""
+        """Set the scale, as a number and as a tensor."""
         self.scale = scale
-        with torch.inference_mode():  # where the tensor may have been made
+        with torch.inference_mode():  # the tensor may have been made in inference mode
             self.scale_tensor.fill_(scale)
 
     def require_apart(self, verb: str) -> None:
-        """Raise if the delta is merged: its layers are in the weights, and do as those do.
+        """Raise if the delta is merged: its layers are then part of the weights.
+
+        Args:
+            verb: the start of the message, such as "cannot save".
 
         Raises:
-            DeltaError: it is.
+            DeltaError: the delta is merged.
         """
         if self.merged:
             raise DeltaError(

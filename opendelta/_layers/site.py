@@ -1,4 +1,4 @@
-"""The facts about one module that a delta layer may know when it is made."""
+"""The facts about one module for a delta layer that is made."""
 
 from __future__ import annotations
 
@@ -17,7 +17,14 @@ from ..errors import SiteError
 
 @dataclass(frozen=True)
 class Heads:
-    """Sizes of the keys and values of an attention module, and of its input."""
+    """Sizes of an attention module.
+
+    Attributes:
+        count: number of key-value heads.
+        key: width of a key of one head.
+        value: width of a value of one head.
+        hidden: width of the module's input.
+    """
 
     count: int
     key: int
@@ -27,19 +34,19 @@ class Heads:
 
 @dataclass
 class Site:
-    """What a delta layer may know about the module it is put on.
+    """The facts about the module that a delta layer is put on.
 
     Attributes:
         name: the module's full name.
         module: the module itself; a layer must not keep it.
-        known_kind: its row in the table of kinds; None where its class says nothing of its sizes.
-        device: where the layer's tensors belong.
+        known_kind: its row in the table of kinds; None if its class says nothing about its sizes.
+        device: the device of the layer's tensors.
         dtype: their dtype.
-        width_of: finds the output width of a module that the table does not know.
-        heads_of: finds the sizes of an attention module's keys and values.
-        new: whether the layer's values start here, and do not come from a file.
-        end: where the branch that starts here ends, for layers that are `paired`.
-        shared: the tensors that the delta's layers share, where its method has some.
+        width_of: finds the output width of a module that is not in the table of kinds.
+        heads_of: finds the sizes of an attention module.
+        new: the layer sets its start values; false: the values come from a file.
+        end: the site at the end of the branch that starts here, for `paired` layers.
+        shared: the tensors that the delta's layers share, or None.
     """
 
     name: str
@@ -55,10 +62,10 @@ class Site:
 
     @property
     def kind(self) -> Kind:
-        """The module's row in the table of kinds, for layers whose `kinds` leave out "other".
+        """Return the module's row in the table of kinds, for layers whose `kinds` lack "other".
 
         Raises:
-            SiteError: its class says nothing of its sizes.
+            SiteError: its class says nothing about its sizes.
         """
         if self.known_kind is None:
             raise SiteError(
@@ -70,28 +77,28 @@ class Site:
 
     @property
     def in_features(self) -> int:
-        """Columns of the module's weight matrix."""
+        """Return the number of columns of the module's weight matrix."""
         return self.kind.in_features
 
     @cached_property
     def out_features(self) -> int:
-        """Width of the module's output: the last axis of its hidden states."""
+        """Return the width of the module's output: the last axis of its hidden states."""
         known = self.known_kind
         return self.width_of(self.name) if known is None else known.out_features
 
     @property
     def heads(self) -> Heads:
-        """Sizes of an attention module's keys and values."""
+        """Return the sizes of an attention module."""
         return self.heads_of(self.name)
 
     def parameter(self, *shape: int) -> nn.Parameter:
-        """A new parameter of the right device and dtype; its values are not set."""
+        """Make a parameter on the site's device, in its dtype; its values are not set."""
         return nn.Parameter(torch.empty(*shape, device=self.device, dtype=self.dtype))
 
     def linear(self, in_features: int, out_features: int) -> Linear:
-        """A new linear layer of the right device and dtype, with bias."""
+        """Make a linear layer with bias on the site's device, in its dtype."""
         return Linear(in_features, out_features, device=self.device, dtype=self.dtype)
 
     def layer_norm(self, width: int) -> LayerNorm:
-        """A new normalisation of the right device and dtype."""
+        """Make a normalisation on the site's device, in its dtype."""
         return LayerNorm(width, device=self.device, dtype=self.dtype)

@@ -1,4 +1,4 @@
-"""How the low-rank factors of a change start: at random, or from the weight that they change."""
+"""Start values of a low-rank change: random, or from the weight that it changes."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ START = ("kaiming", "gaussian", "pissa", "olora")
 
 
 def plain_weight(site: Site, reason: str) -> Tensor:
-    """The stored weight of the module in at least float32, where it is an ordinary floating tensor.
+    """Return the stored weight of the site's module in at least float32.
 
     Args:
         reason: the option that needs it, for the message.
 
     Raises:
-        SiteError: it is quantised, sharded or offloaded.
+        SiteError: the weight is quantised, sharded or offloaded.
     """
     weight = site.module._parameters.get("weight")
     plain = type(weight) is nn.Parameter and weight.dtype in FLOATS and not is_sharded(weight)
@@ -38,18 +38,18 @@ def plain_weight(site: Site, reason: str) -> Tensor:
 
 
 def start(layer: Any, site: Site, init: str) -> None:
-    """Set `layer.lora_A` [rank, in] and `layer.lora_B` [out, rank] to where they start.
+    """Set the start values of `layer.lora_A` [rank, in] and `layer.lora_B` [out, rank].
 
-    "pissa" and "olora" start with a part of the weight itself, and keep it as the buffers `start_A`
-    and `start_B`, whose product the layer takes off again: PEFT takes it off the weight.
+    "pissa" and "olora" start with a part of the weight itself. The buffers `start_A` and `start_B`
+    keep this part, and the layer subtracts their product. (PEFT subtracts it from the weight.)
     """
     A, B = layer.lora_A, layer.lora_B
     if init in ("pissa", "olora"):
         _start_from_weight(layer, site, init)
     elif A.is_meta:
-        return  # values come later, if ever
+        return  # the values come later, or never
     elif site.kind.takes_ids:
-        nn.init.zeros_(A)  # as in loralib: kaiming's bound would be 1 / sqrt(vocabulary)
+        nn.init.zeros_(A)  # as in loralib; Kaiming's bound for A would be 1 / sqrt(vocabulary)
         nn.init.normal_(B)
     else:
         nn.init.zeros_(B)

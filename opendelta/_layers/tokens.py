@@ -1,4 +1,4 @@
-"""Which tokens of a module's output are the first or the last ones of their rows."""
+"""Find the first or the last tokens of each row in a module's output."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from ..errors import SiteError
 
 
 def positions(h: Tensor, args: tuple, kwargs: dict[str, Any], first: int, last: int) -> Tensor:
-    """Which tokens are among the `first` or the `last` ones: booleans [batch or 1, length].
+    """Return booleans [batch or 1, length]: true for the `first` and the `last` tokens of a row.
 
-    Padding is left out, as far as the module was given an attention mask that shows it, and what a
-    KV cache holds counts as coming before.
+    Padding does not count, if an attention mask among the arguments shows it. Tokens in a KV cache
+    count as the tokens before.
 
     Args:
         h: the module's output [batch, length, width].
-        args, kwargs: what the module was called with, after its own forward.
+        args, kwargs: the arguments of the module's call, after its own forward.
 
     Raises:
-        SiteError: `last` is asked for while a cache holds what came before.
+        SiteError: `last` is not 0, and a cache holds earlier tokens.
     """
     length = h.size(-2)
-    given = (*args, *kwargs.values())  # blocks call it past_key_values, layer_past or nothing
+    given = (*args, *kwargs.values())  # blocks name the cache past_key_values, layer_past or not
     cache: Any = next((value for value in given if hasattr(value, "get_seq_length")), None)
     total = max(length, _cached(cache))
     seen = _seen(args, kwargs, total)
@@ -43,7 +43,7 @@ def positions(h: Tensor, args: tuple, kwargs: dict[str, Any], first: int, last: 
 
 
 def _cached(cache: Any) -> int:
-    """How many tokens a cache counts; 0 if there is none, or one that counts none, as Mamba's."""
+    """Return the number of tokens in a cache; 0 for no cache, or if it counts none, as Mamba's."""
     try:
         return 0 if cache is None else int(cache.get_seq_length())
     except ValueError:
@@ -51,9 +51,9 @@ def _cached(cache: Any) -> int:
 
 
 def _seen(args: tuple, kwargs: dict[str, Any], total: int) -> Tensor | None:
-    """Which of `total` tokens are no padding [batch, total], by the attention mask, if any.
+    """Return booleans [batch, total], false for padding, from the attention mask; None without one.
 
-    That is [batch, 1, queries, keys], boolean or additive: the last query sees all but padding.
+    The mask is [batch, 1, queries, keys], boolean or additive: its last query sees all but padding.
     """
     given = (*args, *(kwargs[n] for n in ("attention_mask", "mask") if n in kwargs))
     for value in given:

@@ -12,7 +12,7 @@ from ..errors import OptionError, nearest
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear` in the dtype of `x`, so that float32 deltas serve 16-bit backbones."""
+    """Compute `F.linear` in the dtype of `x`, so that float32 deltas fit 16-bit backbones."""
     if weight.dtype != x.dtype:
         weight = weight.to(x.dtype)
         bias = None if bias is None else bias.to(x.dtype)
@@ -50,7 +50,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 
 
 def activation(name: str) -> nn.Module:
-    """The activation called `name`; transformers' others too, where it is installed."""
+    """Return the activation `name`, one of transformers' activations too if it is installed."""
     if name in ACTIVATIONS:
         return ACTIVATIONS[name]()
     known = set(ACTIVATIONS)

@@ -1,4 +1,4 @@
-"""The arguments and the output of a module's call: the first input, the hidden states."""
+"""Find and replace the first input and the hidden states of a module's call."""
 
 from __future__ import annotations
 
@@ -11,38 +11,38 @@ from ..errors import SiteError
 
 
 def has_forward(module: nn.Module) -> bool:
-    """Whether `module` has a forward, as ModuleList has none."""
+    """True if `module` has a forward; ModuleList, for example, has none."""
     return getattr(type(module), "forward", None) is not nn.Module.forward
 
 
 def first_input(args: tuple, kwargs: dict[str, Any]) -> Tensor:
-    """The first argument of a call, positional or by keyword."""
+    """Return the first argument of a call, positional or by keyword."""
     return args[0] if args else next(iter(kwargs.values()))
 
 
 def replace_input(args: tuple, kwargs: dict[str, Any], new: Tensor) -> tuple[tuple, dict[str, Any]]:
-    """The same arguments with another first one."""
+    """Return the arguments with `new` in the place of the first one."""
     if args:
         return (new, *args[1:]), kwargs
     return args, {**kwargs, next(iter(kwargs)): new}
 
 
 def _is_hidden(value: Any, width: int | None) -> bool:
-    """Whether `value` is a floating tensor [..., width]; with no width, any of two or more axes."""
+    """True if `value` is a floating tensor [..., width] of two or more axes; None: any width."""
     if not isinstance(value, Tensor) or not value.is_floating_point() or value.ndim < 2:
         return False
     return width is None or value.size(-1) == width  # a nested tensor has no shape
 
 
 def hidden_key(output: Any, width: int | None = None) -> Any:
-    """Where an output keeps its hidden states: an index, a field, or None for the tensor itself.
+    """Return the key (index or field) of the hidden states in an output; None if it is the tensor.
 
     Args:
         output: a tensor, a tuple or list, or a mapping such as a ModelOutput.
-        width: the size of the last axis that is asked for.
+        width: the size of the last axis. None: any size.
 
     Raises:
-        SiteError: nothing in it is a floating tensor [..., width].
+        SiteError: the output has no floating tensor [..., width].
     """
     items: list[tuple[Any, Any]]
     if isinstance(output, Tensor):
@@ -61,13 +61,13 @@ def hidden_key(output: Any, width: int | None = None) -> Any:
 
 
 def hidden(output: Any) -> Tensor:
-    """The hidden states in an output: its first floating tensor of two or more axes."""
+    """Return the hidden states in an output: its first floating tensor of two or more axes."""
     key = hidden_key(output)
     return output if key is None else output[key]
 
 
 def every(kind: type[Any], value: Any) -> Iterator[Any]:
-    """All instances of `kind` in `value`, however deep in mappings, lists and tuples."""
+    """Yield all instances of `kind` in `value`, at any depth of mappings, lists and tuples."""
     if isinstance(value, kind):
         yield value
     elif isinstance(value, Mapping):
@@ -79,14 +79,14 @@ def every(kind: type[Any], value: Any) -> Iterator[Any]:
 
 
 def change_hidden(output: Any, width: int, change: Callable[[Tensor], Tensor]) -> Any:
-    """`output` with its hidden states [..., width] replaced by `change(hidden states)`."""
+    """Return `output` with its hidden states [..., width] replaced by `change(hidden states)`."""
     if isinstance(output, Tensor):
         return change(output)
     key = hidden_key(output, width)
     new = change(output[key])
     if type(output) is dict:
         return {**output, key: new}
-    if isinstance(output, dict):  # a ModelOutput keeps its fields and items in step by itself
+    if isinstance(output, dict):  # a ModelOutput sets its field along with the item
         output[key] = new
         return output
     if hasattr(output, "_replace"):

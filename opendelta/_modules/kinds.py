@@ -1,6 +1,6 @@
 """The one table of module kinds: sizes, layout of the weight, products beside the module.
 
-Sizes come from here and never from a weight's shape, which quantised modules pack."""
+Sizes come from this table, and never from the shape of a weight: quantised modules pack weights."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ from .tensors import stored
 
 @dataclass(frozen=True)
 class Kind:
-    """A module whose output width is known from its type; weights, if any, are (out, in) matrices.
+    """A kind of module whose type tells its output width; this one is a linear layer.
 
     Attributes:
         is_product: the module computes x W^T + b over the last axis.
         takes_ids: its input is indices.
         axis: the axis of the output whose size is `out_features`.
-        in_features: columns of the weight matrix; 0 where there is no matrix.
+        in_features: number of columns of the weight as a matrix [out_features, in_features]; 0 if
+            there is no matrix.
         out_features: width of the output.
     """
 
@@ -37,7 +38,7 @@ class Kind:
     out_features: int
 
     def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        """What the module would compute from `x` if its weight were B @ A.
+        """Return the module's result on `x` for the weight B @ A, without its bias.
 
         Args:
             x: the module's input.
@@ -47,26 +48,26 @@ class Kind:
         return linear(linear(x, A), B)
 
     def product(self, x: Tensor, matrix: Tensor) -> Tensor:
-        """What the module would compute from `x` if its weight were [out_features, in_features]."""
+        """Return the module's result on `x` for the weight `matrix` [out_features, in_features]."""
         return linear(x, matrix)
 
     def matrix(self, weight: Tensor) -> Tensor:
-        """The module's weight as a matrix [out_features, in_features]; undone by `like_weight`."""
+        """Return the weight as a matrix [out_features, in_features]; `like_weight` undoes this."""
         return weight
 
     def like_weight(self, matrix: Tensor, weight: Tensor) -> Tensor:
-        """A matrix [out_features, in_features] in the layout and dtype of the module's weight."""
+        """Return a matrix [out_features, in_features] in the layout and dtype of `weight`."""
         return matrix.to(weight.dtype)
 
     def per_channel(self, values: Tensor) -> Tensor:
-        """A view of values [out_features] that broadcasts along the output's other axes."""
+        """Return a view of values [out_features] that broadcasts along the output's other axes."""
         return values
 
     def example(self, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, int]:
-        """An input and an output without values, and how many positions they have.
+        """Return an input and an output on the meta device, and their number of positions.
 
         Args:
-            length: more makes more positions.
+            length: a larger length gives more positions.
         """
         like: Any = {"device": "meta", "dtype": dtype}
         x = torch.empty(1, length, self.in_features or self.out_features, **like)
@@ -85,12 +86,12 @@ class TransposedLinear(Kind):
 
 @dataclass(frozen=True)
 class Embedding(TransposedLinear):
-    """The matrix is [embedding_dim, num_embeddings]."""
+    """An embedding; its matrix is [embedding_dim, num_embeddings]."""
 
     name: ClassVar[str] = "embedding"
     is_product: ClassVar[bool] = False
     takes_ids: ClassVar[bool] = True
-    scale: float = 1.0  # of the embeddings that multiply their output, such as BART's and Gemma's
+    scale: float = 1.0  # factor of the output, as in the embeddings of BART and Gemma
 
     def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         return linear(F.embedding(x, A.T), B) * self.scale
@@ -105,7 +106,7 @@ class Embedding(TransposedLinear):
 
 @dataclass(frozen=True)
 class Conv2d(Kind):
-    """The matrix is [out_channels, in_channels * kernel height * kernel width]."""
+    """A Conv2d; its matrix is [out_channels, in_channels * kernel height * kernel width]."""
 
     name: ClassVar[str] = "conv2d"
     is_product: ClassVar[bool] = False
@@ -152,7 +153,7 @@ class Convolution(Kind):
 
 @dataclass(frozen=True)
 class Norm(Kind):
-    """A normalisation over the last axis; it scales by its weight, or else does not fold."""
+    """A normalisation over the last axis; a delta on it folds only if it scales by its weight."""
 
     name: ClassVar[str] = "norm"
     is_product: ClassVar[bool] = False
@@ -180,11 +181,11 @@ def _convolution(module: Any) -> Kind:
     )  # fmt: skip
 
 
-ACROSS_CHANNELS = (nn.modules.batchnorm._NormBase, nn.GroupNorm)  # not over the last axis
+ACROSS_CHANNELS = (nn.modules.batchnorm._NormBase, nn.GroupNorm)  # they normalise another axis
 
 
 def _is_norm(module: nn.Module) -> bool:
-    """Whether `module` is a normalisation that somebody wrote, such as transformers' RMSNorms."""
+    """True if `module` is a normalisation that is not torch's, such as transformers' RMSNorms."""
     if "norm" not in type(module).__name__.lower() or isinstance(module, ACROSS_CHANNELS):
         return False
     own = {name: p for name, p in module._parameters.items() if p is not None}
@@ -195,10 +196,10 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def kind_of(module: nn.Module) -> Kind | None:
-    """The row of the table for `module`, or None if its type says nothing about its sizes."""
+    """Return the table's row for `module`; None if its type says nothing about its sizes."""
     if isinstance(module, nn.Embedding):
         scale = getattr(module, "embed_scale", 1.0)  # a float, or a buffer of one element
-        if isinstance(scale, Tensor) and scale.is_meta:  # as on a backbone without weights
+        if isinstance(scale, Tensor) and scale.is_meta:  # a backbone without values
             scale = getattr(module, "scalar_embed_scale", 1.0)
         return Embedding(module.num_embeddings, module.embedding_dim, float(scale))
     if isinstance(module, nn.modules.conv._ConvNd):
@@ -216,7 +217,7 @@ def kind_of(module: nn.Module) -> Kind | None:
 
 
 def raw_forward(base: type[nn.Module]) -> Callable[..., Tensor] | None:
-    """The forward of a Linear or Conv1D on its stored parameters, or None for another class."""
+    """Return the forward of a Linear or Conv1D on its stored parameters; None for other classes."""
     if base.forward is nn.Linear.forward:
         return _raw_linear
     if getattr(base.forward, "__qualname__", "") == "Conv1D.forward":

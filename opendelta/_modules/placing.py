@@ -1,4 +1,4 @@
-"""Where a module computes, and in which dtype."""
+"""Find the device and the dtype in which a module computes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from .tensors import FLOATS
 def _tensors(
     module: nn.Module, computing: torch.device | None
 ) -> Iterator[tuple[Tensor, torch.device]]:
-    """The tensors of `module` without those of deltas, its own first, and where they compute."""
+    """Yield each tensor of `module` and the device where it computes, without deltas' tensors.
+
+    The module's own tensors come first.
+    """
     computing = wrappers.computing_device(module) or computing
     for own in (module._parameters, module._buffers):
         for tensor in own.values():
@@ -27,21 +30,21 @@ def _tensors(
 
 
 def is_meta(module: nn.Module) -> bool:
-    """Whether nothing in `module` has memory, or gets some when it computes."""
+    """True if every tensor of the module is on the meta device and no hook will load it."""
     return all(where.type == "meta" for _, where in _tensors(module, None))
 
 
 def device_and_dtype(
     chain: Iterable[nn.Module], on_meta: bool = False
 ) -> tuple[torch.device, torch.dtype]:
-    """Where a delta on the first module of `chain` computes, and in what.
+    """Return the device and dtype for a delta on the first module of `chain`.
 
-    The chain goes on with the module's ancestors, and the first floating tensor in it decides: a
-    quantised module has none of its own, and the backbone around it tells what it computes in.
-    What accelerate offloaded is on the meta device, and computes where a hook at or around it says.
+    The chain holds the module and then its ancestors. The first floating tensor in it decides: for
+    a quantised module, which has no such tensor, that is a tensor of the backbone around. A tensor
+    that accelerate offloaded is on the meta device; a hook at or around it names its device.
 
     Args:
-        on_meta: everything in the chain is known to be on the meta device.
+        on_meta: all tensors in the chain are known to be on the meta device.
     """
     device = meta = None
     dtype = None

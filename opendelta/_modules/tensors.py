@@ -1,4 +1,4 @@
-"""A module's tensors as they are stored: plain, quantised or sharded; and their values."""
+"""Read and replace a module's stored tensors: plain, quantised or sharded."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from ..errors import SiteError
 
 
 def stored(module: nn.Module, name: str) -> Tensor | None:
-    """The stored parameter, or on a DataParallel replica the plain tensor that stands for it."""
+    """Return the stored parameter; on a DataParallel replica, the plain tensor in its place."""
     own = module._parameters
     return own[name] if name in own else module.__dict__.get(name)
 
 
 def stored_params(module: nn.Module) -> dict[str, Tensor]:
-    """The stored weight and bias of `module`, as far as it has them."""
+    """Return the stored weight and bias of `module` by name; a missing one is left out."""
     return {name: t for name in ("weight", "bias") if (t := stored(module, name)) is not None}
 
 
 def is_sharded(tensor: Tensor | None) -> TypeGuard[DTensor]:
-    """Whether `tensor` is a DTensor, as FSDP2 and tensor parallelism make them."""
+    """True if `tensor` is a DTensor, as made by FSDP2 and tensor parallelism."""
     if type(tensor) in (Tensor, nn.Parameter) or not torch.distributed.is_available():
         return False
     from torch.distributed.tensor import DTensor
@@ -37,12 +37,12 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def full(tensor: Tensor) -> Tensor:
-    """`tensor` without its shards; a collective call if it has some."""
+    """Return `tensor` as a whole; a collective call if it is sharded."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def spread(tensor: Tensor, like: Tensor) -> Tensor:
-    """`tensor`, which every rank has in full, in shards as those of `like`."""
+    """Return `tensor`, which each rank has as a whole, in the same shards as `like`."""
     from torch.distributed.tensor import distribute_tensor
 
     if not is_sharded(like):
@@ -52,12 +52,12 @@ def spread(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def is_finite(tensor: Tensor, usual: Tensor | None = None) -> bool:
-    """Whether no value is NaN or infinite, but where `usual` has the same."""
+    """True if no value is NaN or infinite, except values that `usual` has too."""
     if not tensor.is_floating_point() or tensor.is_meta:
         return True
     if tensor.itemsize == 1:  # torch has no isfinite for 8-bit floats
         tensor = tensor.float()
-    # A finite sum says that all values are, and costs much less to see.
+    # If the sum is finite, all values are finite, and a sum is much cheaper.
     if math.isfinite(tensor.sum()) or torch.isfinite(tensor).all():
         return True
     if usual is None or usual.is_meta or usual.shape != tensor.shape:
@@ -67,12 +67,14 @@ def is_finite(tensor: Tensor, usual: Tensor | None = None) -> bool:
 
 
 def is_plain(parameter: Any) -> bool:
-    """Whether `parameter` is an ordinary floating one."""
+    """True if `parameter` is an ordinary floating parameter: not quantised, not sharded."""
     return type(parameter) is nn.Parameter and parameter.dtype in FLOATS
 
 
 def in_full(module: nn.Module, key: str) -> Tensor:
-    """The values of a module's parameter in at least float32; those of the parameter itself if so.
+    """Return the values of a module's parameter in at least float32.
+
+    If the parameter is in float32 already, the result shares its memory.
 
     Raises:
         SiteError: its kind of quantisation is not known.
@@ -88,7 +90,7 @@ def in_full(module: nn.Module, key: str) -> Tensor:
     if kind == "Int8Params":
         rows, scales = (parameter.CB, parameter.SCB)
         state: Any = getattr(module, "state", None)
-        if scales is None and state is not None:  # after the first forward the state has them
+        if scales is None and state is not None:  # the first forward moves them into the state
             rows, scales = state.CB, state.SCB
         if scales is not None:
             rows = parameter.data if rows is None else rows
@@ -99,9 +101,10 @@ def in_full(module: nn.Module, key: str) -> Tensor:
 
 
 def replace(module: nn.Module, key: str, tensor: Tensor) -> Any:
-    """Give a module's parameter new values, quantised as the old ones; what `put_back` needs.
+    """Give a module's parameter new values, quantised as the old ones; return the old ones.
 
-    The old storage stays as it is, so that others that share it are not changed.
+    `put_back` takes the returned object. The old storage stays as it is, so that other modules that
+    share it do not change.
 
     Raises:
         SiteError: its kind of quantisation is not known.
@@ -153,7 +156,7 @@ def _requantised(module: nn.Module, key: str, parameter: Any, tensor: Tensor) ->
 
 
 def put_back(module: nn.Module, key: str, kept: Any) -> None:
-    """Undo `replace`, bit for bit; a model that was moved since gets the old values moved."""
+    """Undo `replace`, bit for bit; if the model was moved since, the old values are moved too."""
     parameter: Any = module._parameters[key]
     if isinstance(kept, Tensor):
         parameter.data = kept.to(parameter.device, parameter.dtype)

@@ -1,8 +1,9 @@
-"""Somebody else's `forward` on a module instance: finding our own forward inside it.
+"""Wrappers that other libraries put on `module.forward`, and how to find our forward inside them.
 
-accelerate's hooks and tensor parallelism put a function on the instance and keep the module's bound
-forward in `_old_forward` or in a closure. A site must be the innermost forward, so when a module's
-class changes, the bound forward that such a wrapper keeps has to change with it.
+For example accelerate's hooks and tensor parallelism set `module.forward` to a function of theirs.
+The function keeps the module's bound forward in `_old_forward` or in a closure. The forward of a
+site must be the innermost one. So when a module's class changes, the bound forward inside such a
+wrapper must change too.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ Setter = Callable[[Any], None]
 
 
 def _held(module: nn.Module) -> Iterator[tuple[Any, Setter]]:
-    """Every callable that wrappers on the instance keep, with the function that replaces it."""
+    """Yield each callable that wrappers on the instance keep, and a function to replace it."""
     own = module.__dict__
     todo = [(own[k], functools.partial(own.__setitem__, k)) for k in ATTRIBUTES if k in own]
     seen: set[FunctionType] = set()
@@ -42,7 +43,7 @@ def _held(module: nn.Module) -> Iterator[tuple[Any, Setter]]:
 
 
 def holders(module: nn.Module) -> list[Setter]:
-    """Where foreign wrappers keep this module's own class-level forward, bound to it."""
+    """Return a setter for each place where a wrapper keeps the bound forward of the class."""
     own = type(module).forward
     return [
         setter
@@ -52,12 +53,12 @@ def holders(module: nn.Module) -> list[Setter]:
 
 
 def hides_forward(module: nn.Module) -> bool:
-    """Whether a wrapper on the instance would keep a class-level forward from ever running."""
+    """True if a wrapper on the instance would keep a forward of the class from ever running."""
     return "forward" in module.__dict__ and not holders(module)
 
 
 def set_class(module: nn.Module, cls: type[nn.Module]) -> None:
-    """Give `module` another class, and its foreign wrappers the forward of that class."""
+    """Give `module` another class, and the wrappers on it the forward of this class."""
     setters = holders(module)
     module.__class__ = cls
     for setter in setters:
@@ -65,20 +66,20 @@ def set_class(module: nn.Module, cls: type[nn.Module]) -> None:
 
 
 def placing_hooks(module: nn.Module) -> list[Any]:
-    """accelerate's hooks on `module` that say on which device it computes."""
+    """Return accelerate's hooks on `module` that name the device where it computes."""
     hook = module.__dict__.get("_hf_hook")
     every = getattr(hook, "hooks", [hook])  # a SequentialHook holds several
     return [each for each in every if getattr(each, "execution_device", None) is not None]
 
 
 def computing_device(module: nn.Module) -> torch.device | None:
-    """The device that accelerate's hooks on `module` bring its tensors and inputs to, if any do."""
+    """Return the device to which accelerate's hooks bring the tensors of `module`, or None."""
     hooks = placing_hooks(module)
     return torch.device(hooks[-1].execution_device) if hooks else None
 
 
 def loads_inside(module: nn.Module) -> bool:
-    """Whether accelerate loads all tensors inside `module`, by the names they had, for each run."""
+    """True if accelerate loads all tensors inside `module` for each run, by their old names."""
     return any(
         getattr(hook, "offload", False) and hook.place_submodules for hook in placing_hooks(module)
     )

@@ -1,4 +1,4 @@
-"""One module and its deltas as a formula and step by step."""
+"""Explain one module and its deltas: as a formula and step by step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..names import join, last, parent
 
 @dataclass(frozen=True, repr=False)
 class Explanation:
-    """What one module computes: `str()` gives the formula and the flow, step by step.
+    """The computation of one module; `str()` gives the formula and the steps.
 
     Attributes:
         module: full name of the module.
@@ -50,7 +50,10 @@ def explain(backbone: Backbone, module: str) -> Explanation:
 
 
 def _one(backbone: Backbone, module: str) -> str:
-    """The full name of the only module with deltas that `module` selects."""
+    """Return the full name of the only module with deltas that `module` selects.
+
+    If it selects one module, and this has no deltas, that is the module.
+    """
     names = [module]
     if module not in backbone.modules:
         names = select(backbone.modules, [module], backbone.model)
@@ -64,13 +67,13 @@ def _one(backbone: Backbone, module: str) -> str:
 
 
 def _name_in_formula(where: str, module: nn.Module) -> str:
-    """The last step of a full name, with the one before if it is a number."""
+    """Return the last step of a full name; if it is a number, the last two steps."""
     around, step = last(parent(where)), last(where)
     return (join(around, step) if step.isdigit() else step) or type(module).__name__
 
 
 def _step(stack: Stack, name: str, layer: DeltaLayer) -> str:
-    """One layer in words."""
+    """Return a line about one layer: its kind of action, parameters and state."""
     flags = [p.requires_grad for p in layer.parameters()]
     record = layer.record
     method = record.config.delta_type
@@ -86,7 +89,7 @@ def _step(stack: Stack, name: str, layer: DeltaLayer) -> str:
 
 
 def _formula(inner: str, on_it: list[tuple[str, DeltaLayer]]) -> str:
-    """The formula of a module called `inner` with its active layers around it."""
+    """Return the formula of a module called `inner` with its active layers around it."""
     acting = [(name, layer) for name, layer in on_it if layer.record.active]
     within = [f"[{name}]" for name, layer in reversed(acting) if layer.acts is Acts.WITHIN]
 

@@ -1,4 +1,4 @@
-"""Tables as they are printed: rich, and the same as plain text."""
+"""Make tables to print: with rich, and as plain text."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from rich.table import Table
 
 from .tree import spell
 
-WIDTH = 110  # columns of what is not printed on a terminal
-SHOWN = 4  # of several names
+WIDTH = 110  # columns of a text that is not printed on a terminal
+SHOWN = 4  # names in a list; more are left out
 
 
 def as_text(what: Any) -> str:
-    """What rich would print on a terminal of `WIDTH` columns, without colours."""
+    """Return the text that rich prints on a terminal of `WIDTH` columns, without colours."""
     console = Console(file=io.StringIO(), width=WIDTH)
     with console.capture() as capture:
         console.print(what)
@@ -26,7 +26,7 @@ def as_text(what: Any) -> str:
 
 
 def folded(names: Iterable[str]) -> list[str]:
-    """Full names of modules, those that differ in one number only as one: `layers.0-11.fc2`."""
+    """Join full names of modules that differ only in their first number: `layers.0-11.fc2`."""
     together: dict[str, list[str]] = {}
     for name in names:
         together.setdefault(re.sub(r"(?<![^.])\d+(?![^.])", "#", name, count=1), []).append(name)
@@ -39,7 +39,7 @@ def folded(names: Iterable[str]) -> list[str]:
 
 
 def size(count: float) -> str:
-    """So many bytes, in the unit that fits."""
+    """Return a number of bytes as text, such as "1.5 MiB"."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024 or unit == "GiB":
             break
@@ -48,7 +48,7 @@ def size(count: float) -> str:
 
 
 def plain_table(title: str | None = None, *headings: str) -> Table:
-    """An empty table with a line beneath its headings and no other."""
+    """Return an empty table whose only line is the one beneath its headings."""
     return Table(
         *headings,
         title=title,

@@ -1,4 +1,4 @@
-"""The picture of a model: one line per module, its parameters, its deltas, in text and colours."""
+"""Draw a model as a tree: one line per module with its parameters and deltas, also in colours."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from ..errors import OptionError
 Note = tuple[str, str]  # a piece of a line: text, style
 NAME, FOLDED, TYPE, MARK = "white", "red", "green", "yellow"
 OWNED = ("in place of", MARK)  # drawn with the name of the module above
-PARAMETER = {  # (is it a delta's, does it train): style
+PARAMETER = {  # {(belongs to a delta, trains): style}
     (False, True): "blue",
     (False, False): "grey50",
     (True, True): "magenta",
     (True, False): "dim magenta",
 }
-COLOURS = {  # what the styles look like in SVG and HTML
+COLOURS = {  # {style: colour in SVG and HTML}
     "white": "#f0f0f0",
     "red": "#ff5f5f",
     "green": "#5fc85f",
@@ -62,14 +62,14 @@ viewBox="0 0 {{width}} {{height}}">
 
 @dataclass
 class Node:
-    """One line of the picture, and the lines beneath it.
+    """One line of the tree, and the lines beneath it.
 
     Attributes:
         names: the names of the siblings that this line stands for.
         type: the name of their class.
-        notes: (text, style) of what stands behind the type: marks and parameters.
+        notes: (text, style) of each mark and parameter behind the type.
         children: the lines beneath.
-        look: equal for siblings that differ in their names only.
+        look: a number that is equal for siblings that differ in their names only.
     """
 
     names: list[str]
@@ -89,7 +89,7 @@ class Walk:
     def node(
         self, name: str, module: nn.Module, delta: bool = False, marks: Sequence[Note] = ()
     ) -> Node:
-        """The lines of `module`; `delta` says whether its parameters are a delta's."""
+        """Return the lines of `module`; `delta` is true if its parameters belong to a delta."""
         own = ((key, p) for key, p in module._parameters.items() if p is not None)
         notes = [*marks, *parameters(own, delta)]
         layers: dict[str, DeltaLayer] = {}
@@ -110,7 +110,7 @@ class Walk:
         return Node([name], type(module).__name__, notes, children, look)
 
     def delta(self, name: str, layer: DeltaLayer) -> Node:
-        """The lines of a delta layer that stands beneath its module."""
+        """Return the lines of a delta layer that are drawn beneath its module."""
         marks = [(text, MARK) for text in states(layer)]
         if layer.stand_in is not None:
             return self.node(name, layer.stand_in, True, [OWNED, *marks])
@@ -120,14 +120,14 @@ class Walk:
 def parameters(
     named: Iterable[tuple[str, Tensor]], delta: bool, prefix: str = ""
 ) -> Iterator[Note]:
-    """(text, style) of each parameter; `delta` says whether they are a delta's."""
+    """Yield (text, style) of each parameter; `delta` is true if they belong to a delta."""
     for name, parameter in named:
         shape = "[?]" if is_lazy(parameter) else list(parameter.shape)
         yield f"{prefix}{name}:{shape}", PARAMETER[delta, parameter.requires_grad]
 
 
 def beside(name: str, layer: DeltaLayer) -> Iterator[Note]:
-    """(text, style) of what stands in its module's line for a delta beside that module."""
+    """Yield (text, style) of each part of a module's line for a delta layer beside the module."""
     prefix = "" if name == layer.record.config.delta_type else f"{name}."
     yield from parameters(layer.named_parameters(), True, prefix)
     for text in states(layer):
@@ -135,14 +135,14 @@ def beside(name: str, layer: DeltaLayer) -> Iterator[Note]:
 
 
 def states(layer: DeltaLayer) -> list[str]:
-    """What is unusual about how a delta layer acts."""
+    """Return the unusual states of a delta layer: its scale if it is not 1, and "disabled"."""
     record = layer.record
     scaled = [f"scale {record.scale:g}"] if record.scale != 1 and layer.scales else []
     return [*scaled, *([] if record.active else ["disabled"])]
 
 
 def fold(nodes: Iterable[Node]) -> list[Node]:
-    """Siblings that look the same as one node, where the first of them stood."""
+    """Join siblings that look the same to one node at the place of the first."""
     folded: dict[int, Node] = {}
     for node in nodes:
         first = folded.setdefault(node.look, node)
@@ -161,7 +161,7 @@ def _as_dict(node: Node) -> dict[str, Any]:
 
 
 def spell(names: Iterable[str]) -> str:
-    """The names in one word: successive numbers as a range, all else separated by commas."""
+    """Join names to one word: successive numbers become a range, such as "0-3,7,head"."""
     runs: list[list[str]] = []
     for name in names:
         last = runs[-1][-1] if runs else ""
@@ -173,7 +173,7 @@ def spell(names: Iterable[str]) -> str:
 
 
 def draw(node: Node, above: str = "") -> Tree:
-    """The rich tree of `node`; `above` is the name of the module that it stands beneath."""
+    """Return the rich tree of `node`; `above` is the name of the module around it."""
     name = spell(node.names)
     parts = [(name, FOLDED if len(node.names) > 1 else NAME)]
     parts += [(f"({node.type})", TYPE)] if above else []
@@ -188,7 +188,7 @@ def draw(node: Node, above: str = "") -> Tree:
 
 
 def coloured(line: Iterable[Segment], tag: Literal["span", "tspan"]) -> str:
-    """The line in HTML or SVG, with a tag around each piece that has a colour."""
+    """Return the line in HTML or SVG, with a tag around each piece that has a colour."""
     attribute = 'fill="{}"' if tag == "tspan" else 'style="color: {}"'
     pieces = []
     for text, style, _ in line:
@@ -201,10 +201,9 @@ def coloured(line: Iterable[Segment], tag: Literal["span", "tspan"]) -> str:
 
 
 class ModelTree:
-    """The picture of a model as it was when `tree` drew it.
+    """The tree of a model at the time when `tree` drew it.
 
-    It shows itself: as plain text where it is printed or stands at a prompt, in colours where rich
-    prints it and in Jupyter.
+    `print` and a prompt show it as plain text; rich and Jupyter show it in colours.
     """
 
     def __init__(self, model: nn.Module, keep_non_params: bool = False) -> None:
@@ -214,7 +213,7 @@ class ModelTree:
         self._tree = draw(self._node)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        # A console that may not wrap gets whole lines; any other cuts what is wider than itself.
+        # A console that may not wrap gets whole lines; any other console cuts long lines.
         if options.no_wrap:
             options = options.update(width=WIDE, justify=None)
         yield from console.render(self._tree, options)
@@ -223,7 +222,7 @@ class ModelTree:
         return Measurement.get(console, options, self._tree)
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as JSON can hold it: names, type, parameters and marks, children."""
+        """Return the tree for JSON: names, type, notes (parameters and marks), children."""
         return _as_dict(self._node)
 
     def _lines(self) -> list[list[Segment]]:
@@ -251,7 +250,7 @@ class ModelTree:
         )
 
     def show(self) -> None:
-        """Print the picture, in colours where the output has them, with no line cut or wrapped."""
+        """Print the tree without cutting or wrapping lines, in colours if the output has them."""
         console = Console(soft_wrap=True)
         if console.is_jupyter:
             from IPython.display import display
@@ -272,12 +271,12 @@ def tree(model: nn.Module, to: Literal["text", "svg", "html"]) -> str: ...
 def tree(model: nn.Module, to: str | None = None) -> ModelTree | str:
     """Draw the modules of `model` with their parameters and deltas.
 
-    Names are white, types green, parameters that train blue and frozen ones grey, those of deltas
-    magenta; a red name stands for several modules that are alike.
+    Names are white, types green. Parameters that train are blue, frozen ones grey; parameters of
+    deltas are magenta. A red name stands for several modules that are alike.
 
     Args:
-        to: "text", "svg" or "html" for a string. None: an object that shows itself, printed, at a
-            prompt, through rich and in Jupyter.
+        to: "text", "svg" or "html": return a string. None: return an object that `print`, a prompt,
+            rich and Jupyter show.
 
     Raises:
         OptionError: `to` is something else, or `model` is no module.
@@ -303,7 +302,7 @@ def tree(model: nn.Module, to: str | None = None) -> ModelTree | str:
 
 
 class Visualization:
-    """The tree of a model, by the name that it has in OpenDelta.
+    """The tree of a model under the name that it had in OpenDelta 0.3.
 
     Example:
         >>> from torch import nn
@@ -322,11 +321,11 @@ class Visualization:
         """Print the tree.
 
         Args:
-            printTree: False: print nothing.
+            printTree: if False, print nothing.
             keep_non_params: show modules without parameters too, such as dropout and activations.
 
         Raises:
-            OptionError: the model is no module.
+            OptionError: the model is no torch module.
         """
         drawn = ModelTree(self.model, keep_non_params)
         if printTree:
@@ -340,7 +339,7 @@ def log(
     visualization: bool = True,
     cuda_memory: bool = True,
 ) -> None:
-    """Print the tree of `model`, shares of its parameters, and memory; see `Delta.log`.
+    """Print the tree of `model`, the shares of its parameters, and GPU memory; see `Delta.log`.
 
     Raises:
         OptionError: `model` is no module.

@@ -1,4 +1,4 @@
-"""torch.compile and switching: an error where torch would stop compiling new sets of deltas."""
+"""Raise an error when torch.compile would stop compiling graphs for new sets of active deltas."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from ..errors import CompileLimitError
 from ..names import SLOT
 
 CLASS = re.compile(r"___check_type_id\(\S*_modules\['[^']*'\], (\d+)\)")
-SITES: set[int] = set()  # ids of the classes that sites have, and have when they are none
+SITES: set[int] = set()  # ids of the classes of sites, and of their plain classes
 
 
 class LimitFilter(logging.Filter):
-    """Sees torch's message that it compiles no more graphs, and raises if deltas are the reason."""
+    """Raises when torch logs that it compiles no more graphs, if deltas are the reason."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Let all other messages pass.
 
         Raises:
-            CompileLimitError: what changed is which deltas a module has, or which of them act.
+            CompileLimitError: the graph does not fit because other deltas are attached or active.
         """
         args = record.args
         at_limit = str(record.msg).startswith("torch._dynamo hit config.")
@@ -35,7 +35,7 @@ class LimitFilter(logging.Filter):
 
 
 def _is_ours(changed: str) -> bool:
-    """Whether what torch names as changed is a stack, or that a module became a site or is none."""
+    """True if the change that torch names is a stack, or a module that became a site or plain."""
     found = CLASS.search(changed)
     return f"_modules['{SLOT}']" in changed or (found is not None and int(found[1]) in SITES)
 
@@ -44,5 +44,5 @@ _filter = LimitFilter()
 
 
 def watch_limit() -> None:
-    """Look out for torch's message from now on."""
-    logging.getLogger("torch._dynamo.convert_frame").addFilter(_filter)  # twice is once
+    """Watch for torch's message from now on."""
+    logging.getLogger("torch._dynamo.convert_frame").addFilter(_filter)  # again: no effect

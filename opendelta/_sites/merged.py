@@ -1,4 +1,4 @@
-"""Layers folded into the weights of their module, and the weights put back bit for bit."""
+"""Fold layers into the weights of their module, and put the weights back bit for bit."""
 
 from __future__ import annotations
 
@@ -20,11 +20,15 @@ Named = tuple[str, DeltaLayer]
 
 @torch.no_grad()
 def fold_into(where: str, module: nn.Module, run: list[Named]) -> tuple[Step, float | None]:
-    """Fold layers into the weights of a module; the step that undoes it, and a weight's error."""
+    """Fold layers into the weights of a module.
+
+    Returns:
+        The step to undo, and the relative error of a quantised weight, or None.
+    """
     step, error, folded = Step(dict(run)), None, {}
     for key, (new, blocks) in _new_values(where, module, list(step.layers.values())).items():
         bits = 0
-        for block in blocks:  # each is checked while the processor's cache still holds it
+        for block in blocks:  # check each block while the processor's cache holds it
             if not tensors.is_finite(block):
                 raise SiteError(
                     f"{where!r}: merging {', '.join(step.layers)} gives a {key} with values that "
@@ -47,10 +51,10 @@ def fold_into(where: str, module: nn.Module, run: list[Named]) -> tuple[Step, fl
 def _new_values(
     where: str, module: nn.Module, layers: list[Any]
 ) -> dict[str, tuple[Tensor, Iterable[Tensor]]]:
-    """{name of a parameter that changes: its new values, and the same in blocks}.
+    """Return {name of a parameter that changes: (its new values, the same values in blocks)}.
 
-    What is yet to be computed is computed as the blocks are read. Values are in the parameter's
-    dtype, or in float32 where it is quantised.
+    Reading the blocks computes the values. They are in the parameter's dtype; in float32 if it is
+    quantised.
     """
     if run := _low_rank(module, layers):
         weight: Any = module._parameters["weight"]
@@ -78,7 +82,7 @@ def _new_values(
 
 
 def _low_rank(module: nn.Module, layers: list[Any]) -> list[LowRank]:
-    """The changes of a plain weight that are all the layers make; empty where they do more."""
+    """Return the layers' changes of a plain weight as factors; [] if a layer changes more."""
     weight: Any = module._parameters.get("weight")
     if not tensors.is_plain(weight) or not weight.is_contiguous():
         return []
@@ -87,17 +91,17 @@ def _low_rank(module: nn.Module, layers: list[Any]) -> list[LowRank]:
 
 
 def _float_of(parameter: Any) -> torch.dtype:
-    """What new values of a parameter are rounded to; float32 where it is quantised."""
+    """Return the dtype for new values of a parameter: its own; float32 if it is quantised."""
     return parameter.dtype if tensors.is_plain(parameter) else torch.float32
 
 
 def mark(parameter: Any) -> int:
-    """A number that tells whether the bits of a parameter changed."""
+    """Return a number that changes if the bits of a parameter change."""
     return _bits(parameter) % 2**64 if tensors.is_plain(parameter) else id(parameter)
 
 
 def _bits(tensor: Tensor) -> int:
-    """The sum over a tensor's 8-byte words and the bytes that are left, up to multiples of 2^64."""
+    """Return the sum of a tensor's 8-byte words and remaining bytes, up to multiples of 2^64."""
     flat = tensor.detach().contiguous().view(-1)
     if flat.storage_offset() * flat.element_size() % 8:
         flat = flat.clone()
@@ -108,7 +112,7 @@ def _bits(tensor: Tensor) -> int:
 
 
 def check_unchanged(where: str, module: nn.Module, stack: Stack, key: str, what: str) -> None:
-    """Raise if a merged parameter was changed since, which `what` would lose."""
+    """Raise if a merged parameter was changed since the merge: `what` would lose the change."""
     newest = [step.marks[key] for step in stack.steps if key in step.marks][-1]
     if mark(module._parameters[key]) != newest:
         raise DeltaError(
@@ -127,16 +131,17 @@ def undo(module: nn.Module, stack: Stack) -> None:
 
 
 def original(where: str, module: nn.Module, key: str, what: str = "") -> Tensor | None:
-    """A parameter's values from before all merging; None if nothing merged changed them.
+    """Return a parameter's values from before all merges.
 
-    Also None for one that is quantised.
+    None: no merge changed the parameter, or it is quantised.
 
     Args:
         where: the full name of `module`.
-        what: what would lose it if the parameter was changed since; "" asks for no such error.
+        what: the action that would lose a change since the merge, for the message; "": do not
+            check.
 
     Raises:
-        DeltaError: it was.
+        DeltaError: the parameter was changed since the merge.
     """
     stack = stack_of(module)
     steps = stack.steps if stack is not None else []

@@ -1,9 +1,9 @@
-"""How a site lets the rows of a batch take different layers.
+"""Let the rows of a batch take different layers of a site.
 
-At a site, rows that take the same of its layers are a group. The module's own forward runs once for
-all rows, and each group's layers see its rows of what went in and came out. Low-rank layers beside
-a linear module are added to the rows of its output, and rows with factors of one size in a single
-batched product."""
+Rows that take the same layers of the site are a group. The module's own forward runs once for all
+rows. The layers of a group see the group's rows of the input and the output. Low-rank layers beside
+a linear module are added to the rows of its output. If all their factors have one size, they are
+added by a single batched product."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from .rows import Groups, Handovers, Rows, ShapeError, SharedCall, cut, joined
 from .runs import KeptFactors
 from .stack import Stack
 
-EXPERTS = re.compile(r"(^|\.)experts\.")  # they see some tokens of all rows
+EXPERTS = re.compile(r"(^|\.)experts\.")  # an expert sees some tokens of all rows
 OWN_BATCH = "give such rows a batch of their own"
 
 
 class Routed:
-    """How the rows of a batch go through one site while `route` lasts.
+    """Takes the rows of a batch through one site inside `route`.
 
     A copy of it, by deepcopy or pickle, is None: the copy of a model is not routed.
 
     Args:
         where: the full name of the site.
-        rows: what all sites of the model share.
-        holds_sites: whether there are other sites inside the site's module.
+        rows: the deltas of each row; all sites of the model share it.
+        holds_sites: there are other sites inside the site's module.
     """
 
     def __init__(self, where: str, rows: Rows, holds_sites: bool) -> None:
@@ -47,12 +47,12 @@ class Routed:
         return type(None), ()
 
     def check_alike(self, acting: Sequence[DeltaLayer]) -> None:
-        """Raise unless all rows take the same of these layers."""
+        """Raise unless each of these layers is taken by all rows, or by none."""
         for layer in acting:
             self.check_common(layer, "acts on the weight that the module around it reads")
 
     def check_common(self, layer: DeltaLayer, why: str) -> None:
-        """Raise unless all rows take the layer, or none does."""
+        """Raise unless all rows take the layer, or no row does."""
         if len(set(self.rows.takers(layer.record.name))) > 1:
             raise SiteError(
                 f"{layer.record.name!r} on {quoted(self.where)} {why}, so that it acts on all rows "
@@ -102,7 +102,7 @@ class Routed:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """`call`, the forward of `module`, with each row's own of the acting layers around it."""
+        """Run `call`, the forward of `module`, with each row's own layers around it."""
         acting = computing(acting)
         if not acting:
             return call(*args, **kwargs)
@@ -122,7 +122,7 @@ class Routed:
                 return add_rows(out, x, raw, grouped, runs, stack.kept_factors)
             whole.append(out)
         within: list[Any] = [layer for layer in acting if layer.routes_itself]
-        if within:  # they know all rows; see `opened`
+        if within:  # these layers take all rows at once; see `opened`
             call = stack.onion(within, call, module, raw)
         once = SharedCall(call, (args, kwargs), len(grouped.of_row), whole)
         why = "has other deltas inside" if self.holds_sites else ""
@@ -140,12 +140,12 @@ class Routed:
         once: SharedCall,
         whole: str,
     ) -> Any:
-        """What the layers of each group make of its rows, put together.
+        """Run the layers of each group on the group's rows, and return the joined outputs.
 
         Args:
             around: puts layers around a call.
             paths: the layers of each group.
-            whole: why the module cannot run on the rows of one group alone, if so.
+            whole: why the module cannot run on the rows of one group alone; "" if it can.
         """
         cells, parts = Handovers([layer for path in paths for layer in path]), []
         for group, path in zip(grouped.groups, paths, strict=True):
@@ -174,7 +174,7 @@ class Routed:
         Args:
             layer: the innermost of the group's layers.
             given: the arguments and keyword arguments for its rows.
-            why: a reason that is known, if any.
+            why: a known reason, or "".
         """
         args, kwargs = given
         if any(hasattr(value, "get_seq_length") for value in (*args, *kwargs.values())):
@@ -187,11 +187,14 @@ class Routed:
             )
 
     def opened(self, layer: DeltaLayer, logit: Tensor | None, key: Tensor) -> Tensor | None:
-        """The log of what weighs a prefix [batch, length or 1, 1], 0 for rows without it.
+        """Return the log of a prefix's weight [batch, length or 1, 1]; -inf for rows without it.
 
         Args:
-            logit: the same for rows that all take it; None: 0 everywhere.
+            logit: the log of the weight if all rows take the prefix; None: 0 everywhere.
             key: the keys [batch, ...].
+
+        Returns:
+            `logit` as it is if all rows take the prefix.
         """
         groups = self.rows.groups([layer], key, self.where).groups
         if all(group.path for group in groups):
@@ -210,7 +213,10 @@ def computing(acting: list[DeltaLayer]) -> list[DeltaLayer]:
 def _runs(
     stack: Stack, acting: list[DeltaLayer], grouped: Groups, x: Tensor
 ) -> list[LowRank | None] | None:
-    """The factors of each group as one pair, None for no layers; None if `add_rows` is not all."""
+    """Return the factors of each group as one pair, or None for a group without layers.
+
+    The result is None if `add_rows` cannot compute all layers of the site.
+    """
     if not low_rank.is_eager(x):
         return None
     pairs = runs_.pairs(acting, 0) if stack.kept_factors is None else []
@@ -235,7 +241,7 @@ def _runs(
 
 
 def _alike(runs: Sequence[LowRank | None], grouped: Groups) -> bool:
-    """Whether the rows' factors are of one size, and not the same for several rows each."""
+    """True if all factors have one rank and scale, and there are more groups than half the rows."""
     sizes = {(pair.A.size(0), pair.scale) for pair in runs if pair is not None}
     return len(sizes) == 1 and 2 * len(runs) > len(grouped.of_row)
 
@@ -248,14 +254,14 @@ def add_rows(
     runs: list[LowRank | None],
     frozen: KeptFactors | None,
 ) -> Tensor:
-    """`out` with the products of each group's factors added to its rows.
+    """Return `out` with the products of each group's factors added to the group's rows.
 
     Args:
-        out: what the module gave [batch, ..., out_features].
+        out: the module's output [batch, ..., out_features].
         x: its input [batch, ..., in_features].
         raw: `out` may be written to.
-        runs: the factors of each group; None: it has none.
-        frozen: what keeps them, if anything does.
+        runs: the factors of each group; None for a group without layers.
+        frozen: the site's `KeptFactors`, or None.
     """
     batch, traced = len(grouped.of_row), torch.is_grad_enabled()
     out = out if raw or traced else out.clone()
@@ -279,7 +285,7 @@ def add_rows(
 
 
 def _stacked(pairs: Sequence[LowRank | None]) -> tuple[Tensor, Tensor, float]:
-    """A [batch, rank, in_features], B [batch, out_features, rank] and the scale of all rows."""
+    """Return A [batch, rank, in_features], B [batch, out_features, rank] and the common scale."""
     known = nothing = next(pair for pair in pairs if pair is not None)
     if None in pairs:
         nothing = known._replace(A=known.A.detach(), B=torch.zeros_like(known.B.detach()))

@@ -1,4 +1,4 @@
-"""Rows of a batch: which take the same layers of a site, and taking them apart and together."""
+"""Group the rows of a batch by the layers that they take; cut out the rows, and join them again."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Group:
     """The rows of a batch that take the same layers of a site.
 
     Attributes:
-        path: which of the acting layers those are, by index.
-        rows: where the rows are in the batch.
-        count: how many they are.
+        path: indices of these layers among the acting layers.
+        rows: the rows' places in the batch.
+        count: number of rows.
     """
 
     path: tuple[int, ...]
@@ -33,12 +33,13 @@ class Group:
 
 @dataclass(frozen=True)
 class Groups:
-    """All rows of a batch, by what they take of a site.
+    """All rows of a batch, grouped by the layers of a site that they take.
 
     Attributes:
-        groups: in the order of their first rows.
-        of_row: the number of each row's group.
-        order: puts the rows of all groups, one group after the other, in order; None: they are.
+        groups: the groups in the order of their first rows.
+        of_row: for each row the index of its group.
+        order: index that sorts the rows of all groups, one group after the other; None: they are
+            sorted.
     """
 
     groups: list[Group]
@@ -47,12 +48,12 @@ class Groups:
 
 
 class Rows:
-    """The deltas that the rows of a batch take, and their groups, which alike sites share.
+    """The deltas that each row of a batch takes, and the groups of rows; all sites share it.
 
     Args:
-        names: of the deltas that each row takes.
-        known: the names of all deltas that rows can take; others act on all rows.
-        repeats: how many rows in a row a batch may have for each of those.
+        names: for each row the names of the deltas that it takes.
+        known: the names of all deltas that rows can choose; other deltas act on all rows.
+        repeats: number of successive rows in a batch that each entry of `names` may stand for.
     """
 
     def __init__(self, names: list[frozenset[str]], known: frozenset[str], repeats: int) -> None:
@@ -60,14 +61,14 @@ class Rows:
         self.found: dict[tuple, Groups] = {}
 
     def takers(self, name: str) -> list[bool]:
-        """For each row whether it takes the delta, if that acts at all."""
+        """Return for each row if it takes the delta, provided that the delta acts."""
         return [name in row or name not in self.known for row in self.names]
 
     def groups(self, acting: Sequence[DeltaLayer], x: Tensor, where: str) -> Groups:
-        """The rows of `x` by what they take of the acting layers.
+        """Return the rows of `x`, grouped by the acting layers that they take.
 
         Raises:
-            SiteError: it has another number of rows than there are, repeated or not.
+            SiteError: the number of rows of `x` does not fit, with or without `repeats`.
         """
         names = [layer.record.name for layer in acting]
         if torch.compiler.is_compiling():
@@ -75,7 +76,7 @@ class Rows:
         key = (x.size(0), x.device, *names)
         found = self.found.get(key)
         if found is None:
-            if len(self.found) > MOST_KEPT:  # tokens may come as rows, in ever new numbers
+            if len(self.found) > MOST_KEPT:  # tokens may come as rows, each time in another number
                 self.found.clear()
             found = self.found[key] = self._grouped(names, x.size(0), x.device, where)
         return found
@@ -119,9 +120,9 @@ class Rows:
         return Groups(groups, of_row, torch.tensor(places, device=device))
 
 
-# ----------------------------------------------------------------------------- apart and together
+# ------------------------------------------------------------------------------------ cut and join
 def cut(value: Any, batch: int, rows: slice | Tensor) -> Any:
-    """`value` with some of the rows of each tensor in it that has `batch` of them."""
+    """Return `value` with only `rows` of each tensor in it that has `batch` rows."""
     if isinstance(value, Tensor):
         return value[rows] if value.ndim and value.size(0) == batch else value
     if isinstance(value, dict):
@@ -133,14 +134,14 @@ def cut(value: Any, batch: int, rows: slice | Tensor) -> Any:
 
 
 class ShapeError(ValueError):
-    """Outputs that fit into no one batch; the message is their shapes."""
+    """Outputs that do not fit into one batch; the message is their shapes."""
 
 
 def joined(parts: list[Any], grouped: Groups) -> Any:
-    """The outputs of the groups as one output for all rows.
+    """Join the outputs of the groups to one output for all rows.
 
     Raises:
-        ShapeError: they differ in more than the number of rows.
+        ShapeError: the outputs differ in more than the number of rows.
     """
     first = parts[0]
     if isinstance(first, dict):
@@ -160,7 +161,7 @@ def joined(parts: list[Any], grouped: Groups) -> Any:
 
 
 def _like_mapping(value: dict, items: dict) -> dict:
-    """A copy of `value`, a dict or a ModelOutput, with these items."""
+    """Return a copy of `value`, a dict or a ModelOutput, with these items."""
     if type(value) is dict:
         return items
     out = copy.copy(value)
@@ -172,7 +173,7 @@ def _like_mapping(value: dict, items: dict) -> dict:
 
 # ------------------------------------------------------------------------------- calls and branches
 def _same(one: Any, other: Any) -> bool:
-    """Whether two calls have the same objects as arguments, also in tuples, lists and mappings."""
+    """True if two calls have the same objects as arguments, also in tuples, lists and mappings."""
     if isinstance(one, dict):
         known = isinstance(other, dict) and one.keys() == other.keys()
         return known and all(_same(one[key], other[key]) for key in one)
@@ -183,14 +184,14 @@ def _same(one: Any, other: Any) -> bool:
 
 
 class SharedCall:
-    """The forward of a module beneath the layers of each group: once, for all rows.
+    """The forward of a module beneath the layers of each group: one run for all rows.
 
-    It runs on the rows of a group alone where a layer changes what goes in.
+    If a layer changes the input, the module runs on the rows of this layer's group alone.
 
     Args:
         given: the arguments and keyword arguments for all rows.
-        batch: how many rows those are.
-        whole: what the module gave for them, if it ran.
+        batch: number of all rows.
+        whole: [the module's output for all rows] if it ran already, else [].
     """
 
     def __init__(
@@ -207,12 +208,12 @@ class SharedCall:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """What the module gives for the rows of a group.
+        """Return the module's output for the rows of a group.
 
         Args:
-            given: the arguments and keyword arguments for those rows, as they come in.
-            check: raises if the module cannot run on them alone.
-            args, kwargs: what the group's layers made of them.
+            given: the arguments and keyword arguments for these rows, before the layers.
+            check: raises if the module cannot run on these rows alone.
+            args, kwargs: the arguments after the group's layers changed them.
         """
         if not _same((args, kwargs), given):
             check()
@@ -223,10 +224,10 @@ class SharedCall:
 
 
 class Handovers:
-    """Lets branches from one site to another find the rows of each group, and puts them together.
+    """Splits the values that branches pass from site to site into the rows of each group.
 
     Args:
-        acting: the layers of the site where branches start or end.
+        acting: the layers of a site.
     """
 
     def __init__(self, acting: Sequence[DeltaLayer]) -> None:
@@ -234,18 +235,18 @@ class Handovers:
         starts = {ly.handover: ly.hands_over for ly in every}
         self.cells: list[Any] = list(starts)
         left = [cell.take() for cell in self.cells]
-        # what is left where a branch starts is of a forward that did not reach its end
+        # A value at the start of a branch is from a forward that did not reach the branch's end.
         self.held = [None if starts[c] else v for c, v in zip(self.cells, left, strict=True)]
         self.new: list[Tensor | None] = [None for _ in self.cells]
 
     def open(self, rows: slice | Tensor) -> None:
-        """Let the layers of a group find its rows of what comes from another site."""
+        """Give the layers of a group their rows of the values from other sites."""
         for cell, value in zip(self.cells, self.held, strict=True):
             if value is not None:
                 cell.put(value[rows])
 
     def close(self, rows: slice | Tensor, batch: int) -> None:
-        """Keep the rows that the layers of a group leave for another site."""
+        """Keep the rows that the layers of a group pass to other sites."""
         for index, cell in enumerate(self.cells):
             value = cell.take()
             if value is not None and self.held[index] is None:
@@ -254,7 +255,7 @@ class Handovers:
                 self.new[index][rows] = value  # type: ignore[index]
 
     def leave(self) -> None:
-        """Leave the rows of all groups for another site; those of rows without a branch are 0."""
+        """Pass the rows of all groups to other sites; rows without a branch are 0."""
         for cell, value in zip(self.cells, self.new, strict=True):
             if value is not None:
                 cell.put(value)

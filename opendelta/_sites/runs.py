@@ -1,8 +1,8 @@
-"""Which layers of a stack run as one, and what is kept of them while nothing changes.
+"""Join consecutive layers of a stack to one pair of factors, and keep the pair inside `frozen()`.
 
-The factors are put side by side anew for every forward: nothing tells whether a copy of parameters
-that was kept is still right, because fused optimizers and `.data` change values unseen. It is kept
-only where the user says that nothing changes; see `Frozen`.
+Each forward joins the factors again. A kept copy could be wrong: fused optimizers and `.data`
+change parameters, and torch does not count these changes. So a copy is kept only if the user says
+that nothing changes; see `KeptFactors`.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from ..errors import DeltaError
 
 
 def pairs(acting: Sequence[DeltaLayer], start: int) -> list[LowRank]:
-    """The factors of the layers from `start` on, as far as they can run as one."""
+    """Return the factors of the layers from `start` on, up to the first that cannot run as one."""
     found: list[LowRank] = []
-    if not low_rank.ENABLED or modules._has_any_global_hook():  # somebody watches all calls
+    if not low_rank.ENABLED or modules._has_any_global_hook():  # a hook must see each layer's call
         return found
     for index in range(start, len(acting)):
         layer: Any = acting[index]
@@ -50,10 +50,10 @@ class KeptFactors:
         self.late = False
 
     def run(self, acting: Sequence[DeltaLayer], start: int) -> tuple[list[LowRank], int]:
-        """The factors of the run at `start`, joined, and how many layers they stand for.
+        """Return the joined factors of the run at `start`, and the number of layers in it.
 
         Raises:
-            DeltaError: a gradient would have to reach them.
+            DeltaError: a gradient would have to reach the factors.
         """
         key = tuple(acting[start:])
         states = [(layer.record.scale, layer.training) for layer in acting[start:]]
@@ -75,7 +75,11 @@ class KeptFactors:
         return self.runs[key][1:]
 
     def once(self, parts: list[Any], make: Callable[[list[Any]], Any]) -> Any:
-        """What `make` gives for `parts`, which `run` keeps; made anew for other parts only."""
+        """Return `make(parts)`; call `make` again only for other parts.
+
+        Args:
+            parts: results of `run`.
+        """
         known, made = self.made
         if len(known) != len(parts) or any(map(operator.is_not, known, parts)):
             made = make(parts)
@@ -83,7 +87,7 @@ class KeptFactors:
         return made
 
     def forget(self, layer: DeltaLayer) -> None:
-        """Drop what is kept of a layer that is taken off."""
+        """Drop the factors of a layer that is taken off."""
         self.late = self.changed()
         self.runs = {key: run for key, run in self.runs.items() if layer not in key}
         for parameter in layer.parameters():
@@ -91,7 +95,7 @@ class KeptFactors:
         self.made = [], None
 
     def changed(self) -> bool:
-        """Whether values changed since they were copied, as far as torch counts changes."""
+        """True if parameters changed since they were copied, by torch's count of changes."""
         return self.late or any(p._version != version for p, version in self.sources.items())
 
     def __reduce__(self) -> tuple:
@@ -103,7 +107,7 @@ def _values(part: Any) -> Any:
 
 
 def _is_watched(own: dict[str, Any]) -> bool:
-    """Whether somebody sees the calls of the layer whose attributes these are."""
+    """True if a layer with these attributes has hooks or a replaced forward, which must run."""
     return bool(
         own["_forward_hooks"]
         or own["_forward_pre_hooks"]

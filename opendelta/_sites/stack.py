@@ -27,7 +27,7 @@ NAME = re.compile(rf"[A-Za-z0-9_-]{{1,{LONGEST_NAME}}}")
 
 
 def _step_aside(*_: Any) -> None:
-    """Does nothing: torch's fused paths see a hook in the subtree and then call the children."""
+    """Do nothing: because of this hook, torch's fused paths call the children of a module."""
 
 
 @dataclass
@@ -36,8 +36,8 @@ class Step:
 
     Attributes:
         layers: the layers by name, the innermost first.
-        originals: {name of a parameter: what puts its old values back}.
-        marks: {name of a parameter: a number that tells whether its new values changed since}.
+        originals: {name of a parameter: its old values, as `tensors.replace` returns them}.
+        marks: {name of a parameter: a number that changes if its new values change}.
     """
 
     layers: dict[str, DeltaLayer] = field(default_factory=dict)
@@ -49,7 +49,7 @@ class Router(Protocol):
     """Lets each row of a batch take its own layers of a stack; see `routed`.
 
     Attributes:
-        rows: what the rows of the batch take, the same at all sites of the model.
+        rows: the deltas of each row; all sites of the model share it.
     """
 
     rows: Any
@@ -65,18 +65,23 @@ class Router(Protocol):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """`call`, the forward of `module`, with each row's own of the acting layers around it."""
+        """Run `call`, the forward of `module`, with each row's own layers around it."""
 
     def check_alike(self, acting: Sequence[DeltaLayer]) -> None:
-        """Raise unless all rows take the same of these layers."""
+        """Raise unless each of these layers is taken by all rows, or by none."""
 
 
 class Stack(nn.ModuleDict):
     """The ordered delta layers of one site; the first is the innermost.
 
-    An empty stack computes what the plain module computes. `ran` holds the names of the layers that
-    have run outside of compiled code; DataParallel's replicas share it. Layers that `steps` merged
-    do not act.
+    With an empty stack the module computes the same as without a stack.
+
+    Attributes:
+        ran: the names of the layers that have run outside of compiled code; replicas of
+            DataParallel share it.
+        steps: the merges so far; merged layers do not act.
+        kept_factors: the joined factors inside `frozen()`, else None.
+        router: takes the rows of a batch through the site inside `route()`, else None.
     """
 
     ran: set[str]
@@ -86,13 +91,13 @@ class Stack(nn.ModuleDict):
 
     def __init__(self) -> None:
         super().__init__()
-        self.__dict__.update(ran=set(), steps=[])  # nn.Module would look at each attribute
+        self.__dict__.update(ran=set(), steps=[])  # not by nn.Module.__setattr__, which is slow
         self.register_forward_pre_hook(_step_aside)
 
     def _acting(self) -> list[DeltaLayer]:
         acting: list[Any] = []
         ran, steps = self.ran, self.steps
-        watched = not torch.compiler.is_compiling()  # no side effect, hence no guard, in a graph
+        watched = not torch.compiler.is_compiling()  # a side effect would add a guard to the graph
         for name, layer in self._modules.items():
             if layer.record.active and not (steps and self.holds(name)):  # type: ignore
                 acting.append(layer)
@@ -102,32 +107,32 @@ class Stack(nn.ModuleDict):
 
     @property
     def layers(self) -> Iterable[DeltaLayer]:
-        """The layers, the innermost first."""
+        """Return the layers, the innermost first."""
         return self._modules.values()  # type: ignore[return-value]
 
     def holds(self, name: str) -> bool:
-        """Whether the layer of this name is merged into the module's weights."""
+        """True if the layer of this name is merged into the module's weights."""
         return any(name in step.layers for step in self.steps)
 
     def merged(self) -> list[str]:
-        """The names of the layers that are merged into the weights, the innermost first."""
+        """Return the names of the layers that are merged into the weights, the innermost first."""
         return [name for step in self.steps for name in step.layers]
 
     def forward(self, input: Any) -> Any:
-        """`input`, unchanged: for modules such as Sequential, which call all of their children."""
+        """Return `input`: modules such as Sequential call all their children."""
         return input
 
     def in_order(self) -> list[tuple[str, DeltaLayer]]:
-        """(name of the delta, layer), the innermost first."""
+        """Return (name of the delta, layer) of each layer, the innermost first."""
         return list(self._modules.items())  # type: ignore[arg-type]
 
     def around(
         self, call: Callable[..., Any], module: nn.Module, raw: bool = False
     ) -> Callable[..., Any]:
-        """`call`, the forward of `module`, with all active layers around it.
+        """Return `call`, the forward of `module`, with all active layers around it.
 
         Args:
-            raw: whether `call` is the forward of torch's Linear or the like.
+            raw: `call` is the forward of a Linear or Conv1D.
         """
         acting = self._acting()
         if self.router is not None:
@@ -137,13 +142,13 @@ class Stack(nn.ModuleDict):
     def onion(
         self, acting: list[DeltaLayer], call: Callable[..., Any], module: nn.Module, raw: bool
     ) -> Callable[..., Any]:
-        """`call` with these layers around it, the first as the innermost."""
+        """Return `call` with these layers around it; the first is the innermost."""
         index = 0
         while index < len(acting):
             layer = acting[index]
             if (
                 torch.compiler.is_compiling() or self.kept_factors is None
-            ):  # no guard on what is kept
+            ):  # compiled code must not depend on the kept factors
                 run = runs.pairs(acting, index)
                 count = len(run)
             else:
@@ -157,7 +162,7 @@ class Stack(nn.ModuleDict):
         return call
 
     def fold(self, params: Params) -> Params:
-        """`params` with all active layers folded in."""
+        """Return `params` with all active layers folded in."""
         acting = self._acting()
         if self.router is not None:
             self.router.check_alike(acting)
@@ -166,7 +171,7 @@ class Stack(nn.ModuleDict):
         return params
 
     def sort(self) -> None:
-        """Put the layers into the total order, those in the module's place beneath all others.
+        """Put the layers into the total order; layers that act INSTEAD come first.
 
         The mapping object itself stays the same.
         """
@@ -183,14 +188,14 @@ RESERVED = frozenset(dir(Stack()))
 
 
 def stack_of(module: nn.Module) -> Stack | None:
-    """The stack that `module` carries, or None. A stack may be empty."""
+    """Return the stack that `module` carries, or None. A stack may be empty."""
     children = module._modules
     child = children[SLOT] if SLOT in children else None  # noqa: SIM401  a ScriptModule has no get
     return child if isinstance(child, Stack) else None
 
 
 def check_name(name: str) -> None:
-    """Raise unless `name` can be the key of a layer in every stack."""
+    """Raise unless `name` can be the key of a layer in any stack."""
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise SiteError(f"{name!r} is no name for a delta: use 1 to 64 letters, digits, '_' or '-'")
     if name in RESERVED:

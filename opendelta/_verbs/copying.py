@@ -1,4 +1,4 @@
-"""Copies of a whole model without its deltas: over the same tensors, or with all in the weights."""
+"""Copy a whole model without its deltas: share its tensors, or fold the deltas into new weights."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def shared_copy(model: Module) -> Module:
-    """A second module tree over the tensors of `model`, without its deltas.
+    """Return a second module tree over the tensors of `model`, without its deltas.
 
-    Several compositions live side by side on one backbone in memory, each on a copy of its own;
-    they may run in several threads. What is written into a shared tensor in place is seen by all;
-    `requires_grad` flags, merging and moving to another device or dtype are each copy's own.
+    So several compositions share one backbone in memory, each on a copy of its own. The copies may
+    run in several threads. A value that is written into a shared tensor in place changes in all
+    copies. Each copy has its own `requires_grad` flags; merging a copy, or moving it to another
+    device or dtype, changes no other copy.
 
     Raises:
         DeltaError: deltas are merged into the weights.
@@ -60,7 +61,10 @@ def shared_copy(model: Module) -> Module:
 
 
 def to_backbone(model: Module) -> Module:
-    """A plain model whose weights hold all that acts on `model`; see `Composition.to_backbone`."""
+    """Return a plain copy of `model` with all active deltas in its weights.
+
+    See `Composition.to_backbone`.
+    """
     backbone = Backbone.of(model)
     backbone.require_unrouted("cannot make a plain model")
     merging.check_whole(backbone)

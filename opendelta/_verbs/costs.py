@@ -1,4 +1,4 @@
-"""What delta layers cost: bytes for training, and FLOPs, counted on the meta device."""
+"""Count the bytes that training needs for delta layers."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class Memory:
     """Bytes that training needs for deltas, without activations.
 
     Attributes:
-        parameters: the values, those that do not train and buffers among them.
-        gradients: of what trains.
-        optimizer: its states of what trains, in the dtype of the parameter.
+        parameters: all values, with buffers and parameters that do not train.
+        gradients: the gradients of the parameters that train.
+        optimizer: the optimizer's states of these parameters, in the dtype of the parameter.
     """
 
     parameters: int
@@ -26,12 +26,12 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All of them together."""
+        """Return the sum of the three."""
         return self.parameters + self.gradients + self.optimizer
 
 
 def memory_of(layers: Iterable[DeltaLayer], optimizer_states: int) -> Memory:
-    """What `layers` need, for an optimizer with so many states a parameter."""
+    """Return the memory of `layers`, for an optimizer with so many states per parameter."""
     values: dict[int, Tensor] = {}
     for layer in layers:
         values |= {id(tensor): tensor for tensor in (*layer.parameters(), *layer.buffers())}

@@ -1,7 +1,7 @@
 """Fold deltas into the weights of their modules, and take them out again bit for bit.
 
-A stack folds from the bottom: a layer can be written into the weight only if everything beneath it
-is. Merged layers stay on their stack, with the weights as they were, and no longer act."""
+A stack folds from the bottom: a layer can be written into the weight only if all layers beneath it
+are. Merged layers stay on their stack and no longer act. The stack keeps the old weights."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from ..errors import SiteError
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What `merge` did.
+    """The result of `merge`.
 
     Attributes:
         merged: {full name of a module: names of the deltas in its weight now, the innermost first}.
-        left: {full name of a module: names of the deltas that still act there, by themselves}.
+        left: {full name of a module: names of the deltas that still act outside its weight}.
         errors: {full name of a quantised module: |requantised - exact| / |exact - before|}.
     """
 
@@ -46,7 +46,10 @@ class MergeReport:
 def foldable_run(
     stack: Stack,
 ) -> tuple[list[Named], Named | None]:
-    """The layers that can be merged now, the innermost first, and the one that stops them."""
+    """Return the layers that can be merged now, and the first layer that cannot, or None.
+
+    The innermost layer comes first.
+    """
     run: list[Named] = []
     for name, layer in stack.in_order():
         if name in stack.merged() or layer.acts is Acts.SERVES:
@@ -58,13 +61,13 @@ def foldable_run(
 
 
 def _runs_to_merge(backbone: Backbone, wanted: Collection[Record] | None) -> dict[str, list[Named]]:
-    """{full name of the site: the layers to merge there, the innermost first}.
+    """Return {full name of a site: the layers to merge there, the innermost first}.
 
     Args:
-        wanted: the deltas to merge whole. None: what can be merged.
+        wanted: the deltas to merge whole. None: merge all layers that can be merged.
 
     Raises:
-        SiteError: one of them does not fold, or stands on one that does not; or nothing folds.
+        SiteError: a wanted layer does not fold, or a layer beneath it does not; or nothing folds.
     """
     planned, stopped, users = {}, "", _users(backbone)
     for where, stack in backbone.stacks.items():
@@ -83,8 +86,7 @@ def _runs_to_merge(backbone: Backbone, wanted: Collection[Record] | None) -> dic
                 "all of it is merged"
                 if any(stack.steps for stack in backbone.stacks.values())
                 else f"no delta at the bottom of a stack folds into a weight{stopped}"
-            ),
-            where=where,
+            )
         )
     return planned
 
@@ -96,7 +98,7 @@ def _needed(
     stop: Named | None,
     wanted: Collection[Record],
 ) -> list[Named]:
-    """The part of `run` that merging all of `wanted` takes."""
+    """Return the part of `run` to merge for all of `wanted`; raise if that is not possible."""
     names = {name for name, layer in stack.in_order() if layer.record in wanted}
     names = {n for n in names if n not in stack.merged() and stack[n].acts is not Acts.SERVES}
     in_run = [name for name, _ in run]
@@ -127,7 +129,7 @@ def _refusal(where: str, name: str, layer: DeltaLayer, stop: str, blocker: Delta
 
 
 def _unfolded(layer: DeltaLayer) -> str:
-    """That a layer does not fold, and what of it or its module keeps it from that."""
+    """Return a text that the layer does not fold, with the reason if the class can fold."""
     why = "its gate goes by what it reads" if layer.gate is not None else layer.why_not
     able = type(layer).can_fold()
     return f"({type(layer).__name__}) does not fold into a weight" + f" ({why})" * (
@@ -136,7 +138,7 @@ def _unfolded(layer: DeltaLayer) -> str:
 
 
 def _users(backbone: Backbone) -> dict[int, list[str]]:
-    """{id of a parameter: the full names of the modules that have it}."""
+    """Return {id of a parameter: the full names of the modules that have it}."""
     users: dict[int, list[str]] = {}
     for name, module in backbone.modules.items():
         for parameter in module._parameters.values():
@@ -147,7 +149,7 @@ def _users(backbone: Backbone) -> dict[int, list[str]]:
 def _check_module(
     backbone: Backbone, where: str, run: list[Named], users: dict[int, list[str]]
 ) -> None:
-    """Raise if the weights of a module cannot be changed for this module alone."""
+    """Raise if the weights of a module cannot be changed without changing another module."""
     module = backbone.modules[where]
     names = ", ".join(name for name, _ in run)
     what = f"{where!r} ({type(module).__name__}): {names} cannot be merged"
@@ -202,10 +204,10 @@ def merge(backbone: Backbone, wanted: Collection[Record] | None = None) -> Merge
 
 
 def check_whole(backbone: Backbone) -> None:
-    """Raise unless all that acts is in the weights, once it is merged.
+    """Raise unless all active layers can be in the weights after a merge.
 
     Raises:
-        SiteError: names the first that does not fold.
+        SiteError: an active layer does not fold; the message names the first.
     """
     users = _users(backbone)
     for where, stack in backbone.stacks.items():
@@ -224,7 +226,7 @@ def check_whole(backbone: Backbone) -> None:
 
 
 def unmerge(backbone: Backbone) -> None:
-    """Put the weights back as they were before; see `Composition.unmerge`."""
+    """Put back the weights from before the merge; see `Composition.unmerge`."""
     for where, stack in backbone.stacks.items():
         for key in dict.fromkeys(key for step in stack.steps for key in step.marks):
             check_unchanged(where, backbone.modules[where], stack, key, "unmerging")

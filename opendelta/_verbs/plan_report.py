@@ -1,4 +1,4 @@
-"""The report of a dry run: its data, and the table that it prints as."""
+"""The report of a dry run: its data, and its table."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class PlannedModule:
     Attributes:
         name: its full name.
         type: its class.
-        role: what it does in its block, such as "attn.q"; None: not known.
+        role: its role in its block, such as "attn.q"; None: not known.
         block: the full name of the block that it is in; None: in none.
-        parameters: those of its layer.
-        flops: what its layer adds to a forward; None: not known.
-        reads: whether the module around it reads its weight, so that only what folds acts.
-        tied: other modules that use a weight of it too, and that would not change with it.
+        parameters: number of parameters of its layer.
+        flops: operations that its layer adds to a forward; None: not known.
+        reads: true if the module around reads its weight. Then only layers that fold act.
+        tied: other modules that share a weight with it; the delta would not change them.
         quantised: the kind of its weights, if they are quantised.
     """
 
@@ -46,19 +46,19 @@ class PlannedModule:
 
 @dataclass(frozen=True)
 class PlannedDelta:
-    """One delta as it would be.
+    """One delta of a plan.
 
     Attributes:
         name: the name that it would have.
         delta_type: its method.
         options: its options, with full names of modules.
-        modules: those that would carry a layer, in the order of the model.
-        parameters: how many it would add.
+        modules: the modules that would carry a layer, in the order of the model.
+        parameters: number of parameters that it would add.
         memory: bytes for training it, without activations.
-        positions: what it adds to every sequence: the length of a soft prompt.
-        missed: full names of modules like those that it changes, by role, or by class and name,
-            that it would not change.
-        warnings: those that attaching would give.
+        positions: number of positions that it adds to each sequence: the length of a soft prompt.
+        missed: full names of modules that it would not change, though they are like a module that
+            it changes: by role, or by class and name.
+        warnings: the warnings that attaching it would give.
     """
 
     name: str
@@ -74,14 +74,14 @@ class PlannedDelta:
 
 @dataclass(frozen=True)
 class Plan:
-    """What attaching deltas would do; `str()` gives a table, `to_dict()` what JSON can hold.
+    """The plan of attaching deltas; `str()` gives a table, `to_dict()` data for JSON.
 
     Attributes:
         model: the class of the backbone.
-        deltas: in the order of attaching.
-        total_parameters: those of the model as it is now, a tied one once.
-        added_parameters: those of all deltas in the plan.
-        trainable_parameters: those that would train once `freeze_module()` has been called.
+        deltas: the deltas in the order of attaching.
+        total_parameters: number of parameters of the model as it is now; a tied one counts once.
+        added_parameters: number of parameters of all deltas in the plan.
+        trainable_parameters: number of parameters that would train after `freeze_module()`.
     """
 
     model: str
@@ -92,20 +92,21 @@ class Plan:
 
     @property
     def trainable_share(self) -> float:
-        """What would train, as a share of all parameters, the added ones included."""
+        """Return the share of all parameters, with the added ones, that would train."""
         return self.trainable_parameters / max(1, self.total_parameters + self.added_parameters)
 
     @property
     def memory(self) -> Memory:
-        """Bytes for training all deltas, without activations."""
+        """Return the bytes for training all deltas, without activations."""
         parts = [dataclasses.astuple(delta.memory) for delta in self.deltas]
         return Memory(*map(sum, zip(*parts, strict=True)))
 
     @property
     def flops(self) -> Flops | None:
-        """What all deltas add to a forward, for a token that passes all modules; None: not known.
+        """Return the operations that all deltas add to a forward; None: not known.
 
-        Counted are the operations of matrix products, 2 a multiply-add.
+        The count is for a token that passes all modules. Only matrix products count, with 2
+        operations per multiply-add.
         """
         each = [module.flops for delta in self.deltas for module in delta.modules]
         known = [flops for flops in each if flops is not None]
@@ -114,7 +115,7 @@ class Plan:
         return Flops(sum(f.per_token for f in known), sum(f.per_forward for f in known))
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as JSON can hold it."""
+        """Return all data of the plan for JSON."""
         flops = self.flops
         return {
             **dataclasses.asdict(self),
@@ -133,7 +134,7 @@ class Plan:
 
 
 def plan_table(plan: Plan) -> Iterator[RenderableType]:
-    """A table of the modules of each delta, and what all of it costs."""
+    """Yield a table of the modules of each delta, and lines with the costs and remarks."""
     table = plain_table(f"plan for {plan.model}")
     table.add_column("delta", style="magenta", no_wrap=True)
     table.add_column("role", style="green", no_wrap=True)

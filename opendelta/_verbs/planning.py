@@ -1,4 +1,4 @@
-"""A dry run of attaching: which modules deltas would be on, and what they would cost."""
+"""Plan attaching: find the modules that deltas would go on, and their costs, in a dry run."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def plan(
     *,
     optimizer_states: int = 2,
 ) -> Plan:
-    """What attaching deltas with these configs would do; nothing is touched or allocated.
+    """Plan to attach deltas with these configs; nothing is touched or allocated.
 
-    Several are planned as if attached one after another, on top of the deltas that `model` has. The
-    model may be on the meta device.
+    Several deltas are planned as if attached one after another, on top of the deltas that `model`
+    has. The model may be on the meta device.
 
     Args:
         model: the backbone.
@@ -46,7 +46,7 @@ def plan(
         optimizer_states: values that the optimizer keeps for each parameter: 2 for Adam.
 
     Raises:
-        DeltaError: whatever attaching would raise.
+        DeltaError: the same error as attaching would raise.
 
     Example:
         >>> import torch
@@ -76,7 +76,7 @@ def plan(
 
 
 def _checked(configs: Any) -> list[DeltaConfig]:
-    """The configs in what `plan` was given."""
+    """Return the configs in the argument of `plan` as a list; raise if it holds anything else."""
     several = isinstance(configs, Iterable) and not isinstance(configs, str)
     wanted = list(configs) if several else [configs]
     for config in wanted:
@@ -92,7 +92,7 @@ def _checked(configs: Any) -> list[DeltaConfig]:
 
 
 class Planner:
-    """Puts layers without memory on stacks that no module carries, one delta after another."""
+    """Plan one delta after another: put layers without memory on stacks that no module carries."""
 
     def __init__(self, backbone: Backbone, optimizer_states: int) -> None:
         self.backbone, self.optimizer_states = backbone, optimizer_states
@@ -100,10 +100,10 @@ class Planner:
         self.flops: dict[Any, Flops | None] = {}
 
     def add(self, config: DeltaConfig) -> PlannedDelta:
-        """Plan one delta on top of those before.
+        """Plan one delta on top of the deltas before it.
 
         Raises:
-            DeltaError: whatever attaching it would raise.
+            DeltaError: the same error as attaching it would raise.
         """
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -129,7 +129,10 @@ class Planner:
         )
 
     def trainable(self) -> int:
-        """The parameters that train after `freeze_module()`: of all deltas, and by their names."""
+        """Return the number of parameters that train after `freeze_module()`.
+
+        They are the deltas' own, and the backbone's that `unfrozen_modules` names.
+        """
         records = known_records(self.backbone)
         frozen = {name for record in records for name in record.shared.frozen}
         kept = {name for record in records for name in record.config.unfrozen_modules or ()}
@@ -158,19 +161,22 @@ class Planner:
             )
 
     def _flops(self, layer: DeltaLayer, module: nn.Module) -> Flops | None:
-        """What a layer adds to a forward, found once for all that look the same; None: unknown."""
+        """Return the operations that a layer adds to a forward; None: unknown.
+
+        Layers that look the same are counted once.
+        """
         shapes = [(n, t.shape) for n, t in (*layer.named_parameters(), *layer.named_buffers())]
         shared = layer.shared
         key = type(layer), layer.acts, tuple(shapes), id(shared), type(module), repr(module)
         if key not in self.flops:
             try:
                 self.flops[key] = layer.flops(module)
-            except Exception:  # a method's own forward: it may want what is not known here
+            except Exception:  # a method's own forward may need inputs that are not known here
                 self.flops[key] = None
         return self.flops[key]
 
     def _missed(self, hit: Sequence[str]) -> list[str]:
-        """The modules that are like one of those that are `hit`, and are not hit."""
+        """Return the modules that are like a module in `hit`, but not in `hit`."""
         modules = self.backbone.modules
         looks = {(self.roles.get(n), type(modules[n]), _kind_of_name(n)) for n in hit}
         roles_hit = {role for role, _, _ in looks if role is not None}
@@ -195,13 +201,13 @@ def _roles(model: nn.Module) -> dict[str, str]:
 
 
 def block_of(name: str) -> str | None:
-    """The full name of the block that a module is in: up to the first number in its name."""
+    """Return the full name of the block around a module: its name up to the first number."""
     found = re.match(r"(?:.*?\.)?\d+(?=\.|$)", name)
     return found[0] if found else None
 
 
 def _kind_of_name(name: str) -> str:
-    """The last step of a name that is no number, and the numbers behind it without their values."""
+    """Return the end of a name from the last step that is no number; later numbers become "#"."""
     steps = ["#" if step.isdigit() else step for step in name.split(".")]
     last = max((place for place, step in enumerate(steps) if step != "#"), default=0)
     return ".".join(steps[last:])

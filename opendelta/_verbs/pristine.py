@@ -1,4 +1,4 @@
-"""What is left of deltas on a backbone."""
+"""Find traces of deltas on a backbone."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .._sites.swap import plain_class
 from ..errors import DeltaError, PristineError, quoted
 from ..names import SLOT
 
-# No trace of a delta: accelerate, and so Trainer, leaves it on each model that it prepares.
+# This is no trace of a delta: accelerate, and so Trainer, sets it on each model that it prepares.
 MARKER = "_is_accelerate_prepared"
 
 
@@ -49,7 +49,7 @@ def _facts(module: nn.Module) -> dict[str, Any]:
 
 
 def snapshot(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """What `assert_pristine(model, like=...)` compares: classes, attributes, flags, hashed bits."""
+    """Return classes, attributes, flags and hashes for `assert_pristine(model, like=...)`."""
     return {name: _facts(module) for name, module in model.named_modules(remove_duplicate=False)}
 
 
@@ -65,7 +65,7 @@ def assert_pristine(model: nn.Module, like: dict[str, dict[str, Any]] | None = N
             `requires_grad` flags, the training flag and all bits must equal it.
 
     Raises:
-        PristineError: names the module and what is left of a delta.
+        PristineError: a trace is left; the message names the module and the trace.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     for name, module in modules.items():
@@ -102,7 +102,7 @@ def assert_pristine(model: nn.Module, like: dict[str, dict[str, Any]] | None = N
 
 
 def _change(was: Any, now: Any) -> str:
-    """What is other in `now`, in words; of lists and mappings only the items that differ."""
+    """Return the change in words; for lists and mappings only the items that differ."""
     if isinstance(now, list) and set(was) != set(now):
         parts = {"lost": sorted(set(was) - set(now)), "got": sorted(set(now) - set(was))}
         return " and ".join(f"{verb} {names}" for verb, names in parts.items() if names)

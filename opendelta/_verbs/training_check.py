@@ -1,4 +1,4 @@
-"""Will it train? One forward and backward that name the mistakes people make with deltas."""
+"""Check that a model will train: one forward and backward that find common mistakes."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from ..errors import DeltaError, listed
 from ..names import SLOT, join, parent
 
 Batch = Mapping[str, Any] | Sequence[Any] | Tensor
-SHOWN = 4  # of several names
-PACKED = 2**20  # elements of a buffer of whole numbers that holds weights, which no forward changes
+SHOWN = 4  # names in a list; more are left out
+PACKED = 2**20  # a larger buffer of whole numbers holds packed weights: no forward changes them
 
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What `check` found: true if all is well; `str()` says what to do.
+    """The findings of `check`: true if all is well; `str()` says what to do.
 
     Attributes:
         model: the class of the backbone.
@@ -39,13 +39,13 @@ class CheckReport:
         no_gradient: trainable parameters that got no gradient in a backward.
         not_optimized: trainable parameters that the optimizer does not hold.
         optimized_twice: parameters that the optimizer holds more than once.
-        strangers: how many tensors the optimizer holds that are not parameters of the model.
-        mixed_modes: {full name: "train" or "eval"} of modules in train mode inside a model in eval
+        strangers: number of tensors in the optimizer that are no parameters of the model.
+        mixed_modes: {full name: "train" or "eval"} of modules in train mode inside a module in eval
             mode, and of delta layers in another mode than the module that they are on.
-        trainable_parameters: how many values train.
-        total_parameters: of how many.
-        all_train: no parameter of the backbone is frozen, which is no problem where it is meant.
-        not_checked: what could not be looked at, and why.
+        trainable_parameters: number of values that train.
+        total_parameters: number of all values.
+        all_train: no parameter of the backbone is frozen. This may be intended.
+        not_checked: the checks that could not be made, each with the reason.
     """
 
     model: str
@@ -61,12 +61,12 @@ class CheckReport:
     not_checked: list[str] = field(default_factory=list)
 
     def __bool__(self) -> bool:
-        """Whether all is well, as far as it could be looked at."""
+        """True if no check found a problem; see `not_checked` for checks that were not made."""
         return not self.problems
 
     @property
     def problems(self) -> list[str]:
-        """What is wrong, where, and what to do: one sentence each."""
+        """Return the problems: what is wrong, where, and what to do."""
         inside = [f"{name} in {mode} mode" for name, mode in self.mixed_modes.items()]
         found = [
             (self.unreached, "delta layers did not run", "if the module around one reads its "
@@ -91,7 +91,7 @@ class CheckReport:
         return told
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as JSON can hold it."""
+        """Return all data of the report for JSON."""
         return {**dataclasses.asdict(self), "problems": self.problems}
 
     def __str__(self) -> str:
@@ -113,19 +113,20 @@ def check(
     batch: Batch | None = None,
     optimizer: Any = None,
 ) -> CheckReport:
-    """Run `model` forward and backward once, and name what will not train as it should.
+    """Run `model` forward and backward once, and report the mistakes that would spoil training.
 
-    It runs eagerly even if it is compiled. Gradients, buffers such as BatchNorm's statistics,
-    random number generators and modes are afterwards as they were.
+    A compiled model runs eagerly. Gradients, buffers such as BatchNorm's statistics, random number
+    generators and modes are afterwards as they were.
 
     Args:
         batch: the arguments of the forward: by keyword in a mapping, by position in a sequence, or
-            one tensor. With labels, the model's own loss is taken, else the sum of what it gives.
-            None: run on shapes alone, without arithmetic, on the model's `dummy_inputs`.
-        optimizer: one, or several in a list, that should hold all that trains.
+            one tensor. If the output has a loss, its gradients are taken, else the gradients of the
+            sum of the outputs. None: run on shapes alone, without arithmetic, on the model's
+            `dummy_inputs`.
+        optimizer: one optimizer, or several in a list, that should hold all trainable parameters.
 
     Raises:
-        DeltaError: `model` carries no delta, or `optimizer` is none.
+        DeltaError: `model` carries no delta, or `optimizer` is no optimizer.
 
     Example:
         >>> import torch
@@ -163,7 +164,10 @@ def check(
 
 
 def _inner(model: nn.Module) -> nn.Module:
-    """What torch.compile, DDP or DataParallel wrap: their own forward waits for a training step."""
+    """Return the model inside torch.compile, DDP or DataParallel.
+
+    Their own forward prepares a training step, so it is not called here.
+    """
     while True:
         if isinstance(model, DistributedDataParallel | DataParallel):
             model = model.module
@@ -174,7 +178,7 @@ def _inner(model: nn.Module) -> nn.Module:
 
 
 def _held(optimizer: Any) -> Counter[int]:
-    """{id of a tensor: how often the optimizers hold it}."""
+    """Return {id of a tensor: how often the optimizers hold it}."""
     several = optimizer if isinstance(optimizer, list | tuple) else [optimizer]
     for each in several:
         if not isinstance(getattr(each, "param_groups", None), list):
@@ -189,7 +193,7 @@ def _held(optimizer: Any) -> Counter[int]:
 def _run(
     backbone: Backbone, batch: Batch | None, trainable: dict[str, nn.Parameter]
 ) -> tuple[list[str], list[str], list[str]]:
-    """The layers that did not run, the parameters without gradient, and what was not looked at."""
+    """Return layers that did not run, parameters without gradient, and checks left out."""
     why = _no_backward(backbone)
     results: list[Any] = []
 
@@ -197,7 +201,7 @@ def _run(
         results.append(unreached_in(backbone))
         results.append(([], f"gradients: {why}") if why else _gradients(output, trainable))
 
-    token = PROBING.set(True)  # the report says it, so the first forward need not warn
+    token = PROBING.set(True)  # no warning by the first forward: the report has the same facts
     try:
         if batch is None:
             shapes.dry_run(backbone, look)
@@ -220,7 +224,7 @@ def _call(model: nn.Module, batch: Batch) -> Any:
 
 
 def _no_backward(backbone: Backbone) -> str | None:
-    """Why gradients of the model's own parameters cannot be asked for; None: they can."""
+    """Return why no gradients of the model's parameters can be computed; None: they can."""
     own = list(backbone.model.parameters())
     if any(is_sharded(p) or type(p).__name__ == "FlatParameter" for p in own):
         return "the parameters are sharded, and a backward would leave its own behind"
@@ -230,7 +234,7 @@ def _no_backward(backbone: Backbone) -> str | None:
 
 
 def _gradients(output: Any, trainable: dict[str, nn.Parameter]) -> tuple[list[str], str | None]:
-    """The trainable parameters without gradient, and why that cannot be told."""
+    """Return the trainable parameters without gradient, and why they are not known, or None."""
     loss = output.get("loss") if isinstance(output, Mapping) else None
     tensors = [loss] if isinstance(loss, Tensor) else list(every(Tensor, output))
     ends = [t for t in tensors if t.requires_grad and t.is_floating_point()]
@@ -240,7 +244,7 @@ def _gradients(output: Any, trainable: dict[str, nn.Parameter]) -> tuple[list[st
     if _recomputes(total):
         return [], "gradients: reentrant checkpointing; use use_reentrant=False"
     try:
-        # Not backward(), which writes into .grad, and lets optimizers step that are hooked there.
+        # backward() would write into .grad, and let optimizers step that are hooked there.
         grads = torch.autograd.grad(total, list(trainable.values()), allow_unused=True)
     except RuntimeError as error:
         return [], f"gradients: the backward failed: {str(error).strip().splitlines()[0]}"
@@ -248,7 +252,7 @@ def _gradients(output: Any, trainable: dict[str, nn.Parameter]) -> tuple[list[st
 
 
 def _recomputes(end: Tensor) -> bool:
-    """Whether reentrant checkpointing hides a part of the graph from `torch.autograd.grad`."""
+    """True if reentrant checkpointing hides a part of the graph from `torch.autograd.grad`."""
     todo: list[Any] = [end.grad_fn]
     seen: set[Any] = set()
     while todo:
@@ -264,7 +268,7 @@ def _recomputes(end: Tensor) -> bool:
 
 @contextlib.contextmanager
 def _put_back(backbone: Backbone) -> Iterator[None]:
-    """Put back buffers and random number generators that the block changes."""
+    """Put back the buffers and random number generators that the block changes."""
     tables = [(m._buffers, k, b) for m in backbone.model.modules() for k, b in m._buffers.items()]
     copies = {
         id(b): (b, b.detach().clone())

@@ -1,8 +1,8 @@
 """The methods, one file each. Importing a file registers its method under its `delta_type`.
 
-This is the one list of them: a name that is imported here is one of `opendelta` too. They import
-`author` and, where they do more than it offers, the rooms below; `recipes` and the programs may
-import them.
+This is the only list of the methods: each name that is imported here is a name of `opendelta` too.
+A method imports `author`. If it needs more than `author` offers, it imports the rooms below.
+`recipes` and the programs may import methods.
 """
 
 from .adapter import AdapterConfig, AdapterModel

@@ -20,7 +20,7 @@ class DoraLayer(LoraLayer):
     """y = n (W x + D x) + b, with D = (alpha / r) B A and n = m / |W + D|, row by row.
 
     m [out] starts as |W|, so that n is 1. As in the paper, no gradient passes through |W + D|. W is
-    the weight with the foldable layers beneath.
+    the weight with the changes of the foldable layers that act before this one.
     """
 
     kinds = ("linear", "conv2d")
@@ -37,9 +37,9 @@ class DoraLayer(LoraLayer):
 
     @torch.no_grad()
     def norm(self, weight: Tensor) -> Tensor:
-        """|W + s B A| of each row, from W A^T and A A^T: the sum is never built.
+        """Return |W + s B A| of each row, from W A^T and A A^T: the sum is never built.
 
-        Rows of zeros have a tiny one, so that there too n is 1 at the start.
+        For a row of zeros it is a tiny number instead of 0, so that n is 1 at the start there too.
         """
         A, B = (t.type_as(weight) for t in self.pair())
         wide = torch.promote_types(weight.dtype, torch.float32)

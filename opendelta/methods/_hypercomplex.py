@@ -36,7 +36,7 @@ class Rule(nn.Module):
                 self.register_buffer(name, tensor.detach())
 
     def forward(self) -> Tensor:
-        """The A_i [n, n, n]."""
+        """Return the A_i [n, n, n]."""
         if self.factorized:
             return torch.bmm(self.phm_rule_left, self.phm_rule_right)
         return self.phm_rule
@@ -67,7 +67,7 @@ class Blocks(nn.Module):
             nn.init.zeros_(self.W_right if self.factorized else self.W)
 
     def forward(self) -> Tensor:
-        """The B_i [n, in / n, out / n]."""
+        """Return the B_i [n, in / n, out / n]."""
         return torch.bmm(self.W_left, self.W_right) if self.factorized else self.W
 
 
@@ -76,7 +76,9 @@ class HypercomplexLinear(nn.Module):
 
     Args:
         zero: let the weight be 0 at the start.
-        shared: has `rule` and `blocks`, in the place of its own, as far as options share them.
+
+    `forward` takes `shared`, a `SharedParts`: its `rule` and `blocks` replace the layer's own ones
+    if the options share them.
     """
 
     def __init__(
@@ -99,7 +101,7 @@ class HypercomplexLinear(nn.Module):
 
 
 class SharedParts(nn.Module):
-    """The A_i, and the B_i for each width, as far as the options share them between layers."""
+    """The A_i, and the B_i for each width, if the options share them between layers."""
 
     def __init__(self, sites: list[Site], config: Any) -> None:
         super().__init__()

@@ -20,13 +20,13 @@ class LoraConfig(DeltaConfig):
     Attributes:
         lora_r: rank of the change.
         lora_alpha: the change is scaled by lora_alpha / lora_r.
-        lora_dropout: probability of dropping an input of the change while training; embeddings,
-            and modules whose weight is read, have no such input.
+        lora_dropout: probability of dropping an input of the change while training. It does nothing
+            on embeddings, and on modules whose weight is read, as these have no such input.
         use_rslora: scale by lora_alpha / sqrt(lora_r) instead. arXiv:2312.03732.
         use_dora: split the weight into magnitude and direction, and train both. arXiv:2402.09353.
-        init: how A and B start. "kaiming" or "gaussian": A random, B zero. "pissa"
-            (arXiv:2404.02948) or "olora" (arXiv:2406.01775): from the weight, whose own part
-            A0, B0 is taken off again, so that the start is the identity too.
+        init: how A and B start. "kaiming" or "gaussian": A is random, B is 0. "pissa"
+            (arXiv:2404.02948) or "olora" (arXiv:2406.01775): A0 and B0 come from the weight. The
+            change is then B A - B0 A0, so that it is 0 at the start too.
         rank_pattern: {pattern: rank} for some of the modules, by the addressing rules.
         alpha_pattern: {pattern: alpha} for some of the modules.
     """
@@ -63,10 +63,10 @@ class LoraLayer(WeightLayer):
         start(self, site, config.init)
 
     def pair(self) -> tuple[Tensor, Tensor]:
-        """A and B, with those of the weight's own part where the start took it off."""
+        """Return A and B; after "pissa" or "olora" with A0 and -B0 joined to them."""
         own: Any = self._parameters
         if "start_A" not in self._buffers:
-            plain = "lora_A" in own and "lora_B" in own  # found five times as fast as by attribute
+            plain = "lora_A" in own and "lora_B" in own  # five times as fast as by attribute
             return (own["lora_A"], own["lora_B"]) if plain else (self.lora_A, self.lora_B)
         A, B = torch.cat([self.lora_A, self.start_A]), torch.cat([self.lora_B, -self.start_B], 1)
         return A, B

@@ -29,9 +29,9 @@ class AdapterConfig(DeltaConfig):
         bottleneck_dim: width of the hidden layer.
         non_linearity: its activation, by transformers' name.
         scaling: the adapter's output is multiplied by this.
-        layer_norm: "before" or "after": normalise what goes into the adapter, or comes out of it.
-        residual: "output": add to the module's output. "input", on a normalisation: add to what it
-            normalises, and normalise again, as the adapters of arXiv:2005.00247 do in BERT.
+        layer_norm: "before": normalise the adapter's input. "after": normalise its output.
+        residual: "output": add to the module's output. "input", only on a normalisation: add to the
+            module's input and normalise again, as the adapters of arXiv:2005.00247 do in BERT.
     """
 
     bottleneck_dim: int = option(24, minimum=1)
@@ -58,7 +58,7 @@ class AdapterLayer(OutputLayer):
             nn.init.zeros_(start)
 
     def bottleneck(self, h: Tensor) -> Tensor:
-        """s up(f(down(h)))."""
+        """Return s up(f(down(h)))."""
         x = self.norm(h) if self.layer_norm == "before" else h
         x = self.up_proj(self.non_linearity(self.down_proj(x)))
         return self.scaling * (self.norm(x) if self.layer_norm == "after" else x)

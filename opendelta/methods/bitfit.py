@@ -15,13 +15,13 @@ from ..author import Delta, DeltaConfig, DeltaLayer, Params, Site, times
 class BitFitConfig(DeltaConfig):
     """BitFit has no options of its own.
 
-    A module of `modified_modules` that is no linear layer, convolution or normalisation stands for
-    all that are inside it.
+    BitFit goes on linear layers, convolutions and normalisations. Any other module of
+    `modified_modules` stands for all such modules inside it.
     """
 
 
 class BitFitLayer(DeltaLayer):
-    """y = f(x) + b, with b [out] that is 0 at the start: on top of a bias, or where none is."""
+    """y = f(x) + b, with b [out] that is 0 at the start; f may have a bias of its own or none."""
 
     kinds = ("linear", "conv2d", "norm")
     inside = True
@@ -49,7 +49,7 @@ class BitFitLayer(DeltaLayer):
 
 
 class BitFitModel(Delta):
-    """Trainable biases, the delta's own, also where the backbone has none. arXiv:2106.10199.
+    """Trainable biases on top of the backbone's, also where it has none. arXiv:2106.10199.
 
     Example:
         >>> from torch import nn

@@ -18,9 +18,10 @@ class CompacterConfig(DeltaConfig):
 
     Attributes:
         reduction_factor: the hidden layer has width // reduction_factor units, rounded down to a
-            multiple of `hypercomplex_division` and at least that.
+            multiple of `hypercomplex_division`, but at least `hypercomplex_division`.
         non_linearity: its activation, by transformers' name.
-        phm_c_init: how the A_i start, within or with the deviation `phm_init_range`.
+        phm_c_init: how the A_i start. "normal": with the standard deviation `phm_init_range`.
+            "uniform": in [-phm_init_range, phm_init_range].
         hypercomplex_division: n, the number of Kronecker products in a sum; A_i is [n, n].
         learn_phm: train the A_i.
         hypercomplex_nonlinearity: how the B_i start.
@@ -28,8 +29,8 @@ class CompacterConfig(DeltaConfig):
         factorized_phm: B_i is a product of rank `phm_rank`.
         shared_W_phm: all layers of the same width share the B_i.
         factorized_phm_rule: A_i is a product of rank 1.
-        kronecker_prod: taken for OpenDelta 0.3's sake; both of its ways compute the same.
-        use_bias_up_sampler, use_bias_down_sampler: whether the two linear layers have a bias.
+        kronecker_prod: ignored; OpenDelta 0.3 had it, and both of its values compute the same.
+        use_bias_up_sampler, use_bias_down_sampler: give the up or the down layer a bias.
     """
 
     places_first = True
@@ -50,7 +51,7 @@ class CompacterConfig(DeltaConfig):
     use_bias_down_sampler: bool = True
 
     def hidden(self, width: int) -> int:
-        """Units of the hidden layer."""
+        """Return the number of units of the hidden layer."""
         n = self.hypercomplex_division
         return max(1, width // self.reduction_factor // n) * n
 

@@ -16,9 +16,9 @@ class FourierFTConfig(DeltaConfig):
     """Options of FourierFT.
 
     Attributes:
-        n_frequency: entries of the spectrum that are trained; at most all.
+        n_frequency: number of trained entries of the spectrum, at most in * out.
         scaling: the change is multiplied by this.
-        random_loc_seed: seed of where those entries are; they are found anew from it on loading.
+        random_loc_seed: seed of the places of these entries; loading draws the places again.
     """
 
     n_frequency: int = option(1000, minimum=1)
@@ -27,7 +27,7 @@ class FourierFTConfig(DeltaConfig):
 
 
 class FourierFTLayer(WeightLayer):
-    """y = W x + s Re(ifft2(F)) x, with F [out, in] 0 but for n entries, which start as 0 too."""
+    """y = W x + s Re(ifft2(F)) x; F [out, in] is 0 but for n trained entries, which start as 0."""
 
     places: Tensor
 
@@ -42,7 +42,7 @@ class FourierFTLayer(WeightLayer):
         self.register_buffer("places", places, persistent=False)
 
     def seed(self) -> None:
-        """Draw where the entries are, as PEFT does."""
+        """Draw the places of the entries as PEFT does."""
         generator = torch.Generator().manual_seed(self.random_loc_seed)
         order = torch.randperm(math.prod(self.shape), generator=generator)
         self.places.copy_(order[: self.places.numel()])

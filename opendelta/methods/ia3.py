@@ -26,8 +26,8 @@ class IA3Config(DeltaConfig):
     """Options of IA3.
 
     Attributes:
-        feedforward_modules: those of the modified modules whose input is rescaled instead of
-            their output. None: the second layers of the feed-forward blocks.
+        feedforward_modules: the modified modules whose input is rescaled instead of their output.
+            None: the second layers of the feed-forward blocks.
     """
 
     feedforward_modules: list[str] | None = option(None, modules=["ff.w2"])

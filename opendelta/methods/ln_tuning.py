@@ -15,15 +15,16 @@ from ..author import Delta, DeltaConfig, DeltaLayer, Norm, Params, Site
 class LNTuningConfig(DeltaConfig):
     """LN tuning has no options of its own.
 
-    A module of `modified_modules` that is no normalisation stands for all that are inside it.
+    LN tuning goes on normalisations. Any other module of `modified_modules` stands for all
+    normalisations inside it.
     """
 
 
 class LNTuningLayer(DeltaLayer):
-    """y = s f(x) + b: a normalisation with the weight s w and the bias s c + b for its w and c.
+    """y = s f(x) + b, for a normalisation f; s [width] is 1 and b [width] is 0 at the start.
 
-    s [width] is 1 and b [width] 0 at the start. The factor works for any kind of normalisation, and
-    on top of other deltas; where the normalisation has no bias, neither has the delta.
+    So a weight w becomes s w, and a bias c becomes s c + b. A factor works for any kind of
+    normalisation, and on top of other deltas. There is no b if the normalisation has no bias.
     """
 
     kinds = ("norm",)

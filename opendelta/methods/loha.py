@@ -29,9 +29,10 @@ class LohaConfig(DeltaConfig):
 class LohaLayer(WeightLayer):
     """y = W x + (alpha / r) ((A1 B1) * (A2 B2)) x, with A [out, r] and B [r, in]; B2 starts as 0.
 
-    (A1 B1) * (A2 B2) is the product of [out, r * r] and [r * r, in] matrices, made of the products
-    of all pairs of columns of A1 and A2, and of rows of B1 and B2: it is built only if it is
-    smaller than those.
+    (A1 B1) * (A2 B2) is also the product of two matrices [out, r * r] and [r * r, in]. The columns
+    of the first are the products of all pairs of columns of A1 and A2; the rows of the second are
+    the products of all pairs of rows of B1 and B2. The matrix [out, in] is built only if it is no
+    larger than these two matrices.
     """
 
     kinds = ("linear", "conv2d")

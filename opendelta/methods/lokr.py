@@ -17,11 +17,11 @@ class LokrConfig(DeltaConfig):
     """Options of LoKr.
 
     Attributes:
-        r: rank of the factors that are low-rank.
+        r: rank of the low-rank factors.
         alpha: the change is scaled by alpha / r.
-        decompose_both: let the small factor be low-rank too, where that is smaller.
-        decompose_factor: the small factor has at most this many rows and columns; -1: as near to
-            the root of the module's sizes as they divide.
+        decompose_both: let the small factor W1 be low-rank too, if its factors are smaller.
+        decompose_factor: W1 has at most this many rows and columns. -1: for each size of the
+            module, the largest divisor up to its square root.
         rank_pattern, alpha_pattern: {pattern: value} for some of the modules.
     """
 
@@ -34,7 +34,10 @@ class LokrConfig(DeltaConfig):
 
 
 def divide(size: int, factor: int) -> tuple[int, int]:
-    """(m, n) with m n = size, m <= n and the largest such m, at most `factor` if that is not -1."""
+    """Return (m, n) with m n = size; m is `factor` if that divides `size`.
+
+    Else m <= n, and m is the largest divisor that is not above `factor` (if `factor` is not -1).
+    """
     if factor > 0 and size % factor == 0:
         return factor, size // factor
     limit = math.isqrt(size) if factor < 1 else min(factor, math.isqrt(size))
@@ -66,7 +69,7 @@ class LokrLayer(WeightLayer):
         nn.init.zeros_(next(self.parameters()))
 
     def factor(self, name: str) -> Tensor:
-        """W1 or W2."""
+        """Return W1 for the name "lokr_w1", W2 for "lokr_w2"."""
         own: Any = self._parameters
         return own[name] if name in own else own[f"{name}_a"] @ own[f"{name}_b"]
 

@@ -25,7 +25,7 @@ class LoraModel(Delta):
     config_class = LoraConfig
     layer_class = LoraLayer
     default_modified_modules = ("attn.q", "attn.v", "mixer.in")
-    combination: Any = None  # what `combine` tells of a delta that it made
+    combination: Any = None  # the `Combination`, if `combine` made the delta
 
     @classmethod
     def layer_for(cls, config: Any) -> type[DeltaLayer]:

@@ -19,8 +19,8 @@ class LoReftConfig(DeltaConfig):
 
     Attributes:
         low_rank_dimension: rows of R.
-        first: change only this many tokens at the start, and those that `last` says.
-        last: change only this many tokens at the end. Both None: all tokens.
+        first: number of tokens at the start to change.
+        last: number of tokens at the end to change. If both are None, all tokens are changed.
     """
 
     low_rank_dimension: int = option(4, minimum=1)
@@ -29,9 +29,9 @@ class LoReftConfig(DeltaConfig):
 
 
 class LoReftLayer(OutputLayer):
-    """h + R^T (W h + b - R h) on the output h [..., width], with R [r, width] of orthonormal rows.
+    """h + R^T (W h + b - R h) on the output h [..., width]; R [r, width] has orthonormal rows.
 
-    R is the Q of the QR decomposition of what is trained. W starts as R and b as 0.
+    R^T is the Q of the QR decomposition of the trained matrix [width, r]. W starts as R, b as 0.
     """
 
     scales = True
@@ -49,7 +49,7 @@ class LoReftLayer(OutputLayer):
         nn.init.zeros_(self.learned_source.bias)
 
     def R(self) -> Tensor:
-        """R [r, width]."""
+        """Return R [r, width]."""
         raw = self.rotate_layer
         Q = torch.linalg.qr(raw.to(torch.promote_types(raw.dtype, torch.float32))).Q
         return Q.T.to(raw.dtype)

@@ -15,11 +15,12 @@ class OFTConfig(DeltaConfig):
     """Options of OFT.
 
     Attributes:
-        oft_block_size: rows of a block; the largest divisor of the module's input size up to this.
-        block_share: one block for all.
-        use_cayley_neumann: a sum in the place of the inverse in Cayley's formula: cheaper, and
-            orthogonal only nearly.
-        num_cayley_neumann_terms: the summands of that.
+        oft_block_size: a block has as many rows as the largest divisor of the module's input size
+            up to this.
+        block_share: use the same block R_i everywhere in a module.
+        use_cayley_neumann: compute the inverse in Cayley's formula as a sum. It is cheaper, and
+            only nearly orthogonal.
+        num_cayley_neumann_terms: number of terms of this sum.
     """
 
     oft_block_size: int = option(32, minimum=2)
@@ -45,7 +46,7 @@ class OFTLayer(InputLayer):
         nn.init.zeros_(self.oft_R)
 
     def rotations(self) -> Tensor:
-        """The R_i [blocks or 1, size, size], in at least float32."""
+        """Return the R_i [blocks or 1, size, size] in at least float32."""
         upper = self.oft_R.to(torch.promote_types(self.oft_R.dtype, torch.float32))
         row, column = torch.triu_indices(self.size, self.size, 1, device=upper.device)
         Q = upper.new_zeros(upper.size(0), self.size, self.size)
@@ -61,7 +62,7 @@ class OFTLayer(InputLayer):
         return total + power @ Q
 
     def rotate(self, x: Tensor, R: Tensor) -> Tensor:
-        """Each block of the last axis of `x` times its R_i."""
+        """Multiply each block of the last axis of `x` by its R_i."""
         blocks = x.unflatten(-1, (-1, 1, self.size))
         return (blocks @ R.type_as(x)).flatten(-3)
 

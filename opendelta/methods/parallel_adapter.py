@@ -1,4 +1,4 @@
-"""Parallel adapter: a bottleneck beside one module or several in a row. arXiv:2110.04366."""
+"""Parallel adapter: a bottleneck beside one module, or several in a row. arXiv:2110.04366."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from ..author import BranchLayer, Delta, DeltaConfig, Site, activation, option
 class ParallelAdapterConfig(DeltaConfig):
     """Options of the parallel adapter.
 
-    Its `modified_modules` come in pairs: the module whose input the adapter reads, and the one to
-    whose output it adds, such as `["fc1", "fc2"]`; `["fc2", "fc2"]` is around one module.
+    Its `modified_modules` come in pairs, such as `["fc1", "fc2"]`. The adapter reads the input of
+    the first module and adds to the output of the second. `["fc2", "fc2"]` is around one module.
 
     Attributes:
         bottleneck_dim: width of the hidden layer.

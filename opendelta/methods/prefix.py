@@ -1,4 +1,4 @@
-"""Prefix tuning: trained keys and values before those of attention. arXiv:2101.00190."""
+"""Prefix tuning: trained keys and values before attention's own. arXiv:2101.00190."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from ..author import Delta, DeltaConfig, Site, option
 class PrefixConfig(DeltaConfig):
     """Options of prefix tuning.
 
-    A module of `modified_modules` that is no attention stands for the attention modules inside it.
+    Prefix tuning goes on attention modules. Any other module of `modified_modules` stands for the
+    attention modules inside it.
 
     Attributes:
-        prefix_token_num: keys and values in each attention module.
-        reparameterize: compute them by one small network that all layers share.
-        embed_dim: width of that network's input.
+        prefix_token_num: number of keys, and of values, in each attention module.
+        reparameterize: compute the keys and values by a small network that all layers share.
+        embed_dim: width of this network's input.
         mid_dim: width of its hidden layer.
     """
 
@@ -74,8 +75,8 @@ class PrefixLayer(Base):
 class PrefixModel(Delta):
     """Keys and values that all queries see, in every attention module of a model. arXiv:2101.00190.
 
-    They go through transformers' attention interface, and never through the KV cache; attention
-    modules that do not use that interface are refused. A relative position bias is 0 for them.
+    The prefix goes through transformers' attention interface, and never through the KV cache. An
+    attention module that does not use this interface is refused. Its relative position bias is 0.
 
     Example:
         >>> import transformers

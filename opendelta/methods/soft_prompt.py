@@ -18,12 +18,13 @@ class SoftPromptConfig(DeltaConfig):
     Attributes:
         soft_token_num: length of the prompt.
         init_range: a random start is uniform in [-init_range, init_range].
-        token_init: start as the embeddings of tokens: True, the first ones of the vocabulary; a
-            list of token ids, or a text, from the start again where they are too few.
+        token_init: start as the embeddings of tokens. True: the first tokens of the vocabulary. A
+            list of token ids, or a text: these tokens, repeated if there are too few. False: a
+            random start.
         tokenizer: the folder or hub name of the tokenizer that reads the text.
-        strip: take the prompt's positions out of what the blocks give, so that heads and labels see
-            the tokens alone. An encoder-decoder's decoder always attends to the prompt. False is
-            what OpenDelta 0.3 and PEFT do: a pooler then reads the first row of the prompt.
+        strip: take the prompt's positions out of the blocks' output, so that heads and labels see
+            the tokens alone. The decoder of an encoder-decoder attends to the prompt in any case.
+            False, as in OpenDelta 0.3 and PEFT: a pooler then reads the first row of the prompt.
     """
 
     soft_token_num: int = option(100, minimum=1)
@@ -51,11 +52,12 @@ class SoftPromptLayer(PromptLayer):
 
 
 class SoftPromptModel(Delta):
-    """Trained rows before the embedded tokens of a model, and out again. arXiv:2104.08691.
+    """Trained rows before a model's embedded tokens, taken out of its output. arXiv:2104.08691.
 
     The prompt goes to the module that embeds the tokens: a decoder, an encoder, or the encoder of
-    an encoder-decoder. It stands before padding on the left, which a model with relative positions
-    or a sliding window counts as distance to it: T5 and Mistral give padded rows other values.
+    an encoder-decoder. It stands before padding on the left. A model with relative positions or a
+    sliding window then counts the padding as distance between prompt and tokens: T5 and Mistral
+    give padded rows other values.
 
     Example:
         >>> import transformers

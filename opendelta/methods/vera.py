@@ -19,9 +19,9 @@ class VeraConfig(DeltaConfig):
 
     Attributes:
         r: rank of the shared matrices; larger than LoRA's, as only vectors are trained.
-        d_initial: where d starts.
+        d_initial: the value of d at the start.
         vera_dropout: probability of dropping an input of the change while training.
-        projection_prng_key: seed of the shared matrices; they are made anew from it on loading.
+        projection_prng_key: seed of the shared matrices; loading draws the matrices again.
         save_projection: save the shared matrices too.
     """
 
@@ -44,7 +44,7 @@ class Projections(nn.Module):
         self.register_buffer("vera_B", B.detach(), persistent)
 
     def seed(self) -> None:
-        """Fill A and B, as kaiming's start does, with the numbers that PEFT gets."""
+        """Fill A and B by Kaiming's uniform start with the same numbers as PEFT."""
         generator = torch.Generator().manual_seed(self.key)
         for buffer in self.buffers():
             bound = math.sqrt(6 / buffer.size(1))
@@ -62,7 +62,7 @@ class VeraLayer(WeightLayer):
         self.vera_lambda_b = nn.Parameter(nn.init.zeros_(site.parameter(site.out_features)))
 
     def pair(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """A [r, in] and B [out, r]: what this layer uses of the shared matrices."""
+        """Return A [r, in] and B [out, r], this layer's parts of the shared matrices."""
         A, B = self.shared.vera_A, self.shared.vera_B
         return A[:, : self.kind.in_features].to(x.device), B[: self.kind.out_features].to(x.device)
 

@@ -1,6 +1,6 @@
-"""New deltas made of others: combinations of papers, and sums of changes.
+"""Make new deltas of several others: combinations from papers, and sums of weight changes.
 
-It imports `methods` and all below; `demo` and `cli` may import it.
+It imports `methods` and all rooms below; `demo` and `cli` may import it.
 """
 
 from .combining import Combination, combine

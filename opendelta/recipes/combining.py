@@ -1,4 +1,4 @@
-"""Arithmetic between deltas, on the changes of weights that they make, whatever their methods."""
+"""Arithmetic between deltas of any methods, on their changes of the weights."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ HOWS = ("linear", "cat", "svd", "ties", "dare_linear", "dare_ties", "magnitude_p
 
 @dataclass(frozen=True)
 class Combination:
-    """How near the delta that `combine` made is to what was wanted.
+    """Rank and error of the delta that `combine` made.
 
     Attributes:
-        errors: {full name of a module: |its change of the weight - wanted| / |wanted|}.
+        errors: {full name of a module: |change of its weight - wanted change| / |wanted change|}.
         ranks: {full name of a module: rank of the change there}.
     """
 
@@ -54,23 +54,24 @@ def combine(
     seed: int = 0,
     name: str | None = None,
 ) -> LoraModel:
-    """A new delta from several that are attached: a weighted sum of the changes they make.
+    """Make a new delta from attached deltas: a weighted sum of their changes of the weights.
 
-    Each delta's change of a weight is taken as it would be alone, whatever its method, so that
+    Each delta counts with the change that it would make alone, whatever its method, so that
     "linear" is the true sum of the changes. The new delta is a LoRA, attached and disabled; the
-    others stay as they are. Its `combination` tells rank and error for every module.
+    other deltas stay as they are. Its `combination` has the rank and error for each module.
 
     Args:
         weights: {name of a delta: its weight}, positive or negative.
-        how: "linear": the sum. "cat": the same, refused unless exact by putting factors of low rank
-            side by side. "svd": the best of `rank`. "ties" (arXiv:2306.01708): keep the `density`
-            largest values of each change, elect a sign for each value, average those that agree.
-            "dare_linear", "dare_ties" (arXiv:2311.03099): keep each value with probability
-            `density`, scaled up. "magnitude_prune": keep the `density` largest, and sum.
-        rank: of the new delta. None: what it takes to be exact.
-        density: share of values that are kept, in (0, 1]; needed by the last four.
-        seed: of what "dare" draws.
-        name: of the new delta. None: the names joined.
+        how: "linear": the sum. "cat": the sum, by low-rank factors side by side; refused if that is
+            not exact. "svd": the nearest change of `rank`. "ties" (arXiv:2306.01708): keep the
+            share `density` of largest values of each change, elect a sign for each entry, and
+            average the values with this sign. "dare_linear", "dare_ties" (arXiv:2311.03099): keep
+            each value with probability `density`, scaled up. "magnitude_prune": keep the share
+            `density` of largest values, and sum.
+        rank: rank of the new delta. None: as high as an exact change needs.
+        density: share of kept values, in (0, 1]; the last four ways need it.
+        seed: seed of the values that "dare" keeps.
+        name: name of the new delta. None: the names joined.
 
     Raises:
         DeltaError: a name is unknown, a delta does not change weights alone, or nothing is left.
@@ -158,10 +159,10 @@ def _check_layer(backbone: Backbone, where: str, name: str, layer: DeltaLayer) -
 # ------------------------------------------------------------------------------------- the changes
 @torch.no_grad()
 def change_of(module: nn.Module, where: str, layer: DeltaLayer) -> Tensor:
-    """What a layer alone adds to the weight matrix [out, in] of a module, in at least float32.
+    """Return the change of a module's weight matrix [out, in] by one layer, in at least float32.
 
     Raises:
-        SiteError: it changes the bias, too.
+        SiteError: the layer changes the bias, too.
     """
     kind: Any = kind_of(module)
     params = {
@@ -188,7 +189,7 @@ def _combined(
     density: float | None,
     generator: torch.Generator,
 ) -> tuple[tuple[Tensor, Tensor], float]:
-    """The factors A [rank, in] and B [out, rank] of a combined change, and their error."""
+    """Return the factors A [rank, in] and B [out, rank] of a combined change, and their error."""
     wanted = _wanted(module, where, parts, how, density, generator)
     pairs = [(layer.folds_as(), weight) for layer, weight in parts]
     low = all(pair is not None and pair.A.size(0) <= min(wanted.shape) for pair, _ in pairs)
@@ -215,7 +216,11 @@ def _error(A: Tensor, B: Tensor, wanted: Tensor) -> float:
 
 
 def _truncated(matrix: Tensor, rank: int | None) -> tuple[Tensor, Tensor]:
-    """A [rank, in] and B [out, rank], the best of that rank, or as good as exact."""
+    """Return A [rank, in] and B [out, rank] with B A nearest to `matrix`.
+
+    Args:
+        rank: the rank. None: the numerical rank of `matrix`, so that B A is exact up to rounding.
+    """
     U, S, V = torch.linalg.svd(matrix, full_matrices=False)
     if rank is None:
         eps = torch.finfo(matrix.dtype).eps * max(matrix.shape)
@@ -232,7 +237,7 @@ def _wanted(
     density: float | None,
     generator: torch.Generator,
 ) -> Tensor:
-    """The combined change [out, in]."""
+    """Return the combined change [out, in]."""
     changes = [change_of(module, where, layer) for layer, _ in parts]
     if how in ("ties", "magnitude_prune"):
         changes = [_largest(change, density or 1.0) for change in changes]
@@ -247,7 +252,7 @@ def _wanted(
 
 
 def _largest(change: Tensor, density: float) -> Tensor:
-    """The share `density` of values that are largest in magnitude, and 0 elsewhere."""
+    """Keep the share `density` of values that are largest in magnitude; the others become 0."""
     count = max(1, round(density * change.numel()))
     kept = change.abs().flatten().topk(count).indices
     mask = torch.zeros(change.numel(), dtype=torch.bool, device=change.device)
@@ -256,7 +261,7 @@ def _largest(change: Tensor, density: float) -> Tensor:
 
 
 def _dropped(change: Tensor, density: float, generator: torch.Generator) -> Tensor:
-    """Each value with probability `density`, scaled so that the expectation stays."""
+    """Keep each value with probability `density`, scaled so that the expectation stays."""
     mask = torch.rand(change.shape, generator=generator) < density
     return change * mask.to(change.device) / density
 
@@ -268,7 +273,7 @@ def _as_lora(
     ranks: Mapping[str, int],
     name: str,
 ) -> LoraModel:
-    """A LoRA with these factors, attached and disabled."""
+    """Return a LoRA with these factors, attached and disabled."""
     names = list(factors)
     largest = max(ranks.values())
     delta = LoraModel(

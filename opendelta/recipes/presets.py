@@ -1,4 +1,4 @@
-"""Combinations of deltas that papers give a name, as plain functions over the methods."""
+"""Combinations of deltas that have a name in a paper, as plain functions over the methods."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def mam(
     Args:
         prefix_token_num: keys and values of the prefix.
         bottleneck_dim: width of the adapter's hidden layer.
-        scaled: what the adapter's output is multiplied by.
-        options: what both deltas take, such as `dtype`.
+        scaled: factor of the adapter's output.
+        options: further options of both deltas, such as `dtype`.
     """
     prefix = PrefixModel(model, prefix_token_num=prefix_token_num, **options)
     try:
@@ -58,14 +58,14 @@ def unipelt(
 ) -> tuple[LoraModel, PrefixModel, AdapterModel]:
     """UniPELT: LoRA, a prefix, and adapters after the feed-forward, each behind a learned gate.
 
-    arXiv:2110.07577. The defaults are the paper's. Its gates are averaged over the sequence; here
-    each position has its own, see `DeltaConfig.gate`.
+    arXiv:2110.07577. The defaults are the paper's. The paper averages a gate over the sequence;
+    here each position has its own gate, see `DeltaConfig.gate`.
 
     Args:
         lora_r: rank of LoRA.
         prefix_token_num: keys and values of the prefix.
         bottleneck_dim: width of the adapter's hidden layer.
-        options: what all three take, such as `dtype`.
+        options: further options of all three deltas, such as `dtype`.
     """
     made: list[Any] = []
     try:
@@ -91,10 +91,10 @@ def adapter_drop(model: nn.Module, layers: Collection[int], **options: Any) -> A
 
     Args:
         layers: the numbers of the blocks without adapters, in each stack of blocks.
-        options: those of `AdapterModel`.
+        options: options of `AdapterModel`.
 
     Raises:
-        AddressError: a number is no block's, or none is left.
+        AddressError: no block has such a number, or no block with an adapter is left.
     """
     whole = AdapterModel(model, **options)
     whole.detach()
@@ -115,6 +115,6 @@ def adapter_drop(model: nn.Module, layers: Collection[int], **options: Any) -> A
 
 
 def _block(name: str) -> int | None:
-    """The number of the block that a module is in: the first number in its name."""
+    """Return the number of the block around a module: the first number in the module's name."""
     found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
     return int(found[1]) if found else None

@@ -11,8 +11,7 @@ import transformers
 from torch import nn
 
 import opendelta
-from opendelta import AddressError, DeltaLoadError, LoraModel, OptionError, SiteError
-from opendelta.author import Acts, DeltaLayer, OutputLayer
+from opendelta import AddressError, DeltaLoadError, LoraModel, SiteError
 from opendelta.errors import listed, quoted
 
 
@@ -27,6 +26,7 @@ def tied_net():
 
 
 # ------------------------------------------------------------------------------------------ fields
+@pytest.mark.covers("AddressError")
 def test_an_address_error_carries_the_pattern_and_the_nearest_names():
     model = nn.TransformerEncoderLayer(8, 2, 16)
     with pytest.raises(AddressError) as caught:
@@ -45,6 +45,7 @@ def test_a_role_that_is_taken_for_a_pattern_keeps_its_fields():
     assert caught.value.pattern == "attn.q"
 
 
+@pytest.mark.covers("SiteError")
 @pytest.mark.parametrize(
     ("attach", "where"),
     [
@@ -62,6 +63,7 @@ def test_a_site_error_says_which_module(attach, where):
     assert caught.value.where == where
 
 
+@pytest.mark.covers("DeltaLoadError")
 def test_a_load_error_says_which_tensors(tmp_path):
     saved(net(), tmp_path)
     wider = nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 4))
@@ -81,21 +83,6 @@ def test_lists_and_names_for_messages():
     assert listed("abcd") == "a, b, c, ..."
     assert listed([], 2) == ""
     assert (quoted("a.b"), quoted("")) == ("'a.b'", "the root")
-
-
-# ---------------------------------------------------------------------------------- layer classes
-def test_a_layer_class_says_how_it_acts_in_one_of_the_words():
-    with pytest.raises(OptionError, match=r"Bad.acts='beside' must be one of Acts.AFTER, .*SERVES"):
-
-        class Bad(OutputLayer):
-            acts = "beside"
-
-
-def test_a_layer_in_the_place_of_a_module_has_a_stand_in():
-    with pytest.raises(OptionError, match="acts INSTEAD of a module, so it needs a `stand_in`"):
-
-        class Bad(DeltaLayer):
-            acts = Acts.INSTEAD
 
 
 # ---------------------------------------------------------------------------------------- warnings
@@ -120,6 +107,7 @@ WAYS_IN = {
 }
 
 
+@pytest.mark.covers("DeltaWarning", "TiedWeightWarning")
 @pytest.mark.parametrize("way", WAYS_IN)
 @pytest.mark.parametrize("inside", [False, True], ids=["script", "function"])
 def test_a_warning_points_at_the_users_line(way, inside, tmp_path):
@@ -140,6 +128,7 @@ def saved(model, folder):
     return folder
 
 
+@pytest.mark.covers("UnsavedWarning")
 def test_a_warning_of_saving_points_at_the_users_line(tmp_path):
     model = net()
     script = "\n\ndelta.save_finetuned(folder)\n"
@@ -150,6 +139,7 @@ def test_a_warning_of_saving_points_at_the_users_line(tmp_path):
     assert warned_at(script, tmp_path, **names) == (True, 2)
 
 
+@pytest.mark.covers("UnreachedWarning")
 def test_a_warning_of_the_first_forward_points_at_the_users_line(tmp_path):
     class Reader(nn.Module):
         def __init__(self):
@@ -165,6 +155,7 @@ def test_a_warning_of_the_first_forward_points_at_the_users_line(tmp_path):
     assert warned_at("\n\n\nmodel(x)\n", tmp_path, **names) == (True, 4)
 
 
+@pytest.mark.covers("UnsavedWarning")
 def test_a_warning_of_save_pretrained_points_at_the_users_line(tmp_path):
     config = transformers.BertConfig(
         hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=9
@@ -175,6 +166,7 @@ def test_a_warning_of_save_pretrained_points_at_the_users_line(tmp_path):
     assert warned_at("\nmodel.save_pretrained(folder)\n", tmp_path, **names) == (True, 2)
 
 
+@pytest.mark.covers("UnusedWarning")
 def test_a_block_that_nobody_entered_points_at_the_users_line(tmp_path):
     model = net()
     delta = LoraModel(model, modified_modules=["0"])

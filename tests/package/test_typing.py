@@ -1,6 +1,5 @@
 """Type checkers and editors know every option: programs right and wrong, and the stubs."""
 
-import inspect
 import json
 import re
 import subprocess
@@ -9,12 +8,10 @@ from pathlib import Path
 
 import pytest
 import write_stubs
-from torch import nn
 
 import opendelta
 from opendelta import methods
 
-ROOT = Path(__file__).parents[2]
 TOOLS = Path(sys.executable).parent
 PROGRAM = """\
 import torch
@@ -88,39 +85,3 @@ def test_every_file_of_a_method_is_imported_where_the_methods_are_listed():
     for name in methods.__all__:
         assert getattr(opendelta, name) is getattr(methods, name)
         assert name in opendelta.__all__
-
-
-PLACES = "modified_modules exclude_modules unfrozen_modules common_structure interactive_modify"
-LORA_PLACES = "modified_modules unfrozen_modules exclude_modules common_structure"
-# The arguments of OpenDelta 0.3.2's classes by position, after the backbone and without `backend`.
-ORDER_OF_0_3 = {
-    "AdapterModel": f"bottleneck_dim non_linearity {PLACES}",
-    "BitFitModel": PLACES,
-    "CompacterModel": f"{PLACES} reduction_factor non_linearity phm_c_init hypercomplex_division "
-    "learn_phm hypercomplex_nonlinearity shared_phm_rule factorized_phm shared_W_phm "
-    "factorized_phm_rule phm_rank phm_init_range kronecker_prod use_bias_up_sampler "
-    "use_bias_down_sampler",
-    "LoraModel": f"lora_r lora_alpha lora_dropout {LORA_PLACES} interactive_modify",
-    "LowRankAdapterModel": "reduction_factor non_linearity low_rank_w_init low_rank_rank " + PLACES,
-    "ParallelAdapterModel": f"bottleneck_dim non_linearity {PLACES}",
-    "PrefixModel": f"prefix_token_num reparameterize embed_dim mid_dim {PLACES}",
-}
-
-
-@pytest.mark.parametrize("name", ORDER_OF_0_3)
-def test_options_by_position_have_the_order_of_opendelta_0_3(name):
-    parameters = inspect.signature(getattr(opendelta, name)).parameters
-    by_position = [n for n, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
-    assert by_position == ["backbone_model", *ORDER_OF_0_3[name].split()]
-
-
-def test_options_by_position_reach_their_names():
-    delta = opendelta.LoraModel(_net(), 2, 4, 0.1, ["0"], ["2"])
-    assert vars(delta.config).items() >= {"lora_r": 2, "lora_alpha": 4, "lora_dropout": 0.1}.items()
-    assert (delta.modified_modules, delta.unfrozen_modules) == (["0"], ["2"])
-    with pytest.raises(opendelta.OptionError, match=r"at most 8 options by position"):
-        opendelta.LoraModel(_net(), 2, 4, 0.1, ["0"], None, None, None, False, True)
-
-
-def _net():
-    return nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))

@@ -1,4 +1,4 @@
-"""Which modules play which role in any architecture: attn.q, ff.w2, embeddings, lm_head.proj."""
+"""Find the roles of modules in any architecture: attn.q, ff.w2, embeddings, lm_head.proj."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ ROLES = (
     *(f"ff.{part}" for part in ("w1", "gate", "gate_up", "w2", "experts", "router")),
     "mixer.in", "mixer.out", "embeddings", "lm_head.proj",
 )  # fmt: skip
-# One fused projection plays several roles.
+# {part of a fused projection: the parts that it includes}
 FUSED = {"qkv": ("q", "k", "v"), "kv": ("k", "v"), "gate_up": ("gate", "w1")}
-# What modules that play a part are often called, for messages.
+# {part: common names of modules that play it}, for messages
 ALIKE = {
     "q": ("query", "q_proj"), "k": ("key", "k_proj"), "v": ("value", "v_proj"),
     "proj": ("out_proj", "o_proj"), "w1": ("fc1", "up_proj"), "w2": ("fc2", "down_proj"),
@@ -60,24 +60,28 @@ def roles(
 def roles(
     model: nn.Module, override: Mapping[str, str | None] | None = None, why: bool = False
 ) -> dict[str, str] | dict[str, Decision]:
-    """{full name of a module: its role}, for every module of `model` that plays one.
+    """Return {full name of a module: its role} for each module of `model` that plays a role.
 
-    Roles are found in repeated blocks of any architecture: in attention `attn.q`, `attn.k`,
-    `attn.v`, `attn.qkv` (one projection for all), `attn.kv` (one for keys and values, or their
-    latents), `attn.proj` and `attn.layer_norm`, the same under `cross_attn.`; in feed-forwards
-    `ff.w1` (up), `ff.gate` (the branch that is activated), `ff.gate_up` (both in one), `ff.w2`
-    (down), `ff.layer_norm`, `ff.experts` and `ff.router`; in state-space and linear-attention
-    mixers `mixer.in` and `mixer.out`; outside of blocks `embeddings` (of tokens, tied copies too)
-    and `lm_head.proj`. A norm belongs to the sublayer that it feeds, or else follows.
+    Roles are found in the repeated blocks of any architecture:
+
+    - attention: `attn.q`, `attn.k`, `attn.v`, `attn.qkv` (one projection for all), `attn.kv` (one
+      projection for keys and values, or for their latents), `attn.proj` and `attn.layer_norm`;
+      cross-attention: the same under `cross_attn.`
+    - feed-forward: `ff.w1` (up), `ff.gate` (the activated branch), `ff.gate_up` (both in one),
+      `ff.w2` (down), `ff.layer_norm`, `ff.experts` and `ff.router`
+    - state-space and linear-attention mixers: `mixer.in` and `mixer.out`
+    - outside of blocks: `embeddings` (of tokens, with tied copies) and `lm_head.proj`
+
+    A norm belongs to the sublayer that it feeds, or else to the sublayer that it follows.
 
     Args:
-        override: {pattern: role, or None for no role}, for modules that are to have another role
-            than the one found; the patterns are those of `modified_modules`.
-        why: whether to give the reason of each decision too: {name: (role, reason)}.
+        override: {pattern: role, or None for no role}, to replace the role that is found. A pattern
+            has the same form as in `modified_modules`.
+        why: return the reason of each decision too: {name: (role, reason)}.
 
     Raises:
         AddressError: a pattern of `override` selects nothing.
-        OptionError: `override` names a role that there is not.
+        OptionError: `override` names an unknown role.
 
     Example:
         >>> from torch import nn
@@ -117,7 +121,7 @@ def _decisions(
 
 
 def _in_blocks(tree: Tree) -> dict[str, Decision]:
-    """The roles inside all blocks; of those that are built alike, one is looked into."""
+    """Return the roles inside all blocks; of blocks that are built alike, only one is examined."""
     looks: dict[Hashable, int] = {}
     seen: dict[str, int] = {}
     known: dict[int, dict[str, Decision]] = {}
@@ -135,7 +139,7 @@ def _in_blocks(tree: Tree) -> dict[str, Decision]:
 
 
 def _embeddings(backbone: Backbone) -> dict[str, str]:
-    """{name of a token embedding: the reason}, with all modules that hold the same weight."""
+    """Return {name of a token embedding: the reason}, with all embeddings of the same weight."""
     chosen: dict[str, str] = {}
     names = {id(module): name for name, module in backbone.modules.items()}
     for name, module in backbone.modules.items():
@@ -144,7 +148,7 @@ def _embeddings(backbone: Backbone) -> dict[str, str]:
         elif hasattr(module, "get_input_embeddings"):
             try:
                 held = module.get_input_embeddings()  # type: ignore[operator]
-            except (NotImplementedError, AttributeError):  # as models of other inputs say
+            except (NotImplementedError, AttributeError):  # the model embeds no tokens
                 continue
             where = names.get(id(held))
             if where is not None and isinstance(kind_of(backbone.modules[where]), Embedding):
@@ -162,7 +166,7 @@ def _is_script(module: nn.Module) -> bool:
 
 
 def _heads(backbone: Backbone) -> dict[str, str]:
-    """{name of a linear layer that gives the logits of tokens: the reason}."""
+    """Return {name of a linear layer that returns the logits of tokens: the reason}."""
     chosen: dict[str, str] = {}
     names = {id(module): name for name, module in backbone.modules.items()}
     for name, module in backbone.modules.items():
@@ -185,16 +189,16 @@ def _plays(role: str, wanted: str) -> bool:
 
 
 def _sublayers(backbone: Backbone, known: dict[str, str], wanted: str) -> list[str]:
-    """The modules that hold all of a sublayer, such as `attn`, or its parts where none holds them.
+    """Return the modules that hold a sublayer such as `attn`; else the parts of the sublayer.
 
-    A module holds a sublayer if it is around its parts and around no part of another.
+    A module holds a sublayer if it is around all its parts, and around no part of another sublayer.
     """
     blocks = set(units(Tree.of(backbone)))
     holders: dict[str, list[str]] = {}
     for name, role in known.items():
         if role.partition(".")[0] == wanted and not role.endswith(".layer_norm"):
             block = next((a for a in ancestors(name) if a in blocks), None)
-            if block is None:  # no block, but a list of attentions and one of feed-forwards
+            if block is None:  # the model has a list of attentions and a list of feed-forwards
                 block = re.sub(r"(?<![^.])(\d+)\..*", r"\1", name)
             holders.setdefault(block, []).append(name)
     chosen = []
@@ -211,16 +215,16 @@ def with_roles(
     override: Mapping[str, str | None] | None = None,
     some: bool = False,
 ) -> list[str]:
-    """The full names of the modules that play any of the `wanted` roles.
+    """Return the full names of the modules that play any of the `wanted` roles.
 
-    A fused projection is found by each role it plays: GPT-2's `attn.qkv` is its `attn.q`. A
-    sublayer, `attn`, is the module that holds all of it, or else its parts; `layer_norm` is every
-    normalisation, `root` the backbone itself. The spelling of OpenDelta's files, `attn@.q@`, is the
-    same as `attn.q`.
+    A fused projection is found by each role that it plays: GPT-2's `attn.qkv` is also its `attn.q`.
+    The name of a sublayer, such as `attn`, means the module that holds all of the sublayer, or else
+    its parts. `layer_norm` means each normalisation, `root` the backbone itself. `attn@.q@`, as
+    files of OpenDelta 0.3 have it, is the same as `attn.q`.
 
     Args:
         override: see `roles`.
-        some: it is enough if one of the roles is found.
+        some: raise only if none of the roles is found.
 
     Raises:
         AddressError: no module has such a role.
@@ -245,7 +249,7 @@ def with_roles(
 
 
 def _unknown(backbone: Backbone, known: Mapping[str, str], role: str) -> AddressError:
-    """The error for a role that no module plays, with what could be named in its place."""
+    """Return the error for a role that no module plays, with names to use instead."""
     held = sorted(set(known.values()))
     alike = nearest(role, held)
     near = ", ".join(alike) or "none"

@@ -1,4 +1,4 @@
-"""The repeated blocks of a module tree, and which of them are built alike."""
+"""Find the repeated blocks of a model, and the blocks that are built alike."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
 def class_of(module: nn.Module) -> str:
-    """The name of a module's class, without what deltas made of it."""
+    """Return the name of a module's own class, also if deltas replaced the class."""
     return (plain_class(module) or type(module)).__name__
 
 
 @dataclass
 class Tree:
-    """A survey, with the children of each module."""
+    """A backbone, with the names of the children of each module."""
 
     found: Backbone
     children: dict[str, list[str]]
 
     @classmethod
     def of(cls, backbone: Backbone) -> Tree:
-        """The tree of a survey."""
+        """Return the tree of a backbone."""
         children: dict[str, list[str]] = defaultdict(list)
         for name in backbone.modules:
             if name:
@@ -41,13 +41,13 @@ class Tree:
         return cls(backbone, children)
 
     def below(self, name: str) -> Iterator[str]:
-        """The names of all modules in the one called `name`, in order."""
+        """Yield the names of all modules inside the module `name`, in order."""
         for child in self.children.get(name, ()):
             yield child
             yield from self.below(child)
 
     def look(self, name: str, looks: dict[Hashable, int], seen: dict[str, int]) -> int:
-        """A number that is the same for modules that are built alike."""
+        """Return a number that is equal for modules that are built alike."""
         if name not in seen:
             module = self.found.modules[name]
             kind = kind_of(module)
@@ -62,11 +62,11 @@ class Tree:
 
 
 def units(tree: Tree) -> list[str]:
-    """The names of the blocks: items of lists that hold sublayers and are none themselves.
+    """Return the names of the blocks: items of lists that hold sublayers and are no sublayers.
 
-    Of lists inside each other, an inner one is a stack of blocks of its own if its items are of one
-    class, as in Swin's stages; else it is a list of a block's parts, as in T5. A module that stands
-    alone counts if it is of a block's class. Without any list the whole model is one block.
+    A list may be inside another list. If all items of the inner list are of one class, they are
+    blocks, as in Swin's stages; else they are the parts of a block, as in T5. A module outside of
+    lists is a block if it is of a block's class. A model without lists is one block.
     """
     items = [name for name in tree.found.modules if _is_item(tree, name)]
     known = set(items)

@@ -1,4 +1,4 @@
-"""The role of each module of one block: names and shapes decide, and the flow where they do not."""
+"""Decide the role of each module in a block: by names and shapes, or else by the flow of data."""
 
 from __future__ import annotations
 
@@ -32,10 +32,11 @@ class Scope:
 
     Attributes:
         kind: attn, cross_attn, ff, mixer or other.
-        name: its name, relative to the block; for a sublayer spread over a block, what it shares.
-        reason: what says so.
+        name: its name, relative to the block. For a sublayer without a module of its own: the
+            common part of its modules' names with a "*", such as "*" in BERT.
+        reason: the evidence for `kind`.
         outer: the scope around it.
-        linears: its linear modules, without those of a scope inside it.
+        linears: its linear modules, without the linear modules of a scope inside it.
     """
 
     kind: str
@@ -46,17 +47,17 @@ class Scope:
 
     @property
     def label(self) -> str:
-        """What a message calls it."""
+        """Return the scope's name in messages."""
         return self.name.rstrip("*") or "the block"
 
     @property
     def sublayer(self) -> str:
-        """The sublayer that it is a part of."""
+        """Return the kind of the sublayer that the scope is a part of."""
         return self.kind if self.kind != "other" or self.outer is None else self.outer.sublayer
 
 
 class Block:
-    """One block, and what is known of its modules so far.
+    """One block, with the roles and scopes of its modules that are known so far.
 
     Args:
         tree: the tree of the whole model.
@@ -76,15 +77,15 @@ class Block:
 
     @functools.cached_property
     def flows(self) -> list[Flow]:
-        """The flow of data through the block, as its forward is given more or fewer arguments."""
+        """Return the flows of data through the block, for forwards with fewer or more arguments."""
         return trace(self.tree.found.modules[self.where])
 
     def flow_of(self, *names: str) -> Flow | None:
-        """A flow that calls all the named modules; None: there is none."""
+        """Return a flow that calls all the named modules; None if there is none."""
         return next((f for f in self.flows if all(name in f.calls for name in names)), None)
 
     def give(self, name: str, role: str, reason: str) -> None:
-        """Decide the role of a module, unless it is decided."""
+        """Decide the role of a module, unless it is decided already."""
         self.roles.setdefault(name, (role, reason))
 
     def _find_scopes(self) -> None:
@@ -104,7 +105,7 @@ class Block:
                 self.scope_of[name] = kinds[name]  # type: ignore[assignment]
 
     def _scope(self, name: str, module: nn.Module, around: Scope | None) -> Scope | None:
-        """The scope that a module is by itself."""
+        """Return the scope that a module itself begins; None if it begins none."""
         key, cls = name.rpartition(".")[2], class_of(module)
         if key.isdigit() and around is not None:  # an item of a list of experts, or of sublayers
             fits = around.kind != "other" and len(self.linears_in(name)) > 1
@@ -117,7 +118,7 @@ class Block:
                 return Scope("ff", f"{shared}*", f"its name {key!r}")
             return None
         if kind in ("attn", "cross_attn", "mixer") and own != "other":
-            return None  # a part of it
+            return None  # the module is a part of the scope around it
         if kind == own == "ff" and len(self.linears_in(name)) == 1:
             return None
         if own == "attn" and naming.is_cross(name, cls):
@@ -125,26 +126,26 @@ class Block:
         return Scope(own, name, reason, around)
 
     def inside(self, name: str) -> list[str]:
-        """The modules in the one called `name`, in order."""
+        """Return the names of the modules inside the module `name`, in order."""
         start = f"{self.where}." if self.where else ""
         return [n.removeprefix(start) for n in self.tree.below(f"{start}{name}")]
 
     def linears_in(self, name: str) -> list[str]:
-        """The linear modules in the one called `name`, in order."""
+        """Return the names of the linear modules inside the module `name`, in order."""
         return [n for n in self.inside(name) if is_linear(self.modules[n])]
 
     def linears(self, scope: Scope) -> list[str]:
-        """The linear modules of a scope."""
+        """Return the linear modules of a scope."""
         return [name for name in scope.linears if is_linear(self.modules[name])]
 
     def size(self, name: str) -> tuple[int, int]:
-        """(in, out) of a linear module."""
+        """Return (in_features, out_features) of a linear module."""
         kind = kind_of(self.modules[name])
         assert kind is not None
         return kind.in_features, kind.out_features
 
     def own_name(self, name: str, scope: Scope) -> str:
-        """What a linear is called, or what is around it if it is only called `dense` or so."""
+        """Return the last step of a linear's name that says something; `dense` says nothing."""
         parts = name.removeprefix(f"{scope.name}.").split(".")
         while len(parts) > 1 and (parts[-1] in naming.GENERIC or parts[-1].isdigit()):
             parts.pop()
@@ -152,13 +153,13 @@ class Block:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear layer, in whatever storage."""
+    """True if a module is a linear layer, quantised or not."""
     kind = kind_of(module)
     return kind is not None and kind.name == Kind.name and not is_norm(module)
 
 
 def by_names(tree: Tree, where: str) -> Block:
-    """The block at `where`, with the roles that names and sizes tell."""
+    """Return the block at `where` with the roles that follow from names and sizes."""
     block = Block(tree, where)
     for scope in list(block.scopes.values()):
         if scope.kind in ("attn", "cross_attn"):
@@ -200,7 +201,7 @@ def _feed_forward(block: Block, scope: Scope) -> None:
 
 
 def _experts(block: Block, scope: Scope) -> None:
-    """The router and the experts of a mixture, if the scope holds one."""
+    """Decide the router and the experts, if the scope holds a mixture of experts."""
     inside = block.inside(scope.name)
     experts = [n for n in inside if _holds_experts(n, block.modules[n])]
     for name in experts:
@@ -224,7 +225,11 @@ def _holds_experts(name: str, module: nn.Module) -> bool:
 
 
 def parts_of_feed_forward(block: Block, names: dict[str, str | None], scope: Scope) -> None:
-    """Roles of the linears of one feed-forward, from what their names say and how they connect."""
+    """Decide the roles of the linears of one feed-forward, by their names, sizes and flow.
+
+    Args:
+        names: {name of a linear: "first", "gate", "gate_up", "last", or None if unknown}.
+    """
     if not names:
         return
     why = f"in {scope.label}: {scope.reason}"
@@ -255,7 +260,7 @@ def parts_of_feed_forward(block: Block, names: dict[str, str | None], scope: Sco
 
 
 def _gate(block: Block, pair: list[str], names: dict[str, str | None]) -> tuple[str, str]:
-    """(which of two parallel linears is activated, the reason)."""
+    """Return the gate, which is the activated one of two parallel linears, and the reason."""
     one, other = pair
     flow = block.flow_of(one, other)
     if flow is not None:
@@ -269,7 +274,7 @@ def _gate(block: Block, pair: list[str], names: dict[str, str | None]) -> tuple[
 
 
 def _activations(node: Node, other: Node) -> bool:
-    """Whether what `node` gives passes an activation before it meets what `other` gives."""
+    """True if the output of `node` passes an activation before it meets the output of `other`."""
     mine, its = _after(node), _after(other)
     meet = min((n.place for n in mine & its), default=None)
     return any(
@@ -290,7 +295,7 @@ def _after(node: Node) -> set[Node]:
 
 
 def _bare(block: Block) -> None:
-    """Feed-forwards whose linears stand in the block itself: fc1 and fc2, say."""
+    """Decide the roles of feed-forwards without a module of their own, such as fc1 and fc2."""
     groups: dict[str, list[str]] = defaultdict(list)
     for name, module in block.modules.items():
         parent, _, key = name.rpartition(".")

@@ -1,9 +1,9 @@
-"""The flow of data through one block: its own forward, run on stand-ins in place of tensors.
+"""Find the flow of data through one block: run its forward on stand-ins in place of tensors.
 
-Nothing is computed: a stand-in takes part in any operation and remembers which. Modules with
-weights are the nodes of the graph that comes out; modules around them are looked into. The block
-itself is never called or changed: skeletons of its modules, which share their attributes but for
-the weights, are called in its place.
+Nothing is computed: a stand-in accepts any operation and records it. The result is a graph. Its
+nodes are the operations and the modules with weights; the forward of a module around them is run.
+The block itself is never called or changed. Skeletons of its modules run in its place; a skeleton
+has all attributes of its module but the weights.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from ..._modules.kinds import ACROSS_CHANNELS, Norm, kind_of
 from ..._sites.swap import plain_class
 from ...names import SLOT
 
-LIMIT = 40_000  # steps of one run: more are a loop that does not end on stand-ins
+LIMIT = 40_000  # steps of one run; a longer run is a loop that does not end on stand-ins
 SIZES = re.compile(r"size|dim|numel|stride|new_.*|(?:zeros|ones|empty|full|rand|randn)_like")
-LIKE = {"type_as", "to", "view_as", "expand_as", "reshape_as"}  # what else is given has no part
+LIKE = {"type_as", "to", "view_as", "expand_as", "reshape_as"}  # their arguments are no inputs
 OPTIONAL = re.compile(r"past|cache|state_dict|mask|output_|return_|use_|labels|_state$|params|bias")
 FED = re.compile(r"hidden|embed|state|query|key|value|memory|rotary|rope|freq|cos|sin|position|seq")
 
@@ -39,9 +39,9 @@ class Node:
 
     Attributes:
         op: "input", "call" of a module with weights, or the name of an operation.
-        name: the module called, relative to the block, or the input's name.
-        inputs: the steps that this one takes from, in order.
-        outputs: the steps that take from this one.
+        name: the name of the called module, relative to the block, or of the input.
+        inputs: the steps whose results this step takes, in order.
+        outputs: the steps that take the result of this step.
         place: the number of the step.
     """
 
@@ -55,10 +55,11 @@ class Node:
 
 
 class Flow:
-    """What a run of a block found: the steps, and those that its output is made of.
+    """The graph of one run of a block.
 
     Attributes:
-        calls: {module, relative to the block: the steps that call it}.
+        nodes: all steps.
+        calls: {name of a module, relative to the block: the steps that call it}.
         outputs: the steps whose values the block returns.
         first: the name of the block's first input.
         failure: why the run ended early, or "".
@@ -72,7 +73,7 @@ class Flow:
         self.failure = ""
 
     def step(self, op: str, name: str, given: Any) -> Value:
-        """A new step that takes all stand-ins in `given`."""
+        """Add a step that takes all stand-ins in `given`; return the stand-in of its result."""
         if len(self.nodes) > LIMIT:
             raise TooLong
         node = Node(
@@ -84,11 +85,11 @@ class Flow:
         return Value(self, node)
 
     def downstream(self, node: Node, through: Callable[[Node], bool]) -> Iterator[Node]:
-        """The nearest steps after `node` that are not `through`, and block outputs on the way."""
+        """Yield the nearest steps after `node` for which `through` is false."""
         yield from self._walk(node, lambda n: n.outputs, through)
 
     def upstream(self, node: Node, through: Callable[[Node], bool]) -> Iterator[Node]:
-        """The nearest steps before `node` that are not `through`."""
+        """Yield the nearest steps before `node` for which `through` is false."""
         yield from self._walk(node, lambda n: n.inputs, through)
 
     def _walk(self, start: Node, following: Any, through: Callable[[Node], bool]) -> Iterator[Node]:
@@ -103,7 +104,7 @@ class Flow:
                         yield node
 
     def reaches_output(self, node: Node) -> bool:
-        """Whether what `node` gives is returned by the block without passing a called module."""
+        """True if the block returns the result of `node` without passing it through a module."""
         seen, todo = {node}, [node]
         while todo:
             one = todo.pop()
@@ -117,12 +118,12 @@ class Flow:
 
 
 class TooLong(Exception):
-    """A run that takes more than LIMIT steps."""
+    """The run takes more than LIMIT steps."""
 
 
 @functools.lru_cache(maxsize=1024)
 def _unpackings(code: CodeType) -> dict[int, int]:
-    """{place in the bytecode: how many names a value is unpacked into there}."""
+    """Return {offset in the bytecode: number of names that a value is unpacked into there}."""
     return {
         step.offset: (step.argval if step.opname == "UNPACK_SEQUENCE" else step.arg & 255) + (
             step.opname == "UNPACK_EX"
@@ -133,18 +134,18 @@ def _unpackings(code: CodeType) -> dict[int, int]:
 
 
 class Value:
-    """What stands in for a tensor, a number made from one, or a collection of them."""
+    """A stand-in for a tensor, for a number made from a tensor, or for a collection of them."""
 
     def __init__(self, flow: Flow, node: Node, attribute: str = "") -> None:
         self.flow, self.node, self.attribute = flow, node, attribute
         self.truth = False
 
     def op(self, name: str, *given: Any) -> Value:
-        """The result of an operation on this one and `given`."""
+        """Return the result of an operation on this stand-in and `given`."""
         return self.flow.step(name, "", (self, *given))
 
     def true(self) -> Value:
-        """The same, taken to be true where it is asked for."""
+        """Make `bool` of this stand-in true, and return it."""
         self.truth = True
         return self
 
@@ -211,14 +212,14 @@ class Value:
     def __bool__(self) -> bool:
         return self.truth
 
-    def __eq__(self, other: Any) -> Any:  # sizes agree, and none is 0 or 1
+    def __eq__(self, other: Any) -> Any:  # suppose that sizes are equal, and none is 0 or 1
         result = self.op("eq", other)
         return result.true() if not isinstance(other, int) or other > 1 else result
 
     def __ne__(self, other: Any) -> Any:
         return self.op("ne", other)
 
-    def __gt__(self, other: Any) -> Value:  # sizes are more than nothing
+    def __gt__(self, other: Any) -> Value:  # suppose that sizes are above 0
         result = self.op("gt", other)
         return result.true() if isinstance(other, int) and other == 0 else result
 
@@ -242,11 +243,11 @@ def _operators() -> None:
 
 _operators()
 # ---------------------------------------------------------------------- skeletons
-_cache: Any = functools.cache  # its own annotation takes no classes of modules as arguments
+_cache: Any = functools.cache  # Any: its annotation allows no class of a module as argument
 
 
 def is_node(module: nn.Module) -> bool:
-    """Whether a module with weights is one step, and not looked into."""
+    """True if a module with weights is one step, so that its own forward is not run."""
     kind = kind_of(module)
     if kind is not None or isinstance(module, nn.MultiheadAttention):
         return True
@@ -262,19 +263,19 @@ def _axes(module: nn.Module) -> int:
 
 
 def holds_many(module: nn.Module) -> bool:
-    """Whether one of a module's own parameters is a stack of matrices, as of fused experts."""
+    """True if a module has a stack of matrices as a parameter, such as fused experts."""
     return _axes(module) > 2
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module normalises hidden states, by its type."""
+    """True if a module is a normalisation of hidden states, by its type."""
     named = "norm" in type(module).__name__.lower() and not isinstance(module, ACROSS_CHANNELS)
     return isinstance(kind_of(module), Norm) or (named and not len(module._modules))
 
 
 @_cache
 def _skeleton_class(base: type[nn.Module]) -> type[nn.Module]:
-    """A subclass of `base` whose calls are steps of a flow."""
+    """Return a subclass of `base` whose calls become steps of a flow."""
     simple = base.__module__.startswith(("torch.nn", "transformers.activations"))
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -287,7 +288,7 @@ def _skeleton_class(base: type[nn.Module]) -> type[nn.Module]:
             return base.forward(self, *args, **kwargs)
         except TooLong:
             raise
-        except Exception:  # whatever it does with what is no tensor
+        except Exception:  # its code may do anything with a stand-in that is no tensor
             return flow.step("call", name, (args, kwargs))
 
     meta: Any = type(base)
@@ -295,15 +296,15 @@ def _skeleton_class(base: type[nn.Module]) -> type[nn.Module]:
 
 
 def _skeleton(module: nn.Module, name: str, flow: Flow, seen: dict[int, Any]) -> Any:
-    """An object that runs what `module` runs, on stand-ins."""
+    """Return an object that runs the forward of `module` on stand-ins."""
     if id(module) in seen:
         return seen[id(module)]
     base = plain_class(module) or type(module)
-    if isinstance(module, torch.jit.ScriptModule):  # compiled: a step that shows nothing inside
+    if isinstance(module, torch.jit.ScriptModule):  # compiled: its forward cannot run on stand-ins
         base, module = nn.Module, nn.Module()
     copy: Any = object.__new__(_skeleton_class(base))
     seen[id(module)] = copy
-    for key, value in module.__dict__.items():  # what a forward may write into is its own
+    for key, value in module.__dict__.items():  # a forward may write into containers: copy them
         copy.__dict__[key] = value.copy() if type(value) in (dict, list, set) else value
     copy.__dict__.pop("forward", None)
     copy.__dict__["_opendelta_flow"] = flow, name, is_node(module)
@@ -322,9 +323,10 @@ def _skeleton(module: nn.Module, name: str, flow: Flow, seen: dict[int, Any]) ->
 
 
 def trace(block: nn.Module) -> list[Flow]:
-    """The flow of data through `block`, for each choice of arguments on which its forward runs.
+    """Return the flows of data through `block`, for one choice of arguments after another.
 
-    Those that ran to their end come first. Random numbers are drawn as if nothing had run.
+    It stops at the first run that ends and calls each normalisation. Runs that ended come first.
+    The state of the random number generators stays as it was.
     """
     flows = []
     for choose in (_likely, _needed, _all):
@@ -333,7 +335,7 @@ def trace(block: nn.Module) -> list[Flow]:
             warnings.simplefilter("ignore")
             try:
                 flow.outputs = _run(block, flow, choose)
-            except Exception as error:  # as above
+            except Exception as error:  # code may do anything with stand-ins
                 flow.failure = f"{type(error).__name__}: {error}"
         flows.append(flow)
         if not flow.failure and _has_all(flow, block):
@@ -346,7 +348,7 @@ def _has_all(flow: Flow, block: nn.Module) -> bool:
 
 
 def _likely(parameter: inspect.Parameter, first: bool) -> bool:
-    """What a block is given as a rule: hidden states, positions, but no cache and no mask."""
+    """True for an argument that a block usually gets: hidden states, positions; no cache, mask."""
     name, needed = parameter.name, parameter.default is parameter.empty
     if OPTIONAL.search(name):
         return first

@@ -1,4 +1,4 @@
-"""What the names of modules and of their classes say about their roles."""
+"""Derive roles from the names of modules and of their classes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LETTERS = {
     **dict.fromkeys(["qk"], "q"),
 }
 OUT = {"o", "out", "output", "proj", "projection", "dense", "wo", "post", "final"}
-# What may stand beside these in a projection's name without changing what it is.
+# Words that may be added to a projection's name without changing its role.
 BESIDE = OUT | {
     "a", "attention", "attn", "att", "b", "c", "current", "delayed", "down", "e", "fused", "global",
     "head", "in", "latent", "layer", "layout", "lin", "linear", "mqa", "project", "rope", "text",
@@ -27,7 +27,7 @@ MIXER = re.compile(
     r"(?:Mixer|GatedDelta(?:Net)?|DeltaAttention|DeltaNet|LinearAttention|LightningAttention|"
     r"RecurrentBlock|ShortConv|RwkvSelfAttention|[mM]?LSTMLayer|Mamba\d?|SSM)$"
 )
-LINEAR = re.compile(r"LinearAttention$")  # of a model that is called so, or of a linear kind
+LINEAR = re.compile(r"LinearAttention$")  # the kind is linear, or the model's name ends so
 BIG = {  # the last word of the class of a module around several sublayers
     "layer", "block", "stage", "model", "encoder", "decoder", "stack", "transformer", "group",
     "embeddings", "embedding", "tower",
@@ -50,17 +50,17 @@ GENERIC = {"linear", "dense", "layer", "base", "proj", "lin"}
 
 
 def tokens(name: str) -> list[str]:
-    """The words of a name, in lower case: "q_a_proj" is q, a, proj; "EncDecAttention" enc, ..."""
+    """Return the words of a name in lower case: "q_a_proj" gives ["q", "a", "proj"]."""
     return [word.lower() for word in TOKEN.findall(name.replace("MoE", "Moe"))]
 
 
 def is_cross(name: str, cls: str) -> bool:
-    """Whether an attention takes keys and values from elsewhere, by its name and class."""
+    """True if an attention is a cross-attention, by its name and class."""
     return bool(CROSS.search(name) or CROSS_CLASS.search(cls))
 
 
 def common_words(one: list[str], other: list[str]) -> int:
-    """How many words two lists have in common at their start."""
+    """Return the number of words that two lists have in common at their start."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((n for n, (a, b) in pairs if a != b), min(len(one), len(other)))
 
@@ -68,11 +68,14 @@ def common_words(one: list[str], other: list[str]) -> int:
 def sublayer(
     name: str, cls: str, around: str | None = None, block: str = ""
 ) -> tuple[str | None, str]:
-    """(what a module holds by its name and class: attn, ff, mixer, other or None; the evidence).
+    """Return the sublayer that a module holds by its name and class, and the evidence.
+
+    The sublayer is attn, ff, mixer, other or None.
 
     Args:
-        around: what the module around it holds.
-        block: the class of its block, which begins with the architecture's name as `cls` may.
+        around: the sublayer that the module around it holds.
+        block: the class of its block. Words that `cls` and `block` share at their start are the
+            architecture's name, and say nothing about the sublayer.
     """
     if around == "other":
         return around, ""
@@ -103,12 +106,12 @@ def sublayer(
 
 
 def is_weak(name: str) -> bool:
-    """Whether a name alone, without a feed-forward around it, means a half of one, as in BERT."""
+    """True if a name means half a feed-forward even outside of one: "intermediate" in BERT."""
     return bool({"intermediate", "inter", "output"} & set(tokens(name)))
 
 
 def attention_part(name: str, siblings: Collection[str]) -> str | None:
-    """q, k, v, qkv, kv, proj, or None: what a linear of this name does in attention.
+    """Return the role of a linear of this name in attention: q, k, v, qkv, kv, proj or None.
 
     Args:
         siblings: the names of the other linears of the same attention.
@@ -128,7 +131,7 @@ def attention_part(name: str, siblings: Collection[str]) -> str | None:
 
 
 def mixer_part(name: str) -> str | None:
-    """in, out, or None: what a linear of this name does in a mixer."""
+    """Return the role of a linear of this name in a mixer: in, out or None."""
     words = set(tokens(name))
     if "in" in words or name in ("linear_x", "linear_y", "receptance"):
         return "in"
@@ -140,7 +143,7 @@ def mixer_part(name: str) -> str | None:
 
 
 def feed_forward_part(name: str) -> str | None:
-    """first, gate, gate_up, last, or None: what a linear of this name does in a feed-forward."""
+    """Return the place of a linear in a feed-forward: first, gate, gate_up, last or None."""
     words = tokens(name)
     some = set(words)
     if some & {"gate", "glu", "receptance"}:

@@ -1,4 +1,4 @@
-"""Which sublayer a normalisation belongs to: the one it feeds, or the one it follows."""
+"""Decide which sublayer a normalisation belongs to: the one it feeds, or the one it follows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ FED = ("attn", "cross_attn", "ff")
 
 
 def give_norms(block: Block) -> None:
-    """Roles of the norms of a block whose sublayers are known, by the flow of data."""
+    """Decide the roles of the norms of a block by the flow of data; its sublayers are known."""
     if not block.roles:
         return
     norms = [name for name, module in block.modules.items() if is_norm(module)]
@@ -22,7 +22,7 @@ def give_norms(block: Block) -> None:
 
 
 def _sublayer(block: Block, node: Node) -> str | None:
-    """The sublayer that a step belongs to."""
+    """Return the sublayer that a step belongs to, or None."""
     name = node.name
     if name in block.roles:
         return block.roles[name][0].partition(".")[0]
@@ -56,7 +56,7 @@ def _by_flow(block: Block, flow: Flow, name: str) -> tuple[str, str] | None:
             sub = _sublayer(block, latest)
             return (sub, f"it follows {latest.name!r}") if sub in FED else None
         if any(n.op == "add" for node in flow.calls[name] for n in node.inputs):
-            return None  # it follows something without weights, such as a Fourier transform
+            return None  # the norm follows a step without weights, such as a Fourier transform
     if fed:
         sub = min(fed, key=FED.index)
         node = next(n for n in after if _sublayer(block, n) == sub)
@@ -70,7 +70,7 @@ def _is_norm(block: Block, node: Node) -> bool:
 
 
 def _is_boundary(block: Block, flow: Flow, node: Node) -> bool:
-    """Whether a step gives hidden states as they are between sublayers."""
+    """True if a step returns hidden states as they are between sublayers."""
     if node.op == "input":
         if node.name == flow.first:
             return True
@@ -84,7 +84,7 @@ def _is_boundary(block: Block, flow: Flow, node: Node) -> bool:
 
 
 def _by_order(block: Block, name: str, norms: list[str]) -> tuple[str, str] | None:
-    """The sublayer by the place of a norm in the block, for what the flow did not reach."""
+    """Return the sublayer of a norm that the flow did not reach, by its place in the block."""
     scope = block.scope_of.get(name)
     if scope is not None and scope.kind in ("mixer", "other"):
         return None

@@ -1,4 +1,4 @@
-"""Roles of modules whose names say nothing, from what happens to their outputs."""
+"""Decide roles by the flow of data, for modules whose names say nothing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LETTERS = {"q": "q", "k": "k", "v": "v", "qkv": "qkv", "kv": "kv", "qk": "q"}
 
 
 def give_by_flow(block: Block) -> None:
-    """Roles of the attention and feed-forward of a block that names do not show."""
+    """Decide the roles in attention and feed-forward that names do not show."""
     held = {role for role, _ in block.roles.values()}
     if not held & {"attn.q", "attn.qkv", "mixer.in"} or not held & {"attn.proj", "mixer.out"}:
         for flow in block.flows:
@@ -43,7 +43,7 @@ def _attention(block: Block, flow: Flow) -> None:
 
 
 def _attentions(block: Block, flow: Flow) -> Iterator[tuple[Node, Node, Node, Node]]:
-    """(what is query, key, value, and what comes out) of each attention in a flow."""
+    """Yield the steps (query, key, value, output) of each attention in a flow."""
     for node in flow.nodes:
         if node.op == "scaled_dot_product_attention" and len(node.inputs) > 2:
             yield node.inputs[0], node.inputs[1], node.inputs[2], node
@@ -56,12 +56,12 @@ def _attentions(block: Block, flow: Flow) -> Iterator[tuple[Node, Node, Node, No
 
 
 def _keeps(node: Node) -> bool:
-    """Whether a step between the products of an attention is passed on the way."""
+    """True if a search between the products of an attention goes on through this step."""
     return node.op not in PRODUCTS and node.op not in ("call", "input")
 
 
 def _linears(block: Block, flow: Flow, start: Node) -> list[Node]:
-    """The nearest linears before a step, or the step itself; norms on the way are passed."""
+    """Return the step itself if it is a linear; else the nearest linears before it, past norms."""
     if _is_linear(block, start):
         return [start]
     before = flow.upstream(start, lambda n: _keeps_state(block, n))
@@ -79,7 +79,7 @@ def _is_linear(block: Block, node: Node) -> bool:
 
 
 def _asked(flow: Flow, name: str) -> set[str]:
-    """The inputs of the block from which the named module takes."""
+    """Return the names of the block's inputs that reach the named module."""
     before = (
         n for node in flow.calls[name] for n in flow.upstream(node, lambda n: n.op != "input")
     )
@@ -87,7 +87,7 @@ def _asked(flow: Flow, name: str) -> set[str]:
 
 
 def _feed_forward(block: Block, flow: Flow) -> None:
-    """Linears whose output is activated, and the linear that takes it."""
+    """Decide the roles of linears whose output is activated, and of the linear that takes it."""
     starts: dict[str, list[str]] = defaultdict(list)
     for name, calls in flow.calls.items():
         if name in block.roles or name not in block.modules or not _is_linear(block, calls[0]):

@@ -59,7 +59,7 @@ def translate(folder: Path, model: nn.Module) -> tuple[dict[str, Any], dict[str,
         The JSON, and the tensors by full name. A union of methods gives one delta per method.
 
     Raises:
-        DeltaLoadError: the adapter does what no delta does, is damaged, or is of another model.
+        DeltaLoadError: no delta computes the same, the folder is damaged, or of another model.
     """
     for name in SEVERAL:
         if (folder / name).is_file():

@@ -58,7 +58,7 @@ def translate(folder: Path, model: nn.Module) -> tuple[dict[str, Any], dict[str,
         The JSON, and the tensors by full name.
 
     Raises:
-        DeltaLoadError: the adapter does what no delta does, is damaged, or is of another model.
+        DeltaLoadError: no delta computes the same, the folder is damaged, or of another model.
     """
     config = read_json(folder / CONFIG)
     adapter = Adapter(folder, config, Backbone.of(model), _method_of(folder, config))

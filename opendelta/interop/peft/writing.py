@@ -247,7 +247,7 @@ def _tensors(delta: BaseDelta, backbone: Backbone) -> dict[str, Tensor]:
         if delta.delta_type == "oft":
             own = {"oft_R.weight": layer.oft_R}
         if delta.delta_type == "ln_tuning":
-            own = _ofnorm_terms(delta, backbone, where)
+            own = _of_norm(delta, backbone, where)
         tensors |= {f"{PREFIX}{where}.{key}": tensor for key, tensor in own.items()}
         if delta.delta_type == "vera":
             tensors |= {f"base_model.{name}": getattr(layer.shared, name) for name in PROJECTIONS}
@@ -270,7 +270,7 @@ def _of_lora(layer: Any) -> dict[str, Tensor]:
     return {"lora_A.weight": A, "lora_B.weight": B, **own}
 
 
-def _ofnorm_terms(delta: BaseDelta, backbone: Backbone, where: str) -> dict[str, Tensor]:
+def _of_norm(delta: BaseDelta, backbone: Backbone, where: str) -> dict[str, Tensor]:
     """Return the weight and bias of the normalisation with the delta merged in."""
     delta.record.require_apart("cannot write for PEFT")
     layer: Any = delta.layers[where]

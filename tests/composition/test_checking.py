@@ -1,0 +1,209 @@
+"""What `check` finds, and that it leaves everything as it was."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from support.models import build, inputs, tower, vectors
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import opendelta
+from opendelta import AdapterModel, DeltaError, LoraModel
+
+pytestmark = pytest.mark.covers("check", "CheckReport")
+
+
+class Noisy(nn.Module):
+    """Draws from every generator, and keeps statistics and a buffer that it replaces."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.norm, self.drop = nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(0.5)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls = self.calls + 1
+        x = x + random.random() + np.random.rand()
+        return self.drop(self.norm(self.fc(x)))
+
+
+class Reader(nn.Module):
+    """Reads the weight of `q` instead of calling it."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.v = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.q.weight, self.q.bias) + self.v(x)
+
+
+class Checkpointed(nn.Module):
+    """Recomputes its layer in the backward the old way."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return checkpoint(self.fc, x.requires_grad_(), use_reentrant=True)
+
+
+def adamw(model):
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+
+
+# ------------------------------------------------------------------------------------ all is well
+def test_nothing_is_wrong_with_a_model_that_trains():
+    model = build("bert").train()
+    lora = LoraModel(model)
+    lora.freeze_module()
+    report = opendelta.check(
+        model, inputs(model) | {"labels": inputs(model)["input_ids"]}, adamw(model)
+    )
+    assert report
+    assert report.trainable_parameters == sum(p.numel() for p in lora.parameters())
+    assert str(report).startswith("check of BertForMaskedLM: all is well; 2,048 of 25,600 par")
+    assert json.loads(json.dumps(report.to_dict()))["problems"] == []
+
+
+def test_that_nothing_is_frozen_is_said_and_is_no_problem():
+    model = build("bert").train()
+    lora = LoraModel(model)
+    report = opendelta.check(model, inputs(model))
+    assert report
+    assert "nothing of the backbone is frozen: freeze_module()" in str(report)
+    lora.freeze_module(exclude=["deltas", "LayerNorm"])
+    assert "is frozen" not in str(opendelta.check(model, inputs(model)))
+
+
+def test_everything_is_afterwards_as_it_was():
+    model = Noisy().train()
+    delta = LoraModel(model, modified_modules=["fc"])
+    model.fc.weight.grad = grad = torch.ones(8, 8)
+    before = opendelta.snapshot(model)
+    drawn = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
+    assert opendelta.check(model, vectors(4, 8))
+    assert opendelta.snapshot(model) == before
+    assert torch.equal(drawn[0], torch.get_rng_state())
+    assert drawn[1] == random.getstate()
+    assert (drawn[2] == np.random.get_state()[1]).all()
+    assert model.fc.weight.grad is grad
+    assert (grad == 1).all()
+    assert all(p.grad is None for p in delta.parameters())
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "t5"])
+def test_without_a_batch_it_runs_on_shapes(name):
+    model = build(name)
+    LoraModel(model).freeze_module()
+    before = opendelta.snapshot(model)
+    assert opendelta.check(model)
+    assert opendelta.snapshot(model) == before
+    model.requires_grad_(True)
+    opendelta.composition(model)["lora"].disable()
+    assert len(opendelta.check(model).no_gradient) == len(
+        list(opendelta.composition(model)["lora"].parameters())
+    )
+
+
+def test_on_the_meta_device_too():
+    model = tower().to("meta")
+    LoraModel(model, modified_modules=["fc"])
+    assert opendelta.check(model)
+
+
+def test_wrappers_are_looked_through():
+    model = tower()
+    LoraModel(model, modified_modules=["fc"])
+    assert opendelta.check(nn.DataParallel(torch.compile(model)), vectors(2, 8))
+
+
+# ---------------------------------------------------------------------------------- each mistake
+def test_layers_that_do_not_run_are_named_with_shapes_alone_too():
+    model = Reader()
+    LoraModel(model, modified_modules=["q", "v"])
+    for batch in (vectors(2, 8), None):
+        report = opendelta.check(model, batch)
+        assert report.unreached == ["q.deltas.lora"]
+        assert report.no_gradient == ["q.deltas.lora.lora_A", "q.deltas.lora.lora_B"]
+        assert "1 delta layers did not run: q.deltas.lora. To do: if the module" in str(report)
+
+
+def test_what_the_optimizer_does_not_hold_holds_twice_or_holds_in_vain():
+    model = tower()
+    early = LoraModel(model, modified_modules=["fc"])
+    early.freeze_module()
+    optimizer = adamw(model)
+    late = AdapterModel(model, modified_modules=["out"])
+    report = opendelta.check(model, vectors(2, 8), optimizer)
+    assert report.not_optimized == [name for name, _ in late.named_parameters()]
+    assert (report.optimized_twice, report.strangers) == ([], 0)
+    assert "8 trainable parameters are not in the optimizer: blocks.0.out" in str(report)
+
+    both = [optimizer, torch.optim.SGD([*late.parameters(), *early.parameters()], lr=1)]
+    report = opendelta.check(model, vectors(2, 8), both)
+    assert report.optimized_twice == [name for name, _ in early.named_parameters()]
+    assert report.not_optimized == []
+
+    early.detach()
+    report = opendelta.check(model, vectors(2, 8), optimizer)
+    assert report.strangers == 4
+    assert "holds 4 tensors that are no parameters of the model" in str(report)
+
+
+def test_trainable_parameters_without_gradient_are_named():
+    model = tower()
+    first, second = (LoraModel(model, modified_modules=["fc"], name=n) for n in "ab")
+    second.disable()
+    report = opendelta.check(model, vectors(2, 8))
+    assert report.no_gradient == [name for name, _ in second.named_parameters()]
+    second.requires_grad_(False)
+    assert opendelta.check(model, vectors(2, 8))
+    model.forward = lambda x: tower()(x)
+    report = opendelta.check(model, vectors(2, 8))
+    assert {name for name, _ in first.named_parameters()} <= {*report.no_gradient}
+
+
+def test_modules_left_in_train_mode_and_layers_in_another_mode_are_named():
+    model = tower().eval()
+    LoraModel(model, modified_modules=["fc"], lora_dropout=0.5)
+    assert opendelta.check(model, vectors(2, 8)).mixed_modes == {}
+    model.blocks[1].train()
+    report = opendelta.check(model, vectors(2, 8))
+    assert report.mixed_modes == {"blocks.1": "train"}
+    assert "1 modules are in another mode than what is around them: blocks.1 in train" in str(
+        report
+    )
+    model.train()
+    opendelta.composition(model)["lora"].eval()
+    modes = opendelta.check(model, vectors(2, 8)).mixed_modes
+    assert modes == {f"blocks.{i}.fc.deltas.lora": "eval" for i in range(2)}
+
+
+# ----------------------------------------------------------------------------- what cannot be done
+def test_what_cannot_be_looked_at_is_said():
+    model = Checkpointed()
+    LoraModel(model, modified_modules=["fc"])
+    report = opendelta.check(model, vectors(2, 8))
+    assert report
+    assert "not checked: gradients: reentrant checkpointing" in str(report)
+
+
+def test_it_needs_a_delta_an_optimizer_and_a_batch_where_shapes_do_not_do():
+    model = build("bert")
+    with pytest.raises(DeltaError, match="carries no delta, so there is nothing to check"):
+        opendelta.check(model, inputs(model))
+    LoraModel(model)
+    with pytest.raises(
+        DeltaError, match="optimizer must be a torch optimizer, or several, not int"
+    ):
+        opendelta.check(model, inputs(model), 3)
+    odd = Noisy()
+    odd.forward = lambda a, b: a + b
+    LoraModel(odd, modified_modules=["fc"])
+    with pytest.raises(DeltaError, match=r"Noisy does not run on shapes: .*Give a batch"):
+        opendelta.check(odd)

@@ -1,0 +1,128 @@
+"""The pages in docs/ are true: their Python runs, and what is generated is up to date."""
+
+import base64
+import json
+import re
+
+import methods_table
+import numpy as np
+import pytest
+import torch
+import transformers
+from support import ROOT
+
+import opendelta
+
+DOCS = ROOT / "docs"
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.M | re.S)
+PRINTED = re.compile(r"^```(python|text)\n(.*?)^```$", re.M | re.S)
+
+
+def bert():
+    """A BERT of twelve small blocks."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64}
+    return transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=3000, **sizes)).eval()
+
+
+@pytest.mark.parametrize(("page", "printing"), [("compositions", 8), ("saving", 1)])
+def test_the_examples_run_and_print_what_the_page_says(
+    page, printing, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    names = {"model": bert(), "fresh": bert()}
+    printed, compared = "", 0
+    for language, code in PRINTED.findall((DOCS / f"{page}.md").read_text()):
+        if language == "python":
+            assert not printed
+            exec(compile(code, f"{page}.md", "exec"), names)
+            printed = capsys.readouterr().out
+        else:
+            assert code.strip() == printed.strip()
+            printed, compared = "", compared + 1
+    assert compared == printing
+
+
+def test_the_example_in_the_page_of_other_libraries_runs(tmp_path, capsys):
+    names = {"model": bert(), "folder": tmp_path / "peft"}
+    for code in BLOCK.findall((DOCS / "interop.md").read_text()):
+        exec(compile(code, "interop.md", "exec"), names)
+    assert capsys.readouterr().out == "lora 4\n"
+
+
+def test_the_table_of_methods_is_what_the_script_writes():
+    text = methods_table.PAGE.read_text()
+    assert methods_table.page(text) == text
+
+
+def test_every_method_and_option_is_in_the_page_of_methods():
+    text = methods_table.PAGE.read_text()
+    for method in opendelta._deltas.registry.METHODS.values():
+        if not method.__module__.startswith("opendelta."):
+            continue
+        assert f"`{method.__name__}`" in text
+        common = opendelta.DeltaConfig.option_names()
+        for option in method.config_class.option_names():
+            listed = f"`{option}`" in text or "..." in text.split(f"| `{method.__name__}`")[-1]
+            assert option in common or listed, (method.__name__, option)
+
+
+def test_the_examples_in_the_page_of_methods_run():
+    names = {"model": bert()}
+    for code in BLOCK.findall(methods_table.PAGE.read_text()):
+        exec(compile(code, str(methods_table.PAGE), "exec"), names)
+    model = names["model"]
+    ids = torch.randint(5, 3000, (2, 7))
+    assert model(ids).logits.shape == (2, 7, 3000)
+    assert len(opendelta.composition(model).names) == 14
+    assert opendelta.unreached(model) == []
+
+
+# ---------------------------------------------------------------------------- docs/format.md
+FORMAT = (DOCS / "format.md").read_text()
+
+
+def test_the_page_of_the_format_names_every_key(tmp_path):
+    delta = opendelta.LoraModel(bert())
+    delta.freeze_module()
+    delta.scale = 0.5
+    delta.save_finetuned(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (fact,) = config["deltas"]
+    keys = re.findall(r"^\| `(\w+)` \|", FORMAT, re.M)
+    assert keys == [*config, *fact]
+    assert f"is\nschema {config['schema_version']}" in FORMAT
+    folder = opendelta._files.folder
+    assert f"{folder.LARGEST // 2**20} MiB and {folder.MOST_ITEMS:,} items" in FORMAT
+    assert f"is at most {opendelta._checkpoint.fingerprint.TOLERANCE}" in FORMAT.replace("\n", " ")
+    assert f"{opendelta._checkpoint.fingerprint.SAMPLES} values" in FORMAT.replace("\n", " ")
+
+
+def test_the_places_of_the_fingerprint_are_as_the_page_says(tmp_path):
+    model = bert()
+    delta = opendelta.LoraModel(model)
+    delta.freeze_module()
+    delta.save_finetuned(tmp_path)
+    prints = json.loads((tmp_path / "config.json").read_text())["fingerprint"]
+    (places,) = re.findall(r"`(sorted\(.*\))`", FORMAT)
+    for name, facts in prints.items():
+        flat = model.get_parameter(name).detach().flatten()
+        values = flat[eval(places, {"n": flat.numel()})]
+        given = np.frombuffer(base64.b64decode(facts["values"]), "<f4")
+        assert given.tolist() == values.tolist()
+
+
+def test_the_format_is_read_without_opendelta_as_the_page_does(tmp_path, monkeypatch, capsys):
+    model = bert()
+    opendelta.LoraModel(model, lora_r=2)
+    opendelta.AdapterModel(model, name="style", modules_to_save=["cls"]).freeze_module()
+    opendelta.composition(model).save(tmp_path / "my-delta")
+    monkeypatch.chdir(tmp_path)
+    (code,) = BLOCK.findall(FORMAT)
+    assert len([line for line in code.splitlines() if line.strip()]) <= 10
+    names = {}
+    exec(compile(code, "format.md", "exec"), names)
+    own = {k: t for d in opendelta.composition(model) for k, t in d.state_dict().items()}
+    assert names["tensors"].keys() == own.keys()
+    assert all(torch.equal(names["tensors"][key], tensor) for key, tensor in own.items())
+    assert capsys.readouterr().out.startswith("lora lora ['bert.encoder.layer.0.attention")

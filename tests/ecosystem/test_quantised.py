@@ -1,0 +1,54 @@
+"""Deltas on quantised backbones: bitsandbytes and torchao, for real."""
+
+import copy
+
+import pytest
+import torch
+from support.nets import shake
+from support.quantised import BACKBONES, X, torchao, with_torchao
+
+import opendelta
+from opendelta import AdapterModel, IA3Model, LoraModel
+
+pytestmark = pytest.mark.covers("Delta.attach", "Delta.detach")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:bitsandbytes")
+@pytest.mark.parametrize("kind", sorted(BACKBONES))
+def test_deltas_act_train_and_leave(kind):
+    model = BACKBONES[kind]()
+    plain, keys = model(X), list(model.state_dict())
+    classes = [type(module) for module in model.modules()]
+    deltas = [
+        shake(method(model, modified_modules=["up", "down"]), scale=0.1)
+        for method in (LoraModel, IA3Model, AdapterModel)
+    ]
+    assert {p.dtype for delta in deltas for p in delta.parameters()} == {torch.float32}
+    acting = model(X)
+    assert not torch.allclose(acting, plain)
+    acting.sum().backward()
+    assert all(p.grad.abs().sum() > 0 for delta in deltas for p in delta.parameters())
+    assert torch.allclose(copy.deepcopy(model)(X), acting, atol=1e-5)
+    assert set(keys) < set(model.state_dict())
+    for delta in deltas:
+        delta.detach()
+    assert torch.equal(model(X), plain)
+    assert [type(module) for module in model.modules()] == classes
+    assert list(model.state_dict()) == keys
+
+
+@pytest.mark.covers("LostGradientWarning")
+def test_a_kind_that_loses_gradients_is_warned_of():
+    model = with_torchao(torchao.Int8DynamicActivationInt8WeightConfig())
+    with pytest.warns(
+        opendelta.LostGradientWarning, match=r"'up' is quantised so that no gradient"
+    ):
+        LoraModel(model, modified_modules=["down"])
+
+
+@pytest.mark.covers("unreached")
+def test_trying_for_gradients_runs_no_delta():
+    model = BACKBONES["torchao int8"]()
+    LoraModel(model, modified_modules=["up"])
+    AdapterModel(model, modified_modules=["down"])
+    assert opendelta.unreached(model) == ["up.deltas.lora", "down.deltas.adapter"]

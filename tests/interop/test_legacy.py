@@ -1,0 +1,257 @@
+"""Checkpoints of OpenDelta 0.3.2 give its own logits here, or what is wrong with them is said."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from support.nets import untouched
+
+import opendelta
+from opendelta import AutoDeltaConfig, AutoDeltaModel, DeltaLoadError, LoraModel, UncheckedWarning
+from opendelta.interop import legacy
+
+GOLDEN = Path(__file__).parent / "golden"
+CASES = json.loads((GOLDEN / "index.json").read_text())
+FOLDERS = [name for name in CASES if (GOLDEN / name / "delta").is_dir()]
+COMPOSITIONS = [name for name in CASES if name not in FOLDERS]
+FAULT = "t5_prefix_default"
+
+pytestmark = [
+    pytest.mark.covers("load", "AutoDeltaModel"),
+    pytest.mark.filterwarnings("ignore:.*md5:opendelta.UncheckedWarning"),
+]
+
+
+# ------------------------------------------------------------------------------------------ helpers
+def backbone(name):
+    """The model that 0.3.2 put its deltas on."""
+    model = getattr(transformers, CASES[name]["model_class"]).from_pretrained(
+        GOLDEN / name / "backbone", attn_implementation="eager"
+    )
+    return model.eval()
+
+
+def both(name, model):
+    """The logits of 0.3.2 and of `model`, with and without the delta as 0.3.2 saved them."""
+    tensors = load_file(GOLDEN / name / "io.safetensors")
+    inputs = {k.removeprefix("input."): t for k, t in tensors.items() if k.startswith("input.")}
+    with torch.no_grad():
+        return tensors["logits.delta"], model(**inputs).logits, tensors["logits.base"]
+
+
+def put(name, model):
+    """The deltas of a case with the arguments that 0.3.2 got, in its order."""
+    return [getattr(opendelta, cls)(model, **kw) for cls, kw in CASES[name]["deltas"]]
+
+
+def assert_same(name, model):
+    theirs, ours, base = both(name, model)
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+    assert (theirs - base).abs().max() > 1
+
+
+# ------------------------------------------------------------------------------------- the cases
+@pytest.mark.parametrize("name", [name for name in FOLDERS if name != FAULT])
+@pytest.mark.parametrize("load", [AutoDeltaModel.from_finetuned, opendelta.load])
+def test_a_folder_of_0_3_gives_its_logits(name, load):
+    model = backbone(name)
+    assert CASES[name]["expect"] == "equal"
+    load(GOLDEN / name / "delta", model)
+    assert_same(name, model)
+
+
+@pytest.mark.parametrize("name", COMPOSITIONS)
+def test_a_composition_of_0_3_gives_its_logits(name):
+    model = backbone(name)
+    put(name, model)
+    legacy.load_state_dict(model, GOLDEN / name / "composition.bin")
+    assert_same(name, model)
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_a_folder_of_0_3_loads_as_a_state_dict_too(name):
+    model, loaded = backbone(name), backbone(name)
+    options = {"strip": False} if "softprompt" in name else {}
+    for cls, kw in CASES[name]["deltas"]:
+        getattr(opendelta, cls)(model, **kw, **options)
+    legacy.load_state_dict(model, GOLDEN / name / "delta" / "pytorch_model.bin")
+    AutoDeltaModel.from_finetuned(GOLDEN / name / "delta", loaded)
+    assert torch.equal(both(name, model)[1], both(name, loaded)[1])
+
+
+def test_a_prefix_of_0_3_loses_the_relative_positions_of_t5_and_ours_does_not():
+    model = backbone(FAULT)
+    assert CASES[FAULT]["expect"].startswith("fault: 0.3.2 drops the relative position bias")
+    delta = AutoDeltaModel.from_finetuned(GOLDEN / FAULT / "delta", model)
+    theirs, ours, _ = both(FAULT, model)
+    assert not torch.allclose(ours, theirs, atol=1e-2)
+    given = torch.load(GOLDEN / FAULT / "delta" / "pytorch_model.bin", weights_only=True)
+    assert sorted(t.norm().item() for t in given.values()) == sorted(
+        p.norm().item() for p in delta.parameters()
+    )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_as_many_parameters_are_trained_as_in_0_3(name):
+    model = backbone(name)
+    deltas = put(name, model)
+    stat = CASES[name]["stat"]
+    assert sum(p.numel() for d in deltas for p in d.parameters()) == stat["delta_parameters"]
+
+
+# -------------------------------------------------------------------------- what is around them
+@pytest.mark.covers("UncheckedWarning")
+def test_the_md5_of_0_3_is_ignored_with_a_notice_that_check_hash_silences(recwarn):
+    name = "bert_lora_default"
+    with pytest.warns(UncheckedWarning, match="md5"):
+        LoraModel.from_finetuned(GOLDEN / name / "delta", backbone(name))
+    recwarn.clear()
+    LoraModel.from_finetuned(GOLDEN / name / "delta", backbone(name), check_hash=False)
+    assert not recwarn.list
+
+
+@pytest.mark.covers("AutoDeltaConfig")
+def test_the_config_of_a_folder_of_0_3_is_read():
+    config = AutoDeltaConfig.from_finetuned(GOLDEN / "bert_lora_default" / "delta")
+    assert (config.delta_type, config.lora_r, config.lora_alpha) == ("lora", 8, 16)
+    model = backbone("bert_lora_default")
+    delta = AutoDeltaModel.from_config(config, model)
+    assert len(delta.modified_modules) == 4
+
+
+def test_another_method_is_refused_by_name():
+    model = backbone("bert_adapter_default")
+    with untouched(model), pytest.raises(DeltaLoadError, match="holds a 'adapter'"):
+        LoraModel.from_finetuned(GOLDEN / "bert_adapter_default" / "delta", model)
+
+
+def test_another_model_is_refused():
+    model = backbone("gpt2_bitfit_default")
+    with untouched(model), pytest.raises(DeltaLoadError, match=r"does not fit this GPT2LMHead"):
+        AutoDeltaModel.from_finetuned(GOLDEN / "bert_lora_default" / "delta", model)
+
+
+def test_a_composition_needs_its_deltas_first():
+    name = "roberta_composition"
+    model = backbone(name)
+    with untouched(model), pytest.raises(DeltaLoadError, match="attach the deltas"):
+        legacy.load_state_dict(model, GOLDEN / name / "composition.bin")
+
+
+def test_a_composition_does_not_load_into_other_deltas():
+    name = "bart_same_layer"
+    model = backbone(name)
+    deltas = put(name, model)[:2]
+    before = {key: t.clone() for d in deltas for key, t in d.state_dict().items()}
+    path = GOLDEN / name / "composition.bin"
+    third = opendelta.LoraModel(model, modified_modules=["fc1"])
+    with pytest.raises(DeltaLoadError, match="missing"):
+        legacy.load_state_dict(model, path)
+    third.detach()
+    assert all(torch.equal(t, before[k]) for d in deltas for k, t in d.state_dict().items())
+
+
+def test_a_pickle_that_would_run_code_is_not_unpickled(tmp_path):
+    class Harm:
+        def __reduce__(self):
+            return (exec, ("raise SystemExit('it ran')",))
+
+    name = "bert_lora_default"
+    text = (GOLDEN / name / "delta" / "config.json").read_text()
+    (tmp_path / "config.json").write_text(text)
+    torch.save({"a": Harm()}, tmp_path / "pytorch_model.bin")
+    model = backbone(name)
+    with untouched(model), pytest.raises(DeltaLoadError, match="nothing else is unpickled"):
+        AutoDeltaModel.from_finetuned(tmp_path, model)
+
+
+def test_an_unknown_option_is_refused_by_name(tmp_path):
+    name = "bert_lora_default"
+    given = json.loads((GOLDEN / name / "delta" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**given, "lora_n": 3}))
+    (tmp_path / "pytorch_model.bin").write_bytes(
+        (GOLDEN / name / "delta" / "pytorch_model.bin").read_bytes()
+    )
+    with pytest.raises(DeltaLoadError, match="lora_n=3 is no option of 'lora'"):
+        AutoDeltaModel.from_finetuned(tmp_path, backbone(name))
+
+
+# --------------------------------------------- what 0.3 writes and no case above has, by its keys
+def written(folder, facts, tensors):
+    """A folder as 0.3 writes it."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"opendelta_version": "0.3.2", **facts}))
+    torch.save(tensors, folder / "pytorch_model.bin")
+    return folder
+
+
+@pytest.mark.covers(
+    "PrefixModel", "PrefixConfig.reparameterize", "PrefixConfig.embed_dim", "PrefixConfig.mid_dim"
+)
+def test_a_reparameterised_prefix_of_0_3_gives_the_prefixes_that_its_network_computes(tmp_path):
+    name, width, layers = "bert_lora_default", 32, 2
+    torch.manual_seed(3)
+    network = {
+        "wte.weight": torch.randn(3, 8),
+        "control_trans.0.weight": torch.randn(5, 8),
+        "control_trans.0.bias": torch.randn(5),
+        "control_trans.2.weight": torch.randn(2 * layers * width, 5),
+        "control_trans.2.bias": torch.randn(2 * layers * width),
+    }
+    hidden = (
+        network["wte.weight"] @ network["control_trans.0.weight"].T
+        + network["control_trans.0.bias"]
+    ).tanh()
+    rows = hidden @ network["control_trans.2.weight"].T + network["control_trans.2.bias"]
+    parts = rows.view(3, 2 * layers, width).transpose(0, 1)
+    start = "bert.encoder.layer.{}.attention."
+    facts = {"delta_type": "prefix", "prefix_token_num": 3, "embed_dim": 8, "mid_dim": 5}
+    places = {"modified_modules": ["attn@"], "common_structure": True}
+    by_network = written(
+        tmp_path / "network",
+        {**facts, **places, "reparameterize": True},
+        {start.format(0) + f"reparams.{key}": tensor for key, tensor in network.items()},
+    )
+    plain = written(
+        tmp_path / "plain",
+        {**facts, **places, "reparameterize": False},
+        {
+            start.format(i) + f"prefix.past_{part}": parts[2 * i + j].clone()
+            for i in range(layers)
+            for j, part in enumerate(("key", "value"))
+        },
+    )
+    outs = []
+    for folder in (by_network, plain):
+        model = backbone(name)
+        AutoDeltaModel.from_finetuned(folder, model, check_hash=False)
+        outs.append(both(name, model)[1])
+    torch.testing.assert_close(*outs, atol=1e-5, rtol=0)
+    assert not torch.allclose(outs[0], both(name, backbone(name))[1], atol=1e-2)
+
+
+@pytest.mark.covers("BitFitModel")
+def test_biases_that_0_3_adds_behind_modules_and_trained_heads_load(tmp_path):
+    model, expected = backbone("bert_lora_default"), backbone("bert_lora_default")
+    added, whole = torch.randn(32), torch.randn(32)
+    head = {key: torch.randn_like(t) for key, t in model.classifier.state_dict().items()}
+    folder = written(
+        tmp_path / "bitfit",
+        {"delta_type": "bitfit", "modified_modules": ["attn"], "common_structure": True},
+        {
+            "bert.encoder.layer.0.output.LayerNorm.bitfit.bias": added,
+            "bert.encoder.layer.0.attention.self.query.bias": whole,
+            **{f"classifier.{key}": tensor for key, tensor in head.items()},
+        },
+    )
+    AutoDeltaModel.from_finetuned(folder, model, check_hash=False)
+    with torch.no_grad():
+        layer = expected.bert.encoder.layer[0]
+        layer.output.LayerNorm.bias += added
+        layer.attention.self.query.bias.copy_(whole)
+        expected.classifier.load_state_dict(head)
+    ours, by_hand = (both("bert_lora_default", m)[1] for m in (model, expected))
+    torch.testing.assert_close(ours, by_hand, atol=1e-5, rtol=0)

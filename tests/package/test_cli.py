@@ -1,0 +1,328 @@
+"""The command `opendelta`: every subcommand as a process, on good and bad input."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from support import ROOT, TESTS
+from support.nets import shake
+
+import opendelta
+from opendelta import AdapterModel, DeltaError, LoraModel
+from opendelta.cli import main, models, requests
+from opendelta.interop import peft
+
+DOCS = ROOT / "docs" / "cli.md"
+EXAMPLE = re.compile(r"^\$ opendelta (.+)\n((?:(?!\$ |```).*\n)*)", re.M)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """A small BERT, another one, and checkpoints that fit the first."""
+    root = tmp_path_factory.mktemp("cli")
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64}
+    config = transformers.BertConfig(vocab_size=96, num_hidden_layers=4, **sizes)
+    for seed, name in enumerate(("my-model", "another-model")):
+        torch.manual_seed(seed)
+        transformers.BertForMaskedLM(config).save_pretrained(root / name)
+    model = transformers.BertForMaskedLM.from_pretrained(root / "my-model").eval()
+    lora = shake(LoraModel(model, lora_r=4))
+    lora.freeze_module()
+    lora.save_finetuned(root / "my-lora")
+    peft.save(lora, root / "my-peft")
+    shake(lora, seed=2, scale=0.1).save_finetuned(root / "trained-more")
+    style = shake(AdapterModel(model, modified_modules=["output"], name="style"))
+    style.disable()
+    opendelta.composition(model).save(root / "my-composition")
+    shutil.copytree(root / "my-lora", root / "damaged")
+    (weights,) = (root / "damaged").glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    (root / "empty").mkdir()
+    return root
+
+
+def process(folder, *arguments):
+    """(exit code, standard output, standard error) of a new process."""
+    done = subprocess.run(
+        [sys.executable, "-m", "opendelta", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env={**os.environ, "COLUMNS": "110", "HF_HUB_OFFLINE": "1"},
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture
+def run(folder, monkeypatch, capsys):
+    """The same without a new process, which takes seconds."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("COLUMNS", "110")
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["opendelta", *arguments])
+        code = 0
+        with warnings.catch_warnings():
+            warnings.simplefilter("default", opendelta.DeltaWarning)
+            try:
+                main()
+            except SystemExit as stop:
+                code = stop.code or 0
+        return code, *capsys.readouterr()
+
+    return call
+
+
+# ------------------------------------------------------------------------------ each as a process
+GOOD = {
+    "tree": (["my-model", "--json"], '"type": "BertForMaskedLM"'),
+    "plan": (
+        ["my-model", "-d", "lora", "-o", "lora_r=2", "-a", "attn.q"],
+        "lora    attn.q   bert.encoder.layer.0-3.attention.self.query ",
+    ),
+    "explain": (["my-composition", "my-model"], "attention.self.query   y = query(x) + lora(x)"),
+    "show": (["my-composition"], "opendelta 1.0"),
+    "diff": (["my-lora", "my-lora"], "the same: 16 tensors, bit for bit\n"),
+    "merge": (["my-lora", "my-model", "merged"], "merged lora into a BertForMaskedLM: merged\n"),
+    "convert": (
+        ["my-peft", "converted", "--to", "opendelta", "--model", "my-model"],
+        "PEFT -> opendelta: lora in converted\n",
+    ),
+    "verify": (["my-composition", "my-model"], "my-composition fits my-model: lora, style; the we"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", GOOD)
+def test_every_command_on_good_input(folder, command):
+    arguments, shown = GOOD[command]
+    code, out, errors = process(folder, command, *arguments)
+    assert (code, errors) == (0, "")
+    assert shown in out
+
+
+BAD = {  # command: arguments, what the error says
+    "tree": (["empty"], "empty has no config.json, so it is no folder of a model"),
+    "plan": (["my-model", "--delta", "lorra"], "no method 'lorra'; nearest: lora"),
+    "explain": (["empty", "my-model"], "no delta in 'empty': config.json is missing"),
+    "show": (["damaged"], "is damaged: its sha256 is not the one in config.json"),
+    "diff": (["my-lora", "my-peft"], "convert one of them first"),
+    "merge": (["my-lora", "my-model", "my-peft"], "my-peft exists and is not empty"),
+    "convert": (
+        ["my-lora", "out", "--to", "peft"],
+        "my-lora does not name its model: give --model",
+    ),
+    "verify": (["nowhere", "my-model"], "no such folder: nowhere"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", BAD)
+def test_every_command_on_bad_input(folder, command):
+    arguments, said = BAD[command]
+    code, out, errors = process(folder, command, *arguments)
+    assert (code, out) == (2, "")
+    assert errors.startswith("opendelta: ")
+    assert said in errors
+    assert errors.count("\n") == 1
+
+
+def test_a_command_that_is_not_used_right_says_so():
+    code, out, errors = process(None, "plan", "my-model")
+    assert (code, out) == (2, "")
+    assert "give at least one --delta, such as --delta lora" in errors
+    assert "Traceback" not in errors
+
+
+# --------------------------------------------------------------------------------- what they find
+def test_verify_and_diff_fail_where_they_find_something(run):
+    code, out, errors = run("verify", "my-lora", "another-model")
+    assert (code, errors) == (1, "")
+    assert "my-lora does not fit another-model: my-lora was saved from another backbone" in out
+    code, out, _ = run("verify", "damaged", "my-model", "--json")
+    assert code == 1
+    assert json.loads(out)["fits"] is False
+    assert run("verify", "my-lora", "another-model/config.json")[0] == 0  # no weights to compare
+
+    code, out, _ = run("diff", "my-lora", "my-composition")
+    assert code == 1
+    assert "delta style: only in B\n32 tensors only in B: bert.encoder.layer.0-3.attention" in out
+    code, out, _ = run("diff", "my-lora", "trained-more", "--json")
+    found = json.loads(out)
+    assert code == 1
+    assert len(found["values"]) == 16
+    assert not any(value for name, value in found.items() if name != "values")
+    assert run("diff", "my-peft", "my-peft")[0] == 0
+
+
+def test_a_merged_model_computes_what_the_deltas_did(run, folder):
+    assert run("merge", "my-lora", "my-model", "plain", "--json")[0] == 0
+    plain = transformers.BertForMaskedLM.from_pretrained(folder / "plain").eval()
+    model = transformers.BertForMaskedLM.from_pretrained(folder / "my-model").eval()
+    ids = torch.arange(6)[None]
+    before = model(ids).logits
+    opendelta.load(folder / "my-lora", model)
+    assert torch.allclose(plain(ids).logits, model(ids).logits, atol=1e-5)
+    assert not torch.allclose(before, model(ids).logits, atol=1e-2)
+
+
+def test_a_merge_into_another_backbone_has_to_be_asked_for(run):
+    code, _, errors = run("merge", "my-lora", "another-model", "other")
+    assert code == 2
+    assert "--no-check-backbone" in errors
+    assert run("merge", "my-lora", "another-model", "other", "--no-check-backbone")[0] == 0
+
+
+def test_a_conversion_and_back_changes_nothing(run):
+    assert run("convert", "my-lora", "to-peft", "--to", "peft", "--model", "my-model")[0] == 0
+    assert run("convert", "to-peft", "back", "--to", "opendelta", "--model", "my-model")[0] == 0
+    assert run("diff", "my-lora", "back") == (0, "the same: 16 tensors, bit for bit\n", "")
+    code, _, errors = run("convert", "my-composition", "x", "--to", "peft", "--model", "my-model")
+    assert code == 2
+    assert "'style' cannot be written for PEFT" in errors
+    assert not Path("x").exists()
+
+
+def test_everything_is_data_too(run):
+    data = {}
+    for command, *arguments in (
+        ("plan", "my-model", "--delta", "lora"),
+        ("tree", "my-model", "--roles"),
+        ("explain", "my-composition", "my-model"),
+        ("explain", "my-composition", "my-model", "--module", "layer.0.output"),
+        ("show", "my-composition"),
+        ("show", "my-peft"),
+        ("verify", "my-lora", "my-model"),
+    ):
+        code, out, errors = run(command, *arguments, "--json")
+        assert (code, errors) == (0, "")
+        data[(command, *arguments)] = json.loads(out)
+    plan, roles, explained, one, shown, foreign, fits = data.values()
+    assert plan["added_parameters"] == 2 * 4 * 8 * 64
+    assert roles["bert.encoder.layer.0.attention.self.query"] == "attn.q"
+    assert len(explained) == 16
+    assert one[0]["formula"] == "y = output(x)"
+    assert [delta["name"] for delta in shown["deltas"]] == ["lora", "style"]
+    assert shown["deltas"][1] | {"modules": 8} == {
+        "name": "style", "delta_type": "adapter", "active": False, "scale": 1.0, "frozen": 0,
+        "parameters": 8 * (2 * 24 * 32 + 24 + 32), "modules": 8, "modules_to_save": [],
+        "options": {},
+    }  # fmt: skip
+    assert foreign["format"] == "PEFT"
+    assert foreign["deltas"][0]["options"] == {"lora_alpha": 16, "r": 4}
+    assert fits == {"fits": True, "problem": None, "deltas": ["lora"], "weights_compared": True}
+
+
+OTHERS = {
+    "golden/bert_lora_default/delta": "OpenDelta 0.3, saved from",
+    "golden_adapters/llama/compacter_own_rules": "adapters, saved from LlamaForCausalLM",
+}
+
+
+@pytest.mark.parametrize("path", OTHERS)
+def test_show_reads_the_folders_of_other_libraries(run, path):
+    code, out, errors = run("show", str(TESTS / "interop" / path))
+    assert (code, errors) == (0, "")
+    assert OTHERS[path] in out
+
+
+def test_the_class_is_the_config_s_a_checkpoint_s_or_the_one_that_is_asked_for(run):
+    asked = ["--class", "BertForSequenceClassification"]
+    assert "classifier (Linear) weight:[2, 32]" in run("tree", "my-model", *asked)[1]
+    code, _, errors = run("tree", "my-model", "--class", "BertForMasked")
+    assert code == 2
+    assert "transformers has no such model; nearest: BertForMaskedLM" in errors
+    code, _, errors = run("tree", "nowhere")
+    assert code == 2
+    assert "no model 'nowhere': there is no such folder or file here, and the hub says" in errors
+    code, _, errors = run("merge", "my-lora", "my-model/config.json", "m")
+    assert code == 2
+    assert "is a config, and the weights are needed: give the folder" in errors
+    Path("odd.json").write_text('{"a": 1}')
+    assert "no config of a transformers model: it has no model_type" in run("tree", "odd.json")[2]
+
+
+# -------------------------------------------------------------------------------- what is asked for
+SAME = [
+    "--delta lora:lora_r=4,init=gaussian@attn.q,attn.v --delta adapter@output",
+    "--delta=lora --option lora_r=4 --at=attn.q,attn.v -o init=gaussian -d adapter -a output",
+    "-d lora:lora_r=4 -o init=gaussian -a attn.q -a attn.v --delta adapter@output",
+]
+
+
+@pytest.mark.parametrize("words", SAME)
+def test_options_and_places_belong_to_the_delta_before_them(words):
+    gathered = requests.gathered(["model", *words.split(), "--json"])
+    assert (gathered[0], gathered[-1], len(gathered)) == ("model", "--json", 6)
+    lora, adapter = map(requests.parse, (gathered[2], gathered[4]))
+    assert lora == requests.Request("lora", {"lora_r": 4, "init": "gaussian"}, ["attn.q", "attn.v"])
+    assert adapter == requests.Request("adapter", {}, ["output"])
+
+
+def test_values_and_places_may_hold_commas_in_brackets():
+    asked = requests.parse(
+        r'lora:rank_pattern={"query": 4, "key": 2},use_dora=True@[r]\d{1,2}\.q,k'
+    )
+    assert asked.options == {"rank_pattern": {"query": 4, "key": 2}, "use_dora": True}
+    assert asked.places == [r"[r]\d{1,2}\.q", "k"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("lora r=4", "must be TYPE, or TYPE:name=value"),
+        ("lora:lora_r", "'lora_r' must be name=value"),
+        ("lora:rank=4", "'lora' has no option 'rank'; nearest"),
+    ],
+)
+def test_what_is_not_written_right_is_an_error(text, said):
+    with pytest.raises(DeltaError, match=said):
+        requests.parse(text)
+
+
+def test_places_are_roles_patterns_or_both(folder):
+    model = transformers.BertForMaskedLM.from_pretrained(folder / "my-model")
+
+    def config(text):
+        return requests.config_for(model, requests.parse(text))
+
+    assert config("lora@attn.q,ff.w2").common_structure
+    assert config("lora@query").modified_modules == ["query"]
+    mixed = opendelta.plan(model, config("lora@attn.q,intermediate.dense"))
+    assert len(mixed.deltas[0].modules) == 8
+    with pytest.raises(DeltaError, match="pairs need one"):
+        config("parallel_adapter@ff.w1,output.dense")
+    with pytest.raises(DeltaError, match="not both"):
+        config('lora:modified_modules=["key"]@query')
+    with pytest.raises(DeltaError, match=r"has the role 'ff.gate': the roles in it are"):
+        config("lora@ff.gate")
+
+
+def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub():
+    for path in ("/nowhere/at/all", "./nowhere", "a/b/c", "../config.json"):
+        with pytest.raises(DeltaError, match=r"there is no such folder or file$"):
+            models.without_weights(path)
+
+
+# --------------------------------------------------------------------------------------- the page
+def test_the_examples_in_the_page_print_what_it_says(run):
+    examples = EXAMPLE.findall(DOCS.read_text())
+    assert {command.split()[0] for command, _ in examples} == set(GOOD)
+    for command, said in examples:
+        _, out, errors = run(*command.split())
+        assert plain(out + errors) == plain(said), command
+
+
+def plain(text):
+    """The lines of a text, without sizes of files and relative norms, which may change."""
+    lines = [line.rstrip() for line in re.sub(r"\d[\d.]* KiB|by \d[\d.]*", "", text).splitlines()]
+    return [line for line in lines if line]
