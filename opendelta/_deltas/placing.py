@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -25,8 +26,7 @@ from .making import device_and_dtype_for
 from .order import check_root, order_with
 
 
-@dataclass(frozen=True)
-class Placing:
+class Placing(NamedTuple):
     """The facts for putting one layer on its module.
 
     Attributes:

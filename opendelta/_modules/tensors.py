@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from ..errors import SiteError
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 def stored(module: nn.Module, name: str) -> Tensor | None:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterable
-from typing import Any
-
-from rich import box
-from rich.console import Console
-from rich.table import Table
+from typing import TYPE_CHECKING, Any
 
 from .tree import spell
+
+if TYPE_CHECKING:  # rich is imported where something is drawn
+    from rich.table import Table
 
 WIDTH = 110  # columns of a text that is not printed on a terminal
 SHOWN = 4  # names in a list; more are left out
@@ -19,6 +18,8 @@ SHOWN = 4  # names in a list; more are left out
 
 def as_text(what: Any) -> str:
     """Return the text that rich prints on a terminal of `WIDTH` columns, without colours."""
+    from rich.console import Console
+
     console = Console(file=io.StringIO(), width=WIDTH)
     with console.capture() as capture:
         console.print(what)
@@ -49,6 +50,9 @@ def size(count: float) -> str:
 
 def plain_table(title: str | None = None, *headings: str) -> Table:
     """Return an empty table whose only line is the one beneath its headings."""
+    from rich import box
+    from rich.table import Table
+
     return Table(
         *headings,
         title=title,

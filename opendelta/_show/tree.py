@@ -6,14 +6,9 @@ import io
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
-from rich.console import Console, ConsoleOptions, RenderResult
-from rich.measure import Measurement
-from rich.segment import Segment
-from rich.text import Text
-from rich.tree import Tree
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -21,6 +16,13 @@ from .._backbone.counting import statistics
 from .._layers.base import Acts, DeltaLayer
 from .._sites.stack import Stack
 from ..errors import OptionError
+
+if TYPE_CHECKING:  # rich is imported where something is drawn: it takes a tenth of the start
+    from rich.console import Console, ConsoleOptions, RenderResult
+    from rich.measure import Measurement
+    from rich.segment import Segment
+    from rich.tree import Tree
+
 
 Note = tuple[str, str]  # a piece of a line: text, style
 NAME, FOLDED, TYPE, MARK = "white", "red", "green", "yellow"
@@ -178,6 +180,9 @@ def draw(node: Node, above: str = "") -> Tree:
     parts = [(name, FOLDED if len(node.names) > 1 else NAME)]
     parts += [(f"({node.type})", TYPE)] if above else []
     parts += [(f"in place of {above}", MARK) if note == OWNED else note for note in node.notes]
+    from rich.text import Text
+    from rich.tree import Tree
+
     label = Text()
     for text, style in parts:
         printable = text if text.isprintable() else repr(text)[1:-1]
@@ -219,6 +224,8 @@ class ModelTree:
         yield from console.render(self._tree, options)
 
     def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        from rich.measure import Measurement
+
         return Measurement.get(console, options, self._tree)
 
     def to_dict(self) -> dict[str, Any]:
@@ -226,6 +233,8 @@ class ModelTree:
         return _as_dict(self._node)
 
     def _lines(self) -> list[list[Segment]]:
+        from rich.console import Console
+
         console = Console(file=io.StringIO())
         return console.render_lines(self._tree, console.options.update(width=WIDE), pad=False)
 
@@ -238,6 +247,8 @@ class ModelTree:
         return HTML.format(lines="\n".join(coloured(line, "span") for line in self._lines()))
 
     def _svg(self) -> str:
+        from rich.segment import Segment
+
         lines = self._lines()
         rows = [
             f'<text x="{MARGIN}" y="{MARGIN + LINE * row + 13}">{coloured(line, "tspan")}</text>'
@@ -251,6 +262,8 @@ class ModelTree:
 
     def show(self) -> None:
         """Print the tree without cutting or wrapping lines, in colours if the output has them."""
+        from rich.console import Console
+
         console = Console(soft_wrap=True)
         if console.is_jupyter:
             from IPython.display import display

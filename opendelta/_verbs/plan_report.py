@@ -6,15 +6,16 @@ import dataclasses
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
-
-from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
-from rich.text import Text
+from typing import TYPE_CHECKING, Any
 
 from .._layers.costs import Flops
 from .._show.tables import SHOWN, as_text, folded, plain_table, size
 from ..errors import listed
 from .costs import Memory
+
+if TYPE_CHECKING:  # rich is imported where something is drawn
+    from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+    from rich.text import Text
 
 
 @dataclass(frozen=True)
@@ -155,6 +156,8 @@ def plan_table(plan: Plan) -> Iterator[RenderableType]:
 
 def _line(text: str) -> Text:
     what, _, rest = text.partition(":")
+    from rich.text import Text
+
     return Text.assemble((what, "bold"), f":{rest}")
 
 
