@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from .._layers import low_rank
 from .._layers.base import DeltaLayer, Params
 from .._layers.low_rank import LowRank
-from .._modules import tensors
+from .._modules import probing, tensors
+from .._modules.kinds import Norm, kind_of
 from ..errors import DeltaError, SiteError
 from .stack import Stack, Step, stack_of
+from .swap import plain_class
 
 Named = tuple[str, DeltaLayer]
 
@@ -26,7 +28,9 @@ def fold_into(where: str, module: nn.Module, run: list[Named]) -> tuple[Step, fl
         The step to undo, and the relative error of a quantised weight, or None.
     """
     step, error, folded = Step(dict(run)), None, {}
-    for key, (new, blocks) in _new_values(where, module, list(step.layers.values())).items():
+    factor = factor_of(where, module, run)
+    for key, (new, blocks) in _new_values(where, module, [ly for _, ly in run], factor).items():
+        _check_axis(where, module, key)
         bits = 0
         for block in blocks:  # check each block while the processor's cache holds it
             if not tensors.is_finite(block):
@@ -48,21 +52,55 @@ def fold_into(where: str, module: nn.Module, run: list[Named]) -> tuple[Step, fl
     return step, error
 
 
+def factor_of(where: str, module: nn.Module, run: list[Named]) -> float:
+    """Return the t of a module that computes t (W x) + b; 1.0 for all classes that are known.
+
+    Raises:
+        SiteError: the module computes something else, so no weight holds the layers.
+    """
+    forward = (plain_class(module) or type(module)).forward
+    factor = probing.factor_of(module, forward)
+    if factor is None:
+        names = ", ".join(name for name, _ in run)
+        raise SiteError(
+            f"{where!r} ({type(module).__name__}): {names} cannot be merged: the module has a "
+            "forward of its own, and does not compute its weight times the input plus its bias, "
+            "so no other weight computes the same. Let the delta act unmerged",
+            where=where,
+        )
+    return factor
+
+
+def _check_axis(where: str, module: nn.Module, key: str) -> None:
+    """Raise if a parameter of a normalisation acts otherwise than by channel on the last axis."""
+    forward = (plain_class(module) or type(module)).forward
+    if not isinstance(kind_of(module), Norm) or probing.is_known(forward):
+        return
+    if not probing.acts_on_last_axis(module, forward, key):
+        raise SiteError(
+            f"{where!r} ({type(module).__name__}): its {key} does not act on the last axis of the "
+            "output, so no other one computes the same. Let the delta act unmerged",
+            where=where,
+        )
+
+
 def _new_values(
-    where: str, module: nn.Module, layers: list[Any]
+    where: str, module: nn.Module, layers: list[Any], factor: float
 ) -> dict[str, tuple[Tensor, Iterable[Tensor]]]:
     """Return {name of a parameter that changes: (its new values, the same values in blocks)}.
 
     Reading the blocks computes the values. They are in the parameter's dtype; in float32 if it is
     quantised.
     """
-    if run := _low_rank(module, layers):
+    if factor == 1 and (run := _low_rank(module, layers)):
         weight: Any = module._parameters["weight"]
         kind: Any = layers[0].kind
         new = torch.empty_like(weight)
         return {"weight": (new, low_rank.add_to_weight(kind.matrix(weight), kind.matrix(new), run))}
     own = {key: p for key, p in module._parameters.items() if key in ("weight", "bias")}
     exact: Params = {k: tensors.in_full(module, k) for k, p in own.items() if p is not None}
+    if factor != 1:  # layers fold into the weight as it acts
+        exact["weight"] = factor * exact["weight"]
     folded = exact
     try:
         for layer in layers:
@@ -77,6 +115,8 @@ def _new_values(
             where=where,
         ) from None
     changed = {key: tensor for key, tensor in folded.items() if tensor is not exact[key]}
+    if factor != 1 and "weight" in changed:
+        changed["weight"] = changed["weight"] / factor
     rounded = {key: tensor.to(_float_of(own[key])) for key, tensor in changed.items()}
     return {key: (tensor, [tensor]) for key, tensor in rounded.items()}
 

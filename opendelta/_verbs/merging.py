@@ -15,7 +15,7 @@ from .._backbone.backbone import Backbone
 from .._layers.base import Acts, DeltaLayer
 from .._layers.record import Record
 from .._modules.tensors import is_sharded
-from .._sites.merged import Named, check_unchanged, fold_into, undo
+from .._sites.merged import Named, check_unchanged, factor_of, fold_into, undo
 from .._sites.stack import Stack
 from ..errors import SiteError
 
@@ -151,6 +151,7 @@ def _check_module(
 ) -> None:
     """Raise if the weights of a module cannot be changed without changing another module."""
     module = backbone.modules[where]
+    factor_of(where, module, run)
     names = ", ".join(name for name, _ in run)
     what = f"{where!r} ({type(module).__name__}): {names} cannot be merged"
     if isinstance(module, nn.Embedding) and module.max_norm is not None:

@@ -1,0 +1,126 @@
+"""Find out by one run whether a module computes what its kind says: t (W x) + b."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .kinds import Kind, Norm, kind_of
+from .placing import device_and_dtype
+from .tensors import in_full
+
+# The forwards that compute what the table of kinds says, whatever subclass of module has them.
+KNOWN = {
+    nn.Linear.forward,
+    nn.Embedding.forward,
+    nn.Conv2d.forward,
+    nn.LayerNorm.forward,
+    nn.RMSNorm.forward,
+}
+ELSEWHERE = {  # (package, name of the forward) of libraries that may not be installed
+    ("transformers", "Conv1D.forward"),
+    ("bitsandbytes", "Linear4bit.forward"),
+    ("bitsandbytes", "Linear8bitLt.forward"),
+}
+TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+def is_known(forward: Callable[..., Any]) -> bool:
+    """True if a class's forward computes what the table of kinds says, with factor 1."""
+    package = getattr(forward, "__module__", "").partition(".")[0]
+    return forward in KNOWN or (package, getattr(forward, "__qualname__", "")) in ELSEWHERE
+
+
+@torch.no_grad()
+def factor_of(module: nn.Module, forward: Callable[..., Any]) -> float | None:
+    """Return the t of a module that computes t (W x) + b; None if it computes something else.
+
+    Here W x is what the module's kind computes from the weight: a product, a lookup, a convolution.
+    A normalisation has no t, so it is 1.0: see `acts_on_last_axis`.
+
+    Args:
+        forward: the forward of the module's own class, without deltas.
+    """
+    if is_known(forward):
+        return 1.0
+    kind, was_training = kind_of(module), module.training
+    if kind is None or "weight" not in module._parameters:
+        return None
+    try:
+        module.training = False
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return 1.0 if isinstance(kind, Norm) else _of(module, forward, kind)
+    except Exception:  # whatever a forward of somebody's own raises on such an input
+        return None
+    finally:
+        module.training = was_training
+
+
+def _of(module: nn.Module, forward: Callable[..., Any], kind: Kind) -> float | None:
+    matrix = kind.matrix(in_full(module, "weight"))
+    bias = in_full(module, "bias") if module._parameters.get("bias") is not None else None
+    factors = []
+    for x in _inputs(module, kind):
+        out = forward(module, x)
+        wide = x.to(matrix.dtype) if x.is_floating_point() else x
+        plain = kind.product(wide, matrix)
+        rest = out.to(matrix.dtype) - (0 if bias is None else kind.per_channel(bias))
+        factor = float((rest * plain).sum() / plain.square().sum())
+        if not math.isfinite(factor) or not factor:
+            return None
+        if not _close(rest, factor * plain, out.dtype):
+            return None
+        factors.append(factor)
+    alike = all(math.isclose(factor, factors[0], rel_tol=1e-2) for factor in factors)
+    return _rounded(factors[0]) if alike else None
+
+
+def _rounded(factor: float) -> float:
+    """Return 1.0 for a factor that differs from 1 by rounding."""
+    return 1.0 if math.isclose(factor, 1.0, rel_tol=1e-5) else factor
+
+
+def _inputs(module: nn.Module, kind: Kind) -> Iterator[Tensor]:
+    """Yield inputs of several sizes and magnitudes, on which only such a module agrees."""
+    device, dtype = device_and_dtype([module])
+    for length, size in ((2, 1.0), (3, 30.0), (2, 0.01)):
+        x, _, _ = kind.example(length, dtype)
+        if kind.takes_ids:
+            yield torch.randint(kind.in_features, x.shape, device=device)
+        else:
+            yield torch.randn(x.shape, dtype=torch.float64).mul(size).to(device, dtype)
+
+
+@torch.no_grad()
+def acts_on_last_axis(module: nn.Module, forward: Callable[..., Any], key: str) -> bool:
+    """True if the weight of a normalisation scales its output, or the bias shifts it, by channel.
+
+    Args:
+        forward: the forward of the module's own class, without deltas.
+        key: "weight" or "bias".
+    """
+    own: Any = module._parameters
+    kept, bias = own[key], own.get("bias")
+    device, dtype = device_and_dtype([module])
+    width, shift = kept.numel(), 0 if bias is None else bias
+    x = torch.randn(2, 3, width, dtype=torch.float64).to(device, dtype)
+    by = torch.linspace(0.5, 1.5, width, device=device).to(kept.dtype)
+    try:
+        plain = forward(module, x)
+        wanted = plain + by if key == "bias" else (plain - shift) * by + shift
+        own[key] = nn.Parameter(kept + by if key == "bias" else kept * by, False)
+        return _close(forward(module, x), wanted, plain.dtype)
+    except Exception:  # whatever a forward of somebody's own raises on such an input
+        return False
+    finally:
+        own[key] = kept
+
+
+def _close(one: Tensor, other: Tensor, dtype: torch.dtype) -> bool:
+    size = other.float().norm()
+    return bool((one.float() - other.float()).norm() <= TOLERANCES.get(dtype, 1e-4) * size)
