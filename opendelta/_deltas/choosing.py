@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from .._backbone import roles
+from .._backbone import reading, roles
 from .._backbone.backbone import Backbone
 from .._backbone.patterns import as_list, leave_out, literal, select, select_modules
 from .._layers import labels, prefix, prompt
@@ -250,7 +250,7 @@ def _caller_of(backbone: Backbone, name: str) -> str:
 
     Such a parent never calls the module, and computes its output itself.
     """
-    read = swap.weight_is_read(backbone.modules[name], asked=False)
+    read = swap.weight_is_read(backbone.modules[name], reading.weight_is_read(backbone, name))
     return parent(name) if read else name
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from .._backbone import sharding
+from .._backbone import reading, sharding
 from .._backbone.backbone import Backbone
 from .._backbone.patterns import no_match
 from .._layers.base import Acts, DeltaLayer
@@ -99,6 +99,7 @@ def _placing(backbone: Backbone, delta: BaseDelta, where: str, layer: DeltaLayer
     module, stack = backbone.modules[where], backbone.stacks.get(where)
     planned = stack if isinstance(stack, PlannedStack) else None
     asked = delta.config.reads and where in (delta.config.modified_modules or ())
+    asked = asked or reading.weight_is_read(backbone, where)
     is_read = swap.weight_is_read(module, asked or (planned is not None and planned.weight_is_read))
     on_it = stack_of(module) if planned is None else planned
     swap.check(where, module, delta.name, layer, is_read, on_it)

@@ -1,0 +1,70 @@
+"""Find the modules whose weight the module around them reads, instead of calling them."""
+
+from __future__ import annotations
+
+import dis
+import functools
+import inspect
+from collections.abc import Iterator
+from types import CodeType
+from typing import Any
+
+from torch import nn
+
+from .._sites.swap import plain_class
+from ..names import last, parent
+from .backbone import Backbone
+
+LOOKS = {"dtype", "device", "shape", "size", "requires_grad", "is_meta", "ndim"}  # no values
+
+
+def weight_is_read(backbone: Backbone, where: str) -> bool:
+    """True if the code of the module around reads the weight of the module `where` alone.
+
+    The code is looked at, and not run. If it calls the module too, it counts as called.
+    """
+    if not where:
+        return False
+    around = backbone.modules[parent(where)]
+    read, used = _uses(plain_class(around) or type(around))
+    return last(where) in read - used
+
+
+@functools.cache
+def _uses(cls: Any) -> tuple[set[str], set[str]]:
+    """Return the names of children whose `weight` a class's code reads, and of those it calls.
+
+    A child that the code hands on, or asks for anything else, counts as called.
+    """
+    read: set[str] = set()
+    used: set[str] = set()
+    for code in _codes(cls):
+        steps = list(dis.get_instructions(code))
+        for number, step in enumerate(steps[:-1]):
+            if step.opname not in ("LOAD_ATTR", "LOAD_METHOD"):
+                continue
+            after = steps[number + 1]
+            beyond = steps[number + 2] if number + 2 < len(steps) else after
+            if after.opname not in ("LOAD_ATTR", "LOAD_METHOD"):
+                used.add(step.argval)
+            elif after.argval == "weight" and beyond.argval not in LOOKS:
+                read.add(step.argval)
+            elif after.argval not in ("weight", "bias"):
+                used.add(step.argval)
+    return read, used
+
+
+def _codes(cls: Any) -> Iterator[CodeType]:
+    """Yield the code of a class's forward, of the methods that it names, and of functions inside."""
+    methods = {
+        name: inspect.unwrap(value).__code__
+        for base in reversed(cls.__mro__)
+        for name, value in vars(base).items()
+        if base.__module__ != nn.Module.__module__ and hasattr(inspect.unwrap(value), "__code__")
+    }
+    todo = [methods.pop("forward")] if "forward" in methods else []
+    while todo:
+        code = todo.pop()
+        yield code
+        todo += [const for const in code.co_consts if isinstance(const, CodeType)]
+        todo += [methods.pop(name) for name in code.co_names if name in methods]
