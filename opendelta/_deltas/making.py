@@ -178,7 +178,10 @@ def _sites(
         device = device if values == "new" else torch.device("meta")
         of_width, of_heads = (lambda n: widths()[n]), (lambda n: heads()[n])
         new = values != "saved"
-        sites[name] = Site(name, module, kind, device, dtype, of_width, of_heads, new)
+        site = Site(name, module, kind, device, dtype, of_width, of_heads, new)
+        if (stack := backbone.stacks.get(name)) is not None:
+            site.beneath = stack.acting()
+        sites[name] = site
     if layer_class.paired:
         for start, end in zip(names[::2], names[1::2], strict=True):
             sites[start].end = sites[end]

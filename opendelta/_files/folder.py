@@ -33,6 +33,7 @@ MOST_ITEMS = 500_000  # items in a JSON file
 LONGEST, DEEPEST = 1_000, 32  # characters of a text in our JSON, and how deep lists are nested
 TRIES = 50  # how often to try to open the weights while other processes save
 WEIGHTS = "delta-{}.safetensors"
+OWN = re.compile(r"delta-[0-9a-f]{16}\.safetensors")  # other files are the user's
 TEMPORARY = re.compile(r"\.delta-[0-9a-f]{16}\.tmp")
 
 
@@ -79,7 +80,7 @@ def write(folder: Path, config: dict[str, Any], tensors: Mapping[str, Tensor]) -
     if problem := _excess(_text(lines, "0" * 64)):
         raise DeltaError(f"{refused} {problem}: save fewer deltas in one")
     with _made(folder), locked(folder) as alone:
-        old = [*folder.glob("delta-*.safetensors")]
+        old = [path for path in folder.glob("delta-*") if OWN.fullmatch(path.name)]
         if alone:  # then no other process is writing into these temporary folders
             old += [path for path in folder.glob(".*.tmp") if TEMPORARY.fullmatch(path.name)]
         with _replacing(folder) as (new, put):

@@ -319,10 +319,22 @@ class InnerCall:
 
     def params(self) -> Params:
         """Return the module's weight and bias with the changes of the layers beneath that fold."""
-        params = tensors.stored_params(self.module)
-        for layer in self.beneath:
-            params = layer.fold(params) if layer.folds else params
-        return params
+        return params_beneath(self.module, self.beneath)
+
+
+def params_beneath(module: nn.Module, beneath: Sequence[DeltaLayer]) -> Params:
+    """Return weight and bias of a module, or of a copy in its place, with layers folded in.
+
+    Args:
+        beneath: the layers that act, the innermost first; those that do not fold are left out.
+    """
+    params = tensors.stored_params(module)
+    for layer in beneath:
+        if layer.stand_in is not None:
+            params = tensors.stored_params(layer.stand_in)
+        elif layer.folds:
+            params = layer.fold(params)
+    return params
 
 
 def times(factor: Any, change: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -47,6 +47,7 @@ class Site:
         new: the layer sets its start values; false: the values come from a file.
         end: the site at the end of the branch that starts here, for `paired` layers.
         shared: the tensors that the delta's layers share, or None.
+        beneath: the layers that act on the module when this one is made, the innermost first.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Site:
     new: bool = True
     end: Site | None = None
     shared: Any = None
+    beneath: Sequence[Any] = ()
 
     @property
     def kind(self) -> Kind:

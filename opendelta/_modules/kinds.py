@@ -91,13 +91,14 @@ class Embedding(TransposedLinear):
     name: ClassVar[str] = "embedding"
     is_product: ClassVar[bool] = False
     takes_ids: ClassVar[bool] = True
+    padding: int | None = None  # an index whose embedding no gradient reaches
     scale: float = 1.0  # factor of the output, as in the embeddings of BART and Gemma
 
     def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        return linear(F.embedding(x, A.T), B) * self.scale
+        return linear(F.embedding(x, A.T, self.padding), B) * self.scale
 
     def product(self, x: Tensor, matrix: Tensor) -> Tensor:
-        return F.embedding(x, matrix.T) * self.scale
+        return F.embedding(x, matrix.T, self.padding) * self.scale
 
     def example(self, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, int]:
         _, out, positions = super().example(length, dtype)
@@ -201,7 +202,8 @@ def kind_of(module: nn.Module) -> Kind | None:
         scale = getattr(module, "embed_scale", 1.0)  # a float, or a buffer of one element
         if isinstance(scale, Tensor) and scale.is_meta:  # a backbone without values
             scale = getattr(module, "scalar_embed_scale", 1.0)
-        return Embedding(module.num_embeddings, module.embedding_dim, float(scale))
+        sizes = module.num_embeddings, module.embedding_dim
+        return Embedding(*sizes, module.padding_idx, float(scale))
     if isinstance(module, nn.modules.conv._ConvNd):
         return _convolution(module)
     if isinstance(module, nn.LayerNorm | nn.RMSNorm):

@@ -62,11 +62,7 @@ class Routed:
 
     def check(self, stack: Stack, module: nn.Module) -> None:
         """Raise if the stack has layers that cannot act on some rows alone."""
-        acting: list[Any] = [
-            layer
-            for name, layer in stack._modules.items()
-            if layer.record.active and not (stack.steps and stack.holds(name))  # type: ignore
-        ]
+        acting = stack.acting()
         for layer in acting:
             if EXPERTS.search(self.where):
                 self.check_common(layer, "sees some tokens of all rows, mixed")

@@ -94,6 +94,11 @@ class Stack(nn.ModuleDict):
         self.__dict__.update(ran=set(), steps=[])  # not by nn.Module.__setattr__, which is slow
         self.register_forward_pre_hook(_step_aside)
 
+    def acting(self) -> list[DeltaLayer]:
+        """Return the layers that are active and not merged, the innermost first."""
+        names = self._modules
+        return [ly for n, ly in names.items() if ly.record.active and not self.holds(n)]  # type: ignore
+
     def _acting(self) -> list[DeltaLayer]:
         acting: list[Any] = []
         ran, steps = self.ran, self.steps

@@ -69,7 +69,6 @@ def to_backbone(model: Module) -> Module:
     backbone.require_unrouted("cannot make a plain model")
     merging.check_whole(backbone)
     copied = shared_copy(model)
-    fresh = Backbone.of(copied)
     for where, stack in backbone.stacks.items():
         run = [(n, ly) for n, ly in stack.in_order() if ly.folds and ly.record.active]
         run = [(n, ly) for n, ly in run if ly.acts.in_the_weights]
@@ -77,7 +76,7 @@ def to_backbone(model: Module) -> Module:
         if stand_ins := [module for module in acting if module is not None]:
             _put(copied, where, copy.deepcopy(stand_ins[-1]))
         if run:
-            merged.fold_into(where, fresh.modules[where], run)
+            merged.fold_into(where, copied.get_submodule(where), run)
     labels.hand_on(model, copied)
     if model.training:
         copied.train()

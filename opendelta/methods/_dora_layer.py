@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._layers import low_rank
+from .._layers.base import params_beneath
 from .._layers.low_rank import LowRank
 from .._layers.starts import plain_weight
 from ..author import Acts, Params, Site, first_input
@@ -30,10 +31,12 @@ class DoraLayer(LoraLayer):
     def __init__(self, site: Site, config: LoraConfig) -> None:
         super().__init__(site, config)
         self.lora_magnitude_vector = site.parameter(site.out_features)
-        weight = self.kind.matrix(plain_weight(site, "use_dora"))
+        plain_weight(site, "use_dora")  # refuses others
         if not self.lora_A.is_meta:
+            weight = params_beneath(site.module, site.beneath)["weight"]
+            weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
             with torch.no_grad():
-                self.lora_magnitude_vector.copy_(self.norm(weight))
+                self.lora_magnitude_vector.copy_(self.norm(self.kind.matrix(weight)))
 
     @torch.no_grad()
     def norm(self, weight: Tensor) -> Tensor:
