@@ -26,7 +26,7 @@ def weight_is_read(backbone: Backbone, where: str) -> bool:
     if not where:
         return False
     around = backbone.modules[parent(where)]
-    read, used = _uses(plain_class(around) or type(around))
+    read, used = _uses(plain_class(around) or type(around))  # type: ignore[arg-type]
     return last(where) in read - used
 
 
@@ -55,7 +55,7 @@ def _uses(cls: Any) -> tuple[set[str], set[str]]:
 
 
 def _codes(cls: Any) -> Iterator[CodeType]:
-    """Yield the code of a class's forward, of the methods that it names, and of functions inside."""
+    """Yield the code of a class's forward, of methods that it names, and of functions inside."""
     methods = {
         name: inspect.unwrap(value).__code__
         for base in reversed(cls.__mro__)

@@ -21,6 +21,7 @@ from .record import Record
 
 Params = dict[str, Tensor]
 Call = Callable[..., Any]
+X = "\0"  # the input in a formula
 
 
 class Handover(threading.local):
@@ -239,23 +240,20 @@ class DeltaLayer(nn.Module):
             return functools.partial(_gated, self, call)
         return functools.partial(self, call)
 
-    def formula(self, name: str, inner: Callable[[str], str]) -> Callable[[str], str]:
-        """Return a function from the text of x to the formula of this layer around `inner`.
+    def formula(self, name: str, inner: str) -> str:
+        """Return the formula of `inner` with this layer around it; `X` stands for the input.
 
         Args:
-            name: the layer's name in the formula.
-            inner: the same function for the layers beneath.
+            name: what the layer is called in it.
         """
         if self.acts is Acts.BESIDE:
             factor = "" if self.record.scale == 1 else f"{self.record.scale:g} "
-            return lambda x: f"{inner(x)} + {factor}{name}({x})"
+            return f"{inner} + {factor}{name}({X})"
         if self.acts is Acts.BEFORE:
-            return lambda x: inner(f"{name}({x})")
+            return inner.replace(X, f"{name}({X})")
         if self.acts is Acts.INSTEAD:
-            return lambda x: f"{name}({x})"
-        if self.acts is Acts.AFTER:
-            return lambda x: f"{name}({inner(x)})"
-        return inner
+            return f"{name}({X})"
+        return f"{name}({inner})" if self.acts is Acts.AFTER else inner
 
     def flops(self, module: nn.Module) -> Flops:
         """Count the operations that the layer, on the meta device, adds to a forward of `module`.

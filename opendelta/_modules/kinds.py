@@ -202,8 +202,8 @@ def kind_of(module: nn.Module) -> Kind | None:
         scale = getattr(module, "embed_scale", 1.0)  # a float, or a buffer of one element
         if isinstance(scale, Tensor) and scale.is_meta:  # a backbone without values
             scale = getattr(module, "scalar_embed_scale", 1.0)
-        sizes = module.num_embeddings, module.embedding_dim
-        return Embedding(*sizes, module.padding_idx, float(scale))
+        rows, width = module.num_embeddings, module.embedding_dim
+        return Embedding(rows, width, module.padding_idx, float(scale))
     if isinstance(module, nn.modules.conv._ConvNd):
         return _convolution(module)
     if isinstance(module, nn.LayerNorm | nn.RMSNorm):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from .kinds import Kind, Norm, kind_of
 from .placing import device_and_dtype
-from .tensors import in_full
+from .tensors import in_full, is_plain
 
 # The forwards that compute what the table of kinds says, whatever subclass of module has them.
 KNOWN = {
@@ -50,15 +51,29 @@ def factor_of(module: nn.Module, forward: Callable[..., Any]) -> float | None:
     kind, was_training = kind_of(module), module.training
     if kind is None or "weight" not in module._parameters:
         return None
+    if isinstance(kind, Norm):
+        return 1.0
     try:
         module.training = False
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), _in_full_precision(module):
             torch.manual_seed(0)
-            return 1.0 if isinstance(kind, Norm) else _of(module, forward, kind)
+            return _of(module, forward, kind)
     except Exception:  # whatever a forward of somebody's own raises on such an input
         return None
     finally:
         module.training = was_training
+
+
+@contextlib.contextmanager
+def _in_full_precision(module: nn.Module) -> Iterator[None]:
+    """Let the module's 16-bit parameters be float32 inside, so that rounding hides no factor."""
+    own: Any = module._parameters
+    kept = {key: p for key, p in own.items() if is_plain(p) and p.itemsize == 2}
+    try:
+        own.update({key: nn.Parameter(p.float(), False) for key, p in kept.items()})
+        yield
+    finally:
+        own.update(kept)
 
 
 def _of(module: nn.Module, forward: Callable[..., Any], kind: Kind) -> float | None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import nn
 
 from .._backbone.backbone import Backbone
 from .._backbone.patterns import select
-from .._layers.base import Acts, DeltaLayer
+from .._layers.base import Acts, DeltaLayer, X
 from .._modules.kinds import kind_of
 from .._sites.stack import Stack
 from ..errors import AddressError, listed
@@ -93,10 +92,10 @@ def _formula(inner: str, on_it: list[tuple[str, DeltaLayer]]) -> str:
     acting = [(name, layer) for name, layer in on_it if layer.record.active]
     within = [f"[{name}]" for name, layer in reversed(acting) if layer.acts is Acts.WITHIN]
 
-    formula: Callable[[str], str] = lambda x: f"{inner}{''.join(within)}({x})"  # noqa: E731
+    formula = f"{inner}{''.join(within)}({X})"
     for name, layer in acting:
         formula = layer.formula(name, formula)
-    return formula("x")
+    return formula.replace(X, "x")
 
 
 def _sizes(module: nn.Module) -> str:

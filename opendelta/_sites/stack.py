@@ -162,6 +162,11 @@ class Stack(nn.ModuleDict):
                 call = functools.partial(low_rank.add, call, run, raw and index == 0)
                 index += count
                 continue
+            count = _in_turn(acting, index)
+            if count > 1:
+                call = functools.partial(_run_in_turn, call, module, acting[index : index + count])
+                index += count
+                continue
             call = layer.around(call, module, acting[:index], raw and index == 0)
             index += 1
         return call
@@ -189,6 +194,38 @@ class Stack(nn.ModuleDict):
             self._modules.update(ordered)
 
 
+def _in_turn(acting: list[DeltaLayer], start: int) -> int:
+    """Count the layers from `start` on that only change or add to the output of those beneath."""
+    count = 0
+    for layer in acting[start:]:
+        alone = layer.sees_module or layer.runs_as_factors or layer.handover is not None
+        if alone or layer.acts not in (AFTER, BESIDE):
+            break
+        count += 1
+    return count
+
+
+def _run_in_turn(
+    call: Callable[..., Any],
+    module: nn.Module,
+    layers: list[DeltaLayer],
+    /,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Run layers one after the other on the output of `call`, however many they are."""
+    out = call(*args, **kwargs)
+    for layer in layers:
+        out = layer.around(functools.partial(_given, out), module, ())(*args, **kwargs)
+    return out
+
+
+def _given(out: Any, *args: Any, **kwargs: Any) -> Any:
+    """Return an output that is known."""
+    return out
+
+
+AFTER, BESIDE = Acts.AFTER, Acts.BESIDE
 RESERVED = frozenset(dir(Stack()))
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..author import (
+    Acts,
     Delta,
     DeltaConfig,
     DeltaLayer,
@@ -71,13 +71,13 @@ class InputAdapterLayer(AdapterLayer):
     """n(x + s up(f(down(n(x))))) around a normalisation n of x [..., width]."""
 
     kinds = ("norm",)
+    acts = Acts.BEFORE
     gates_itself = True
     scales = True
 
-    def forward(self, call: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, call: Any, *args: Any, **kwargs: Any) -> Tensor:
         h, x = call(*args, **kwargs), first_input(args, kwargs)
-        change = self.strength() * self.bottleneck(h)
-        change = change if self.gate is None else self.gate(h) * change
+        change = (1 if self.gate is None else self.gate(h)) * self.strength() * self.bottleneck(h)
         args, kwargs = replace_input(args, kwargs, x + change.type_as(x))
         return call(*args, **kwargs)
 

@@ -275,15 +275,20 @@ def delta_names(model):
     return opendelta.composition(model).names
 
 
+def by_hand(linear, x):
+    """The output of a linear module that is not called."""
+    return nn.functional.linear(x, linear.weight, linear.bias)
+
+
 class Reader(nn.Module):
-    """A parent that reads the weight of its child instead of calling it."""
+    """A parent whose function reads the weight of a child, so that no look at its code tells."""
 
     def __init__(self):
         super().__init__()
         self.q = nn.Linear(8, 8)
 
     def forward(self, x):
-        return nn.functional.linear(x, self.q.weight, self.q.bias)
+        return by_hand(self.q, x)
 
 
 def reader():

@@ -1,0 +1,182 @@
+"""Layers fold only where the module's forward is known, or found to be t (W x) + b."""
+
+import math
+
+import pytest
+import torch
+from support.nets import shake
+from torch import nn
+
+import opendelta
+from opendelta import BitFitModel, IA3Model, LNTuningModel, LoraModel, OFTModel, SiteError
+from opendelta import composition as composed
+from opendelta._modules.kinds import kind_of
+from opendelta._modules.probing import factor_of, is_known
+
+pytestmark = [pytest.mark.covers("Composition.merge", "Composition.to_backbone")]
+
+
+class Scaled(nn.Module):
+    """W x / sqrt(d): CPM-Bee's linear layer, written by hand."""
+
+    def __init__(self, width, out):
+        super().__init__()
+        self.in_features, self.out_features = width, out
+        self.weight = nn.Parameter(torch.randn(out, width))
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight) / math.sqrt(self.in_features)
+
+
+class Same(nn.Linear):
+    def forward(self, x):
+        return super().forward(x)
+
+
+class Activated(nn.Linear):
+    def forward(self, x):
+        return torch.tanh(super().forward(x))
+
+
+class Damped(nn.Linear):
+    def forward(self, x):
+        return 0.1 * super().forward(x)
+
+
+class Noisy(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) + torch.randn_like(x)
+
+
+class OverRows(nn.Linear):
+    def forward(self, x):
+        return super().forward(x - x.mean(0))
+
+
+class Fails(nn.Linear):
+    def forward(self, x):
+        return super().forward(x.view(7, 6))
+
+
+class Doubled(nn.Conv2d):
+    def forward(self, x):
+        return 2 * super().forward(x) - self.bias[:, None, None]
+
+
+class Tripled(nn.Embedding):
+    def forward(self, ids):
+        return 3 * super().forward(ids)
+
+
+class ChannelsFirst(nn.LayerNorm):
+    """ConvNeXt's: over axis 1 of images."""
+
+    def forward(self, x):
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+class PlusOne(nn.RMSNorm):
+    """Gemma's: the weight is what is added to 1."""
+
+    def forward(self, x):
+        return nn.functional.rms_norm(x, self.normalized_shape) * (1 + self.weight)
+
+
+X = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
+
+
+def merged_and_plain(module, cls, x, **options):
+    """How far the outputs are off after merging, after unmerging, and in a plain model."""
+    model = nn.Sequential(module).eval()
+    delta = shake(cls(model, modified_modules=["0"], **options))
+    with torch.no_grad():
+        before = model(x)
+        plain = composed(model).to_backbone()(x)
+        bits = [p.clone() for p in module.parameters()]
+        composed(model).merge()
+        merged = model(x)
+        composed(model).unmerge()
+        assert all(torch.equal(a, b) for a, b in zip(bits, module.parameters(), strict=True))
+        assert torch.equal(model(x), before)
+    delta.detach()
+    return [float((out - before).abs().max()) for out in (merged, plain)]
+
+
+@pytest.mark.parametrize("cls", [LoraModel, IA3Model, OFTModel, opendelta.LokrModel])
+@pytest.mark.parametrize("module", [Scaled(6, 6), Same(6, 6)], ids=["scaled", "same"])
+def test_a_linear_with_a_factor_folds_exactly(module, cls):
+    options = {"oft_block_size": 3} if cls is OFTModel else {}
+    for off in merged_and_plain(module, cls, X, **options):
+        assert off < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("module", "x"),
+    [
+        (Doubled(3, 5, 3), torch.randn(2, 3, 8, 8)),
+        (Tripled(7, 4), torch.tensor([[1, 2, 6]])),
+    ],
+    ids=["conv2d", "embedding"],
+)
+def test_other_kinds_with_a_factor_fold_exactly(module, x):
+    for off in merged_and_plain(module, LoraModel, x):
+        assert off < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_a_factor_is_found_in_every_dtype(dtype):
+    module = Scaled(16, 16).to(dtype)
+    assert factor_of(module, Scaled.forward) == pytest.approx(0.25, rel=1e-2)
+
+
+@pytest.mark.parametrize("own", [Activated, Damped, Noisy, OverRows, Fails])
+@pytest.mark.parametrize("verb", ["merge", "to_backbone"])
+def test_a_module_that_computes_something_else_is_refused_by_name(own, verb):
+    model = nn.Sequential(nn.Linear(6, 6), own(6, 6))
+    delta = LoraModel(model, modified_modules=["0", "1"])
+    before = opendelta.snapshot(model)
+    state = torch.get_rng_state()
+    with pytest.raises(
+        SiteError, match=rf"'1' \({own.__name__}\): lora cannot be merged"
+    ) as caught:
+        getattr(composed(model), verb)()
+    assert caught.value.where == "1"
+    assert opendelta.snapshot(model) == before
+    assert torch.equal(torch.get_rng_state(), state)
+    delta.detach()
+
+
+def test_a_norm_over_another_axis_is_refused_by_name():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = ChannelsFirst(6)
+
+        def forward(self, x):
+            return self.norm(x)
+
+    for cls in (BitFitModel, LNTuningModel):
+        model = Net()
+        shake(cls(model, modified_modules=["norm"]))
+        with pytest.raises(SiteError, match="does not act on the last axis"):
+            composed(model).merge()
+
+
+def test_a_norm_whose_bias_acts_as_usual_folds():
+    class Own(nn.LayerNorm):
+        def forward(self, x):
+            return super().forward(x)
+
+    for cls in (BitFitModel, LNTuningModel):
+        for off in merged_and_plain(Own(6), cls, X):
+            assert off < 1e-5
+
+
+@pytest.mark.parametrize(
+    "module",
+    [nn.Linear(4, 4), nn.Embedding(4, 4), nn.Conv2d(2, 2, 1), nn.LayerNorm(4), nn.RMSNorm(4)],
+)
+def test_modules_of_torch_are_known_without_a_run(module):
+    assert is_known(type(module).forward)
+    assert factor_of(module, type(module).forward) == 1.0
+    assert kind_of(module) is not None
