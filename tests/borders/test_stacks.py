@@ -88,7 +88,7 @@ def test_a_plain_model_has_the_deltas_on_a_copy_that_acts(options):
     opendelta.assert_pristine(plain)
 
 
-# --------------------------------------------------------------------------------------- many layers
+# ------------------------------------------------------------------------------------- many layers
 def test_three_hundred_adapters_act_on_one_module():
     model = net()
     for index in range(300):
