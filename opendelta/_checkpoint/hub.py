@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .._deltas.base import BaseDelta
-from .._files.folder import own_version
+from .._files.folder import own_version, readable
 from .._show.tree import tree
 from ..errors import DeltaLoadError, OptionError
 from .saving import save
@@ -33,8 +33,9 @@ def folder_of(path: str | os.PathLike, local_files_only: bool = False) -> Path:
         )
     folder = Path(path)
     named = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path))
-    if folder.exists() or not named or str(path).startswith(("./", "../")):
-        return folder
+    with readable(folder):
+        if folder.exists() or not named or str(path).startswith(("./", "../")):
+            return folder
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

@@ -57,7 +57,8 @@ def opened(path: Path, model: nn.Module) -> Iterator[Source]:
     Raises:
         DeltaLoadError: the folder is damaged, or holds no delta.
     """
-    reader = interop.reader_of(path)
+    with files.readable(path):
+        reader = interop.reader_of(path)
     if reader is not None:
         try:
             facts, tensors = reader.translate(path, model)

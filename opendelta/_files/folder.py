@@ -203,6 +203,19 @@ def replace(path: Path, content: bytes | Mapping[str, Tensor]) -> None:
 
 
 # ------------------------------------------------------------------------------------------ reading
+@contextlib.contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turn errors of the file system inside into one that names `path`.
+
+    Raises:
+        DeltaLoadError: a name is too long, a link leads to itself, a folder may not be entered.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        raise DeltaLoadError(f"{shown(str(path))} cannot be read: {shown(str(error))}") from None
+
+
 def read_json(path: Path, longest: int = LONGEST) -> Any:
     """Return the content of a JSON file; refuse one that is too large.
 
@@ -329,8 +342,9 @@ def open_folder(folder: Path) -> Iterator[tuple[dict[str, Any], Any, BinaryIO]]:
     """
     with contextlib.ExitStack() as stack:
         for left in reversed(range(TRIES)):
-            config = read_config(folder)
-            path = weights_path(folder, config)
+            with readable(folder):
+                config = read_config(folder)
+                path = weights_path(folder, config)
             try:
                 file = stack.enter_context(open(path, "rb"))
                 weights = stack.enter_context(open_safetensors(path, file))

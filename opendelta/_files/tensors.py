@@ -123,10 +123,9 @@ def value(
     """Return the given values for `own`, the tensor called `key`; see `values`."""
     found = given[key]
     try:
-        found = found if isinstance(found, Tensor) else found.read()
+        found = (found if isinstance(found, Tensor) else found.read()).to(own.dtype)
     except Exception as error:  # such as a dtype that torch does not have
         raise DeltaLoadError(f"{source}: {key} cannot be read: {error}") from None
-    found = found.to(own.dtype)
     if not is_finite(found, (usual or {}).get(key)):
         raise DeltaLoadError(
             f"{source} does not fit: {key} holds values that are not finite in {found.dtype}: "

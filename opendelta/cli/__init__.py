@@ -68,6 +68,10 @@ def main() -> None:
     except DeltaError as error:
         print(f"opendelta: {error}", file=sys.stderr)
         sys.exit(BAD_INPUT)
+    except (OSError, RuntimeError, ValueError, TypeError, RecursionError) as error:
+        first = next(iter(str(error).strip().splitlines()), "")
+        print(f"opendelta: {type(error).__name__}: {first}", file=sys.stderr)
+        sys.exit(BAD_INPUT)
 
 
 def _note(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .._files.folder import LARGEST
 from ..errors import DeltaError, nearest
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*(?:/[\w-][\w.-]*)?")
@@ -30,9 +31,9 @@ def without_weights(model: str, class_name: str | None = None, saved_from: str =
     try:
         with torch.device("meta"):
             if cls is None:
-                return _transformers().AutoModel.from_config(config)
+                return _transformers().AutoModel.from_config(config, trust_remote_code=False)
             return cls._from_config(config)
-    except (ValueError, TypeError, AttributeError, ImportError, KeyError) as error:
+    except Exception as error:  # whatever a config makes a model raise
         raise DeltaError(f"no model can be made of {model!r}: {_first(error)}") from None
 
 
@@ -46,8 +47,8 @@ def with_weights(model: str, class_name: str | None = None, saved_from: str = ""
         raise DeltaError(f"{model} is a config, and the weights are needed: give the folder")
     cls = _class_of(_config(model), class_name, saved_from) or _transformers().AutoModel
     try:
-        return cls.from_pretrained(model).eval()
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        return cls.from_pretrained(model, trust_remote_code=False).eval()
+    except Exception as error:  # whatever stands in a file of weights
         raise DeltaError(f"the weights of {model!r} cannot be read: {_first(error)}") from None
 
 
@@ -77,16 +78,18 @@ def _config(model: str) -> Any:
     elif not HUB_NAME.fullmatch(model):
         raise DeltaError(f"no model {model!r}: there is no such folder or file")
     try:
-        return _transformers().AutoConfig.from_pretrained(model)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return _transformers().AutoConfig.from_pretrained(model, trust_remote_code=False)
+    except Exception as error:  # whatever stands in a config
         what = "" if path.exists() else "there is no such folder or file here, and the hub says: "
         raise DeltaError(f"no model {model!r}: {what}{_first(error)}") from None
 
 
 def _check_json(path: Path) -> None:
     try:
+        if (size := path.stat().st_size) > LARGEST:
+            raise DeltaError(f"{path} has {size:,} bytes, more than {LARGEST:,}")
         given = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise DeltaError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(given, dict) or "model_type" not in given:
         raise DeltaError(f"{path} is no config of a transformers model: it has no model_type")
@@ -103,11 +106,13 @@ def _class_of(config: Any, class_name: str | None, saved_from: str) -> Any:
             raise DeltaError(f"--class {class_name}: transformers has no such model{hint}")
         return cls
     for name in (saved_from, *(config.architectures or ())):
-        cls = getattr(transformers, name, None)
+        cls = getattr(transformers, str(name), None)
         if getattr(cls, "config_class", None) is type(config):
             return cls
     return None
 
 
 def _first(error: Exception) -> str:
+    if "trust_remote_code" in str(error):
+        return "it has code of its own, which the command never runs; load it in Python"
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
