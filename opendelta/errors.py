@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import difflib
 import sys
+import sysconfig
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -146,31 +148,43 @@ class UnusedWarning(DeltaWarning):
     """A `with` block that was made and never entered, so that it did nothing."""
 
 
-# Packages whose frames may lie between the user's line and the warning that it causes.
-PASSED_ON = ("opendelta", "torch", "transformers", "accelerate", "contextlib", "functools")
+# Code in these folders stands between a user's line and the warning that it causes.
+LIBRARIES = tuple(
+    {str(Path(__file__).parent)}.union(
+        sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")
+    )
+)
 
 
-def warn(message: str, category: type[DeltaWarning]) -> None:
-    """Give a warning that points at the line of the user's code that led here.
+def warn(message: str, category: type[DeltaWarning], line: dict[str, Any] | None = None) -> None:
+    """Warn, and point at the user's line that led here, however many calls lie between.
 
-    If no frame is the user's, as at a command line, the warning points at the outermost frame.
+    Args:
+        line: what `users_line` gave earlier. None: the line that runs now.
+    """
+    warnings.warn_explicit(message, category, **(users_line() if line is None else line))
+
+
+def users_line() -> dict[str, Any]:
+    """Find the innermost line outside of libraries, as `warnings.warn_explicit` takes it.
+
+    Where no frame is a user's, as at a command line, the outermost one stands for it.
     """
     frame = sys._getframe(1)
-    while frame.f_back is not None and _root(frame) in PASSED_ON:
+    while frame.f_back is not None and _is_library(frame):
         frame = frame.f_back
-    warnings.warn_explicit(
-        message,
-        category,
-        filename=frame.f_code.co_filename,
-        lineno=frame.f_lineno,
-        module=frame.f_globals.get("__name__", "__main__"),
-        registry=frame.f_globals.setdefault("__warningregistry__", {}),
-    )
+    return {
+        "filename": frame.f_code.co_filename,
+        "lineno": frame.f_lineno,
+        "module": frame.f_globals.get("__name__", "__main__"),
+        "registry": frame.f_globals.setdefault("__warningregistry__", {}),
+    }
 
 
-def _root(frame: FrameType) -> str:
-    """Return the top-level package whose code runs in a frame."""
-    return str(frame.f_globals.get("__name__", "")).partition(".")[0]
+def _is_library(frame: FrameType) -> bool:
+    """True if the code in a frame is this package's, Python's own or an installed one."""
+    name = frame.f_code.co_filename
+    return name.startswith((*LIBRARIES, "<frozen"))
 
 
 def nearest(word: str, known: Iterable[str], n: int = 3) -> list[str]:

@@ -1,5 +1,4 @@
 """Save the deltas of a model into a folder or to the hub, and load them.
 
-It imports `_deltas`, `_files`, `_show`, `_verbs` and `interop`; the rooms from `_handles` on may
-import it.
+It imports `_deltas`, `_files`, `_show` and `interop`; the rooms from `_handles` on may import it.
 """

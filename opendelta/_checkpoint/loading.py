@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from collections import ChainMap
@@ -19,7 +20,7 @@ from .._deltas.committing import commit, take_off
 from .._deltas.making import device_and_dtype_for, make, materialise, uncollected
 from .._deltas.options import DeltaConfig
 from .._deltas.order import free_name, known_records
-from .._deltas.placing import place
+from .._deltas.placing import Placed, place
 from .._deltas.registry import method
 from .._files import tensors
 from .._files.tensors import compare
@@ -78,9 +79,9 @@ def load(
             deltas.append(_made(path, source.saved_from, fact, config, backbone))
             deltas[-1].record.rank = (known[-1].rank + 1 if known else 0) + number
             deltas[-1].record.active = fact["active"]
+        if check_backbone and "unchecked" in facts:
+            warn(f"{path}: {facts['unchecked']}", UncheckedWarning)
         _fill(path, source, backbone, deltas, check_backbone)
-    if check_backbone and "unchecked" in facts:
-        warn(f"{path}: {facts['unchecked']}", UncheckedWarning)
     return deltas, source
 
 
@@ -154,8 +155,7 @@ def _fill(
         tensors.copy(made, dict(tensors.values(made, given, str(path), usual)))
         for name, parameter in delta.named_parameters(fact["name"]):
             parameter.requires_grad_(name not in fact["frozen"] and parameter.is_floating_point())
-    _attach(path, backbone, deltas)
-    tensors.copy(brought, new)
+    _attach(path, backbone, deltas, brought, new)
 
 
 def _value_of(
@@ -184,17 +184,39 @@ def _check_frozen(path: Path, entries: Sequence[tuple[dict[str, Any], BaseDelta]
             )
 
 
-def _attach(path: Path, backbone: Backbone, deltas: Sequence[BaseDelta]) -> None:
-    """Put all deltas on their model, or none if an error is raised."""
-    attached: list[BaseDelta] = []
+def _attach(
+    path: Path,
+    backbone: Backbone,
+    deltas: Sequence[BaseDelta],
+    own: Mapping[str, Tensor],
+    new: Mapping[str, Tensor],
+) -> None:
+    """Place all deltas, then put them on their model and copy backbone tensors: all or nothing.
+
+    Args:
+        own: the backbone tensors that the file brings along.
+        new: their new values.
+    """
+    placed: list[Placed] = []
     try:
         for delta in deltas:
-            commit(place(backbone, delta))
-            attached.append(delta)
+            placed.append(place(backbone, delta))
+            placed[-1].pretend()
+    except DeltaError as error:
+        raise DeltaLoadError(f"{path} does not fit: {error}") from None
+    old = {key: tensor.detach().clone() for key, tensor in own.items()}
+    attached: list[BaseDelta] = []
+    try:
+        for each in placed:
+            commit(each)
+            attached.append(each.delta)
+        tensors.copy(own, new)
     except BaseException as error:
         for delta in attached:
             take_off(Backbone.of(backbone.model), delta)
-        if isinstance(error, DeltaError):
+        with contextlib.suppress(RuntimeError):  # a tensor that cannot be written to is as it was
+            tensors.copy(own, old)
+        if isinstance(error, RuntimeError):
             raise DeltaLoadError(f"{path} does not fit: {error}") from None
         raise
 

@@ -124,7 +124,8 @@ class BaseDelta:
         if not layer_class.scales and scale != 1:
             raise OptionError(
                 f"{what}: a {layer_class.__name__} does not just add to an output, so there is no "
-                "one thing to multiply; LoRA without use_dora, adapters and others that add have it"
+                "one thing to multiply; LoRA without use_dora, adapters and others that add have "
+                "it. To its author: heed strength() in forward and fold, and set scales = True"
             )
         if scale != self.record.scale:
             self.record.require_apart("cannot scale")

@@ -58,6 +58,12 @@ class Placed:
     placings: dict[str, Placing]
     order: list[Record]
 
+    def pretend(self) -> None:
+        """Let `backbone` show the delta as attached, so that another can be placed on top."""
+        for where, layer in self.delta.layers.items():
+            before, is_read = self.backbone.stacks.get(where), self.placings[where].weight_is_read
+            self.backbone.stacks[where] = PlannedStack(before, self.delta.name, layer, is_read)
+
 
 def place(
     backbone: Backbone,

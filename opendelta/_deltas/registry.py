@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from .._deltas.base import BaseDelta
 from .._layers.base import DeltaLayer
 from ..errors import OptionError, nearest, shown
@@ -47,5 +49,9 @@ def register(cls: type[BaseDelta]) -> None:
             f"{cls.__name__}: delta_type {cls.delta_type!r} is that of "
             f"{other.__module__}.{other.__qualname__}; choose another"
         )
+    if cls.config_class.delta_type not in ("", cls.delta_type) or cls.config_class is DeltaConfig:
+        # the options of another method: this one needs a class of its own, which knows its type
+        name = f"{cls.__name__}Config"
+        cls.config_class = dataclasses.dataclass(type(name, (cls.config_class,), {}))
     cls.config_class.delta_type = cls.delta_type
     METHODS[cls.delta_type] = cls

@@ -84,8 +84,10 @@ class Delta(BaseDelta):
             raise OptionError(f"backbone_model must be a torch.nn.Module, not {backbone_model!r}")
         backbone = Backbone.of(backbone_model)
         with uncollected():
-            make(backbone, choose(backbone, type(self), config), into=self)
-            commit(place(backbone, self))
+            choice = choose(backbone, type(self), config)
+            make(backbone, choice, into=self)
+            placed = place(backbone, self)
+            commit(placed)
 
     @classmethod
     def from_config(

@@ -63,6 +63,17 @@ def load(
 ) -> LoadReport: ...
 
 
+@overload
+def load(
+    folder: str | os.PathLike,
+    model: Model,
+    *,
+    check_backbone: bool = True,
+    local_files_only: bool = False,
+    strict: bool,
+) -> Composition[Model] | LoadReport: ...
+
+
 def load(
     folder: str | os.PathLike,
     model: Model,

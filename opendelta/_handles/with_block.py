@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, ParamSpec, TypeVar
 
-from ..errors import UnusedWarning, warn
+from ..errors import UnusedWarning, users_line, warn
 
 P = ParamSpec("P")
 Given = TypeVar("Given")
@@ -27,6 +27,7 @@ class WithBlock(contextlib.ContextDecorator, Generic[Given]):
         self, make: Callable[[], contextlib.AbstractContextManager[Given]], name: str
     ) -> None:
         self.inner, self.make, self.name, self.entered = make(), make, name, False
+        self.line = users_line()
 
     def _recreate_cm(self) -> WithBlock[Given]:
         self.entered = True
@@ -44,6 +45,7 @@ class WithBlock(contextlib.ContextDecorator, Generic[Given]):
             warn(
                 f"{self.name}() did nothing, because nobody entered it: write `with` before it",
                 UnusedWarning,
+                self.line,
             )
 
 

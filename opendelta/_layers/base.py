@@ -135,6 +135,10 @@ class DeltaLayer(nn.Module):
         own = vars(cls)
         if "scales" not in own and ("forward" in own or "fold" in own):
             cls.scales = False
+        if not isinstance(cls.kinds, tuple) or not {*cls.kinds} <= KINDS.keys():
+            raise OptionError(
+                f"{cls.__name__}.kinds={cls.kinds!r} must be a tuple of some of {', '.join(KINDS)}"
+            )
         if not isinstance(cls.acts, Acts | property):
             raise OptionError(
                 f"{cls.__name__}.acts={cls.acts!r} must be one of {', '.join(map(str, Acts))}; "

@@ -146,7 +146,7 @@ class BranchLayer(DeltaLayer):
     A subclass sets `width`, the width of this output, and writes `branch`.
     """
 
-    kinds = ("linear", "norm", "other")
+    kinds: tuple[str, ...] = ("linear", "norm", "other")
     acts = Acts.BESIDE
     paired = True
     gates_itself = True

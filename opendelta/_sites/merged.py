@@ -104,7 +104,7 @@ def _new_values(
     folded = exact
     try:
         for layer in layers:
-            folded = layer.fold(folded)
+            folded = _folded(where, layer, folded)
     except KeyError as error:
         if error.args[0] not in {"weight", "bias"} - exact.keys():
             raise
@@ -119,6 +119,30 @@ def _new_values(
         changed["weight"] = changed["weight"] / factor
     rounded = {key: tensor.to(_float_of(own[key])) for key, tensor in changed.items()}
     return {key: (tensor, [tensor]) for key, tensor in rounded.items()}
+
+
+def _folded(where: str, layer: DeltaLayer, params: Params) -> Params:
+    """Return what `layer.fold` makes of `params`, if that can take their place.
+
+    Raises:
+        SiteError: an author's `fold` changes in place, or gives other names, shapes or things.
+    """
+    own = type(layer).__module__.startswith("opendelta.")
+    given = params if own else {key: tensor.clone() for key, tensor in params.items()}
+    folded = layer.fold(given)
+    shapes = {key: tensor.shape for key, tensor in params.items()}
+    good = isinstance(folded, dict) and shapes == {
+        key: getattr(tensor, "shape", None) for key, tensor in folded.items()
+    }
+    untouched = own or all(torch.equal(given[key], params[key]) for key in params)
+    if not good or not untouched:
+        what = "returned no dict of the same names and shapes" if untouched else "changed its input"
+        raise SiteError(
+            f"{where!r}: fold of {type(layer).__name__} {what}; it must return "
+            'params | {"weight": ...} and change nothing in place',
+            where=where,
+        )
+    return {key: params[key] if folded[key] is given[key] else folded[key] for key in params}
 
 
 def _low_rank(module: nn.Module, layers: list[Any]) -> list[LowRank]:

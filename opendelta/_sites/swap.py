@@ -194,6 +194,14 @@ def check(
         )
     if reads:
         _check_reads(here, module, stack, (name, layer))
+    try:
+        if stack_of(module) is None:
+            site_class(type(module), reads)
+    except Exception as error:  # of the author of the class
+        raise SiteError(
+            f"{here}: its class refuses a subclass, which a module with deltas gets: {error}",
+            where=where,
+        ) from None
 
 
 def _check_reads(
@@ -225,7 +233,11 @@ def add(module: nn.Module, name: str, layer: DeltaLayer, reads: bool) -> Stack:
     layer.train(module.training)
     if stack is None:
         stack = module._modules[SLOT] = Stack().train(module.training)
-        wrappers.set_class(module, site_class(type(module), reads))
+        try:
+            wrappers.set_class(module, site_class(type(module), reads))
+        except BaseException:
+            del module._modules[SLOT]
+            raise
     elif base is not None and reads != vars(type(module))["_site_reads"]:
         wrappers.set_class(module, site_class(base, reads))
     stack[name] = layer

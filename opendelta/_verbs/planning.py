@@ -17,7 +17,7 @@ from .._deltas.choosing import choose
 from .._deltas.making import make, tied
 from .._deltas.options import DeltaConfig
 from .._deltas.order import known_records
-from .._deltas.placing import PlannedStack, place
+from .._deltas.placing import place
 from .._deltas.registry import method
 from .._layers.base import DeltaLayer
 from .._layers.costs import Flops
@@ -111,10 +111,7 @@ class Planner:
             delta = make(self.backbone, choice, values="never")
             placed = place(self.backbone, delta)
         reads = {where: each.weight_is_read for where, each in placed.placings.items()}
-        for where, layer in delta.layers.items():
-            before = self.backbone.stacks.get(where)
-            stack = PlannedStack(before, delta.name, layer, reads[where])
-            self.backbone.stacks[where] = stack
+        placed.pretend()
         layers = delta.layers.values()
         return PlannedDelta(
             name=delta.name,

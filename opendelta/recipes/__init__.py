@@ -1,6 +1,6 @@
 """Make new deltas of several others: combinations from papers, and sums of weight changes.
 
-It imports `methods` and all rooms below; `demo` and `cli` may import it.
+It imports `methods` and all rooms below; the package itself, `demo` and `cli` may import it.
 """
 
 from .combining import Combination, combine

@@ -1,7 +1,6 @@
 """Errors carry fields beside their text, and warnings point at the line of the user."""
 
 import runpy
-import sys
 import textwrap
 import warnings
 
@@ -175,8 +174,30 @@ def test_a_block_that_nobody_entered_points_at_the_users_line(tmp_path):
 
 
 def test_without_a_line_of_a_user_the_outermost_stands_for_it(monkeypatch):
-    frame = sys._getframe()
-    monkeypatch.setattr(opendelta.errors, "PASSED_ON", (*opendelta.errors.PASSED_ON, __name__))
-    assert frame.f_globals["__name__"] == __name__
+    own = (*opendelta.errors.LIBRARIES, __file__)
+    monkeypatch.setattr(opendelta.errors, "LIBRARIES", own)
     with pytest.warns(opendelta.TiedWeightWarning):
         LoraModel(tied_net(), modified_modules=["0"])
+
+
+def test_a_block_that_dies_elsewhere_points_at_the_line_that_made_it(tmp_path):
+    delta = LoraModel(net(), modified_modules=["0"])
+    script = "def forget():\n    block = delta.disabled()\n\n\nforget()\n"
+    assert warned_at(script, tmp_path, delta=delta) == (True, 2)
+
+
+def test_a_warning_in_a_thread_points_at_the_users_line(tmp_path):
+    script = """
+    from threading import Thread
+
+
+    def attach():
+        opendelta.LoraModel(model, modified_modules=["0"])
+
+
+    thread = Thread(target=attach)
+    thread.start()
+    thread.join()
+    """
+    names = {"opendelta": opendelta, "model": tied_net()}
+    assert warned_at(script, tmp_path, **names) == (True, 6)
