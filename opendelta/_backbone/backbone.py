@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .._layers.base import Acts, DeltaLayer
 from .._layers.record import Record
 from .._modules.calls import has_forward
-from .._modules.placing import device_and_dtype, is_meta
+from .._modules.devices import device_and_dtype, is_meta
 from .._sites.stack import Stack
 from ..errors import DeltaError
 from ..names import SLOT, ancestors, inside, join, parent

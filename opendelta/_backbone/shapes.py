@@ -19,8 +19,8 @@ from torch.utils._pytree import tree_map
 from .._layers import prefix
 from .._layers.site import Heads
 from .._modules import calls
+from .._modules.devices import device_and_dtype
 from .._modules.kinds import Embedding, kind_of
-from .._modules.placing import device_and_dtype
 from .._modules.wrappers import computing_device, placing_hooks
 from ..errors import SiteError
 from . import sharding

@@ -37,13 +37,13 @@ class Choice:
         method: the class of the delta.
         name: a name that is free on the backbone.
         config: the options, with full names of modules in the place of patterns.
-        after: the deltas that act before it, in their order.
+        known: the deltas that act before it, in their order.
     """
 
     method: type[BaseDelta]
     name: str
     config: DeltaConfig
-    after: list[Record]
+    known: list[Record]
 
     @property
     def layer_class(self) -> type[DeltaLayer]:

@@ -63,7 +63,7 @@ def make(
         SiteError: a module is of a kind that the method does not take, or of unknown width.
     """
     delta = choice.method.__new__(choice.method) if into is None else into
-    known = choice.after
+    known = choice.known
     delta.layers = _layers(backbone, choice, values)
     rank, shared = (known[-1].rank + 1, known[0].shared) if known else (0, Shared())
     delta.record = Record(choice.name, choice.config, rank, shared, tuple(delta.layers))

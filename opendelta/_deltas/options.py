@@ -14,7 +14,7 @@ from ..errors import OptionError, nearest, shown
 
 Config = TypeVar("Config", bound="DeltaConfig")
 # Each delta takes these by position too, after the method's own options.
-PLACES = (
+POSITIONAL = (
     "modified_modules", "exclude_modules", "unfrozen_modules", "common_structure",
     "interactive_modify",
 )  # fmt: skip
@@ -76,8 +76,8 @@ def option(
 class DeltaConfig:
     """The options of each delta. A method adds its own options in a subclass.
 
-    Options after `_: KW_ONLY` are given by name only. `places` and `places_first` are for methods
-    that take `modified_modules` and the like in another order by position in OpenDelta 0.3.
+    Options after `_: KW_ONLY` are given by name only. `positional` and `positional_first` are for
+    methods that take `modified_modules` and the like in another order in OpenDelta 0.3.
 
     Attributes:
         modified_modules: the modules that get a layer: ends of names, or `[r]` and a regular
@@ -104,8 +104,8 @@ class DeltaConfig:
     """
 
     delta_type: ClassVar[str] = ""
-    places: ClassVar[tuple[str, ...]] = PLACES
-    places_first: ClassVar[bool] = False
+    positional: ClassVar[tuple[str, ...]] = POSITIONAL
+    positional_first: ClassVar[bool] = False
 
     modified_modules: list[str] | None = dataclasses.field(default=None, kw_only=True)
     exclude_modules: list[str] | None = dataclasses.field(default=None, kw_only=True)
@@ -168,7 +168,7 @@ class DeltaConfig:
         """Return the options that a delta's class takes by position, in OpenDelta 0.3's order."""
         fields = dataclasses.fields(cls)
         own = [f.name for f in fields if f.name not in COMMON and not f.kw_only]
-        return [*cls.places, *own] if cls.places_first else [*own, *cls.places]
+        return [*cls.positional, *own] if cls.positional_first else [*own, *cls.positional]
 
     @classmethod
     def check_names(cls, given: typing.Iterable[str]) -> None:

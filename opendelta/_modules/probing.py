@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .devices import device_and_dtype
 from .kinds import Kind, Norm, kind_of
-from .placing import device_and_dtype
 from .tensors import in_full, is_plain
 
 # The forwards that compute what the table of kinds says, whatever subclass of module has them.

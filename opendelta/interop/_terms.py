@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._backbone.backbone import Backbone
-from .._modules.placing import device_and_dtype
+from .._modules.devices import device_and_dtype
 
 
 def dtype_option(backbone: Backbone, sites: Mapping[str, Mapping[str, Tensor]]) -> str | None:

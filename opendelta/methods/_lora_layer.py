@@ -31,7 +31,7 @@ class LoraConfig(DeltaConfig):
         alpha_pattern: {pattern: alpha} for some of the modules.
     """
 
-    places = (
+    positional = (
         "modified_modules", "unfrozen_modules", "exclude_modules", "common_structure",
         "interactive_modify",
     )  # fmt: skip

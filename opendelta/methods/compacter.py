@@ -33,7 +33,7 @@ class CompacterConfig(DeltaConfig):
         use_bias_up_sampler, use_bias_down_sampler: give the up or the down layer a bias.
     """
 
-    places_first = True
+    positional_first = True
     reduction_factor: int = option(16, minimum=1)
     non_linearity: str = "gelu_new"
     phm_c_init: str = option("normal", choices=["normal", "uniform"])

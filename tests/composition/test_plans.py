@@ -31,7 +31,7 @@ from opendelta import (
 )
 from opendelta._deltas.registry import METHODS
 from opendelta._layers.costs import Flops
-from opendelta._modules import kinds, placing
+from opendelta._modules import devices, kinds
 
 pytestmark = pytest.mark.covers("plan", "Plan")
 
@@ -317,7 +317,7 @@ def test_a_plan_for_70_billion_parameters_looks_at_each_module_a_few_times(monke
     projections = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     configs = [LoraConfig(modified_modules=projections), BitFitConfig(), ParallelAdapterConfig()]
     looks = []
-    kind_of, tensors_of = kinds.kind_of, placing._tensors
+    kind_of, tensors_of = kinds.kind_of, devices._tensors
     for name, real in (("kind_of", kind_of), ("_tensors", tensors_of)):
 
         def count(*args, real=real):
