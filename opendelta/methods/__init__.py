@@ -9,6 +9,7 @@ from .adapter import AdapterConfig, AdapterModel
 from .bitfit import BitFitConfig, BitFitModel
 from .compacter import CompacterConfig, CompacterModel
 from .fourierft import FourierFTConfig, FourierFTModel
+from .hra import HRAConfig, HRAModel
 from .ia3 import IA3Config, IA3Model
 from .ln_tuning import LNTuningConfig, LNTuningModel
 from .loha import LohaConfig, LohaModel

@@ -11,6 +11,7 @@ from .adapter import AdapterConfig as AdapterConfig
 from .bitfit import BitFitConfig as BitFitConfig
 from .compacter import CompacterConfig as CompacterConfig
 from .fourierft import FourierFTConfig as FourierFTConfig
+from .hra import HRAConfig as HRAConfig
 from .ia3 import IA3Config as IA3Config
 from .ln_tuning import LNTuningConfig as LNTuningConfig
 from .loha import LohaConfig as LohaConfig
@@ -32,6 +33,8 @@ __all__ = [
     "CompacterModel",
     "FourierFTConfig",
     "FourierFTModel",
+    "HRAConfig",
+    "HRAModel",
     "IA3Config",
     "IA3Model",
     "LNTuningConfig",
@@ -160,6 +163,27 @@ class FourierFTModel(Delta):
     ) -> None: ...
     @property
     def config(self) -> FourierFTConfig: ...
+
+class HRAModel(Delta):
+    def __init__(
+        self,
+        backbone_model: nn.Module,
+        r: int = 8,
+        modified_modules: str | Sequence[str] | None = None,
+        exclude_modules: str | Sequence[str] | None = None,
+        unfrozen_modules: str | Sequence[str] | None = None,
+        common_structure: bool | dict[str, str | None] | None = None,
+        interactive_modify: bool | int = False,
+        *,
+        modules_to_save: str | Sequence[str] | None = None,
+        num_labels: int | None = None,
+        name: str | None = None,
+        dtype: str | torch.dtype | None = None,
+        reads: bool = False,
+        gate: bool = False,
+    ) -> None: ...
+    @property
+    def config(self) -> HRAConfig: ...
 
 class IA3Model(Delta):
     def __init__(

@@ -18,6 +18,7 @@ from opendelta import (
     AdapterModel,
     CompacterModel,
     FourierFTModel,
+    HRAModel,
     IA3Model,
     LohaModel,
     LokrModel,
@@ -246,6 +247,40 @@ def test_a_soft_prompt_starts_as_the_embeddings_of_a_text(tmp_path):
     (prompt,) = layer.parameters()
     wanted = model.transformer.wte.weight[[1, 2, 3, 1, 2, 3]]
     assert torch.equal(prompt.reshape(6, -1), wanted)
+
+
+@pytest.mark.covers("HRAModel", "HRAConfig.r")
+@pytest.mark.parametrize("r", [2, 6])
+def test_hra_is_pefts(r):
+    model, theirs = two(), two()
+    delta = shake(HRAModel(model, modified_modules=["w1", "w2"], r=r))
+    config = peft.HRAConfig(r=r, target_modules=["w1", "w2"])
+    theirs = peft.get_peft_model(theirs, config).double()
+    with torch.no_grad():
+        for name in ("w1", "w2"):
+            layer = theirs.get_submodule(f"base_model.model.{name}")
+            layer.hra_u["default"].copy_(delta.layers[name].hra_u)
+        H = theirs.base_model.model.w1.get_delta_weight("default")
+        ours = X
+        for u in reversed(delta.layers["w1"].reflections(X)):
+            ours = ours - 2 * (ours @ u)[..., None] * u
+        torch.testing.assert_close(ours, X @ H.T, rtol=1e-12, atol=1e-12)
+        before = model(X)
+        opendelta.composition(model).merge()
+        torch.testing.assert_close(model(X), before, rtol=1e-12, atol=1e-12)
+        weight = two().w1.weight @ H
+        torch.testing.assert_close(model.w1.weight, weight, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.covers("HRAModel")
+def test_hra_starts_with_pairs_of_equal_vectors_and_refuses_an_odd_number():
+    model = two()
+    plain = model(X)
+    u = HRAModel(model, modified_modules=["w1"]).layers["w1"].hra_u
+    assert torch.equal(u[:, ::2], u[:, 1::2])
+    torch.testing.assert_close(model(X), plain, rtol=1e-12, atol=1e-12)
+    with pytest.raises(opendelta.OptionError, match=r"r=3 must be a multiple of 2"):
+        HRAModel(two(), modified_modules=["w1"], r=3)
 
 
 # -------------------------------------------------------- activations, seeds, and what is not built
