@@ -48,7 +48,7 @@ def correct(config: dict, version: object) -> dict:
 def _outputs(part: Part, where: str) -> int:
     """Return the number of outputs of the linear module `where`."""
     kind = kind_of(part.backbone.modules[where])
-    if kind is None or kind.name != "linear":
+    if kind is None or not kind.is_product:
         what = type(part.backbone.modules[where]).__name__
         raise part.error(f"{where!r} ({what}) is no linear module")
     return kind.out_features

@@ -194,7 +194,7 @@ def _config_of(delta: BaseDelta, backbone: Backbone) -> dict[str, Any]:
     if delta.delta_type in ("lora", "ia3", "vera", "fourierft"):
         kinds = [kind_of(backbone.modules[name]) for name in targets]
         given["fan_in_fan_out"] = all(
-            isinstance(kind, TransposedLinear) and kind.name == "linear" for kind in kinds
+            isinstance(kind, TransposedLinear) and kind.is_product for kind in kinds
         )
     for name in ALPHAS & given.keys():
         given[name] = delta.scale * given[name]
@@ -256,11 +256,11 @@ def _tensors(delta: BaseDelta, backbone: Backbone) -> dict[str, Tensor]:
 
 def _of_lora(layer: Any) -> dict[str, Tensor]:
     A, B = layer.pair()
-    if layer.kind.name == "embedding":
+    if layer.kind.takes_ids:
         return {"lora_embedding_A": A, "lora_embedding_B": B}
     own: dict[str, Tensor] = {}
     axes: tuple[int, ...] = ()
-    if layer.kind.name == "conv2d":
+    if layer.kind.axis == 1:  # an image
         A, B, axes = A.unflatten(1, layer.kind.patch), B[..., None, None], (1, -1, 1, 1)
     if hasattr(layer, "lora_magnitude_vector"):
         magnitude = layer.lora_magnitude_vector
