@@ -232,7 +232,7 @@ OTHERS = {
 def test_show_reads_the_folders_of_other_libraries(run, path):
     code, out, errors = run("show", str(TESTS / "interop" / path))
     assert (code, errors) == (0, "")
-    assert OTHERS[path] in out
+    assert OTHERS[path] in " ".join(out.split())  # a long path wraps the line
 
 
 def test_the_class_is_the_config_s_a_checkpoint_s_or_the_one_that_is_asked_for(run):
