@@ -10,7 +10,7 @@ WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 def join(*steps: str) -> str:
     """Join steps to a full name; an empty step, as of the root, is left out."""
-    return ".".join(step for step in steps if step)
+    return ".".join(filter(None, steps))
 
 
 def inside(name: str) -> str:

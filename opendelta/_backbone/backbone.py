@@ -44,13 +44,14 @@ class Backbone:
         while todo:
             name, module = todo.pop()
             backbone.modules[name] = module
+            start = inside(name)
             for key, child in reversed(module._modules.items()):
                 if isinstance(child, Stack):
                     if id(child) not in seen:
                         seen.add(id(child))
                         backbone.stacks[name] = child
                 elif child is not None:
-                    todo.append((join(name, key), child))
+                    todo.append((f"{start}{key}", child))
         return backbone
 
     # ------------------------------------------------------------------------------- its modules

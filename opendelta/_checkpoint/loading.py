@@ -107,8 +107,7 @@ def _made(
     backbone: Backbone,
 ) -> BaseDelta:
     """Make a delta with these resolved options, off the model and without memory."""
-    unfit = f"{path}, saved from a {saved_from or 'model'}, does not fit this "
-    unfit += type(backbone.model).__name__
+    unfit = _unfit(path, saved_from, backbone)
     try:
         choice = as_chosen(backbone, method(config.delta_type), config)
         delta = make(backbone, choice, values="saved")
@@ -120,6 +119,12 @@ def _made(
     if not delta.layers:
         raise DeltaLoadError(f"{path}: {config.name!r} changes no module")
     return delta
+
+
+def _unfit(path: Path, saved_from: str | None, backbone: Backbone) -> str:
+    """Return the start of the message that a folder does not fit a model."""
+    saved = f"saved from a {saved_from or 'model'}"
+    return f"{path}, {saved}, does not fit this {type(backbone.model).__name__}"
 
 
 def _fill(
@@ -155,7 +160,7 @@ def _fill(
         tensors.copy(made, dict(tensors.values(made, given, str(path), usual)))
         for name, parameter in delta.named_parameters(fact["name"]):
             parameter.requires_grad_(name not in fact["frozen"] and parameter.is_floating_point())
-    _attach(path, backbone, deltas, brought, new)
+    _attach(_unfit(path, source.saved_from, backbone), backbone, deltas, brought, new)
 
 
 def _value_of(
@@ -185,7 +190,7 @@ def _check_frozen(path: Path, entries: Sequence[tuple[dict[str, Any], BaseDelta]
 
 
 def _attach(
-    path: Path,
+    unfit: str,
     backbone: Backbone,
     deltas: Sequence[BaseDelta],
     own: Mapping[str, Tensor],
@@ -194,6 +199,7 @@ def _attach(
     """Place all deltas, then put them on their model and copy backbone tensors: all or nothing.
 
     Args:
+        unfit: the start of the message that the folder does not fit.
         own: the backbone tensors that the file brings along.
         new: their new values.
     """
@@ -203,7 +209,7 @@ def _attach(
             placed.append(place(backbone, delta))
             placed[-1].pretend()
     except DeltaError as error:
-        raise DeltaLoadError(f"{path} does not fit: {error}") from None
+        raise DeltaLoadError(f"{unfit}: {error}") from None
     old = {key: tensor.detach().clone() for key, tensor in own.items()}
     attached: list[BaseDelta] = []
     try:
@@ -217,7 +223,7 @@ def _attach(
         with contextlib.suppress(RuntimeError):  # a tensor that cannot be written to is as it was
             tensors.copy(own, old)
         if isinstance(error, RuntimeError):
-            raise DeltaLoadError(f"{path} does not fit: {error}") from None
+            raise DeltaLoadError(f"{unfit}: {error}") from None
         raise
 
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from .._backbone.backbone import Backbone
+from .._backbone.backbone import attached_records
 from .._layers.base import DeltaLayer
 from .._layers.record import Record
 from ..errors import OptionError, shown
@@ -93,8 +93,7 @@ class BaseDelta:
     @property
     def attached(self) -> bool:
         """True if the delta's layers are on the backbone."""
-        backbone = Backbone.of(self.backbone_model)
-        return any(layer.record is self.record for _, _, layer in backbone.delta_layers())
+        return self.record in attached_records(self.backbone_model)
 
     @property
     def active(self) -> bool:

@@ -24,7 +24,7 @@ from ..errors import AddressError, SiteError, quoted
 from ..names import ancestors, parent
 from .base import BaseDelta
 from .options import DeltaConfig
-from .order import free_name, known_records
+from .order import check_root, free_name, known_records
 
 Config = TypeVar("Config", bound=DeltaConfig)
 
@@ -76,6 +76,7 @@ def as_chosen(backbone: Backbone, method: type[BaseDelta], config: DeltaConfig) 
 
 def _free_name(backbone: Backbone, config: DeltaConfig) -> tuple[str, list[Record]]:
     """Return the name for a new delta, and all deltas of the backbone."""
+    check_root(backbone)
     known = known_records(backbone)
     taken = [record.name for record in known]
     name = free_name(config.delta_type, taken) if config.name is None else config.name

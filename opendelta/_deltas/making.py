@@ -194,7 +194,7 @@ def _gate(layer: DeltaLayer, site: Site) -> Gate:
     on_input = layer.acts is Acts.BEFORE or (layer.acts is Acts.BESIDE and linear)
     width = layer.gate_width
     if width is None:
-        width = site.in_features if on_input else site.out_features
+        width = (on_input and site.in_features) or site.out_features  # a norm has no columns
     return Gate(site, width, on_input)
 
 

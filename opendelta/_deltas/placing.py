@@ -23,7 +23,7 @@ from ..errors import SiteError
 from ..names import ancestors
 from .base import BaseDelta
 from .making import device_and_dtype_for
-from .order import check_root, order_with
+from .order import order_with
 
 
 class Placing(NamedTuple):
@@ -82,7 +82,6 @@ def place(
         DeltaError: the model is inside `route()`, or the delta would act beneath a merged one.
     """
     backbone.require_unrouted(f"cannot attach {delta.name!r}")
-    check_root(backbone)
     _check_owned(backbone, delta.layers)
     whole = {name for name, module in backbone.modules.items() if wrappers.loads_inside(module)}
     placings = {}

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 
 from .._deltas.base import BaseDelta
 from .._layers.base import DeltaLayer
 from ..errors import OptionError, nearest, shown
-from .options import DeltaConfig
+from .options import COMMON, DeltaConfig
 
 METHODS: dict[str, type[BaseDelta]] = {}
 
@@ -43,6 +44,7 @@ def register(cls: type[BaseDelta]) -> None:
         raise OptionError(
             f"{cls.__name__}: config_class must be a DeltaConfig, and layer_class a DeltaLayer"
         )
+    _check_options(cls.config_class)
     other = METHODS.get(cls.delta_type, cls)
     if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
         raise OptionError(
@@ -55,3 +57,15 @@ def register(cls: type[BaseDelta]) -> None:
         cls.config_class = dataclasses.dataclass(type(name, (cls.config_class,), {}))
     cls.config_class.delta_type = cls.delta_type
     METHODS[cls.delta_type] = cls
+
+
+def _check_options(config_class: type[DeltaConfig]) -> None:
+    """Raise if a config is no dataclass of its own, or an option hides a part of each config."""
+    decorated = "__dataclass_fields__" in vars(config_class)
+    if not decorated and inspect.get_annotations(config_class):
+        raise OptionError(f"write @dataclass above {config_class.__name__}: it adds options")
+    if hidden := (vars(DeltaConfig).keys() - {*COMMON}) & {*config_class.option_names()}:
+        raise OptionError(
+            f"{config_class.__name__}.{min(hidden)} hides an attribute of DeltaConfig: give the "
+            "option another name"
+        )

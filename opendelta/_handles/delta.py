@@ -19,7 +19,7 @@ from .._deltas.committing import commit, take_off
 from .._deltas.freezing import freeze
 from .._deltas.making import make, uncollected
 from .._deltas.options import DeltaConfig
-from .._deltas.order import known_records, move, neighbour
+from .._deltas.order import check_root, known_records, move, neighbour
 from .._deltas.placing import place
 from .._deltas.registry import register
 from .._files.tensors import copy_into
@@ -150,6 +150,7 @@ class Delta(BaseDelta):
         known = known_records(backbone)
         next_to = [neighbour(known, self, other) for other in (before, after)]
         if not self.attached:
+            check_root(backbone)
             commit(place(backbone, self, *next_to))
         elif any(next_to):
             move(backbone, self.record, *next_to)

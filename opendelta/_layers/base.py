@@ -267,7 +267,7 @@ class DeltaLayer(nn.Module):
         """
         if not self.acts.in_the_weights:
             return Flops(0, 0)
-        width = self.__dict__.get("width")
+        width = getattr(self, "width", None)
         reads = None if self.gate_width is None else self.gate_width or width
 
         floats = (p.dtype for p in self.parameters() if p.is_floating_point())
@@ -341,12 +341,18 @@ def params_beneath(module: nn.Module, beneath: Sequence[DeltaLayer]) -> Params:
 
 def times(factor: Any, change: Tensor) -> Tensor:
     """Return `change` times `factor`, the result of `DeltaLayer.strength`."""
-    return change if is_one(factor) else factor * change
+    return factor * change if isinstance(factor, Tensor) or factor != 1 else change
 
 
-def is_one(factor: Any) -> bool:
-    """True if `factor` is the number 1; a tensor may be any number."""
-    return not isinstance(factor, Tensor) and factor == 1
+def towards(old: Tensor, new: Tensor, factor: Any) -> Tensor:
+    """Return old + factor (new - old), and `new` to the bit if `factor` is 1.
+
+    Args:
+        factor: the result of `DeltaLayer.strength`: a number; in compiled code, a tensor.
+    """
+    if isinstance(factor, Tensor):
+        return torch.where(factor == 1, new, old + factor * (new - old))
+    return new if factor == 1 else old + factor * (new - old)
 
 
 def _gated(layer: DeltaLayer, call: Call, *args: Any, **kwargs: Any) -> Any:

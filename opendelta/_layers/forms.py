@@ -13,7 +13,7 @@ from .._modules import calls
 from .._modules.kinds import Kind
 from ..errors import SiteError
 from . import low_rank
-from .base import Acts, DeltaLayer, Handover, Params, is_one, times
+from .base import Acts, DeltaLayer, Handover, Params, times, towards
 from .costs import Flops
 from .low_rank import LowRank
 from .site import Site
@@ -39,8 +39,7 @@ class OutputLayer(DeltaLayer):
 
     def scaled(self, h: Tensor) -> Tensor:
         """Return h + s (change(h) - h), where s is `delta.scale`."""
-        changed, factor = self.change(h), self.strength()
-        return changed if is_one(factor) else h + factor * (changed - h)
+        return towards(h, self.change(h), self.strength())
 
 
 class InputLayer(DeltaLayer):
@@ -60,8 +59,7 @@ class InputLayer(DeltaLayer):
 
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         x = calls.first_input(args, kwargs)
-        changed, factor = self.change(x), self.strength()
-        changed = changed if is_one(factor) else x + factor * (changed - x)
+        changed = towards(x, self.change(x), self.strength())
         args, kwargs = calls.replace_input(args, kwargs, changed)
         return call(*args, **kwargs)
 

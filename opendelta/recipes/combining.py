@@ -191,18 +191,21 @@ def _combined(
 ) -> tuple[tuple[Tensor, Tensor], float]:
     """Return the factors A [rank, in] and B [out, rank] of a combined change, and their error."""
     wanted = _wanted(module, where, parts, how, density, generator)
-    pairs = [(layer.folds_as(), weight) for layer, weight in parts]
-    low = all(pair is not None and pair.A.size(0) <= min(wanted.shape) for pair, _ in pairs)
-    if how in ("linear", "cat") and low:
-        scaled = [weight * pair.scale * pair.B.detach() for pair, weight in pairs]
-        A = torch.cat([pair.A.detach() for pair, _ in pairs]).to(wanted)
+    pairs = {layer: layer.folds_as() for layer, _ in parts}
+    without = next((layer for layer, pair in pairs.items() if pair is None), None)
+    limit = min(wanted.shape) if rank is None and how == "linear" else rank
+    if how in ("linear", "cat") and without is None:
+        scaled = [weight * pairs[layer].scale * pairs[layer].B.detach() for layer, weight in parts]
+        A = torch.cat([pair.A.detach() for pair in pairs.values()]).to(wanted)
         B = torch.cat(scaled, 1).to(wanted)
-        if rank is None or A.size(0) <= rank:
+        if limit is None or A.size(0) <= limit:
             return (A, B), _error(A, B, wanted)
     if how == "cat":
-        reason = f"they have a rank above {rank}" if low else "these are not all LoRAs"
+        reason = f"together they have a rank above {rank}"
+        if without is not None:
+            reason = f"{without.record.name!r} ({type(without).__name__}) has none"
         raise SiteError(
-            f"{where!r}: how='cat' puts the factors of LoRAs side by side, but {reason}; "
+            f"{where!r}: how='cat' puts low-rank factors side by side, but {reason}; "
             "how='linear' takes any",
             where=where,
         )

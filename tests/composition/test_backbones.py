@@ -29,6 +29,24 @@ def test_all_deltas_of_a_model_are_attached_through_the_same_module():
         outer.detach()
 
 
+@pytest.mark.parametrize("options", [{"modified_modules": ["zz"]}, {"name": "a"}, {}])
+def test_another_way_to_the_model_is_refused_before_all_else(options, tmp_path):
+    wrapped = nn.Sequential(small())
+    delta = LoraModel(wrapped[0], modified_modules=["0"], name="a")
+    delta.freeze_module()
+    delta.save_finetuned(tmp_path)
+    torch.manual_seed(0)
+    drawn = torch.get_rng_state()
+    for attach in (LoraModel, opendelta.plan):
+        config = opendelta.LoraConfig(**options)
+        with pytest.raises(opendelta.SiteError, match=r"attached through its module '0', not"):
+            attach(wrapped, **options) if attach is LoraModel else attach(wrapped, config)
+    saved = r", saved from a Sequential, does not fit this Sequential: 'a' was attached through"
+    with pytest.raises(opendelta.DeltaLoadError, match=saved):
+        opendelta.load(tmp_path, wrapped)
+    assert torch.equal(torch.get_rng_state(), drawn)
+
+
 def test_models_that_share_modules_with_deltas_are_kept_apart():
     shared = small()
     one, other = (nn.Sequential(OrderedDict(body=shared, head=nn.Linear(3, 3))) for _ in "ab")

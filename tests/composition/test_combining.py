@@ -5,6 +5,7 @@ import pytest
 import torch
 from support.models import build, logits
 from support.nets import IDS, net, put, shake
+from torch import nn
 
 import opendelta
 from opendelta import AdapterModel, BitFitModel, IA3Model, LokrModel, LoraModel, OFTModel, combine
@@ -164,6 +165,15 @@ def test_dare_drops_at_random_and_keeps_the_expectation(how):
     assert (total / 60 - values).norm() / values.norm() < 0.25
 
 
+@pytest.mark.parametrize(("how", "rank"), [("linear", 8), ("cat", 16)])
+def test_a_rank_above_the_size_of_the_weight_is_needed_by_cat_alone(how, rank):
+    model = nn.Sequential(nn.Linear(8, 8))
+    shake(LoraModel(model, modified_modules=["0"], lora_r=16, name="big"))
+    combined = combine(model, {"big": 1.0}, how=how)
+    assert combined.combination.ranks == {"0": rank}
+    assert combined.combination.errors["0"] < 1e-5
+
+
 def test_what_is_no_change_of_a_weight_alone_is_refused():
     model = net()
     LoraModel(model, modified_modules=["linear"])
@@ -180,7 +190,7 @@ def test_what_is_no_change_of_a_weight_alone_is_refused():
     }.items():
         with pytest.raises(opendelta.SiteError, match=message):
             combine(model, {"lora": 1.0, name: 1.0})
-    with pytest.raises(opendelta.SiteError, match=r"how='cat' .* not all LoRAs"):
+    with pytest.raises(opendelta.SiteError, match=r"how='cat' .* 'lokr' \(LokrLayer\) has none"):
         combine(model, {"lora": 1.0, "lokr": 1.0}, how="cat")
     assert opendelta.composition(model).names == before
 

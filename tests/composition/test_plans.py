@@ -258,6 +258,9 @@ def test_flops_of_prefixes_prompts_convolutions_and_embeddings():
     assert "soft_prompt makes every sequence 7 longer" in str(plan)
     conv = opendelta.plan(net(), LoraConfig(modified_modules=["conv2d"], lora_r=2))
     assert conv.flops == Flops(2 * 2 * (9 + 3), 0)
+    image = nn.Sequential(nn.Conv2d(16, 32, 3))  # rank 8: the matrix 32 x 144 is the smaller one
+    loha = opendelta.plan(image, opendelta.LohaConfig(modified_modules=["0"])).flops
+    assert loha == Flops(2 * 32 * 144, 2 * 2 * 32 * 8 * 144)
 
 
 def test_what_is_alike_but_left_out_is_named():

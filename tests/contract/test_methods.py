@@ -340,6 +340,13 @@ def test_any_number_of_them_share_a_model_in_any_order(seed):
 
 
 @pytest.mark.covers("DeltaConfig.gate")
+def test_the_gate_of_a_layer_before_a_norm_reads_the_norm_s_input():
+    options = {"modified_modules": ["0"], "residual": "input", "gate": True}
+    delta = opendelta.AdapterModel(nn.Sequential(nn.LayerNorm(8)), **options)
+    assert delta.layers["0"].gate.weight.shape == (1, 8)
+
+
+@pytest.mark.covers("DeltaConfig.gate")
 @pytest.mark.parametrize("gated", [False, True])
 def test_a_gate_scales_what_it_changes_from_nothing_to_all(placed, gated):
     method, place = placed

@@ -196,6 +196,22 @@ def test_a_method_is_checked_when_it_is_defined():
         type("Mine", (Delta,), {**whole, "delta_type": "lora"})
 
 
+@pytest.mark.covers("DeltaConfig")
+@pytest.mark.parametrize(
+    ("decorated", "name", "message"),
+    [
+        (False, "width", "write @dataclass above Mine"),
+        (True, "positional", "Mine.positional hides"),
+    ],
+)
+def test_the_options_of_a_method_are_checked_when_it_is_defined(decorated, name, message):
+    Mine = type("Mine", (DeltaConfig,), {"__annotations__": {name: "int"}, name: 3})
+    options = {"config_class": dataclass(Mine) if decorated else Mine, "layer_class": Moved}
+    with pytest.raises(OptionError, match=message):
+        type("M", (Delta,), {"delta_type": "m", "default_modified_modules": (), **options})
+    assert "m" not in METHODS
+
+
 @pytest.mark.covers("DeltaLayer")
 def test_a_layer_class_says_how_it_acts_in_one_of_the_words():
     with pytest.raises(OptionError, match=r"Bad.acts='beside' must be one of Acts.AFTER, .*SERVES"):

@@ -330,6 +330,14 @@ def test_scaled_deltas_are_exact_and_train_under_inductor():
     assert other.scale == 1
 
 
+@pytest.mark.parametrize("method", [AdapterModel, opendelta.OFTModel, opendelta.HRAModel])
+def test_a_change_that_is_not_scaled_is_the_eager_one_to_the_bit(method):
+    model = nn.Sequential(nn.Linear(64, 64)).bfloat16()
+    shake(method(model, modified_modules=["0"]))
+    x = 4 * torch.randn(32, 64).bfloat16()
+    assert torch.equal(compiled(model, "eager")(x), model(x))
+
+
 @pytest.mark.covers("CompileLimitError")
 @pytest.mark.parametrize("fullgraph", [True, False])
 def test_past_the_recompile_limit_the_error_names_the_option(counter, fullgraph):
