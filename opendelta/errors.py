@@ -6,7 +6,7 @@ import difflib
 import sys
 import sysconfig
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -185,6 +185,18 @@ def _is_library(frame: FrameType) -> bool:
     """True if the code in a frame is this package's, Python's own or an installed one."""
     name = frame.f_code.co_filename
     return name.startswith((*LIBRARIES, "<frozen"))
+
+
+def to_the_end(action: Callable[[], None]) -> None:
+    """Call an action that may be called again; if it is stopped, as by Ctrl-C, call it once more.
+
+    The action must leave what is done, and do the rest.
+    """
+    try:
+        action()
+    except BaseException:
+        action()
+        raise
 
 
 def nearest(word: str, known: Iterable[str], n: int = 3) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
@@ -171,21 +170,20 @@ class Handles:
     """The deltas that are still in a variable; other threads may add deltas during `iter()`.
 
     A detached delta that is in a variable keeps its name and its place in the order. This set holds
-    weak references: it keeps no delta alive.
+    weak references: it keeps no delta alive. It has no lock, which Ctrl-C might leave locked: both
+    methods change or read one dict in one step.
     """
 
     def __init__(self) -> None:
-        self._known: weakref.WeakSet[BaseDelta] = weakref.WeakSet()
-        self._lock = threading.Lock()
+        self._known: weakref.WeakValueDictionary[int, BaseDelta] = weakref.WeakValueDictionary()
 
     def add(self, handle: BaseDelta) -> None:
         """Add a delta."""
-        with self._lock:
-            self._known.add(handle)
+        self._known[id(handle)] = handle
 
     def __iter__(self) -> Iterator[BaseDelta]:
-        with self._lock:
-            return iter(list(self._known))
+        known = [reference() for reference in self._known.valuerefs()]
+        return iter([handle for handle in known if handle is not None])
 
 
 HANDLES = Handles()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from torch import nn
+import functools
 
 from .._backbone import sharding
 from .._backbone.backbone import Backbone
+from .._layers.record import Record
 from .._sites import compile_limit, swap
+from ..errors import to_the_end
 from .base import HANDLES, BaseDelta
 from .first_forward import unwatch_forward, watch_forward
 from .freezing import restore
@@ -18,7 +20,6 @@ from .state_dict import unwatch_state, watch_state
 def commit(placed: Placed) -> None:
     """Put all layers of a delta on its model, or none if one of them fails."""
     backbone, delta = placed.backbone, placed.delta
-    done: list[nn.Module] = []
     try:
         for where, placing in placed.placings.items():
             module, layer, ranks = backbone.modules[where], delta.layers[where], placing.ranks
@@ -27,10 +28,10 @@ def commit(placed: Placed) -> None:
             if ranks is not None:
                 sharding.shard(layer, ranks)
             backbone.stacks[where] = swap.add(module, delta.name, layer, placing.weight_is_read)
-            done.append(module)
-    except BaseException:
-        for module in done:
-            swap.remove(module, delta.name)
+    except BaseException:  # Ctrl-C, too
+        for where in placed.placings:
+            swap.remove(backbone.modules[where], delta.name)
+            swap.clear(backbone.modules[where])
         raise
     record = delta.record
     others = [other for other in placed.order if other is not record]
@@ -48,10 +49,15 @@ def commit(placed: Placed) -> None:
 
 def take_off(backbone: Backbone, delta: BaseDelta) -> None:
     """Take all layers of a delta off its model; with the last delta, remove all other traces."""
-    record = delta.record
+    to_the_end(functools.partial(_take_off, backbone, delta.record))
+
+
+def _take_off(backbone: Backbone, record: Record) -> None:
     for where, name, layer in list(backbone.delta_layers()):
         if layer.record is record:
             swap.remove(backbone.modules[where], name)
+    for where in backbone.stacks:
+        swap.clear(backbone.modules[where])
     shared = record.shared
     shared.records = [other for other in shared.records if other is not record]
     if not any(len(stack) for stack in backbone.stacks.values()):

@@ -107,7 +107,7 @@ class Composition(Generic[Model]):
             yield self
         finally:
             for record, active in before:
-                record.active = active or record.merged > 0  # a delta merged inside stays active
+                record.active = active or bool(record.merged)  # a delta merged inside stays active
 
     @with_block
     def frozen(self) -> Iterator[Composition[Model]]:

@@ -58,7 +58,7 @@ class Record:
         scale: the factor of the change that the layers make.
         scale_tensor: the scale as a float32 tensor for compiled code. With a number, torch would
             compile the code again for each value.
-        merged: number of modules whose weights its layers are merged into.
+        merged: the merges that hold its layers, one for each module.
     """
 
     name: str
@@ -71,7 +71,7 @@ class Record:
     scale_tensor: Tensor = field(
         default_factory=lambda: torch.ones((), dtype=torch.float32, device="cpu")
     )
-    merged: int = 0
+    merged: set[Any] = field(default_factory=set)
 
     def set_scale(self, scale: float) -> None:
         """Set the scale, as a number and as a tensor."""
@@ -90,6 +90,6 @@ class Record:
         """
         if self.merged:
             raise DeltaError(
-                f"{verb} {self.name!r}: it is merged into the weights of {self.merged} modules; "
-                "call composition(model).unmerge() first"
+                f"{verb} {self.name!r}: it is merged into the weights of {len(self.merged)} "
+                "modules; call composition(model).unmerge() first"
             )

@@ -102,28 +102,30 @@ def in_full(module: nn.Module, key: str) -> Tensor:
     raise _unknown(module, key, parameter)
 
 
-def replace(module: nn.Module, key: str, tensor: Tensor) -> Any:
-    """Give a module's parameter new values, quantised as the old ones; return the old ones.
+def kept(module: nn.Module, key: str) -> Any:
+    """Return the current values of a module's parameter, for `put_back`."""
+    parameter: Any = module._parameters[key]
+    return parameter.data if is_plain(parameter) else (parameter, module.__dict__.get("state"))
 
-    `put_back` takes the returned object. The old storage stays as it is, so that other modules that
-    share it do not change.
+
+def replace(module: nn.Module, key: str, tensor: Tensor) -> None:
+    """Give a module's parameter new values, quantised as the old ones.
+
+    The old storage stays as it is, so that other modules that share it do not change.
 
     Raises:
         SiteError: its kind of quantisation is not known.
     """
     parameter: Any = module._parameters[key]
     if is_plain(parameter):
-        kept = parameter.data
         parameter.data = tensor.to(parameter.dtype)
-        return kept
-    state = module.__dict__.get("state")
+        return
     new = _requantised(module, key, parameter, tensor)
-    module._parameters[key] = new
     if type(parameter).__name__ == "Int8Params":
-        fresh: Any = copy.copy(state)
+        fresh: Any = copy.copy(module.__dict__.get("state"))
         fresh.CB = fresh.SCB = None
         module.__dict__["state"] = fresh
-    return parameter, state
+    module._parameters[key] = new
 
 
 def _requantised(module: nn.Module, key: str, parameter: Any, tensor: Tensor) -> Any:
@@ -158,7 +160,11 @@ def _requantised(module: nn.Module, key: str, parameter: Any, tensor: Tensor) ->
 
 
 def put_back(module: nn.Module, key: str, kept: Any) -> None:
-    """Undo `replace`, bit for bit; if the model was moved since, the old values are moved too."""
+    """Undo `replace`, bit for bit; if the model was moved since, the old values are moved too.
+
+    Args:
+        kept: the result of `kept`. To put it back twice is the same as once.
+    """
     parameter: Any = module._parameters[key]
     if isinstance(kept, Tensor):
         parameter.data = kept.to(parameter.device, parameter.dtype)

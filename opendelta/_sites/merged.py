@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from .._layers.low_rank import LowRank
 from .._modules import probing, tensors
 from .._modules.kinds import Norm, kind_of
 from ..errors import DeltaError, SiteError
+from . import marks
 from .stack import Stack, Step, stack_of
 from .swap import plain_class
 
@@ -21,35 +22,42 @@ Named = tuple[str, DeltaLayer]
 
 
 @torch.no_grad()
-def fold_into(where: str, module: nn.Module, run: list[Named]) -> tuple[Step, float | None]:
+def fold_into(where: str, module: nn.Module, run: list[Named], step: Step) -> float | None:
     """Fold layers into the weights of a module.
 
+    Args:
+        step: gets what is needed to undo it, before anything of the module changes.
+
     Returns:
-        The step to undo, and the relative error of a quantised weight, or None.
+        The relative error of a quantised weight, or None.
     """
-    step, error, folded = Step(dict(run)), None, {}
-    factor = factor_of(where, module, run)
+    folded, factor = {}, factor_of(where, module, run)
     for key, (new, blocks) in _new_values(where, module, [ly for _, ly in run], factor).items():
         _check_axis(where, module, key)
-        bits = 0
-        for block in blocks:  # check each block while the processor's cache holds it
-            if not tensors.is_finite(block):
-                raise SiteError(
-                    f"{where!r}: merging {', '.join(step.layers)} gives a {key} with values that "
-                    "are not finite; check the delta's tensors and its scale",
-                    where=where,
-                )
-            bits += _bits(block)
-        folded[key] = new, bits
-    for key, (new, bits) in folded.items():
+        what = f"{where!r}: merging {', '.join(name for name, _ in run)} gives a {key}"
+        folded[key] = new, marks.mark(_finite(where, what, blocks))
+    error = None
+    for key, (new, mark) in folded.items():
+        step.originals[key], step.marks[key] = tensors.kept(module, key), mark
         if tensors.is_plain(module._parameters[key]):
-            step.originals[key], step.marks[key] = tensors.replace(module, key, new), bits % 2**64
+            tensors.replace(module, key, new)
             continue
         change = (new - tensors.in_full(module, key)).norm().clamp_min(1e-30)
-        step.originals[key] = tensors.replace(module, key, new)
-        step.marks[key] = mark(module._parameters[key])
+        tensors.replace(module, key, new)
+        step.marks[key] = marks.mark_of(module._parameters[key])
         error = float((tensors.in_full(module, key) - new).norm() / change)
-    return step, error
+    return error
+
+
+def _finite(where: str, what: str, blocks: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Yield each block while the processor's cache holds it; raise if a value is not finite."""
+    for block in blocks:
+        if not tensors.is_finite(block):
+            raise SiteError(
+                f"{what} with values that are not finite; check the delta's tensors and its scale",
+                where=where,
+            )
+        yield block
 
 
 def factor_of(where: str, module: nn.Module, run: list[Named]) -> float:
@@ -159,39 +167,24 @@ def _float_of(parameter: Any) -> torch.dtype:
     return parameter.dtype if tensors.is_plain(parameter) else torch.float32
 
 
-def mark(parameter: Any) -> int:
-    """Return a number that changes if the bits of a parameter change."""
-    return _bits(parameter) % 2**64 if tensors.is_plain(parameter) else id(parameter)
-
-
-def _bits(tensor: Tensor) -> int:
-    """Return the sum of a tensor's 8-byte words and remaining bytes, up to multiples of 2^64."""
-    flat = tensor.detach().contiguous().view(-1)
-    if flat.storage_offset() * flat.element_size() % 8:
-        flat = flat.clone()
-    if rest := flat.numel() * flat.element_size() % 8:
-        flat = flat.view(torch.uint8)
-        return int(flat[:-rest].view(torch.int64).sum()) + int(flat[-rest:].sum())
-    return int(flat.view(torch.int64).sum())
-
-
 def check_unchanged(where: str, module: nn.Module, stack: Stack, key: str, what: str) -> None:
     """Raise if a merged parameter was changed since the merge: `what` would lose the change."""
     newest = [step.marks[key] for step in stack.steps if key in step.marks][-1]
-    if mark(module._parameters[key]) != newest:
+    if marks.mark_of(module._parameters[key], newest.sizes) != newest:
         raise DeltaError(
             f"{where}.{key} was changed after the merge, and {what} would lose that; "
             "merge after training and loading, or keep the merged model as it is"
         )
 
 
-def undo(module: nn.Module, stack: Stack) -> None:
-    """Undo the last step of merging on one site."""
-    step = stack.steps.pop()
+def undo(module: nn.Module, stack: Stack, step: Step) -> None:
+    """Undo the last step of merging on one site; after an interrupted call, call it again."""
     for key, kept in step.originals.items():
         tensors.put_back(module, key, kept)
     for layer in step.layers.values():
-        layer.record.merged -= 1
+        layer.record.merged.discard(step)
+    if step in stack.steps:
+        stack.steps.remove(step)
 
 
 def original(where: str, module: nn.Module, key: str, what: str = "") -> Tensor | None:

@@ -21,6 +21,7 @@ from .._layers.base import Acts, DeltaLayer, Params
 from ..errors import SiteError
 from ..names import SLOT
 from . import runs
+from .marks import Mark
 
 LONGEST_NAME = 64
 NAME = re.compile(rf"[A-Za-z0-9_-]{{1,{LONGEST_NAME}}}")
@@ -30,19 +31,19 @@ def _step_aside(*_: Any) -> None:
     """Do nothing: because of this hook, torch's fused paths call the children of a module."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Step:
     """One merging of layers into the weights of their module.
 
     Attributes:
         layers: the layers by name, the innermost first.
-        originals: {name of a parameter: its old values, as `tensors.replace` returns them}.
-        marks: {name of a parameter: a number that changes if its new values change}.
+        originals: {name of a parameter: its old values, as `tensors.kept` returns them}.
+        marks: {name of a parameter: the mark of its new values}.
     """
 
     layers: dict[str, DeltaLayer] = field(default_factory=dict)
     originals: dict[str, Any] = field(default_factory=dict)
-    marks: dict[str, int] = field(default_factory=dict)
+    marks: dict[str, Mark] = field(default_factory=dict)
 
 
 class Router(Protocol):

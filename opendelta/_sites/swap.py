@@ -245,17 +245,25 @@ def add(module: nn.Module, name: str, layer: DeltaLayer, reads: bool) -> Stack:
 
 
 def remove(module: nn.Module, name: str) -> None:
-    """Take a layer off, at any position; with the last layer the generated class goes too.
+    """Take a layer off, at any position; after an interrupted call, call it again."""
+    stack = stack_of(module)
+    if stack is not None and name in stack:
+        if stack.kept_factors is not None:
+            stack.kept_factors.forget(stack[name])  # type: ignore[arg-type]
+        stack.ran.discard(name)
+        del stack[name]
+
+
+def clear(module: nn.Module) -> None:
+    """Make a module without layers what it was; after an interrupted call, call it again.
 
     If other code has subclassed the site's class since (FSDP2, parametrizations), the class cannot
     be reset. Then the empty stack stays, and changes nothing.
     """
-    stack, base = stack_of(module), plain_class(module)
-    assert stack is not None
-    if stack.kept_factors is not None:
-        stack.kept_factors.forget(stack[name])  # type: ignore[arg-type]
-    del stack[name]
-    stack.ran.discard(name)
-    if not len(stack) and base is not None:
+    stack = stack_of(module)
+    if stack is None or len(stack):
+        return
+    if (base := plain_class(module)) is not None:
         wrappers.set_class(module, base)
+    if not hasattr(type(module), "_site_reads"):
         del module._modules[SLOT]

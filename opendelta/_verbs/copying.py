@@ -13,6 +13,7 @@ from .._deltas import first_forward, state_dict
 from .._layers import labels
 from .._modules import tensors
 from .._sites import merged
+from .._sites.stack import Step
 from ..errors import DeltaError
 from . import merging
 
@@ -76,7 +77,7 @@ def to_backbone(model: Module) -> Module:
         if stand_ins := [module for module in acting if module is not None]:
             _put(copied, where, copy.deepcopy(stand_ins[-1]))
         if run:
-            merged.fold_into(where, copied.get_submodule(where), run)
+            merged.fold_into(where, copied.get_submodule(where), run, Step())
     labels.hand_on(model, copied)
     if model.training:
         copied.train()

@@ -5,6 +5,7 @@ are. Merged layers stay on their stack and no longer act. The stack keeps the ol
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -16,8 +17,8 @@ from .._layers.base import Acts, DeltaLayer
 from .._layers.record import Record
 from .._modules.tensors import is_sharded
 from .._sites.merged import Named, check_unchanged, factor_of, fold_into, undo
-from .._sites.stack import Stack
-from ..errors import SiteError
+from .._sites.stack import Stack, Step
+from ..errors import SiteError, to_the_end
 
 
 @dataclass(frozen=True)
@@ -180,18 +181,17 @@ def merge(backbone: Backbone, wanted: Collection[Record] | None = None) -> Merge
     backbone.require_unrouted("cannot merge")
     planned = _runs_to_merge(backbone, wanted)
     report = MergeReport()
-    done: list[str] = []
+    steps = {where: Step(dict(run)) for where, run in planned.items()}
     try:
         for where, run in planned.items():
-            step, error = fold_into(where, backbone.modules[where], run)
-            backbone.stacks[where].steps.append(step)
-            done.append(where)
+            error = fold_into(where, backbone.modules[where], run, steps[where])
+            backbone.stacks[where].steps.append(steps[where])
             for _, layer in run:
-                layer.record.merged += 1
+                layer.record.merged.add(steps[where])
             report.errors.update({} if error is None else {where: error})
-    except BaseException:
-        for where in done:
-            undo(backbone.modules[where], backbone.stacks[where])
+    except BaseException:  # Ctrl-C, too
+        for where, step in steps.items():
+            undo(backbone.modules[where], backbone.stacks[where], step)
         raise
     for where, stack in backbone.stacks.items():
         if merged := stack.merged():
@@ -231,6 +231,10 @@ def unmerge(backbone: Backbone) -> None:
     for where, stack in backbone.stacks.items():
         for key in dict.fromkeys(key for step in stack.steps for key in step.marks):
             check_unchanged(where, backbone.modules[where], stack, key, "unmerging")
+    to_the_end(functools.partial(_undo_all, backbone))
+
+
+def _undo_all(backbone: Backbone) -> None:
     for where, stack in backbone.stacks.items():
-        while stack.steps:
-            undo(backbone.modules[where], stack)
+        for step in reversed(stack.steps.copy()):
+            undo(backbone.modules[where], stack, step)

@@ -1,0 +1,146 @@
+"""Merged weights that change are noticed; a verb that Ctrl-C stops leaves all or nothing."""
+
+import sys
+
+import pytest
+import torch
+from support.nets import shake
+from torch import nn
+
+import opendelta
+from opendelta import LoraModel, composition
+
+pytestmark = pytest.mark.covers("Composition.merge", "Composition.unmerge")
+
+CHANGES = {
+    "rows reversed": lambda w: w.flip(0),
+    "columns reversed": lambda w: w.flip(1),
+    "rows rolled": lambda w: w.roll(1, 0),
+    "columns rolled": lambda w: w.roll(2, 1),
+    "all rolled": lambda w: w.flatten().roll(8).view_as(w),
+    "rows shuffled": lambda w: w[torch.randperm(len(w))],
+    "transposed": lambda w: w.t().clone(),
+    "all signs": lambda w: -w,
+    "signs of every other value": lambda w: w * torch.tensor([1, -1]).repeat(w.size(1) // 2).to(w),
+    "signs of a row": lambda w: torch.cat([-w[:1], w[1:]]),
+    "two values swapped": lambda w: w.flatten()[torch.tensor([3, 1, 2, 0])],
+    "last bit": lambda w: torch.nextafter(w[0, 0], w[0, 0] + 1),
+    "to zero": torch.zeros_like,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("size", [6, 192])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_merged_weight_that_changed_is_not_overwritten(change, size, dtype):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(size, size)).to(dtype)
+    shake(LoraModel(model, modified_modules=["0"]))
+    c = composition(model)
+    before = model[0].weight.detach().clone()
+    c.merge()
+    weight = model[0].weight.data
+    merged, new = weight.clone(), CHANGES[change](weight)
+    weight.view(-1)[: new.numel()] = new.flatten()
+    with pytest.raises(opendelta.DeltaError, match=r"0.weight was changed after the merge"):
+        c.unmerge()
+    weight.copy_(merged)
+    c.unmerge()
+    assert torch.equal(model[0].weight, before)
+
+
+def stopped_at(number, verb):
+    """Call `verb`, with Ctrl-C at its `number`-th line in the library; False: it ended."""
+    left = number
+
+    def at_line(frame, event, _):
+        nonlocal left
+        if "opendelta" not in frame.f_code.co_filename:
+            return None
+        if event == "line":
+            left -= 1
+            if left == 0:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return at_line
+
+    sys.settrace(at_line)
+    try:
+        verb()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(None)
+    return False
+
+
+def two_sites():
+    model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+    shake(LoraModel(model, modified_modules=["0"]))
+    shake(opendelta.LNTuningModel(model, modified_modules=["1"]))
+    return model, [p.detach().clone() for p in own(model)]
+
+
+def own(model):
+    return [p for name, p in model.named_parameters() if "deltas" not in name]
+
+
+def is_plain_again(model, before):
+    return all(torch.equal(p, b) for p, b in zip(own(model), before, strict=True))
+
+
+def test_a_merge_that_is_stopped_anywhere_can_be_undone():
+    x, number, stopped = torch.randn(3, 4), 0, True
+    while stopped:
+        number += 1
+        model, before = two_sites()
+        expected, c = model(x), composition(model)
+        stopped = stopped_at(number, c.merge)
+        assert torch.allclose(model(x), expected, atol=1e-6), number
+        if not any(delta.record.merged for delta in c):
+            assert is_plain_again(model, before), number
+            c.merge()
+        c.unmerge()
+        assert is_plain_again(model, before), number
+        for delta in list(c):
+            delta.detach()
+        opendelta.assert_pristine(model)
+    assert number > 100
+
+
+def test_an_unmerge_that_is_stopped_anywhere_can_be_called_again():
+    number, stopped = 0, True
+    while stopped:
+        number += 1
+        model, before = two_sites()
+        c = composition(model)
+        c.merge()
+        stopped = stopped_at(number, c.unmerge)
+        c.unmerge()
+        assert is_plain_again(model, before), number
+        for delta in list(c):
+            delta.detach()
+        opendelta.assert_pristine(model)
+    assert number > 40
+
+
+@pytest.mark.covers("Delta.attach", "Delta.detach")
+@pytest.mark.parametrize("verb", ["attach", "detach"])
+def test_an_attach_or_detach_that_is_stopped_anywhere_leaves_all_or_nothing(verb):
+    number, stopped = 0, True
+    while stopped:
+        number += 7
+        model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+        delta = LoraModel(model, modified_modules=["0"], modules_to_save=["1"])
+        delta.freeze_module()
+        if verb == "attach":
+            delta.detach()
+        stopped = stopped_at(number, getattr(delta, verb))
+        assert len(list(composition(model))) == delta.attached, number
+        if delta.attached:
+            delta.detach()
+        opendelta.assert_pristine(model)
+        assert all(p.requires_grad for p in model.parameters()), number
+        delta.attach()
+        assert sorted(delta.layers) == ["0", "1"]
+    assert number > 100
