@@ -26,6 +26,7 @@ __all__ = [
     "UncheckedWarning",
     "UnreachedWarning",
     "UnsavedWarning",
+    "UntrainedWarning",
     "UnusedWarning",
 ]
 
@@ -122,6 +123,10 @@ class PristineError(DeltaError, AssertionError):
 
 class DeltaWarning(UserWarning):
     """Base of all warnings of opendelta."""
+
+
+class UntrainedWarning(DeltaWarning):
+    """A classification head that is frozen with the values of its start."""
 
 
 class UnreachedWarning(DeltaWarning):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+import gc
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -127,6 +128,29 @@ def _check_wrappers(backbone: Backbone, where: str) -> None:
                 f"{where!r} is inside {type(module).__name__}, which would not synchronise the "
                 "delta's gradients; attach to the module first, wrap it then",
                 where=where,
+            )
+
+
+def check_synchronised(backbone: Backbone, new: Sequence[nn.Parameter]) -> None:
+    """Raise if DistributedDataParallel around the model will not synchronise new parameters.
+
+    It looks for the parameters when it wraps a model, and never again.
+    """
+    if not _distributed():
+        return
+    from torch.nn.parallel import DistributedDataParallel
+
+    for each in gc.get_objects():  # a module does not know what is around it
+        if not issubclass(type(each), DistributedDataParallel):
+            continue
+        known = {id(parameter) for parameter in each._module_parameters}
+        if any(p.requires_grad and id(p) not in known for p in new) and any(
+            module is backbone.model for module in each.module.modules()
+        ):
+            raise SiteError(
+                f"this {type(backbone.model).__name__} is inside {type(each).__name__}, which "
+                "would not synchronise the delta's gradients: each rank would train another delta; "
+                "attach first, wrap then"
             )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import interop
 from .._backbone.backbone import Backbone
+from .._backbone.heads import warn_of_untrained
 from .._deltas import making
 from .._deltas.base import BaseDelta
 from .._files import folder as files
@@ -105,6 +106,7 @@ def _backbone_part(backbone: Backbone, deltas: Sequence[BaseDelta]) -> dict[str,
             "those that belong to it in freeze_module(exclude=[...]) or unfrozen_modules=[...]",
             UnsavedWarning,
         )
+    warn_of_untrained(backbone, "is not saved with the delta")
     for name, tensor in named.items():
         where, _, key = name.rpartition(".")
         kept = merged.original(where, backbone.modules[where], key, "saving")

@@ -82,6 +82,7 @@ def place(
         DeltaError: the model is inside `route()`, or the delta would act beneath a merged one.
     """
     backbone.require_unrouted(f"cannot attach {delta.name!r}")
+    sharding.check_synchronised(backbone, list(delta.parameters()))
     _check_owned(backbone, delta.layers)
     whole = {name for name, module in backbone.modules.items() if wrappers.loads_inside(module)}
     placings = {}

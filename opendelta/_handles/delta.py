@@ -11,6 +11,7 @@ from typing import Any, TypeVar, cast
 from torch import Tensor, nn
 
 from .._backbone.backbone import Backbone
+from .._backbone.heads import warn_of_untrained
 from .._backbone.patterns import as_list
 from .._checkpoint import hub, loading, saving
 from .._deltas.base import BaseDelta
@@ -230,6 +231,7 @@ class Delta(BaseDelta):
         unfrozen = {n for r in known_records(backbone) for n in r.config.unfrozen_modules or ()}
         freeze(backbone, shared, module, as_list(exclude), unfrozen)
         shared.only_trainable = set_state_dict
+        warn_of_untrained(backbone, "is frozen")
 
     # --------------------------------------------------------------- tensors
     def load_state_dict(self, state: dict[str, Tensor]) -> None:

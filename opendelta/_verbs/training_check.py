@@ -17,6 +17,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from .._backbone import shapes
 from .._backbone.backbone import Backbone
+from .._backbone.heads import advice, untrained
 from .._backbone.shapes import PROBING
 from .._deltas.first_forward import unreached_in
 from .._modules.calls import every
@@ -40,6 +41,11 @@ class CheckReport:
         not_optimized: trainable parameters that the optimizer does not hold.
         optimized_twice: parameters that the optimizer holds more than once.
         strangers: number of tensors in the optimizer that are no parameters of the model.
+        not_moving: trainable parameters in groups of the optimizer whose learning rate is 0, and
+            that no scheduler changes.
+        untrained: parts of a classification head that are frozen with the values of their start.
+        frozen: the active deltas, if none of them trains.
+        no_dropout: delta layers with dropout, of which none drops, as they are in eval mode.
         mixed_modes: {full name: "train" or "eval"} of modules in train mode inside a module in eval
             mode, and of delta layers in another mode than the module that they are on.
         trainable_parameters: number of values that train.
@@ -54,6 +60,10 @@ class CheckReport:
     not_optimized: list[str] = field(default_factory=list)
     optimized_twice: list[str] = field(default_factory=list)
     strangers: int = 0
+    not_moving: list[str] = field(default_factory=list)
+    untrained: list[str] = field(default_factory=list)
+    frozen: list[str] = field(default_factory=list)
+    no_dropout: list[str] = field(default_factory=list)
     mixed_modes: dict[str, str] = field(default_factory=dict)
     trainable_parameters: int = 0
     total_parameters: int = 0
@@ -77,6 +87,14 @@ class CheckReport:
              "attaching, from [p for p in model.parameters() if p.requires_grad]"),
             (self.optimized_twice, "parameters are in the optimizer more than once", "each step "
              "would change them twice; give each to one group of one optimizer"),
+            (self.not_moving, "trainable parameters have a learning rate of 0", "give their group "
+             "of the optimizer another lr"),
+            (self.untrained, "parts of the head are frozen and were never trained", advice(
+             self.untrained)),
+            (self.frozen, "deltas are all frozen", 'put "deltas" into freeze_module(exclude=[...])'
+             ", or call requires_grad_() of a delta"),
+            (self.no_dropout, "delta layers with dropout are in eval mode", "call model.train() "
+             "before training"),
             (inside, "modules are in another mode than what is around them", "call model.train() "
              "or model.eval() after attaching, and delta.train() for a delta alone"),
         ]  # fmt: skip
@@ -155,6 +173,10 @@ def check(
         not_optimized=[n for n, p in trainable.items() if held is not None and id(p) not in held],
         optimized_twice=[names[i] for i, n in (held or {}).items() if n > 1 and i in known],
         strangers=len((held or {}).keys() - known),
+        not_moving=[n for n, p in trainable.items() if id(p) in _at_rest(optimizer)],
+        untrained=untrained(backbone),
+        frozen=_all_frozen(backbone),
+        no_dropout=_without_dropout(backbone),
         mixed_modes=_mixed_modes(backbone),
         trainable_parameters=sum(p.numel() for p in trainable.values()),
         total_parameters=sum(p.numel() for p in plain.parameters()),
@@ -179,14 +201,25 @@ def _inner(model: nn.Module) -> nn.Module:
 
 def _held(optimizer: Any) -> Counter[int]:
     """Return {id of a tensor: how often the optimizers hold it}."""
+    return Counter(id(p) for group in _groups(optimizer) for p in group["params"])
+
+
+def _groups(optimizer: Any) -> list[dict[str, Any]]:
+    """Return the groups of one optimizer, or of several in a list."""
     several = optimizer if isinstance(optimizer, list | tuple) else [optimizer]
     for each in several:
         if not isinstance(getattr(each, "param_groups", None), list):
             raise DeltaError(
                 f"optimizer must be a torch optimizer, or several, not {type(each).__name__}"
             )
-    groups = [group for each in several for group in each.param_groups]
-    return Counter(id(p) for group in groups for p in group["params"])
+    return [group for each in several for group in each.param_groups]
+
+
+def _at_rest(optimizer: Any) -> set[int]:
+    """Return the ids of the tensors whose learning rate is 0, and was 0 for each scheduler."""
+    groups = _groups(optimizer) if optimizer is not None else []
+    still = [group for group in groups if not group.get("lr", 1) and not group.get("initial_lr")]
+    return {id(p) for group in still for p in group["params"]}
 
 
 # ------------------------------------------------------------------------------- forward, backward
@@ -292,6 +325,26 @@ def _put_back(backbone: Backbone) -> Iterator[None]:
             for table, key, before in tables:
                 if table.get(key) is not before:
                     table[key] = before
+
+
+def _all_frozen(backbone: Backbone) -> list[str]:
+    """Return the names of the active deltas with parameters, if no parameter of them trains."""
+    trains: dict[str, bool] = {}
+    for _, name, layer in backbone.delta_layers():
+        for parameter in layer.parameters() if layer.record.active else ():
+            trains[name] = trains.get(name, False) or parameter.requires_grad
+    return [] if any(trains.values()) else list(trains)
+
+
+def _without_dropout(backbone: Backbone) -> list[str]:
+    """Return the delta layers with dropout, if none of them drops."""
+    found: dict[str, bool] = {}
+    for where, name, layer in backbone.delta_layers():
+        parts = [layer.training] if getattr(layer, "dropout", 0) else []
+        parts += [part.training for part in layer.modules() if getattr(part, "p", 0)]
+        if parts:
+            found[join(where, SLOT, name)] = any(parts)
+    return [] if any(found.values()) else list(found)
 
 
 def _mixed_modes(backbone: Backbone) -> dict[str, str]:

@@ -155,6 +155,47 @@ def test_what_the_optimizer_does_not_hold_holds_twice_or_holds_in_vain():
     assert "holds 4 tensors that are no parameters of the model" in str(report)
 
 
+def test_a_learning_rate_of_0_is_named_unless_a_scheduler_changes_it():
+    model, x = tower(), vectors(2, 8)
+    LoraModel(model, modified_modules=["fc"]).freeze_module()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    still = torch.optim.SGD([{"params": trained[:1], "lr": 0.0}, {"params": trained[1:]}], lr=0.1)
+    report = opendelta.check(model, x, still)
+    assert len(report.not_moving) == 1
+    assert "1 trainable parameters have a learning rate of 0" in str(report)
+    warmed = torch.optim.SGD(trained, lr=0.1)
+    torch.optim.lr_scheduler.LambdaLR(warmed, lambda step: step)
+    assert warmed.param_groups[0]["lr"] == 0
+    assert opendelta.check(model, x, warmed)
+
+
+def test_deltas_that_are_all_frozen_are_named():
+    model, x = tower(), vectors(2, 8)
+    one = LoraModel(model, modified_modules=["fc"], name="one")
+    LoraModel(model, modified_modules=["out"], name="two")
+    one.freeze_module(exclude=["blocks.0.out.bias"])
+    report = opendelta.check(model, x)
+    assert report.frozen == ["one", "two"]
+    assert 'put "deltas" into freeze_module(exclude=[...])' in str(report)
+    one.requires_grad_()
+    assert opendelta.check(model, x).frozen == []
+
+
+@pytest.mark.parametrize("method", ["lora", "vera"])
+def test_dropout_that_is_off_is_named(method):
+    model, x = tower().eval(), vectors(2, 8)
+    if method == "lora":
+        LoraModel(model, modified_modules=["fc"], lora_dropout=0.3).freeze_module()
+    else:
+        opendelta.VeraModel(model, modified_modules=["fc"], vera_dropout=0.3).freeze_module()
+    report = opendelta.check(model, x)
+    assert (
+        report.no_dropout == [f"blocks.{i}.q.deltas.{method}" for i in (0, 1)] or report.no_dropout
+    )
+    assert "call model.train()" in str(report)
+    assert opendelta.check(model.train(), x)
+
+
 def test_trainable_parameters_without_gradient_are_named():
     model = tower()
     first, second = (LoraModel(model, modified_modules=["fc"], name=n) for n in "ab")

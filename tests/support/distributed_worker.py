@@ -269,7 +269,10 @@ def in_one_process(steps: int = 3) -> tuple[Net, dict[str, Tensor]]:
 def ddp_trains_as_one_process_does(pair: Pair) -> None:
     model = network()
     deltas = randomise(put_deltas(model))
-    trained = train(DistributedDataParallel(model), deltas, pair.inputs)
+    wrapped = DistributedDataParallel(model)
+    deltas[0].detach()
+    deltas[0].attach()  # its parameters are known
+    trained = train(wrapped, deltas, pair.inputs)
     assert_on_both(trained, in_one_process()[1])
 
 
@@ -282,6 +285,8 @@ def ddp_refuses_a_delta_inside(pair: Pair) -> None:
         LoraModel(wrapped, modified_modules=["q"])
     with pytest.raises(SiteError, match="attach to the module first, wrap it then"):
         AdapterModel(wrapped, modified_modules=["blocks.0"])
+    with pytest.raises(SiteError, match="each rank would train another delta"):
+        LoraModel(wrapped.module, modified_modules=["q"])
     opendelta.assert_pristine(wrapped, like=before)
     wrapped(*pair.inputs).sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
