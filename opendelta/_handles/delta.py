@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar, cast
 
+import torch
 from torch import Tensor, nn
 
 from .._backbone.backbone import Backbone
@@ -23,6 +24,7 @@ from .._deltas.order import check_root, known_records, move, neighbour
 from .._deltas.placing import place
 from .._deltas.registry import register
 from .._files.tensors import copy_into
+from .._modules.tensors import is_sharded
 from .._show.tree import log
 from ..errors import DeltaError, OptionError
 from .with_block import with_block
@@ -232,6 +234,46 @@ class Delta(BaseDelta):
         shared.only_trainable = set_state_dict
 
     # --------------------------------------------------------------- tensors
+    def to(self: AnyDelta, dtype: torch.dtype | str) -> AnyDelta:
+        """Convert the delta's tensors to another dtype, which becomes its option `dtype`.
+
+        The parameters stay the same objects. An optimizer that has stepped keeps states of the old
+        dtype, so make it anew.
+
+        Args:
+            dtype: such as torch.bfloat16 or "bfloat16"; "backbone": the dtype in which each module
+                computes.
+
+        Raises:
+            OptionError: a delta cannot have this dtype.
+            DeltaError: the delta is merged, or its tensors are sharded.
+
+        Example:
+            >>> from torch import nn
+            >>> import opendelta
+            >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)).bfloat16()
+            >>> delta = opendelta.LoraModel(model, modified_modules=["0"])
+            >>> [str(p.dtype) for p in delta.parameters()]
+            ['torch.float32', 'torch.float32']
+            >>> [str(p.dtype) for p in delta.to("backbone").parameters()]
+            ['torch.bfloat16', 'torch.bfloat16']
+        """
+        if dtype is None:
+            raise OptionError(f"{self.name!r}.to(None): name a dtype, such as 'float32'")
+        config = dataclasses.replace(self.config, dtype=str(dtype))
+        self.record.require_apart("cannot convert")
+        if any(map(is_sharded, self.parameters())):
+            raise DeltaError(
+                f"cannot convert {self.name!r}: its tensors are sharded; convert it before "
+                "fully_shard, or pass dtype= when it is made"
+            )
+        backbone = Backbone.of(self.backbone_model)
+        for where, layer in self.layers.items():
+            device, computes = backbone.device_and_dtype_of(where)
+            layer.fit(backbone.modules[where], device, computes, config.dtype)
+        self.record.config = config
+        return self
+
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Copy tensors by full name into the delta.
 

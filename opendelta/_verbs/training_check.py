@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from .._backbone import shapes
+from .._backbone import shapes, sharding
 from .._backbone.backbone import Backbone
 from .._backbone.shapes import PROBING
 from .._deltas.first_forward import unreached_in
+from .._layers.dtypes import BACKBONE, dtype_for
 from .._modules.calls import every
-from .._modules.tensors import is_sharded
+from .._modules.tensors import HALVES, is_sharded
 from ..errors import DeltaError, listed
 from ..names import SLOT, join, parent
 
@@ -40,6 +41,7 @@ class CheckReport:
         not_optimized: trainable parameters that the optimizer does not hold.
         optimized_twice: parameters that the optimizer holds more than once.
         strangers: number of tensors in the optimizer that are no parameters of the model.
+        narrow: trainable tensors of deltas in 16 bits that the delta's option `dtype` does not ask for.
         mixed_modes: {full name: "train" or "eval"} of modules in train mode inside a module in eval
             mode, and of delta layers in another mode than the module that they are on.
         trainable_parameters: number of values that train.
@@ -54,6 +56,7 @@ class CheckReport:
     not_optimized: list[str] = field(default_factory=list)
     optimized_twice: list[str] = field(default_factory=list)
     strangers: int = 0
+    narrow: list[str] = field(default_factory=list)
     mixed_modes: dict[str, str] = field(default_factory=dict)
     trainable_parameters: int = 0
     total_parameters: int = 0
@@ -77,6 +80,9 @@ class CheckReport:
              "attaching, from [p for p in model.parameters() if p.requires_grad]"),
             (self.optimized_twice, "parameters are in the optimizer more than once", "each step "
              "would change them twice; give each to one group of one optimizer"),
+            (self.narrow, "trainable delta tensors have 16 bits, in which an optimizer's small steps "
+             "are lost", "call delta.to('float32'), then make the optimizer; model.to(...) casts "
+             "deltas along, and a file may hold 16 bits. If they are meant, delta.to('backbone')"),
             (inside, "modules are in another mode than what is around them", "call model.train() "
              "or model.eval() after attaching, and delta.train() for a delta alone"),
         ]  # fmt: skip
@@ -155,6 +161,7 @@ def check(
         not_optimized=[n for n, p in trainable.items() if held is not None and id(p) not in held],
         optimized_twice=[names[i] for i, n in (held or {}).items() if n > 1 and i in known],
         strangers=len((held or {}).keys() - known),
+        narrow=_narrow(backbone),
         mixed_modes=_mixed_modes(backbone),
         trainable_parameters=sum(p.numel() for p in trainable.values()),
         total_parameters=sum(p.numel() for p in plain.parameters()),
@@ -292,6 +299,18 @@ def _put_back(backbone: Backbone) -> Iterator[None]:
             for table, key, before in tables:
                 if table.get(key) is not before:
                     table[key] = before
+
+
+def _narrow(backbone: Backbone) -> list[str]:
+    """Return the trainable 16-bit tensors of deltas that are meant to be wider."""
+    sharding.settle(backbone)  # a gathered tensor has the dtype in which the model computes
+    return [
+        join(where, SLOT, name, key)
+        for where, name, layer in backbone.delta_layers()
+        if (asked := layer.record.config.dtype) != BACKBONE
+        for key, p in layer.named_parameters()
+        if p.requires_grad and p.dtype in HALVES and dtype_for(asked, p.dtype) not in HALVES
+    ]
 
 
 def _mixed_modes(backbone: Backbone) -> dict[str, str]:
