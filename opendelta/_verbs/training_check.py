@@ -41,7 +41,7 @@ class CheckReport:
         not_optimized: trainable parameters that the optimizer does not hold.
         optimized_twice: parameters that the optimizer holds more than once.
         strangers: number of tensors in the optimizer that are no parameters of the model.
-        narrow: trainable tensors of deltas in 16 bits that the delta's option `dtype` does not ask for.
+        narrow: trainable 16-bit tensors of deltas whose option `dtype` does not ask for 16 bits.
         mixed_modes: {full name: "train" or "eval"} of modules in train mode inside a module in eval
             mode, and of delta layers in another mode than the module that they are on.
         trainable_parameters: number of values that train.
@@ -80,9 +80,9 @@ class CheckReport:
              "attaching, from [p for p in model.parameters() if p.requires_grad]"),
             (self.optimized_twice, "parameters are in the optimizer more than once", "each step "
              "would change them twice; give each to one group of one optimizer"),
-            (self.narrow, "trainable delta tensors have 16 bits, in which an optimizer's small steps "
-             "are lost", "call delta.to('float32'), then make the optimizer; model.to(...) casts "
-             "deltas along, and a file may hold 16 bits. If they are meant, delta.to('backbone')"),
+            (self.narrow, "trainable delta tensors have 16 bits, which lose small steps", "call "
+             "delta.to('float32'), then make the optimizer; model.to(...) casts deltas along, and "
+             "a file may hold 16 bits. If 16 bits are meant, call delta.to('backbone')"),
             (inside, "modules are in another mode than what is around them", "call model.train() "
              "or model.eval() after attaching, and delta.train() for a delta alone"),
         ]  # fmt: skip
