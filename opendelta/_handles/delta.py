@@ -11,6 +11,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from .._backbone import sharding
 from .._backbone.backbone import Backbone
 from .._backbone.patterns import as_list
 from .._checkpoint import hub, loading, saving
@@ -273,6 +274,18 @@ class Delta(BaseDelta):
             layer.fit(backbone.modules[where], device, computes, config.dtype)
         self.record.config = config
         return self
+
+    def shard(self, **options: Any) -> None:
+        """Shard each layer by FSDP2 in a group of its own, before `fully_shard` around it.
+
+        FSDP2 refuses a group that trains parameters of two dtypes, such as a float32 delta and
+        `unfrozen_modules` in 16 bits. A delta that is attached after `fully_shard` needs no call.
+
+        Args:
+            options: `mesh`, `mp_policy` and `offload_policy`, as for torch's `fully_shard`.
+        """
+        for layer in self.layers.values():
+            sharding.apart(layer, **options)
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Copy tensors by full name into the delta.

@@ -105,7 +105,7 @@ def _dtypes(module: nn.Module) -> dict[str, torch.dtype]:
 
 def _differing(one: nn.Module, other: nn.Module) -> tuple[torch.dtype, torch.dtype] | None:
     """Return the two dtypes of the first parameter of the same name that differ; None: none do."""
-    theirs, ours = _parameters(one), _parameters(other)
+    theirs, ours = _tensors_of(one), _tensors_of(other)
     for key in theirs.keys() & ours.keys():
         dtypes = theirs[key].dtype, ours[key].dtype
         if dtypes[0] != dtypes[1] and dtypes[0] in FLOATS and dtypes[1] in FLOATS:
@@ -117,7 +117,7 @@ def _differing(one: nn.Module, other: nn.Module) -> tuple[torch.dtype, torch.dty
     return None
 
 
-def _parameters(module: nn.Module) -> dict[str, Tensor]:
+def _tensors_of(module: nn.Module) -> dict[str, Tensor]:
     """Return the module's own parameters; on a DataParallel replica, the tensors in their place."""
     own = module.__dict__.get("_former_parameters") or module._parameters
     return {key: parameter for key, parameter in own.items() if parameter is not None}

@@ -133,6 +133,7 @@ def check(
 
     Raises:
         DeltaError: `model` carries no delta, or `optimizer` is no optimizer.
+        SiteError: FSDP2 will refuse the model: a group trains parameters of two dtypes.
 
     Example:
         >>> import torch
@@ -149,6 +150,8 @@ def check(
     backbone = Backbone.of(plain)
     if not backbone.records():
         raise DeltaError(f"{type(plain).__name__} carries no delta, so there is nothing to check")
+    sharding.settle(backbone)  # a gathered tensor has the dtype in which the model computes
+    sharding.check_uniform(backbone)
     trainable = {name: p for name, p in plain.named_parameters() if p.requires_grad}
     held = None if optimizer is None else _held(optimizer)
     missed, no_gradient, not_checked = _run(backbone, batch, trainable)
@@ -303,7 +306,6 @@ def _put_back(backbone: Backbone) -> Iterator[None]:
 
 def _narrow(backbone: Backbone) -> list[str]:
     """Return the trainable 16-bit tensors of deltas that are meant to be wider."""
-    sharding.settle(backbone)  # a gathered tensor has the dtype in which the model computes
     return [
         join(where, SLOT, name, key)
         for where, name, layer in backbone.delta_layers()

@@ -157,7 +157,7 @@ def test_casting_the_model_casts_deltas_along_and_check_says_so():
     assert not opendelta.check(model, IDS).narrow
 
 
-# ------------------------------------------------------------------------ modules of the delta's own
+# ----------------------------------------------------------------- modules of the delta's own
 @pytest.mark.covers("DeltaConfig.modules_to_save")
 @pytest.mark.parametrize("dtype", HALVES)
 def test_a_head_computes_in_float32_between_16_bits(dtype):
