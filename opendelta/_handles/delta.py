@@ -247,7 +247,7 @@ class Delta(BaseDelta):
 
         Raises:
             OptionError: a delta cannot have this dtype.
-            DeltaError: the delta is merged, or its tensors are sharded.
+            DeltaError: the delta is merged, or its tensors are sharded or offloaded.
 
         Example:
             >>> from torch import nn
@@ -263,12 +263,12 @@ class Delta(BaseDelta):
             raise OptionError(f"{self.name!r}.to(None): name a dtype, such as 'float32'")
         config = dataclasses.replace(self.config, dtype=str(dtype))
         self.record.require_apart("cannot convert")
-        if any(map(is_sharded, self.parameters())):
-            raise DeltaError(
-                f"cannot convert {self.name!r}: its tensors are sharded; convert it before "
-                "fully_shard, or pass dtype= when it is made"
-            )
         backbone = Backbone.of(self.backbone_model)
+        if any(is_sharded(p) or (p.is_meta and not backbone.is_meta) for p in self.parameters()):
+            raise DeltaError(
+                f"cannot convert {self.name!r}: its tensors are sharded or offloaded; convert it "
+                "before that, or pass dtype= when it is made"
+            )
         for where, layer in self.layers.items():
             device, computes = backbone.device_and_dtype_of(where)
             layer.fit(backbone.modules[where], device, computes, config.dtype)
