@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .._backbone import sharding
 from .._backbone.backbone import Backbone
-from .._backbone.patterns import as_list
+from .._backbone.patterns import as_list, no_match
 from .._checkpoint import hub, loading, saving
 from .._deltas.base import BaseDelta
 from .._deltas.choosing import choose
@@ -247,6 +247,7 @@ class Delta(BaseDelta):
 
         Raises:
             OptionError: a delta cannot have this dtype.
+            AddressError: a module with a layer of the delta is no longer there.
             DeltaError: the delta is merged, or its tensors are sharded or offloaded.
 
         Example:
@@ -269,6 +270,9 @@ class Delta(BaseDelta):
                 f"cannot convert {self.name!r}: its tensors are sharded or offloaded; convert it "
                 "before that, or pass dtype= when it is made"
             )
+        for where in self.layers:
+            if where not in backbone.modules:
+                raise no_match(where, backbone.modules, backbone.model)
         for where, layer in self.layers.items():
             device, computes = backbone.device_and_dtype_of(where)
             layer.fit(backbone.modules[where], device, computes, config.dtype)
