@@ -16,6 +16,7 @@ from .._backbone.backbone import Backbone
 from .._backbone.patterns import as_list, no_match
 from .._checkpoint import hub, loading, saving
 from .._deltas.base import BaseDelta
+from .._deltas.buffers import moving
 from .._deltas.choosing import choose
 from .._deltas.committing import commit, take_off
 from .._deltas.freezing import freeze
@@ -27,7 +28,7 @@ from .._deltas.registry import register
 from .._files.tensors import copy_into
 from .._modules.tensors import is_sharded
 from .._show.tree import log
-from ..errors import DeltaError, OptionError
+from ..errors import DeltaError, OptionError, UnsavedWarning, listed, warn
 from .with_block import with_block
 
 AnyDelta = TypeVar("AnyDelta", bound="Delta")
@@ -225,6 +226,10 @@ class Delta(BaseDelta):
             set_state_dict: let `state_dict()` of the backbone hold only tensors that train, and the
                 deltas, until the last delta is detached. False: let it hold all tensors.
 
+        Warns:
+            UnsavedWarning: frozen normalisations keep statistics, as BatchNorm does, that move in
+                training mode and that no file of a delta holds.
+
         Raises:
             AddressError: a name selects nothing. Nothing is frozen then.
         """
@@ -233,6 +238,15 @@ class Delta(BaseDelta):
         unfrozen = {n for r in known_records(backbone) for n in r.config.unfrozen_modules or ()}
         freeze(backbone, shared, module, as_list(exclude), unfrozen)
         shared.only_trainable = set_state_dict
+        if left := moving(backbone):
+            warn(
+                f"{len(left)} normalisations of the frozen {type(backbone.model).__name__} keep "
+                f"statistics, which move in train() though nothing else of them trains: "
+                f"{listed(left)}. No file of a delta holds them, and they stay when the deltas "
+                "leave. Name them in modules_to_save=[...], so that the delta has its own, or keep "
+                "them in eval()",
+                UnsavedWarning,
+            )
 
     # --------------------------------------------------------------- tensors
     def to(self: AnyDelta, dtype: torch.dtype | str) -> AnyDelta:

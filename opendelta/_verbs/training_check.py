@@ -18,6 +18,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from .._backbone import shapes, sharding
 from .._backbone.backbone import Backbone
 from .._backbone.shapes import PROBING
+from .._deltas import buffers
 from .._deltas.first_forward import unreached_in
 from .._layers.dtypes import BACKBONE, dtype_for
 from .._modules.calls import every
@@ -42,6 +43,8 @@ class CheckReport:
         optimized_twice: parameters that the optimizer holds more than once.
         strangers: number of tensors in the optimizer that are no parameters of the model.
         narrow: trainable 16-bit tensors of deltas whose option `dtype` does not ask for 16 bits.
+        moving: frozen normalisations, such as BatchNorm, whose statistics this training mode moves,
+            though no file of a delta holds them.
         mixed_modes: {full name: "train" or "eval"} of modules in train mode inside a module in eval
             mode, and of delta layers in another mode than the module that they are on.
         trainable_parameters: number of values that train.
@@ -57,6 +60,7 @@ class CheckReport:
     optimized_twice: list[str] = field(default_factory=list)
     strangers: int = 0
     narrow: list[str] = field(default_factory=list)
+    moving: list[str] = field(default_factory=list)
     mixed_modes: dict[str, str] = field(default_factory=dict)
     trainable_parameters: int = 0
     total_parameters: int = 0
@@ -83,6 +87,9 @@ class CheckReport:
             (self.narrow, "trainable delta tensors have 16 bits, which lose small steps", "call "
              "delta.to('float32'), then make the optimizer; model.to(...) casts deltas along, and "
              "a file may hold 16 bits. If 16 bits are meant, call delta.to('backbone')"),
+            (self.moving, "frozen normalisations change their statistics in train(), which no file "
+             "of a delta holds", "name the modules in modules_to_save=[...], so that the delta "
+             "has its own, or keep them in eval()"),
             (inside, "modules are in another mode than what is around them", "call model.train() "
              "or model.eval() after attaching, and delta.train() for a delta alone"),
         ]  # fmt: skip
@@ -165,6 +172,7 @@ def check(
         optimized_twice=[names[i] for i, n in (held or {}).items() if n > 1 and i in known],
         strangers=len((held or {}).keys() - known),
         narrow=_narrow(backbone),
+        moving=[name for name in buffers.moving(backbone) if backbone.modules[name].training],
         mixed_modes=_mixed_modes(backbone),
         trainable_parameters=sum(p.numel() for p in trainable.values()),
         total_parameters=sum(p.numel() for p in plain.parameters()),
