@@ -8,6 +8,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from .._backbone.backbone import Backbone
 from .._layers.base import Acts
 from .._layers.record import Record
+from ..errors import UnsavedWarning, listed, warn
 from ..names import ancestors, join
 
 
@@ -38,3 +39,15 @@ def moving(backbone: Backbone) -> list[str]:
         if not trains_in_place(module)
         if not kept & {"", join(name, "running_mean"), *ancestors(name)}
     ]
+
+
+def warn_of_moving(backbone: Backbone) -> None:
+    """Warn of the modules of `moving`."""
+    if left := moving(backbone):
+        warn(
+            f"{len(left)} normalisations of the frozen {type(backbone.model).__name__} keep "
+            f"statistics, which move in train() though nothing else of them trains: {listed(left)}"
+            ". No file of a delta holds them, and they stay when the deltas leave. Name them in "
+            "modules_to_save=[...], so that the delta has its own, or keep them in eval()",
+            UnsavedWarning,
+        )

@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from .._backbone import sharding
 from .._backbone.backbone import Backbone
-from .._backbone.patterns import as_list, no_match
+from .._backbone.patterns import as_list
 from .._checkpoint import hub, loading, saving
 from .._deltas.base import BaseDelta
-from .._deltas.buffers import moving
+from .._deltas.buffers import warn_of_moving
 from .._deltas.choosing import choose
 from .._deltas.committing import commit, take_off
+from .._deltas.converting import convert
 from .._deltas.freezing import freeze
 from .._deltas.making import make, uncollected
 from .._deltas.options import DeltaConfig
@@ -26,9 +27,8 @@ from .._deltas.order import check_root, known_records, move, neighbour
 from .._deltas.placing import place
 from .._deltas.registry import register
 from .._files.tensors import copy_into
-from .._modules.tensors import is_sharded
 from .._show.tree import log
-from ..errors import DeltaError, OptionError, UnsavedWarning, listed, warn
+from ..errors import DeltaError, OptionError
 from .with_block import with_block
 
 AnyDelta = TypeVar("AnyDelta", bound="Delta")
@@ -238,15 +238,7 @@ class Delta(BaseDelta):
         unfrozen = {n for r in known_records(backbone) for n in r.config.unfrozen_modules or ()}
         freeze(backbone, shared, module, as_list(exclude), unfrozen)
         shared.only_trainable = set_state_dict
-        if left := moving(backbone):
-            warn(
-                f"{len(left)} normalisations of the frozen {type(backbone.model).__name__} keep "
-                f"statistics, which move in train() though nothing else of them trains: "
-                f"{listed(left)}. No file of a delta holds them, and they stay when the deltas "
-                "leave. Name them in modules_to_save=[...], so that the delta has its own, or keep "
-                "them in eval()",
-                UnsavedWarning,
-            )
+        warn_of_moving(backbone)
 
     # --------------------------------------------------------------- tensors
     def to(self: AnyDelta, dtype: torch.dtype | str) -> AnyDelta:
@@ -274,23 +266,7 @@ class Delta(BaseDelta):
             >>> [str(p.dtype) for p in delta.to("backbone").parameters()]
             ['torch.bfloat16', 'torch.bfloat16']
         """
-        if dtype is None:
-            raise OptionError(f"{self.name!r}.to(None): name a dtype, such as 'float32'")
-        config = dataclasses.replace(self.config, dtype=str(dtype))
-        self.record.require_apart("cannot convert")
-        backbone = Backbone.of(self.backbone_model)
-        if any(is_sharded(p) or (p.is_meta and not backbone.is_meta) for p in self.parameters()):
-            raise DeltaError(
-                f"cannot convert {self.name!r}: its tensors are sharded or offloaded; convert it "
-                "before that, or pass dtype= when it is made"
-            )
-        for where in self.layers:
-            if where not in backbone.modules:
-                raise no_match(where, backbone.modules, backbone.model)
-        for where, layer in self.layers.items():
-            device, computes = backbone.device_and_dtype_of(where)
-            layer.fit(backbone.modules[where], device, computes, config.dtype)
-        self.record.config = config
+        convert(self, dtype)
         return self
 
     def shard(self, **options: Any) -> None:

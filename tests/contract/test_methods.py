@@ -171,6 +171,21 @@ def test_on_a_16_bit_backbone_it_is_float32_and_computes_what_it_does_in_float64
     assert {p.grad.dtype for p in delta.parameters()} == {torch.float32}
 
 
+@pytest.mark.covers("Delta.to")
+def test_it_is_converted_to_another_dtype_and_back(method):
+    model = net().to(torch.bfloat16)
+    delta = shake(put(method, model, *places_of(method), gate=True))
+    wide = {name: tensor.clone() for name, tensor in delta.state_dict().items()}
+    delta.to("backbone")
+    out = model(IDS)
+    assert {p.dtype for p in delta.parameters()} == {torch.bfloat16}
+    delta.to(torch.float32)
+    assert torch.allclose(model(IDS), out, atol=0.1)
+    for name, tensor in delta.state_dict().items():
+        rounded = wide[name].bfloat16().float() if tensor.is_floating_point() else wide[name]
+        assert torch.equal(tensor, rounded)
+
+
 def test_it_runs_under_autocast(method):
     model = net()
     delta = shake(put(method, model, *places_of(method)))
