@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Collection
+
+import torch
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from .._backbone.backbone import Backbone
@@ -23,11 +26,16 @@ def named(records: list[Record]) -> set[str]:
     return of_configs.union(*(record.shared.excluded for record in records))
 
 
-def moving(backbone: Backbone) -> list[str]:
-    """Return the frozen normalisations whose statistics move in training, and are in no file.
+def moving(backbone: Backbone, changed: Collection[str] = ()) -> list[str]:
+    """Return the frozen modules whose buffers move in training, and are in no file.
 
-    A normalisation does not count if an active delta's own copy takes its place.
+    A module does not count if an active delta's own copy takes its place, or if nothing is frozen.
+
+    Args:
+        changed: modules whose buffers are known to move, beside normalisations with statistics.
     """
+    if all(parameter.requires_grad for parameter in backbone.parameters().values()):
+        return []
     records = backbone.records()
     layers = ((where, layer) for where, _, layer in backbone.delta_layers())
     copied = {w for w, ly in layers if ly.acts is Acts.INSTEAD and ly.record.active}
@@ -35,10 +43,35 @@ def moving(backbone: Backbone) -> list[str]:
     return [
         name
         for name, module in backbone.modules.items()
-        if isinstance(module, _NormBase) and module.running_mean is not None
+        if name in changed or (isinstance(module, _NormBase) and module.running_mean is not None)
         if not trains_in_place(module)
-        if not kept & {"", join(name, "running_mean"), *ancestors(name)}
+        if not kept & {"", *ancestors(name), *(join(name, key) for key in module._buffers)}
     ]
+
+
+def copies(backbone: Backbone) -> dict[str, dict[str, Tensor]]:
+    """Return copies of the floating buffers in a state dict, of all modules in training mode.
+
+    The result is {full name of a module: {name of a buffer in it: its copy}}.
+    """
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, module in backbone.modules.items():
+        for key, buffer in module._buffers.items() if module.training else ():
+            if buffer is None or buffer.is_meta or not buffer.is_floating_point():
+                continue
+            if key not in module._non_persistent_buffers_set:
+                found.setdefault(name, {})[key] = buffer.detach().clone()
+    return found
+
+
+def changed(backbone: Backbone, before: dict[str, dict[str, Tensor]]) -> set[str]:
+    """Return the names of the modules whose buffers differ from the `copies` before."""
+
+    def differs(name: str, key: str, old: Tensor) -> bool:
+        now = backbone.modules[name]._buffers.get(key)
+        return now is None or now.shape != old.shape or not torch.equal(now, old)
+
+    return {n for n, own in before.items() if any(differs(n, key, b) for key, b in own.items())}
 
 
 def warn_of_moving(backbone: Backbone) -> None:

@@ -43,7 +43,7 @@ class CheckReport:
         optimized_twice: parameters that the optimizer holds more than once.
         strangers: number of tensors in the optimizer that are no parameters of the model.
         narrow: trainable 16-bit tensors of deltas whose option `dtype` does not ask for 16 bits.
-        moving: frozen normalisations, such as BatchNorm, whose statistics this training mode moves,
+        moving: frozen modules in training mode whose buffers move, such as BatchNorm's statistics,
             though no file of a delta holds them.
         mixed_modes: {full name: "train" or "eval"} of modules in train mode inside a module in eval
             mode, and of delta layers in another mode than the module that they are on.
@@ -87,9 +87,9 @@ class CheckReport:
             (self.narrow, "trainable delta tensors have 16 bits, which lose small steps", "call "
              "delta.to('float32'), then make the optimizer; model.to(...) casts deltas along, and "
              "a file may hold 16 bits. If 16 bits are meant, call delta.to('backbone')"),
-            (self.moving, "frozen normalisations change their statistics in train(), which no file "
-             "of a delta holds", "name the modules in modules_to_save=[...], so that the delta "
-             "has its own, or keep them in eval()"),
+            (self.moving, "frozen modules change buffers in train(), such as BatchNorm's, which no "
+             "file of a delta holds", "name the modules in modules_to_save=[...], so that the "
+             "delta has its own, or keep them in eval()"),
             (inside, "modules are in another mode than what is around them", "call model.train() "
              "or model.eval() after attaching, and delta.train() for a delta alone"),
         ]  # fmt: skip
@@ -161,7 +161,9 @@ def check(
     sharding.check_uniform(backbone)
     trainable = {name: p for name, p in plain.named_parameters() if p.requires_grad}
     held = None if optimizer is None else _held(optimizer)
-    missed, no_gradient, not_checked = _run(backbone, batch, trainable)
+    changed: set[str] = set()
+    missed, no_gradient, not_checked = _run(backbone, batch, trainable, changed)
+    moving = buffers.moving(backbone, changed)
     known = {id(p) for p in plain.parameters()}
     names = {id(p): name for name, p in plain.named_parameters()}
     return CheckReport(
@@ -172,7 +174,7 @@ def check(
         optimized_twice=[names[i] for i, n in (held or {}).items() if n > 1 and i in known],
         strangers=len((held or {}).keys() - known),
         narrow=_narrow(backbone),
-        moving=[name for name in buffers.moving(backbone) if backbone.modules[name].training],
+        moving=[name for name in moving if backbone.modules[name].training],
         mixed_modes=_mixed_modes(backbone),
         trainable_parameters=sum(p.numel() for p in trainable.values()),
         total_parameters=sum(p.numel() for p in plain.parameters()),
@@ -209,9 +211,16 @@ def _held(optimizer: Any) -> Counter[int]:
 
 # ------------------------------------------------------------------------------- forward, backward
 def _run(
-    backbone: Backbone, batch: Batch | None, trainable: dict[str, nn.Parameter]
+    backbone: Backbone,
+    batch: Batch | None,
+    trainable: dict[str, nn.Parameter],
+    changed: set[str],
 ) -> tuple[list[str], list[str], list[str]]:
-    """Return layers that did not run, parameters without gradient, and checks left out."""
+    """Return layers that did not run, parameters without gradient, and checks left out.
+
+    Args:
+        changed: gets the names of the modules whose buffers the forward changed.
+    """
     why = _no_backward(backbone)
     results: list[Any] = []
 
@@ -227,8 +236,10 @@ def _run(
             for stack in backbone.stacks.values():
                 stack.ran.clear()
             eager = torch.compiler.set_stance("force_eager")
+            before = buffers.copies(backbone)
             with _put_back(backbone), torch.set_grad_enabled(why is None), eager:
                 look(_call(backbone.model, batch))
+                changed |= buffers.changed(backbone, before)
     finally:
         PROBING.reset(token)
     missed, (without, problem) = results

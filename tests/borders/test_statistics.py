@@ -112,6 +112,37 @@ def test_statistics_of_frozen_modules_are_left_out_of_the_filtered_state_dict():
     assert list(wrapped.state_dict()) == [f"0.{key}" for key in delta.state_dict()]
 
 
+class Codebook(nn.Module):
+    """Keeps a running average of its inputs in training mode, as vector quantisers do."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(8))
+        self.register_buffer("average", torch.zeros(8))
+        self.register_buffer("last", torch.zeros(8), persistent=False)
+
+    def forward(self, x):
+        if self.training:
+            self.average.lerp_(x.detach().mean(0), 0.1)
+            self.last = x.detach().mean(0)
+        return x * self.weight + self.average
+
+
+def test_check_names_any_buffer_that_moves_with_a_batch():
+    model = nn.Sequential(nn.Linear(8, 8), Codebook(), nn.Linear(8, 2))
+    model[0] = nn.utils.parametrizations.spectral_norm(model[0])
+    LoraModel(model, modified_modules=["2"]).freeze_module()
+    x = torch.randn(4, 8)
+    assert opendelta.check(model.train(), x).moving == ["0.parametrizations.weight.0", "1"]
+    assert opendelta.check(model.eval(), x).moving == []
+    model.train().requires_grad_(True)
+    assert opendelta.check(model, x).moving == []  # nothing is frozen: a full fine-tuning
+    model.requires_grad_(False)
+    LoraModel(model, modified_modules=["2"], modules_to_save=["1"])
+    assert opendelta.check(model, x).moving == ["0.parametrizations.weight.0"]
+    assert torch.equal(model[1].average, torch.zeros(8))
+
+
 def test_a_normalisation_without_statistics_is_no_matter():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, track_running_stats=False))
     model.extend([nn.InstanceNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2)])
