@@ -7,7 +7,8 @@ from typing import Any
 
 from .._backbone.backbone import Backbone
 from .._backbone.patterns import no_match
-from .._modules.tensors import is_sharded
+from .._layers.dtypes import dtype_for
+from .._modules.tensors import is_finite, is_sharded
 from ..errors import DeltaError, OptionError
 from .base import BaseDelta
 
@@ -27,6 +28,17 @@ def convert(delta: BaseDelta, dtype: Any) -> None:
     for where in delta.layers:
         if where not in backbone.modules:
             raise no_match(where, backbone.modules, backbone.model)
+        wanted = dtype_for(config.dtype, backbone.device_and_dtype_of(where)[1])
+        for key, tensor in delta.layers[where].state_dict(prefix=delta.prefix(where)).items():
+            if (
+                is_finite(tensor)
+                and tensor.is_floating_point()
+                and not is_finite(tensor.to(wanted))
+            ):
+                raise DeltaError(
+                    f"cannot convert {delta.name!r}: {key} holds values that are too large for "
+                    f"{wanted}; bfloat16 has the range of float32"
+                )
     for where, layer in delta.layers.items():
         device, computes = backbone.device_and_dtype_of(where)
         layer.fit(backbone.modules[where], device, computes, config.dtype)

@@ -254,7 +254,8 @@ class Delta(BaseDelta):
         Raises:
             OptionError: a delta cannot have this dtype.
             AddressError: a module with a layer of the delta is no longer there.
-            DeltaError: the delta is merged, or its tensors are sharded or offloaded.
+            DeltaError: the delta is merged, its tensors are sharded or offloaded, or values are too
+                large for `dtype`.
 
         Example:
             >>> from torch import nn

@@ -131,6 +131,10 @@ def test_what_a_delta_cannot_be_converted_to_is_refused_and_changes_nothing():
     for wrong in (torch.int8, "half", None, torch.float8_e4m3fn):
         with pytest.raises(OptionError, match=r"dtype|to\(None\)"):
             delta.to(wrong)
+    with torch.no_grad():
+        delta.layers["linear"].lora_B[1, 2] = 1e5
+    with pytest.raises(DeltaError, match=r"lora_B holds .* too large for torch\.float16"):
+        delta.to(torch.float16)
     opendelta.composition(model).merge()
     with pytest.raises(DeltaError, match="cannot convert 'lora': it is merged"):
         delta.to("bfloat16")
