@@ -86,7 +86,7 @@ def compare(options: argparse.Namespace, dtype: str) -> list[Row]:
     plain = subjects.llama(options, kind)
     before = {name: m.weight.detach().clone() for name, m in subjects.linears(plain).items()}
     ours, base = copy.deepcopy(plain), copy.deepcopy(plain)
-    (delta,) = subjects.loras(ours, 1, dtype="float32")
+    (delta,) = subjects.loras(ours, 1)
     theirs = subjects.peft_loras(base, [delta])
     composed = opendelta.composition(ours)
     composed.merge()

@@ -65,7 +65,7 @@ def measure(options: argparse.Namespace) -> list[Row]:
         full = subjects.llama(options, kind, transformers.LlamaForCausalLM).train()
         whole = saved(full, ids)
         ours, base = subjects.twin(full), subjects.twin(full)
-        deltas = subjects.loras(ours, k, dtype="float32", **lora)
+        deltas = subjects.loras(ours, k, **lora)
         theirs = subjects.peft_loras(base, deltas, **lora)
         one, two = (model.eval()(ids).logits for model in (ours, theirs))
         subjects.check_equal(one, two, name, kind)

@@ -51,7 +51,7 @@ def compare(options: argparse.Namespace, k: int, dtype: str, shape: tuple[int, i
     kind, case = getattr(torch, dtype), "x".join(map(str, shape))
     plain = subjects.llama(options, kind, transformers.LlamaForCausalLM).requires_grad_(False)
     ours, base = subjects.twin(plain), subjects.twin(plain)
-    deltas = subjects.loras(ours, k, dtype="float32")
+    deltas = subjects.loras(ours, k)
     theirs = subjects.peft_loras(base, deltas)
     models = {"floor": plain.train(), "opendelta": ours.train(), "peft": theirs.train()}
     x = subjects.embeddings(options, shape, kind).requires_grad_()

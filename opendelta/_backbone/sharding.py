@@ -71,30 +71,65 @@ def shard(layer: nn.Module, ranks: Ranks) -> None:
 
     A layer that has shards already, from an earlier time on the model, keeps them.
     """
-    from torch.distributed.fsdp import fully_shard
-
     if _has_shards(layer):
         return
     group = ranks.group
     if group is not None:
         layer.to(group.device)
     _start_alike(layer, ranks.meshes)
-    if group is None or next(layer.parameters(), None) is None:
+    if group is None:
+        return
+    mesh, offload = group.mesh_info.mesh, group.offload_policy
+    apart(layer, mesh=mesh, mp_policy=group.mp_policy, offload_policy=offload)
+
+
+def apart(layer: nn.Module, mp_policy: Any = None, **options: Any) -> None:
+    """Shard `layer` in an FSDP2 group of its own, or in one for each dtype of its parameters.
+
+    FSDP2 refuses a group that trains parameters of two dtypes.
+
+    Args:
+        mp_policy: a policy, as `fully_shard` takes it; None: the default one.
+        options: further options of `fully_shard`.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    first = next(layer.parameters(), None)
+    if first is None or _has_shards(layer):
         return
     layer.register_forward_hook(_return_no_view)
     # Casts: the site casts its inputs and outputs. If the layer cast them too, it would cast the
     # input that it passes on to the module.
+    policy = dataclasses.replace(
+        mp_policy or MixedPrecisionPolicy(), cast_forward_inputs=False, output_dtype=None
+    )
     # Resharding: a unit that is added after the first forward is a root of its own, and roots stay
     # gathered. An optimizer made then would hold tensors that never get a gradient.
-    fully_shard(
-        layer,
-        mesh=group.mesh_info.mesh,
-        mp_policy=dataclasses.replace(
-            group.mp_policy, cast_forward_inputs=False, output_dtype=None
-        ),
-        offload_policy=group.offload_policy,
-        reshard_after_forward=True,
-    )
+    options |= {"mp_policy": policy, "reshard_after_forward": True}
+    for part in layer.modules():
+        own = {parameter.dtype for parameter in part._parameters.values() if parameter is not None}
+        if own and own != {first.dtype}:
+            fully_shard(part, **options)
+    fully_shard(layer, **options)
+
+
+def check_uniform(backbone: Backbone) -> None:
+    """Raise if FSDP2 will refuse the model, because a group trains parameters of two dtypes.
+
+    Raises:
+        SiteError: a group does.
+    """
+    names = {id(parameter): name for name, parameter in backbone.model.named_parameters()}
+    for unit in _units(backbone.modules.values()):
+        for group in unit._get_fsdp_state()._fsdp_param_groups:
+            own = [each.sharded_param for each in group.fsdp_params]
+            first = {p.dtype: names.get(id(p), "a parameter") for p in own if p.requires_grad}
+            if len(first) > 1:
+                found = ", ".join(f"{name!r} ({dtype})" for dtype, name in first.items())
+                raise SiteError(
+                    f"{found} train in one FSDP2 group, which takes one dtype only; call "
+                    "delta.shard() before fully_shard, or make the delta with dtype='backbone'"
+                )
 
 
 def check_copy(backbone: Backbone, name: str) -> None:

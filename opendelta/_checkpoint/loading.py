@@ -6,7 +6,7 @@ import contextlib
 import functools
 import os
 from collections import ChainMap
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,14 @@ from .._backbone.backbone import Backbone
 from .._deltas.base import BaseDelta
 from .._deltas.choosing import as_chosen
 from .._deltas.committing import commit, take_off
-from .._deltas.making import device_and_dtype_for, make, materialise, uncollected
+from .._deltas.making import make, materialise, uncollected
 from .._deltas.options import DeltaConfig
 from .._deltas.order import free_name, known_records
 from .._deltas.placing import Placed, place
 from .._deltas.registry import method
 from .._files import tensors
 from .._files.tensors import compare
+from .._layers.dtypes import dtype_for
 from ..errors import (
     DeltaError,
     DeltaLoadError,
@@ -154,8 +155,10 @@ def _fill(
         value_of = functools.partial(_value_of, state, given, str(path), usual)
         with torch.no_grad():
             for where, layer in delta.layers.items():
-                device, _ = device_and_dtype_for(backbone, where, delta.config)
-                materialise(layer, device, delta.prefix(where, fact["name"]), value_of)
+                device, computes = backbone.device_and_dtype_of(where)
+                kept = functools.partial(dtype_for, None, computes)
+                value = functools.partial(value_of, None if delta.config.dtype else kept)
+                materialise(layer, device, delta.prefix(where, fact["name"]), value)
         made = {key: tensor for key, tensor in state.items() if not tensor.is_meta}
         tensors.copy(made, dict(tensors.values(made, given, str(path), usual)))
         for name, parameter in delta.named_parameters(fact["name"]):
@@ -168,12 +171,13 @@ def _value_of(
     given: Mapping[str, Any],
     source: str,
     usual: Mapping[str, Tensor],
+    dtype_of: Callable[[torch.dtype], torch.dtype] | None,
     key: str,
 ) -> Tensor | None:
     """Return the saved values of the tensor `key` in new memory; None if they are not saved."""
     if key not in own:
         return None
-    value = tensors.value(key, own[key], given, source, usual)
+    value = tensors.value(key, own[key], given, source, usual, dtype_of)
     return value.clone(
         memory_format=torch.contiguous_format
     )  # `value` may be memory of the file, or of another tensor

@@ -24,7 +24,7 @@ def commit(placed: Placed) -> None:
         for where, placing in placed.placings.items():
             module, layer, ranks = backbone.modules[where], delta.layers[where], placing.ranks
             if ranks is None or ranks.group is None:
-                layer.fit(module, placing.device, placing.dtype)
+                layer.fit(module, placing.device, placing.dtype, delta.config.dtype)
             if ranks is not None:
                 sharding.shard(layer, ranks)
             backbone.stacks[where] = swap.add(module, delta.name, layer, placing.weight_is_read)

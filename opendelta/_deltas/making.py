@@ -16,8 +16,9 @@ from .._backbone.backbone import Backbone
 from .._backbone.shapes import attention_heads, output_widths
 from .._layers import labels
 from .._layers.base import Acts, DeltaLayer
+from .._layers.dtypes import dtype_for
 from .._layers.gate import Gate
-from .._layers.owned import OwnedModule, SharedTensors
+from .._layers.owned import OwnedModule, SharedTensors, convert
 from .._layers.record import Record, Shared
 from .._layers.site import Heads, Site
 from .._modules.kinds import kind_of
@@ -174,10 +175,11 @@ def _sites(
         module = backbone.modules[name]
         swap.check_has_forward(name, module)
         choosing.check_kind(backbone, name, kind, config, layer_class)
-        device, dtype = device_and_dtype_for(backbone, name, config)
+        device, computes = backbone.device_and_dtype_of(name)
         device = device if values == "new" else torch.device("meta")
         of_width, of_heads = (lambda n: widths()[n]), (lambda n: heads()[n])
         new = values != "saved"
+        dtype = dtype_for(config.dtype, computes)
         site = Site(name, module, kind, device, dtype, of_width, of_heads, new)
         if (stack := backbone.stacks.get(name)) is not None:
             site.beneath = stack.acting()
@@ -198,21 +200,14 @@ def _gate(layer: DeltaLayer, site: Site) -> Gate:
     return Gate(site, width, on_input)
 
 
-def device_and_dtype_for(
-    backbone: Backbone, where: str, config: DeltaConfig
-) -> tuple[torch.device, torch.dtype]:
-    """Return the device and dtype of a layer on the module `where`."""
-    device, dtype = backbone.device_and_dtype_of(where)
-    return device, getattr(torch, config.dtype) if config.dtype else dtype
-
-
 def _owned(backbone: Backbone, config: DeltaConfig, values: Values) -> dict[str, DeltaLayer]:
     """Build the layers for `modules_to_save` and `num_labels`.
 
     Each module in `modules_to_save` gets one copy. If `num_labels` differs from the backbone's
     number, the root gets a LabelsLayer.
     """
-    copied = {name: _own_copy(backbone, name, values) for name in config.modules_to_save or ()}
+    names = config.modules_to_save or ()
+    copied = {name: _own_copy(backbone, name, config, values) for name in names}
     more: dict[str, DeltaLayer] = {}
     count = config.num_labels
     if count is not None and count != labels.count_of(backbone.model):
@@ -221,7 +216,7 @@ def _owned(backbone: Backbone, config: DeltaConfig, values: Values) -> dict[str,
     return {**{name: OwnedModule(module) for name, module in copied.items()}, **more}
 
 
-def _own_copy(backbone: Backbone, name: str, values: Values) -> nn.Module:
+def _own_copy(backbone: Backbone, name: str, config: DeltaConfig, values: Values) -> nn.Module:
     """Return a trainable copy of a backbone's module, without the deltas on it."""
     if values != "saved":
         sharding.check_copy(backbone, name)
@@ -229,6 +224,7 @@ def _own_copy(backbone: Backbone, name: str, values: Values) -> nn.Module:
     for parameter in backbone.modules[name].parameters() if values != "new" else ():
         memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), False)
     copied = copying.plain_copy(backbone, name, memo)
+    convert(copied, lambda _, tensor: dtype_for(config.dtype, tensor.dtype))
     for parameter in copied.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     return copied

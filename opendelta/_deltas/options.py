@@ -10,6 +10,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
+from .._layers.dtypes import BACKBONE
 from ..errors import OptionError, nearest, shown
 
 Config = TypeVar("Config", bound="DeltaConfig")
@@ -18,7 +19,7 @@ POSITIONAL = (
     "modified_modules", "exclude_modules", "unfrozen_modules", "common_structure",
     "interactive_modify",
 )  # fmt: skip
-DTYPES = ("float32", "bfloat16", "float16", "float64")
+DTYPES = ("float32", "bfloat16", "float16", "float64", BACKBONE)
 LARGEST = 1e6  # of scalings: with a larger one, half precision overflows and float32 is noise
 RANKS = ("lora_r", "r", "low_rank_rank", "low_rank_dimension")
 WIDTHS = ("bottleneck_dim", "reduction_factor")
@@ -95,8 +96,8 @@ class DeltaConfig:
             number, the head's last layer is new, and the model's own loss fits the head while the
             delta acts.
         name: unique on the backbone, 1 to 64 of [A-Za-z0-9_-]. None: the type, then type_1, ...
-        dtype: dtype of the delta's tensors, such as "float32". None: the dtype in which the module
-            computes.
+        dtype: dtype of the delta's tensors, such as "bfloat16"; "backbone": the dtype in which the
+            module computes. None: float32, also on a 16-bit backbone; float64 on a float64 one.
         reads: the parents of these modules read `.weight` instead of calling them, so the weight
             must show the change. For MultiheadAttention this is known.
         gate: multiply the delta's change by a learned gate, as UniPELT does (arXiv:2110.07577); the

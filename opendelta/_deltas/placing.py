@@ -22,7 +22,6 @@ from .._sites.stack import Stack, stack_of
 from ..errors import SiteError
 from ..names import ancestors
 from .base import BaseDelta
-from .making import device_and_dtype_for
 from .order import order_with
 
 
@@ -32,7 +31,7 @@ class Placing(NamedTuple):
     Attributes:
         weight_is_read: the module around reads the weight, so the weight must show the change.
         ranks: the ranks that share the module; None: this process has it alone.
-        device: the device on which the layer computes.
+        device: the device on which the module computes.
         dtype: the dtype in which it computes.
     """
 
@@ -110,7 +109,7 @@ def _placing(backbone: Backbone, delta: BaseDelta, where: str, layer: DeltaLayer
     on_it = stack_of(module) if planned is None else planned
     swap.check(where, module, delta.name, layer, is_read, on_it)
     ranks = sharding.group_of(backbone, where, is_read, layer)
-    return Placing(is_read, ranks, *device_and_dtype_for(backbone, where, delta.config))
+    return Placing(is_read, ranks, *backbone.device_and_dtype_of(where))
 
 
 class PlannedStack(Stack):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -12,15 +13,16 @@ from .._layers import record as records
 from .._layers.record import Record, Shared
 from .._sites.stack import stack_of
 from ..errors import UnsavedWarning, warn
-from ..names import SLOT, ancestors
+from ..names import SLOT, ancestors, join
+from .buffers import named, trains_in_place
 
 
 class StateDictHook:
     """Runs after `state_dict()` of a backbone that carries deltas.
 
-    After `freeze_module(set_state_dict=True)` it keeps only tensors that train, and the deltas'
-    tensors. If transformers' `save_pretrained` asked for the state, it warns that the deltas will
-    be lost.
+    After `freeze_module(set_state_dict=True)` it keeps only tensors that train, buffers of what
+    trains, and the deltas' tensors. If transformers' `save_pretrained` asked for the state, it
+    warns that the deltas will be lost.
     """
 
     def __init__(self, shared: Shared, on_root: bool) -> None:
@@ -30,11 +32,7 @@ class StateDictHook:
         slotted = _slots(module, prefix)
         deltas = {key for key in state if key.startswith(slotted)}
         if self.shared.only_trainable:
-            trains = {
-                f"{prefix}{name}"
-                for name, parameter in module.named_parameters(remove_duplicate=False)
-                if parameter.requires_grad
-            }
+            trains = {f"{prefix}{name}" for name in self._trained(module)}
             for key in [k for k in state if k.startswith(prefix)]:
                 if key not in trains and key not in deltas:
                     del state[key]
@@ -45,6 +43,15 @@ class StateDictHook:
                 UnsavedWarning,
             )
 
+    def _trained(self, module: nn.Module) -> Iterator[str]:
+        """Yield the names of the parameters that train, and of the buffers beside them."""
+        kept = named(self.shared.records) if self.on_root else set()
+        for name, part in module.named_modules(remove_duplicate=False):
+            yield from (join(name, k) for k, p in part._parameters.items() if _trains(p))
+            trains = trains_in_place(part)
+            buffers = [join(name, key) for key in part._buffers]
+            yield from (key for key in buffers if trains or kept & {"", *ancestors(key)})
+
     def _written(self, module: nn.Module, deltas: int) -> str:
         """Return a text about the tensors that save_pretrained writes into the file."""
         name = type(module).__name__
@@ -54,6 +61,10 @@ class StateDictHook:
             f"save_pretrained writes {deltas} delta tensors and what else trains of {name}: the "
             "backbone is not in the file, as freeze_module(set_state_dict=True) asked"
         )
+
+
+def _trains(parameter: nn.Parameter | None) -> bool:
+    return parameter is not None and parameter.requires_grad
 
 
 def _plain_advice(module: nn.Module) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,11 +119,18 @@ def value(
     given: Mapping[str, Any],
     source: str,
     usual: Mapping[str, Tensor] | None = None,
+    dtype_of: Callable[[torch.dtype], torch.dtype] | None = None,
 ) -> Tensor:
-    """Return the given values for `own`, the tensor called `key`; see `values`."""
+    """Return the given values for `own`, the tensor called `key`; see `values`.
+
+    Args:
+        dtype_of: returns the dtype for floating values of a given dtype. None: that of `own`.
+    """
     found = given[key]
     try:
-        found = (found if isinstance(found, Tensor) else found.read()).to(own.dtype)
+        found = found if isinstance(found, Tensor) else found.read()
+        floating = dtype_of if own.is_floating_point() else None
+        found = found.to(own.dtype if floating is None else floating(found.dtype))
     except Exception as error:  # such as a dtype that torch does not have
         raise DeltaLoadError(f"{source}: {key} cannot be read: {error}") from None
     if not is_finite(found, (usual or {}).get(key)):

@@ -128,8 +128,10 @@ class Composition(Generic[Model]):
             >>> with torch.no_grad(), opendelta.composition(model).frozen():
             ...     out = model(torch.ones(1, 8))
         """
-        stacks = [s for s in Backbone.of(self.model).stacks.values() if s.kept_factors is None]
-        kept = [runs.KeptFactors() for _ in stacks]
+        backbone = Backbone.of(self.model)
+        sites = {where: s for where, s in backbone.stacks.items() if s.kept_factors is None}
+        stacks = list(sites.values())
+        kept = [runs.KeptFactors(backbone.device_and_dtype_of(where)[1]) for where in sites]
         for stack, each in zip(stacks, kept, strict=True):
             stack.__dict__["kept_factors"] = each  # not by nn.Module.__setattr__, which is slow
         try:

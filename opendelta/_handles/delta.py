@@ -8,15 +8,19 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar, cast
 
+import torch
 from torch import Tensor, nn
 
+from .._backbone import sharding
 from .._backbone.backbone import Backbone
 from .._backbone.heads import warn_of_untrained
 from .._backbone.patterns import as_list
 from .._checkpoint import hub, loading, saving
 from .._deltas.base import BaseDelta
+from .._deltas.buffers import warn_of_moving
 from .._deltas.choosing import choose
 from .._deltas.committing import commit, take_off
+from .._deltas.converting import convert
 from .._deltas.freezing import freeze
 from .._deltas.making import make, uncollected
 from .._deltas.options import DeltaConfig
@@ -223,6 +227,10 @@ class Delta(BaseDelta):
             set_state_dict: let `state_dict()` of the backbone hold only tensors that train, and the
                 deltas, until the last delta is detached. False: let it hold all tensors.
 
+        Warns:
+            UnsavedWarning: frozen normalisations keep statistics, as BatchNorm does, that move in
+                training mode and that no file of a delta holds.
+
         Raises:
             AddressError: a name selects nothing. Nothing is frozen then.
         """
@@ -232,8 +240,50 @@ class Delta(BaseDelta):
         freeze(backbone, shared, module, as_list(exclude), unfrozen)
         shared.only_trainable = set_state_dict
         warn_of_untrained(backbone, "is frozen")
+        warn_of_moving(backbone)
 
     # --------------------------------------------------------------- tensors
+    def to(self: AnyDelta, dtype: torch.dtype | str) -> AnyDelta:
+        """Convert the delta's tensors to another dtype, which becomes its option `dtype`.
+
+        The parameters stay the same objects. An optimizer that has stepped keeps states of the old
+        dtype, so make it anew.
+
+        Args:
+            dtype: such as torch.bfloat16 or "bfloat16"; "backbone": the dtype in which each module
+                computes.
+
+        Raises:
+            OptionError: a delta cannot have this dtype.
+            AddressError: a module with a layer of the delta is no longer there.
+            DeltaError: the delta is merged, its tensors are sharded or offloaded, or values are too
+                large for `dtype`.
+
+        Example:
+            >>> from torch import nn
+            >>> import opendelta
+            >>> model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)).bfloat16()
+            >>> delta = opendelta.LoraModel(model, modified_modules=["0"])
+            >>> [str(p.dtype) for p in delta.parameters()]
+            ['torch.float32', 'torch.float32']
+            >>> [str(p.dtype) for p in delta.to("backbone").parameters()]
+            ['torch.bfloat16', 'torch.bfloat16']
+        """
+        convert(self, dtype)
+        return self
+
+    def shard(self, **options: Any) -> None:
+        """Shard each layer by FSDP2 in a group of its own, before `fully_shard` around it.
+
+        FSDP2 refuses a group that trains parameters of two dtypes, such as a float32 delta and
+        `unfrozen_modules` in 16 bits. A delta that is attached after `fully_shard` needs no call.
+
+        Args:
+            options: `mesh`, `mp_policy` and `offload_policy`, as for torch's `fully_shard`.
+        """
+        for layer in self.layers.values():
+            sharding.apart(layer, **options)
+
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Copy tensors by full name into the delta.
 

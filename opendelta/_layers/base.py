@@ -16,6 +16,7 @@ from .._modules.kinds import KINDS
 from ..errors import OptionError
 from . import costs
 from .costs import Flops
+from .dtypes import dtype_for
 from .gate import Gate
 from .record import Record
 
@@ -278,17 +279,25 @@ class DeltaLayer(nn.Module):
 
         return costs.around(module, run, width, reads, dtype)
 
-    def fit(self, module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-        """Move the layer to the device and dtype in which `module` computes.
+    def fit(
+        self, module: nn.Module, device: torch.device, computes: torch.dtype, asked: str | None
+    ) -> None:
+        """Move the layer to the device of `module`, and give its tensors the dtype that they need.
 
         A layer that accelerate offloaded stays: accelerate loads its values for each run.
+
+        Args:
+            device: where `module` computes.
+            computes: the dtype in which it computes.
+            asked: the delta's option `dtype`.
         """
         own = list(_tensors(self))
         if device.type != "meta" and any(t.is_meta and isinstance(t, nn.Parameter) for t in own):
             return
-        moved = any(t.device != device for t in own)
-        if moved or any(t.dtype != dtype for t in own if t.is_floating_point()):
-            self.to(device=device, dtype=dtype)
+        floats = {t.dtype for t in own if t.is_floating_point()}
+        wanted = {held: dtype_for(asked, computes, held) for held in floats}
+        if any(t.device != device for t in own) or any(held != wanted[held] for held in wanted):
+            self._apply(lambda t: t.to(device, wanted.get(t.dtype, t.dtype)))
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:

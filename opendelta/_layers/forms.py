@@ -130,12 +130,17 @@ class WeightLayer(DeltaLayer):
 
     def fold(self, params: Params) -> Params:
         matrix, factors = self.kind.matrix(params["weight"]), self.factors()
-        if factors is not None and factors[0].dtype == matrix.dtype and matrix.is_contiguous():
-            A, B, scale = factors
+        if factors is not None and matrix.is_contiguous() and _holds(matrix.dtype, factors[0]):
+            A, B, scale = factors[0].type_as(matrix), factors[1].type_as(matrix), factors[2]
             matrix = torch.addmm(matrix, times(self.strength(), B), A, alpha=scale)
         else:
             matrix = matrix + times(self.strength(), self.delta_weight())
         return params | {"weight": self.kind.like_weight(matrix, params["weight"])}
+
+
+def _holds(dtype: torch.dtype, tensor: Tensor) -> bool:
+    """True if `dtype` loses no value of a tensor."""
+    return torch.promote_types(dtype, tensor.dtype) == dtype
 
 
 class BranchLayer(DeltaLayer):

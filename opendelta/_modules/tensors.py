@@ -35,7 +35,8 @@ def is_sharded(tensor: Tensor | None) -> TypeGuard[DTensor]:
     return isinstance(tensor, DTensor)
 
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+HALVES = (torch.bfloat16, torch.float16)
+FLOATS = (torch.float32, *HALVES, torch.float64)
 
 
 def full(tensor: Tensor) -> Tensor:

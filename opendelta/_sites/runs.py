@@ -41,9 +41,13 @@ class KeptFactors:
     """The joined factors of the runs of one site, kept while `composition(model).frozen()` lasts.
 
     A copy of it, by deepcopy or pickle, is None: the copy of a model is not frozen.
+
+    Args:
+        dtype: the dtype in which the module computes; the factors are kept in it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
         self.runs: dict[tuple, tuple[list[tuple[float, bool]], list[LowRank], int]] = {}
         self.sources: dict[Tensor, int] = {}
         self.made: tuple[list[Any], Any] = [], None
@@ -61,7 +65,7 @@ class KeptFactors:
             run = pairs(acting, start)
             if any(pair.dropout for pair in run) or "_is_replica" in acting[start].__dict__:
                 return run, len(run)
-            whole = [LowRank(*map(_values, side_by_side(run)))] if run else run
+            whole = [LowRank(*map(self._values, side_by_side(run)))] if run else run
             joined = acting[start : start + len(run)] if key not in self.runs else ()
             for tensor in [p for layer in joined for p in layer.parameters()]:
                 if not tensor.is_inference():
@@ -98,12 +102,11 @@ class KeptFactors:
         """True if parameters changed since they were copied, by torch's count of changes."""
         return self.late or any(p._version != version for p, version in self.sources.items())
 
+    def _values(self, part: Any) -> Any:
+        return part.detach().to(self.dtype) if isinstance(part, Tensor) else part
+
     def __reduce__(self) -> tuple:
         return type(None), ()
-
-
-def _values(part: Any) -> Any:
-    return part.detach() if isinstance(part, Tensor) else part
 
 
 def _is_watched(own: dict[str, Any]) -> bool:

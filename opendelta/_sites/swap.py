@@ -228,16 +228,15 @@ def _check_reads(
 
 
 def add(module: nn.Module, name: str, layer: DeltaLayer, reads: bool) -> Stack:
-    """Put `layer` on the stack of `module` as the outermost layer; call `check` before."""
+    """Put `layer` on the stack of `module` as the outermost layer; call `check` before.
+
+    After an interrupted call, call `remove` and `clear`.
+    """
     stack, base = stack_of(module), plain_class(module)
     layer.train(module.training)
     if stack is None:
         stack = module._modules[SLOT] = Stack().train(module.training)
-        try:
-            wrappers.set_class(module, site_class(type(module), reads))
-        except BaseException:
-            del module._modules[SLOT]
-            raise
+        wrappers.set_class(module, site_class(type(module), reads))
     elif base is not None and reads != vars(type(module))["_site_reads"]:
         wrappers.set_class(module, site_class(base, reads))
     stack[name] = layer

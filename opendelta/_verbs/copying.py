@@ -11,6 +11,7 @@ from .._backbone.backbone import Backbone
 from .._backbone.copying import plain_copy
 from .._deltas import first_forward, state_dict
 from .._layers import labels
+from .._layers.owned import convert_like
 from .._modules import tensors
 from .._sites import merged
 from .._sites.stack import Step
@@ -78,6 +79,8 @@ def to_backbone(model: Module) -> Module:
             _put(copied, where, copy.deepcopy(stand_ins[-1]))
         if run:
             merged.fold_into(where, copied.get_submodule(where), run, Step())
+        if stand_ins:
+            convert_like(copied.get_submodule(where), backbone.modules[where])
     labels.hand_on(model, copied)
     if model.training:
         copied.train()

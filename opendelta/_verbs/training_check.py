@@ -15,13 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from .._backbone import shapes
+from .._backbone import shapes, sharding
 from .._backbone.backbone import Backbone
 from .._backbone.heads import advice, untrained
 from .._backbone.shapes import PROBING
+from .._deltas import buffers
 from .._deltas.first_forward import unreached_in
+from .._layers.dtypes import BACKBONE, dtype_for
 from .._modules.calls import every
-from .._modules.tensors import is_sharded
+from .._modules.tensors import HALVES, is_sharded
 from ..errors import DeltaError, listed
 from ..names import SLOT, join, parent
 
@@ -41,11 +43,14 @@ class CheckReport:
         not_optimized: trainable parameters that the optimizer does not hold.
         optimized_twice: parameters that the optimizer holds more than once.
         strangers: number of tensors in the optimizer that are no parameters of the model.
-        not_moving: trainable parameters in groups of the optimizer whose learning rate is 0, and
+        at_rest: trainable parameters in groups of the optimizer whose learning rate is 0, and
             that no scheduler changes.
         untrained: parts of a classification head that are frozen with the values of their start.
         frozen: the active deltas, if none of them trains.
         no_dropout: delta layers with dropout, of which none drops, as they are in eval mode.
+        narrow: trainable 16-bit tensors of deltas whose option `dtype` does not ask for 16 bits.
+        moving: frozen modules in training mode whose buffers move, such as BatchNorm's statistics,
+            though no file of a delta holds them.
         mixed_modes: {full name: "train" or "eval"} of modules in train mode inside a module in eval
             mode, and of delta layers in another mode than the module that they are on.
         trainable_parameters: number of values that train.
@@ -60,10 +65,12 @@ class CheckReport:
     not_optimized: list[str] = field(default_factory=list)
     optimized_twice: list[str] = field(default_factory=list)
     strangers: int = 0
-    not_moving: list[str] = field(default_factory=list)
+    at_rest: list[str] = field(default_factory=list)
     untrained: list[str] = field(default_factory=list)
     frozen: list[str] = field(default_factory=list)
     no_dropout: list[str] = field(default_factory=list)
+    narrow: list[str] = field(default_factory=list)
+    moving: list[str] = field(default_factory=list)
     mixed_modes: dict[str, str] = field(default_factory=dict)
     trainable_parameters: int = 0
     total_parameters: int = 0
@@ -87,7 +94,7 @@ class CheckReport:
              "attaching, from [p for p in model.parameters() if p.requires_grad]"),
             (self.optimized_twice, "parameters are in the optimizer more than once", "each step "
              "would change them twice; give each to one group of one optimizer"),
-            (self.not_moving, "trainable parameters have a learning rate of 0", "give their group "
+            (self.at_rest, "trainable parameters have a learning rate of 0", "give their group "
              "of the optimizer another lr"),
             (self.untrained, "parts of the head are frozen and were never trained", advice(
              self.untrained)),
@@ -95,6 +102,12 @@ class CheckReport:
              ", or call requires_grad_() of a delta"),
             (self.no_dropout, "delta layers with dropout are in eval mode", "call model.train() "
              "before training"),
+            (self.narrow, "trainable delta tensors have 16 bits, which lose small steps", "call "
+             "delta.to('float32'), then make the optimizer; model.to(...) casts deltas along, and "
+             "a file may hold 16 bits. If 16 bits are meant, call delta.to('backbone')"),
+            (self.moving, "frozen modules change buffers in train(), such as BatchNorm's, which no "
+             "file of a delta holds", "name the modules in modules_to_save=[...], so that the "
+             "delta has its own, or keep them in eval()"),
             (inside, "modules are in another mode than what is around them", "call model.train() "
              "or model.eval() after attaching, and delta.train() for a delta alone"),
         ]  # fmt: skip
@@ -145,6 +158,7 @@ def check(
 
     Raises:
         DeltaError: `model` carries no delta, or `optimizer` is no optimizer.
+        SiteError: FSDP2 will refuse the model: a group trains parameters of two dtypes.
 
     Example:
         >>> import torch
@@ -161,9 +175,13 @@ def check(
     backbone = Backbone.of(plain)
     if not backbone.records():
         raise DeltaError(f"{type(plain).__name__} carries no delta, so there is nothing to check")
+    sharding.settle(backbone)  # a gathered tensor has the dtype in which the model computes
+    sharding.check_uniform(backbone)
     trainable = {name: p for name, p in plain.named_parameters() if p.requires_grad}
     held = None if optimizer is None else _held(optimizer)
-    missed, no_gradient, not_checked = _run(backbone, batch, trainable)
+    changed: set[str] = set()
+    missed, no_gradient, not_checked = _run(backbone, batch, trainable, changed)
+    moving = buffers.moving(backbone, changed)
     known = {id(p) for p in plain.parameters()}
     names = {id(p): name for name, p in plain.named_parameters()}
     return CheckReport(
@@ -173,10 +191,12 @@ def check(
         not_optimized=[n for n, p in trainable.items() if held is not None and id(p) not in held],
         optimized_twice=[names[i] for i, n in (held or {}).items() if n > 1 and i in known],
         strangers=len((held or {}).keys() - known),
-        not_moving=[n for n, p in trainable.items() if id(p) in _at_rest(optimizer)],
+        at_rest=[n for n, p in trainable.items() if id(p) in _at_rest(optimizer)],
         untrained=untrained(backbone),
         frozen=_all_frozen(backbone),
         no_dropout=_without_dropout(backbone),
+        narrow=_narrow(backbone),
+        moving=[name for name in moving if backbone.modules[name].training],
         mixed_modes=_mixed_modes(backbone),
         trainable_parameters=sum(p.numel() for p in trainable.values()),
         total_parameters=sum(p.numel() for p in plain.parameters()),
@@ -224,9 +244,16 @@ def _at_rest(optimizer: Any) -> set[int]:
 
 # ------------------------------------------------------------------------------- forward, backward
 def _run(
-    backbone: Backbone, batch: Batch | None, trainable: dict[str, nn.Parameter]
+    backbone: Backbone,
+    batch: Batch | None,
+    trainable: dict[str, nn.Parameter],
+    changed: set[str],
 ) -> tuple[list[str], list[str], list[str]]:
-    """Return layers that did not run, parameters without gradient, and checks left out."""
+    """Return layers that did not run, parameters without gradient, and checks left out.
+
+    Args:
+        changed: gets the names of the modules whose buffers the forward changed.
+    """
     why = _no_backward(backbone)
     results: list[Any] = []
 
@@ -242,8 +269,10 @@ def _run(
             for stack in backbone.stacks.values():
                 stack.ran.clear()
             eager = torch.compiler.set_stance("force_eager")
+            before = buffers.copies(backbone)
             with _put_back(backbone), torch.set_grad_enabled(why is None), eager:
                 look(_call(backbone.model, batch))
+                changed |= buffers.changed(backbone, before)
     finally:
         PROBING.reset(token)
     missed, (without, problem) = results
@@ -345,6 +374,17 @@ def _without_dropout(backbone: Backbone) -> list[str]:
         if parts:
             found[join(where, SLOT, name)] = any(parts)
     return [] if any(found.values()) else list(found)
+
+
+def _narrow(backbone: Backbone) -> list[str]:
+    """Return the trainable 16-bit tensors of deltas that are meant to be wider."""
+    return [
+        join(where, SLOT, name, key)
+        for where, name, layer in backbone.delta_layers()
+        if (asked := layer.record.config.dtype) != BACKBONE
+        for key, p in layer.named_parameters()
+        if p.requires_grad and p.dtype in HALVES and dtype_for(asked, p.dtype) not in HALVES
+    ]
 
 
 def _mixed_modes(backbone: Backbone) -> dict[str, str]:

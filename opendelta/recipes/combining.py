@@ -195,9 +195,9 @@ def _combined(
     without = next((layer for layer, pair in pairs.items() if pair is None), None)
     limit = min(wanted.shape) if rank is None and how == "linear" else rank
     if how in ("linear", "cat") and without is None:
-        scaled = [weight * pairs[layer].scale * pairs[layer].B.detach() for layer, weight in parts]
-        A = torch.cat([pair.A.detach() for pair in pairs.values()]).to(wanted)
-        B = torch.cat(scaled, 1).to(wanted)
+        ups = [weight * pairs[layer].scale * pairs[layer].B.to(wanted) for layer, weight in parts]
+        A = torch.cat([pair.A.to(wanted) for pair in pairs.values()]).detach()
+        B = torch.cat(ups, 1).detach()
         if limit is None or A.size(0) <= limit:
             return (A, B), _error(A, B, wanted)
     if how == "cat":

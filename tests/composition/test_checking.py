@@ -161,7 +161,7 @@ def test_a_learning_rate_of_0_is_named_unless_a_scheduler_changes_it():
     trained = [p for p in model.parameters() if p.requires_grad]
     still = torch.optim.SGD([{"params": trained[:1], "lr": 0.0}, {"params": trained[1:]}], lr=0.1)
     report = opendelta.check(model, x, still)
-    assert len(report.not_moving) == 1
+    assert len(report.at_rest) == 1
     assert "1 trainable parameters have a learning rate of 0" in str(report)
     warmed = torch.optim.SGD(trained, lr=0.1)
     torch.optim.lr_scheduler.LambdaLR(warmed, lambda step: step)

@@ -1,4 +1,4 @@
-"""Dtype, device and mode of a delta: those of its modules, or what `dtype` asks for."""
+"""Dtype, device and mode of a delta: float32 or wider, or what `dtype` asks for."""
 
 import pytest
 import torch
@@ -17,12 +17,22 @@ def test_a_new_delta_takes_the_training_flag_of_its_module(model, mode):
     assert delta.layers["linear"].training is mode
 
 
-def test_a_returning_delta_follows_its_module_to_another_dtype(model, lora):
+@pytest.mark.parametrize(
+    ("dtype", "to", "expected"),
+    [
+        (None, torch.bfloat16, torch.float32),
+        (None, torch.float64, torch.float64),
+        ("backbone", torch.bfloat16, torch.bfloat16),
+        ("bfloat16", torch.float64, torch.bfloat16),
+    ],
+)
+def test_the_dtype_of_a_delta_that_returns_to_a_converted_model(model, dtype, to, expected):
+    lora = LoraModel(model, modified_modules=["linear"], dtype=dtype)
     lora.detach()
-    model.to(torch.bfloat16)
+    model.to(to)
     lora.attach()
-    assert {p.dtype for p in lora.parameters()} == {torch.bfloat16}
-    assert model(IDS).dtype == torch.bfloat16
+    assert {p.dtype for p in lora.parameters()} == {expected}
+    assert model(IDS).dtype == to
 
 
 def test_a_dtype_that_was_asked_for_stays(model):
@@ -41,7 +51,10 @@ def test_deltas_on_the_meta_device_take_no_memory():
     assert {p.device.type for p in delta.parameters()} == {"meta"}
 
 
-def test_a_quantised_module_gets_deltas_in_the_dtype_around_it():
+@pytest.mark.parametrize(
+    ("dtype", "expected"), [(None, torch.float32), ("backbone", torch.bfloat16)]
+)
+def test_a_quantised_module_follows_the_dtype_around_it(dtype, expected):
     class Int8Linear(nn.Module):
         def __init__(self):
             super().__init__()
@@ -54,7 +67,7 @@ def test_a_quantised_module_gets_deltas_in_the_dtype_around_it():
 
     model = net().to(torch.bfloat16)
     model.linear = Int8Linear()
-    lora = shake(LoraModel(model, modified_modules=["linear"]))
-    assert {p.dtype for p in lora.parameters()} == {torch.bfloat16}
+    lora = shake(LoraModel(model, modified_modules=["linear"], dtype=dtype))
+    assert {p.dtype for p in lora.parameters()} == {expected}
     model(IDS).sum().backward()
     assert all(p.grad is not None for p in lora.parameters())

@@ -169,8 +169,10 @@ def test_a_returning_head_follows_its_module_to_another_dtype():
     assert model(IDS).dtype == torch.float64
 
 
-def test_the_heads_own_dtype_stays_when_the_delta_has_another():
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64", "backbone"])
+def test_a_head_has_the_dtype_of_the_delta(dtype):
     model = net().to(torch.bfloat16)
-    delta = with_head(model, dtype="float32")
-    assert head_of(delta).weight.dtype == torch.bfloat16
+    delta = with_head(model, dtype=dtype)
+    expected = torch.bfloat16 if dtype == "backbone" else getattr(torch, dtype)
+    assert {p.dtype for p in delta.parameters()} == {expected}
     assert model(IDS).dtype == torch.bfloat16

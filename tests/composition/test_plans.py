@@ -144,7 +144,7 @@ def anything(draw):
         "modules_to_save": draw(st.sampled_from([*[None] * 7, ["pair"], ["head"]])),
         "unfrozen_modules": draw(st.sampled_from([None, None, ["norm"], ["bare.weight"]])),
         "exclude_modules": draw(st.sampled_from([*[None] * 5, ["bare"]])),
-        "dtype": draw(st.sampled_from([None, "bfloat16"])),
+        "dtype": draw(st.sampled_from([None, "bfloat16", "backbone"])),
     }
     return METHODS[name].config_class(**options)
 
@@ -213,8 +213,10 @@ def test_it_counts_parameters_memory_and_flops():
     assert (q.parameters, v.parameters) == (4 * (32 + 32), 4 * (32 + 16))
     assert (q.flops, v.flops) == (Flops(2 * 4 * 64, 0), Flops(2 * 4 * 48, 0))
     assert plan.added_parameters == plan.trainable_parameters == 2 * 4 * (64 + 48)
-    assert lora.memory.parameters == lora.memory.gradients == 2 * plan.added_parameters
-    assert plan.memory.total == 8 * plan.added_parameters  # bfloat16: 2 + 2 + 2 * 2 bytes
+    assert lora.memory.parameters == lora.memory.gradients == 4 * plan.added_parameters
+    assert plan.memory.total == 16 * plan.added_parameters  # float32: 4 + 4 + 2 * 4 bytes
+    small = opendelta.plan(model, LoraConfig(lora_r=4, dtype="backbone")).memory
+    assert small.total == 8 * plan.added_parameters
     assert opendelta.plan(model, LoraConfig(lora_r=4), optimizer_states=0).memory.optimizer == 0
     assert plan.flops == Flops(2 * 2 * 4 * (64 + 48), 0)
 

@@ -1,5 +1,6 @@
 """The contract: what every registered method promises, tested once for all of them."""
 
+import copy
 import inspect
 import itertools
 
@@ -146,7 +147,7 @@ def test_copies_are_whole_and_independent(method, how):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_it_computes_in_the_dtype_of_its_module(method, dtype):
     model = net().to(dtype)
-    delta = shake(put(method, model, *places_of(method)))
+    delta = shake(put(method, model, *places_of(method), dtype="backbone"))
     assert {p.dtype for p in delta.parameters()} == {dtype}
     out = model(IDS)
     assert out.dtype == dtype
@@ -154,15 +155,35 @@ def test_it_computes_in_the_dtype_of_its_module(method, dtype):
 
 
 @pytest.mark.covers("DeltaConfig.dtype")
-def test_float32_tensors_serve_a_bfloat16_backbone_when_asked(method):
-    model = net().to(torch.bfloat16)
-    delta = shake(put(method, model, *places_of(method), dtype="float32"))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_on_a_16_bit_backbone_it_is_float32_and_computes_what_it_does_in_float64(method, dtype):
+    model = net().to(dtype)
+    delta = put(method, model, *places_of(method))
+    exact = copy.deepcopy(model).double()
+    for each in (delta, opendelta.composition(exact)[delta.name]):
+        shake(each, scale=0.05)
     delta.freeze_module()
     assert {p.dtype for p in delta.parameters()} == {torch.float32}
-    out = model(IDS)
-    assert out.dtype == torch.bfloat16
-    out.sum().backward()
+    out, wanted = model(IDS), exact(IDS)
+    assert out.dtype == dtype
+    assert (out - wanted).norm() < 3 * torch.finfo(dtype).eps * wanted.norm()
+    out.float().square().sum().backward()
     assert {p.grad.dtype for p in delta.parameters()} == {torch.float32}
+
+
+@pytest.mark.covers("Delta.to")
+def test_it_is_converted_to_another_dtype_and_back(method):
+    model = net().to(torch.bfloat16)
+    delta = shake(put(method, model, *places_of(method), gate=True))
+    wide = {name: tensor.clone() for name, tensor in delta.state_dict().items()}
+    delta.to("backbone")
+    out = model(IDS)
+    assert {p.dtype for p in delta.parameters()} == {torch.bfloat16}
+    delta.to(torch.float32)
+    assert torch.allclose(model(IDS), out, atol=0.1)
+    for name, tensor in delta.state_dict().items():
+        rounded = wide[name].bfloat16().float() if tensor.is_floating_point() else wide[name]
+        assert torch.equal(tensor, rounded)
 
 
 def test_it_runs_under_autocast(method):

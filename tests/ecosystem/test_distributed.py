@@ -223,6 +223,63 @@ def test_float32_deltas_on_a_16_bit_backbone(mesh: DeviceMesh, when: str) -> Non
     assert {parameter.grad.dtype for parameter in delta.parameters()} == {torch.float32}
 
 
+def two_dtypes(mesh: DeviceMesh | None, when: str, apart: bool = True) -> nn.Module:
+    """A bfloat16 model whose blocks train biases of their own beside LoRAs of two dtypes."""
+    model = network().bfloat16()
+    model.blocks.requires_grad_(True)
+    if mesh is not None and when == "after":
+        shard(model, mesh)
+    first = LoraModel(model, modified_modules=["q", "o"], unfrozen_modules=["o.bias"])
+    second = LoraModel(model, modified_modules=["q", "o"], dtype="backbone")
+    first.freeze_module()
+    randomise([first, second])
+    if mesh is not None and when == "before":
+        if apart:
+            first.shard(mesh=mesh)
+        shard(model, mesh)
+    return model
+
+
+@pytest.mark.covers("Delta.shard", "DeltaConfig.dtype")
+@pytest.mark.parametrize("when", WHEN)
+def test_two_dtypes_train_side_by_side_in_groups_of_their_own(mesh: DeviceMesh, when: str) -> None:
+    found: list[dict[str, Tensor]] = []
+    for mine in (mesh, None):
+        model, x = two_dtypes(mine, when), batch(0).bfloat16()
+        assert opendelta.check(model, x)
+        model(x).float().square().mean().backward()
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        found.append({name: worker.whole(p.grad) for name, p in trained.items()})
+    assert {grad.dtype for grad in found[0].values()} == {torch.float32, torch.bfloat16}
+    torch.testing.assert_close(found[0], found[1], atol=0.005, rtol=0.05)
+
+
+@pytest.mark.covers("check", "SiteError")
+def test_check_names_a_group_of_two_dtypes(mesh: DeviceMesh) -> None:
+    model = two_dtypes(mesh, "before", apart=False)
+    with pytest.raises(AssertionError, match="uniform original parameter dtype"):
+        model(batch(0).bfloat16())
+    model = two_dtypes(mesh, "before", apart=False)
+    with pytest.raises(SiteError, match=r"lora_[AB]' .* train in one FSDP2 group.*delta\.shard"):
+        opendelta.check(model, batch(0).bfloat16())
+
+
+@pytest.mark.covers("DeltaConfig.modules_to_save")
+def test_a_copy_of_two_dtypes_that_returns_is_sharded_apart(mesh: DeviceMesh) -> None:
+    model = network().bfloat16()
+    model.head = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 3).bfloat16())
+    options = {"modified_modules": ["q"], "modules_to_save": ["head"], "dtype": "backbone"}
+    delta = LoraModel(model, **options)
+    delta.freeze_module()
+    delta.detach()
+    shard(model.requires_grad_(False), mesh)
+    delta.attach()
+    model(batch(0).bfloat16()).float().square().mean().backward()
+    dtypes = {p.grad.dtype for p in delta.layers["head"].parameters()}
+    assert dtypes == {torch.float32, torch.bfloat16}
+    assert all(isinstance(p, DTensor) for p in delta.parameters())
+
+
 class InPlace(nn.Module):
     """A residual block that writes into the output of its last module."""
 

@@ -421,19 +421,19 @@ def test_deltas_follow_the_model_to_another_dtype(name):
 
 
 @five_models
-def test_deltas_on_a_bfloat16_model_are_bfloat16(name):
+def test_deltas_on_a_bfloat16_model_are_bfloat16_on_request(name):
     model = build(name).to(torch.bfloat16)
-    deltas = put_deltas(model, name)
+    deltas = put_deltas(model, name, dtype="backbone")
     assert {p.dtype for delta in deltas for p in delta.parameters()} == {torch.bfloat16}
     assert logits(model).dtype == torch.bfloat16
 
 
 @pytest.mark.covers("DeltaConfig.dtype")
 @five_models
-def test_deltas_on_a_bfloat16_model_are_float32_on_request_and_train_in_float32(name):
+def test_deltas_on_a_bfloat16_model_are_float32_and_train_in_float32(name):
     model = build(name).to(torch.bfloat16)
     plain = logits(model)
-    deltas = put_deltas(model, name, dtype="float32")
+    deltas = put_deltas(model, name)
     deltas[0].freeze_module()
     output = model(**inputs(model)).logits
     assert output.dtype == torch.bfloat16

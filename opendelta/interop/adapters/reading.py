@@ -13,7 +13,6 @@ from ..._backbone.backbone import Backbone
 from ..._files import folder as files
 from ...errors import DeltaLoadError, shown
 from .._files import read_json, read_pickle, read_safetensors
-from .._terms import dtype_option
 from . import bottleneck, heads, prefixes, weights
 from .terms import (
     ARCHITECTURES,
@@ -92,10 +91,7 @@ def _facts(config: dict[str, Any], parts: list[Part]) -> dict[str, Any]:
     """Return the JSON that a folder of ours would have."""
     deltas = []
     for part in parts:
-        common = {
-            "modified_modules": list(part.sites),
-            "dtype": dtype_option(part.backbone, part.sites),
-        }
+        common = {"modified_modules": list(part.sites)}
         deltas.append({
             "delta_type": part.method,
             "name": part.name,

@@ -16,7 +16,6 @@ from ..._modules.tensors import stored
 from ...errors import DeltaLoadError, listed
 from ...names import ancestors
 from .._files import read_json, read_safetensors
-from .._terms import dtype_option
 from .methods import FINISH
 from .terms import (
     CONFIG,
@@ -84,10 +83,7 @@ def _facts(adapter: Adapter) -> dict[str, Any]:
     mapping = adapter.config.get("auto_mapping")
     made_for = mapping.get("base_model_class") if isinstance(mapping, dict) else None
     made_for = made_for or adapter.config.get("base_model_name_or_path") or "model"
-    common = {
-        "modified_modules": list(adapter.sites),
-        "dtype": dtype_option(adapter.backbone, adapter.sites),
-    }
+    common = {"modified_modules": list(adapter.sites)}
     fact = {
         "delta_type": adapter.name,
         "name": adapter.name,

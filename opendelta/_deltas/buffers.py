@@ -1,0 +1,86 @@
+"""Buffers that change while a model trains, such as the statistics of a BatchNorm."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from .._backbone.backbone import Backbone
+from .._layers.base import Acts
+from .._layers.record import Record
+from ..errors import UnsavedWarning, listed, warn
+from ..names import ancestors, join
+
+
+def trains_in_place(module: nn.Module) -> bool:
+    """True if a parameter of the module's own trains."""
+    return any(p is not None and p.requires_grad for p in module._parameters.values())
+
+
+def named(records: list[Record]) -> set[str]:
+    """Return the names of the backbone's modules and tensors that are saved with deltas."""
+    of_configs = {name for r in records for name in r.config.unfrozen_modules or ()}
+    return of_configs.union(*(record.shared.excluded for record in records))
+
+
+def moving(backbone: Backbone, changed: Collection[str] = ()) -> list[str]:
+    """Return the frozen modules whose buffers move in training, and are in no file.
+
+    A module does not count if an active delta's own copy takes its place, or if nothing is frozen.
+
+    Args:
+        changed: modules whose buffers are known to move, beside normalisations with statistics.
+    """
+    if all(parameter.requires_grad for parameter in backbone.parameters().values()):
+        return []
+    records = backbone.records()
+    layers = ((where, layer) for where, _, layer in backbone.delta_layers())
+    copied = {w for w, ly in layers if ly.acts is Acts.INSTEAD and ly.record.active}
+    kept = named(records) | copied
+    return [
+        name
+        for name, module in backbone.modules.items()
+        if name in changed or (isinstance(module, _NormBase) and module.running_mean is not None)
+        if not trains_in_place(module)
+        if not kept & {"", *ancestors(name), *(join(name, key) for key in module._buffers)}
+    ]
+
+
+def copies(backbone: Backbone) -> dict[str, dict[str, Tensor]]:
+    """Return copies of the floating buffers in a state dict, of all modules in training mode.
+
+    The result is {full name of a module: {name of a buffer in it: its copy}}.
+    """
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, module in backbone.modules.items():
+        for key, buffer in module._buffers.items() if module.training else ():
+            if buffer is None or buffer.is_meta or not buffer.is_floating_point():
+                continue
+            if key not in module._non_persistent_buffers_set:
+                found.setdefault(name, {})[key] = buffer.detach().clone()
+    return found
+
+
+def changed(backbone: Backbone, before: dict[str, dict[str, Tensor]]) -> set[str]:
+    """Return the names of the modules whose buffers differ from the `copies` before."""
+
+    def differs(name: str, key: str, old: Tensor) -> bool:
+        now = backbone.modules[name]._buffers.get(key)
+        return now is None or now.shape != old.shape or not torch.equal(now, old)
+
+    return {n for n, own in before.items() if any(differs(n, key, b) for key, b in own.items())}
+
+
+def warn_of_moving(backbone: Backbone) -> None:
+    """Warn of the modules of `moving`."""
+    if left := moving(backbone):
+        warn(
+            f"{len(left)} normalisations of the frozen {type(backbone.model).__name__} keep "
+            f"statistics, which move in train() though nothing else of them trains: {listed(left)}"
+            ". No file of a delta holds them, and they stay when the deltas leave. Name them in "
+            "modules_to_save=[...], so that the delta has its own, or keep them in eval()",
+            UnsavedWarning,
+        )

@@ -1,0 +1,45 @@
+"""Convert the tensors of a delta to another dtype."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from .._backbone.backbone import Backbone
+from .._backbone.patterns import no_match
+from .._layers.dtypes import dtype_for
+from .._modules.tensors import is_finite, is_sharded
+from ..errors import DeltaError, OptionError
+from .base import BaseDelta
+
+
+def convert(delta: BaseDelta, dtype: Any) -> None:
+    """Convert all tensors of a delta, and let `dtype` be its option; see `Delta.to`."""
+    if dtype is None:
+        raise OptionError(f"{delta.name!r}.to(None): name a dtype, such as 'float32'")
+    config = dataclasses.replace(delta.config, dtype=str(dtype))
+    delta.record.require_apart("cannot convert")
+    backbone = Backbone.of(delta.backbone_model)
+    if any(is_sharded(p) or (p.is_meta and not backbone.is_meta) for p in delta.parameters()):
+        raise DeltaError(
+            f"cannot convert {delta.name!r}: its tensors are sharded or offloaded; convert it "
+            "before that, or pass dtype= when it is made"
+        )
+    for where in delta.layers:
+        if where not in backbone.modules:
+            raise no_match(where, backbone.modules, backbone.model)
+        wanted = dtype_for(config.dtype, backbone.device_and_dtype_of(where)[1])
+        for key, tensor in delta.layers[where].state_dict(prefix=delta.prefix(where)).items():
+            if (
+                is_finite(tensor)
+                and tensor.is_floating_point()
+                and not is_finite(tensor.to(wanted))
+            ):
+                raise DeltaError(
+                    f"cannot convert {delta.name!r}: {key} holds values that are too large for "
+                    f"{wanted}; bfloat16 has the range of float32"
+                )
+    for where, layer in delta.layers.items():
+        device, computes = backbone.device_and_dtype_of(where)
+        layer.fit(backbone.modules[where], device, computes, config.dtype)
+    delta.record.config = config

@@ -1,0 +1,150 @@
+"""Statistics of a BatchNorm that move while deltas train: told, kept with what trains in place."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import opendelta
+from opendelta import LoraModel, UnsavedWarning
+
+pytestmark = pytest.mark.covers("Delta.freeze_module", "check", "UnsavedWarning")
+
+X = torch.randn(8, 3, 6, 6, generator=torch.Generator().manual_seed(0)) * 3 + 1
+
+
+def net(affine=True):
+    torch.manual_seed(0)
+    block = nn.Sequential(nn.BatchNorm2d(8, affine=affine), nn.ReLU())
+    pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return nn.Sequential(nn.Conv2d(3, 8, 3), block, pool, nn.Linear(8, 2))
+
+
+def trained(model):
+    """Some steps, then the output in evaluation mode."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.01)
+    model.train()
+    for _ in range(5):
+        model(X).pow(2).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()(X).detach()
+
+
+def attached(model, exclude=("deltas",), **options):
+    delta = LoraModel(model, modified_modules=["3"], **options)
+    delta.freeze_module(exclude=exclude)
+    return delta
+
+
+def test_statistics_that_no_file_holds_are_told_by_freezing_and_by_check():
+    model = net()
+    with pytest.warns(UnsavedWarning, match=r"1 normalisations .*: 1\.0\..*modules_to_save"):
+        attached(model)
+    report = opendelta.check(model.train(), X)
+    assert report.moving == ["1.0"]
+    assert "modules_to_save" in str(report)
+    assert opendelta.check(model.eval(), X).moving == []
+    model.train()
+    model[1].eval()
+    assert opendelta.check(model, X).moving == []
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"modules_to_save": ["1.0"]},
+        {"modules_to_save": ["1"]},
+        {"unfrozen_modules": ["1.0"]},
+        {"unfrozen_modules": ["1"]},
+        {"exclude": ["deltas", "1.0"]},
+    ],
+)
+@pytest.mark.parametrize("affine", [True, False])
+def test_statistics_that_a_file_holds_come_back_and_are_not_told(tmp_path, options, affine):
+    model = net(affine)
+    before = opendelta.snapshot(model)
+    delta = attached(model, **options)
+    assert opendelta.check(model.train(), X).moving == []
+    expected = trained(model)
+    delta.save_finetuned(tmp_path)
+    fresh = net(affine)
+    opendelta.load(tmp_path, fresh)
+    assert torch.equal(fresh.eval()(X), expected)
+    if "modules_to_save" in options:
+        delta.detach()
+        model.requires_grad_(True).train()
+        opendelta.assert_pristine(model, like=before)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"unfrozen_modules": ["1.0"]},
+        {"unfrozen_modules": ["1"]},
+        {"exclude": ["deltas", "1"]},
+        {"modules_to_save": ["1"]},
+    ],
+)
+@pytest.mark.parametrize("affine", [True, False])
+def test_the_filtered_state_dict_resumes_a_training(options, affine):
+    model = net(affine)
+    attached(model, **options)
+    expected = trained(model)
+    state = model.state_dict()
+    assert any(key.endswith("running_mean") for key in state)
+    assert not any(key.startswith("0.") for key in state)
+    again = net(affine)
+    attached(again, **options)
+    result = again.load_state_dict(state, strict=False)
+    assert result.unexpected_keys == []
+    assert torch.equal(again.eval()(X), expected)
+
+
+def test_statistics_of_frozen_modules_are_left_out_of_the_filtered_state_dict():
+    model = net()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnsavedWarning)
+        delta = attached(model)
+    assert list(model.state_dict()) == list(delta.state_dict())
+    wrapped = nn.Sequential(model)  # the hook is on the model inside
+    assert list(wrapped.state_dict()) == [f"0.{key}" for key in delta.state_dict()]
+
+
+class Codebook(nn.Module):
+    """Keeps a running average of its inputs in training mode, as vector quantisers do."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(8))
+        self.register_buffer("average", torch.zeros(8))
+        self.register_buffer("last", torch.zeros(8), persistent=False)
+
+    def forward(self, x):
+        if self.training:
+            self.average.lerp_(x.detach().mean(0), 0.1)
+            self.last = x.detach().mean(0)
+        return x * self.weight + self.average
+
+
+def test_check_names_any_buffer_that_moves_with_a_batch():
+    model = nn.Sequential(nn.Linear(8, 8), Codebook(), nn.Linear(8, 2))
+    model[0] = nn.utils.parametrizations.spectral_norm(model[0])
+    LoraModel(model, modified_modules=["2"]).freeze_module()
+    x = torch.randn(4, 8)
+    assert opendelta.check(model.train(), x).moving == ["0.parametrizations.weight.0", "1"]
+    assert opendelta.check(model.eval(), x).moving == []
+    model.train().requires_grad_(True)
+    assert opendelta.check(model, x).moving == []  # nothing is frozen: a full fine-tuning
+    model.requires_grad_(False)
+    LoraModel(model, modified_modules=["2"], modules_to_save=["1"])
+    assert opendelta.check(model, x).moving == ["0.parametrizations.weight.0"]
+    assert torch.equal(model[1].average, torch.zeros(8))
+
+
+def test_a_normalisation_without_statistics_is_no_matter():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, track_running_stats=False))
+    model.extend([nn.InstanceNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2)])
+    LoraModel(model, modified_modules=["5"]).freeze_module()
+    assert opendelta.check(model, X).moving == []
