@@ -12,6 +12,7 @@ from .._backbone.backbone import Backbone
 from .._checkpoint import hub, saving
 from .._deltas import state_dict
 from .._deltas.order import attached_by_name, attached_once, handle_of
+from .._layers.selection import Block, opened
 from .._show.explaining import Explanation, explain
 from .._sites import runs
 from .._verbs import merging
@@ -92,29 +93,28 @@ class Composition(Generic[Model]):
     def only(self, *names: str | Delta) -> Iterator[Composition[Model]]:
         """Let only these deltas act inside a `with` block; without names, the plain backbone.
 
-        With activation checkpointing, call `backward()` inside the block: it runs the model again.
+        The block belongs to the thread and task that enters it; others see nothing of it. A thread
+        that is started inside has the block with a copy of the context:
+        `Thread(target=contextvars.copy_context().run, args=(model.generate, ids))`. Activation
+        checkpointing runs the model again as in the forward, wherever `backward()` is called.
         """
         known = state_dict.all_inside(self.model)
         records = attached_once(self.model) if known is None else known
         chosen = attached_by_name(self.model, names, records)
-        before = [(record, record.active) for record in records]
-        for record, active in before:
-            if active != (record in chosen):
+        switches = {record: record in chosen for record in records}
+        for record, active in switches.items():
+            if active != record.active:
                 record.require_apart("cannot switch")
-        for record, _ in before:
-            record.active = record in chosen
-        try:
+        with opened(Block(active=switches)):
             yield self
-        finally:
-            for record, active in before:
-                record.active = active or bool(record.merged)  # a delta merged inside stays active
 
     @with_block
     def frozen(self) -> Iterator[Composition[Model]]:
         """Make inference faster inside a `with` block in which no delta's values change.
 
         Consecutive low-rank layers of a module keep their joined matrices from one forward to the
-        next. Inside, it is safe to switch, scale, reorder, attach and detach.
+        next. Inside, it is safe to switch, scale, reorder, attach and detach. Like `only`, the block
+        belongs to the thread and task that enters it.
 
         Raises:
             DeltaError: a forward inside would have to compute gradients for deltas. Or, at the end
@@ -128,16 +128,10 @@ class Composition(Generic[Model]):
             >>> with torch.no_grad(), opendelta.composition(model).frozen():
             ...     out = model(torch.ones(1, 8))
         """
-        stacks = [s for s in Backbone.of(self.model).stacks.values() if s.kept_factors is None]
-        kept = [runs.KeptFactors() for _ in stacks]
-        for stack, each in zip(stacks, kept, strict=True):
-            stack.__dict__["kept_factors"] = each  # not by nn.Module.__setattr__, which is slow
-        try:
+        kept = {stack: runs.KeptFactors() for stack in Backbone.of(self.model).stacks.values()}
+        with opened(Block(factors=kept)):
             yield self
-        finally:
-            for stack in stacks:
-                stack.__dict__.pop("kept_factors", None)
-        if any(each.changed() for each in kept):
+        if any(each.changed() for each in kept.values()):
             raise DeltaError(
                 f"values of deltas of {type(self.model).__name__} changed inside frozen(), where "
                 "outputs were those of the old ones; change them outside of it"

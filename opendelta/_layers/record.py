@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DeltaError
+from . import selection
 
 
 @dataclass(eq=False)
@@ -54,7 +55,8 @@ class Record:
         rank: position in the one total order of the backbone's deltas; a lower rank acts first.
         shared: facts that all deltas of the backbone share.
         sites: the full names of the modules that carry its layers.
-        active: the layers act. It is read in each call, and changed in constant time.
+        enabled: the layers act where no open block chooses; see `selection`.
+        active: the layers act in this thread and task.
         scale: the factor of the change that the layers make.
         scale_tensor: the scale as a float32 tensor for compiled code. With a number, torch would
             compile the code again for each value.
@@ -66,12 +68,27 @@ class Record:
     rank: int
     shared: Shared
     sites: tuple[str, ...]
-    active: bool = True
+    enabled: bool = True
     scale: float = 1.0
     scale_tensor: Tensor = field(
         default_factory=lambda: torch.ones((), dtype=torch.float32, device="cpu")
     )
     merged: set[Any] = field(default_factory=set)
+    active = selection.in_context(lambda own: selection.CURRENT.get().active.get(own, own.enabled))
+
+    def __getstate__(self) -> dict[str, Any]:  # a copy acts as here, in all threads
+        return {**self.__dict__, "enabled": self.active}
+
+    def switch(self, active: bool) -> None:
+        """Let the layers act or not: inside the open block that chooses, or else everywhere.
+
+        Raises:
+            DeltaError: the delta is merged.
+        """
+        if active != self.active:
+            self.require_apart("cannot switch")
+        if not selection.switch(self, active):
+            self.enabled = active
 
     def set_scale(self, scale: float) -> None:
         """Set the scale, as a number and as a tensor."""

@@ -38,10 +38,7 @@ def pairs(acting: Sequence[DeltaLayer], start: int) -> list[LowRank]:
 
 
 class KeptFactors:
-    """The joined factors of the runs of one site, kept while `composition(model).frozen()` lasts.
-
-    A copy of it, by deepcopy or pickle, is None: the copy of a model is not frozen.
-    """
+    """The joined factors of the runs of one site, kept while one block of `frozen()` lasts."""
 
     def __init__(self) -> None:
         self.runs: dict[tuple, tuple[list[tuple[float, bool]], list[LowRank], int]] = {}
@@ -59,7 +56,7 @@ class KeptFactors:
         states = [(layer.record.scale, layer.training) for layer in acting[start:]]
         if key not in self.runs or self.runs[key][0] != states:
             run = pairs(acting, start)
-            if any(pair.dropout for pair in run) or "_is_replica" in acting[start].__dict__:
+            if any(pair.dropout for pair in run):
                 return run, len(run)
             whole = [LowRank(*map(_values, side_by_side(run)))] if run else run
             joined = acting[start : start + len(run)] if key not in self.runs else ()
@@ -97,9 +94,6 @@ class KeptFactors:
     def changed(self) -> bool:
         """True if parameters changed since they were copied, by torch's count of changes."""
         return self.late or any(p._version != version for p, version in self.sources.items())
-
-    def __reduce__(self) -> tuple:
-        return type(None), ()
 
 
 def _values(part: Any) -> Any:
