@@ -113,8 +113,8 @@ class Composition(Generic[Model]):
         """Make inference faster inside a `with` block in which no delta's values change.
 
         Consecutive low-rank layers of a module keep their joined matrices from one forward to the
-        next. Inside, it is safe to switch, scale, reorder, attach and detach. Like `only`, the block
-        belongs to the thread and task that enters it.
+        next. Inside, it is safe to switch, scale, reorder, attach and detach. The block belongs to
+        the thread and task that enters it.
 
         Raises:
             DeltaError: a forward inside would have to compute gradients for deltas. Or, at the end

@@ -9,14 +9,16 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import transformers
 from support.models import build, token_ids
-from support.nets import COPIES, copied
+from support.nets import COPIES, IDS, copied, net, places_of, put, shake
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import opendelta
 from opendelta import AdapterModel, LoraModel, composition
+from opendelta._deltas.registry import METHODS
 
 pytestmark = pytest.mark.covers(
     "Composition.only", "Composition.frozen", "Delta.disabled", "route", "Composition.merge"
@@ -131,6 +133,58 @@ def test_each_task_gets_the_deltas_of_its_own_blocks(model):
 
     asyncio.run(main())
     assert close(model(X), expected)
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_every_method_acts_in_the_tasks_that_chose_it_alone(name):
+    model, names = net(), ("a", "b")
+    method = METHODS[name]
+    deltas = {n: put(method, model, *places_of(method), name=n) for n in names}
+    for seed, delta in enumerate(deltas.values()):
+        shake(delta, seed=seed)
+    expected = {"": net()(IDS)}
+    for n in names:
+        for other in names:
+            (deltas[other].attach if n == other else deltas[other].detach)()
+        expected[n] = model(IDS)
+    deltas["a"].attach(before="b")
+    assert not close(expected["a"], expected["b"])
+
+    async def request(n):
+        for _ in range(2):
+            with composition(model).only(*n):
+                await asyncio.sleep(0.001)
+                assert torch.allclose(model(IDS), expected[n], atol=1e-5)
+
+    async def main():
+        await asyncio.gather(*map(request, expected))
+
+    asyncio.run(main())
+
+
+def test_each_task_sees_the_labels_of_its_own_head():
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=32, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=8, num_labels=2,
+    )  # fmt: skip
+    model = transformers.BertForSequenceClassification(config).eval()
+    for count in (3, 5):
+        options = {"modules_to_save": ["classifier"], "num_labels": count, "name": f"of_{count}"}
+        LoraModel(model, **options)
+
+    async def request(count):
+        with composition(model).only(*([f"of_{count}"] if count > 2 else [])):
+            await asyncio.sleep(0.001)
+            assert model.num_labels == model.config.num_labels == count
+            assert model(token_ids(1) % 32).logits.shape[1] == count
+            inside = await asyncio.to_thread(lambda: model.config.num_labels)
+            assert inside == count
+
+    async def main():
+        await asyncio.gather(*map(request, (2, 3, 5)))
+
+    asyncio.run(main())
 
 
 def test_blocks_of_one_thread_may_end_in_any_order(model):
@@ -379,6 +433,22 @@ def test_blocks_that_choose_nothing_new_compile_nothing_new(model, counter):
     with composed["c"].disabled():
         assert close(fast(X), by_hand(model, "a"))
     assert counter.frame_count == 2
+
+
+@pytest.mark.parametrize("name", ["adapter", "parallel_adapter"])
+def test_compiled_methods_act_in_the_threads_that_chose_them_alone(name, counter):
+    model, names, method = net(), ("a", "b"), METHODS[name]
+    for seed, n in enumerate(names):
+        shake(put(method, model, *places_of(method), name=n), seed=seed)
+    fast = torch.compile(model, fullgraph=True, backend=counter)
+    for _ in range(2):
+        for n in ("a", "b", ""):
+            with composition(model).only(*n):
+                expected = model(IDS)
+                run = contextvars.copy_context().run
+                assert torch.allclose(in_thread(run, fast, IDS), expected, atol=1e-5)
+            assert torch.allclose(fast(IDS), model(IDS), atol=1e-5)
+    assert counter.frame_count == 4
 
 
 # --------------------------------------------------------------------------------------- recomputed
