@@ -22,7 +22,7 @@ class Shared:
     """Facts that all deltas of one backbone share.
 
     Attributes:
-        frozen: names of the parameters that `freeze_module` froze.
+        frozen: names of the backbone's parameters that `freeze_module` froze.
         excluded: names of the parameters and buffers that its `exclude` named; they are saved with
             a delta.
         only_trainable: `state_dict()` of the backbone holds only tensors that train.
@@ -61,6 +61,7 @@ class Record:
         scale_tensor: the scale as a float32 tensor for compiled code. With a number, torch would
             compile the code again for each value.
         merged: the merges that hold its layers, one for each module.
+        frozen: full names of the delta's parameters that `freeze_module` froze.
     """
 
     name: str
@@ -74,6 +75,7 @@ class Record:
         default_factory=lambda: torch.ones((), dtype=torch.float32, device="cpu")
     )
     merged: set[Any] = field(default_factory=set)
+    frozen: set[str] = field(default_factory=set)
     active = selection.in_context(lambda own: selection.CURRENT.get().active.get(own, own.enabled))
 
     def __getstate__(self) -> dict[str, Any]:  # a copy acts as here, in all threads
