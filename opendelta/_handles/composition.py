@@ -105,7 +105,8 @@ class Composition(Generic[Model]):
         for record, active in switches.items():
             if active != record.active:
                 record.require_apart("cannot switch")
-        with opened(Block(active=switches)):
+        backbones = frozenset(record.shared for record in records)
+        with opened(Block(active=switches, backbones=backbones)):
             yield self
 
     @with_block

@@ -85,7 +85,8 @@ def route(
         stack: Routed(where, shared, where in around) for where, stack in backbone.stacks.items()
     }
     switches = {record: record in chosen for record in records}
-    with opened(Block(active=switches, routers=routers)):
+    backbones = frozenset(record.shared for record in records)
+    with opened(Block(active=switches, routers=routers, backbones=backbones)):
         for where, stack in backbone.stacks.items():
             routers[stack].check(stack, backbone.modules[where])
         yield composed

@@ -76,7 +76,7 @@ class Record:
     )
     merged: set[Any] = field(default_factory=set)
     frozen: set[str] = field(default_factory=set)
-    active = selection.in_context(lambda own: selection.CURRENT.get().active.get(own, own.enabled))
+    active = selection.in_context(lambda own: selection.CURRENT.get().acts(own))
 
     def __getstate__(self) -> dict[str, Any]:  # a copy acts as here, in all threads
         return {**self.__dict__, "enabled": self.active}

@@ -7,6 +7,7 @@ context variable. What starts inside the block with a copy of the context has th
 from __future__ import annotations
 
 import contextlib
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar, Token
@@ -22,13 +23,20 @@ class Block:
         active: {record of a delta: the delta acts}.
         routers: {stack: its router}.
         factors: {stack: its joined factors}.
+        backbones: the `Shared` of backbones on which no other delta acts, such as one that another
+            thread attaches.
         holders: the selections that hold the block.
     """
 
-    active: Mapping[Any, bool] = field(default_factory=dict)
+    active: dict[Any, bool] = field(default_factory=dict)
     routers: Mapping[Any, Any] = field(default_factory=dict)
     factors: Mapping[Any, Any] = field(default_factory=dict)
+    backbones: frozenset[Any] = frozenset()
     holders: weakref.WeakSet[Selection] = field(default_factory=weakref.WeakSet)
+
+    def chooses(self, record: Any) -> bool:
+        """True if the block says whether the delta acts."""
+        return record in self.active or record.shared in self.backbones
 
 
 class Selection:
@@ -36,17 +44,29 @@ class Selection:
 
     Attributes:
         blocks: the open blocks, in the order in which they began.
-        active, routers, factors: the choices of all blocks together.
+        active, routers, factors: the choices of all blocks. A delta that is not in `active` may
+            have been attached since: see `acts`.
     """
 
     def __init__(self, blocks: tuple[Block, ...] = ()) -> None:
         self._take(blocks)
 
     def _take(self, blocks: tuple[Block, ...]) -> None:
-        self.blocks = blocks
-        self.active = _joined([block.active for block in blocks])
-        self.routers = _joined([block.routers for block in blocks])
-        self.factors = _joined([block.factors for block in blocks])
+        active: dict[Any, bool] = {}
+        routers: dict[Any, Any] = {}
+        factors: dict[Any, Any] = {}
+        for block in blocks:
+            outer = {r: a for r, a in active.items() if r.shared not in block.backbones}
+            active = {**outer, **block.active}
+            routers, factors = {**routers, **block.routers}, {**factors, **block.factors}
+        self.blocks, self.active, self.routers, self.factors = blocks, active, routers, factors
+
+    def acts(self, record: Any) -> bool:
+        """True if the delta acts."""
+        for block in reversed(self.blocks):
+            if block.chooses(record):
+                return block.active.get(record, False)
+        return record.enabled
 
     def without(self, holders: Any) -> tuple[Block, ...]:
         """Return the blocks but the one with these holders."""
@@ -57,19 +77,18 @@ class Selection:
         self._take(self.without(holders))
 
 
-def _joined(choices: list[Mapping[Any, Any]]) -> Mapping[Any, Any]:
-    known = [each for each in choices if each]
-    return known[0] if len(known) == 1 else {k: v for each in known for k, v in each.items()}
-
-
 # The default is never changed.
 CURRENT: ContextVar[Selection] = ContextVar("opendelta", default=Selection())  # noqa: B039
 
 
+LOCK = threading.Lock()  # over the sets of holders
+
+
 def _select(blocks: tuple[Block, ...]) -> Token[Selection]:
     selection = Selection(blocks)
-    for block in blocks:
-        block.holders.add(selection)
+    with LOCK:
+        for block in blocks:
+            block.holders.add(selection)
     return CURRENT.set(selection)
 
 
@@ -88,7 +107,9 @@ def opened(block: Block) -> Iterator[None]:
         try:
             CURRENT.reset(token)
         except ValueError:  # another task, or another thread
-            for holder in list(block.holders):
+            with LOCK:
+                holders = list(block.holders)
+            for holder in holders:
                 holder.forget(block.holders)
         if CURRENT.get().blocks != left:
             _select(left)
@@ -96,15 +117,22 @@ def opened(block: Block) -> Iterator[None]:
 
 def switch(record: Any, active: bool) -> bool:
     """Switch a delta inside the last open block that chose about it; False if there is none."""
-    selection = CURRENT.get()
-    if record not in selection.active:
-        return False
-    blocks = list(selection.blocks)
-    index = max(number for number, block in enumerate(blocks) if record in block.active)
-    switched = {**blocks[index].active, record: active}
-    blocks[index] = replace(blocks[index], active=switched)
-    _select(tuple(blocks))
-    return True
+    blocks = list(CURRENT.get().blocks)
+    for index in reversed(range(len(blocks))):
+        if blocks[index].chooses(record):
+            switched = {**blocks[index].active, record: active}
+            blocks[index] = replace(blocks[index], active=switched)
+            _select(tuple(blocks))
+            return True
+    return False
+
+
+def join(record: Any) -> None:
+    """Let a delta that is attached inside a block act there."""
+    for block in reversed(CURRENT.get().blocks):
+        if record.shared in block.backbones:
+            block.active.setdefault(record, record.enabled)
+            return
 
 
 def within(blocks: tuple[Block, ...], function: Callable[..., Any]) -> Callable[..., Any]:

@@ -110,7 +110,9 @@ class Stack(nn.ModuleDict):
         chosen, steps = selection.active, self.steps
         for name, layer in self._modules.items():
             record: Any = layer.record
-            active = chosen.get(record, record.enabled) if chosen else record.enabled
+            active = chosen.get(record) if chosen else record.enabled
+            if active is None:
+                active = selection.acts(record)
             if active and not (steps and self.holds(name)):
                 acting.append(layer)
                 ran.add(name)

@@ -52,6 +52,12 @@ def model():
     return loras(Checkpointed(nn.Linear(6, 6), nn.Linear(6, 4)).double())
 
 
+@pytest.fixture
+def counter():
+    torch._dynamo.reset()
+    return CompileCounterWithBackend("eager")
+
+
 def by_hand(model, names, x=X):
     """The output with these LoRAs, computed by their equation."""
     for place, module in enumerate(model):
@@ -233,6 +239,33 @@ def test_switching_inside_a_block_lasts_as_long_as_the_block_and_is_its_threads_
     assert close(model(X), by_hand(model, "ac"))
 
 
+@pytest.mark.parametrize("verb", ["only", "route"])
+def test_a_delta_that_another_thread_attaches_does_not_act_in_a_block(model, counter, verb):
+    def attach(name):
+        delta = LoraModel(model, modified_modules=["0", "1"], lora_r=2, name=name)
+        for parameter in delta.parameters():
+            nn.init.normal_(parameter)
+        return delta
+
+    fast = torch.compile(model, fullgraph=True, backend=counter)
+    composed = composition(model)
+    block = composed.only("a") if verb == "only" else opendelta.route(model, ["a"] * 3)
+    with block:
+        other = in_thread(attach, "other")
+        assert not other.active
+        assert close(model(X), by_hand(model, ["a"]))
+        assert close(fast(X), by_hand(model, ["a"]))
+        assert close(in_thread(model, X), by_hand(model, ["a", "b", "c", "other"]))
+        if verb == "only":
+            attach("own")
+            assert close(model(X), by_hand(model, ["a", "own"]))
+            with composed["own"].disabled(), composed["b"].disabled():
+                assert close(model(X), by_hand(model, ["a"]))
+            other.enable()
+            assert close(fast(X), by_hand(model, ["a", "other", "own"]))
+    assert close(model(X), by_hand(model, composed.names))
+
+
 def test_an_asynchronous_generator_that_another_task_closes_ends_its_block(model):
     async def stream():
         with composition(model).only("a"):
@@ -358,12 +391,6 @@ def test_a_frozen_block_ends_for_its_own_thread_alone(model):
 
 
 # ----------------------------------------------------------------------------------------- compiled
-@pytest.fixture
-def counter():
-    torch._dynamo.reset()
-    return CompileCounterWithBackend("eager")
-
-
 def test_a_thread_never_uses_the_graph_of_another(model, counter):
     fast = torch.compile(model, fullgraph=True, backend=counter)
     pairs, expected = choices(model), by_hand(model, "abc")
