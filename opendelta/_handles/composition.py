@@ -12,7 +12,7 @@ from .._backbone.backbone import Backbone
 from .._checkpoint import hub, saving
 from .._deltas import state_dict
 from .._deltas.order import attached_by_name, attached_once, handle_of
-from .._layers.selection import Block, opened
+from .._layers.selection import Block
 from .._show.explaining import Explanation, explain
 from .._sites import runs
 from .._verbs import merging
@@ -103,10 +103,10 @@ class Composition(Generic[Model]):
         chosen = attached_by_name(self.model, names, records)
         switches = {record: record in chosen for record in records}
         for record, active in switches.items():
-            if active != record.active:
+            if record.merged and active != record.active:
                 record.require_apart("cannot switch")
-        backbones = frozenset(record.shared for record in records)
-        with opened(Block(active=switches, backbones=backbones)):
+        backbones = {record.shared for record in records}
+        with Block(switches, backbones=backbones):
             yield self
 
     @with_block
@@ -130,7 +130,7 @@ class Composition(Generic[Model]):
             ...     out = model(torch.ones(1, 8))
         """
         kept = {stack: runs.KeptFactors() for stack in Backbone.of(self.model).stacks.values()}
-        with opened(Block(factors=kept)):
+        with Block(factors=kept):
             yield self
         if any(each.changed() for each in kept.values()):
             raise DeltaError(

@@ -24,7 +24,7 @@ from .._deltas.order import check_root, known_records, move, neighbour
 from .._deltas.placing import place
 from .._deltas.registry import register
 from .._files.tensors import copy_into
-from .._layers.selection import Block, opened
+from .._layers.selection import Block
 from .._show.tree import log
 from ..errors import DeltaError, OptionError
 from .with_block import with_block
@@ -180,7 +180,7 @@ class Delta(BaseDelta):
         """Disable the delta inside a `with` block, for the thread and task that enters it."""
         if self.record.active:
             self.record.require_apart("cannot switch")
-        with opened(Block(active={self.record: False})):
+        with Block({self.record: False}):
             yield
 
     def requires_grad_(self: AnyDelta, requires_grad: bool = True) -> AnyDelta:

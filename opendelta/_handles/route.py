@@ -7,7 +7,7 @@ from typing import Any
 
 from .._backbone.backbone import Backbone
 from .._deltas.order import attached_by_name, attached_once
-from .._layers.selection import Block, opened
+from .._layers.selection import Block
 from .._sites.routed import Routed
 from .._sites.rows import Rows
 from ..errors import DeltaError
@@ -85,8 +85,8 @@ def route(
         stack: Routed(where, shared, where in around) for where, stack in backbone.stacks.items()
     }
     switches = {record: record in chosen for record in records}
-    backbones = frozenset(record.shared for record in records)
-    with opened(Block(active=switches, routers=routers, backbones=backbones)):
+    backbones = {record.shared for record in records}
+    with Block(switches, routers, backbones=backbones):
         for where, stack in backbone.stacks.items():
             routers[stack].check(stack, backbone.modules[where])
         yield composed

@@ -76,7 +76,7 @@ class Record:
     )
     merged: set[Any] = field(default_factory=set)
     frozen: set[str] = field(default_factory=set)
-    active = selection.in_context(lambda own: selection.CURRENT.get().acts(own))
+    active = selection.in_context(lambda _, own: selection.CURRENT.get().acts(own))
 
     def __getstate__(self) -> dict[str, Any]:  # a copy acts as here, in all threads
         return {**self.__dict__, "enabled": self.active}
@@ -87,7 +87,7 @@ class Record:
         Raises:
             DeltaError: the delta is merged.
         """
-        if active != self.active:
+        if self.merged and active != self.active:
             self.require_apart("cannot switch")
         if not selection.switch(self, active):
             self.enabled = active

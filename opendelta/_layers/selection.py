@@ -6,37 +6,61 @@ context variable. What starts inside the block with a copy of the context has th
 
 from __future__ import annotations
 
-import contextlib
-import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextvars import ContextVar, Token
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 
-@dataclass(frozen=True, eq=False)
 class Block:
-    """The choices of one `with` block.
+    """The choices of one `with` block; as a context manager, the block itself.
 
-    Attributes:
+    Blocks may end in any order. A block that ends in another task than the one in which it began,
+    as that of an asynchronous generator may, ends in all.
+
+    Args:
         active: {record of a delta: the delta acts}.
         routers: {stack: its router}.
         factors: {stack: its joined factors}.
         backbones: the `Shared` of backbones on which no other delta acts, such as one that another
             thread attaches.
-        holders: the selections that hold the block.
     """
 
-    active: dict[Any, bool] = field(default_factory=dict)
-    routers: Mapping[Any, Any] = field(default_factory=dict)
-    factors: Mapping[Any, Any] = field(default_factory=dict)
-    backbones: frozenset[Any] = frozenset()
-    holders: weakref.WeakSet[Selection] = field(default_factory=weakref.WeakSet)
+    def __init__(
+        self,
+        active: dict[Any, bool] | None = None,
+        routers: Mapping[Any, Any] | None = None,
+        factors: Mapping[Any, Any] | None = None,
+        backbones: Collection[Any] = (),
+    ) -> None:
+        self.active, self.backbones = active or {}, backbones
+        self.routers, self.factors = routers or {}, factors or {}
+        self.key: Any = self  # a block with other choices in its place has the same
+        self.holders: list[weakref.ref[Selection]] = []
 
     def chooses(self, record: Any) -> bool:
         """True if the block says whether the delta acts."""
         return record in self.active or record.shared in self.backbones
+
+    def switched(self, record: Any, active: bool) -> Block:
+        """Return a block in this one's place in which the delta acts or does not."""
+        twin = Block({**self.active, record: active}, self.routers, self.factors, self.backbones)
+        twin.key, twin.holders = self.key, self.holders
+        return twin
+
+    def __enter__(self) -> None:
+        self.token = _select((*CURRENT.get().blocks, self))
+
+    def __exit__(self, *_: Any) -> None:
+        left = CURRENT.get().without(self)
+        try:
+            CURRENT.reset(self.token)
+        except ValueError:  # another task, or another thread
+            for holder in self.holders:
+                if (selection := holder()) is not None:
+                    selection.take(selection.without(self))
+        if CURRENT.get().blocks != left:
+            _select(left)
 
 
 class Selection:
@@ -49,9 +73,10 @@ class Selection:
     """
 
     def __init__(self, blocks: tuple[Block, ...] = ()) -> None:
-        self._take(blocks)
+        self.take(blocks)
 
-    def _take(self, blocks: tuple[Block, ...]) -> None:
+    def take(self, blocks: tuple[Block, ...]) -> None:
+        """Hold these blocks, and no others."""
         active: dict[Any, bool] = {}
         routers: dict[Any, Any] = {}
         factors: dict[Any, Any] = {}
@@ -68,61 +93,29 @@ class Selection:
                 return block.active.get(record, False)
         return record.enabled
 
-    def without(self, holders: Any) -> tuple[Block, ...]:
-        """Return the blocks but the one with these holders."""
-        return tuple(block for block in self.blocks if block.holders is not holders)
-
-    def forget(self, holders: Any) -> None:
-        """Drop the block with these holders."""
-        self._take(self.without(holders))
+    def without(self, block: Block) -> tuple[Block, ...]:
+        """Return the blocks but this one."""
+        return tuple(each for each in self.blocks if each.key is not block.key)
 
 
 # The default is never changed.
 CURRENT: ContextVar[Selection] = ContextVar("opendelta", default=Selection())  # noqa: B039
 
 
-LOCK = threading.Lock()  # over the sets of holders
-
-
 def _select(blocks: tuple[Block, ...]) -> Token[Selection]:
     selection = Selection(blocks)
-    with LOCK:
-        for block in blocks:
-            block.holders.add(selection)
+    for block in blocks:
+        block.holders.append(weakref.ref(selection))
     return CURRENT.set(selection)
-
-
-@contextlib.contextmanager
-def opened(block: Block) -> Iterator[None]:
-    """Let the choices of `block` hold in this thread and task.
-
-    Blocks may end in any order. A block that ends in another task than the one in which it began,
-    as that of an asynchronous generator may, ends in all.
-    """
-    token = _select((*CURRENT.get().blocks, block))
-    try:
-        yield
-    finally:
-        left = CURRENT.get().without(block.holders)
-        try:
-            CURRENT.reset(token)
-        except ValueError:  # another task, or another thread
-            with LOCK:
-                holders = list(block.holders)
-            for holder in holders:
-                holder.forget(block.holders)
-        if CURRENT.get().blocks != left:
-            _select(left)
 
 
 def switch(record: Any, active: bool) -> bool:
     """Switch a delta inside the last open block that chose about it; False if there is none."""
-    blocks = list(CURRENT.get().blocks)
+    blocks = CURRENT.get().blocks
     for index in reversed(range(len(blocks))):
         if blocks[index].chooses(record):
-            switched = {**blocks[index].active, record: active}
-            blocks[index] = replace(blocks[index], active=switched)
-            _select(tuple(blocks))
+            switched = blocks[index].switched(record, active)
+            _select((*blocks[:index], switched, *blocks[index + 1 :]))
             return True
     return False
 
@@ -148,21 +141,14 @@ def within(blocks: tuple[Block, ...], function: Callable[..., Any]) -> Callable[
     return run
 
 
-class _ByContext(dict):
-    """Finds a value for an owner anew each time; it stays empty."""
-
-    def __init__(self, find: Callable[[Any], Any]) -> None:
-        self.find = find
-
-    def __missing__(self, owner: Any) -> Any:
-        return self.find(owner)
-
-
-def in_context(find: Callable[[Any], Any]) -> Any:
-    """Return a property with the value that `find` gives its owner in this thread and task.
+def in_context(find: Callable[[Any, Any], Any]) -> Any:
+    """Return a property with a value that depends on this thread and task.
 
     torch.compile cannot trace a context variable. But it takes a property whose getter is written
     in C as it is, and before each run of a graph it compares the value with the traced one. The
-    getter `dict.__getitem__` is written in C, and calls `__missing__`.
+    getter of an empty dict is written in C, and calls `__missing__`.
+
+    Args:
+        find: takes the dict and the owner of the property, and returns the value.
     """
-    return property(_ByContext(find).__getitem__)
+    return property(type("Empty", (dict,), {"__missing__": find})().__getitem__)

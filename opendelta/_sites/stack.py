@@ -90,8 +90,8 @@ class Stack(nn.ModuleDict):
 
     ran: set[str]
     steps: list[Step]
-    kept_factors = in_context(lambda own: CURRENT.get().factors.get(own))
-    router = in_context(lambda own: CURRENT.get().routers.get(own))
+    kept_factors = in_context(lambda _, own: CURRENT.get().factors.get(own))
+    router = in_context(lambda _, own: CURRENT.get().routers.get(own))
 
     def __init__(self) -> None:
         super().__init__()
