@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Generic, TypeVar, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from .._backbone.backbone import Backbone
 from .._checkpoint import hub, saving
@@ -108,6 +109,47 @@ class Composition(Generic[Model]):
         backbones = {record.shared for record in records}
         with Block(switches, backbones=backbones):
             yield self
+
+    def switches(self) -> dict[str, Tensor]:
+        """Return `active` and `scale` of each delta as tensors, which no `state_dict()` holds.
+
+        Save them beside a checkpoint of the model, or hand them to its average (EMA), and give them
+        to `load_switches` there.
+
+        Returns:
+            {"<name>.active": a bool, "<name>.scale": a float64}, without dimensions.
+        """
+        found: dict[str, Tensor] = {}
+        for delta in self:
+            found[f"{delta.name}.active"] = torch.tensor(delta.active)
+            found[f"{delta.name}.scale"] = torch.tensor(delta.scale, dtype=torch.float64)
+        return found
+
+    def load_switches(self, switches: Mapping[str, Tensor]) -> None:
+        """Set `active` and `scale` of each delta to those that `switches()` returned.
+
+        Raises:
+            DeltaError: they are those of other deltas, or a delta that is merged would change.
+                Nothing is changed then.
+            OptionError: a scale is none for its delta. Nothing is changed then.
+        """
+        before = self.switches()
+        if before.keys() != switches.keys():
+            raise DeltaError(
+                f"load_switches takes what switches() returned for deltas of the same names: "
+                f"missing are {sorted(before.keys() - switches.keys())}, unexpected are "
+                f"{sorted(switches.keys() - before.keys())}"
+            )
+        try:
+            self._set(switches)
+        except BaseException:
+            self._set(before)
+            raise
+
+    def _set(self, switches: Mapping[str, Tensor]) -> None:
+        for delta in self:
+            delta.scale = float(switches[f"{delta.name}.scale"])
+            delta.record.switch(bool(switches[f"{delta.name}.active"]))
 
     @with_block
     def frozen(self) -> Iterator[Composition[Model]]:
