@@ -36,7 +36,7 @@ class Block:
         self.active, self.backbones = active or {}, backbones
         self.routers, self.factors = routers or {}, factors or {}
         self.key: Any = self  # a block with other choices in its place has the same
-        self.holders: list[weakref.ref[Selection]] = []
+        self.holders: list[weakref.ref[Selection]] = []  # selections that hold the block
 
     def chooses(self, record: Any) -> bool:
         """True if the block says whether the delta acts."""
@@ -56,7 +56,7 @@ class Block:
         try:
             CURRENT.reset(self.token)
         except ValueError:  # another task, or another thread
-            for holder in self.holders:
+            for holder in list(self.holders):
                 if (selection := holder()) is not None:
                     selection.take(selection.without(self))
         if CURRENT.get().blocks != left:
@@ -105,7 +105,7 @@ CURRENT: ContextVar[Selection] = ContextVar("opendelta", default=Selection())  #
 def _select(blocks: tuple[Block, ...]) -> Token[Selection]:
     selection = Selection(blocks)
     for block in blocks:
-        block.holders.append(weakref.ref(selection))
+        block.holders.append(weakref.ref(selection, block.holders.remove))
     return CURRENT.set(selection)
 
 

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 import opendelta
 from opendelta import AdapterModel, LoraModel, composition
 from opendelta._deltas.registry import METHODS
+from opendelta._layers.selection import CURRENT
 
 pytestmark = pytest.mark.covers(
     "Composition.only", "Composition.frozen", "Delta.disabled", "route", "Composition.merge"
@@ -207,6 +208,15 @@ def test_blocks_of_one_thread_may_end_in_any_order(model):
                 blocks[index].__exit__(None, None, None)
             assert close(model(X), expected)
             assert all(delta.active for delta in composed)
+
+
+def test_a_block_that_stays_open_keeps_nothing_of_those_inside(model):
+    with composition(model).frozen():
+        (outer,) = CURRENT.get().blocks
+        for _ in range(20):
+            with composition(model).only("a"):
+                composition(model)["b"].enable()
+        assert len(outer.holders) == 1
 
 
 def test_the_last_block_that_is_open_decides(model):
