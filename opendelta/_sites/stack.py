@@ -82,15 +82,12 @@ class Stack(nn.ModuleDict):
         ran: the names of the layers that have run outside of compiled code; replicas of
             DataParallel share it.
         steps: the merges so far; merged layers do not act.
-        kept_factors: the joined factors inside `frozen()`, else None.
-        router: takes the rows of a batch through the site inside `route()`, else None.
-
-    The last two belong to the thread and task, as does which layers are active.
+        router: takes the rows of a batch through the site inside `route()` of this thread and task,
+            else None.
     """
 
     ran: set[str]
     steps: list[Step]
-    kept_factors = in_context(lambda _, own: CURRENT.get().factors.get(own))
     router = in_context(lambda _, own: CURRENT.get().routers.get(own))
 
     def __init__(self) -> None:
@@ -117,6 +114,11 @@ class Stack(nn.ModuleDict):
                 acting.append(layer)
                 ran.add(name)
         return acting
+
+    @property
+    def kept_factors(self) -> runs.KeptFactors | None:
+        """Return the joined factors inside `frozen()` of this thread and task, else None."""
+        return CURRENT.get().factors.get(self)
 
     @property
     def layers(self) -> Iterable[DeltaLayer]:
@@ -162,7 +164,7 @@ class Stack(nn.ModuleDict):
         """Return `call` with these layers around it; the first is the innermost."""
         index = 0
         # compiled code must not depend on the kept factors
-        kept = None if torch.compiler.is_compiling() else CURRENT.get().factors.get(self)
+        kept = None if torch.compiler.is_compiling() else self.kept_factors
         while index < len(acting):
             layer = acting[index]
             if kept is None:

@@ -249,7 +249,7 @@ def remove(module: nn.Module, name: str) -> None:
     stack = stack_of(module)
     if stack is not None and name in stack:
         if stack.kept_factors is not None:
-            stack.kept_factors.forget(stack[name])
+            stack.kept_factors.forget(stack[name])  # type: ignore[arg-type]
         stack.ran.discard(name)
         del stack[name]
 
