@@ -79,7 +79,7 @@ def load(
             config.unfrozen_modules = list(dict.fromkeys(brought)) or None
             deltas.append(_made(path, source.saved_from, fact, config, backbone))
             deltas[-1].record.rank = (known[-1].rank + 1 if known else 0) + number
-            deltas[-1].record.active = fact["active"]
+            deltas[-1].record.enabled = fact["active"]
         if check_backbone and "unchecked" in facts:
             warn(f"{path}: {facts['unchecked']}", UncheckedWarning)
         _fill(path, source, backbone, deltas, check_backbone)

@@ -66,7 +66,8 @@ class FirstForward:
     """A hook that warns, after the next whole forward, of active layers that did not run."""
 
     def __call__(self, model: nn.Module, _args: Any, _output: Any) -> None:
-        if torch.compiler.is_compiling() or PROBING.get():
+        replica = "_is_replica" in model.__dict__  # its thread does not know which deltas act
+        if torch.compiler.is_compiling() or PROBING.get() or replica:
             return
         backbone = Backbone.of(model)
         unwatch_forward(backbone)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from .._backbone.backbone import Backbone
 from .._backbone.patterns import compile_pattern, no_match
 from .._layers.record import Shared
 from ..errors import DeltaError
-from ..names import SLOT, ancestors
+from ..names import SLOT, ancestors, inside, join
 
 
 def freeze(
@@ -31,7 +31,7 @@ def freeze(
         DeltaError: `module` is not a module of the backbone.
     """
     within = _name_of(backbone, module)
-    inside = f"{within}." if within else ""
+    start = inside(within)
     own, added = backbone.tensors(), backbone.delta_parameters()
     tests = {pattern: compile_pattern(pattern) for pattern in exclude if pattern != SLOT}
     every = {part for name in (*own, *added) for part in ancestors(name)} if tests else set()
@@ -47,15 +47,16 @@ def freeze(
         if (SLOT in exclude and name in added) or (kept and kept & {"", *ancestors(name)})
     }
     restore(backbone, shared, within)
-    shared.excluded -= {name for name in shared.excluded if name.startswith(inside)}
+    memories = {name: memory for name, _, memory in _remembered(backbone, shared)}
+    shared.excluded -= {name for name in shared.excluded if name.startswith(start)}
     for name, tensor in everything.items():
-        if not name.startswith(inside):
+        if not name.startswith(start):
             continue
         if id(tensor) in spared:
             shared.excluded |= {name} & own.keys()
         elif tensor.requires_grad:
             tensor.requires_grad_(False)
-            shared.frozen.add(name)
+            memories[name].add(name)
 
 
 def _name_of(backbone: Backbone, module: nn.Module | None) -> str:
@@ -72,10 +73,20 @@ def _name_of(backbone: Backbone, module: nn.Module | None) -> str:
 
 def restore(backbone: Backbone, shared: Shared, within: str = "") -> None:
     """Make the parameters inside `within` that `freeze` froze trainable again, and forget them."""
-    if not shared.frozen:
+    if not shared.frozen and not any(record.frozen for record in shared.records):
         return
-    inside = f"{within}." if within else ""
-    for name, parameter in {**backbone.tensors(), **backbone.delta_parameters()}.items():
-        if name in shared.frozen and name.startswith(inside):
+    start = inside(within)
+    for name, parameter, memory in _remembered(backbone, shared):
+        if name in memory and name.startswith(start):
             parameter.requires_grad_(True)
-            shared.frozen.discard(name)
+            memory.discard(name)
+
+
+def _remembered(backbone: Backbone, shared: Shared) -> Iterator[tuple[str, Tensor, set[str]]]:
+    """Yield (full name, tensor, the set that remembers if `freeze` froze it) of each tensor."""
+    for name, tensor in backbone.tensors().items():
+        yield name, tensor, shared.frozen
+    for where, delta, layer in backbone.delta_layers():
+        prefix = inside(join(where, SLOT, delta))
+        for name, tensor in layer.named_parameters():
+            yield f"{prefix}{name}", tensor, layer.record.frozen

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Generic, TypeVar, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from .._backbone.backbone import Backbone
 from .._checkpoint import hub, saving
 from .._deltas import state_dict
 from .._deltas.order import attached_by_name, attached_once, handle_of
+from .._layers.selection import Block
 from .._show.explaining import Explanation, explain
 from .._sites import runs
 from .._verbs import merging
@@ -92,29 +94,70 @@ class Composition(Generic[Model]):
     def only(self, *names: str | Delta) -> Iterator[Composition[Model]]:
         """Let only these deltas act inside a `with` block; without names, the plain backbone.
 
-        With activation checkpointing, call `backward()` inside the block: it runs the model again.
+        The block belongs to the thread and task that enters it; others see nothing of it. A thread
+        that is started inside has the block with a copy of the context:
+        `Thread(target=contextvars.copy_context().run, args=(model.generate, ids))`. Activation
+        checkpointing runs the model again as in the forward, wherever `backward()` is called.
         """
         known = state_dict.all_inside(self.model)
         records = attached_once(self.model) if known is None else known
         chosen = attached_by_name(self.model, names, records)
-        before = [(record, record.active) for record in records]
-        for record, active in before:
-            if active != (record in chosen):
+        switches = {record: record in chosen for record in records}
+        for record, active in switches.items():
+            if record.merged and active != record.active:
                 record.require_apart("cannot switch")
-        for record, _ in before:
-            record.active = record in chosen
-        try:
+        backbones = {record.shared for record in records}
+        with Block(switches, backbones=backbones):
             yield self
-        finally:
-            for record, active in before:
-                record.active = active or bool(record.merged)  # a delta merged inside stays active
+
+    def switches(self) -> dict[str, Tensor]:
+        """Return `active` and `scale` of each delta as tensors, which no `state_dict()` holds.
+
+        Save them beside a checkpoint of the model, or hand them to its average (EMA), and give them
+        to `load_switches` there.
+
+        Returns:
+            {"<name>.active": a bool, "<name>.scale": a float64}, without dimensions.
+        """
+        found: dict[str, Tensor] = {}
+        for delta in self:
+            found[f"{delta.name}.active"] = torch.tensor(delta.active)
+            found[f"{delta.name}.scale"] = torch.tensor(delta.scale, dtype=torch.float64)
+        return found
+
+    def load_switches(self, switches: Mapping[str, Tensor]) -> None:
+        """Set `active` and `scale` of each delta to those that `switches()` returned.
+
+        Raises:
+            DeltaError: they are those of other deltas, or a delta that is merged would change.
+                Nothing is changed then.
+            OptionError: a scale is none for its delta. Nothing is changed then.
+        """
+        before = self.switches()
+        if before.keys() != switches.keys():
+            raise DeltaError(
+                f"load_switches takes what switches() returned for deltas of the same names: "
+                f"missing are {sorted(before.keys() - switches.keys())}, unexpected are "
+                f"{sorted(switches.keys() - before.keys())}"
+            )
+        try:
+            self._set(switches)
+        except BaseException:
+            self._set(before)
+            raise
+
+    def _set(self, switches: Mapping[str, Tensor]) -> None:
+        for delta in self:
+            delta.scale = float(switches[f"{delta.name}.scale"])
+            delta.record.switch(bool(switches[f"{delta.name}.active"]))
 
     @with_block
     def frozen(self) -> Iterator[Composition[Model]]:
         """Make inference faster inside a `with` block in which no delta's values change.
 
         Consecutive low-rank layers of a module keep their joined matrices from one forward to the
-        next. Inside, it is safe to switch, scale, reorder, attach and detach.
+        next. Inside, it is safe to switch, scale, reorder, attach and detach. The block belongs to
+        the thread and task that enters it.
 
         Raises:
             DeltaError: a forward inside would have to compute gradients for deltas. Or, at the end
@@ -129,17 +172,13 @@ class Composition(Generic[Model]):
             ...     out = model(torch.ones(1, 8))
         """
         backbone = Backbone.of(self.model)
-        sites = {where: s for where, s in backbone.stacks.items() if s.kept_factors is None}
-        stacks = list(sites.values())
-        kept = [runs.KeptFactors(backbone.device_and_dtype_of(where)[1]) for where in sites]
-        for stack, each in zip(stacks, kept, strict=True):
-            stack.__dict__["kept_factors"] = each  # not by nn.Module.__setattr__, which is slow
-        try:
+        kept = {
+            stack: runs.KeptFactors(backbone.device_and_dtype_of(where)[1])
+            for where, stack in backbone.stacks.items()
+        }
+        with Block(factors=kept):
             yield self
-        finally:
-            for stack in stacks:
-                stack.__dict__.pop("kept_factors", None)
-        if any(each.changed() for each in kept):
+        if any(each.changed() for each in kept.values()):
             raise DeltaError(
                 f"values of deltas of {type(self.model).__name__} changed inside frozen(), where "
                 "outputs were those of the old ones; change them outside of it"

@@ -28,6 +28,7 @@ from .._deltas.order import check_root, known_records, move, neighbour
 from .._deltas.placing import place
 from .._deltas.registry import register
 from .._files.tensors import copy_into
+from .._layers.selection import Block
 from .._show.tree import log
 from ..errors import DeltaError, OptionError
 from .with_block import with_block
@@ -172,26 +173,19 @@ class Delta(BaseDelta):
     # ---------------------------------------------------------- the switches
     def enable(self) -> None:
         """Let the delta act. This does not attach it, and does not change which tensors train."""
-        self._switch(True)
+        self.record.switch(True)
 
     def disable(self) -> None:
         """Let the backbone compute as if the delta were not there."""
-        self._switch(False)
-
-    def _switch(self, active: bool) -> None:
-        if active != self.record.active:
-            self.record.require_apart("cannot switch")
-        self.record.active = active
+        self.record.switch(False)
 
     @with_block
     def disabled(self) -> Iterator[None]:
-        """Disable the delta inside a `with` block."""
-        before = self.record.active
-        self._switch(False)
-        try:
+        """Disable the delta inside a `with` block, for the thread and task that enters it."""
+        if self.record.active:
+            self.record.require_apart("cannot switch")
+        with Block({self.record: False}):
             yield
-        finally:
-            self._switch(before)
 
     def requires_grad_(self: AnyDelta, requires_grad: bool = True) -> AnyDelta:
         """Let the delta train, or freeze it; other deltas are not touched."""

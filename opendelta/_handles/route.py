@@ -7,10 +7,9 @@ from typing import Any
 
 from .._backbone.backbone import Backbone
 from .._deltas.order import attached_by_name, attached_once
-from .._layers.record import Record
+from .._layers.selection import Block
 from .._sites.routed import Routed
 from .._sites.rows import Rows
-from .._sites.stack import Router, Stack
 from ..errors import DeltaError
 from ..names import ancestors
 from .composition import Composition, Model
@@ -44,10 +43,8 @@ def route(
     a delta changes.
 
     A delta that is disabled outside is enabled for the rows that name it. A delta that is switched
-    off inside acts on no row. Another `route` inside replaces this one until it ends. Like all
-    switches it belongs to the model, so all threads see it; give each thread its own model by
-    `shared_copy`. With activation checkpointing, call `backward()` inside the block: it runs the
-    model again.
+    off inside acts on no row. Another `route` inside replaces this one until it ends. Like that of
+    `only`, the block belongs to the thread and task that enters it.
 
     Args:
         rows: for each row the names or handles of its attached deltas, or just one; [] or None
@@ -83,45 +80,13 @@ def route(
     names = [frozenset(record.name for record in row) for row in taken]
     shared = Rows(names, frozenset(record.name for record in records), repeats)
     backbone = Backbone.of(model)
-    before = [(record, record.active) for record in records]
     around = {name for site in backbone.stacks for name in ("", *ancestors(site)) if name != site}
-    kept = [(stack, stack.router) for stack in backbone.stacks.values()]
-    for record in records:
-        record.active = record in chosen
-    for where, stack in backbone.stacks.items():
-        stack.__dict__["router"] = Routed(where, shared, where in around)
-    try:
+    routers = {
+        stack: Routed(where, shared, where in around) for where, stack in backbone.stacks.items()
+    }
+    switches = {record: record in chosen for record in records}
+    backbones = {record.shared for record in records}
+    with Block(switches, routers, backbones=backbones):
         for where, stack in backbone.stacks.items():
-            stack.router.check(stack, backbone.modules[where])  # type: ignore[union-attr]
+            routers[stack].check(stack, backbone.modules[where])
         yield composed
-    finally:
-        _leave(shared, kept, before)
-
-
-def _leave(
-    own: Rows, kept: list[tuple[Stack, Router | None]], before: list[tuple[Record, bool]]
-) -> None:
-    """End a block of `route`: put everything back.
-
-    Args:
-        own: the rows of the block.
-        kept: the stacks, and their routers before the block.
-        before: the deltas, each with True if it was active before the block.
-
-    Raises:
-        DeltaError: a block inside has not ended. Nothing is routed then.
-    """
-    now = [stack.router for stack, _ in kept]
-    if any(now) or not kept:  # else a block around ended first, and has put all back
-        for record, active in before:
-            record.active = active
-    in_order = all(routed is not None and routed.rows is own for routed in now)
-    for stack, outer in kept:
-        stack.__dict__.pop("router", None)  # compiled code expects no attribute, not None
-        if in_order and outer is not None:
-            stack.__dict__["router"] = outer
-    if not in_order:
-        raise DeltaError(
-            "blocks of route() must end in the reverse of the order in which they began; now no "
-            "row is routed. Give each task its own opendelta.shared_copy(model)"
-        )

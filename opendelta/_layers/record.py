@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import DeltaError
+from . import selection
 
 
 @dataclass(eq=False)
@@ -21,7 +22,7 @@ class Shared:
     """Facts that all deltas of one backbone share.
 
     Attributes:
-        frozen: names of the parameters that `freeze_module` froze.
+        frozen: names of the backbone's parameters that `freeze_module` froze.
         excluded: names of the parameters and buffers that its `exclude` named; they are saved with
             a delta.
         only_trainable: `state_dict()` of the backbone holds only tensors that train.
@@ -54,11 +55,13 @@ class Record:
         rank: position in the one total order of the backbone's deltas; a lower rank acts first.
         shared: facts that all deltas of the backbone share.
         sites: the full names of the modules that carry its layers.
-        active: the layers act. It is read in each call, and changed in constant time.
+        enabled: the layers act where no open block chooses; see `selection`.
+        active: the layers act in this thread and task.
         scale: the factor of the change that the layers make.
         scale_tensor: the scale as a float32 tensor for compiled code. With a number, torch would
             compile the code again for each value.
         merged: the merges that hold its layers, one for each module.
+        frozen: full names of the delta's parameters that `freeze_module` froze.
     """
 
     name: str
@@ -66,12 +69,28 @@ class Record:
     rank: int
     shared: Shared
     sites: tuple[str, ...]
-    active: bool = True
+    enabled: bool = True
     scale: float = 1.0
     scale_tensor: Tensor = field(
         default_factory=lambda: torch.ones((), dtype=torch.float32, device="cpu")
     )
     merged: set[Any] = field(default_factory=set)
+    frozen: set[str] = field(default_factory=set)
+    active = selection.in_context(lambda _, own: selection.CURRENT.get().acts(own))
+
+    def __getstate__(self) -> dict[str, Any]:  # a copy acts as here, in all threads
+        return {**self.__dict__, "enabled": self.active}
+
+    def switch(self, active: bool) -> None:
+        """Let the layers act or not: inside the open block that chooses, or else everywhere.
+
+        Raises:
+            DeltaError: the delta is merged.
+        """
+        if self.merged and active != self.active:
+            self.require_apart("cannot switch")
+        if not selection.switch(self, active):
+            self.enabled = active
 
     def set_scale(self, scale: float) -> None:
         """Set the scale, as a number and as a tensor."""

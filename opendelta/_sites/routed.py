@@ -32,8 +32,6 @@ OWN_BATCH = "give such rows a batch of their own"
 class Routed:
     """Takes the rows of a batch through one site inside `route`.
 
-    A copy of it, by deepcopy or pickle, is None: the copy of a model is not routed.
-
     Args:
         where: the full name of the site.
         rows: the deltas of each row; all sites of the model share it.
@@ -42,9 +40,6 @@ class Routed:
 
     def __init__(self, where: str, rows: Rows, holds_sites: bool) -> None:
         self.where, self.rows, self.holds_sites = where, rows, holds_sites
-
-    def __reduce__(self) -> tuple:
-        return type(None), ()
 
     def check_alike(self, acting: Sequence[DeltaLayer]) -> None:
         """Raise unless each of these layers is taken by all rows, or by none."""
@@ -102,8 +97,6 @@ class Routed:
         acting = computing(acting)
         if not acting:
             return call(*args, **kwargs)
-        if "_is_replica" in module.__dict__:
-            raise SiteError("route() does not know which rows DataParallel gives to which device")
         x = next((x for x in calls.every(Tensor, [args, kwargs]) if x.ndim), None)
         if x is None:
             raise SiteError(f"no rows to route: no tensor goes into {quoted(self.where)}")
@@ -215,14 +208,15 @@ def _runs(
     """
     if not low_rank.is_eager(x):
         return None
-    pairs = runs_.pairs(acting, 0) if stack.kept_factors is None else []
-    if stack.kept_factors is None and len(pairs) < len(acting):
+    kept = stack.kept_factors
+    pairs = runs_.pairs(acting, 0) if kept is None else []
+    if kept is None and len(pairs) < len(acting):
         return None
     found: list[LowRank | None] = []
     for group in grouped.groups:
         path = group.path
-        if stack.kept_factors is not None and path:
-            run, count = stack.kept_factors.run([acting[index] for index in path], 0)
+        if kept is not None and path:
+            run, count = kept.run([acting[index] for index in path], 0)
             if count < len(path) or len(run) > 1:
                 return None
             pair: LowRank | None = run[0]

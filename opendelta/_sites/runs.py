@@ -38,9 +38,7 @@ def pairs(acting: Sequence[DeltaLayer], start: int) -> list[LowRank]:
 
 
 class KeptFactors:
-    """The joined factors of the runs of one site, kept while `composition(model).frozen()` lasts.
-
-    A copy of it, by deepcopy or pickle, is None: the copy of a model is not frozen.
+    """The joined factors of the runs of one site, kept while one block of `frozen()` lasts.
 
     Args:
         dtype: the dtype in which the module computes; the factors are kept in it.
@@ -63,7 +61,7 @@ class KeptFactors:
         states = [(layer.record.scale, layer.training) for layer in acting[start:]]
         if key not in self.runs or self.runs[key][0] != states:
             run = pairs(acting, start)
-            if any(pair.dropout for pair in run) or "_is_replica" in acting[start].__dict__:
+            if any(pair.dropout for pair in run):
                 return run, len(run)
             whole = [LowRank(*map(self._values, side_by_side(run)))] if run else run
             joined = acting[start : start + len(run)] if key not in self.runs else ()
@@ -104,9 +102,6 @@ class KeptFactors:
 
     def _values(self, part: Any) -> Any:
         return part.detach().to(self.dtype) if isinstance(part, Tensor) else part
-
-    def __reduce__(self) -> tuple:
-        return type(None), ()
 
 
 def _is_watched(own: dict[str, Any]) -> bool:

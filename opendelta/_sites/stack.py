@@ -18,6 +18,7 @@ from torch import nn
 
 from .._layers import low_rank
 from .._layers.base import Acts, DeltaLayer, Params
+from .._layers.selection import CURRENT, Block, Selection, in_context, within
 from ..errors import SiteError
 from ..names import SLOT
 from . import runs
@@ -81,14 +82,13 @@ class Stack(nn.ModuleDict):
         ran: the names of the layers that have run outside of compiled code; replicas of
             DataParallel share it.
         steps: the merges so far; merged layers do not act.
-        kept_factors: the joined factors inside `frozen()`, else None.
-        router: takes the rows of a batch through the site inside `route()`, else None.
+        router: takes the rows of a batch through the site inside `route()` of this thread and task,
+            else None.
     """
 
     ran: set[str]
     steps: list[Step]
-    kept_factors: runs.KeptFactors | None = None
-    router: Router | None = None
+    router = in_context(lambda _, own: CURRENT.get().routers.get(own))
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,19 +97,28 @@ class Stack(nn.ModuleDict):
 
     def acting(self) -> list[DeltaLayer]:
         """Return the layers that are active and not merged, the innermost first."""
-        names = self._modules
-        return [ly for n, ly in names.items() if ly.record.active and not self.holds(n)]  # type: ignore
+        if torch.compiler.is_compiling():
+            return [ly for ly in self.layers if ly.record.active and not self.holds(ly.record.name)]
+        return self._acting(CURRENT.get(), set())
 
-    def _acting(self) -> list[DeltaLayer]:
+    def _acting(self, selection: Selection, ran: set[str]) -> list[DeltaLayer]:
+        """Return the same outside of compiled code, and add the names of the layers to `ran`."""
         acting: list[Any] = []
-        ran, steps = self.ran, self.steps
-        watched = not torch.compiler.is_compiling()  # a side effect would add a guard to the graph
+        chosen, steps = selection.active, self.steps
         for name, layer in self._modules.items():
-            if layer.record.active and not (steps and self.holds(name)):  # type: ignore
+            record: Any = layer.record
+            active = chosen.get(record) if chosen else record.enabled
+            if active is None:
+                active = selection.acts(record)
+            if active and not (steps and self.holds(name)):
                 acting.append(layer)
-                if watched:
-                    ran.add(name)
+                ran.add(name)
         return acting
+
+    @property
+    def kept_factors(self) -> runs.KeptFactors | None:
+        """Return the joined factors inside `frozen()` of this thread and task, else None."""
+        return CURRENT.get().factors.get(self)
 
     @property
     def layers(self) -> Iterable[DeltaLayer]:
@@ -140,9 +149,13 @@ class Stack(nn.ModuleDict):
         Args:
             raw: `call` is the forward of a Linear or Conv1D.
         """
-        acting = self._acting()
-        if self.router is not None:
-            return functools.partial(self.router.run, self, acting, call, module, raw)
+        if torch.compiler.is_compiling():  # a note would add a guard to the graph
+            acting, router = self.acting(), self.router
+        else:
+            selection = CURRENT.get()
+            acting, router = self._acting(selection, self.ran), selection.routers.get(self)
+        if router is not None:
+            return functools.partial(router.run, self, acting, call, module, raw)
         return self.onion(acting, call, module, raw)
 
     def onion(
@@ -150,15 +163,15 @@ class Stack(nn.ModuleDict):
     ) -> Callable[..., Any]:
         """Return `call` with these layers around it; the first is the innermost."""
         index = 0
+        # compiled code must not depend on the kept factors
+        kept = None if torch.compiler.is_compiling() else self.kept_factors
         while index < len(acting):
             layer = acting[index]
-            if (
-                torch.compiler.is_compiling() or self.kept_factors is None
-            ):  # compiled code must not depend on the kept factors
+            if kept is None:
                 run = runs.pairs(acting, index)
                 count = len(run)
             else:
-                run, count = self.kept_factors.run(acting, index)
+                run, count = kept.run(acting, index)
             if run:
                 call = functools.partial(low_rank.add, call, run, raw and index == 0)
                 index += count
@@ -174,12 +187,24 @@ class Stack(nn.ModuleDict):
 
     def fold(self, params: Params) -> Params:
         """Return `params` with all active layers folded in."""
-        acting = self._acting()
+        compiling = torch.compiler.is_compiling()
+        acting = self.acting() if compiling else self._acting(CURRENT.get(), self.ran)
         if self.router is not None:
             self.router.check_alike(acting)
         for layer in acting:
             params = layer.fold(params)
         return params
+
+    def _replicate_for_data_parallel(self) -> Any:
+        """Return a replica with the selection of this thread; DataParallel runs it in another."""
+        if self.router is not None:
+            raise SiteError("route() does not know which rows DataParallel gives to which device")
+        replica: Any = super()._replicate_for_data_parallel()
+        blocks = CURRENT.get().blocks
+        if blocks:
+            replica.__dict__["fold"] = within(blocks, replica.fold)
+            replica.__dict__["around"] = functools.partial(_within_call, blocks, replica.around)
+        return replica
 
     def sort(self) -> None:
         """Put the layers into the total order; layers that act INSTEAD come first.
@@ -193,6 +218,13 @@ class Stack(nn.ModuleDict):
         if [name for name, _ in ordered] != list(self._modules):
             self._modules.clear()
             self._modules.update(ordered)
+
+
+def _within_call(
+    blocks: tuple[Block, ...], around: Callable[..., Any], *given: Any, **options: Any
+) -> Callable[..., Any]:
+    """Return the callable that `around` makes; it is made and run with these blocks open."""
+    return within(blocks, lambda *args, **kwargs: around(*given, **options)(*args, **kwargs))
 
 
 def _in_turn(acting: list[DeltaLayer], start: int) -> int:

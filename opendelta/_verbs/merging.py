@@ -194,6 +194,8 @@ def merge(backbone: Backbone, wanted: Collection[Record] | None = None) -> Merge
             undo(backbone.modules[where], backbone.stacks[where], step)
         raise
     for where, stack in backbone.stacks.items():
+        for _, layer in planned.get(where, ()):
+            layer.record.enabled = True  # it was active, maybe just in an open block
         if merged := stack.merged():
             report.merged[where] = merged
         acting = [

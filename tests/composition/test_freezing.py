@@ -111,6 +111,29 @@ def test_a_delta_that_its_user_froze_stays_frozen(model, lora, adapter):
     assert not any(p.requires_grad for p in lora.parameters())
 
 
+def flags(delta):
+    return {parameter.requires_grad for parameter in delta.parameters()}
+
+
+def test_a_new_delta_with_the_name_of_a_frozen_one_has_flags_of_its_own(model, adapter):
+    old = LoraModel(model, modified_modules=["linear"], name="old")
+    old.freeze_module(exclude=["adapter"])
+    assert flags(old) == {False}
+    old.detach()
+    del old
+    new = LoraModel(model, modified_modules=["linear"], name="old")
+    new.requires_grad_(False)
+    adapter.freeze_module()
+    assert flags(new) == {False}
+    new.requires_grad_(True)
+    adapter.freeze_module(exclude=["adapter"])
+    assert flags(new) == {False}
+    new.detach()
+    new.attach()  # it is the same, and so what froze it is known
+    adapter.freeze_module()
+    assert flags(new) == {True}
+
+
 @pytest.mark.covers("DeltaConfig.unfrozen_modules")
 def test_each_delta_keeps_its_unfrozen_modules_whoever_freezes(tmp_path):
     model = net()

@@ -1,0 +1,73 @@
+"""`switches` and `load_switches` bring along what no state dict holds."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.nets import IDS, net, shake
+
+import opendelta
+from opendelta import AdapterModel, IA3Model, LoraModel, composition
+
+pytestmark = pytest.mark.covers("Composition.switches", "Composition.load_switches")
+
+
+@pytest.fixture
+def model():
+    model = net()
+    for seed, method in enumerate((LoraModel, AdapterModel)):
+        shake(method(model, modified_modules=["linear"]), seed=seed)
+    return model
+
+
+def test_a_checkpoint_with_switches_brings_back_the_outputs(model, tmp_path):
+    composed = composition(model)
+    composed["lora"].scale = 0.1  # no float32
+    composed["adapter"].disable()
+    expected = model(IDS)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    save_file(composed.switches(), tmp_path / "switches.safetensors")
+    again = net(seed=1)
+    LoraModel(again, modified_modules=["linear"])
+    AdapterModel(again, modified_modules=["linear"])
+    again.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    assert not torch.allclose(again(IDS), expected)
+    composition(again).load_switches(load_file(tmp_path / "switches.safetensors"))
+    assert torch.equal(again(IDS), expected)
+    assert [(d.active, d.scale) for d in composition(again)] == [(True, 0.1), (False, 1)]
+
+
+def test_an_average_follows_the_switches(model):
+    ema = torch.optim.swa_utils.AveragedModel(model)
+    composition(model)["lora"].scale = -2
+    assert not torch.allclose(ema(IDS), model(IDS))
+    composition(ema.module).load_switches(composition(model).switches())
+    ema.update_parameters(model)
+    torch.testing.assert_close(ema(IDS), model(IDS))
+
+
+def test_switches_that_do_not_fit_change_nothing(model):
+    composed = composition(model)
+    IA3Model(model, modified_modules=["linear"])
+    before, good = composed.switches(), composed.switches()
+    good["adapter.active"] = torch.tensor(False)
+    for key, value, error in (
+        ("ia3.scale", 0.5, opendelta.OptionError),
+        ("adapter.scale", float("nan"), opendelta.OptionError),
+    ):
+        with pytest.raises(error):
+            composed.load_switches({**good, key: torch.tensor(value)})
+        assert composed.switches() == before
+    with pytest.raises(
+        opendelta.DeltaError, match=r"missing are \['ia3.scale'\], .* \['x.scale'\]"
+    ):
+        composed.load_switches(
+            {k.replace("ia3.scale", "x.scale"): value for k, value in good.items()}
+        )
+    composed["ia3"].detach()
+    with composed.only("lora"):
+        composed.merge("lora")
+    switches = composed.switches()
+    composed.load_switches(switches)
+    with pytest.raises(opendelta.DeltaError, match="merged"):
+        composed.load_switches({**switches, "lora.active": torch.tensor(False)})
+    assert composed.switches() == switches
