@@ -100,7 +100,7 @@ class Backbone:
         """Return {attached delta: the full names of its layers' sites}, in total order."""
         found: dict[Record, list[str]] = {record: [] for record in self.records()}
         for where, stack in self.stacks.items():
-            for layer in stack.layers:
+            for layer in stack.values():
                 found[layer.record].append(where)
         return found
 
@@ -140,7 +140,7 @@ class Backbone:
         Raises:
             DeltaError: the model is inside `route()`.
         """
-        if any(stack.router is not None for stack in self.stacks.values()):
+        if any(stack.routed is not None for stack in self.stacks.values()):
             raise DeltaError(
                 f"{verb} inside opendelta.route(), where rows take different deltas: do so before "
                 "or after its block"
@@ -189,8 +189,8 @@ def attached_records(model: nn.Module) -> list[Record]:
 def _records_of(stacks: Iterable[Stack]) -> list[Record]:
     alike: dict[tuple, Stack] = {}  # one stack for each set of deltas: there may be thousands
     for stack in stacks:
-        for first in stack.layers:
+        for first in stack.values():
             alike.setdefault((first.record.shared, *stack._modules), stack)
             break
-    found = {layer.record for stack in alike.values() for layer in stack.layers}
+    found = {layer.record for stack in alike.values() for layer in stack.values()}
     return sorted(found, key=lambda record: record.rank)

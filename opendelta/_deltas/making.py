@@ -23,6 +23,7 @@ from .._layers.record import Record, Shared
 from .._layers.site import Heads, Site
 from .._modules.kinds import kind_of
 from .._sites import swap
+from .._sites.stack import acting_on
 from ..errors import LostGradientWarning, SiteError, TiedWeightWarning, warn
 from . import choosing
 from .base import BaseDelta
@@ -182,7 +183,7 @@ def _sites(
         dtype = dtype_for(config.dtype, computes)
         site = Site(name, module, kind, device, dtype, of_width, of_heads, new)
         if (stack := backbone.stacks.get(name)) is not None:
-            site.beneath = stack.acting()
+            site.beneath = acting_on(stack)
         sites[name] = site
     if layer_class.paired:
         for start, end in zip(names[::2], names[1::2], strict=True):

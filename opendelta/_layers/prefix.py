@@ -190,7 +190,7 @@ def _attend(
     for layer in prefixes:
         keys, values = layer.keys_and_values()
         logit = layer.open.take()
-        router: Any = module._modules[SLOT].router  # type: ignore[union-attr]
+        router: Any = module._modules[SLOT].routed  # type: ignore[union-attr]
         if router is not None:
             logit = router.opened(layer, logit, key)
         rows = key.size(0)

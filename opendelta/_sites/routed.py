@@ -23,7 +23,7 @@ from ..errors import SiteError, quoted
 from . import runs as runs_
 from .rows import Groups, Handovers, Rows, ShapeError, SharedCall, cut, joined
 from .runs import KeptFactors
-from .stack import Stack
+from .stack import Stack, acting_on
 
 EXPERTS = re.compile(r"(^|\.)experts\.")  # an expert sees some tokens of all rows
 OWN_BATCH = "give such rows a batch of their own"
@@ -57,7 +57,7 @@ class Routed:
 
     def check(self, stack: Stack, module: nn.Module) -> None:
         """Raise if the stack has layers that cannot act on some rows alone."""
-        acting = stack.acting()
+        acting = acting_on(stack)
         for layer in acting:
             if EXPERTS.search(self.where):
                 self.check_common(layer, "sees some tokens of all rows, mixed")
@@ -108,7 +108,7 @@ class Routed:
         if runs is not None:
             out = call(*args, **kwargs)
             if type(out) is Tensor and out.dtype == x.dtype and out.is_contiguous():
-                return add_rows(out, x, raw, grouped, runs, stack.kept_factors)
+                return add_rows(out, x, raw, grouped, runs, stack.frozen)
             whole.append(out)
         within: list[Any] = [layer for layer in acting if layer.routes_itself]
         if within:  # these layers take all rows at once; see `opened`
@@ -208,7 +208,7 @@ def _runs(
     """
     if not low_rank.is_eager(x):
         return None
-    kept = stack.kept_factors
+    kept = stack.frozen
     pairs = runs_.pairs(acting, 0) if kept is None else []
     if kept is None and len(pairs) < len(acting):
         return None

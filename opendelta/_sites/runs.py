@@ -47,7 +47,7 @@ class KeptFactors:
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self.runs: dict[tuple, tuple[list[tuple[float, bool]], list[LowRank], int]] = {}
-        self.sources: dict[Tensor, int] = {}
+        self.sources: dict[Tensor, Tensor] = {}  # {parameter: a copy of its values}
         self.made: tuple[list[Any], Any] = [], None
         self.late = False
 
@@ -66,8 +66,8 @@ class KeptFactors:
             whole = [LowRank(*map(self._values, side_by_side(run)))] if run else run
             joined = acting[start : start + len(run)] if key not in self.runs else ()
             for tensor in [p for layer in joined for p in layer.parameters()]:
-                if not tensor.is_inference():
-                    self.sources.setdefault(tensor, tensor._version)
+                if tensor not in self.sources:
+                    self.sources[tensor] = tensor.detach().clone()
             self.runs[key] = states, whole, len(run)
         if torch.is_grad_enabled() and any(p.requires_grad for p in self.sources):
             raise DeltaError(
@@ -97,11 +97,19 @@ class KeptFactors:
         self.made = [], None
 
     def changed(self) -> bool:
-        """True if parameters changed since they were copied, by torch's count of changes."""
-        return self.late or any(p._version != version for p, version in self.sources.items())
+        """True if parameters changed since they were copied.
+
+        The values are compared: torch counts no changes by fused optimizers and through `.data`.
+        """
+        return self.late or any(not _same(p, copy) for p, copy in self.sources.items())
 
     def _values(self, part: Any) -> Any:
         return part.detach().to(self.dtype) if isinstance(part, Tensor) else part
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    alike = (one.dtype, one.device, one.shape) == (other.dtype, other.device, other.shape)
+    return alike and torch.equal(one, other)
 
 
 def _is_watched(own: dict[str, Any]) -> bool:

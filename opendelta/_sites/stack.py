@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -82,27 +82,21 @@ class Stack(nn.ModuleDict):
         ran: the names of the layers that have run outside of compiled code; replicas of
             DataParallel share it.
         steps: the merges so far; merged layers do not act.
-        router: takes the rows of a batch through the site inside `route()` of this thread and task,
+        routed: takes the rows of a batch through the site inside `route()` of this thread and task,
             else None.
     """
 
     ran: set[str]
     steps: list[Step]
-    router = in_context(lambda _, own: CURRENT.get().routers.get(own))
+    routed = in_context(lambda _, own: CURRENT.get().routers.get(own))
 
     def __init__(self) -> None:
         super().__init__()
         self.__dict__.update(ran=set(), steps=[])  # not by nn.Module.__setattr__, which is slow
         self.register_forward_pre_hook(_step_aside)
 
-    def acting(self) -> list[DeltaLayer]:
-        """Return the layers that are active and not merged, the innermost first."""
-        if torch.compiler.is_compiling():
-            return [ly for ly in self.layers if ly.record.active and not self.holds(ly.record.name)]
-        return self._acting(CURRENT.get(), set())
-
     def _acting(self, selection: Selection, ran: set[str]) -> list[DeltaLayer]:
-        """Return the same outside of compiled code, and add the names of the layers to `ran`."""
+        """Return the layers that act outside of compiled code; add their names to `ran`."""
         acting: list[Any] = []
         chosen, steps = selection.active, self.steps
         for name, layer in self._modules.items():
@@ -116,14 +110,13 @@ class Stack(nn.ModuleDict):
         return acting
 
     @property
-    def kept_factors(self) -> runs.KeptFactors | None:
+    def frozen(self) -> runs.KeptFactors | None:
         """Return the joined factors inside `frozen()` of this thread and task, else None."""
         return CURRENT.get().factors.get(self)
 
-    @property
-    def layers(self) -> Iterable[DeltaLayer]:
+    def values(self) -> Any:
         """Return the layers, the innermost first."""
-        return self._modules.values()  # type: ignore[return-value]
+        return self._modules.values()
 
     def holds(self, name: str) -> bool:
         """True if the layer of this name is merged into the module's weights."""
@@ -150,7 +143,7 @@ class Stack(nn.ModuleDict):
             raw: `call` is the forward of a Linear or Conv1D.
         """
         if torch.compiler.is_compiling():  # a note would add a guard to the graph
-            acting, router = self.acting(), self.router
+            acting, router = acting_on(self), self.routed
         else:
             selection = CURRENT.get()
             acting, router = self._acting(selection, self.ran), selection.routers.get(self)
@@ -164,7 +157,7 @@ class Stack(nn.ModuleDict):
         """Return `call` with these layers around it; the first is the innermost."""
         index = 0
         # compiled code must not depend on the kept factors
-        kept = None if torch.compiler.is_compiling() else self.kept_factors
+        kept = None if torch.compiler.is_compiling() else self.frozen
         while index < len(acting):
             layer = acting[index]
             if kept is None:
@@ -188,16 +181,16 @@ class Stack(nn.ModuleDict):
     def fold(self, params: Params) -> Params:
         """Return `params` with all active layers folded in."""
         compiling = torch.compiler.is_compiling()
-        acting = self.acting() if compiling else self._acting(CURRENT.get(), self.ran)
-        if self.router is not None:
-            self.router.check_alike(acting)
+        acting = acting_on(self) if compiling else self._acting(CURRENT.get(), self.ran)
+        if self.routed is not None:
+            self.routed.check_alike(acting)
         for layer in acting:
             params = layer.fold(params)
         return params
 
     def _replicate_for_data_parallel(self) -> Any:
         """Return a replica with the selection of this thread; DataParallel runs it in another."""
-        if self.router is not None:
+        if self.routed is not None:
             raise SiteError("route() does not know which rows DataParallel gives to which device")
         replica: Any = super()._replicate_for_data_parallel()
         blocks = CURRENT.get().blocks
@@ -225,6 +218,13 @@ def _within_call(
 ) -> Callable[..., Any]:
     """Return the callable that `around` makes; it is made and run with these blocks open."""
     return within(blocks, lambda *args, **kwargs: around(*given, **options)(*args, **kwargs))
+
+
+def acting_on(stack: Stack) -> list[DeltaLayer]:
+    """Return the layers that are active and not merged, the innermost first."""
+    if torch.compiler.is_compiling():
+        return [ly for n, ly in stack.in_order() if ly.record.active and not stack.holds(n)]
+    return stack._acting(CURRENT.get(), set())
 
 
 def _in_turn(acting: list[DeltaLayer], start: int) -> int:
@@ -259,6 +259,7 @@ def _given(out: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 AFTER, BESIDE = Acts.AFTER, Acts.BESIDE
+# No delta has the name of an attribute. A further attribute would refuse folders that were saved.
 RESERVED = frozenset(dir(Stack()))
 
 

@@ -45,7 +45,7 @@ def _showing_config() -> property:
 
     def read(self: nn.Module) -> Any:
         config, stack = self.__dict__["config"], stack_of(self)
-        showing = [layer for layer in stack.layers if layer.shows_config] if stack else []
+        showing = [layer for layer in stack.values() if layer.shows_config] if stack else []
         acting = [layer for layer in showing if layer.record.active]
         return acting[-1].shown_config(config) if acting else config
 
@@ -247,8 +247,8 @@ def remove(module: nn.Module, name: str) -> None:
     """Take a layer off, at any position; after an interrupted call, call it again."""
     stack = stack_of(module)
     if stack is not None and name in stack:
-        if stack.kept_factors is not None:
-            stack.kept_factors.forget(stack[name])  # type: ignore[arg-type]
+        if stack.frozen is not None:
+            stack.frozen.forget(stack[name])  # type: ignore[arg-type]
         stack.ran.discard(name)
         del stack[name]
 

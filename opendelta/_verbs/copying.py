@@ -74,7 +74,7 @@ def to_backbone(model: Module) -> Module:
     for where, stack in backbone.stacks.items():
         run = [(n, ly) for n, ly in stack.in_order() if ly.folds and ly.record.active]
         run = [(n, ly) for n, ly in run if ly.acts.in_the_weights]
-        acting = [layer.stand_in for layer in stack.layers if layer.record.active]
+        acting = [layer.stand_in for layer in stack.values() if layer.record.active]
         if stand_ins := [module for module in acting if module is not None]:
             _put(copied, where, copy.deepcopy(stand_ins[-1]))
         if run:

@@ -73,6 +73,43 @@ def test_frozen_refuses_gradients_and_says_that_values_changed():
     assert model(x).requires_grad
 
 
+def by_data(parameters):
+    for parameter in parameters:
+        parameter.data[0, 0] += 1
+
+
+def by_a_fused_optimizer(parameters):
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    torch.optim.AdamW(parameters, fused=True).step()
+
+
+def by_another_tensor(parameters):
+    for parameter in parameters:
+        parameter.data = torch.zeros_like(parameter)
+
+
+def by_another_dtype(parameters):
+    for parameter in parameters:
+        parameter.data = parameter.data.float()
+
+
+@pytest.mark.parametrize(
+    "change", [by_data, by_a_fused_optimizer, by_another_tensor, by_another_dtype]
+)
+def test_frozen_notices_changes_that_torch_does_not_count(change):
+    model, x = one_linear(), vectors(3, 16).double()
+    (delta,) = loras(model, 1, lora_r=2)
+
+    def change_inside():
+        with torch.no_grad(), composition(model).frozen():
+            model(x)
+            change(list(delta.parameters()))
+
+    with pytest.raises(opendelta.DeltaError, match="changed inside frozen"):
+        change_inside()
+
+
 def test_deltas_that_come_and_go_inside_frozen_act_and_leave_nothing():
     model, x = one_linear(), vectors(3, 16).double()
     (stays,) = loras(model, 1, lora_r=2)

@@ -2,9 +2,11 @@
 
 import pytest
 from support.nets import net, untouched
+from torch import nn
 
 import opendelta
 from opendelta import AdapterModel, LoraModel, LowRankAdapterModel
+from opendelta._sites.stack import RESERVED
 
 pytestmark = pytest.mark.covers("DeltaConfig.name", "Delta.name", "Composition.names")
 
@@ -67,3 +69,12 @@ def test_the_prefix_of_a_module_is_the_start_of_the_names_of_the_tensors_on_it()
     for named in (None, "other"):
         starts = tuple(delta.prefix(where, named) for where in delta.layers)
         assert all(name.startswith(starts) for name in delta.state_dict(named))
+
+
+@pytest.mark.parametrize("name", ["layers", "router", "kept_factors", "acting", "mark", "values_1"])
+def test_no_further_names_are_refused(name):
+    own = {"_acting", "around", "fold", "frozen", "holds", "in_order", "merged", "onion", "ran"}
+    assert RESERVED - {*dir(nn.ModuleDict())} == own | {"routed", "sort", "steps"}
+    model = net()
+    delta = LoraModel(model, modified_modules=["linear"], name=name)
+    assert model.get_submodule(f"linear.deltas.{name}") is delta.layers["linear"]

@@ -121,7 +121,7 @@ def test_soft_prompts_act_on_all_rows_or_none():
     with pytest.raises(SiteError, match=r"'prompt' on 'model' changes the length .* of their own"):
         opendelta.route(model, ["prompt", "a", None]).__enter__()
     assert prompt.active
-    assert all(site.deltas.router is None for site in model.modules() if hasattr(site, "deltas"))
+    assert all(site.deltas.routed is None for site in model.modules() if hasattr(site, "deltas"))
 
 
 # ----------------------------------------------------------------------- any rows, any compositions
