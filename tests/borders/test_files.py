@@ -128,3 +128,33 @@ def test_tensors_of_a_good_folder_are_read(folder):
     model = net()
     opendelta.load(folder, model, check_backbone=False)
     assert torch.isfinite(model(torch.ones(1, 8))).all()
+
+
+def test_a_folder_that_is_refused_gives_no_warning_beside_its_error(tmp_path):
+    model = net()
+    with pytest.warns(opendelta.UnsavedWarning):
+        LoraModel(model, modified_modules=["0"]).save_finetuned(tmp_path)
+    facts = json.loads((tmp_path / "config.json").read_text())
+    (print_,) = facts["fingerprint"].values()
+    print_["values"] = None
+    changed(tmp_path, fingerprint=facts["fingerprint"], sha256="0" * 64)
+    fresh = net()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(DeltaLoadError, match="is damaged: its sha256"):
+            opendelta.load(tmp_path, fresh)
+        changed(tmp_path, sha256=facts["sha256"])
+        with pytest.raises(opendelta.UncheckedWarning):
+            opendelta.load(tmp_path, fresh)
+    opendelta.assert_pristine(fresh)
+    with pytest.warns(opendelta.UncheckedWarning, match="1 of 1 weights"):
+        opendelta.load(tmp_path, fresh)
+
+
+@pytest.mark.covers("Delta.state_dict")
+def test_the_name_in_full_names_must_be_a_name():
+    delta = LoraModel(net(), modified_modules=["0"])
+    assert sorted(delta.state_dict("b")) == ["0.deltas.b.lora_A", "0.deltas.b.lora_B"]
+    for name in (3, "", "a.b", b"b", ["b"]):
+        with pytest.raises(opendelta.DeltaError, match="is no name for a delta"):
+            delta.state_dict(named=name)

@@ -96,7 +96,6 @@ def test_what_they_were_made_from_is_good(kind, tmp_path):
 
 
 @pytest.mark.parametrize("name", INDEX)
-@pytest.mark.filterwarnings("ignore:.*md5 of the backbone")
 def test_each_attack_ends_in_its_error(name):
     refused(HERE / name, INDEX[name])
 
