@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .._deltas.base import BaseDelta
-from .._files.folder import own_version, readable
+from .._files.folder import own_version
+from .._files.reading import readable
 from .._show.tree import tree
 from ..errors import DeltaLoadError, OptionError
 from .saving import save

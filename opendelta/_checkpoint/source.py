@@ -57,8 +57,7 @@ def opened(path: Path, model: nn.Module) -> Iterator[Source]:
     Raises:
         DeltaLoadError: the folder is damaged, or holds no delta.
     """
-    with files.readable(path):
-        reader = interop.reader_of(path)
+    reader = interop.reader_of(path)
     if reader is not None:
         try:
             facts, tensors = reader.translate(path, model)

@@ -24,7 +24,7 @@ from .._deltas.base import BaseDelta
 from .._deltas.options import DeltaConfig
 from .._deltas.order import handle_of, known_records
 from .._deltas.registry import method
-from .._files import folder as files
+from .._files.reading import check_link
 from .._files.tensors import copy_into
 from .._modules.tensors import full, stored_params
 from ..errors import DeltaError, DeltaLoadError, OptionError
@@ -129,7 +129,7 @@ def translate(folder: Path, model: nn.Module) -> tuple[dict[str, Any], dict[str,
     Raises:
         DeltaLoadError: the folder is damaged, or holds tensors of several methods.
     """
-    files.check_link(folder / WEIGHTS)
+    check_link(folder / WEIGHTS)
     config, backbone = read_json(folder / CONFIG), Backbone.of(model)
     name, options = _options(folder, config)
     content = _content(read_pickle(folder / WEIGHTS))
