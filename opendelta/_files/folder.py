@@ -39,7 +39,7 @@ CONFIG = "config.json"
 FORMAT, SCHEMA = "opendelta", 1
 TRIES = 50  # how often to try to open the weights while other processes save
 WEIGHTS = "delta-{}.safetensors"
-OWN = re.compile(r"delta-[0-9a-f]{16}\.safetensors")  # other files are the user's
+OWN = WEIGHTS.format(16 * "[0-9a-f]")  # as a shell's pattern; other files are the user's
 TEMPORARY = re.compile(r"\.delta-[0-9a-f]{16}\.tmp")
 
 
@@ -92,7 +92,7 @@ def write(folder: Path, config: dict[str, Any], tensors: Mapping[str, Tensor]) -
     if problem := excess(_text(lines, "0" * 64)):
         raise DeltaError(f"{refused} {problem}: save fewer deltas in one")
     with _made(folder), locked(folder) as alone:
-        old = [path for path in folder.glob("delta-*") if OWN.fullmatch(path.name)]
+        old = [*folder.glob(OWN)]
         left = [path for path in folder.glob(".*.tmp") if TEMPORARY.fullmatch(path.name)]
         with _replacing(folder) as (new, put):
             write_tensors(new, tensors)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -17,6 +18,8 @@ from ..errors import DeltaError, DeltaLoadError, shown
 LARGEST = 16 * 2**20  # bytes of a JSON file, and of the header of a weights file
 MOST_ITEMS = 500_000  # items in a JSON file
 LONGEST, DEEPEST = 1_000, 32  # characters of a text in our JSON, and how deep lists are nested
+
+FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 
 
 @contextlib.contextmanager
@@ -41,11 +44,17 @@ def open_file(path: Path) -> BinaryIO:
         DeltaLoadError: it is a pipe, a device, a folder or a socket.
         OSError: there is no such file, or it may not be read.
     """
-    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    refusal = DeltaLoadError(f"{path} cannot be read: it is no file")
+    try:
+        handle = os.open(path, FLAGS)
+    except OSError as error:
+        if error.errno == errno.ENXIO:  # a socket, or a device that is not there
+            raise refusal from None
+        raise
     if stat.S_ISREG(os.fstat(handle).st_mode):
         return os.fdopen(handle, "rb")
     os.close(handle)
-    raise DeltaLoadError(f"{path} cannot be read: it is no file")
+    raise refusal
 
 
 def read_start(path: Path) -> bytes:
