@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections import ChainMap
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -139,7 +138,8 @@ def _fill(
     brought = {key: own[key] for key in facts["backbone_tensors"]}
     entries = list(zip(facts["deltas"], deltas, strict=True))
     states = [delta.state_dict(fact["name"]) for fact, delta in entries]
-    compare({**dict(ChainMap(*states)), **brought}, given, str(path))
+    wanted = {key: tensor for state in states for key, tensor in state.items()}
+    compare({**wanted, **brought}, given, str(path))
     _check_frozen(path, entries)
     unchecked = []
     if check:
@@ -198,10 +198,12 @@ def _placed(unfit: str, backbone: Backbone, deltas: Sequence[BaseDelta]) -> list
         unfit: the start of the message that the folder does not fit.
     """
     placed: list[Placed] = []
+    known = known_records(backbone)
     try:
         for delta in deltas:
-            placed.append(place(backbone, delta))
+            placed.append(place(backbone, delta, known=known))
             placed[-1].pretend()
+            known = placed[-1].order
     except DeltaError as error:
         raise DeltaLoadError(f"{unfit}: {error}") from None
     return placed

@@ -19,6 +19,8 @@ from .._files.tensors import Stored
 from ..errors import DeltaError, DeltaLoadError, OptionError, shown
 from . import fingerprint
 
+MOST_DELTAS = 1_000  # in a folder; more of them would take longer than a second to load
+
 
 @dataclass(frozen=True)
 class Source:
@@ -89,6 +91,8 @@ def configs_of(folder: Path, facts: dict[str, Any]) -> list[DeltaConfig]:
     given = facts.get("deltas")
     if not isinstance(given, list) or not given:
         raise DeltaLoadError(f"{where}: deltas must be a list of at least one")
+    if len(given) > MOST_DELTAS:
+        raise DeltaLoadError(f"{where} holds {len(given):,} deltas, more than {MOST_DELTAS:,}")
     configs = [_config(where, fact) for fact in given]
     names = [fact["name"] for fact in given]
     if len(set(names)) < len(names):
