@@ -15,8 +15,9 @@ from .. import interop
 from .._deltas.options import DeltaConfig
 from .._deltas.registry import method
 from .._files import folder as files
+from .._files.reading import undamaged
 from .._files.tensors import Stored
-from ..errors import DeltaError, DeltaLoadError, OptionError, shown
+from ..errors import DeltaLoadError, OptionError, shown
 from . import fingerprint
 
 MOST_DELTAS = 1_000  # in a folder; more of them would take longer than a second to load
@@ -61,13 +62,8 @@ def opened(path: Path, model: nn.Module) -> Iterator[Source]:
     """
     reader = interop.reader_of(path)
     if reader is not None:
-        try:
+        with undamaged(path):
             facts, tensors = reader.translate(path, model)
-        except DeltaLoadError:
-            raise
-        except Exception as error:  # a damaged file may raise anything in a reader
-            kind = "" if isinstance(error, DeltaError) else f"{type(error).__name__}: "
-            raise DeltaLoadError(f"{path} is damaged, or no delta: {kind}{error}") from error
         facts["fingerprint"] = {}
         yield Source(facts, configs_of(path, facts), tensors, lambda: None)
         return

@@ -53,7 +53,11 @@ def own_version() -> str:
 
 # ------------------------------------------------------------------------------------------ writing
 def check_folder(folder: Path) -> None:
-    """Raise if `folder` is a file, a pipe or a device, or a link to nothing."""
+    """Raise if `folder` is no folder, such as a pipe, or safetensors could read no file in it."""
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        raise DeltaError(f"{folder} is no UTF-8, as safetensors asks; give another name") from None
     if os.path.lexists(folder) and not folder.is_dir():
         raise DeltaError(f"{folder} is a file; give a folder, which is made if need be")
 

@@ -37,6 +37,22 @@ def readable(path: Path) -> Iterator[None]:
         raise DeltaLoadError(f"{shown(str(path))} cannot be read: {shown(str(error))}") from None
 
 
+@contextlib.contextmanager
+def undamaged(path: Path) -> Iterator[None]:
+    """Turn whatever a damaged file makes a reader inside raise into one error.
+
+    Raises:
+        DeltaLoadError: something was raised.
+    """
+    try:
+        yield
+    except DeltaLoadError:
+        raise
+    except Exception as error:
+        kind = "" if isinstance(error, DeltaError) else f"{type(error).__name__}: "
+        raise DeltaLoadError(f"{path} is damaged, or no delta: {kind}{error}") from error
+
+
 def open_file(path: Path) -> BinaryIO:
     """Open a file as bytes, without waiting for a pipe or a device.
 

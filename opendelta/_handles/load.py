@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, overload
 
 from .._checkpoint import hub, loading
-from ..errors import DeltaLoadError
+from ..errors import DeltaLoadError, printable
 from .composition import Composition, Model
 
 
@@ -46,11 +46,10 @@ class LoadReport:
 
     def __str__(self) -> str:
         source = f", saved from a {self.saved_from}" if self.saved_from else ""
-        if self:
-            other = [f"{k}={was!r} (here {now!r})" for k, (was, now) in self.other_config.items()]
-            there = f" with {', '.join(other)}" if other else ""
-            return f"loaded {', '.join(self.names)}{source}{there}"
-        return f"nothing was loaded: {self.problem}"
+        other = [f"{k}={was!r} (here {now!r})" for k, (was, now) in self.other_config.items()]
+        there = f" with {', '.join(other)}" if other else ""
+        loaded = f"loaded {', '.join(self.names)}{source}{there}"
+        return printable(loaded if self else f"nothing was loaded: {self.problem}")
 
 
 @overload

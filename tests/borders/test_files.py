@@ -17,7 +17,7 @@ import opendelta
 from opendelta import DeltaLoadError, LoraModel
 from opendelta._files import folder as files
 from opendelta.cli import main
-from opendelta.interop import peft
+from opendelta.interop import legacy, peft
 
 BERT = {
     "model_type": "bert", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
@@ -346,11 +346,52 @@ def test_keys_of_400_000_letters_are_cut_in_messages(tmp_path):
     assert str(caught.value).isprintable()
 
 
+def test_a_report_prints_as_one_line(folder):
+    changed(folder, backbone_class=ODD[:999])
+    report = opendelta.load(folder, net(), strict=False)
+    assert report
+    assert "saved from a \\x1b[31m" in str(report)
+    assert str(report).isprintable()
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [{}, {"delta_type": ["lora"]}, {"delta_type": "lora", "modified_modules": 3},
+     {"delta_type": "lora", "modified_modules": [None, {}]}, {"delta_type": "prefix"}],
+)  # fmt: skip
+def test_a_folder_of_0_3_without_its_fields(facts, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(facts))
+    torch.save({"0.prefix.reparams.x": torch.zeros(1)}, tmp_path / "pytorch_model.bin")
+    model = net()
+    LoraModel(model, modified_modules=["0"])
+    for read in (legacy.config_of, lambda path: opendelta.load(path, net())):
+        with contextlib.suppress(DeltaLoadError):
+            assert read(tmp_path).delta_type == "prefix"
+    with pytest.raises(DeltaLoadError):
+        legacy.load_state_dict(model, tmp_path / "pytorch_model.bin")
+    with pytest.raises(DeltaLoadError, match="No such file"):
+        legacy.load_state_dict(model, tmp_path / "missing.bin")
+
+
+def test_what_may_not_be_read_is_named(folder, monkeypatch):
+    def forbidden(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", forbidden)
+        with pytest.raises(DeltaLoadError, match=r"config.json cannot be read .*Permission denied"):
+            opendelta.load(folder, net())
+    monkeypatch.setattr(os, "stat", forbidden)
+    with pytest.raises(DeltaLoadError, match=r"cannot be read: .*Permission denied"):
+        opendelta.load(folder, net())
+
+
 @POSIX
 def test_a_folder_of_any_name_is_read_or_refused_in_one_line(monkeypatch, capsys, tmp_path):
     odd = os.fsdecode(os.fsencode(tmp_path) + b"/\xff\n\x1b[31m")
-    with contextlib.suppress(opendelta.DeltaError, OSError):
-        attached().save_finetuned(odd)
+    for save in (attached().save_finetuned, lambda path: peft.save(attached(), path)):
+        with pytest.raises(opendelta.DeltaError, match="is no UTF-8"):
+            save(odd)
     os.makedirs(odd, exist_ok=True)
     for path in (odd, f"{odd}/missing", "a\0b"):
         with contextlib.suppress(DeltaLoadError):
