@@ -6,7 +6,7 @@ import difflib
 import sys
 import sysconfig
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -32,7 +32,13 @@ __all__ = [
 
 
 class DeltaError(ValueError):
-    """Base of all errors of opendelta. The model is as it was before the call."""
+    """Base of all errors of opendelta. The model is as it was before the call.
+
+    Its text is one line of at most 2,000 characters, whatever a file or a name in it holds.
+    """
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class AddressError(DeltaError):
@@ -54,9 +60,9 @@ class AddressError(DeltaError):
     """
 
     def __init__(
-        self, message: str, pattern: str | None = None, nearest: Sequence[str] = ()
+        self, *message: object, pattern: str | None = None, nearest: Sequence[str] = ()
     ) -> None:
-        super().__init__(message)
+        super().__init__(*message)
         self.pattern, self.nearest = pattern, list(nearest)
 
 
@@ -71,14 +77,16 @@ class SiteError(DeltaError):
         where: the full name of the module; None if it is not known, as inside a forward.
     """
 
-    def __init__(self, message: str, where: str | None = None) -> None:
-        super().__init__(message)
+    def __init__(self, *message: object, where: str | None = None) -> None:
+        super().__init__(*message)
         self.where = where
 
 
-@dataclass(frozen=True, kw_only=True)
-class Mismatch:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Mismatch(Mapping[str, Any]):
     """The tensors of a file that do not fit; false if all fit.
+
+    It is a mapping too, of those attributes that are not empty.
 
     Attributes:
         missing: the tensors that the file lacks.
@@ -97,8 +105,16 @@ class Mismatch:
     not_finite: list[str] = field(default_factory=list)
     differing: dict[str, str] = field(default_factory=dict)
 
-    def __bool__(self) -> bool:
-        return any(vars(self).values())
+    def __iter__(self) -> Iterator[str]:
+        return (name for name, found in vars(self).items() if found)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __getitem__(self, name: str) -> Any:
+        if found := vars(self)[name]:
+            return found
+        raise KeyError(name)
 
 
 class DeltaLoadError(DeltaError):
@@ -108,9 +124,9 @@ class DeltaLoadError(DeltaError):
         details: the tensors that do not fit, sorted by their problem.
     """
 
-    def __init__(self, message: str, details: Mismatch | None = None) -> None:
-        super().__init__(message)
-        self.details = Mismatch() if details is None else details
+    def __init__(self, *message: object, details: Mismatch | None = None, **fields: Any) -> None:
+        super().__init__(*message)
+        self.details = Mismatch(**fields) if details is None else details
 
 
 class CompileLimitError(DeltaError, RuntimeError):
@@ -167,7 +183,8 @@ def warn(message: str, category: type[DeltaWarning], line: dict[str, Any] | None
     Args:
         line: what `users_line` gave earlier. None: the line that runs now.
     """
-    warnings.warn_explicit(message, category, **(users_line() if line is None else line))
+    line = users_line() if line is None else line
+    warnings.warn_explicit(printable(message), category, **line)
 
 
 def users_line() -> dict[str, Any]:
@@ -210,6 +227,20 @@ def nearest(word: str, known: Iterable[str], n: int = 3) -> list[str]:
     parts = [name for name in lower if word.lower() in name.split("_")]
     close = difflib.get_close_matches(word.lower(), lower, n=n, cutoff=0.4)
     return [lower[name] for name in dict.fromkeys([*parts, *close])][:n]
+
+
+def printable(text: str, longest: int = 2_000) -> str:
+    """Return a text as one line for a terminal: with signs that do not print escaped.
+
+    Args:
+        longest: largest number of characters; of a longer text the middle is left out.
+    """
+    if len(text) > longest:
+        text = f"{text[: longest // 2]}...{text[-longest // 2 + 3 :]}"
+    if text.isprintable():
+        return text
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    return line if len(line) <= longest else printable(line, longest)
 
 
 def shown(value: Any, longest: int = 200) -> str:

@@ -79,8 +79,8 @@ def no_match(
         + (f"{found} {hints}" if near else "opendelta.tree(model) prints all names")
         + (f"; its repeated blocks: {blocks}" if blocks else "")
         + ("" if is_plain else f"; a regular expression is written '[r]{pattern}'"),
-        pattern,
-        near,
+        pattern=pattern,
+        nearest=near,
     )
 
 

@@ -99,6 +99,7 @@ def is_fingerprint(value: Any) -> bool:
         isinstance(facts, dict)
         and facts.keys() == {"shape", "values"}
         and isinstance(facts["shape"], list)
+        and all(type(length) is int and length >= 0 for length in facts["shape"])
         and (facts["values"] is None or _decoded(facts["values"]) is not None)
         for facts in value.values()
     )

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from .._deltas.base import BaseDelta
-from .._files.folder import own_version, readable
+from .._files.folder import OWN, own_version
+from .._files.reading import readable
 from .._show.tree import tree
 from ..errors import DeltaLoadError, OptionError
 from .saving import save
@@ -122,7 +123,7 @@ def push(
         api.upload_folder(
             repo_id=address.repo_id,
             folder_path=folder,
-            delete_patterns="delta-*.safetensors",
+            delete_patterns=OWN,
             commit_message=f"Save {', '.join(delta.name for delta in deltas)}",
         )
     return str(address)

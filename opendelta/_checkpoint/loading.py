@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections import ChainMap
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,6 @@ from .._layers.dtypes import dtype_for
 from ..errors import (
     DeltaError,
     DeltaLoadError,
-    Mismatch,
     OptionError,
     UncheckedWarning,
     listed,
@@ -80,8 +78,6 @@ def load(
             deltas.append(_made(path, source.saved_from, fact, config, backbone))
             deltas[-1].record.rank = (known[-1].rank + 1 if known else 0) + number
             deltas[-1].record.enabled = fact["active"]
-        if check_backbone and "unchecked" in facts:
-            warn(f"{path}: {facts['unchecked']}", UncheckedWarning)
         _fill(path, source, backbone, deltas, check_backbone)
     return deltas, source
 
@@ -143,11 +139,13 @@ def _fill(
     brought = {key: own[key] for key in facts["backbone_tensors"]}
     entries = list(zip(facts["deltas"], deltas, strict=True))
     states = [delta.state_dict(fact["name"]) for fact, delta in entries]
-    compare({**dict(ChainMap(*states)), **brought}, given, str(path))
+    wanted = {key: tensor for state in states for key, tensor in state.items()}
+    compare({**wanted, **brought}, given, str(path))
     _check_frozen(path, entries)
+    unchecked = []
     if check:
         without = replaced(brought, [delta.config for delta in deltas])
-        _check_backbone(path, backbone, facts["fingerprint"], without)
+        unchecked = _check_backbone(path, backbone, facts, without)
     source.verify()
     new = dict(tensors.values(brought, given, str(path), own))
     for (fact, delta), state in zip(entries, states, strict=True):
@@ -163,7 +161,11 @@ def _fill(
         tensors.copy(made, dict(tensors.values(made, given, str(path), usual)))
         for name, parameter in delta.named_parameters(fact["name"]):
             parameter.requires_grad_(name not in fact["frozen"] and parameter.is_floating_point())
-    _attach(_unfit(path, source.saved_from, backbone), backbone, deltas, brought, new)
+    unfit = _unfit(path, source.saved_from, backbone)
+    placed = _placed(unfit, backbone, deltas)
+    for message in unchecked:  # of a folder that is not refused
+        warn(message, UncheckedWarning)
+    _attach(unfit, backbone, placed, brought, new)
 
 
 def _value_of(
@@ -193,27 +195,38 @@ def _check_frozen(path: Path, entries: Sequence[tuple[dict[str, Any], BaseDelta]
             )
 
 
-def _attach(
-    unfit: str,
-    backbone: Backbone,
-    deltas: Sequence[BaseDelta],
-    own: Mapping[str, Tensor],
-    new: Mapping[str, Tensor],
-) -> None:
-    """Place all deltas, then put them on their model and copy backbone tensors: all or nothing.
+def _placed(unfit: str, backbone: Backbone, deltas: Sequence[BaseDelta]) -> list[Placed]:
+    """Place all deltas on their model, which stays as it is; raise if one cannot be there.
 
     Args:
         unfit: the start of the message that the folder does not fit.
+    """
+    placed: list[Placed] = []
+    known = known_records(backbone)
+    try:
+        for delta in deltas:
+            placed.append(place(backbone, delta, known=known))
+            placed[-1].pretend()
+            known = placed[-1].order
+    except DeltaError as error:
+        raise DeltaLoadError(f"{unfit}: {error}") from None
+    return placed
+
+
+def _attach(
+    unfit: str,
+    backbone: Backbone,
+    placed: Sequence[Placed],
+    own: Mapping[str, Tensor],
+    new: Mapping[str, Tensor],
+) -> None:
+    """Put deltas on their model and copy backbone tensors: all or nothing.
+
+    Args:
+        unfit: as for `_placed`.
         own: the backbone tensors that the file brings along.
         new: their new values.
     """
-    placed: list[Placed] = []
-    try:
-        for delta in deltas:
-            placed.append(place(backbone, delta))
-            placed[-1].pretend()
-    except DeltaError as error:
-        raise DeltaLoadError(f"{unfit}: {error}") from None
     old = {key: tensor.detach().clone() for key, tensor in own.items()}
     attached: list[BaseDelta] = []
     try:
@@ -232,9 +245,15 @@ def _attach(
 
 
 def _check_backbone(
-    path: Path, backbone: Backbone, given: dict[str, Any], replaced: Collection[str]
-) -> None:
-    """Raise if the weights under the deltas differ from the fingerprint."""
+    path: Path, backbone: Backbone, facts: dict[str, Any], replaced: Collection[str]
+) -> list[str]:
+    """Raise if the weights under the deltas differ from the fingerprint.
+
+    Returns:
+        Texts that say what cannot be compared.
+    """
+    texts = [f"{path}: {facts['unchecked']}"] if "unchecked" in facts else []
+    given = facts["fingerprint"]
     differ, unchecked = fingerprint.differences(backbone, given, replaced)
     if differ:
         first = listed(f"{name} {how}" for name, how in differ.items())
@@ -244,11 +263,11 @@ def _check_backbone(
             f"{first} (relative norm; up to "
             f"{fingerprint.TOLERANCE} is rounding). If that is meant, pass check_backbone=False, "
             "or --no-check-backbone to the command merge",
-            Mismatch(differing=differ),
+            differing=differ,
         )
     if unchecked:
-        warn(
+        texts.append(
             f"{len(unchecked)} of {len(given)} weights under the deltas of {path} cannot be "
-            f"compared, being sharded, quantised or without values: {', '.join(unchecked[:3])}",
-            UncheckedWarning,
+            f"compared, being sharded, quantised or without values: {', '.join(unchecked[:3])}"
         )
+    return texts

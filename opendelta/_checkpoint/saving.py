@@ -21,12 +21,18 @@ from ..errors import DeltaError, UnsavedWarning, listed, warn
 from ..names import ancestors, last
 from . import fingerprint
 from .parts import copied, replaced
+from .source import MOST_DELTAS
 
 
 @making.uncollected()
 def save(deltas: Sequence[BaseDelta], folder: str | os.PathLike) -> None:
     """Write deltas of one backbone into `folder`, in this order, with all their state."""
     _check_free(Path(folder))
+    if len(deltas) > MOST_DELTAS:
+        raise DeltaError(
+            f"{len(deltas):,} deltas are more than {MOST_DELTAS:,}, which a folder may hold: save "
+            "fewer deltas in one"
+        )
     backbone = Backbone.of(deltas[0].backbone_model)
     backbone.require_unrouted("cannot save")
     brought = _backbone_part(backbone, deltas)

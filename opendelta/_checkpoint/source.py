@@ -15,9 +15,12 @@ from .. import interop
 from .._deltas.options import DeltaConfig
 from .._deltas.registry import method
 from .._files import folder as files
+from .._files.reading import undamaged
 from .._files.tensors import Stored
-from ..errors import DeltaError, DeltaLoadError, OptionError, shown
+from ..errors import DeltaLoadError, OptionError, shown
 from . import fingerprint
+
+MOST_DELTAS = 1_000  # in a folder; more of them would take longer than a second to load
 
 
 @dataclass(frozen=True)
@@ -57,16 +60,10 @@ def opened(path: Path, model: nn.Module) -> Iterator[Source]:
     Raises:
         DeltaLoadError: the folder is damaged, or holds no delta.
     """
-    with files.readable(path):
-        reader = interop.reader_of(path)
+    reader = interop.reader_of(path)
     if reader is not None:
-        try:
+        with undamaged(path):
             facts, tensors = reader.translate(path, model)
-        except DeltaLoadError:
-            raise
-        except Exception as error:  # a damaged file may raise anything in a reader
-            kind = "" if isinstance(error, DeltaError) else f"{type(error).__name__}: "
-            raise DeltaLoadError(f"{path} is damaged, or no delta: {kind}{error}") from error
         facts["fingerprint"] = {}
         yield Source(facts, configs_of(path, facts), tensors, lambda: None)
         return
@@ -90,6 +87,8 @@ def configs_of(folder: Path, facts: dict[str, Any]) -> list[DeltaConfig]:
     given = facts.get("deltas")
     if not isinstance(given, list) or not given:
         raise DeltaLoadError(f"{where}: deltas must be a list of at least one")
+    if len(given) > MOST_DELTAS:
+        raise DeltaLoadError(f"{where} holds {len(given):,} deltas, more than {MOST_DELTAS:,}")
     configs = [_config(where, fact) for fact in given]
     names = [fact["name"] for fact in given]
     if len(set(names)) < len(names):

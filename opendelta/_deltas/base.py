@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .._backbone.backbone import attached_records
 from .._layers.base import DeltaLayer
 from .._layers.record import Record
+from .._sites.stack import check_name
 from ..errors import OptionError, shown
 from ..names import SLOT, inside, join
 from .options import DeltaConfig, as_scaling
@@ -136,6 +137,8 @@ class BaseDelta:
         Args:
             named: the delta's name in the full names. None: its own name.
         """
+        if named is not None:
+            check_name(named)
         return inside(join(where, SLOT, named or self.name))
 
     def named_parameters(self, named: str | None = None) -> Iterator[tuple[str, nn.Parameter]]:

@@ -166,8 +166,8 @@ def _by_name(backbone: Backbone, wanted: Sequence[str]) -> list[str]:
             raise
         raise AddressError(
             f"{error}; {role!r} is a role: for roles pass common_structure=True",
-            error.pattern,
-            error.nearest,
+            pattern=error.pattern,
+            nearest=error.nearest,
         ) from None
 
 

@@ -40,7 +40,7 @@ def commit(placed: Placed) -> None:
         others[0].shared.frozen |= record.shared.frozen
         others[0].shared.excluded |= record.shared.excluded
         record.shared = others[0].shared
-    renumber(backbone, placed.order)
+    renumber(backbone, placed.order, placed.placings)
     record.shared.records.append(record)
     selection.join(record)
     compile_limit.watch_limit()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import numbers
 import types
 import typing
@@ -125,7 +126,7 @@ class DeltaConfig:
     gate: bool = dataclasses.field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
-        hints = typing.get_type_hints(type(self))
+        hints = _hints(type(self))  # type: ignore[arg-type]  # any class can be hashed
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             takes_list = not _fits(value, hints[field.name]) and "list" in str(hints[field.name])
@@ -215,6 +216,12 @@ def as_scaling(what: str, number: Any) -> float:
     if not real or not abs(number) <= LARGEST:
         raise OptionError(f"{what} must be a number between {-LARGEST:g} and {LARGEST:g}")
     return float(number)
+
+
+@functools.cache
+def _hints(config_class: type) -> dict[str, Any]:
+    """Return {option: its type} of a class of configs."""
+    return typing.get_type_hints(config_class)
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -86,15 +86,20 @@ def _order(
 
 
 def order_with(
-    backbone: Backbone, delta: BaseDelta, before: Record | None, after: Record | None
+    backbone: Backbone,
+    delta: BaseDelta,
+    before: Record | None,
+    after: Record | None,
+    known: list[Record] | None = None,
 ) -> list[Record]:
-    """Return all deltas of a backbone in their order with `delta`.
+    """Return all deltas of a backbone in their order with `delta`; `known` as for `place`.
 
     Raises:
         SiteError: another delta has the same name.
         DeltaError: `delta` would act beneath a merged delta.
     """
-    known = [record for record in known_records(backbone) if record is not delta.record]
+    known = known_records(backbone) if known is None else known
+    known = [record for record in known if record is not delta.record]
     if any(record.name == delta.name for record in known):
         raise SiteError(f"another delta of this backbone is called {delta.name!r} by now")
     order = _order(known, delta.record, before, after)
@@ -110,12 +115,17 @@ def move(backbone: Backbone, record: Record, before: Record | None, after: Recor
     renumber(backbone, _order([r for r in known if r is not record], record, before, after))
 
 
-def renumber(backbone: Backbone, order: list[Record]) -> None:
-    """Let the deltas act in this order."""
+def renumber(backbone: Backbone, order: list[Record], new: Collection[str] = ()) -> None:
+    """Let the deltas act in this order.
+
+    Args:
+        new: the sites that have a new layer.
+    """
+    moved = any(record.rank != rank for rank, record in enumerate(order))
     for rank, record in enumerate(order):
         record.rank = rank
-    for stack in backbone.stacks.values():
-        stack.sort()
+    for where in backbone.stacks if moved else new:
+        backbone.stacks[where].sort()
 
 
 def check_root(backbone: Backbone) -> None:

@@ -69,12 +69,15 @@ def place(
     delta: BaseDelta,
     before: Record | None = None,
     after: Record | None = None,
+    *,
+    known: list[Record] | None = None,
 ) -> Placed:
     """Find a place for each layer of a delta.
 
     Args:
         before: put `delta` right before this delta in the order.
         after: put `delta` right after this delta in the order.
+        known: the deltas of the backbone in their order, if the caller knows them.
 
     Raises:
         SiteError: a module cannot take its layer.
@@ -97,7 +100,7 @@ def place(
                 where=where,
             )
         placings[where] = _placing(backbone, delta, where, layer)
-    return Placed(backbone, delta, placings, order_with(backbone, delta, before, after))
+    return Placed(backbone, delta, placings, order_with(backbone, delta, before, after, known))
 
 
 def _placing(backbone: Backbone, delta: BaseDelta, where: str, layer: DeltaLayer) -> Placing:
@@ -136,15 +139,14 @@ def _check_owned(backbone: Backbone, layers: Mapping[str, DeltaLayer]) -> None:
     Args:
         layers: the new layers by full name of their site.
     """
-    owners = {w: n for w, n, layer in backbone.delta_layers() if layer.acts is Acts.INSTEAD}
     for where in layers:
-        around = next((name for name in [*ancestors(where)][1:] if name in owners), None)
-        if around is not None:
-            raise SiteError(
-                f"{where!r} is inside {around!r}, in whose place {owners[around]!r} puts its own "
-                "copy (modules_to_save): a delta on it would never run",
-                where=where,
-            )
+        for name in [*ancestors(where)][1:]:
+            if (owner := _owner_of(backbone, name)) is not None:
+                raise SiteError(
+                    f"{where!r} is inside {name!r}, in whose place {owner!r} puts its own copy "
+                    "(modules_to_save): a delta on it would never run",
+                    where=where,
+                )
     owned = {where for where, layer in layers.items() if layer.acts is Acts.INSTEAD}
     for name, stack in backbone.stacks.items() if owned else ():
         around = next((w for w in [*ancestors(name)][1:] if w in owned), None)
@@ -154,3 +156,10 @@ def _check_owned(backbone: Backbone, layers: Mapping[str, DeltaLayer]) -> None:
                 "acting; detach it first, or put it on other modules",
                 where=around,
             )
+
+
+def _owner_of(backbone: Backbone, name: str) -> str | None:
+    """Return the last delta that puts its own copy in the place of a module; None: no delta."""
+    stack = backbone.stacks.get(name)
+    layers = () if stack is None else stack.in_order()
+    return next((own for own, layer in reversed(layers) if layer.acts is Acts.INSTEAD), None)

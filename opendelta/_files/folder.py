@@ -7,10 +7,10 @@ its content. The config holds this name and the sha256 of the weights, and is re
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import hashlib
 import json
-import math
 import os
 import re
 import secrets
@@ -24,16 +24,22 @@ import safetensors.torch
 from torch import Tensor
 
 from ..errors import DeltaError, DeltaLoadError, shown
+from .reading import (
+    LARGEST,
+    check_link,
+    excess,
+    open_file,
+    parsed,
+    read_json,
+    read_start,
+    readable,
+)
 
 CONFIG = "config.json"
 FORMAT, SCHEMA = "opendelta", 1
-# A file beyond these limits is refused unread. 70 B models with many deltas need a tenth of them.
-LARGEST = 16 * 2**20  # bytes of a JSON file, and of the header of a weights file
-MOST_ITEMS = 500_000  # items in a JSON file
-LONGEST, DEEPEST = 1_000, 32  # characters of a text in our JSON, and how deep lists are nested
 TRIES = 50  # how often to try to open the weights while other processes save
 WEIGHTS = "delta-{}.safetensors"
-OWN = re.compile(r"delta-[0-9a-f]{16}\.safetensors")  # other files are the user's
+OWN = WEIGHTS.format(16 * "[0-9a-f]")  # as a shell's pattern; other files are the user's
 TEMPORARY = re.compile(r"\.delta-[0-9a-f]{16}\.tmp")
 
 
@@ -46,15 +52,25 @@ def own_version() -> str:
 
 
 # ------------------------------------------------------------------------------------------ writing
+def check_folder(folder: Path) -> None:
+    """Raise if `folder` is no folder, such as a pipe, or safetensors could read no file in it."""
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        raise DeltaError(f"{folder} is no UTF-8, as safetensors asks; give another name") from None
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise DeltaError(f"{folder} is a file; give a folder, which is made if need be")
+
+
 def check_free(folder: Path) -> None:
     """Raise if `folder` is a file, or holds a config that is not ours and would be lost."""
-    if folder.is_file():
-        raise DeltaError(f"{folder} is a file; give a folder, which is made if need be")
+    check_folder(folder)
     with contextlib.suppress(FileNotFoundError):
+        content = read_start(folder / CONFIG)
         try:
-            given = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+            given = json.loads(content)
         except (ValueError, RecursionError):
-            return  # the file may be the remains of a damaged delta
+            given = {"format": FORMAT}  # the file may be the remains of a damaged delta
         if not isinstance(given, dict) or given.get("format") != FORMAT:
             raise DeltaError(
                 f"{folder} has a {CONFIG} that is not a delta's, such as a transformers model's; "
@@ -77,12 +93,11 @@ def write(folder: Path, config: dict[str, Any], tensors: Mapping[str, Tensor]) -
     facts = {"format": FORMAT, "schema_version": SCHEMA, **config}
     lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in facts.items()]
     refused = f"what is to be saved in {folder}"
-    if problem := _excess(_text(lines, "0" * 64)):
+    if problem := excess(_text(lines, "0" * 64)):
         raise DeltaError(f"{refused} {problem}: save fewer deltas in one")
     with _made(folder), locked(folder) as alone:
-        old = [path for path in folder.glob("delta-*") if OWN.fullmatch(path.name)]
-        if alone:  # then no other process is writing into these temporary folders
-            old += [path for path in folder.glob(".*.tmp") if TEMPORARY.fullmatch(path.name)]
+        old = [*folder.glob(OWN)]
+        left = [path for path in folder.glob(".*.tmp") if TEMPORARY.fullmatch(path.name)]
         with _replacing(folder) as (new, put):
             write_tensors(new, tensors)
             with open(new, "rb") as file:
@@ -92,11 +107,11 @@ def write(folder: Path, config: dict[str, Any], tensors: Mapping[str, Tensor]) -
             put(WEIGHTS.format(digest[:16]))
         replace(folder / CONFIG, _text(lines, digest))
         for path in old:
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            elif path.name != WEIGHTS.format(digest[:16]):
+            if path.name != WEIGHTS.format(digest[:16]):
                 with contextlib.suppress(OSError):  # the new pair is complete in any case
                     path.unlink()
+        for path in left if alone else ():  # then no other process is writing into them
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -203,50 +218,6 @@ def replace(path: Path, content: bytes | Mapping[str, Tensor]) -> None:
 
 
 # ------------------------------------------------------------------------------------------ reading
-@contextlib.contextmanager
-def readable(path: Path) -> Iterator[None]:
-    """Turn errors of the file system inside into one that names `path`.
-
-    Raises:
-        DeltaLoadError: a name is too long, a link leads to itself, a folder may not be entered.
-    """
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        raise DeltaLoadError(f"{shown(str(path))} cannot be read: {shown(str(error))}") from None
-
-
-def read_json(path: Path, longest: int = LONGEST) -> Any:
-    """Return the content of a JSON file; refuse one that is too large.
-
-    Args:
-        longest: largest number of characters in a text.
-
-    Raises:
-        DeltaLoadError: the file is no JSON, or larger than any configuration.
-    """
-    given = _parsed(path)
-    _check_items(path, given, longest)
-    return given
-
-
-def _parsed(path: Path) -> Any:
-    """Return the content of a JSON file; refuse one with too many bytes or items."""
-    try:
-        if not path.is_file():
-            raise DeltaLoadError(f"{path} cannot be read: it is no file")
-        if (size := path.stat().st_size) > LARGEST:
-            raise DeltaLoadError(f"{path} has {size:,} bytes, more than {LARGEST:,}")
-        content = path.read_bytes()
-        if problem := _excess(content):
-            raise DeltaLoadError(f"{path} {problem}")
-        return json.loads(content.decode("utf-8"))
-    except DeltaLoadError:
-        raise
-    except (ValueError, RecursionError, OSError) as error:
-        raise DeltaLoadError(f"{path} cannot be read as JSON: {error}") from None
-
-
 def is_ours(folder: Path) -> bool:
     """True if the config in `folder` has our format; other files do not matter.
 
@@ -255,52 +226,14 @@ def is_ours(folder: Path) -> bool:
     """
     if not (folder / CONFIG).is_file():
         return False
-    given = _parsed(folder / CONFIG)
+    given = parsed(folder / CONFIG)
     return isinstance(given, dict) and given.get("format") == FORMAT
-
-
-def _excess(text: bytes) -> str | None:
-    """Return which limit a JSON text exceeds, as the end of a sentence; None if it exceeds none."""
-    if len(text) > LARGEST:
-        return f"has {len(text):,} bytes, more than {LARGEST:,}"
-    if (items := sum(text.count(sign) for sign in (b",", b"[", b"{"))) > MOST_ITEMS:
-        return f"has {items:,} items, more than {MOST_ITEMS:,}"
-    return None
 
 
 def _header_excess(start: bytes) -> str | None:
     """Return how a safetensors header is too large, from the file's first 8 bytes; else None."""
     size = int.from_bytes(start[:8], "little")
     return f"has a header of {size:,} bytes, more than {LARGEST:,}" if size > LARGEST else None
-
-
-def _check_items(path: Path, given: Any, longest: int) -> None:
-    """Raise for a text, a number or a nesting that no configuration has."""
-    depth, level = 0, [given]
-    while level:
-        below: list[Any] = []
-        for value in level:
-            if isinstance(value, dict):
-                below += value
-                below += value.values()
-            elif isinstance(value, list):
-                below += value
-            elif problem := _problem(value, longest):
-                raise DeltaLoadError(f"{path} holds {problem}")
-        depth, level = depth + 1, below
-        if level and depth > DEEPEST:
-            raise DeltaLoadError(f"{path} holds lists or objects nested more than {DEEPEST} deep")
-
-
-def _problem(value: Any, longest: int) -> str | None:
-    """Return the problem of a text or a number in a JSON file; None if it has no problem."""
-    if isinstance(value, str):
-        size = len(value)
-        return f"a text of {size:,} characters, more than {longest:,}" if size > longest else None
-    if isinstance(value, float):
-        return None if math.isfinite(value) else f"the number {value}"
-    fits = not isinstance(value, int) or -(2**63) <= value < 2**63
-    return None if fits else "an integer of more than 64 bits"
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -322,7 +255,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{file} was not written by opendelta 1.0 or later. If it is a Trainer's "
             "checkpoint: resume from it, and save deltas with save_finetuned to load them elsewhere"
         )
-    if given.get("schema_version") != SCHEMA:
+    if type(given.get("schema_version")) is not int or given["schema_version"] != SCHEMA:
         raise DeltaLoadError(
             f"{file} has schema {shown(given.get('schema_version'))}; this version of opendelta "
             f"reads {SCHEMA}: update opendelta"
@@ -346,7 +279,7 @@ def open_folder(folder: Path) -> Iterator[tuple[dict[str, Any], Any, BinaryIO]]:
                 config = read_config(folder)
                 path = weights_path(folder, config)
             try:
-                file = stack.enter_context(open(path, "rb"))
+                file = stack.enter_context(open_file(path))
                 weights = stack.enter_context(open_safetensors(path, file))
                 break
             except OSError as error:
@@ -368,11 +301,8 @@ def weights_path(folder: Path, config: dict[str, Any]) -> Path:
     plain = Path(name).name == name and "\\" not in name and name.endswith(".safetensors")
     if not plain or "\0" in name:
         raise DeltaLoadError(f"{folder / CONFIG}: {name!r} is no safetensors file beside it")
-    path = folder / name
-    if path.exists() and not path.is_file():
-        raise DeltaLoadError(f"{path} cannot be read: it is no file")
-    check_link(path)
-    return path
+    check_link(folder / name)
+    return folder / name
 
 
 def open_safetensors(path: Path, file: BinaryIO) -> Any:
@@ -383,6 +313,7 @@ def open_safetensors(path: Path, file: BinaryIO) -> Any:
 
     Raises:
         DeltaLoadError: it is no safetensors file, or its header is too large.
+        FileNotFoundError: another process has removed it since `file` was opened.
     """
     if problem := _header_excess(file.read(8)):
         raise DeltaLoadError(f"{path} is no safetensors file: it {problem}")
@@ -390,6 +321,10 @@ def open_safetensors(path: Path, file: BinaryIO) -> Any:
         return safetensors.safe_open(path, framework="pt")
     except safetensors.SafetensorError as error:
         raise DeltaLoadError(f"{path} is damaged, or no safetensors file: {error}") from None
+    except RuntimeError as error:  # torch maps it into memory, and opens it by its name again
+        if path.exists():
+            raise DeltaLoadError(f"{path} cannot be read: {error}") from None
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path)) from None
 
 
 def check_digest(folder: Path, config: dict[str, Any], file: BinaryIO) -> None:
@@ -411,15 +346,3 @@ def _sha256(file: BinaryIO) -> str:
     while size := file.readinto(part):  # type: ignore[attr-defined]
         digest.update(part[:size])
     return digest.hexdigest()
-
-
-def check_link(path: Path) -> None:
-    """Raise if a file is a link out of its folder.
-
-    A link in the cache of the hub, from snapshots/ to blobs/, is allowed.
-    """
-    folder = path.parent.resolve()
-    if not path.is_symlink() or path.resolve().parent == folder:
-        return
-    if path.resolve().parent != folder.parent.parent / "blobs":
-        raise DeltaLoadError(f"{path} is a link out of its folder, to {path.resolve()}")

@@ -60,7 +60,7 @@ def compare(own: Mapping[str, Tensor], given: Mapping[str, Any], source: str) ->
         DeltaLoadError: names, shapes or kinds of numbers differ.
     """
     if found := mismatch(own, given):
-        raise DeltaLoadError(f"{source} does not fit: {_in_words(found)}", found)
+        raise DeltaLoadError(f"{source} does not fit: {_in_words(found)}", details=found)
 
 
 def _in_words(found: Mismatch) -> str:
@@ -137,7 +137,7 @@ def value(
         raise DeltaLoadError(
             f"{source} does not fit: {key} holds values that are not finite in {found.dtype}: "
             "the training diverged, or the file is damaged",
-            Mismatch(not_finite=[key]),
+            not_finite=[key],
         )
     return found
 

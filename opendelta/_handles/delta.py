@@ -157,7 +157,7 @@ class Delta(BaseDelta):
         next_to = [neighbour(known, self, other) for other in (before, after)]
         if not self.attached:
             check_root(backbone)
-            commit(place(backbone, self, *next_to))
+            commit(place(backbone, self, *next_to, known=known))
         elif any(next_to):
             move(backbone, self.record, *next_to)
 

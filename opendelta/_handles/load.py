@@ -7,38 +7,49 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, overload
 
 from .._checkpoint import hub, loading
-from ..errors import DeltaLoadError, Mismatch
+from ..errors import DeltaLoadError, printable
 from .composition import Composition, Model
 
 
 @dataclass(frozen=True)
-class LoadReport(Mismatch):
+class LoadReport:
     """The result of `load(..., strict=False)`; true if the deltas are on the model.
 
-    If tensors do not fit, the fields of `Mismatch` name them.
+    If tensors do not fit, the fields from `missing` on name them, as `DeltaLoadError.details` does.
 
     Attributes:
         names: the deltas that were put on the model.
         problem: why no delta was put on the model, in words; None: all were.
         saved_from: the class of the model that the deltas were saved from; None if unknown.
         other_config: {setting that differs: (its value in that model's config, its value here)}.
+        missing: the tensors that the file lacks.
+        unexpected: the tensors in the file that the deltas do not have.
+        misshaped: {tensor: (its shape in the file, the shape it must have)}.
+        other_kind: {tensor: its dtype in the file} of floats for integers, or integers for floats.
+        not_finite: a tensor with NaN or infinite values.
+        differing: {weight of the backbone: how it differs from the weight at the training}.
     """
 
     names: list[str]
     problem: str | None = None
     saved_from: str | None = None
     other_config: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    misshaped: dict[str, tuple[list[int], list[int]]] = field(default_factory=dict)
+    other_kind: dict[str, str] = field(default_factory=dict)
+    not_finite: list[str] = field(default_factory=list)
+    differing: dict[str, str] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
         return self.problem is None
 
     def __str__(self) -> str:
         source = f", saved from a {self.saved_from}" if self.saved_from else ""
-        if self:
-            other = [f"{k}={was!r} (here {now!r})" for k, (was, now) in self.other_config.items()]
-            there = f" with {', '.join(other)}" if other else ""
-            return f"loaded {', '.join(self.names)}{source}{there}"
-        return f"nothing was loaded: {self.problem}"
+        other = [f"{k}={was!r} (here {now!r})" for k, (was, now) in self.other_config.items()]
+        there = f" with {', '.join(other)}" if other else ""
+        loaded = f"loaded {', '.join(self.names)}{source}{there}"
+        return printable(loaded if self else f"nothing was loaded: {self.problem}")
 
 
 @overload
@@ -104,7 +115,7 @@ def load(
     except DeltaLoadError as error:
         if strict:
             raise
-        return LoadReport([], str(error), **vars(error.details))
+        return LoadReport([], str(error), **error.details)
     names = [delta.name for delta in loaded]
     if strict:
         return Composition(model)

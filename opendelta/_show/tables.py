@@ -7,10 +7,12 @@ import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from ..errors import printable
 from .tree import spell
 
 if TYPE_CHECKING:  # rich is imported where something is drawn
     from rich.table import Table
+    from rich.text import Text
 
 WIDTH = 110  # columns of a text that is not printed on a terminal
 SHOWN = 4  # names in a list; more are left out
@@ -46,6 +48,13 @@ def size(count: float) -> str:
             break
         count /= 1024
     return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
+
+
+def cells(*texts: str) -> list[Text]:
+    """Return texts as cells of a table: as they are, but for signs that do not print."""
+    from rich.text import Text
+
+    return [Text("\n".join(map(printable, text.split("\n")))) for text in texts]
 
 
 def plain_table(title: str | None = None, *headings: str) -> Table:

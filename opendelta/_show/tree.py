@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from .._backbone.counting import statistics
 from .._layers.base import Acts, DeltaLayer
 from .._sites.stack import Stack
-from ..errors import OptionError
+from ..errors import OptionError, printable
 
 if TYPE_CHECKING:  # rich is imported where something is drawn: it takes a tenth of the start
     from rich.console import Console, ConsoleOptions, RenderResult
@@ -185,8 +185,7 @@ def draw(node: Node, above: str = "") -> Tree:
 
     label = Text()
     for text, style in parts:
-        printable = text if text.isprintable() else repr(text)[1:-1]
-        label.append(" " if label else "").append(printable, style)
+        label.append(" " if label else "").append(printable(text), style)
     drawn = Tree(label)
     drawn.children = [draw(child, name) for child in node.children]
     return drawn

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .._layers.costs import Flops
-from .._show.tables import SHOWN, as_text, folded, plain_table, size
-from ..errors import listed
+from .._show.tables import SHOWN, as_text, cells, folded, plain_table, size
+from ..errors import listed, printable
 from .costs import Memory
 
 if TYPE_CHECKING:  # rich is imported where something is drawn
@@ -145,7 +145,7 @@ def plan_table(plan: Plan) -> Iterator[RenderableType]:
     for delta in plan.deltas:
         title = delta.name + f"\n({delta.delta_type})" * (delta.name != delta.delta_type)
         for row in _rows(delta):
-            table.add_row(title, *row)
+            table.add_row(*cells(title, *row))
             title = ""
     yield table
     yield ""
@@ -158,7 +158,7 @@ def _line(text: str) -> Text:
     what, _, rest = text.partition(":")
     from rich.text import Text
 
-    return Text.assemble((what, "bold"), f":{rest}")
+    return Text.assemble((printable(what), "bold"), printable(f":{rest}"))
 
 
 def _rows(delta: PlannedDelta) -> Iterator[tuple[str, ...]]:

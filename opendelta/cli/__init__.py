@@ -11,7 +11,7 @@ import warnings
 from typing import Annotated, Any
 
 from .. import __version__
-from ..errors import DeltaError, DeltaWarning
+from ..errors import DeltaError, DeltaWarning, printable
 
 try:
     import typer
@@ -68,13 +68,13 @@ def main() -> None:
     except DeltaError as error:
         print(f"opendelta: {error}", file=sys.stderr)
         sys.exit(BAD_INPUT)
-    except (OSError, RuntimeError, ValueError, TypeError, RecursionError) as error:
+    except Exception as error:  # whatever a file makes a library raise
         first = next(iter(str(error).strip().splitlines()), "")
-        print(f"opendelta: {type(error).__name__}: {first}", file=sys.stderr)
+        print(printable(f"opendelta: {type(error).__name__}: {first}"), file=sys.stderr)
         sys.exit(BAD_INPUT)
 
 
 def _note(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
     """Print a warning as one line, without the line of code that raised it."""
     name = "" if issubclass(category, DeltaWarning) else f"{category.__name__}: "
-    print(f"opendelta: note: {name}{message}", file=sys.stderr)
+    print(printable(f"opendelta: note: {name}{message}"), file=sys.stderr)

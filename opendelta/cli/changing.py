@@ -14,7 +14,7 @@ import typer
 import opendelta
 
 from .._checkpoint import hub
-from ..errors import DeltaError, DeltaLoadError
+from ..errors import DeltaError, DeltaLoadError, printable
 from ..interop.peft import writing
 from . import contents as reading
 from . import models
@@ -146,6 +146,6 @@ def verify(
         how = how if compared else "the sizes are right, and there are no weights to compare"
         print(f"{checkpoint} fits {model}: {', '.join(names)}; {how}")
     else:
-        print(f"{checkpoint} does not fit {model}: {problem}")
+        print(printable(f"{checkpoint} does not fit {model}: {problem}"))
     if problem is not None:
         raise typer.Exit(1)

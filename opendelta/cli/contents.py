@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from .. import interop
 from .._checkpoint import hub
 from .._checkpoint.source import opened
 from .._deltas.registry import METHODS
+from .._files.reading import check_link
 from ..errors import DeltaLoadError
 from ..interop import _files as others
 from ..names import SLOT, last
@@ -63,7 +65,7 @@ def contents(given: str, values: bool = False) -> Contents:
     """
     folder = hub.folder_of(given)
     reader = interop.reader_of(folder) if folder.is_dir() else None
-    size = sum(file.stat().st_size for file in folder.glob("*") if file.is_file())
+    size = _size(folder)
     if reader is not None:
         return _foreign(given, folder, last(reader.__name__), size)
     with opened(folder, nn.Module()) as source:
@@ -95,6 +97,15 @@ def contents(given: str, values: bool = False) -> Contents:
         bytes=size,
         values=read,
     )
+
+
+def _size(folder: Path) -> int:
+    """Return the bytes of the files in a folder, in which another process may be saving."""
+    total = 0
+    for path in folder.glob("*"):
+        with contextlib.suppress(OSError):
+            total += path.stat().st_size if path.is_file() else 0
+    return total
 
 
 def changed_options(config: Any) -> dict[str, Any]:
@@ -165,9 +176,9 @@ def _foreign(given: str, folder: Path, reader: str, size: int) -> Contents:
     path = next((folder / n for n in library.weights if (folder / n).is_file()), None)
     if path is None:
         raise DeltaLoadError(f"{folder}: there is no {' or '.join(library.weights)} in it")
+    check_link(path)
     read = others.read_safetensors if path.suffix == ".safetensors" else others.read_pickle
     tensors = read(path)
-    places = config.get(library.places)
     kind = str(config.get(library.kind) or "adapter")
     delta = {
         "name": str(whole.get("name") or kind),
@@ -176,8 +187,8 @@ def _foreign(given: str, folder: Path, reader: str, size: int) -> Contents:
         "scale": 1.0,
         "frozen": 0,
         "parameters": sum(tensor.numel() for tensor in tensors.values()),
-        "modules": places if isinstance(places, list) else [str(places)] if places else [],
-        "modules_to_save": config.get("modules_to_save") or [],
+        "modules": _names(config.get(library.places)),
+        "modules_to_save": _names(config.get("modules_to_save")),
         "options": {k: v for k, v in sorted(config.items()) if v and k not in NO_OPTIONS},
     }
     return Contents(
@@ -190,6 +201,11 @@ def _foreign(given: str, folder: Path, reader: str, size: int) -> Contents:
         bytes=size,
         values=tensors,
     )
+
+
+def _names(given: Any) -> list[str]:
+    """Return what a field holds that names modules: names, a pattern, or nothing."""
+    return [str(name) for name in (given if isinstance(given, list) else [given]) if name]
 
 
 def compared(one: Contents, other: Contents) -> dict[str, Any]:

@@ -12,8 +12,8 @@ from rich.console import Console
 
 import opendelta
 
-from .._show.tables import WIDTH, folded, plain_table, size
-from ..errors import DeltaError, listed
+from .._show.tables import WIDTH, cells, folded, plain_table, size
+from ..errors import DeltaError, listed, printable
 from . import contents as reading
 from . import models, requests
 
@@ -64,7 +64,7 @@ def tree(
     table = plain_table(f"roles in {type(built).__name__}", "role", "where", "modules")
     for role in dict.fromkeys(found.values()):
         own = [name for name, has in found.items() if has == role]
-        table.add_row(role, "\n".join(folded(own)), str(len(own)))
+        table.add_row(*cells(role, "\n".join(folded(own)), str(len(own))))
     console().print(table)
 
 
@@ -149,7 +149,7 @@ def explain(
     for each in told:
         alike.setdefault(each.formula, []).append(each.module)
     for formula, names in alike.items():
-        table.add_row("\n".join(folded(names)), formula)
+        table.add_row(*cells("\n".join(folded(names)), formula))
     console().print(table)
 
 
@@ -180,7 +180,7 @@ def show(checkpoint: Checkpoint, json: AsJson = False) -> None:
         places = [*folded(delta["modules"]), *(f"own {n}" for n in delta["modules_to_save"])]
         shown = [*places[:SHOWN], *["..."] * (len(places) > SHOWN)]
         options = [f"{name}={value!r}" for name, value in delta["options"].items()]
-        table.add_row(
+        row = (
             delta["name"],
             delta["delta_type"],
             ", ".join(state),
@@ -188,11 +188,13 @@ def show(checkpoint: Checkpoint, json: AsJson = False) -> None:
             "\n".join(shown),
             "\n".join(options),
         )
+        table.add_row(*cells(*row))
     out, backbone = console(), held.backbone or held.model or "an unnamed model"
-    out.print(
+    head = (
         f"{held.path}: {held.format}, saved from {backbone}; "
         f"{count:,} parameters in {len(held.shapes)} tensors, {size(held.bytes)}"
     )
+    out.print(*cells(head))
     out.print(table)
 
 
@@ -222,7 +224,11 @@ def diff(
         as_json(found)
     else:
         lines = list(_differences(found, len(one.shapes)))
-        print("\n".join(lines) if lines else f"the same: {len(one.shapes)} tensors, bit for bit")
+        print(
+            "\n".join(map(printable, lines))
+            if lines
+            else f"the same: {len(one.shapes)} tensors, bit for bit"
+        )
     if any(found.values()):
         raise typer.Exit(1)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .._files.folder import LARGEST
+from .._files.reading import parsed, readable
 from ..errors import DeltaError, nearest
 
 HUB_NAME = re.compile(r"[\w-][\w.-]*(?:/[\w-][\w.-]*)?")
@@ -54,7 +53,8 @@ def with_weights(model: str, class_name: str | None = None, saved_from: str = ""
 
 def is_config(model: str) -> bool:
     """True if MODEL is a file, which has no weights."""
-    return Path(model).is_file()
+    with readable(Path(model)):
+        return Path(model).is_file()
 
 
 def _transformers() -> Any:
@@ -71,26 +71,23 @@ def _transformers() -> Any:
 
 def _config(model: str) -> Any:
     path = Path(model)
-    if path.is_dir() and not (path / "config.json").is_file():
+    with readable(path):
+        is_folder, there = path.is_dir(), path.exists()
+    if is_folder and not (path / "config.json").exists():
         raise DeltaError(f"{model} has no config.json, so it is no folder of a model")
-    if path.is_dir() or path.is_file():
-        _check_json(path / "config.json" if path.is_dir() else path)
+    if there:
+        _check_json(path / "config.json" if is_folder else path)
     elif not HUB_NAME.fullmatch(model):
         raise DeltaError(f"no model {model!r}: there is no such folder or file")
     try:
         return _transformers().AutoConfig.from_pretrained(model, trust_remote_code=False)
     except Exception as error:  # whatever stands in a config
-        what = "" if path.exists() else "there is no such folder or file here, and the hub says: "
+        what = "" if there else "there is no such folder or file here, and the hub says: "
         raise DeltaError(f"no model {model!r}: {what}{_first(error)}") from None
 
 
 def _check_json(path: Path) -> None:
-    try:
-        if (size := path.stat().st_size) > LARGEST:
-            raise DeltaError(f"{path} has {size:,} bytes, more than {LARGEST:,}")
-        given = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
-        raise DeltaError(f"{path} cannot be read as JSON: {error}") from None
+    given = parsed(path)
     if not isinstance(given, dict) or "model_type" not in given:
         raise DeltaError(f"{path} is no config of a transformers model: it has no model_type")
 

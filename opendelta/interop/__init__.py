@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .._files import folder as files
+from .._files.reading import readable
 
 READERS = ("peft", "legacy", "adapters")
 
@@ -28,12 +29,10 @@ def reader_of(folder: Path) -> Any:
     """Return the reader for the library that wrote `folder`; None if it is ours or unknown.
 
     Raises:
-        DeltaLoadError: the folder has a config with the name of ours, and it is damaged.
+        DeltaLoadError: a config in the folder is damaged, or cannot be read.
     """
-    if files.is_ours(folder):
-        return None
-    for name in READERS:
-        reader = import_module(f"{__name__}.{name}")
-        if reader.recognises(folder):
-            return reader
-    return None
+    with readable(folder):
+        if files.is_ours(folder):
+            return None
+        readers = (import_module(f"{__name__}.{name}") for name in READERS)
+        return next((reader for reader in readers if reader.recognises(folder)), None)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import re
 import zipfile
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .._files import folder as files
+from .._files import reading
+from .._files.reading import check_link, open_file
 from ..errors import DeltaLoadError
+from ._pickle import StateDict
+
+MOST_NAMES = 32  # times that the tensors of a pickle may name its bytes, as tied weights do
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -20,7 +25,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         DeltaLoadError: the file holds no JSON object, or is larger than a configuration can be.
     """
-    given = files.read_json(path, longest=10_000)
+    given = reading.read_json(path, longest=10_000)
     if not isinstance(given, dict):
         raise DeltaLoadError(f"{path} must hold a JSON object, not a {type(given).__name__}")
     return given
@@ -32,39 +37,40 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     Raises:
         DeltaLoadError: the file is damaged, or a link out of its folder.
     """
-    files.check_link(path)
+    check_link(path)
     try:
-        with open(path, "rb") as file, files.open_safetensors(path, file) as opened:
+        with open_file(path) as file, files.open_safetensors(path, file) as opened:
             return {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
     except OSError as error:
         raise DeltaLoadError(f"{path} cannot be read: {error}") from None
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of a state dict that `torch.save` wrote; unpickle nothing else.
+    """Return the tensors of a state dict that `torch.save` wrote; unpickle nothing.
 
     Raises:
-        DeltaLoadError: the file holds something else than named tensors.
+        DeltaLoadError: the file holds something else than named tensors, or claims more of them
+            than it has bytes for.
     """
     try:
-        with zipfile.ZipFile(path) as archive:  # as torch has written them since 1.6
-            if sum(part.file_size for part in archive.infolist()) > path.stat().st_size:
+        with open_file(path) as file, zipfile.ZipFile(file) as archive:  # as since torch 1.6
+            size = os.fstat(file.fileno()).st_size
+            if sum(part.file_size for part in archive.infolist()) > size:
                 raise ValueError("it is compressed, as torch's own files never are")
-        given = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # for a damaged file torch raises nearly any exception
-        first = next(iter(str(error).splitlines()), type(error).__name__)
+            given = StateDict(archive, size).run()
+    except DeltaLoadError:
+        raise
+    except Exception as error:  # a damaged program may do any step at any time
+        first = f"{type(error).__name__}: " * (type(error) is not ValueError) + str(error)
         raise DeltaLoadError(
             f"{path} is no state dict of plain tensors, and nothing else is unpickled: {first}"
         ) from None
     if not isinstance(given, dict) or not all(
-        isinstance(key, str) and isinstance(value, Tensor) for key, value in given.items()
+        isinstance(value, Tensor) for value in given.values()
     ):
         raise DeltaLoadError(f"{path} must hold named tensors, as a state dict does")
-    size = path.stat().st_size
-    for key, value in given.items():
-        plain = value.layout == torch.strided and not value.is_meta
-        if not plain or value.numel() * value.itemsize > size:
-            raise DeltaLoadError(f"{path}: {key} claims more values than the file holds")
+    if sum(tensor.numel() * tensor.itemsize for tensor in given.values()) > MOST_NAMES * size:
+        raise DeltaLoadError(f"{path}: its tensors claim more values than the file holds")
     return given
 
 

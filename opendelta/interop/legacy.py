@@ -24,7 +24,7 @@ from .._deltas.base import BaseDelta
 from .._deltas.options import DeltaConfig
 from .._deltas.order import handle_of, known_records
 from .._deltas.registry import method
-from .._files import folder as files
+from .._files.reading import check_link, undamaged
 from .._files.tensors import copy_into
 from .._modules.tensors import full, stored_params
 from ..errors import DeltaError, DeltaLoadError, OptionError
@@ -112,7 +112,8 @@ def config_of(folder: Path) -> DeltaConfig:
     Raises:
         DeltaLoadError: no delta can have this config.
     """
-    return _config(folder, read_json(folder / CONFIG))
+    with undamaged(folder):
+        return _config(folder, read_json(folder / CONFIG))
 
 
 def translate(folder: Path, model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -129,7 +130,7 @@ def translate(folder: Path, model: nn.Module) -> tuple[dict[str, Any], dict[str,
     Raises:
         DeltaLoadError: the folder is damaged, or holds tensors of several methods.
     """
-    files.check_link(folder / WEIGHTS)
+    check_link(folder / WEIGHTS)
     config, backbone = read_json(folder / CONFIG), Backbone.of(model)
     name, options = _options(folder, config)
     content = _content(read_pickle(folder / WEIGHTS))
@@ -249,28 +250,37 @@ def load_state_dict(model: nn.Module, path: str | os.PathLike) -> None:
         DeltaLoadError: the file's tensors do not fit these deltas. Nothing is copied then.
     """
     source, found = Path(path), Backbone.of(model)
-    content = _content(read_pickle(source))
     deltas = [handle_of(found, record) for record in known_records(found)]
     if not deltas:
         raise DeltaLoadError(
             f"{source} holds tensors of deltas, but this {type(model).__name__} has none: attach "
             "the deltas that it was saved from first, in the same order"
         )
+    with undamaged(source):
+        into, given = _matched(source, found, deltas)
+    copy_into(into, given, str(source))
+
+
+def _matched(
+    source: Path, backbone: Backbone, deltas: Iterable[BaseDelta]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the model's tensors by our full names, and the values for them in a file."""
+    content = _content(read_pickle(source))
     counts: dict[tuple[str, str], int] = defaultdict(int)
     into: dict[str, Tensor] = {}
     given: dict[str, Tensor] = {}
     for delta in deltas:
         into |= delta.state_dict()
-        given |= _of_delta(delta, found, content, counts)
+        given |= _of_delta(delta, backbone, content, counts)
     unused = {
         f"{where}.{kind}": value
         for (kind, _), part in content.sites.items()
         for where, own in part.items()
         for value in own.values()
     }
-    backbone = _of_backbone(source, found, content.others)
-    into |= {key: found.tensors()[key] for key in backbone}
-    copy_into(into, {**given, **backbone, **unused}, str(source))
+    of_backbone = _of_backbone(source, backbone, content.others)
+    into |= {key: backbone.tensors()[key] for key in of_backbone}
+    return into, {**given, **of_backbone, **unused}
 
 
 def _of_delta(

@@ -1,7 +1,10 @@
 """Folders, links, names and configs that nobody means well with: one error, one line."""
 
+import contextlib
+import faulthandler
 import json
 import os
+import stat
 import sys
 import warnings
 
@@ -12,7 +15,9 @@ from torch import nn
 
 import opendelta
 from opendelta import DeltaLoadError, LoraModel
+from opendelta._files import folder as files
 from opendelta.cli import main
+from opendelta.interop import legacy, peft
 
 BERT = {
     "model_type": "bert", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
@@ -21,6 +26,7 @@ BERT = {
 
 
 def net():
+    torch.manual_seed(0)
     return nn.Sequential(nn.Linear(8, 8))
 
 
@@ -77,7 +83,7 @@ def run(monkeypatch, capsys, *arguments):
         main()
     captured = capsys.readouterr()
     assert "Traceback" not in captured.err
-    return stop.value.code, captured.err.strip().splitlines()[-1]
+    return stop.value.code, "".join(captured.err.strip().splitlines()[-1:])
 
 
 def config(tmp_path, **facts):
@@ -128,3 +134,281 @@ def test_tensors_of_a_good_folder_are_read(folder):
     model = net()
     opendelta.load(folder, model, check_backbone=False)
     assert torch.isfinite(model(torch.ones(1, 8))).all()
+
+
+def test_a_folder_that_is_refused_gives_no_warning_beside_its_error(tmp_path):
+    model = net()
+    with pytest.warns(opendelta.UnsavedWarning):
+        LoraModel(model, modified_modules=["0"]).save_finetuned(tmp_path)
+    facts = json.loads((tmp_path / "config.json").read_text())
+    (print_,) = facts["fingerprint"].values()
+    print_["values"] = None
+    changed(tmp_path, fingerprint=facts["fingerprint"], sha256="0" * 64)
+    fresh = net()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(DeltaLoadError, match="is damaged: its sha256"):
+            opendelta.load(tmp_path, fresh)
+        changed(tmp_path, sha256=facts["sha256"])
+        with pytest.raises(opendelta.UncheckedWarning):
+            opendelta.load(tmp_path, fresh)
+    opendelta.assert_pristine(fresh)
+    with pytest.warns(opendelta.UncheckedWarning, match="1 of 1 weights"):
+        opendelta.load(tmp_path, fresh)
+
+
+@pytest.mark.covers("Delta.state_dict")
+def test_the_name_in_full_names_must_be_a_name():
+    delta = LoraModel(net(), modified_modules=["0"])
+    assert sorted(delta.state_dict("b")) == ["0.deltas.b.lora_A", "0.deltas.b.lora_B"]
+    for name in (3, "", "a.b", b"b", ["b"]):
+        with pytest.raises(opendelta.DeltaError, match="is no name for a delta"):
+            delta.state_dict(named=name)
+
+
+# ------------------------------------------------------------------------- pipes and devices
+POSIX = pytest.mark.skipif(os.name != "posix", reason="there are pipes and links on POSIX")
+
+
+@contextlib.contextmanager
+def soon():
+    """End the process if what is inside waits: an open that blocks knows no other end."""
+    faulthandler.dump_traceback_later(60, exit=True, file=sys.__stderr__)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def no_files(folder):
+    """Things at a path in a new folder that are no files: a pipe, links to devices."""
+    for number, put in enumerate([
+        os.mkfifo,
+        lambda path: os.symlink("/dev/zero", path),
+        lambda path: os.symlink("/dev/tty", path),
+        os.mkdir,
+    ]):  # fmt: skip
+        around = folder / str(number)
+        around.mkdir()
+        yield around, put
+
+
+def attached():
+    delta = shake(LoraModel(net(), modified_modules=["0"]))
+    delta.freeze_module()
+    return delta
+
+
+@POSIX
+@pytest.mark.parametrize("save", [lambda d, path: d.save_finetuned(path), peft.save])
+@pytest.mark.parametrize("name", ["config.json", "adapter_config.json", "pytorch_model.bin"])
+def test_saving_over_a_pipe_or_a_device_neither_waits_nor_removes_it(save, name, tmp_path):
+    for around, put in no_files(tmp_path):
+        put(around / name)
+        before = (around / name).lstat()
+        with soon(), contextlib.suppress(opendelta.DeltaError):
+            save(attached(), around)
+            assert name != "config.json"
+        assert (around / name).lstat() == before or name == "adapter_config.json"
+
+
+@POSIX
+@pytest.mark.parametrize("save", [lambda d, path: d.save_finetuned(path), peft.save])
+def test_saving_into_what_is_no_folder_is_refused(save, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("nothing")
+    (tmp_path / "file").touch()
+    for path in ("pipe", "link", "file"):
+        with soon(), pytest.raises(opendelta.DeltaError, match="is a file; give a folder"):
+            save(attached(), tmp_path / path)
+    assert stat.S_ISFIFO((tmp_path / "pipe").lstat().st_mode)
+
+
+@POSIX
+@pytest.mark.parametrize(
+    "name",
+    ["config.json", "adapter_config.json", "adapter_model.safetensors", "adapter_setup.json",
+     "adapter.safetensors", "pytorch_model.bin", "head_config.json"],
+)  # fmt: skip
+def test_loading_beside_a_pipe_or_a_device_does_not_wait(name, tmp_path, monkeypatch, capsys):
+    for around, put in no_files(tmp_path):
+        for other in {"config.json", "adapter_config.json"} - {name}:
+            (around / other).write_text('{"delta_type": "lora", "peft_type": "LORA"}')
+        put(around / name)
+        with soon(), pytest.raises(DeltaLoadError):
+            opendelta.load(around, net())
+        with soon():
+            for command in (["show", around], ["tree", around], ["verify", around, around]):
+                assert run(monkeypatch, capsys, *command)[0] in (1, 2)
+
+
+def test_only_files_that_opendelta_names_so_are_removed(folder):
+    theirs = ["delta-of-my-thesis.safetensors", "delta-0123456789abcdeF.safetensors", "delta-1.x"]
+    for name in theirs:
+        (folder / name).write_bytes(b"precious")
+    beneath = folder / "delta-0123456789abcdef.safetensors"
+    beneath.mkdir()
+    (beneath / "mine").touch()
+    (folder / "delta-fedcba9876543210.safetensors").touch()
+    attached().save_finetuned(folder)
+    left = {path.name for path in folder.iterdir()} - {"config.json", *theirs, beneath.name}
+    assert left == {json.loads((folder / "config.json").read_text())["weights"]}
+    assert (beneath / "mine").exists()
+
+
+def test_a_reader_beside_a_writer_reads_the_old_pair_or_the_new(folder, monkeypatch):
+    from_file, deltas = torch.UntypedStorage.from_file, [attached() for _ in range(3)]
+    for number, delta in enumerate(deltas):
+        shake(delta, seed=number + 1)
+
+    def replaced_meanwhile(*args, **options):
+        if deltas:
+            deltas.pop().save_finetuned(folder)
+        return from_file(*args, **options)
+
+    last = deltas[0].state_dict()
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", replaced_meanwhile)
+    model = net()
+    opendelta.load(folder, model)
+    (read,) = opendelta.composition(model)
+    assert not deltas
+    assert all(torch.equal(read.state_dict()[key], value) for key, value in last.items())
+
+
+# ------------------------------------------------------------------- what a JSON must hold exactly
+@pytest.mark.parametrize("given", [True, 1.0, "1", None, [1], 2])
+def test_the_schema_is_an_integer(folder, given):
+    changed(folder, schema_version=given)
+    with pytest.raises(DeltaLoadError, match="this version of opendelta reads 1"):
+        opendelta.load(folder, net())
+
+
+@pytest.mark.parametrize(
+    "print_",
+    [None, {"shape": None, "values": None}, {"shape": [None, None], "values": None},
+     {"shape": [True, 8], "values": None}, {"shape": [8.0, 8], "values": None},
+     {"shape": [-1], "values": None}, {"shape": [8, 8], "values": "AAAA="},
+     {"shape": [8, 8], "values": 3}, {"shape": [8, 8]}],
+)  # fmt: skip
+def test_a_fingerprint_holds_shapes_and_values(folder, print_):
+    changed(folder, fingerprint={"0.weight": print_})
+    with pytest.raises(DeltaLoadError, match="fingerprint must hold a shape and values"):
+        opendelta.load(folder, net())
+
+
+def test_a_fingerprint_of_other_values_is_refused(folder):
+    for values in ("", "AAAA", "AAAAAA=="):
+        changed(folder, fingerprint={"0.weight": {"shape": [8, 8], "values": values}})
+        with pytest.raises(DeltaLoadError):
+            opendelta.load(folder, net())
+
+
+# -------------------------------------------------------------------- signs that do not print
+ODD = "\x1b[31m\u202e[/b]\n" + "k" * 1_200
+
+
+def test_no_sign_of_a_file_reaches_a_message_or_a_table_raw(monkeypatch, capsys, tmp_path):
+    LoraModel(net(), modified_modules=["0"]).freeze_module()
+    theirs = tmp_path / "peft"
+    delta = attached()
+    peft.save(delta, theirs)
+    path = theirs / "adapter_config.json"
+    facts = json.loads(path.read_text())
+    facts |= {"base_model_name_or_path": ODD, "name": ODD, "target_modules": [ODD, 3], ODD: ODD}
+    path.write_text(json.dumps(facts | {"modules_to_save": 7}))
+    monkeypatch.setattr(sys, "argv", ["opendelta", "show", str(theirs)])
+    main_ends(0)
+    shown = capsys.readouterr().out
+    assert "\\x1b[31m" in shown
+    assert shown.replace("\n", "").isprintable()
+    assert len(shown) < 30_000
+    with pytest.raises(DeltaLoadError) as caught:
+        opendelta.load(theirs, net())
+    assert str(caught.value).isprintable()
+
+
+def main_ends(code):
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == code
+
+
+def test_keys_of_400_000_letters_are_cut_in_messages(tmp_path):
+    delta = attached()
+    files.write(tmp_path / "long", {}, {"k\x1b" * 200_000: torch.zeros(1)})
+    written = json.loads((tmp_path / "long" / "config.json").read_text())
+    delta.save_finetuned(tmp_path / "delta")
+    (tmp_path / "long" / written["weights"]).rename(tmp_path / "delta" / written["weights"])
+    changed(tmp_path / "delta", weights=written["weights"], sha256=written["sha256"])
+    with pytest.raises(DeltaLoadError, match="1 unexpected: k") as caught:
+        opendelta.load(tmp_path / "delta", net())
+    assert len(str(caught.value)) <= 2_000
+    assert str(caught.value).isprintable()
+
+
+def test_a_report_prints_as_one_line(folder):
+    changed(folder, backbone_class=ODD[:999])
+    report = opendelta.load(folder, net(), strict=False)
+    assert report
+    assert "saved from a \\x1b[31m" in str(report)
+    assert str(report).isprintable()
+
+
+@pytest.mark.parametrize(
+    "facts",
+    [{}, {"delta_type": ["lora"]}, {"delta_type": "lora", "modified_modules": 3},
+     {"delta_type": "lora", "modified_modules": [None, {}]}, {"delta_type": "prefix"}],
+)  # fmt: skip
+def test_a_folder_of_0_3_without_its_fields(facts, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(facts))
+    torch.save({"0.prefix.reparams.x": torch.zeros(1)}, tmp_path / "pytorch_model.bin")
+    model = net()
+    LoraModel(model, modified_modules=["0"])
+    for read in (legacy.config_of, lambda path: opendelta.load(path, net())):
+        with contextlib.suppress(DeltaLoadError):
+            assert read(tmp_path).delta_type == "prefix"
+    with pytest.raises(DeltaLoadError):
+        legacy.load_state_dict(model, tmp_path / "pytorch_model.bin")
+    with pytest.raises(DeltaLoadError, match="No such file"):
+        legacy.load_state_dict(model, tmp_path / "missing.bin")
+
+
+def test_what_may_not_be_read_is_named(folder, monkeypatch):
+    def forbidden(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", forbidden)
+        with pytest.raises(DeltaLoadError, match=r"config.json cannot be read .*Permission denied"):
+            opendelta.load(folder, net())
+    monkeypatch.setattr(os, "stat", forbidden)
+    with pytest.raises(DeltaLoadError, match=r"cannot be read: .*Permission denied"):
+        opendelta.load(folder, net())
+
+
+@POSIX
+def test_a_folder_of_any_name_is_read_or_refused_in_one_line(monkeypatch, capsys, tmp_path):
+    odd = os.fsdecode(os.fsencode(tmp_path) + b"/\xff\n\x1b[31m")
+    for save in (attached().save_finetuned, lambda path: peft.save(attached(), path)):
+        with pytest.raises(opendelta.DeltaError, match="is no UTF-8"):
+            save(odd)
+    os.makedirs(odd, exist_ok=True)
+    for path in (odd, f"{odd}/missing", "a\0b"):
+        with contextlib.suppress(DeltaLoadError):
+            opendelta.load(path, net())
+        code, line = run(monkeypatch, capsys, "show", path) if "\0" not in path else (2, "")
+        assert code == 2
+        assert line.isprintable()
+
+
+def test_the_command_ends_in_one_line_whatever_is_raised(monkeypatch, capsys, tmp_path):
+    for error in (KeyError("a"), MemoryError(), NotImplementedError("\x1b"), AssertionError()):
+
+        def raised(*_, error=error, **__):
+            raise error
+
+        monkeypatch.setattr("opendelta.cli.looking.saved_from", raised)
+        code, line = run(monkeypatch, capsys, "explain", tmp_path, tmp_path)
+        assert code == 2
+        assert line.startswith(f"opendelta: {type(error).__name__}:")
+        assert line.isprintable()

@@ -92,8 +92,9 @@ def test_the_page_of_the_format_names_every_key(tmp_path):
     keys = re.findall(r"^\| `(\w+)` \|", FORMAT, re.M)
     assert keys == [*config, *fact]
     assert f"is\nschema {config['schema_version']}" in FORMAT
-    folder = opendelta._files.folder
-    assert f"{folder.LARGEST // 2**20} MiB and {folder.MOST_ITEMS:,} items" in FORMAT
+    limits, deltas = opendelta._files.reading, opendelta._checkpoint.source.MOST_DELTAS
+    sizes = f"{limits.LARGEST // 2**20} MiB, {limits.MOST_ITEMS:,} items and {deltas:,} deltas"
+    assert f"at most {sizes}" in FORMAT
     assert f"is at most {opendelta._checkpoint.fingerprint.TOLERANCE}" in FORMAT.replace("\n", " ")
     assert f"{opendelta._checkpoint.fingerprint.SAMPLES} values" in FORMAT.replace("\n", " ")
 

@@ -1,6 +1,8 @@
 """Random bytes, and random edits of good folders: each ends in DeltaLoadError or a correct load."""
 
+import contextlib
 import copy
+import io
 import json
 import warnings
 
@@ -12,7 +14,10 @@ from support import corpus
 from support.nets import IDS, net
 
 import opendelta
+from opendelta import AutoDeltaConfig
 from opendelta._deltas.registry import METHODS
+from opendelta.cli import looking
+from opendelta.interop import legacy
 
 pytestmark = pytest.mark.covers("load", "LoadReport")
 
@@ -25,7 +30,7 @@ FUZZ = settings(
 NASTY = st.sampled_from([
     "", "root", "linear", "head", "lora", "a/b", "..", "[r](a+)+$", "../x.safetensors", "float16",
     0, 1, -1, 2, 2_000_000, 2**40, 2**63 - 1, 10**30, 1e30, -1e30, float("nan"), float("inf"),
-    None, True, False, [], {}, [[]], {"": []},
+    None, True, False, [], {}, [[]], {"": []}, "\x1b[31m", "\ud800", "[/b]", "k" * 5_000,
     ["linear"], ["head"], ["norm", "linear"], {"linear": 3},
 ])  # fmt: skip
 KEYS = st.text(max_size=5)
@@ -94,6 +99,17 @@ def loads_or_refuses(folder, files, model):
     return report
 
 
+def reads_or_refuses(folder):
+    """What reads a folder without a model prints lines that print, or ends in an error of ours."""
+    for read in (AutoDeltaConfig.from_finetuned, looking.show, legacy.config_of):
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            try:
+                read(str(folder) if read is looking.show else folder)
+            except opendelta.DeltaError as error:
+                print(error)
+        assert out.getvalue().replace("\n", "").isprintable()
+
+
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
@@ -133,6 +149,7 @@ def test_edited_json(kind, data, model, tmp_path):
     facts = edited(data.draw, json.loads(files[name]))
     files[name] = json.dumps(facts).encode()
     loads_or_refuses(tmp_path / "delta", files, model)
+    reads_or_refuses(tmp_path / "delta")
 
 
 @FUZZ

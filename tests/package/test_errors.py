@@ -1,5 +1,6 @@
 """Errors carry fields beside their text, and warnings point at the line of the user."""
 
+import pickle
 import runpy
 import textwrap
 import warnings
@@ -11,8 +12,8 @@ from support.models import by_hand
 from torch import nn
 
 import opendelta
-from opendelta import AddressError, DeltaLoadError, LoraModel, SiteError
-from opendelta.errors import listed, quoted
+from opendelta import AddressError, DeltaError, DeltaLoadError, LoraModel, SiteError
+from opendelta.errors import listed, quoted, warn
 
 
 def net():
@@ -76,6 +77,47 @@ def test_a_load_error_says_which_tensors(tmp_path):
     report = opendelta.load(tmp_path, wider, strict=False)
     assert report.misshaped == details.misshaped
     assert not DeltaLoadError("no folder").details
+
+
+@pytest.mark.covers("DeltaLoadError")
+def test_the_details_of_a_load_error_are_a_mapping_too():
+    error = DeltaLoadError("no", missing=["a"])
+    assert (error.details["missing"], error.details.missing) == (["a"], ["a"])
+    assert dict(error.details) == {"missing": ["a"]}
+    assert error.details == {"missing": ["a"]}
+    assert "unexpected" not in error.details
+    with pytest.raises(KeyError):
+        error.details["unexpected"]
+    assert dict(DeltaLoadError("no").details) == {}
+    again = pickle.loads(pickle.dumps(error))
+    assert (again.details, str(again)) == (error.details, "no")
+
+
+@pytest.mark.covers("AddressError", "SiteError")
+def test_errors_keep_all_their_arguments():
+    for kind in (AddressError, SiteError, DeltaLoadError):
+        assert (kind().args, kind("a", "b").args) == ((), ("a", "b"))
+    again = pickle.loads(pickle.dumps(AddressError("a", pattern="b", nearest="c")))
+    assert (again.args, again.pattern, again.nearest) == (("a",), "b", ["c"])
+
+
+@pytest.mark.covers("LoadReport")
+def test_a_report_is_made_and_shown_in_the_order_of_its_fields():
+    report = opendelta.LoadReport(["a"], None, None, {}, ["missing"])
+    assert report.missing == ["missing"]
+    assert repr(report).startswith("LoadReport(names=['a'], problem=None, saved_from=None, other_c")
+
+
+def test_an_error_and_a_warning_are_one_line_whatever_a_name_holds():
+    for text in ("\x1b[31mred\n\u202e\udcff", "k" * 400_000, "\x1b" * 5_000):
+        error = str(DeltaError(f"before {text} after"))
+        assert len(error) <= 2_000
+        assert error.isprintable()
+        assert (error[:7], error[-6:]) == ("before ", " after")
+        with pytest.warns(opendelta.DeltaWarning) as caught:
+            warn(f"before {text} after", opendelta.DeltaWarning)
+        assert str(caught[0].message) == error
+    assert str(DeltaError("a\nb")) == r"a\nb"
 
 
 def test_lists_and_names_for_messages():

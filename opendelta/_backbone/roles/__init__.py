@@ -271,6 +271,6 @@ def _unknown(backbone: Backbone, known: Mapping[str, str], role: str) -> Address
         + (f", such as {hints}" if hints else "")
         + (f"; its repeated blocks are {blocks}" if blocks else "")
         + "; opendelta.tree(model) prints all names",
-        role,
-        alike,
+        pattern=role,
+        nearest=alike,
     )

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..._backbone.backbone import Backbone
-from ..._files import folder as files
+from ..._files.reading import check_link, read_start
 from ...errors import DeltaLoadError, shown
 from .._files import read_json, read_pickle, read_safetensors
 from . import bottleneck, heads, prefixes, weights
@@ -41,8 +41,7 @@ def recognises(folder: Path) -> bool:
         return False
     if (folder / WEIGHTS).is_file() or (folder / PICKLE).is_file():
         return True
-    with open(config, "rb") as file:
-        content = file.read(files.LARGEST)
+    content = read_start(config)
     return b'"config"' in content and b'"peft_type"' not in content
 
 
@@ -111,7 +110,7 @@ def _order(part: Part) -> None:
 
 # ---------------------------------------------------------------------------------------- the files
 def _tensors(path: Path) -> dict[str, Tensor]:
-    files.check_link(path)
+    check_link(path)
     return read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..._backbone.backbone import Backbone
-from ..._files import folder as files
+from ..._files.reading import read_start
 from ..._layers import prompt as prompt_
 from ..._modules import tensors
 from ..._modules.tensors import stored
@@ -41,8 +41,7 @@ def recognises(folder: Path) -> bool:
         return False
     if (folder / WEIGHTS).is_file() or (folder / PICKLE).is_file():
         return True
-    with open(config, "rb") as file:
-        return b'"peft_type"' in file.read(files.LARGEST)
+    return b'"peft_type"' in read_start(config)
 
 
 def translate(folder: Path, model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -16,6 +16,7 @@ from ..._backbone import copying
 from ..._backbone.backbone import Backbone
 from ..._deltas.base import BaseDelta
 from ..._files import folder as files
+from ..._files.reading import read_start
 from ..._layers.base import Acts
 from ..._modules.kinds import TransposedLinear, kind_of
 from ..._modules.tensors import full
@@ -82,13 +83,14 @@ def save(delta: BaseDelta, folder: str | os.PathLike) -> None:
 
 
 def _check_free(folder: Path) -> None:
+    files.check_folder(folder)
     if (folder / files.CONFIG).exists():
         raise DeltaError(
             f"{folder} has a {files.CONFIG}, so it is a model's or another delta's; save into a "
             "folder of its own"
         )
     path = folder / CONFIG
-    if path.exists() and b'"peft_type"' not in path.read_bytes():
+    if path.exists() and b'"peft_type"' not in read_start(path):
         raise DeltaError(f"{path} is not PEFT's; save into a folder of its own")
 
 

@@ -1,0 +1,58 @@
+"""A folder of many deltas loads at once, or its number is refused."""
+
+import time
+
+import pytest
+import torch
+from torch import nn
+
+import opendelta
+from opendelta import DeltaError, DeltaLoadError, LoraModel
+from opendelta._checkpoint.saving import save
+from opendelta._files import folder as files
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+
+
+def written(folder, count):
+    """A folder of LoRAs on one module, d0 to d<count - 1>; the B of each holds its number."""
+    facts = [
+        {"delta_type": "lora", "name": f"d{n}", "active": n == 7, "frozen": [],
+         "options": {"lora_r": 1, "lora_alpha": 1, "modified_modules": ["0"]}}
+        for n in range(count)
+    ]  # fmt: skip
+    tensors = {}
+    for n in range(count):
+        tensors[f"0.deltas.d{n}.lora_A"] = torch.ones(1, 4)
+        tensors[f"0.deltas.d{n}.lora_B"] = torch.full((4, 1), float(n))
+    rest = {"backbone_class": "Net", "backbone_tensors": [], "fingerprint": {}}
+    files.write(folder, {**rest, "deltas": facts}, tensors)
+    return folder
+
+
+def test_a_thousand_deltas_load_in_order_and_at_once(tmp_path):
+    folder, model = written(tmp_path, 1_000), net()
+    plain, x = net(), torch.ones(1, 4)
+    opendelta.load(written(tmp_path / "warm", 2), net())
+    start = time.process_time()
+    opendelta.load(folder, model)
+    assert time.process_time() - start < 3  # 0.7 s on a quiet machine
+    composed = opendelta.composition(model)
+    assert composed.names == [f"d{n}" for n in range(1_000)]
+    torch.testing.assert_close(model[0](x), plain[0](x) + 7 * 4)
+
+
+def test_more_deltas_are_refused_by_their_number(tmp_path):
+    folder, model = written(tmp_path, 5_000), net()
+    start = time.process_time()
+    with pytest.raises(DeltaLoadError, match="holds 5,000 deltas, more than 1,000"):
+        opendelta.load(folder, model)
+    assert time.process_time() - start < 1
+    opendelta.assert_pristine(model)
+    delta = LoraModel(model, modified_modules=["0"])
+    with pytest.raises(DeltaError, match="1,001 deltas are more than 1,000"):
+        save([delta] * 1_001, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
