@@ -107,14 +107,20 @@ def resolve(
     if not wanted:
         raise AddressError("modified_modules is an empty list; None selects the default places")
     select_all = _selection(config, layer_class)
+    by_role = select_all is not _by_name
     if layer_class.paired:
         modified = _pairs(backbone, wanted, select_all, as_list(config.exclude_modules))
     else:
-        by_role = select_all is not _by_name
         names = inside(backbone, select_all(backbone, wanted), layer_class, by_role)
-        if by_role and not layer_class.can_fold():
-            names = [_caller_of(backbone, name) for name in names]
         modified = leave_out(backbone, names, as_list(config.exclude_modules))
+    if by_role:
+        places = (_acting_at(backbone, name, layer_class) for name in modified)
+        modified = [place for place in places if place is not None]
+        if not modified:
+            raise AddressError(
+                f"the modules that {wanted} selects are never called: the modules around read "
+                f"their weights, which {config.delta_type!r} does not fold into; choose others"
+            )
     owned = _owned(backbone, as_list(config.modules_to_save))
     for name in modified:
         if around := next((o for o in owned if f"{name}.".startswith(f"{o}.")), None):
@@ -246,13 +252,17 @@ def inside(
     return list(dict.fromkeys(expanded)) or names
 
 
-def _caller_of(backbone: Backbone, name: str) -> str:
-    """Return the module `name`; if the module around is known to read its weight, return that one.
+def _acting_at(backbone: Backbone, name: str, layer_class: type[DeltaLayer]) -> str | None:
+    """Return where a layer for the module `name` acts: there, or on the module around it.
 
-    Such a parent never calls the module, and computes its output itself.
+    A module that reads the weight of `name` never calls `name`. A layer that no weight can hold
+    acts on the module around, if its kind fits. None: the layer acts on neither.
     """
-    read = swap.weight_is_read(backbone.modules[name], reading.weight_is_read(backbone, name))
-    return parent(name) if read else name
+    module = backbone.modules[name]
+    read = swap.weight_is_read(module, reading.weight_is_read(backbone, name))
+    if not read or layer_class.can_fold_on(module):
+        return name
+    return parent(name) if _kinds(backbone, parent(name)) & {*layer_class.kinds} else None
 
 
 def _kinds(backbone: Backbone, name: str) -> set[str]:

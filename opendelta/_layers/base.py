@@ -203,6 +203,11 @@ class DeltaLayer(nn.Module):
         """True if the class writes a `fold`."""
         return cls.fold is not DeltaLayer.fold
 
+    @classmethod
+    def can_fold_on(cls, module: nn.Module) -> bool:
+        """True if a layer of the class on `module` can be written into its weights."""
+        return cls.can_fold()
+
     @property
     def folds(self) -> bool:
         """True if this layer can be written into the weights of its module."""

@@ -14,6 +14,7 @@ from .._layers.low_rank import LowRank
 from .._modules import probing, tensors
 from .._modules.kinds import Norm, kind_of
 from ..errors import DeltaError, SiteError
+from ..names import SLOT
 from . import marks
 from .stack import Stack, Step, stack_of
 from .swap import plain_class
@@ -60,14 +61,27 @@ def _finite(where: str, what: str, blocks: Iterable[Tensor]) -> Iterator[Tensor]
         yield block
 
 
+def _bare(module: nn.Module) -> nn.Module:
+    """Return a module like a site without its layers: the same tensors, in tables of its own.
+
+    A forward may read `.weight`, which shows the layers on some sites.
+    """
+    base = plain_class(module) or type(module)
+    bare = object.__new__(base)
+    bare.__dict__.update(module.__dict__)
+    for table in ("_parameters", "_buffers", "_modules"):
+        bare.__dict__[table] = {k: v for k, v in module.__dict__[table].items() if k != SLOT}
+    return bare
+
+
 def factor_of(where: str, module: nn.Module, run: list[Named]) -> float:
     """Return the t of a module that computes t (W x) + b; 1.0 for all classes that are known.
 
     Raises:
         SiteError: the module computes something else, so no weight holds the layers.
     """
-    forward = (plain_class(module) or type(module)).forward
-    factor = probing.factor_of(module, forward)
+    bare = _bare(module)
+    factor = probing.factor_of(bare, type(bare).forward)
     if factor is None:
         names = ", ".join(name for name, _ in run)
         raise SiteError(
@@ -81,10 +95,10 @@ def factor_of(where: str, module: nn.Module, run: list[Named]) -> float:
 
 def _check_axis(where: str, module: nn.Module, key: str) -> None:
     """Raise if a parameter of a normalisation acts otherwise than by channel on the last axis."""
-    forward = (plain_class(module) or type(module)).forward
-    if not isinstance(kind_of(module), Norm) or probing.is_known(forward):
+    bare = _bare(module)
+    if not isinstance(kind_of(module), Norm) or probing.is_known(type(bare).forward):
         return
-    if not probing.acts_on_last_axis(module, forward, key):
+    if not probing.acts_on_last_axis(bare, type(bare).forward, key):
         raise SiteError(
             f"{where!r} ({type(module).__name__}): its {key} does not act on the last axis of the "
             "output, so no other one computes the same. Let the delta act unmerged",

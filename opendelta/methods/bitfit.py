@@ -31,13 +31,17 @@ class BitFitLayer(DeltaLayer):
     def __init__(self, site: Site, config: BitFitConfig) -> None:
         super().__init__()
         self.kind = site.kind
-        self.has_bias = site.module._parameters.get("bias") is not None
+        self.has_bias = self.can_fold_on(site.module)
         self.bias = site.parameter(site.out_features)
         nn.init.zeros_(self.bias)
 
     def forward(self, call: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         out = call(*args, **kwargs)
         return out + self.kind.per_channel(times(self.strength(), self.bias)).type_as(out)
+
+    @classmethod
+    def can_fold_on(cls, module: nn.Module) -> bool:
+        return module._parameters.get("bias") is not None
 
     @property
     def folds(self) -> bool:
