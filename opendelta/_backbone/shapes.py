@@ -242,7 +242,7 @@ def _observe(
         what: the wanted size, for the message.
         prepare: called on each named module before a run; the module is put back after the run.
     """
-    missing, failures = dict.fromkeys(names), []
+    missing: dict[str, None] = dict.fromkeys(names)
 
     def hook_of(name: str) -> Any:
         def hook(_module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
@@ -253,7 +253,8 @@ def _observe(
 
         return hook
 
-    def attempt(where: str, args: tuple, kwargs: dict[str, Any], values: bool) -> None:
+    def attempt(where: str, args: tuple, kwargs: dict[str, Any], values: bool) -> list[str]:
+        """Return why the run failed, in at most one text."""
         with untouched(backbone), sharding.whole(backbone.model), contextlib.ExitStack() as hooks:
             for name in names:
                 prepare(backbone.modules[name])
@@ -262,27 +263,29 @@ def _observe(
             try:
                 _run(backbone, where, args, kwargs, values=values)
             except _Failed as failed:
-                failures.append(_failure(backbone, where, args, kwargs, failed.args[0]))
+                return [_failure(backbone, where, args, kwargs, failed.args[0])]
             except _Enough:
                 pass
+        return []
 
+    failures: list[str] = []
     for where, args, kwargs in inputs.of_backbone(backbone):
-        attempt(where, args, kwargs, backbone.samples is not None)
-        if not missing:
-            return
-    whole = "; ".join(failures)
+        if missing:
+            failures += attempt(where, args, kwargs, backbone.samples is not None)
     for name in list(missing):
         for args, kwargs in inputs.of_module(backbone.modules[name]):
             if name in missing:
                 attempt(name, args, kwargs, True)
-    if not missing:
-        return
-    unknown = next(iter(missing))
-    raise SiteError(
-        f"the {what} of {unknown!r} ({type(backbone.modules[unknown]).__name__}) is not known: "
-        f"{whole or 'the shape-only run did not reach it'}. Pass {_advice(backbone)}, or choose "
-        "other modules, such as Linear",
-        where=unknown,
+    if missing:
+        raise _unknown(backbone, next(iter(missing)), what, failures)
+
+
+def _unknown(backbone: Backbone, name: str, what: str, failures: Sequence[str]) -> SiteError:
+    tried = "; ".join(failures) or "the shape-only run did not reach it"
+    return SiteError(
+        f"the {what} of {name!r} ({type(backbone.modules[name]).__name__}) is not known: {tried}. "
+        f"Pass {_advice(backbone)}, or choose other modules, such as Linear",
+        where=name,
     )
 
 

@@ -114,13 +114,7 @@ def resolve(
         names = inside(backbone, select_all(backbone, wanted), layer_class, by_role)
         modified = leave_out(backbone, names, as_list(config.exclude_modules))
     if by_role:
-        places = (_acting_at(backbone, name, layer_class) for name in modified)
-        modified = [place for place in places if place is not None]
-        if not modified:
-            raise AddressError(
-                f"the modules that {wanted} selects are never called: the modules around read "
-                f"their weights, which {config.delta_type!r} does not fold into; choose others"
-            )
+        modified = _acting_places(backbone, modified, wanted, layer_class)
     owned = _owned(backbone, as_list(config.modules_to_save))
     for name in modified:
         if around := next((o for o in owned if f"{name}.".startswith(f"{o}.")), None):
@@ -250,6 +244,24 @@ def inside(
         ]
         expanded += [name] if name in fitting or not (within or by_role) else within
     return list(dict.fromkeys(expanded)) or names
+
+
+def _acting_places(
+    backbone: Backbone, names: list[str], wanted: Sequence[str], layer_class: type[DeltaLayer]
+) -> list[str]:
+    """Return where layers for the modules `names`, which roles selected, act.
+
+    Raises:
+        AddressError: they act nowhere.
+    """
+    places = (_acting_at(backbone, name, layer_class) for name in names)
+    acting = [place for place in places if place is not None]
+    if not acting:
+        raise AddressError(
+            f"the modules that {list(wanted)} selects are never called: the modules around read "
+            f"their weights, which a {layer_class.__name__} does not fold into; choose others"
+        )
+    return acting
 
 
 def _acting_at(backbone: Backbone, name: str, layer_class: type[DeltaLayer]) -> str | None:
