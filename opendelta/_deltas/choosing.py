@@ -17,7 +17,7 @@ from .._backbone.patterns import as_list, leave_out, literal, select, select_mod
 from .._layers import labels, prefix, prompt
 from .._layers.base import DeltaLayer
 from .._layers.record import Record
-from .._modules.kinds import KINDS, Kind, kind_of
+from .._modules.kinds import KINDS, Kind, Norm, kind_of
 from .._sites import swap
 from .._sites.stack import check_name
 from ..errors import AddressError, SiteError, quoted
@@ -352,6 +352,12 @@ def check_kind(
 ) -> None:
     """Raise unless the layer takes the module `name`, which has this kind."""
     wanted = {*layer_class.kinds}
+    if isinstance(kind, Norm) and kind.axis != -1 and not layer_class.any_axis:
+        raise SiteError(
+            f"{quoted(name)} ({type(backbone.modules[name]).__name__}) normalises axis {kind.axis} "
+            f"of its input, and {config.delta_type!r} acts on the last axis; choose other modules",
+            where=name,
+        )
     if (kind is not None and kind.name in wanted) or _kinds(backbone, name) & wanted:
         return
     takes = "; ".join(KINDS[k] for k in layer_class.kinds)

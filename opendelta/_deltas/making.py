@@ -89,6 +89,8 @@ def _layers(backbone: Backbone, choice: Choice, values: Values) -> dict[str, Del
     for name, site in starts.items():
         site.shared = shared
         layer = made[name] = new(site, config)
+        if layer_class.any_axis and site.axis != -1:
+            layer.__dict__["axis"] = site.axis
         if config.gate:
             layer.gate = _gate(layer, site)
         if shared is not None:

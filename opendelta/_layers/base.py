@@ -105,6 +105,9 @@ class DeltaLayer(nn.Module):
         routes_itself: it finds by itself the rows of a batch that take it.
         extra_positions: number of positions that it adds to each sequence.
         shows_config: while it acts, the module shows another config, its `shown_config`.
+        any_axis: it can be put on a normalisation whose width is not on the last axis. A subclass
+            with its own forward must set it again.
+        axis: the axis of the width of the module's output; the library sets it.
         labels: number of labels of the model while it acts; None: it changes no labels.
         handover: passes a value to or from another site; None: it passes none.
         hands_over: it puts a value into its `handover`; another layer takes the value.
@@ -126,6 +129,8 @@ class DeltaLayer(nn.Module):
     routes_itself: ClassVar[bool] = False
     extra_positions: int = 0
     shows_config: ClassVar[bool] = False
+    any_axis: ClassVar[bool] = False
+    axis: int = -1
     labels: int | None = None
     handover: Handover | None = None
     hands_over: ClassVar[bool] = False
@@ -136,6 +141,8 @@ class DeltaLayer(nn.Module):
         own = vars(cls)
         if "scales" not in own and ("forward" in own or "fold" in own):
             cls.scales = False
+        if "any_axis" not in own and "forward" in own:
+            cls.any_axis = False
         if not isinstance(cls.kinds, tuple) or not {*cls.kinds} <= KINDS.keys():
             raise OptionError(
                 f"{cls.__name__}.kinds={cls.kinds!r} must be a tuple of some of {', '.join(KINDS)}"

@@ -28,6 +28,7 @@ class OutputLayer(DeltaLayer):
 
     kinds: tuple[str, ...] = ("linear", "embedding", "norm", "other")
     scales = True
+    any_axis = True
     width: int
 
     def change(self, h: Tensor) -> Tensor:
@@ -35,7 +36,7 @@ class OutputLayer(DeltaLayer):
         raise NotImplementedError
 
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return calls.change_hidden(call(*args, **kwargs), self.width, self.scaled)
+        return calls.change_hidden(call(*args, **kwargs), self.width, self.scaled, self.axis)
 
     def scaled(self, h: Tensor) -> Tensor:
         """Return h + s (change(h) - h), where s is `delta.scale`."""

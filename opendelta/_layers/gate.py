@@ -23,7 +23,7 @@ class Gate(nn.Module):
     def __init__(self, site: Site, width: int, on_input: bool) -> None:
         super().__init__()
         self.on_input = on_input
-        self.axis = -1 if site.known_kind is None else site.known_kind.axis
+        self.axis = site.axis
         self.weight = site.parameter(1, width) if width else None
         self.bias = site.parameter(1)
         for parameter in self.parameters():

@@ -91,6 +91,11 @@ class Site:
         return self.known_kind
 
     @property
+    def axis(self) -> int:
+        """Return the axis of the output whose size is `out_features`."""
+        return -1 if self.known_kind is None else self.known_kind.axis
+
+    @property
     def in_features(self) -> int:
         """Return the number of columns of the module's weight matrix."""
         return self.kind.in_features

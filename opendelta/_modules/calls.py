@@ -78,10 +78,18 @@ def every(kind: type[Any], value: Any) -> Iterator[Any]:
             yield from every(kind, item)
 
 
-def change_hidden(output: Any, width: int, change: Callable[[Tensor], Tensor]) -> Any:
-    """Return `output` with its hidden states [..., width] replaced by `change(hidden states)`."""
+def change_hidden(
+    output: Any, width: int, change: Callable[[Tensor], Tensor], axis: int = -1
+) -> Any:
+    """Return `output` with its hidden states [..., width] replaced by `change(hidden states)`.
+
+    Args:
+        axis: the axis of the width, if `output` is a tensor.
+    """
     if isinstance(output, Tensor):
-        return change(output)
+        if axis == -1:
+            return change(output)
+        return change(output.movedim(axis, -1)).movedim(-1, axis)
     key = hidden_key(output, width)
     new = change(output[key])
     if type(output) is dict:

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from .._layers import low_rank
 from .._layers.base import DeltaLayer, Params
 from .._layers.low_rank import LowRank
-from .._modules import probing, tensors
+from .._modules import probing, tensors, trials
 from .._modules.kinds import Norm, kind_of
 from ..errors import DeltaError, SiteError
-from ..names import SLOT
 from . import marks
 from .stack import Stack, Step, stack_of
 from .swap import plain_class
@@ -61,26 +60,13 @@ def _finite(where: str, what: str, blocks: Iterable[Tensor]) -> Iterator[Tensor]
         yield block
 
 
-def _bare(module: nn.Module) -> nn.Module:
-    """Return a module like a site without its layers: the same tensors, in tables of its own.
-
-    A forward may read `.weight`, which shows the layers on some sites.
-    """
-    base = plain_class(module) or type(module)
-    bare = object.__new__(base)
-    bare.__dict__.update(module.__dict__)
-    for table in ("_parameters", "_buffers", "_modules"):
-        bare.__dict__[table] = {k: v for k, v in module.__dict__[table].items() if k != SLOT}
-    return bare
-
-
 def factor_of(where: str, module: nn.Module, run: list[Named]) -> float:
     """Return the t of a module that computes t (W x) + b; 1.0 for all classes that are known.
 
     Raises:
         SiteError: the module computes something else, so no weight holds the layers.
     """
-    bare = _bare(module)
+    bare = trials.bare(module, plain_class(module))
     factor = probing.factor_of(bare, type(bare).forward)
     if factor is None:
         names = ", ".join(name for name, _ in run)
@@ -94,14 +80,14 @@ def factor_of(where: str, module: nn.Module, run: list[Named]) -> float:
 
 
 def _check_axis(where: str, module: nn.Module, key: str) -> None:
-    """Raise if a parameter of a normalisation acts otherwise than by channel on the last axis."""
-    bare = _bare(module)
+    """Raise if a parameter of a normalisation acts otherwise than by channel."""
+    bare = trials.bare(module, plain_class(module))
     if not isinstance(kind_of(module), Norm) or probing.is_known(type(bare).forward):
         return
-    if not probing.acts_on_last_axis(bare, type(bare).forward, key):
+    if not probing.acts_by_channel(bare, type(bare).forward, key):
         raise SiteError(
-            f"{where!r} ({type(module).__name__}): its {key} does not act on the last axis of the "
-            "output, so no other one computes the same. Let the delta act unmerged",
+            f"{where!r} ({type(module).__name__}): its {key} does not act on each channel of the "
+            "output alone, so no other one computes the same. Let the delta act unmerged",
             where=where,
         )
 
