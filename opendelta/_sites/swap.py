@@ -17,7 +17,7 @@ from .._layers.base import DeltaLayer
 from .._modules import kinds, tensors, wrappers
 from ..errors import SiteError
 from ..names import SLOT
-from . import compile_limit
+from . import compile_limit, nested
 from .stack import Stack, stack_of
 
 _cache: Any = functools.cache  # Any: its annotation allows no class of a module as argument
@@ -96,6 +96,8 @@ def site_class(base: type[nn.Module], reads: bool = False) -> type[nn.Module]:
         stack = self._modules.get(SLOT)
         if stack is not None:
             call = stack.around(call, self, is_raw)  # type: ignore[operator]
+            if args and nested.is_nested(args[0]) and (on := stack.acting()):  # type: ignore[operator]
+                return nested.run(call, on, args, kwargs)
         return call(*args, **kwargs)
 
     def __reduce_ex__(self: nn.Module, protocol: object) -> tuple:
