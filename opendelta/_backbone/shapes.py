@@ -21,6 +21,7 @@ from .._layers import prefix
 from .._layers.site import Heads, Widths
 from .._modules import calls
 from .._modules.devices import device_and_dtype
+from .._modules.tensors import is_lazy
 from .._modules.wrappers import computing_device, placing_hooks
 from ..errors import SiteError
 from . import inputs, sharding
@@ -242,6 +243,7 @@ def _observe(
         what: the wanted size, for the message.
         prepare: called on each named module before a run; the module is put back after the run.
     """
+    _check_shapes(backbone)
     missing: dict[str, None] = dict.fromkeys(names)
 
     def hook_of(name: str) -> Any:
@@ -280,6 +282,17 @@ def _observe(
         raise _unknown(backbone, next(iter(missing)), what, failures)
 
 
+def _check_shapes(backbone: Backbone) -> None:
+    """Raise if a run would give lazy modules their sizes: that is for the user's own inputs."""
+    for name, module in backbone.modules.items():
+        if any(map(is_lazy, module._parameters.values())):
+            raise SiteError(
+                f"{name!r} ({type(module).__name__}) gets its sizes in its first forward: run the "
+                "model once before",
+                where=name,
+            )
+
+
 def _unknown(backbone: Backbone, name: str, what: str, failures: Sequence[str]) -> SiteError:
     tried = "; ".join(failures) or "the shape-only run did not reach it"
     return SiteError(
@@ -302,6 +315,7 @@ def dry_run(backbone: Backbone, look: Callable[[Any], None]) -> None:
     Raises:
         SiteError: it runs on none of the inputs that `inputs.of_backbone` finds.
     """
+    _check_shapes(backbone)
     failures = []
     for where, args, kwargs in inputs.of_backbone(backbone):
         with untouched(backbone), sharding.whole(backbone.model):

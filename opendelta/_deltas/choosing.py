@@ -18,6 +18,7 @@ from .._layers import labels, prefix, prompt
 from .._layers.base import DeltaLayer
 from .._layers.record import Record
 from .._modules.kinds import KINDS, Kind, Norm, kind_of
+from .._modules.tensors import is_lazy
 from .._sites import swap
 from .._sites.stack import check_name
 from ..errors import AddressError, SiteError, quoted
@@ -343,6 +344,18 @@ def _names(backbone: Backbone) -> list[str]:
     return [*backbone.modules, *backbone.tensors()]
 
 
+def _check_parameters(name: str, module: nn.Module) -> None:
+    """Raise if the module's own parameters have no shape yet, or are complex."""
+    for parameter in module._parameters.values():
+        problem = None
+        if is_lazy(parameter):
+            problem = "gets its sizes in its first forward: run the model once, then attach"
+        elif parameter is not None and parameter.is_complex():
+            problem = "has complex weights, for which no delta is defined; choose other modules"
+        if problem is not None:
+            raise SiteError(f"{quoted(name)} ({type(module).__name__}) {problem}", where=name)
+
+
 def check_kind(
     backbone: Backbone,
     name: str,
@@ -351,6 +364,7 @@ def check_kind(
     layer_class: type[DeltaLayer],
 ) -> None:
     """Raise unless the layer takes the module `name`, which has this kind."""
+    _check_parameters(name, backbone.modules[name])
     wanted = {*layer_class.kinds}
     if isinstance(kind, Norm) and kind.axis != -1 and not layer_class.any_axis:
         raise SiteError(

@@ -389,7 +389,9 @@ def _gated(layer: DeltaLayer, call: Call, *args: Any, **kwargs: Any) -> Any:
     def inner(*new: Any, **options: Any) -> Any:
         changed = calls.first_input(new, options)
         if changed is not x:
-            new, options = calls.replace_input(new, options, x + gate(x) * (changed - x))
+            plain_x = calls.dense(x)
+            mixed = plain_x + gate(x) * (changed - plain_x)
+            new, options = calls.replace_input(new, options, mixed)
         out = call(*new, **options)
         plain.append(calls.hidden(out))
         return out

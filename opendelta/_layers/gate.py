@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .._modules import arithmetic
+from .._modules import arithmetic, calls
 from .site import Site
 
 
@@ -33,7 +33,7 @@ class Gate(nn.Module):
         """Return w h + b, with size 1 on the axis of the width."""
         if self.weight is None:
             return self.bias
-        h = h.movedim(self.axis, -1)
+        h = calls.dense(h).movedim(self.axis, -1)
         return arithmetic.linear(h, self.weight, self.bias).movedim(-1, self.axis)
 
     def forward(self, h: Tensor) -> Tensor:

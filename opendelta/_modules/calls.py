@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import SiteError
@@ -18,6 +19,11 @@ def has_forward(module: nn.Module) -> bool:
 def first_input(args: tuple, kwargs: dict[str, Any]) -> Tensor:
     """Return the first argument of a call, positional or by keyword."""
     return args[0] if args else next(iter(kwargs.values()))
+
+
+def dense(x: Tensor) -> Tensor:
+    """Return `x`, which may be sparse, as a dense tensor."""
+    return x if x.layout in (torch.strided, torch.jagged) else x.to_dense()
 
 
 def replace_input(args: tuple, kwargs: dict[str, Any], new: Tensor) -> tuple[tuple, dict[str, Any]]:
