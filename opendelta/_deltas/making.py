@@ -23,7 +23,7 @@ from .._layers.site import Heads, Site, Widths
 from .._modules.kinds import kind_of
 from .._sites import swap
 from ..errors import LostGradientWarning, SiteError, TiedWeightWarning, warn
-from . import choosing
+from . import choosing, resizing
 from .base import BaseDelta
 from .choosing import Choice
 from .options import DeltaConfig
@@ -103,6 +103,7 @@ def _layers(backbone: Backbone, choice: Choice, values: Values) -> dict[str, Del
         else:
             made |= _only_new({around: SharedTensors(shared)}, made, config)
     made |= _only_new(_owned(backbone, config, values), made, config)
+    resizing.guard(backbone, made)
     if values == "new":
         _seed(made)
     return made

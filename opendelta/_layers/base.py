@@ -105,6 +105,9 @@ class DeltaLayer(nn.Module):
         routes_itself: it finds by itself the rows of a batch that take it.
         extra_positions: number of positions that it adds to each sequence.
         shows_config: while it acts, the module shows another config, its `shown_config`.
+        grows: its tensors' first rows belong to the first outputs of a linear module, so that it
+            can follow a head that gets more outputs.
+        resizer: on the root of a transformers model, what `resize` calls; the library sets it.
         any_axis: it can be put on a normalisation whose width is not on the last axis. A subclass
             with its own forward must set it again.
         axis: the axis of the width of the module's output; the library sets it.
@@ -129,6 +132,8 @@ class DeltaLayer(nn.Module):
     routes_itself: ClassVar[bool] = False
     extra_positions: int = 0
     shows_config: ClassVar[bool] = False
+    grows: bool = False
+    resizer: Call | None = None
     any_axis: ClassVar[bool] = False
     axis: int = -1
     labels: int | None = None
@@ -236,6 +241,16 @@ class DeltaLayer(nn.Module):
     def stand_in(self) -> nn.Module | None:
         """Return the module for a plain model in the place of the site; None: the site's module."""
         return None
+
+    def resize(self, call: Call, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Return `call(*args, **kwargs)`, which resizes the embeddings of a transformers model.
+
+        Args:
+            model: the model that carries the layer.
+        """
+        if self.resizer is None:
+            return call(*args, **kwargs)
+        return self.resizer(call, model, *args, **kwargs)
 
     def shown_config(self, config: Any) -> Any:
         """Return the transformers config that the module shows instead of its own."""

@@ -55,6 +55,20 @@ def _showing_config() -> property:
     return property(read, write)
 
 
+def _resizing(base: Any) -> Callable[..., Any]:
+    """Return the method by which a transformers model resizes its embeddings, with its layers."""
+
+    @functools.wraps(base.resize_token_embeddings)
+    def resize_token_embeddings(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        call = functools.partial(base.resize_token_embeddings, self)
+        stack = stack_of(self)
+        for layer in stack.layers if stack is not None else ():
+            call = functools.partial(layer.resize, call, self)
+        return call(*args, **kwargs)
+
+    return resize_token_embeddings
+
+
 @_cache
 def _site_meta(meta: type) -> type:
     """Return the metaclass of sites: other code may use a site's class in the place of its base.
@@ -122,6 +136,8 @@ def site_class(base: type[nn.Module], reads: bool = False) -> type[nn.Module]:
         body["config"] = _showing_config()
     if hasattr(base, "config_class"):  # a transformers model
         body["num_labels"] = labels.showing_count()
+    if hasattr(base, "resize_token_embeddings"):
+        body["resize_token_embeddings"] = _resizing(base)
     made = _site_meta(type(base))(base.__name__, (base,), body)
     compile_limit.SITES.update((id(base), id(made)))
     return made

@@ -31,6 +31,7 @@ class BitFitLayer(DeltaLayer):
     why_not = "the module has no bias"
     scales = True
     any_axis = True
+    grows = True
 
     def __init__(self, site: Site, config: BitFitConfig) -> None:
         super().__init__()
