@@ -213,3 +213,97 @@ def test_a_parallel_adapter_on_a_module_that_takes_ids_is_refused():
 
     with pytest.raises(SiteError, match=r"'0' \(Ids\) takes no hidden states"):
         ParallelAdapterModel(nn.Sequential(Ids()), modified_modules=["0", "0"])
+
+
+class InAList(nn.Module):
+    """The weights of a list's items are read."""
+
+    def __init__(self):
+        super().__init__()
+        self.projs = nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 6)])
+
+    def forward(self, x):
+        for proj in self.projs:
+            x = F.linear(x, proj.weight, proj.bias)
+        return x
+
+
+def by_hand(module, x):
+    return F.linear(x, module.weight, module.bias)
+
+
+class HandsOn(nn.Module):
+    """A function reads the weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.proj = nn.Linear(6, 6)
+
+    def forward(self, x):
+        return by_hand(self.proj, x)
+
+
+class ByName(HandsOn):
+    def forward(self, x):
+        return F.linear(x, getattr(self.proj, "weight"))  # noqa: B009
+
+
+class Experts(nn.Module):
+    """One expert of two runs; the code reads no weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 6)])
+
+    def forward(self, x):
+        return self.experts[0](x)
+
+
+class Both(InAList):
+    """The code could read, and calls."""
+
+    def forward(self, x):
+        if x.size(0) == 100:
+            return super().forward(x)
+        for proj in self.projs:
+            x = proj(x) + 0 * proj.weight.sum()
+        return x
+
+
+@pytest.mark.parametrize("verb", ["merge", "to_backbone"])
+@pytest.mark.parametrize("ran", [True, False])
+@pytest.mark.parametrize(
+    ("net", "names"), [(InAList, "projs.1"), (HandsOn, "proj"), (ByName, "proj")]
+)
+@pytest.mark.filterwarnings("ignore::opendelta.UnreachedWarning")
+def test_a_layer_that_never_acts_is_not_merged(net, names, ran, verb):
+    model = net()
+    delta = shake(LoraModel(model, modified_modules=[names]))
+    if ran:
+        model(X)
+    before = opendelta.snapshot(model)
+    with pytest.raises(SiteError, match=rf"'{names}' \(Linear\): 'lora' has not run, .*reads=True"):
+        getattr(opendelta.composition(model), verb)()
+    assert opendelta.snapshot(model) == before
+    delta.disable()
+    opendelta.composition(model).to_backbone()
+    delta.detach()
+    shake(LoraModel(model, modified_modules=[names], reads=True))
+    before = model(X)
+    opendelta.composition(model).merge()
+    assert torch.allclose(model(X), before, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::opendelta.UnreachedWarning")
+@pytest.mark.parametrize("ran", [True, False])
+@pytest.mark.parametrize(
+    ("net", "names"), [(Experts, "experts.1"), (Both, "projs.1"), (Looks, "wo")]
+)
+def test_a_layer_that_acts_or_may_act_is_merged_unseen(net, names, ran):
+    model = net()
+    shake(LoraModel(model, modified_modules=[names]))
+    if ran:
+        model(X)
+    before = model(X) if ran else None
+    opendelta.composition(model).merge()
+    assert before is None or torch.allclose(model(X), before, atol=1e-5)
