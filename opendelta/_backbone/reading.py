@@ -40,7 +40,9 @@ def may_be_read(backbone: Backbone, where: str) -> bool:
     """
     if not where:
         return False
-    around = next(m for m in [*backbone.chain(where)][1:] if has_forward(m))
+    around = next((m for m in [*backbone.chain(where)][1:] if has_forward(m)), None)
+    if around is None:
+        return False
     return _reads_unnamed(plain_class(around) or type(around))  # type: ignore[arg-type]
 
 

@@ -114,7 +114,7 @@ def test_default_places_are_found_run_and_act(name, cls):
     opendelta.assert_pristine(model, like=before)
 
 
-@pytest.mark.parametrize("name", ["clip", "whisper", "wav2vec2", "ast", "patchtst", "timeseries"])
+@pytest.mark.parametrize("name", ["clip", "whisper", "wav2vec2", "ast", "timeseries"])
 def test_a_check_without_a_batch_runs(name):
     model = MODELS[name][0]().eval()
     delta = opendelta.LoraModel(model, modified_modules=["q_proj"])
@@ -129,10 +129,11 @@ class ByValues(nn.Module):
     def __init__(self):
         super().__init__()
         self.inner = Inner()
-        self.norm = nn.BatchNorm1d(4)
+        self.register_buffer("calls", torch.zeros(1))
 
     def forward(self, x, *, length):
-        return self.inner(self.norm(x)[: int(length)], mode=length)
+        self.calls += 1
+        return self.inner(x[: int(length)], mode=length)
 
 
 class Inner(nn.Module):
@@ -156,6 +157,7 @@ def test_sample_inputs_are_taken_by_each_verb(tmp_path):
     sizes = widths(Backbone.of(model, SAMPLES), ["inner"])["inner"]
     assert (sizes.input, sizes.output) == (4, 6)
     assert torch.equal(drawn, torch.get_rng_state())
+    assert model.calls == 0
     delta = AdapterModel(model, modified_modules=["inner"], sample_inputs=SAMPLES)
     delta.freeze_module()
     assert opendelta.check(model, sample_inputs=SAMPLES)
