@@ -16,7 +16,7 @@ from opendelta import methods
 FILE = Path(methods.__file__).with_suffix(".pyi")
 HEAD = """\
 # Written by tools/write_stubs.py: the signatures of the methods, made from their configs.
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -29,6 +29,8 @@ GIVEN = {
     "list[str] | None": "str | Sequence[str] | None",
     "dtype": "str | torch.dtype | None",
 }
+
+SAMPLES = "Mapping[str, Any] | Sequence[Any] | torch.Tensor | None"  # of sample_inputs
 
 
 def text() -> str:
@@ -54,7 +56,8 @@ def _class(model: type[opendelta.Delta]) -> str:
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY and not by_name:
             lines.append("        *,")
             by_name = True
-        lines.append(f"        {name}: {_type(fields[name])} = {_code(parameter.default)},")
+        hint = _type(fields[name]) if name in fields else SAMPLES
+        lines.append(f"        {name}: {hint} = {_code(parameter.default)},")
     lines += ["    ) -> None: ...", "    @property"]
     lines += [f"    def config(self) -> {model.config_class.__name__}: ...", ""]
     return "\n".join(lines)

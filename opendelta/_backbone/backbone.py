@@ -28,17 +28,19 @@ class Backbone:
         modules: {full name: module} without the deltas; a module that is registered twice has two
             entries.
         stacks: {full name of the site: its stack}; each stack has one entry.
+        samples: the user's inputs for a run on shapes: a mapping, a sequence or a tensor; or None.
     """
 
     model: nn.Module
     modules: dict[str, nn.Module] = field(default_factory=dict)
     stacks: dict[str, Stack] = field(default_factory=dict)
+    samples: Any = None
     _computing: dict[str, tuple[torch.device, torch.dtype]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, model: nn.Module) -> Backbone:
+    def of(cls, model: nn.Module, samples: Any = None) -> Backbone:
         """Walk over the modules of `model` once."""
-        backbone = cls(model)
+        backbone = cls(model, samples=samples)
         seen: set[int] = set()
         todo: list[tuple[str, nn.Module]] = [("", model)]
         while todo:

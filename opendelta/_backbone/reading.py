@@ -5,16 +5,19 @@ from __future__ import annotations
 import dis
 import functools
 import inspect
+import sys
 from collections.abc import Iterator
 from types import CodeType
 from typing import Any
 
 from torch import nn
 
+from .._modules.calls import has_forward
 from .._sites.swap import plain_class
 from ..names import last, parent
 from .backbone import Backbone
 
+ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD")
 LOOKS = {"dtype", "device", "shape", "size", "requires_grad", "is_meta", "ndim"}  # no values
 
 
@@ -30,6 +33,44 @@ def weight_is_read(backbone: Backbone, where: str) -> bool:
     return last(where) in read - used
 
 
+def may_be_read(backbone: Backbone, where: str) -> bool:
+    """True if the code around the module `where` reads a weight of a module that it does not name.
+
+    So it is with the items of a list, and with a function that is given a module.
+    """
+    if not where:
+        return False
+    around = next((m for m in [*backbone.chain(where)][1:] if has_forward(m)), None)
+    if around is None:
+        return False
+    return _reads_unnamed(plain_class(around) or type(around))  # type: ignore[arg-type]
+
+
+@functools.cache
+def _reads_unnamed(cls: Any) -> bool:
+    """True if code of a class, or a function beside it, reads a weight of an unnamed module."""
+    codes = list(_codes(cls))
+    beside = vars(sys.modules.get(cls.__module__, cls))
+    functions = [beside.get(name) for code in codes for name in code.co_names]
+    codes += [function.__code__ for function in functions if inspect.isfunction(function)]
+    return any(_has_unnamed(list(dis.get_instructions(code))) for code in codes)
+
+
+def _has_unnamed(steps: list[dis.Instruction]) -> bool:
+    for number, step in enumerate(steps[:-1]):
+        if step.argval != "weight" or steps[number + 1].argval in LOOKS:
+            continue
+        if step.opname == "LOAD_CONST":
+            return True
+        if step.opname in ATTRIBUTES:
+            before = [each.argval for each in steps[max(0, number - 2) : number]]
+            own = before[-1:] == ["self"]
+            named = before[:1] == ["self"] and steps[number - 1].opname in ATTRIBUTES
+            if not own and not named:
+                return True
+    return False
+
+
 @functools.cache
 def _uses(cls: Any) -> tuple[set[str], set[str]]:
     """Return the names of children whose `weight` a class's code reads, and of those it calls.
@@ -41,11 +82,11 @@ def _uses(cls: Any) -> tuple[set[str], set[str]]:
     for code in _codes(cls):
         steps = list(dis.get_instructions(code))
         for number, step in enumerate(steps[:-1]):
-            if step.opname not in ("LOAD_ATTR", "LOAD_METHOD"):
+            if step.opname not in ATTRIBUTES:
                 continue
             after = steps[number + 1]
             beyond = steps[number + 2] if number + 2 < len(steps) else after
-            if after.opname not in ("LOAD_ATTR", "LOAD_METHOD"):
+            if after.opname not in ATTRIBUTES:
                 used.add(step.argval)
             elif after.argval == "weight" and beyond.argval not in LOOKS:
                 read.add(step.argval)

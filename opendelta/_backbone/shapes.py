@@ -7,6 +7,7 @@ that it changes on modules is put back.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
@@ -17,13 +18,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from .._layers import prefix
-from .._layers.site import Heads
+from .._layers.site import Heads, Widths
 from .._modules import calls
 from .._modules.devices import device_and_dtype
-from .._modules.kinds import Embedding, kind_of
+from .._modules.tensors import is_lazy
 from .._modules.wrappers import computing_device, placing_hooks
 from ..errors import SiteError
-from . import sharding
+from . import inputs, sharding
 from .backbone import Backbone
 
 PROBING: ContextVar[bool] = ContextVar("opendelta_probing", default=False)
@@ -31,11 +32,13 @@ PROBING: ContextVar[bool] = ContextVar("opendelta_probing", default=False)
 
 @contextlib.contextmanager
 def untouched(backbone: Backbone) -> Iterator[None]:
-    """Put back all that a forward may change: attributes, tensors, hooks' and stacks' notes."""
+    """Put back all that a forward may change: attributes, tensors, hooks, and notes."""
     own: list[dict[str, Any]] = []
     for module in backbone.model.modules():
         if not isinstance(module, torch.jit.ScriptModule):  # its tables are views
             own += [module.__dict__, module._parameters, module._buffers]
+            tables = module.__dict__.items()
+            own += [t for key, t in tables if "_hooks" in key and isinstance(t, dict)]
             own += [vars(hook) for hook in placing_hooks(module)]
     kept = [dict(table) for table in own]
     for stack in backbone.stacks.values():
@@ -51,31 +54,6 @@ def untouched(backbone: Backbone) -> Iterator[None]:
                 table.update(before)
 
 
-def _inputs(backbone: Backbone) -> Iterator[tuple[str, tuple, dict[str, Any]]]:
-    """Yield (name of the module to run, args, kwargs) to try, the likeliest first."""
-    outermost: list[str] = []
-    for name, module in backbone.modules.items():
-        inside = any(not o or name.startswith(f"{o}.") for o in outermost)
-        if not inside and isinstance(getattr(module, "dummy_inputs", None), dict):
-            outermost.append(name)
-            config = getattr(module, "config", None)
-            if getattr(module, "main_input_name", "") == "pixel_values" and config is not None:
-                side = getattr(config, "image_size", 224)
-                channels = getattr(config, "num_channels", 3)
-                yield name, (), {"pixel_values": torch.zeros(1, channels, side, side)}
-            yield name, (), dict(module.dummy_inputs)  # type: ignore[arg-type]
-    first = next((k for m in backbone.modules.values() if (k := kind_of(m)) is not None), None)
-    ids = torch.zeros(1, 3, dtype=torch.long)
-    if first is None:
-        return
-    if isinstance(first, Embedding):
-        yield "", (ids,), {}
-    elif hasattr(first, "patch"):
-        yield "", (torch.zeros(1, first.patch[0], 32, 32),), {}
-    else:
-        yield "", (torch.zeros(1, 3, first.in_features or first.out_features),), {}
-
-
 def _run(
     backbone: Backbone,
     where: str,
@@ -83,19 +61,27 @@ def _run(
     kwargs: dict[str, Any],
     grad: bool = False,
     look: Callable[[Any], None] = lambda _: None,
+    values: bool = False,
 ) -> None:
     """Run a module on shapes in its own dtype, or else in bfloat16; give `look` the output.
 
     Some of torch's operations, such as products of grouped experts, find shapes only in bfloat16.
 
+    Args:
+        values: at last, run it with values, if it has them: its forward may go by them.
+
     Raises:
-        _Failed: the module raised an error both times; it holds the first error.
+        _Failed: the module raised an error each time; it holds the first error.
     """
     failure: Exception | None = None
-    for dtype in (None, torch.bfloat16):
+    runs: list[Callable[..., Any]]
+    runs = [functools.partial(_run_as, dtype) for dtype in (None, torch.bfloat16)]
+    if values and not any(p.is_meta for p in backbone.modules[where].parameters()):
+        runs.append(_run_with_values)
+    for run in runs:
         with untouched(backbone), _no_log():
             try:
-                output = _run_as(dtype, backbone, where, args, kwargs, grad)
+                output = run(backbone, where, args, kwargs, grad)
             except SiteError:
                 raise
             except Exception as error:  # a model's forward may raise anything
@@ -140,11 +126,31 @@ def _run_as(
         def fake(value: Any) -> Any:
             if not isinstance(value, Tensor):
                 return value
-            value = value.to(dtype) if value.is_floating_point() else value
-            return mode.from_tensor(value.to(device))
+            kind = dtype if value.is_floating_point() else value.dtype
+            return torch.empty(value.shape, dtype=kind, device=device)
 
         _put_stand_ins(module, None, mode.from_tensor, cast)
         return module(*tree_map(fake, args), **tree_map(fake, kwargs))
+
+
+def _run_with_values(
+    backbone: Backbone, where: str, args: tuple, kwargs: dict[str, Any], grad: bool
+) -> Any:
+    module = backbone.modules[where]
+    device, dtype = device_and_dtype([module])
+
+    def moved(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        kind = dtype if value.is_floating_point() else value.dtype
+        return value.to(device, kind).contiguous()
+
+    for part in module.modules():
+        for name, buffer in part._buffers.items():
+            part._buffers[name] = None if buffer is None else buffer.clone()
+    drawn = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=drawn), torch.set_grad_enabled(grad):
+        return module(*tree_map(moved, args), **tree_map(moved, kwargs))
 
 
 def _put_stand_ins(
@@ -178,22 +184,18 @@ def _put_stand_ins(
         _put_stand_ins(child, device, fake, dtype)
 
 
-def output_widths(model: nn.Module, names: Sequence[str]) -> dict[str, int]:
-    """Return the width of each named module's output, found by one run on shapes.
+def widths(backbone: Backbone, names: Sequence[str]) -> dict[str, Widths]:
+    """Return the widths of each named module's input and output, found by a run on shapes.
 
     Raises:
-        SiteError: the run failed, or did not reach a module.
+        SiteError: no run reached a module.
     """
-    backbone = Backbone.of(model)
-    known = {
-        name: module.embed_dim
-        for name in names
-        if isinstance(module := backbone.modules[name], nn.MultiheadAttention)
-    }
-    widths: dict[str, int] = dict(known)
-    names = [name for name in names if name not in known]
+    found: dict[str, Widths] = {}
+    for name in names:
+        if isinstance(module := backbone.modules[name], nn.MultiheadAttention):
+            found[name] = Widths(module.embed_dim, module.embed_dim)
 
-    def note(name: str, output: Any) -> None:
+    def note(name: str, given: Any, output: Any) -> None:
         hidden = calls.hidden(output)
         if hidden.ndim > 3 and not _ends_in_width(backbone.modules[name], hidden):
             raise SiteError(
@@ -201,71 +203,109 @@ def output_widths(model: nn.Module, names: Sequence[str]) -> dict[str, int]:
                 f"{list(hidden.shape)}: hidden states must be [..., width] in 2 or 3 axes",
                 where=name,
             )
-        widths[name] = hidden.size(-1)
+        reads = isinstance(given, Tensor) and given.is_floating_point() and given.ndim
+        found[name] = Widths(given.size(-1) if reads else None, hidden.size(-1))
 
-    if names:
-        _observe(backbone, names, note, "output width")
-    return widths
+    if wanted := [name for name in names if name not in found]:
+        _observe(backbone, wanted, note, "output width")
+    return found
 
 
-def attention_heads(model: nn.Module, names: Sequence[str]) -> dict[str, Heads]:
-    """Return the sizes of each named attention module, found by one run on shapes.
+def attention_heads(backbone: Backbone, names: Sequence[str]) -> dict[str, Heads]:
+    """Return the sizes of each named attention module, found by a run on shapes.
 
     Raises:
-        SiteError: the run failed, or did not reach a module.
+        SiteError: no run reached a module.
     """
-    backbone = Backbone.of(model)
     prefix.register()
     with prefix.observing({name: backbone.modules[name] for name in names}) as heads:
         _observe(backbone, names, lambda *_: None, "number of heads", prefix.show)
     return heads
 
 
+class _Enough(BaseException):
+    """Ends a run on shapes that has reached every module in question."""
+
+
 def _observe(
     backbone: Backbone,
     names: Sequence[str],
-    note: Callable[[str, Any], None],
+    note: Callable[[str, Any, Any], None],
     what: str,
     prepare: Callable[[nn.Module], None] = lambda _: None,
 ) -> None:
-    """Run the backbone on shapes until `note` was called with each named module's output.
+    """Run the backbone on shapes until `note` was called for each named module.
 
-    The inputs are the backbone's own `dummy_inputs`, which each transformers model has. A model
-    without `dummy_inputs` gets token ids, vectors or images, depending on its first layer.
+    A run ends with the last module in question. Modules that no run of the whole backbone reaches
+    are run alone. `note` takes a module's name, first input and output.
 
     Args:
         what: the wanted size, for the message.
         prepare: called on each named module before a run; the module is put back after the run.
     """
-    reached: set[str] = set()
-    failures = []
+    _check_shapes(backbone)
+    missing: dict[str, None] = dict.fromkeys(names)
 
     def hook_of(name: str) -> Any:
-        def hook(_module: nn.Module, _args: Any, output: Any) -> None:
-            note(name, output)
-            reached.add(name)
+        def hook(_module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+            note(name, calls.first_input(args, kwargs) if args or kwargs else None, output)
+            missing.pop(name, None)
+            if not missing:
+                raise _Enough
 
         return hook
 
-    for where, args, kwargs in _inputs(backbone):
+    def attempt(where: str, args: tuple, kwargs: dict[str, Any], values: bool) -> list[str]:
+        """Return why the run failed, in at most one text."""
         with untouched(backbone), sharding.whole(backbone.model), contextlib.ExitStack() as hooks:
             for name in names:
                 prepare(backbone.modules[name])
-                hook = backbone.modules[name].register_forward_hook(hook_of(name))
+                hook = backbone.modules[name].register_forward_hook(hook_of(name), with_kwargs=True)
                 hooks.callback(hook.remove)
             try:
-                _run(backbone, where, args, kwargs)
+                _run(backbone, where, args, kwargs, values=values)
             except _Failed as failed:
-                failures.append(_failure(backbone, where, args, kwargs, failed.args[0]))
-        if reached >= set(names):
-            return
-    unknown = next(name for name in names if name not in reached)
+                return [_failure(backbone, where, args, kwargs, failed.args[0])]
+            except _Enough:
+                pass
+        return []
+
+    failures: list[str] = []
+    for where, args, kwargs in inputs.of_backbone(backbone):
+        if missing:
+            failures += attempt(where, args, kwargs, backbone.samples is not None)
+    for name in list(missing):
+        for args, kwargs in inputs.of_module(backbone.modules[name]):
+            if name in missing:
+                attempt(name, args, kwargs, True)
+    if missing:
+        raise _unknown(backbone, next(iter(missing)), what, failures)
+
+
+def _check_shapes(backbone: Backbone) -> None:
+    """Raise if a run would give lazy modules their sizes: that is for the user's own inputs."""
+    for name, module in backbone.modules.items():
+        if any(map(is_lazy, module._parameters.values())):
+            raise SiteError(
+                f"{name!r} ({type(module).__name__}) gets its sizes in its first forward: run the "
+                "model once before",
+                where=name,
+            )
+
+
+def _unknown(backbone: Backbone, name: str, what: str, failures: Sequence[str]) -> SiteError:
     tried = "; ".join(failures) or "the shape-only run did not reach it"
-    raise SiteError(
-        f"the {what} of {unknown!r} ({type(backbone.modules[unknown]).__name__}) is not known: "
-        f"{tried}. Set model.dummy_inputs = {{argument: tensor, ...}} to inputs of "
-        f"{type(backbone.model).__name__}.forward, or choose other modules, such as Linear",
-        where=unknown,
+    return SiteError(
+        f"the {what} of {name!r} ({type(backbone.modules[name]).__name__}) is not known: {tried}. "
+        f"Pass {_advice(backbone)}, or choose other modules, such as Linear",
+        where=name,
+    )
+
+
+def _advice(backbone: Backbone) -> str:
+    return (
+        "sample_inputs={argument: tensor, ...}, inputs of "
+        f"{type(backbone.model).__name__}.forward that reach it"
     )
 
 
@@ -273,22 +313,21 @@ def dry_run(backbone: Backbone, look: Callable[[Any], None]) -> None:
     """Run the backbone once on shapes, with gradients, and give `look` the output.
 
     Raises:
-        SiteError: it runs neither on its `dummy_inputs`, nor on an input for its first layer.
+        SiteError: it runs on none of the inputs that `inputs.of_backbone` finds.
     """
+    _check_shapes(backbone)
     failures = []
-    for where, args, kwargs in _inputs(backbone):
+    for where, args, kwargs in inputs.of_backbone(backbone):
         with untouched(backbone), sharding.whole(backbone.model):
             try:
-                _run(backbone, where, args, kwargs, True, look)
+                _run(backbone, where, args, kwargs, True, look, backbone.samples is not None)
             except _Failed as failed:
                 failures.append(_failure(backbone, where, args, kwargs, failed.args[0]))
                 continue
             return
     raise SiteError(
         f"{type(backbone.model).__name__} does not run on shapes: "
-        f"{'; '.join(failures) or 'no layer'}. Give a batch, or set "
-        "model.dummy_inputs = {argument: tensor, ...}",
-        where=where,
+        f"{'; '.join(failures) or 'no layer'}. Give a batch, or {_advice(backbone)}",
     )
 
 

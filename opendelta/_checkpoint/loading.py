@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .._backbone.backbone import Backbone
+from .._backbone.inputs import Samples
 from .._deltas.base import BaseDelta
 from .._deltas.choosing import as_chosen
 from .._deltas.committing import commit, take_off
@@ -43,6 +44,7 @@ def load(
     name: str | None = None,
     expected: type[BaseDelta] | None = None,
     check_backbone: bool = True,
+    samples: Samples | None = None,
 ) -> tuple[list[BaseDelta], Source]:
     """Put the deltas in `folder` on `model`, after the deltas that are on it.
 
@@ -52,6 +54,7 @@ def load(
         name: the new name of a single delta. None: its saved name, or the next free one.
         expected: the folder must hold one delta, and of this class.
         check_backbone: compare a few values of the weights under the deltas with the saved values.
+        samples: inputs of the model, to find sizes by.
 
     Returns:
         The deltas, and the source that the folder holds.
@@ -66,7 +69,7 @@ def load(
         facts, configs = source.facts, source.configs
         if expected is not None:
             _check_type(path, configs, expected)
-        backbone = Backbone.of(model)
+        backbone = Backbone.of(model, samples)
         known = known_records(backbone)
         taken = {record.name for record in known}
         deltas: list[BaseDelta] = []

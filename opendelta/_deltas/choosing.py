@@ -17,7 +17,8 @@ from .._backbone.patterns import as_list, leave_out, literal, select, select_mod
 from .._layers import labels, prefix, prompt
 from .._layers.base import DeltaLayer
 from .._layers.record import Record
-from .._modules.kinds import KINDS, Kind, kind_of
+from .._modules.kinds import KINDS, Kind, Norm, kind_of
+from .._modules.tensors import is_lazy
 from .._sites import swap
 from .._sites.stack import check_name
 from ..errors import AddressError, SiteError, quoted
@@ -107,14 +108,14 @@ def resolve(
     if not wanted:
         raise AddressError("modified_modules is an empty list; None selects the default places")
     select_all = _selection(config, layer_class)
+    by_role = select_all is not _by_name
     if layer_class.paired:
         modified = _pairs(backbone, wanted, select_all, as_list(config.exclude_modules))
     else:
-        by_role = select_all is not _by_name
         names = inside(backbone, select_all(backbone, wanted), layer_class, by_role)
-        if by_role and not layer_class.can_fold():
-            names = [_caller_of(backbone, name) for name in names]
         modified = leave_out(backbone, names, as_list(config.exclude_modules))
+    if by_role:
+        modified = _acting_places(backbone, modified, wanted, layer_class)
     owned = _owned(backbone, as_list(config.modules_to_save))
     for name in modified:
         if around := next((o for o in owned if f"{name}.".startswith(f"{o}.")), None):
@@ -246,13 +247,35 @@ def inside(
     return list(dict.fromkeys(expanded)) or names
 
 
-def _caller_of(backbone: Backbone, name: str) -> str:
-    """Return the module `name`; if the module around is known to read its weight, return that one.
+def _acting_places(
+    backbone: Backbone, names: list[str], wanted: Sequence[str], layer_class: type[DeltaLayer]
+) -> list[str]:
+    """Return where layers for the modules `names`, which roles selected, act.
 
-    Such a parent never calls the module, and computes its output itself.
+    Raises:
+        AddressError: they act nowhere.
     """
-    read = swap.weight_is_read(backbone.modules[name], reading.weight_is_read(backbone, name))
-    return parent(name) if read else name
+    places = (_acting_at(backbone, name, layer_class) for name in names)
+    acting = [place for place in places if place is not None]
+    if not acting:
+        raise AddressError(
+            f"the modules that {list(wanted)} selects are never called: the modules around read "
+            f"their weights, which a {layer_class.__name__} does not fold into; choose others"
+        )
+    return acting
+
+
+def _acting_at(backbone: Backbone, name: str, layer_class: type[DeltaLayer]) -> str | None:
+    """Return where a layer for the module `name` acts: there, or on the module around it.
+
+    A module that reads the weight of `name` never calls `name`. A layer that no weight can hold
+    acts on the module around, if its kind fits. None: the layer acts on neither.
+    """
+    module = backbone.modules[name]
+    read = swap.weight_is_read(module, reading.weight_is_read(backbone, name))
+    if not read or layer_class.can_fold_on(module):
+        return name
+    return parent(name) if _kinds(backbone, parent(name)) & {*layer_class.kinds} else None
 
 
 def _kinds(backbone: Backbone, name: str) -> set[str]:
@@ -321,6 +344,18 @@ def _names(backbone: Backbone) -> list[str]:
     return [*backbone.modules, *backbone.tensors()]
 
 
+def _check_parameters(name: str, module: nn.Module) -> None:
+    """Raise if the module's own parameters have no shape yet, or are complex."""
+    for parameter in module._parameters.values():
+        problem = None
+        if is_lazy(parameter):
+            problem = "gets its sizes in its first forward: run the model once, then attach"
+        elif parameter is not None and parameter.is_complex():
+            problem = "has complex weights, for which no delta is defined; choose other modules"
+        if problem is not None:
+            raise SiteError(f"{quoted(name)} ({type(module).__name__}) {problem}", where=name)
+
+
 def check_kind(
     backbone: Backbone,
     name: str,
@@ -329,7 +364,14 @@ def check_kind(
     layer_class: type[DeltaLayer],
 ) -> None:
     """Raise unless the layer takes the module `name`, which has this kind."""
+    _check_parameters(name, backbone.modules[name])
     wanted = {*layer_class.kinds}
+    if isinstance(kind, Norm) and kind.axis != -1 and not layer_class.any_axis:
+        raise SiteError(
+            f"{quoted(name)} ({type(backbone.modules[name]).__name__}) normalises axis {kind.axis} "
+            f"of its input, and {config.delta_type!r} acts on the last axis; choose other modules",
+            where=name,
+        )
     if (kind is not None and kind.name in wanted) or _kinds(backbone, name) & wanted:
         return
     takes = "; ".join(KINDS[k] for k in layer_class.kinds)

@@ -32,7 +32,7 @@ def _silent(backbone: Backbone, compiled: bool = True) -> list[str]:
     return [
         join(where, SLOT, name)
         for where, name, layer in backbone.delta_layers()
-        if layer.record.active and name not in backbone.stacks[where].ran
+        if layer.computes and layer.record.active and name not in backbone.stacks[where].ran
         if not backbone.stacks[where].holds(name)
         if compiled or not _in_compiled(backbone, where)
     ]

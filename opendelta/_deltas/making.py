@@ -11,21 +11,20 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from .._backbone import copying, sharding
+from .._backbone import copying, shapes, sharding
 from .._backbone.backbone import Backbone
-from .._backbone.shapes import attention_heads, output_widths
 from .._layers import labels
 from .._layers.base import Acts, DeltaLayer
 from .._layers.dtypes import dtype_for
 from .._layers.gate import Gate
 from .._layers.owned import OwnedModule, SharedTensors, convert
 from .._layers.record import Record, Shared
-from .._layers.site import Heads, Site
+from .._layers.site import Heads, Site, Widths
 from .._modules.kinds import kind_of
 from .._sites import swap
 from .._sites.stack import acting_on
 from ..errors import LostGradientWarning, SiteError, TiedWeightWarning, warn
-from . import choosing
+from . import choosing, resizing
 from .base import BaseDelta
 from .choosing import Choice
 from .options import DeltaConfig
@@ -91,6 +90,8 @@ def _layers(backbone: Backbone, choice: Choice, values: Values) -> dict[str, Del
     for name, site in starts.items():
         site.shared = shared
         layer = made[name] = new(site, config)
+        if layer_class.any_axis and site.axis != -1:
+            layer.__dict__["axis"] = site.axis
         if config.gate:
             layer.gate = _gate(layer, site)
         if shared is not None:
@@ -103,6 +104,7 @@ def _layers(backbone: Backbone, choice: Choice, values: Values) -> dict[str, Del
         else:
             made |= _only_new({around: SharedTensors(shared)}, made, config)
     made |= _only_new(_owned(backbone, config, values), made, config)
+    resizing.guard(backbone, made)
     if values == "new":
         _seed(made)
     return made
@@ -164,12 +166,12 @@ def _sites(
     unknown = [name for name in names if kinds[name] is None]
 
     @functools.cache
-    def widths() -> dict[str, int]:
-        return output_widths(backbone.model, unknown)
+    def widths() -> dict[str, Widths]:
+        return shapes.widths(backbone, unknown)
 
     @functools.cache
     def heads() -> dict[str, Heads]:
-        return attention_heads(backbone.model, names)
+        return shapes.attention_heads(backbone, names)
 
     sites = {}
     for name, kind in kinds.items():
@@ -178,10 +180,10 @@ def _sites(
         choosing.check_kind(backbone, name, kind, config, layer_class)
         device, computes = backbone.device_and_dtype_of(name)
         device = device if values == "new" else torch.device("meta")
-        of_width, of_heads = (lambda n: widths()[n]), (lambda n: heads()[n])
+        of_widths, of_heads = (lambda n: widths()[n]), (lambda n: heads()[n])
         new = values != "saved"
         dtype = dtype_for(config.dtype, computes)
-        site = Site(name, module, kind, device, dtype, of_width, of_heads, new)
+        site = Site(name, module, kind, device, dtype, of_widths, of_heads, new)
         if (stack := backbone.stacks.get(name)) is not None:
             site.beneath = acting_on(stack)
         sites[name] = site

@@ -5,11 +5,12 @@ The model stays as it is; only `committing` touches it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from .._backbone import reading, sharding
 from .._backbone.backbone import Backbone
@@ -20,7 +21,7 @@ from .._modules import wrappers
 from .._sites import swap
 from .._sites.stack import Stack, stack_of
 from ..errors import SiteError
-from ..names import ancestors
+from ..names import ancestors, inside
 from .base import BaseDelta
 from .order import order_with
 
@@ -86,6 +87,9 @@ def place(
     backbone.require_unrouted(f"cannot attach {delta.name!r}")
     sharding.check_synchronised(backbone, list(delta.parameters()))
     _check_owned(backbone, delta.layers)
+    for where, layer in delta.layers.items():
+        if where in backbone.modules:
+            _check_sizes(backbone, delta.name, where, layer)
     whole = {name for name, module in backbone.modules.items() if wrappers.loads_inside(module)}
     placings = {}
     for where, layer in delta.layers.items():
@@ -129,6 +133,34 @@ class PlannedStack(Stack):
             self._modules.update(before._modules)
             self.steps = before.steps
         self._modules[name] = layer
+
+
+def _check_sizes(backbone: Backbone, name: str, where: str, new: DeltaLayer) -> None:
+    """Raise if a delta's own copy of a module has other sizes than the layers on the module.
+
+    So it is with a copy of a head for another number of labels.
+    """
+    stack = backbone.stacks.get(where)
+    both = [*(stack.in_order() if stack is not None else ()), (name, new)]
+    copies = [(owner, layer.stand_in) for owner, layer in both if layer.stand_in is not None]
+    if not copies:
+        return
+    module, start = backbone.modules[where], inside(where)
+    parts = [m for n, m in backbone.modules.items() if n == where or n.startswith(start)]
+    for owner, own in copies:
+        others = [n for n, layer in both if layer.acts.in_the_weights]
+        if others and _shapes(own.modules()) != _shapes(parts):
+            raise SiteError(
+                f"{where!r} ({type(module).__name__}): {owner!r} puts its own copy in its place, "
+                f"with other sizes (num_labels) than {others[0]!r} on it was made for; put "
+                f"{others[0]!r} on other modules, or give it a copy of its own (modules_to_save)",
+                where=where,
+            )
+
+
+def _shapes(modules: Iterable[nn.Module]) -> list[torch.Size]:
+    parameters = [p for module in modules for p in module._parameters.values()]
+    return [parameter.shape for parameter in parameters if parameter is not None]
 
 
 def _check_owned(backbone: Backbone, layers: Mapping[str, DeltaLayer]) -> None:

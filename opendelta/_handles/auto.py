@@ -8,6 +8,7 @@ from typing import Any, cast
 from torch import nn
 
 from .. import interop
+from .._backbone.inputs import Samples
 from .._checkpoint import hub
 from .._checkpoint.source import configs_of
 from .._deltas.options import DeltaConfig
@@ -74,7 +75,11 @@ class AutoDeltaModel:
 
     @classmethod
     def from_config(cls, config: DeltaConfig, backbone_model: nn.Module, **options: Any) -> Delta:
-        """Put a new delta with the options of `config`, changed by `options`, on a backbone."""
+        """Put a new delta with the options of `config`, changed by `options`, on a backbone.
+
+        Args:
+            options: options by name, and `sample_inputs`.
+        """
         if not isinstance(config, DeltaConfig):
             raise OptionError(
                 f"from_config takes a config, not {type(config).__name__}; make one of a dict with "
@@ -93,6 +98,7 @@ class AutoDeltaModel:
         local_files_only: bool = False,
         check_hash: bool = True,
         check_backbone: bool = True,
+        sample_inputs: Samples | None = None,
     ) -> Delta:
         """Put a delta of any method that `save_finetuned` wrote on a backbone.
 
@@ -103,10 +109,17 @@ class AutoDeltaModel:
             check_backbone: raise if the weights under the delta differ from the weights that it was
                 trained on. A few values are compared.
             check_hash: OpenDelta 0.3's name for `check_backbone`; both must be true for the check.
+            sample_inputs: inputs of the backbone, to find sizes by; see `Delta`.
 
         Raises:
             DeltaLoadError: the folder is damaged, or does not fit the backbone.
         """
         return Delta.from_finetuned(
-            finetuned_delta_path, backbone_model, name, local_files_only, check_hash, check_backbone
+            finetuned_delta_path,
+            backbone_model,
+            name,
+            local_files_only,
+            check_hash,
+            check_backbone,
+            sample_inputs,
         )

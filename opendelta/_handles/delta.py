@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .._backbone import sharding
 from .._backbone.backbone import Backbone
 from .._backbone.heads import warn_of_untrained
+from .._backbone.inputs import Samples
 from .._backbone.patterns import as_list
 from .._checkpoint import hub, loading, saving
 from .._deltas.base import BaseDelta
@@ -40,7 +41,10 @@ class Delta(BaseDelta):
     """The base class of all methods: `LoraModel(model)` puts a delta on `model`, and is its handle.
 
     A method sets the four class attributes; all other code is here. The arguments of the class are
-    the backbone and the fields of its config.
+    the backbone, the fields of its config, and `sample_inputs`: the arguments of the backbone's
+    forward, by keyword in a mapping, by position in a sequence, or one tensor. By a run on them,
+    on shapes alone, sizes are found that the classes of modules do not tell. None: such inputs are
+    found by themselves.
 
     Attributes:
         delta_type: the method's name in files.
@@ -68,9 +72,16 @@ class Delta(BaseDelta):
                 for n in group
                 if group is first or n not in first
             ]
+            + [inspect.Parameter("sample_inputs", by_name, default=None, annotation=Samples)]
         )
 
-    def __init__(self, backbone_model: nn.Module, *args: Any, **options: Any) -> None:
+    def __init__(
+        self,
+        backbone_model: nn.Module,
+        *args: Any,
+        sample_inputs: Samples | None = None,
+        **options: Any,
+    ) -> None:
         names = self.config_class.positional_names()
         if len(args) > len(names):
             raise OptionError(
@@ -88,7 +99,7 @@ class Delta(BaseDelta):
         config = self.config_class.from_dict({**given, **options})
         if not isinstance(backbone_model, nn.Module):
             raise OptionError(f"backbone_model must be a torch.nn.Module, not {backbone_model!r}")
-        backbone = Backbone.of(backbone_model)
+        backbone = Backbone.of(backbone_model, sample_inputs)
         with uncollected():
             choice = choose(backbone, type(self), config)
             make(backbone, choice, into=self)
@@ -99,7 +110,11 @@ class Delta(BaseDelta):
     def from_config(
         cls: type[AnyDelta], config: DeltaConfig, backbone_model: nn.Module, **options: Any
     ) -> AnyDelta:
-        """Put a new delta with these options, changed by `options`, on `backbone_model`."""
+        """Put a new delta with these options, changed by `options`, on `backbone_model`.
+
+        Args:
+            options: options by name, and `sample_inputs`.
+        """
         if not isinstance(config, cls.config_class):
             raise OptionError(f"{cls.__name__} takes a {cls.config_class.__name__}, not {config!r}")
         return cls(backbone_model, **{**vars(config), **options})
@@ -113,6 +128,7 @@ class Delta(BaseDelta):
         local_files_only: bool = False,
         check_hash: bool = True,
         check_backbone: bool = True,
+        sample_inputs: Samples | None = None,
     ) -> AnyDelta:
         """Put a delta that `save_finetuned` wrote on `backbone_model`.
 
@@ -123,12 +139,14 @@ class Delta(BaseDelta):
             check_backbone: raise if the weights under the delta differ from the weights that it was
                 trained on. A few values are compared.
             check_hash: OpenDelta 0.3's name for `check_backbone`; both must be true for the check.
+            sample_inputs: inputs of the backbone, to find sizes by; see `Delta`.
 
         Raises:
             DeltaLoadError: the folder holds another method, is damaged, or does not fit.
         """
         path = hub.folder_of(finetuned_delta_path, local_files_only)
-        loaded, _ = loading.load(path, backbone_model, name, cls, check_hash and check_backbone)
+        checked = check_hash and check_backbone
+        loaded, _ = loading.load(path, backbone_model, name, cls, checked, sample_inputs)
         return cast(AnyDelta, loaded[0])
 
     # ------------------------------------------------------- attaching, detaching

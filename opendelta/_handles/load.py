@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass, field
 from typing import Any, Literal, overload
 
+from .._backbone.inputs import Samples
 from .._checkpoint import hub, loading
 from ..errors import DeltaLoadError, printable
 from .composition import Composition, Model
@@ -59,6 +60,7 @@ def load(
     *,
     check_backbone: bool = True,
     local_files_only: bool = False,
+    sample_inputs: Samples | None = None,
     strict: Literal[True] = True,
 ) -> Composition[Model]: ...
 
@@ -70,6 +72,7 @@ def load(
     *,
     check_backbone: bool = True,
     local_files_only: bool = False,
+    sample_inputs: Samples | None = None,
     strict: Literal[False],
 ) -> LoadReport: ...
 
@@ -81,6 +84,7 @@ def load(
     *,
     check_backbone: bool = True,
     local_files_only: bool = False,
+    sample_inputs: Samples | None = None,
     strict: bool,
 ) -> Composition[Model] | LoadReport: ...
 
@@ -91,6 +95,7 @@ def load(
     *,
     check_backbone: bool = True,
     local_files_only: bool = False,
+    sample_inputs: Samples | None = None,
     strict: bool = True,
 ) -> Composition[Model] | LoadReport:
     """Put the deltas that `composition(...).save` or `save_finetuned` wrote on `model`.
@@ -104,6 +109,7 @@ def load(
         check_backbone: raise if the weights under the deltas differ from the weights that they were
             trained on. A few values of each weight are compared.
         local_files_only: use only files that were downloaded from the hub before.
+        sample_inputs: inputs of the model, to find sizes by; see `Delta`.
         strict: if False, return a report instead of raising.
 
     Raises:
@@ -111,7 +117,9 @@ def load(
     """
     try:
         path = hub.folder_of(folder, local_files_only)
-        loaded, source = loading.load(path, model, check_backbone=check_backbone)
+        loaded, source = loading.load(
+            path, model, check_backbone=check_backbone, samples=sample_inputs
+        )
     except DeltaLoadError as error:
         if strict:
             raise

@@ -105,6 +105,12 @@ class DeltaLayer(nn.Module):
         routes_itself: it finds by itself the rows of a batch that take it.
         extra_positions: number of positions that it adds to each sequence.
         shows_config: while it acts, the module shows another config, its `shown_config`.
+        grows: its tensors' first rows belong to the first outputs of a linear module, so that it
+            can follow a head that gets more outputs.
+        resizer: on the root of a transformers model, what `resize` calls; the library sets it.
+        any_axis: it can be put on a normalisation whose width is not on the last axis. A subclass
+            with its own forward must set it again.
+        axis: the axis of the width of the module's output; the library sets it.
         labels: number of labels of the model while it acts; None: it changes no labels.
         handover: passes a value to or from another site; None: it passes none.
         hands_over: it puts a value into its `handover`; another layer takes the value.
@@ -126,6 +132,10 @@ class DeltaLayer(nn.Module):
     routes_itself: ClassVar[bool] = False
     extra_positions: int = 0
     shows_config: ClassVar[bool] = False
+    grows: bool = False
+    resizer: Call | None = None
+    any_axis: ClassVar[bool] = False
+    axis: int = -1
     labels: int | None = None
     handover: Handover | None = None
     hands_over: ClassVar[bool] = False
@@ -136,6 +146,8 @@ class DeltaLayer(nn.Module):
         own = vars(cls)
         if "scales" not in own and ("forward" in own or "fold" in own):
             cls.scales = False
+        if "any_axis" not in own and "forward" in own:
+            cls.any_axis = False
         if not isinstance(cls.kinds, tuple) or not {*cls.kinds} <= KINDS.keys():
             raise OptionError(
                 f"{cls.__name__}.kinds={cls.kinds!r} must be a tuple of some of {', '.join(KINDS)}"
@@ -203,6 +215,11 @@ class DeltaLayer(nn.Module):
         """True if the class writes a `fold`."""
         return cls.fold is not DeltaLayer.fold
 
+    @classmethod
+    def can_fold_on(cls, module: nn.Module) -> bool:
+        """True if a layer of the class on `module` can be written into its weights."""
+        return cls.can_fold()
+
     @property
     def folds(self) -> bool:
         """True if this layer can be written into the weights of its module."""
@@ -224,6 +241,16 @@ class DeltaLayer(nn.Module):
     def stand_in(self) -> nn.Module | None:
         """Return the module for a plain model in the place of the site; None: the site's module."""
         return None
+
+    def resize(self, call: Call, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """Return `call(*args, **kwargs)`, which resizes the embeddings of a transformers model.
+
+        Args:
+            model: the model that carries the layer.
+        """
+        if self.resizer is None:
+            return call(*args, **kwargs)
+        return self.resizer(call, model, *args, **kwargs)
 
     def shown_config(self, config: Any) -> Any:
         """Return the transformers config that the module shows instead of its own."""
@@ -377,7 +404,9 @@ def _gated(layer: DeltaLayer, call: Call, *args: Any, **kwargs: Any) -> Any:
     def inner(*new: Any, **options: Any) -> Any:
         changed = calls.first_input(new, options)
         if changed is not x:
-            new, options = calls.replace_input(new, options, x + gate(x) * (changed - x))
+            plain_x = calls.dense(x)
+            mixed = plain_x + gate(x) * (changed - plain_x)
+            new, options = calls.replace_input(new, options, mixed)
         out = call(*new, **options)
         plain.append(calls.hidden(out))
         return out

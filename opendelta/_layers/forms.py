@@ -28,6 +28,7 @@ class OutputLayer(DeltaLayer):
 
     kinds: tuple[str, ...] = ("linear", "embedding", "norm", "other")
     scales = True
+    any_axis = True
     width: int
 
     def change(self, h: Tensor) -> Tensor:
@@ -35,7 +36,7 @@ class OutputLayer(DeltaLayer):
         raise NotImplementedError
 
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return calls.change_hidden(call(*args, **kwargs), self.width, self.scaled)
+        return calls.change_hidden(call(*args, **kwargs), self.width, self.scaled, self.axis)
 
     def scaled(self, h: Tensor) -> Tensor:
         """Return h + s (change(h) - h), where s is `delta.scale`."""
@@ -58,7 +59,7 @@ class InputLayer(DeltaLayer):
         raise NotImplementedError
 
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        x = calls.first_input(args, kwargs)
+        x = calls.dense(calls.first_input(args, kwargs))
         changed = towards(x, self.change(x), self.strength())
         args, kwargs = calls.replace_input(args, kwargs, changed)
         return call(*args, **kwargs)
@@ -123,7 +124,7 @@ class WeightLayer(DeltaLayer):
         pair = self.low_rank() if low_rank.ENABLED and self.runs_as_factors else None
         if pair is not None:
             return low_rank.add(call, [pair], False, *args, **kwargs)
-        out, x = call(*args, **kwargs), calls.first_input(args, kwargs)
+        out, x = call(*args, **kwargs), calls.dense(calls.first_input(args, kwargs))
         if self.dropout:
             x = F.dropout(x, self.dropout, self.training)
         return out + times(self.strength(), self.product(x)).type_as(out)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .._modules import arithmetic
+from .._modules import arithmetic, calls
 from .site import Site
 
 
@@ -23,7 +23,7 @@ class Gate(nn.Module):
     def __init__(self, site: Site, width: int, on_input: bool) -> None:
         super().__init__()
         self.on_input = on_input
-        self.axis = -1 if site.known_kind is None else site.known_kind.axis
+        self.axis = site.axis
         self.weight = site.parameter(1, width) if width else None
         self.bias = site.parameter(1)
         for parameter in self.parameters():
@@ -33,7 +33,7 @@ class Gate(nn.Module):
         """Return w h + b, with size 1 on the axis of the width."""
         if self.weight is None:
             return self.bias
-        h = h.movedim(self.axis, -1)
+        h = calls.dense(h).movedim(self.axis, -1)
         return arithmetic.linear(h, self.weight, self.bias).movedim(-1, self.axis)
 
     def forward(self, h: Tensor) -> Tensor:

@@ -32,6 +32,19 @@ class Heads:
     hidden: int
 
 
+@dataclass(frozen=True)
+class Widths:
+    """Sizes of the last axis of a module's first input and of its hidden states.
+
+    Attributes:
+        input: None if the first input is no floating tensor, such as token ids.
+        output: width of the hidden states.
+    """
+
+    input: int | None
+    output: int
+
+
 @dataclass
 class Site:
     """The facts about the module that a delta layer is put on.
@@ -42,7 +55,7 @@ class Site:
         known_kind: its row in the table of kinds; None if its class says nothing about its sizes.
         device: the device of the layer's tensors.
         dtype: their dtype.
-        width_of: finds the output width of a module that is not in the table of kinds.
+        widths_of: finds the widths of a module that is not in the table of kinds.
         heads_of: finds the sizes of an attention module.
         new: the layer sets its start values; false: the values come from a file.
         end: the site at the end of the branch that starts here, for `paired` layers.
@@ -55,7 +68,7 @@ class Site:
     known_kind: Kind | None
     device: torch.device
     dtype: torch.dtype
-    width_of: Callable[[str], int]
+    widths_of: Callable[[str], Widths]
     heads_of: Callable[[str], Heads]
     new: bool = True
     end: Site | None = None
@@ -78,6 +91,11 @@ class Site:
         return self.known_kind
 
     @property
+    def axis(self) -> int:
+        """Return the axis of the output whose size is `out_features`."""
+        return -1 if self.known_kind is None else self.known_kind.axis
+
+    @property
     def in_features(self) -> int:
         """Return the number of columns of the module's weight matrix."""
         return self.kind.in_features
@@ -86,7 +104,27 @@ class Site:
     def out_features(self) -> int:
         """Return the width of the module's output: the last axis of its hidden states."""
         known = self.known_kind
-        return self.width_of(self.name) if known is None else known.out_features
+        return self.widths_of(self.name).output if known is None else known.out_features
+
+    @cached_property
+    def input_width(self) -> int:
+        """Return the width of the module's first input: the size of its last axis.
+
+        Raises:
+            SiteError: the input is no hidden states, such as the token ids of an embedding.
+        """
+        known = self.known_kind
+        if known is None:
+            width = self.widths_of(self.name).input
+        else:
+            width = None if known.takes_ids else known.in_features or known.out_features
+        if width is None:
+            raise SiteError(
+                f"{self.name!r} ({type(self.module).__name__}) takes no hidden states [..., width] "
+                "as its first input; choose another module",
+                where=self.name,
+            )
+        return width
 
     @property
     def heads(self) -> Heads:

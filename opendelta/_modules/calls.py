@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import SiteError
@@ -18,6 +19,11 @@ def has_forward(module: nn.Module) -> bool:
 def first_input(args: tuple, kwargs: dict[str, Any]) -> Tensor:
     """Return the first argument of a call, positional or by keyword."""
     return args[0] if args else next(iter(kwargs.values()))
+
+
+def dense(x: Tensor) -> Tensor:
+    """Return `x`, which may be sparse, as a dense tensor."""
+    return x if x.layout in (torch.strided, torch.jagged) else x.to_dense()
 
 
 def replace_input(args: tuple, kwargs: dict[str, Any], new: Tensor) -> tuple[tuple, dict[str, Any]]:
@@ -78,10 +84,18 @@ def every(kind: type[Any], value: Any) -> Iterator[Any]:
             yield from every(kind, item)
 
 
-def change_hidden(output: Any, width: int, change: Callable[[Tensor], Tensor]) -> Any:
-    """Return `output` with its hidden states [..., width] replaced by `change(hidden states)`."""
+def change_hidden(
+    output: Any, width: int, change: Callable[[Tensor], Tensor], axis: int = -1
+) -> Any:
+    """Return `output` with its hidden states [..., width] replaced by `change(hidden states)`.
+
+    Args:
+        axis: the axis of the width, if `output` is a tensor.
+    """
     if isinstance(output, Tensor):
-        return change(output)
+        if axis == -1:
+            return change(output)
+        return change(output.movedim(axis, -1)).movedim(-1, axis)
     key = hidden_key(output, width)
     new = change(output[key])
     if type(output) is dict:

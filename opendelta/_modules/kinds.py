@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..names import SLOT
 from .arithmetic import linear
 from .tensors import stored
+from .trials import axes_after
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,6 @@ class Kind:
     Attributes:
         is_product: the module computes x W^T + b over the last axis.
         takes_ids: its input is indices.
-        axis: the axis of the output whose size is `out_features`.
         in_features: number of columns of the weight as a matrix [out_features, in_features]; 0 if
             there is no matrix.
         out_features: width of the output.
@@ -33,9 +33,18 @@ class Kind:
     name: ClassVar[str] = "linear"
     is_product: ClassVar[bool] = True
     takes_ids: ClassVar[bool] = False
-    axis: ClassVar[int] = -1
     in_features: int
     out_features: int
+
+    @property
+    def axis(self) -> int:
+        """Return the axis of the output whose size is `out_features`."""
+        return -1
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """Return the shape of a bias."""
+        return (self.out_features,)
 
     def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         """Return the module's result on `x` for the weight B @ A, without its bias.
@@ -60,7 +69,7 @@ class Kind:
         return matrix.to(weight.dtype)
 
     def per_channel(self, values: Tensor) -> Tensor:
-        """Return a view of values [out_features] that broadcasts along the output's other axes."""
+        """Return a view of values [*channels] that broadcasts along the output's other axes."""
         return values
 
     def example(self, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, int]:
@@ -111,13 +120,16 @@ class Conv2d(Kind):
 
     name: ClassVar[str] = "conv2d"
     is_product: ClassVar[bool] = False
-    axis: ClassVar[int] = 1
     patch: tuple[int, ...] = ()  # (in_channels, kernel height, kernel width)
     stride: tuple[int, ...] = (1, 1)
     padding: Any = 0
     dilation: tuple[int, ...] = (1, 1)
     pad_mode: str = "zeros"
     pad_sizes: tuple[int, ...] = ()
+
+    @property
+    def axis(self) -> int:
+        return 1
 
     def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
         return F.conv2d(self.product(x, A), B.to(x.dtype)[..., None, None])
@@ -154,11 +166,35 @@ class Convolution(Kind):
 
 @dataclass(frozen=True)
 class Norm(Kind):
-    """A normalisation over the last axis; a delta on it folds only if it scales by its weight."""
+    """A normalisation; a delta on it folds only if it scales by its weight.
+
+    Attributes:
+        shape: the shape of its weight: the last axes of the output, or the one of its channels.
+        after: number of axes after the channels: 2 for images [batch, channels, height, width].
+    """
 
     name: ClassVar[str] = "norm"
     is_product: ClassVar[bool] = False
+    shape: tuple[int, ...] = ()
+    after: int = 0
     scales_by_weight: bool = True
+
+    @property
+    def axis(self) -> int:
+        return -1 - self.after
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        return self.shape
+
+    def per_channel(self, values: Tensor) -> Tensor:
+        return values.view(*values.shape, *(1,) * self.after)
+
+    def example(self, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, int]:
+        trailing = (length, 3)[: self.after]
+        shape = (2, *self.shape, *trailing) if self.after else (2, length, *self.shape)
+        x = torch.empty(shape, device="meta", dtype=dtype)
+        return x, x, x.numel() // self.out_features
 
 
 KINDS = {
@@ -196,6 +232,12 @@ def _is_norm(module: nn.Module) -> bool:
     )
 
 
+def _norm(module: nn.Module, shape: tuple[int, ...], scales_by_weight: bool) -> Norm:
+    known = type(module).forward in (nn.LayerNorm.forward, nn.RMSNorm.forward) or len(shape) > 1
+    after = 0 if known else axes_after(module, shape[0])
+    return Norm(0, shape[-1], shape, after, scales_by_weight)
+
+
 def kind_of(module: nn.Module) -> Kind | None:
     """Return the table's row for `module`; None if its type says nothing about its sizes."""
     if isinstance(module, nn.Embedding):
@@ -207,9 +249,9 @@ def kind_of(module: nn.Module) -> Kind | None:
     if isinstance(module, nn.modules.conv._ConvNd):
         return _convolution(module)
     if isinstance(module, nn.LayerNorm | nn.RMSNorm):
-        return Norm(0, module.normalized_shape[-1], len(module.normalized_shape) == 1)
+        return _norm(module, tuple(module.normalized_shape), True)
     if _is_norm(module):
-        return Norm(0, module._parameters["weight"].numel(), False)  # type: ignore[union-attr]
+        return _norm(module, tuple(module._parameters["weight"].shape), False)  # type: ignore
     if hasattr(module, "nx") and hasattr(module, "nf"):
         return TransposedLinear(int(module.nx), int(module.nf))  # type: ignore[arg-type]
     sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)

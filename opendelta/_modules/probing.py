@@ -41,7 +41,7 @@ def factor_of(module: nn.Module, forward: Callable[..., Any]) -> float | None:
     """Return the t of a module that computes t (W x) + b; None if it computes something else.
 
     Here W x is what the module's kind computes from the weight: a product, a lookup, a convolution.
-    A normalisation has no t, so it is 1.0: see `acts_on_last_axis`.
+    A normalisation has no t, so it is 1.0: see `acts_by_channel`.
 
     Args:
         forward: the forward of the module's own class, without deltas.
@@ -112,7 +112,7 @@ def _inputs(module: nn.Module, kind: Kind) -> Iterator[Tensor]:
 
 
 @torch.no_grad()
-def acts_on_last_axis(module: nn.Module, forward: Callable[..., Any], key: str) -> bool:
+def acts_by_channel(module: nn.Module, forward: Callable[..., Any], key: str) -> bool:
     """True if the weight of a normalisation scales its output, or the bias shifts it, by channel.
 
     Args:
@@ -120,14 +120,16 @@ def acts_on_last_axis(module: nn.Module, forward: Callable[..., Any], key: str) 
         key: "weight" or "bias".
     """
     own: Any = module._parameters
+    kind: Any = kind_of(module)
     kept, bias = own[key], own.get("bias")
     device, dtype = device_and_dtype([module])
-    width, shift = kept.numel(), 0 if bias is None else bias
-    x = torch.randn(2, 3, width, dtype=torch.float64).to(device, dtype)
-    by = torch.linspace(0.5, 1.5, width, device=device).to(kept.dtype)
+    shape = kind.example(3, dtype)[0].shape
+    x = torch.randn(shape, dtype=torch.float64).to(device, dtype)
+    by = torch.linspace(0.5, 1.5, kept.numel(), device=device).to(kept.dtype).view(kept.shape)
+    shift, each = 0 if bias is None else kind.per_channel(bias), kind.per_channel(by)
     try:
         plain = forward(module, x)
-        wanted = plain + by if key == "bias" else (plain - shift) * by + shift
+        wanted = plain + each if key == "bias" else (plain - shift) * each + shift
         own[key] = nn.Parameter(kept + by if key == "bias" else kept * by, False)
         return _close(forward(module, x), wanted, plain.dtype)
     except Exception:  # whatever a forward of somebody's own raises on such an input

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from ..errors import SiteError
 
@@ -72,6 +73,11 @@ def is_finite(tensor: Tensor, usual: Tensor | None = None) -> bool:
 def is_plain(parameter: Any) -> bool:
     """True if `parameter` is an ordinary floating parameter: not quantised, not sharded."""
     return type(parameter) is nn.Parameter and parameter.dtype in FLOATS
+
+
+def is_lazy(tensor: Tensor | None) -> bool:
+    """True if `tensor` gets its shape in the first forward, as in `nn.LazyLinear`."""
+    return isinstance(tensor, UninitializedBuffer | UninitializedParameter)
 
 
 def in_full(module: nn.Module, key: str) -> Tensor:

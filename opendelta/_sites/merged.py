@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .._layers import low_rank
 from .._layers.base import DeltaLayer, Params
 from .._layers.low_rank import LowRank
-from .._modules import probing, tensors
+from .._modules import probing, tensors, trials
 from .._modules.kinds import Norm, kind_of
 from ..errors import DeltaError, SiteError
 from . import marks
@@ -66,8 +66,8 @@ def factor_of(where: str, module: nn.Module, run: list[Named]) -> float:
     Raises:
         SiteError: the module computes something else, so no weight holds the layers.
     """
-    forward = (plain_class(module) or type(module)).forward
-    factor = probing.factor_of(module, forward)
+    bare = trials.bare(module, plain_class(module))
+    factor = probing.factor_of(bare, type(bare).forward)
     if factor is None:
         names = ", ".join(name for name, _ in run)
         raise SiteError(
@@ -80,14 +80,14 @@ def factor_of(where: str, module: nn.Module, run: list[Named]) -> float:
 
 
 def _check_axis(where: str, module: nn.Module, key: str) -> None:
-    """Raise if a parameter of a normalisation acts otherwise than by channel on the last axis."""
-    forward = (plain_class(module) or type(module)).forward
-    if not isinstance(kind_of(module), Norm) or probing.is_known(forward):
+    """Raise if a parameter of a normalisation acts otherwise than by channel."""
+    bare = trials.bare(module, plain_class(module))
+    if not isinstance(kind_of(module), Norm) or probing.is_known(type(bare).forward):
         return
-    if not probing.acts_on_last_axis(module, forward, key):
+    if not probing.acts_by_channel(bare, type(bare).forward, key):
         raise SiteError(
-            f"{where!r} ({type(module).__name__}): its {key} does not act on the last axis of the "
-            "output, so no other one computes the same. Let the delta act unmerged",
+            f"{where!r} ({type(module).__name__}): its {key} does not act on each channel of the "
+            "output alone, so no other one computes the same. Let the delta act unmerged",
             where=where,
         )
 

@@ -17,7 +17,7 @@ from .._layers.base import DeltaLayer
 from .._modules import kinds, tensors, wrappers
 from ..errors import SiteError
 from ..names import SLOT
-from . import compile_limit
+from . import compile_limit, nested
 from .stack import Stack, stack_of
 
 _cache: Any = functools.cache  # Any: its annotation allows no class of a module as argument
@@ -53,6 +53,20 @@ def _showing_config() -> property:
         self.__dict__["config"] = value
 
     return property(read, write)
+
+
+def _resizing(base: Any) -> Callable[..., Any]:
+    """Return the method by which a transformers model resizes its embeddings, with its layers."""
+
+    @functools.wraps(base.resize_token_embeddings)
+    def resize_token_embeddings(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        call = functools.partial(base.resize_token_embeddings, self)
+        stack = stack_of(self)
+        for layer in stack.layers if stack is not None else ():
+            call = functools.partial(layer.resize, call, self)
+        return call(*args, **kwargs)
+
+    return resize_token_embeddings
 
 
 @_cache
@@ -96,6 +110,8 @@ def site_class(base: type[nn.Module], reads: bool = False) -> type[nn.Module]:
         stack = self._modules.get(SLOT)
         if stack is not None:
             call = stack.around(call, self, is_raw)  # type: ignore[operator]
+            if args and nested.is_nested(args[0]) and (on := stack.acting()):  # type: ignore[operator]
+                return nested.run(call, on, args, kwargs)
         return call(*args, **kwargs)
 
     def __reduce_ex__(self: nn.Module, protocol: object) -> tuple:
@@ -120,6 +136,8 @@ def site_class(base: type[nn.Module], reads: bool = False) -> type[nn.Module]:
         body["config"] = _showing_config()
     if hasattr(base, "config_class"):  # a transformers model
         body["num_labels"] = labels.showing_count()
+    if hasattr(base, "resize_token_embeddings"):
+        body["resize_token_embeddings"] = _resizing(base)
     made = _site_meta(type(base))(base.__name__, (base,), body)
     compile_limit.SITES.update((id(base), id(made)))
     return made

@@ -5,17 +5,21 @@ are. Merged layers stay on their stack and no longer act. The stack keeps the ol
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
+from .._backbone import reading, shapes
 from .._backbone.backbone import Backbone
 from .._layers.base import Acts, DeltaLayer
 from .._layers.record import Record
 from .._modules.tensors import is_sharded
+from .._sites import swap
 from .._sites.merged import Named, check_unchanged, factor_of, fold_into, undo
 from .._sites.stack import Stack, Step
 from ..errors import SiteError, to_the_end
@@ -176,10 +180,44 @@ def _check_module(
             raise SiteError(f"{what}: its {key} is on the meta device, without values", where=where)
 
 
+def _check_acting(backbone: Backbone, runs: Mapping[str, Sequence[Named]]) -> None:
+    """Raise if a layer does not act, because the module around reads the weight of its module.
+
+    Only layers that have not run, in modules whose code may do so, are looked at: by a run on
+    shapes.
+    """
+    silent = [
+        (where, name)
+        for where, run in runs.items()
+        for name, _ in run
+        if name not in backbone.stacks[where].ran
+        and not swap.weight_is_read(backbone.modules[where], False)
+        and reading.may_be_read(backbone, where)
+    ]
+    reached: set[tuple[str, str]] = set()
+
+    def look(_: Any) -> None:
+        reached.update((w, name) for w, stack in backbone.stacks.items() for name in stack.ran)
+
+    if silent:
+        with contextlib.suppress(SiteError):  # then nobody knows: the user's own run tells
+            shapes.dry_run(backbone, look)
+    for where, name in silent:
+        if (where, name) not in reached:
+            raise SiteError(
+                f"{where!r} ({type(backbone.modules[where]).__name__}): {name!r} has not run, and "
+                "the code around may read the weight instead of calling the module: then a merge "
+                "would change what the model computes. Run the model once before; if it is read, "
+                f"attach with reads=True; or disable {name!r}",
+                where=where,
+            )
+
+
 def merge(backbone: Backbone, wanted: Collection[Record] | None = None) -> MergeReport:
     """Fold deltas into the weights; see `Composition.merge`."""
     backbone.require_unrouted("cannot merge")
     planned = _runs_to_merge(backbone, wanted)
+    _check_acting(backbone, planned)
     report = MergeReport()
     steps = {where: Step(dict(run)) for where, run in planned.items()}
     try:
@@ -212,7 +250,7 @@ def check_whole(backbone: Backbone) -> None:
     Raises:
         SiteError: an active layer does not fold; the message names the first.
     """
-    users = _users(backbone)
+    users, runs = _users(backbone), {}
     for where, stack in backbone.stacks.items():
         for name, layer in stack.in_order():
             aside = not layer.acts.in_the_weights or not layer.record.active
@@ -226,6 +264,8 @@ def check_whole(backbone: Backbone) -> None:
         run = [(name, layer) for name, layer in acting if layer.acts.in_the_weights]
         if run:
             _check_module(backbone, where, run, users)
+            runs[where] = run
+    _check_acting(backbone, runs)
 
 
 def unmerge(backbone: Backbone) -> None:

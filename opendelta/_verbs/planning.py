@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from .._backbone.backbone import Backbone
+from .._backbone.inputs import Samples
 from .._backbone.roles import roles
 from .._deltas.base import BaseDelta
 from .._deltas.choosing import choose
@@ -34,6 +35,7 @@ def plan(
     configs: DeltaConfig | Sequence[DeltaConfig],
     *,
     optimizer_states: int = 2,
+    sample_inputs: Samples | None = None,
 ) -> Plan:
     """Plan to attach deltas with these configs; nothing is touched or allocated.
 
@@ -44,6 +46,7 @@ def plan(
         model: the backbone.
         configs: such as `LoraConfig(lora_r=8)`, or a list of them.
         optimizer_states: values that the optimizer keeps for each parameter: 2 for Adam.
+        sample_inputs: inputs of the model, to find sizes by; see `Delta`.
 
     Raises:
         DeltaError: the same error as attaching would raise.
@@ -63,7 +66,7 @@ def plan(
     if not isinstance(model, nn.Module):
         raise OptionError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     wanted = _checked(configs)
-    backbone = Backbone.of(model)
+    backbone = Backbone.of(model, sample_inputs)
     planner = Planner(backbone, optimizer_states)
     deltas = [planner.add(config) for config in wanted]
     return Plan(

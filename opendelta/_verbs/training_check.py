@@ -7,7 +7,7 @@ import dataclasses
 import random
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from .._backbone import shapes, sharding
 from .._backbone.backbone import Backbone
 from .._backbone.heads import advice, untrained
+from .._backbone.inputs import Samples, of_samples
 from .._backbone.shapes import PROBING
 from .._deltas import buffers
 from .._deltas.first_forward import unreached_in
@@ -27,7 +28,6 @@ from .._modules.tensors import HALVES, is_sharded
 from ..errors import DeltaError, listed
 from ..names import SLOT, join, parent
 
-Batch = Mapping[str, Any] | Sequence[Any] | Tensor
 SHOWN = 4  # names in a list; more are left out
 PACKED = 2**20  # a larger buffer of whole numbers holds packed weights: no forward changes them
 
@@ -141,8 +141,10 @@ class CheckReport:
 
 def check(
     model: nn.Module,
-    batch: Batch | None = None,
+    batch: Samples | None = None,
     optimizer: Any = None,
+    *,
+    sample_inputs: Samples | None = None,
 ) -> CheckReport:
     """Run `model` forward and backward once, and report the mistakes that would spoil training.
 
@@ -152,9 +154,10 @@ def check(
     Args:
         batch: the arguments of the forward: by keyword in a mapping, by position in a sequence, or
             one tensor. If the output has a loss, its gradients are taken, else the gradients of the
-            sum of the outputs. None: run on shapes alone, without arithmetic, on the model's
-            `dummy_inputs`.
+            sum of the outputs. None: run on shapes alone, without arithmetic.
         optimizer: one optimizer, or several in a list, that should hold all trainable parameters.
+        sample_inputs: the arguments for a run on shapes, in the form of `batch`. None: they are
+            found by themselves.
 
     Raises:
         DeltaError: `model` carries no delta, or `optimizer` is no optimizer.
@@ -172,7 +175,7 @@ def check(
         (False, ['0.deltas.late.lora_A', '0.deltas.late.lora_B'])
     """
     plain = _inner(model)
-    backbone = Backbone.of(plain)
+    backbone = Backbone.of(plain, sample_inputs)
     if not backbone.records():
         raise DeltaError(f"{type(plain).__name__} carries no delta, so there is nothing to check")
     sharding.settle(backbone)  # a gathered tensor has the dtype in which the model computes
@@ -245,7 +248,7 @@ def _at_rest(optimizer: Any) -> set[int]:
 # ------------------------------------------------------------------------------- forward, backward
 def _run(
     backbone: Backbone,
-    batch: Batch | None,
+    batch: Samples | None,
     trainable: dict[str, nn.Parameter],
     changed: set[str],
 ) -> tuple[list[str], list[str], list[str]]:
@@ -271,18 +274,13 @@ def _run(
             eager = torch.compiler.set_stance("force_eager")
             before = buffers.copies(backbone)
             with _put_back(backbone), torch.set_grad_enabled(why is None), eager:
-                look(_call(backbone.model, batch))
+                args, kwargs = of_samples(batch)
+                look(backbone.model(*args, **kwargs))
                 changed |= buffers.changed(backbone, before)
     finally:
         PROBING.reset(token)
     missed, (without, problem) = results
     return missed, without, [problem] if problem else []
-
-
-def _call(model: nn.Module, batch: Batch) -> Any:
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(*([batch] if isinstance(batch, Tensor) else batch))
 
 
 def _no_backward(backbone: Backbone) -> str | None:

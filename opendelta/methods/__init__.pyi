@@ -1,5 +1,5 @@
 # Written by tools/write_stubs.py: the signatures of the methods, made from their configs.
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -82,6 +82,7 @@ class AdapterModel(Delta):
         dtype: str | torch.dtype | None = None,
         reads: bool = False,
         gate: bool = False,
+        sample_inputs: Mapping[str, Any] | Sequence[Any] | torch.Tensor | None = None,
     ) -> None: ...
     @property
     def config(self) -> AdapterConfig: ...
@@ -102,6 +103,7 @@ class BitFitModel(Delta):
         dtype: str | torch.dtype | None = None,
         reads: bool = False,
         gate: bool = False,
+        sample_inputs: Mapping[str, Any] | Sequence[Any] | torch.Tensor | None = None,
     ) -> None: ...
     @property
     def config(self) -> BitFitConfig: ...
@@ -137,6 +139,7 @@ class CompacterModel(Delta):
         dtype: str | torch.dtype | None = None,
         reads: bool = False,
         gate: bool = False,
+        sample_inputs: Mapping[str, Any] | Sequence[Any] | torch.Tensor | None = None,
     ) -> None: ...
     @property
     def config(self) -> CompacterConfig: ...
@@ -160,6 +163,7 @@ class FourierFTModel(Delta):
         dtype: str | torch.dtype | None = None,
         reads: bool = False,
         gate: bool = False,
+        sample_inputs: Mapping[str, Any] | Sequence[Any] | torch.Tensor | None = None,
     ) -> None: ...
     @property
     def config(self) -> FourierFTConfig: ...
@@ -181,6 +185,7 @@ class HRAModel(Delta):
         dtype: str | torch.dtype | None = None,
         reads: bool = False,
         gate: bool = False,
+        sample_inputs: Mapping[str, Any] | Sequence[Any] | torch.Tensor | None = None,
     ) -> None: ...
     @property
     def config(self) -> HRAConfig: ...
@@ -202,6 +207,7 @@ class IA3Model(Delta):
         dtype: str | torch.dtype | None = None,
         reads: bool = False,
         gate: bool = False,
+        sample_inputs: Mapping[str, Any] | Sequence[Any] | torch.Tensor | None = None,
     ) -> None: ...
     @property
     def config(self) -> IA3Config: ...
@@ -222,6 +228,7 @@ class LNTuningModel(Delta):
         dtype: str | torch.dtype | None = None,
         reads: bool = False,
         gate: bool = False,
+        sample_inputs: Mapping[str, Any] | Sequence[Any] | torch.Tensor | None = None,
     ) -> None: ...
     @property
     def config(self) -> LNTuningConfig: ...
@@ -245,6 +252,7 @@ class LoReftModel(Delta):
         dtype: str | torch.dtype | None = None,
         reads: bool = False,
         gate: bool = False,
+        sample_inputs: Mapping[str, Any] | Sequence[Any] | torch.Tensor | None = None,
     ) -> None: ...
     @property
     def config(self) -> LoReftConfig: ...
@@ -269,6 +277,7 @@ class LohaModel(Delta):
         dtype: str | torch.dtype | None = None,
         reads: bool = False,
         gate: bool = False,
+        sample_inputs: Mapping[str, Any] | Sequence[Any] | torch.Tensor | None = None,
     ) -> None: ...
     @property
     def config(self) -> LohaConfig: ...
@@ -295,6 +304,7 @@ class LokrModel(Delta):
         dtype: str | torch.dtype | None = None,
         reads: bool = False,
         gate: bool = False,
+        sample_inputs: Mapping[str, Any] | Sequence[Any] | torch.Tensor | None = None,
     ) -> None: ...
     @property
     def config(self) -> LokrConfig: ...
@@ -324,6 +334,7 @@ class LoraModel(Delta):
         dtype: str | torch.dtype | None = None,
         reads: bool = False,
         gate: bool = False,
+        sample_inputs: Mapping[str, Any] | Sequence[Any] | torch.Tensor | None = None,
     ) -> None: ...
     @property
     def config(self) -> LoraConfig: ...
@@ -348,6 +359,7 @@ class LowRankAdapterModel(Delta):
         dtype: str | torch.dtype | None = None,
         reads: bool = False,
         gate: bool = False,
+        sample_inputs: Mapping[str, Any] | Sequence[Any] | torch.Tensor | None = None,
     ) -> None: ...
     @property
     def config(self) -> LowRankAdapterConfig: ...
@@ -372,6 +384,7 @@ class OFTModel(Delta):
         dtype: str | torch.dtype | None = None,
         reads: bool = False,
         gate: bool = False,
+        sample_inputs: Mapping[str, Any] | Sequence[Any] | torch.Tensor | None = None,
     ) -> None: ...
     @property
     def config(self) -> OFTConfig: ...
@@ -395,6 +408,7 @@ class ParallelAdapterModel(Delta):
         dtype: str | torch.dtype | None = None,
         reads: bool = False,
         gate: bool = False,
+        sample_inputs: Mapping[str, Any] | Sequence[Any] | torch.Tensor | None = None,
     ) -> None: ...
     @property
     def config(self) -> ParallelAdapterConfig: ...
@@ -419,6 +433,7 @@ class PrefixModel(Delta):
         dtype: str | torch.dtype | None = None,
         reads: bool = False,
         gate: bool = False,
+        sample_inputs: Mapping[str, Any] | Sequence[Any] | torch.Tensor | None = None,
     ) -> None: ...
     @property
     def config(self) -> PrefixConfig: ...
@@ -444,6 +459,7 @@ class SoftPromptModel(Delta):
         dtype: str | torch.dtype | None = None,
         reads: bool = False,
         gate: bool = False,
+        sample_inputs: Mapping[str, Any] | Sequence[Any] | torch.Tensor | None = None,
     ) -> None: ...
     @property
     def config(self) -> SoftPromptConfig: ...
@@ -469,6 +485,7 @@ class VeraModel(Delta):
         dtype: str | torch.dtype | None = None,
         reads: bool = False,
         gate: bool = False,
+        sample_inputs: Mapping[str, Any] | Sequence[Any] | torch.Tensor | None = None,
     ) -> None: ...
     @property
     def config(self) -> VeraConfig: ...

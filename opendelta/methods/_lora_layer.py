@@ -62,6 +62,11 @@ class LoraLayer(WeightLayer):
         self.lora_B = site.parameter(site.out_features, rank)
         start(self, site, config.init)
 
+    @property
+    def grows(self) -> bool:  # type: ignore[override]
+        """True unless "pissa" or "olora" took its start from the weight."""
+        return "start_A" not in self._buffers
+
     def pair(self) -> tuple[Tensor, Tensor]:
         """Return A and B; after "pissa" or "olora" with A0 and -B0 joined to them."""
         own: Any = self._parameters

@@ -21,23 +21,32 @@ class BitFitConfig(DeltaConfig):
 
 
 class BitFitLayer(DeltaLayer):
-    """y = f(x) + b, with b [out] that is 0 at the start; f may have a bias of its own or none."""
+    """y = f(x) + b, with b [out] that is 0 at the start; f may have a bias of its own or none.
+
+    On an image or a normalisation over channels, b is one value for each channel.
+    """
 
     kinds = ("linear", "conv2d", "norm")
     inside = True
     why_not = "the module has no bias"
     scales = True
+    any_axis = True
+    grows = True
 
     def __init__(self, site: Site, config: BitFitConfig) -> None:
         super().__init__()
         self.kind = site.kind
-        self.has_bias = site.module._parameters.get("bias") is not None
-        self.bias = site.parameter(site.out_features)
+        self.has_bias = self.can_fold_on(site.module)
+        self.bias = site.parameter(*site.kind.channels)
         nn.init.zeros_(self.bias)
 
     def forward(self, call: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         out = call(*args, **kwargs)
         return out + self.kind.per_channel(times(self.strength(), self.bias)).type_as(out)
+
+    @classmethod
+    def can_fold_on(cls, module: nn.Module) -> bool:
+        return module._parameters.get("bias") is not None
 
     @property
     def folds(self) -> bool:

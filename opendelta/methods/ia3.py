@@ -37,6 +37,7 @@ class IA3Layer(DeltaLayer):
     """y = l * (W x + b), or y = W (l * x) + b for feed-forward modules; l is 1 at the start."""
 
     kinds = ("linear",)
+    grows = True
 
     def __init__(self, site: Site, config: IA3Config) -> None:
         super().__init__()

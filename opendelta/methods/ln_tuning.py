@@ -30,19 +30,21 @@ class LNTuningLayer(DeltaLayer):
     kinds = ("norm",)
     inside = True
     why_not = "the module does not scale by its weight"
+    any_axis = True
 
     def __init__(self, site: Site, config: LNTuningConfig) -> None:
         super().__init__()
+        self.kind = site.kind
         self.by_weight = isinstance(site.kind, Norm) and site.kind.scales_by_weight
-        self.scale = nn.Parameter(nn.init.ones_(site.parameter(site.out_features)))
+        self.scale = nn.Parameter(nn.init.ones_(site.parameter(*site.kind.channels)))
         self.bias = None
         if site.module._parameters.get("bias") is not None:
-            self.bias = nn.Parameter(nn.init.zeros_(site.parameter(site.out_features)))
+            self.bias = nn.Parameter(nn.init.zeros_(site.parameter(*site.kind.channels)))
 
     def forward(self, call: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         out = call(*args, **kwargs)
-        out = out * self.scale.type_as(out)
-        return out if self.bias is None else out + self.bias.type_as(out)
+        out = out * self.kind.per_channel(self.scale).type_as(out)
+        return out if self.bias is None else out + self.kind.per_channel(self.bias).type_as(out)
 
     @property
     def folds(self) -> bool:

@@ -36,8 +36,7 @@ class ParallelAdapterLayer(BranchLayer):
         super().__init__()
         assert site.end is not None
         self.width, self.scaled = site.end.out_features, config.scaled
-        known = site.known_kind is not None and site.known_kind.is_product
-        self.gate_width = site.in_features if known else self.width
+        self.gate_width = site.input_width
         self.down_proj = site.linear(self.gate_width, config.bottleneck_dim)
         self.non_linearity = activation(config.non_linearity)
         self.up_proj = site.linear(config.bottleneck_dim, self.width)

@@ -8,7 +8,14 @@ from torch import nn
 from torch.nn import functional as F
 
 import opendelta
-from opendelta import AdapterModel, LoraModel, SiteError
+from opendelta import (
+    AdapterModel,
+    CompacterModel,
+    LoraModel,
+    LowRankAdapterModel,
+    ParallelAdapterModel,
+    SiteError,
+)
 
 pytestmark = [pytest.mark.covers("DeltaConfig.reads")]
 
@@ -81,14 +88,18 @@ def test_a_module_that_is_called_is_not_taken_for_read():
     assert not opendelta.unreached(model)
 
 
-def test_the_default_places_of_wavlm_act():
+def wavlm():
     config = transformers.WavLMConfig(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48,
         conv_dim=(8, 8), conv_stride=(5, 2), conv_kernel=(10, 3), num_feat_extract_layers=2,
         num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=2,
     )  # fmt: skip
     torch.manual_seed(0)
-    model = transformers.WavLMModel(config).eval()
+    return transformers.WavLMModel(config).eval()
+
+
+def test_the_default_places_of_wavlm_act():
+    model = wavlm()
     x = torch.randn(1, 800)
     with torch.no_grad():
         plain = model(x).last_hidden_state
@@ -102,3 +113,197 @@ def test_the_default_places_of_wavlm_act():
 def test_a_plan_says_what_is_read():
     plan = opendelta.plan(Reads(), opendelta.LoraConfig(modified_modules=["qkv"]))
     assert [module.reads for module in plan.deltas[0].modules] == [True]
+
+
+@pytest.mark.parametrize("cls", [AdapterModel, CompacterModel, LowRankAdapterModel])
+def test_adapters_at_the_default_places_of_wavlm_act(cls):
+    model = wavlm()
+    x = torch.randn(1, 800)
+    with torch.no_grad():
+        plain = model(x).last_hidden_state
+        delta = shake(cls(model))
+        assert "encoder.layers.0.attention" in delta.layers
+        assert not torch.allclose(model(x).last_hidden_state, plain)
+    assert not opendelta.unreached(model)
+
+
+def test_a_bias_that_nothing_adds_is_left_out_of_default_places():
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "vocab_size": 32}
+    config = transformers.LongcatFlashConfig(num_layers=1, **sizes)
+    with torch.device("meta"):
+        model = transformers.LongcatFlashModel(config)
+    plan = opendelta.plan(model, opendelta.BitFitConfig())
+    names = [module.name for module in plan.deltas[0].modules]
+    assert names
+    assert "layers.0.mlp.router.classifier" not in names
+
+
+def test_roles_whose_modules_cannot_act_are_refused_together():
+    class Router(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.classifier = nn.Linear(6, 6, bias=False)
+
+        def forward(self, x):
+            return F.linear(x, self.classifier.weight)
+
+    with pytest.raises(opendelta.AddressError, match=r"are never called"):
+        opendelta.BitFitModel(
+            Router(), modified_modules=["attn.q"], common_structure={"classifier": "attn.q"}
+        )
+
+
+class Conv1D(nn.Module):
+    """A linear layer of a user's own, with the names of transformers' Conv1D."""
+
+    def __init__(self):
+        super().__init__()
+        self.nf = self.nx = 6
+        self.weight = nn.Parameter(torch.randn(6, 6))
+        self.bias = nn.Parameter(torch.randn(6))
+
+    def forward(self, x):
+        return torch.addmm(self.bias, x.view(-1, 6), self.weight).view(x.shape)
+
+
+@pytest.mark.parametrize("verb", ["merge", "to_backbone"])
+def test_a_module_whose_forward_reads_the_shown_weight_is_merged(verb):
+    model = nn.Sequential(Conv1D())
+    shake(LoraModel(model, modified_modules=["0"], reads=True))
+    before = model(X)
+    done = getattr(opendelta.composition(model), verb)()
+    after = model if verb == "merge" else done
+    assert torch.allclose(after(X), before, atol=1e-4)
+
+
+def test_a_parallel_adapter_goes_around_attention_that_reads_its_projection():
+    model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1)
+    delta = shake(ParallelAdapterModel(model))
+    assert list(delta.layers) == ["layers.0.self_attn", "layers.0.linear1", "layers.0.linear2"]
+    model.eval()(torch.randn(2, 3, 8))
+    assert not opendelta.unreached(model)
+
+
+def test_a_parallel_adapter_reads_the_width_of_the_input():
+    class Inner(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(6, 10)
+
+        def forward(self, x):
+            return self.fc(x)
+
+    model = nn.Sequential(Inner())
+    delta = shake(ParallelAdapterModel(model, modified_modules=["0", "0"], gate=True))
+    layer = delta.layers["0"]
+    assert (layer.down_proj.in_features, layer.up_proj.out_features) == (6, 10)
+    gate = layer.gate(X)
+    branch = layer.up_proj(layer.non_linearity(layer.down_proj(X)))
+    assert torch.allclose(model(X), model[0].fc(X) + gate * branch, atol=1e-6)
+
+
+def test_a_parallel_adapter_on_a_module_that_takes_ids_is_refused():
+    class Ids(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(5, 4)
+
+        def forward(self, ids):
+            return self.embed(ids)
+
+    with pytest.raises(SiteError, match=r"'0' \(Ids\) takes no hidden states"):
+        ParallelAdapterModel(nn.Sequential(Ids()), modified_modules=["0", "0"])
+
+
+class InAList(nn.Module):
+    """The weights of a list's items are read."""
+
+    def __init__(self):
+        super().__init__()
+        self.projs = nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 6)])
+
+    def forward(self, x):
+        for proj in self.projs:
+            x = F.linear(x, proj.weight, proj.bias)
+        return x
+
+
+def by_hand(module, x):
+    return F.linear(x, module.weight, module.bias)
+
+
+class HandsOn(nn.Module):
+    """A function reads the weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.proj = nn.Linear(6, 6)
+
+    def forward(self, x):
+        return by_hand(self.proj, x)
+
+
+class ByName(HandsOn):
+    def forward(self, x):
+        return F.linear(x, getattr(self.proj, "weight"))  # noqa: B009
+
+
+class Experts(nn.Module):
+    """One expert of two runs; the code reads no weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 6)])
+
+    def forward(self, x):
+        return self.experts[0](x)
+
+
+class Both(InAList):
+    """The code could read, and calls."""
+
+    def forward(self, x):
+        if x.size(0) == 100:
+            return super().forward(x)
+        for proj in self.projs:
+            x = proj(x) + 0 * proj.weight.sum()
+        return x
+
+
+@pytest.mark.parametrize("verb", ["merge", "to_backbone"])
+@pytest.mark.parametrize("ran", [True, False])
+@pytest.mark.parametrize(
+    ("net", "names"), [(InAList, "projs.1"), (HandsOn, "proj"), (ByName, "proj")]
+)
+@pytest.mark.filterwarnings("ignore::opendelta.UnreachedWarning")
+def test_a_layer_that_never_acts_is_not_merged(net, names, ran, verb):
+    model = net()
+    delta = shake(LoraModel(model, modified_modules=[names]))
+    if ran:
+        model(X)
+    before = opendelta.snapshot(model)
+    with pytest.raises(SiteError, match=rf"'{names}' \(Linear\): 'lora' has not run, .*reads=True"):
+        getattr(opendelta.composition(model), verb)()
+    assert opendelta.snapshot(model) == before
+    delta.disable()
+    opendelta.composition(model).to_backbone()
+    delta.detach()
+    shake(LoraModel(model, modified_modules=[names], reads=True))
+    before = model(X)
+    opendelta.composition(model).merge()
+    assert torch.allclose(model(X), before, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::opendelta.UnreachedWarning")
+@pytest.mark.parametrize("ran", [True, False])
+@pytest.mark.parametrize(
+    ("net", "names"), [(Experts, "experts.1"), (Both, "projs.1"), (Looks, "wo")]
+)
+def test_a_layer_that_acts_or_may_act_is_merged_unseen(net, names, ran):
+    model = net()
+    shake(LoraModel(model, modified_modules=[names]))
+    if ran:
+        model(X)
+    before = model(X) if ran else None
+    opendelta.composition(model).merge()
+    assert before is None or torch.allclose(model(X), before, atol=1e-5)

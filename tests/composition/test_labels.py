@@ -10,7 +10,7 @@ from support.models import FAMILIES, token_ids
 from support.nets import COPIES, IDS, copied, net, shake, untouched
 
 import opendelta
-from opendelta import AutoDeltaModel, LoraModel
+from opendelta import AutoDeltaModel, LoraModel, SiteError
 
 pytestmark = pytest.mark.covers("DeltaConfig.num_labels")
 
@@ -228,3 +228,30 @@ def test_what_is_other_in_the_backbones_config_is_reported_and_not_refused(tmp_p
         "loaded five, saved from a BertForSequenceClassification with hidden_dropout_prob=0.0 "
         "(here 0.5)"
     )
+
+
+@pytest.mark.parametrize("first", ["copy", "lora"])
+@pytest.mark.parametrize("name", ["bert", "roberta"])
+def test_a_delta_on_a_head_beside_a_copy_with_other_labels_is_refused(name, first):
+    model = build(name)
+    head = MODELS[name][1] if name == "bert" else "classifier.out_proj"
+    options = {"modules_to_save": [MODELS[name][1]], "num_labels": 5, "name": "task"}
+
+    def on_the_head():
+        return LoraModel(model, modified_modules=[head], name="other")
+
+    make = [lambda: LoraModel(model, **options), on_the_head]
+    make = make if first == "copy" else make[::-1]
+    make[0]()
+    there = opendelta.composition(model).names
+    with pytest.raises(SiteError, match=r"'classifier.*(task|other)"):
+        make[1]()
+    assert opendelta.composition(model).names == there
+
+
+def test_a_delta_on_a_head_beside_a_copy_with_as_many_labels_acts():
+    model = build("bert")
+    shake(LoraModel(model, modules_to_save=["classifier"], name="task"))
+    before = model(**BATCH).logits
+    shake(LoraModel(model, modified_modules=["classifier"], name="other"))
+    assert not torch.allclose(model(**BATCH).logits, before)

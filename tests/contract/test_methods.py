@@ -280,8 +280,8 @@ def test_it_refuses_modules_of_other_kinds(method):
 
 
 def test_its_signature_is_its_config(method):
-    first, *options = inspect.signature(method).parameters.values()
-    assert first.name == "backbone_model"
+    first, *options, samples = inspect.signature(method).parameters.values()
+    assert (first.name, samples.name) == ("backbone_model", "sample_inputs")
     assert sorted(p.name for p in options) == sorted(method.config_class.option_names())
     by_position = [p.name for p in options if p.kind is p.POSITIONAL_OR_KEYWORD]
     assert by_position == method.config_class.positional_names()

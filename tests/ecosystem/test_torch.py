@@ -20,7 +20,9 @@ from opendelta import (
     LowRankAdapterModel,
     SiteError,
 )
-from opendelta._backbone.shapes import output_widths
+from opendelta._backbone.backbone import Backbone
+from opendelta._backbone.shapes import widths
+from opendelta._layers.site import Widths
 from opendelta._sites.stack import stack_of
 from opendelta._sites.swap import plain_class
 
@@ -375,28 +377,35 @@ def test_finding_an_output_width_changes_no_buffer_attribute_hook_or_random_stat
     model = nn.Sequential(Normalised()).train()
     random_state = torch.get_rng_state()
     with untouched(model):
-        assert output_widths(model, ["0"]) == {"0": 6}
+        assert widths(Backbone.of(model), ["0"]) == {"0": Widths(8, 6)}
     assert torch.equal(torch.get_rng_state(), random_state)
     assert model[0].calls == 0
     assert not hasattr(model[0], "last")
 
 
+class Joins(Tower):
+    """A module whose forward takes what nobody can guess."""
+
+    def forward(self, x, *, y):
+        return super().forward(x + y)
+
+
 class NeedsTwo(nn.Module):
-    """A model whose forward takes what nobody can guess."""
+    """A model of such a module."""
 
     def __init__(self):
         super().__init__()
-        self.net = Tower()
+        self.net = Joins()
 
     def forward(self, x, y):
-        return self.net(x + y)
+        return self.net(x, y=y)
 
 
-def test_an_output_width_that_cannot_be_found_is_an_error_that_says_what_to_set():
+def test_an_output_width_that_cannot_be_found_is_an_error_that_says_what_to_give():
     model = NeedsTwo()
-    with untouched(model), pytest.raises(SiteError, match=r"'net'.*dummy_inputs"):
+    with untouched(model), pytest.raises(SiteError, match=r"'net'.*sample_inputs"):
         AdapterModel(model, modified_modules=["net"])
 
-    model.dummy_inputs = {"x": torch.zeros(1, 8), "y": torch.zeros(1, 8)}
-    delta = AdapterModel(model, modified_modules=["net"])
+    samples = {"x": torch.zeros(1, 8), "y": torch.zeros(1, 8)}
+    delta = AdapterModel(model, modified_modules=["net"], sample_inputs=samples)
     assert delta.layers["net"].width == 4

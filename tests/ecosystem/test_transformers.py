@@ -34,7 +34,8 @@ from transformers.pytorch_utils import Conv1D
 
 import opendelta
 from opendelta import AdapterModel, IA3Model, LoraModel, UnsavedWarning
-from opendelta._backbone.shapes import output_widths
+from opendelta._backbone.backbone import Backbone
+from opendelta._backbone.shapes import widths
 
 five_models = pytest.mark.parametrize("name", FIVE)
 
@@ -489,7 +490,8 @@ def test_finding_the_output_width_of_a_block_leaves_no_trace():
     layer_outputs = [f"roberta.encoder.layer.{index}.output" for index in range(2)]
     random_state = torch.get_rng_state()
     with untouched(model):
-        assert output_widths(model, layer_outputs) == dict.fromkeys(layer_outputs, 32)
+        found = widths(Backbone.of(model), layer_outputs)
+    assert {name: each.output for name, each in found.items()} == dict.fromkeys(layer_outputs, 32)
     assert torch.equal(torch.get_rng_state(), random_state)
     assert all(parameter.grad is None for parameter in model.parameters())
 

@@ -1,0 +1,173 @@
+"""Let deltas on the head follow `resize_token_embeddings` of a transformers model, or refuse it.
+
+transformers puts a new module in the place of an untied head, and changes embeddings in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import nn
+
+from .._backbone.backbone import Backbone
+from .._layers.base import Acts, DeltaLayer
+from .._layers.site import Site
+from .._modules.kinds import kind_of
+from .._sites import swap
+from .._sites.stack import stack_of
+from ..errors import DeltaError, quoted
+from .base import HANDLES
+
+
+def embeddings_of(model: nn.Module) -> dict[str, nn.Module]:
+    """Return a transformers model's embeddings of inputs and outputs, as "input" and "output"."""
+    if not hasattr(model, "resize_token_embeddings"):
+        return {}
+    found: dict[str, Any] = {}
+    for which in ("input", "output"):
+        try:
+            found[which] = getattr(model, f"get_{which}_embeddings")()
+        except Exception:  # models without one raise whatever they like
+            continue
+    return {which: module for which, module in found.items() if isinstance(module, nn.Module)}
+
+
+def guard(backbone: Backbone, made: dict[str, DeltaLayer]) -> None:
+    """Let a layer on the root watch over a resize, if `made` has one on the root's embeddings."""
+    own = {id(module) for module in embeddings_of(backbone.model).values()}
+    if own and any(id(backbone.modules.get(name)) in own for name in made):
+        made.setdefault("", RootLayer()).__dict__["resizer"] = resize
+
+
+class RootLayer(DeltaLayer):
+    """A layer on the root that changes nothing, for a delta that has no other layer there."""
+
+    acts = Acts.SERVES
+    computes = False
+
+    def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return call(*args, **kwargs)
+
+
+def resize(
+    call: Callable[..., Any],
+    model: nn.Module,
+    new_num_tokens: int | None = None,
+    pad_to_multiple_of: int | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Resize the embeddings by `call`; deltas on an untied head are put on the new head.
+
+    Raises:
+        DeltaError: a delta cannot follow; nothing has changed.
+    """
+    there = embeddings_of(model)
+    head, weight = there.get("output"), there["input"]._parameters["weight"]
+    same = new_num_tokens in (None, len(weight)) and pad_to_multiple_of is None  # type: ignore
+    if not same:
+        for which, module in there.items():
+            _check(model, which, module, weight)
+    taken = _take_off(head)
+    now = head
+    try:
+        out = call(new_num_tokens, pad_to_multiple_of, *args, **kwargs)
+        now = embeddings_of(model).get("output")
+    finally:
+        if now is not None:
+            _put_on(model, now, taken, anew=now is not head)
+    return out
+
+
+def _check(model: nn.Module, which: str, module: nn.Module, shared: Any) -> None:
+    """Raise if a delta on `module` cannot follow a resize of the model's embeddings."""
+    stack = stack_of(module)
+    if stack is None or not len(stack):
+        return
+    alone = which == "output" and module._parameters["weight"] is not shared
+    for name, layer in stack.in_order():
+        why = None
+        if not alone:
+            why = "is on embeddings that are resized in place" if which == "input" else "is tied"
+        elif stack.steps:
+            why = "is merged"
+        elif stack.router is not None:
+            why = "is routed"
+        elif not layer.grows or (layer.gate is not None and not layer.gate.on_input):
+            why = f"({type(layer).__name__}) cannot grow"
+        if why is not None:
+            where = next(n for n, m in Backbone.of(model).modules.items() if m is module)
+            raise DeltaError(
+                f"resize_token_embeddings: {name!r} on {quoted(where)} {why}, and would not fit "
+                f"the new size. Resize first, then attach; or detach {name!r}, resize, and attach "
+                "a new delta"
+            )
+
+
+class Taken(NamedTuple):
+    """The layers of a head that is resized, and how they were on it."""
+
+    layers: list[tuple[str, DeltaLayer]]
+    reads: bool
+    training: bool
+
+
+def _take_off(head: nn.Module | None) -> Taken:
+    """Take the layers off a head, so that its weight shows none of them."""
+    stack = None if head is None else stack_of(head)
+    if head is None or stack is None:
+        return Taken([], False, False)
+    taken = Taken(stack.in_order(), swap.weight_is_read(head, False), head.training)
+    for name, _ in taken.layers:
+        swap.remove(head, name)
+    return taken
+
+
+def _put_on(model: nn.Module, head: nn.Module, taken: Taken, anew: bool) -> None:
+    """Put layers on a head.
+
+    Args:
+        anew: the head is a new module; the layers get its size.
+    """
+    if not taken.layers:
+        return
+    where = next(name for name, module in Backbone.of(model).modules.items() if module is head)
+    head.train(taken.training)
+    beneath: list[DeltaLayer] = []
+    for name, layer in taken.layers:
+        own = _grown(where, layer, head, beneath) if anew else layer
+        swap.add(head, name, own, taken.reads).ran.add(name)
+        beneath.append(own)
+        for handle in HANDLES:
+            if getattr(handle, "record", None) is layer.record:
+                handle.layers[where] = own
+
+
+@torch.no_grad()
+def _grown(
+    where: str, layer: DeltaLayer, module: nn.Module, beneath: list[DeltaLayer]
+) -> DeltaLayer:
+    """Return a layer like `layer` for a module with more or fewer outputs.
+
+    The first rows of its tensors are those of `layer`; the rest are as at the start.
+    """
+    first, make = next(iter(layer.parameters())), cast(Any, type(layer))
+    site = Site(
+        where, module, kind_of(module), first.device, first.dtype, _unknown, _unknown,
+        beneath=beneath,
+    )  # fmt: skip
+    made: DeltaLayer = make(site, layer.record.config)
+    made.record, made.gate = layer.record, layer.gate
+    made.train(layer.training)
+    old = dict(layer.named_parameters())
+    for name, parameter in made.named_parameters():
+        rows = min(len(parameter), len(old[name]))
+        parameter[:rows] = old[name][:rows]
+        parameter.requires_grad_(old[name].requires_grad)
+    return made
+
+
+def _unknown(name: str) -> Any:
+    raise AssertionError(f"the widths of {name!r} are in the table of kinds")

@@ -1,0 +1,58 @@
+"""Try a module out without its layers and hooks, and find which axis a normalisation works on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..names import SLOT
+
+AFTER = (0, 2, 1)  # number of axes after the normalised one, in the order of trial
+_found: dict[tuple, int] = {}
+
+
+def bare(module: nn.Module, base: type[nn.Module] | None = None) -> nn.Module:
+    """Return a module like `module` without layers: the same tensors, in tables of its own.
+
+    Args:
+        base: its class. None: the class of `module`.
+    """
+    made = object.__new__(base or type(module))
+    made.__dict__.update(module.__dict__)
+    for table in ("_parameters", "_buffers", "_modules"):
+        own = module.__dict__[table]
+        made.__dict__[table] = {key: value for key, value in own.items() if key != SLOT}
+    return made
+
+
+def axes_after(module: nn.Module, width: int) -> int:
+    """Return the number of axes after the one that a normalisation of `width` channels works on.
+
+    A forward is run once for its class, on shapes alone; modules whose texts or flags differ, as
+    `data_format`, are told apart. 0 if it runs on no shape that is tried.
+    """
+    own = module.__dict__.items()
+    texts = [(k, v) for k, v in own if type(v) in (str, bool) and k != "training"]
+    key = (type(module), width == 1, *texts)
+    if key not in _found:
+        _found[key] = next((n for n in AFTER if _runs(module, width, n)), 0)
+    return _found[key]
+
+
+@torch.no_grad()
+def _runs(module: nn.Module, width: int, after: int) -> bool:
+    """True if the forward takes and gives [2, 3, width], or [2, width, ...] with `after` axes."""
+    others = [size for size in (3, 5, 7) if size != width]  # the same size would hide a wrong axis
+    shape = (2, width, *others[:after]) if after else (2, others[0], width)
+    made = bare(module)
+    tables: list[dict[str, Any]] = [made.__dict__["_parameters"], made.__dict__["_buffers"]]
+    for table in tables:
+        table.update({k: t.detach().to("meta") for k, t in table.items() if t is not None})
+    dtype = next((t.dtype for t in tables[0].values() if t is not None), torch.float32)
+    try:
+        x = torch.empty(shape, dtype=dtype, device="meta")
+        return type(made).forward(made, x).shape == x.shape
+    except Exception:  # whatever a forward of somebody's own raises on such an input
+        return False

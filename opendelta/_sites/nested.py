@@ -1,0 +1,68 @@
+"""Take nested tensors through a site row by row: layers compute on plain tensors.
+
+`nn.TransformerEncoder` makes a nested tensor of a padded batch in eval mode. A row has no padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._layers.base import DeltaLayer
+
+
+def is_nested(value: Any) -> bool:
+    """True if `value` is a nested tensor."""
+    return isinstance(value, Tensor) and value.is_nested
+
+
+def run(
+    call: Callable[..., Any], acting: Sequence[DeltaLayer], args: tuple, kwargs: dict[str, Any]
+) -> Any:
+    """Call `call` on each row of the nested tensors in the arguments, as a batch of one.
+
+    Args:
+        call: the forward of a module with the layers `acting` around it; its first argument is
+            nested.
+
+    Returns:
+        The output; each tensor in it is nested.
+    """
+    handovers = [layer.handover for layer in acting if layer.handover is not None]
+    taken = [handover.take() for handover in handovers]
+    outputs: list[Any] = []
+    left: list[list[Any]] = [[] for _ in handovers]
+    for index in range(args[0].size(0)):
+        for handover, values in zip(handovers, taken, strict=True):
+            handover.put(values[index] if isinstance(values, list) else values)
+        own = [_row(value, index) for value in args]
+        outputs.append(call(*own, **{key: _row(value, index) for key, value in kwargs.items()}))
+        for handover, values in zip(handovers, left, strict=True):
+            values.append(handover.take())
+    for handover, values in zip(handovers, left, strict=True):
+        handover.put(None if values[0] is None else values)
+    return _joined(outputs, args[0])
+
+
+def _row(value: Any, index: int) -> Any:
+    return value.unbind()[index][None] if is_nested(value) else value
+
+
+def _joined(outputs: list[Any], like: Tensor) -> Any:
+    first = outputs[0]
+    if isinstance(first, Tensor):
+        rows = [row for output in outputs for row in output]
+        if like.layout is torch.jagged:  # the same offsets: sums with others are refused
+            jagged: Any = like
+            return torch.nested.nested_tensor_from_jagged(torch.cat(rows), jagged.offsets())
+        return torch.nested.as_nested_tensor(rows)
+    if isinstance(first, dict):
+        joined = {key: _joined([output[key] for output in outputs], like) for key in first}
+        return joined if type(first) is dict else type(first)(**joined)
+    if isinstance(first, tuple | list):
+        items = [_joined(list(parts), like) for parts in zip(*outputs, strict=True)]
+        return type(first)(*items) if hasattr(first, "_fields") else type(first)(items)
+    return first

@@ -1,0 +1,71 @@
+"""Sparse inputs run; lazy and complex modules are refused by name, before anything has changed."""
+
+import pytest
+import torch
+from support.nets import shake
+from torch import nn
+
+import opendelta
+from opendelta import AdapterModel, LoraModel, SiteError
+
+OPTIONS = {
+    "LokrModel": {"r": 2},
+    "VeraModel": {"r": 4},
+    "LoReftModel": {"low_rank_dimension": 2},
+    "OFTModel": {"oft_block_size": 4},
+    "CompacterModel": {"hypercomplex_division": 2},
+}
+OTHERS = {"PrefixModel", "SoftPromptModel", "AutoDeltaModel", "LNTuningModel"}
+METHODS = sorted({n for n in dir(opendelta) if n.endswith("Model")} - OTHERS)
+X = torch.randn(3, 8, generator=torch.Generator().manual_seed(0)).relu()
+
+
+def put(model, method, **more):
+    places = ["0", "0"] if method == "ParallelAdapterModel" else ["0"]
+    options = OPTIONS.get(method, {})
+    return getattr(opendelta, method)(model, modified_modules=places, **options, **more)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse .* tensor support is in beta state:UserWarning")
+@pytest.mark.parametrize("more", [{}, {"gate": True}], ids=["", "gate"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_sparse_input_computes_what_the_dense_one_does(method, more):
+    model = nn.Sequential(nn.Linear(8, 8))
+    delta = shake(put(model, method, **more))
+    wanted = model(X)
+    for sparse in (X.to_sparse(), X.to_sparse_csr()):
+        out = model(sparse)
+        assert torch.allclose(out, wanted, atol=1e-5)
+        out.sum().backward()
+    assert all(p.grad is not None for p in delta.parameters())
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: nn.LazyLinear(8), r"'0' \(LazyLinear\) gets its sizes in its first forward: run"),
+        (lambda: nn.Linear(8, 8, dtype=torch.complex64), r"'0' \(Linear\) has complex weights"),
+    ],
+    ids=["lazy", "complex"],
+)
+def test_weights_without_a_delta_are_refused_by_name(make, says, method):
+    model = nn.Sequential(make())
+    own = dict(model.named_modules())
+    with pytest.raises(SiteError, match=says) as caught:
+        put(model, method)
+    assert caught.value.where == "0"
+    assert dict(model.named_modules()) == own
+    assert not opendelta.composition(model).names
+
+
+def test_lazy_modules_keep_their_state_when_others_are_measured():
+    model = nn.Sequential(nn.Sequential(nn.Linear(8, 8)), nn.LazyLinear(2))
+    with pytest.raises(SiteError, match=r"'1' \(LazyLinear\) gets its sizes"):
+        AdapterModel(model, modified_modules=["0"])
+    assert isinstance(model[1], nn.LazyLinear)
+    LoraModel(model, modified_modules=["0.0"])  # its size is known
+    with pytest.raises(SiteError, match=r"'1' \(LazyLinear\) gets its sizes"):
+        opendelta.check(model)
+    model(X)
+    AdapterModel(model, modified_modules=["0"])

@@ -1,0 +1,212 @@
+"""A normalisation's kind knows which axis its channels are on; deltas act there."""
+
+import copy
+
+import pytest
+import torch
+import transformers as T
+from support.nets import shake
+from torch import nn
+from transformers.models.convnext.modeling_convnext import ConvNextLayerNorm
+
+import opendelta
+from opendelta import (
+    AdapterModel,
+    BitFitModel,
+    CompacterModel,
+    LNTuningModel,
+    LoReftModel,
+    LowRankAdapterModel,
+    ParallelAdapterModel,
+    SiteError,
+)
+from opendelta._modules.kinds import kind_of
+
+WIDTH = 8
+NETWORKS = [AdapterModel, CompacterModel, LowRankAdapterModel, LoReftModel]
+
+
+class Permutes(nn.LayerNorm):
+    """As torchvision's LayerNorm2d."""
+
+    def forward(self, x):
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class ByHand(nn.Module):
+    """As ConvNeXt's first code; its class is no LayerNorm."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
+
+    def forward(self, x):
+        centred = x - x.mean(1, keepdim=True)
+        scaled = centred / (centred.square().mean(1, keepdim=True) + 1e-6).sqrt()
+        return self.weight[:, None, None] * scaled + self.bias[:, None, None]
+
+
+class ByHandNorm(ByHand):
+    """Its name says that it is a normalisation."""
+
+
+class OfSequences(nn.LayerNorm):
+    """Channels before the length, as in audio models."""
+
+    def forward(self, x):
+        return super().forward(x.transpose(-2, -1)).transpose(-2, -1)
+
+
+def convnext(width):
+    return ConvNextLayerNorm(width, data_format="channels_first")
+
+
+IMAGE = [Permutes, ByHandNorm, convnext]
+X = torch.randn(2, WIDTH, WIDTH, WIDTH, dtype=torch.double)  # the width hides no wrong axis
+ONE = torch.randn(2, WIDTH, 1, 1, dtype=torch.double)
+
+
+def site(make, width=WIDTH):
+    torch.manual_seed(0)
+    module = make(width).double()
+    with torch.no_grad():
+        for p in module.parameters():
+            p.normal_()
+    return nn.Sequential(module)
+
+
+@pytest.mark.parametrize("make", IMAGE)
+@pytest.mark.parametrize("x", [X, ONE], ids=["image", "pooled"])
+def test_bitfit_adds_to_the_channels(make, x):
+    model = site(make)
+    expected = copy.deepcopy(model)
+    delta = shake(BitFitModel(model, modified_modules=["0"]))
+    b = next(iter(delta.parameters()))
+    expected[0].bias.data += b.data
+    assert torch.allclose(model(x), expected(x))
+    plain = opendelta.composition(model).to_backbone()
+    opendelta.composition(model).merge()
+    for merged in (model, plain):
+        assert torch.allclose(merged(x), expected(x))
+
+
+@pytest.mark.parametrize("make", IMAGE)
+def test_ln_tuning_scales_and_shifts_the_channels(make):
+    model = site(make)
+    plain = model(X)
+    delta = shake(LNTuningModel(model, modified_modules=["0"]))
+    s, b = (delta.state_dict()[f"0.deltas.ln_tuning.{key}"] for key in ("scale", "bias"))
+    wanted = plain * s[:, None, None] + b[:, None, None]
+    assert torch.allclose(model(X), wanted)
+
+
+@pytest.mark.parametrize("cls", NETWORKS)
+def test_networks_act_on_the_channels(cls):
+    options = {"low_rank_dimension": 2} if cls is LoReftModel else {}
+    model, last = site(Permutes), nn.Sequential(nn.LayerNorm(WIDTH).double())
+    last.load_state_dict(model.state_dict())
+    if cls is LoReftModel:
+        with pytest.raises(SiteError, match=r"'0' \(Permutes\) normalises axis -3"):
+            cls(model, modified_modules=["0"], **options)
+        return
+    delta = shake(cls(model, modified_modules=["0"], gate=True, **options))
+    like = cls(last, modified_modules=["0"], gate=True, **options)
+    state = {name: value.clone() for name, value in delta.state_dict().items()}
+    for name, value in like.state_dict().items():
+        value.copy_(state[name])
+    assert torch.allclose(model(X), last(X.movedim(1, -1)).movedim(-1, 1))
+
+
+def test_a_layer_of_the_last_axis_is_refused_by_name():
+    for cls, names in ((ParallelAdapterModel, ["0", "0"]), (AdapterModel, ["0"])):
+        options = {"residual": "input"} if cls is AdapterModel else {}
+        model = site(Permutes)
+        before = opendelta.snapshot(model)
+        with pytest.raises(SiteError, match=r"normalises axis -3 of its input, .* last axis"):
+            cls(model, modified_modules=names, **options)
+        opendelta.assert_pristine(model, like=before)
+
+
+@pytest.mark.parametrize(
+    ("module", "axis"),
+    [
+        (nn.LayerNorm(3), -1),
+        (Permutes(3), -3),
+        (Permutes(1), -3),
+        (OfSequences(5), -2),
+        (ConvNextLayerNorm(4), -1),
+        (ConvNextLayerNorm(4, data_format="channels_first"), -3),
+        (T.models.llama.modeling_llama.LlamaRMSNorm(4), -1),
+        (nn.RMSNorm(4), -1),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else str(value),
+)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_the_kind_knows_the_axis(module, axis, device):
+    kind = kind_of(copy.deepcopy(module).to(device))
+    assert (kind.axis, kind.out_features) == (axis, module.weight.numel())
+
+
+def test_a_plan_counts_the_operations():
+    model = site(Permutes)
+    plan = opendelta.plan(model, opendelta.AdapterConfig(modified_modules=["0"]))
+    assert plan.flops.per_token == 2 * 2 * WIDTH * 24
+
+
+@pytest.mark.parametrize("cls", [BitFitModel, LNTuningModel])
+def test_a_norm_over_several_axes_trains_all_of_its_channels(cls):
+    model = nn.Sequential(nn.LayerNorm((4, WIDTH))).double()
+    x, expected = torch.randn(2, 3, 4, WIDTH).double(), copy.deepcopy(model)
+    delta = shake(cls(model, modified_modules=["0"]))
+    assert {tuple(p.shape) for p in delta.parameters()} == {(4, WIDTH)}
+    own = {name.rpartition(".")[2]: value for name, value in delta.state_dict().items()}
+    expected[0].weight.data *= own.get("scale", 1)
+    expected[0].bias.data = expected[0].bias.data * own.get("scale", 1) + own["bias"]
+    assert torch.allclose(model(x), expected(x))
+    opendelta.composition(model).merge()
+    assert torch.allclose(model(x), expected(x))
+
+
+def sam():
+    vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32,
+              "patch_size": 8, "output_channels": 8, "mlp_dim": 16, "window_size": 2,
+              "num_pos_feats": 4,
+              "global_attn_indexes": []}  # fmt: skip
+    prompt = {"hidden_size": 8, "image_size": 32, "patch_size": 8, "mask_input_channels": 4}
+    mask = {"hidden_size": 8, "mlp_dim": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "iou_head_hidden_dim": 8}  # fmt: skip
+    config = T.SamConfig(
+        vision_config=vision, prompt_encoder_config=prompt, mask_decoder_config=mask
+    )
+    return T.SamModel(config), {
+        "pixel_values": torch.randn(1, 3, 32, 32),
+        "input_points": torch.ones(1, 1, 2, 2),
+        "input_masks": torch.randn(1, 1, 16, 16),
+    }
+
+
+def nets():
+    sizes = {"hidden_sizes": [8, 16, 16, 16], "depths": [1, 1, 1, 1]}
+    image = {"pixel_values": torch.randn(1, 3, 64, 64)}
+    return {
+        "convnext": lambda: (T.ConvNextModel(T.ConvNextConfig(**sizes)), image),
+        "dinov3": lambda: (T.DINOv3ConvNextModel(T.DINOv3ConvNextConfig(**sizes)), image),
+        "sam": sam,
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "cls"),
+    [(name, cls) for name in nets() for cls in (BitFitModel, LNTuningModel)]
+    + [("sam", cls) for cls in (opendelta.LoraModel, AdapterModel, ParallelAdapterModel)],
+)
+def test_the_default_places_of_image_models_run_and_act(name, cls):
+    torch.manual_seed(0)
+    model, inputs = nets()[name]()
+    model.eval()
+    with torch.no_grad():
+        plain = model(**inputs)[0]
+        shake(cls(model))
+        changed = model(**inputs)[0]
+    assert changed.shape == plain.shape
+    assert not torch.allclose(changed, plain)

@@ -1,0 +1,143 @@
+"""`resize_token_embeddings` after attaching: deltas on the head follow, or it is refused before."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import transformers
+from support.nets import shake
+
+import opendelta
+from opendelta import BitFitModel, DeltaError, IA3Model, LoraModel, VeraModel
+
+IDS = torch.tensor([[5, 6, 7, 8]])
+
+
+def build(tied=False):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        num_attention_heads=2, tie_word_embeddings=tied,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    [
+        (LoraModel, {}),
+        (LoraModel, {"use_dora": True}),
+        (LoraModel, {"gate": True, "dtype": "float64"}),
+        (LoraModel, {"reads": True}),
+        (BitFitModel, {}),
+        (IA3Model, {"feedforward_modules": []}),
+        (IA3Model, {"feedforward_modules": ["lm_head"]}),
+    ],
+)
+def test_deltas_on_an_untied_head_grow_with_it(cls, options):
+    model = build()
+    delta = shake(cls(model, modified_modules=["lm_head"], **options))
+    other = shake(LoraModel(model, modified_modules=["lm_head"], name="other"), seed=1)
+    delta.freeze_module()
+    with torch.no_grad():
+        before = model(IDS).logits
+    model.resize_token_embeddings(56, mean_resizing=False)
+    out = model(IDS, labels=IDS)
+    assert out.logits.shape == (1, 4, 56)
+    assert torch.allclose(out.logits[..., :50], before, atol=1e-6)
+    new = {name: p for name, p in delta.named_parameters() if p.size(0) == 56}
+    assert new or "feedforward_modules" in options or "gate" in options
+    out.loss.backward()
+    assert all(p.grad is not None for p in delta.parameters())
+    assert {id(p) for p in delta.parameters()} <= {id(p) for p in model.parameters()}
+    assert not opendelta.unreached(model)
+    assert opendelta.check(model, {"input_ids": IDS, "labels": IDS})
+
+    for each in (delta, other):
+        each.disable()
+    with torch.no_grad():
+        bare = model(IDS).logits[..., 50:]
+    if options.get("feedforward_modules") != ["lm_head"]:  # there the input changes
+        assert torch.allclose(bare, out.logits[..., 50:], atol=1e-5)
+    for each in (delta, other):
+        each.enable()
+    model.resize_token_embeddings(40, mean_resizing=False)
+    with torch.no_grad():
+        assert torch.allclose(model(IDS).logits, before[..., :40], atol=1e-6)
+    for each in (delta, other):
+        each.detach()
+    opendelta.assert_pristine(model)
+
+
+def test_what_was_resized_is_saved_copied_and_merged(tmp_path):
+    model = build()
+    delta = shake(LoraModel(model, modified_modules=["lm_head"]))
+    delta.freeze_module()
+    model.resize_token_embeddings(56, mean_resizing=False)
+    wanted = model(IDS).logits
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(IDS).logits, wanted)
+        twin.resize_token_embeddings(57, mean_resizing=False)
+        assert torch.allclose(twin(IDS).logits[..., :56], wanted, atol=1e-6)
+    delta.save_finetuned(tmp_path)
+    plain = opendelta.composition(model).to_backbone()
+    assert torch.allclose(plain(IDS).logits, wanted, atol=1e-5)
+    delta.detach()
+    again = opendelta.load(tmp_path, model)
+    assert torch.equal(model(IDS).logits, wanted)
+    assert len(again.names) == 1
+    model.resize_token_embeddings(60, mean_resizing=False)
+    assert torch.allclose(model(IDS).logits[..., :56], wanted, atol=1e-6)
+
+
+CANNOT = {
+    "tied head": (True, LoraModel, {"modified_modules": ["lm_head"]}, r"'lm_head' is tied"),
+    "tied input": (True, LoraModel, {"modified_modules": ["embed_tokens"]}, "in place"),
+    "input": (False, LoraModel, {"modified_modules": ["embed_tokens"]}, "in place"),
+    "own input": (False, LoraModel, {"modified_modules": ["q_proj"],
+                                     "modules_to_save": ["embed_tokens"]}, "in place"),
+    "own head": (False, LoraModel, {"modified_modules": ["q_proj"],
+                                    "modules_to_save": ["lm_head"]}, "cannot grow"),
+    "adapter": (False, opendelta.AdapterModel, {"modified_modules": ["lm_head"]}, "cannot grow"),
+    "pissa": (False, LoraModel, {"modified_modules": ["lm_head"], "init": "pissa"}, "cannot grow"),
+    "vera": (False, VeraModel, {"modified_modules": ["q_proj", "lm_head"], "r": 4}, "cannot grow"),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::opendelta.errors.TiedWeightWarning")
+@pytest.mark.parametrize("name", CANNOT)
+def test_others_refuse_the_resize_before_it_happens(name):
+    tied, cls, options, says = CANNOT[name]
+    model = build(tied)
+    shake(cls(model, **options))
+    with torch.no_grad():
+        before = model(IDS).logits
+    for arguments in ((56,), (None, 64), (40,)):
+        with pytest.raises(DeltaError, match=f"resize_token_embeddings: .*{says}.*Resize first"):
+            model.resize_token_embeddings(*arguments)
+        with torch.no_grad():
+            assert torch.equal(model(IDS).logits, before)
+        assert model.config.vocab_size == 50
+    assert model.resize_token_embeddings() is model.get_input_embeddings()
+    model.resize_token_embeddings(50)
+    for delta in opendelta.composition(model):
+        delta.detach()
+    model.resize_token_embeddings(56, mean_resizing=False)
+    assert model(IDS).logits.size(-1) == 56
+
+
+def test_a_merged_head_is_refused():
+    model = build()
+    shake(LoraModel(model, modified_modules=["lm_head"]))
+    opendelta.composition(model).merge()
+    with pytest.raises(DeltaError, match="'lora' on 'lm_head' is merged"):
+        model.resize_token_embeddings(56)
+
+
+def test_deltas_elsewhere_do_not_care():
+    model = build(tied=True)
+    delta = shake(LoraModel(model, modified_modules=["q_proj"]))
+    assert list(delta.layers) == ["model.layers.0.self_attn.q_proj"]
+    model.resize_token_embeddings(56, mean_resizing=False)
+    assert model(IDS).logits.size(-1) == 56

@@ -1,0 +1,222 @@
+"""Sizes of modules are found on every architecture, by itself or on the user's `sample_inputs`."""
+
+import pytest
+import torch
+import transformers as T
+from support.nets import shake
+from torch import nn
+
+import opendelta
+from opendelta import AdapterModel, AutoDeltaModel, ParallelAdapterModel, PrefixModel, SiteError
+from opendelta._backbone.backbone import Backbone
+from opendelta._backbone.shapes import widths
+
+SIZES = {
+    "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32,
+}  # fmt: skip
+BOTH = {
+    "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32,
+}  # fmt: skip
+SOUND = {
+    "conv_dim": (8, 8), "conv_stride": (5, 2), "conv_kernel": (10, 3), "num_feat_extract_layers": 2,
+    "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 2,
+}  # fmt: skip
+TOKENS = {"vocab_size": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+IMAGE = {**SIZES, "image_size": 16, "patch_size": 8}
+IDS, PIXELS = torch.tensor([[5, 6, 7]]), torch.ones(1, 3, 16, 16)
+ROPE = {"rope_type": "default", "mrope_section": [1, 1, 2]}
+SERIES = {"prediction_length": 4, "context_length": 8, "lags_sequence": [1, 2]}
+
+
+def two_towers(model, config):
+    text = {**SIZES, **TOKENS, "max_position_embeddings": 20}
+    return model(config(text_config=text, vision_config=IMAGE))
+
+
+def qwen():
+    text = {**SIZES, **TOKENS, "num_key_value_heads": 2, "rope_parameters": ROPE}
+    vision = {"depth": 1, "embed_dim": 16, "hidden_size": 16, "num_heads": 2, "patch_size": 4}
+    return T.Qwen2VLForConditionalGeneration(
+        T.Qwen2VLConfig(text_config=text, vision_config=vision)
+    )
+
+
+def llava():
+    vision, text = T.CLIPVisionConfig(**IMAGE), T.LlamaConfig(**SIZES, **TOKENS)
+    config = T.LlavaConfig(vision_config=vision, text_config=text, image_token_index=63)
+    return T.LlavaForConditionalGeneration(config)
+
+
+def whisper():
+    sizes = {"max_source_positions": 20, "max_target_positions": 20, "decoder_start_token_id": 1}
+    return T.WhisperForConditionalGeneration(T.WhisperConfig(**BOTH, **TOKENS, **sizes))
+
+
+MODELS = {  # (model, inputs, sites of a prefix, sites of parallel adapters at default places)
+    "clip": (lambda: two_towers(T.CLIPModel, T.CLIPConfig),
+             {"input_ids": IDS, "pixel_values": PIXELS}, 2, 6),
+    "siglip": (lambda: two_towers(T.SiglipModel, T.SiglipConfig),
+               {"input_ids": IDS, "pixel_values": PIXELS}, 2, 6),
+    "whisper": (whisper, {"input_features": torch.ones(1, 80, 40), "decoder_input_ids": IDS}, 2, 6),
+    "wav2vec2": (lambda: T.Wav2Vec2Model(T.Wav2Vec2Config(**SIZES, **SOUND)),
+                 {"input_values": torch.randn(1, 800)}, 1, 3),
+    "wavlm": (lambda: T.WavLMModel(T.WavLMConfig(**SIZES, **SOUND)),
+              {"input_values": torch.randn(1, 800)}, 0, 3),
+    "ast": (lambda: T.ASTModel(T.ASTConfig(**SIZES, max_length=32)),
+            {"input_values": torch.ones(1, 32, 128)}, 1, 3),
+    "patchtst": (lambda: T.PatchTSTModel(T.PatchTSTConfig(
+        d_model=16, num_attention_heads=2, num_hidden_layers=1, ffn_dim=32, context_length=32,
+        patch_length=4)), {"past_values": torch.randn(1, 32, 1)}, 1, 3),
+    "timeseries": (lambda: T.TimeSeriesTransformerModel(
+        T.TimeSeriesTransformerConfig(**BOTH, **SERIES)), {
+            "past_values": torch.rand(1, 10), "past_observed_mask": torch.ones(1, 10),
+            "past_time_features": torch.ones(1, 10, 0), "future_values": torch.rand(1, 4),
+            "future_time_features": torch.ones(1, 4, 0)}, 2, 6),
+    "decision": (lambda: T.DecisionTransformerModel(T.DecisionTransformerConfig(
+        hidden_size=16, n_layer=1, n_head=2, state_dim=3, act_dim=2)), {
+            "states": torch.ones(1, 3, 3), "actions": torch.ones(1, 3, 2),
+            "rewards": torch.ones(1, 3, 1), "returns_to_go": torch.ones(1, 3, 1),
+            "timesteps": torch.arange(3)[None], "attention_mask": torch.ones(1, 3)}, 1, 3),
+    "llava": (llava, {"input_ids": torch.tensor([[5, 63, 63, 63, 63, 6]]),
+                      "pixel_values": PIXELS}, 2, 6),
+    "qwen2_vl": (qwen, None, 2, 6),
+}  # fmt: skip
+
+
+def outputs(model, inputs):
+    with torch.no_grad():
+        out = model(**inputs)
+    return [t for t in out.values() if isinstance(t, torch.Tensor)]
+
+
+@pytest.mark.covers("Delta.sample_inputs")
+@pytest.mark.parametrize("cls", [PrefixModel, ParallelAdapterModel])
+@pytest.mark.parametrize("name", MODELS)
+def test_default_places_are_found_run_and_act(name, cls):
+    build, inputs, *counts = MODELS[name]
+    torch.manual_seed(0)
+    model = build().eval()
+    expected = counts[cls is ParallelAdapterModel]
+    if not expected:
+        pytest.skip("its attention does not use the attention interface: refused by name")
+    plain = outputs(model, inputs) if inputs else []  # transformers' first forward leaves hooks
+    before = opendelta.snapshot(model)
+    delta = cls(model)
+    sites = [where for where in delta.layers if "deltas" not in where]
+    assert len([w for w in sites if type(delta.layers[w]).__name__ != "SharedTensors"]) == expected
+    if inputs is not None:
+        shake(delta)
+        changed = outputs(model, inputs)
+        assert any(not torch.equal(a, b) for a, b in zip(plain, changed, strict=True))
+        assert not opendelta.unreached(model)
+    delta.detach()
+    opendelta.assert_pristine(model, like=before)
+
+
+@pytest.mark.parametrize("name", ["clip", "whisper", "wav2vec2", "ast", "timeseries"])
+def test_a_check_without_a_batch_runs(name):
+    model = MODELS[name][0]().eval()
+    delta = opendelta.LoraModel(model, modified_modules=["q_proj"])
+    delta.freeze_module()
+    report = opendelta.check(model)
+    assert report, str(report)
+
+
+class ByValues(nn.Module):
+    """A forward that goes by its second argument's values: it runs on no shapes alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = Inner()
+        self.register_buffer("calls", torch.zeros(1))
+
+    def forward(self, x, *, length):
+        self.calls += 1
+        return self.inner(x[: int(length)], mode=length)
+
+
+class Inner(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 6)
+
+    def forward(self, x, *, mode):
+        return self.fc(x) * mode.item()
+
+
+SAMPLES = {"x": torch.randn(5, 4), "length": torch.tensor(3)}
+
+
+@pytest.mark.covers("plan", "check", "AutoDeltaModel", "load")
+def test_sample_inputs_are_taken_by_each_verb(tmp_path):
+    model = ByValues()
+    before, drawn = opendelta.snapshot(model), torch.get_rng_state()
+    with pytest.raises(SiteError, match=r"'inner' .*sample_inputs=.*ByValues.forward"):
+        AdapterModel(model, modified_modules=["inner"])
+    sizes = widths(Backbone.of(model, SAMPLES), ["inner"])["inner"]
+    assert (sizes.input, sizes.output) == (4, 6)
+    assert torch.equal(drawn, torch.get_rng_state())
+    assert model.calls == 0
+    delta = AdapterModel(model, modified_modules=["inner"], sample_inputs=SAMPLES)
+    delta.freeze_module()
+    assert opendelta.check(model, sample_inputs=SAMPLES)
+    delta.save_finetuned(tmp_path)
+    config = delta.config
+    delta.detach()
+    opendelta.assert_pristine(model, like=before)
+
+    plan = opendelta.plan(model, config, sample_inputs=SAMPLES)
+    assert [module.name for module in plan.deltas[0].modules] == ["inner"]
+    model = ByValues()
+    AutoDeltaModel.from_config(config, model, sample_inputs=SAMPLES)
+    for read in (AdapterModel.from_finetuned, AutoDeltaModel.from_finetuned, opendelta.load):
+        read(tmp_path, model, check_backbone=False, sample_inputs=SAMPLES)
+    assert len(opendelta.composition(model).names) == 4
+
+
+@pytest.mark.parametrize(
+    "samples", [torch.zeros(2, 3), [torch.zeros(2, 3)], {"x": torch.zeros(2, 3)}]
+)
+def test_sample_inputs_come_by_keyword_by_position_or_alone(samples):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Sequential(nn.Linear(3, 5))
+
+        def forward(self, x):
+            return self.inner(x) if x.size(-1) == 3 and x.size(0) != 1 else x["no"]
+
+    delta = AdapterModel(Net(), modified_modules=["inner"], sample_inputs=samples)
+    assert delta.layers["inner"].width == 5
+
+
+def test_a_run_ends_with_the_modules_that_matter():
+    ran = []
+
+    class After(nn.Module):
+        def forward(self, x):
+            ran.append(1)
+            return x
+
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 6)), After())
+    assert widths(Backbone.of(model), ["0"])["0"].output == 6
+    assert not ran
+
+
+def test_a_module_that_the_run_misses_is_run_alone():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.other = nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 7))
+
+        def forward(self, x, both=False):
+            return self.other(x) if both else self.used(x)
+
+    assert AdapterModel(Net(), modified_modules=["other"]).layers["other"].width == 7
+
+
+def test_hooks_that_a_forward_installs_are_not_installed_twice():
+    model = T.BertModel(T.BertConfig(**SIZES, vocab_size=64)).eval()
+    AdapterModel(model, modified_modules=["encoder.layer.0.attention.self"])
+    assert len(model(IDS, output_hidden_states=True).hidden_states) == 2
