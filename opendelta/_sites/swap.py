@@ -62,7 +62,7 @@ def _resizing(base: Any) -> Callable[..., Any]:
     def resize_token_embeddings(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         call = functools.partial(base.resize_token_embeddings, self)
         stack = stack_of(self)
-        for layer in stack.layers if stack is not None else ():
+        for layer in stack.values() if stack is not None else ():
             call = functools.partial(layer.resize, call, self)
         return call(*args, **kwargs)
 
