@@ -34,6 +34,7 @@ CONSTANTS: dict[str, Callable[[], Any]] = {
     "EMPTY_TUPLE": tuple, "EMPTY_DICT": dict,
 }  # fmt: skip
 TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+MOST_SIZES = 100  # of a tensor's axes and strides
 MOST_STEPS = 200_000  # about 25 for each tensor
 
 
@@ -101,9 +102,7 @@ class StateDict:
         elif code == "REDUCE":
             arguments = stack.pop()
             stack.append(self._call(stack.pop().name, *arguments))
-        elif (
-            code == "BUILD"
-        ):  # of a dict that carries the versions of modules, which change nothing
+        elif code == "BUILD":  # the versions of modules, which change nothing
             stack.pop()
         elif code not in ("PROTO", "STOP"):
             raise ValueError(f"it holds {code} {value if code == 'GLOBAL' else ''}".rstrip())
@@ -127,7 +126,8 @@ class StateDict:
 
     def _tensor(self, storage: Tensor, start: int, shape: Any, strides: Any) -> Tensor:
         sizes = (start, *shape, *strides)
-        if not all(type(size) is int and 0 <= size < 2**63 for size in sizes):
+        fit = all(type(size) is int and 0 <= size < 2**63 for size in sizes)
+        if not fit or len(sizes) > MOST_SIZES:
             raise ValueError("a shape of it is no list of sizes")
         if math.prod(shape) * storage.itemsize > self.most:
             raise ValueError("a tensor in it claims more values than the file holds")
@@ -135,7 +135,7 @@ class StateDict:
 
     def _storage(self, kind: str, dtype: Name, key: str, _: Any, count: int) -> Tensor:
         """Return the numbers that a part of the file holds."""
-        if kind != "storage" or type(count) is not int or count < 0:
+        if kind != "storage" or type(count) is not int or count < 0 or not isinstance(key, str):
             raise ValueError("it names something else than numbers")
         if key not in self.storages:
             kept = DTYPES[dtype.name]

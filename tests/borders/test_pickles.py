@@ -88,7 +88,16 @@ def made_of(module, name, *arguments):
     return b"\x80\x02" + call + pickle.dumps(arguments, 2)[2:-1] + b"R."
 
 
-SIZE = PROGRAM.index(b"K\x02")  # the length of the storage
+# ((((), ()), ((), ())), ...), 60 deep: to hash or to print it would take for ever
+DEEP = b")q\0" + b"h\0\x86q\0" * 60
+
+
+def text(value):
+    return b"X" + len(value).to_bytes(4, "little") + value
+
+
+STORAGE = b"(" + text(b"storage") + b"ctorch\nFloatStorage\n%s" + text(b"cpu") + b"K\x02tQ"
+SHAPE = b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(" + STORAGE % text(b"0") + b"K\0"
 ATTACKS = {
     "bytearray": (made_of("builtins", "bytearray", GIGABYTES), "GLOBAL builtins bytearray"),
     "system": (made_of("os", "system", "true"), "GLOBAL os system"),
@@ -108,6 +117,10 @@ ATTACKS = {
     "two_values": (b"\x80\x02}}.", "ValueError|too many|unpack"),
     "no_end": (b"\x80\x02}", "no state dict"),
     "steps": (b"\x80\x02" + b"}" * 300_000 + b".", "more than 200,000 steps"),
+    "deep_name": (b"\x80\x02" + STORAGE % DEEP + b".", "something else than numbers"),
+    "deep_key": (b"\x80\x02}" + DEEP + b"K\x01s.", "a key in it is no text"),
+    "deep_call": (b"\x80\x02" + DEEP + b")R.", "no state dict"),
+    "many_axes": (SHAPE + b"(" + b"J\xff\xff\xff\x7f" * 60_000 + b"t)tR.", "no list of sizes"),
     "other_protocol": (pickle.dumps({"a": "b"}, 4), "it holds"),
 }
 
