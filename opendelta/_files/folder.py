@@ -58,7 +58,9 @@ def check_folder(folder: Path) -> None:
         str(folder).encode()
     except UnicodeEncodeError:
         raise DeltaError(f"{folder} is no UTF-8, as safetensors asks; give another name") from None
-    if os.path.lexists(folder) and not folder.is_dir():
+    with readable(folder):
+        there = folder.exists() or folder.is_symlink()
+    if there and not folder.is_dir():
         raise DeltaError(f"{folder} is a file; give a folder, which is made if need be")
 
 

@@ -218,9 +218,12 @@ def test_saving_into_what_is_no_folder_is_refused(save, tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to("nothing")
     (tmp_path / "file").touch()
-    for path in ("pipe", "link", "file"):
+    (tmp_path / "loop").symlink_to("loop")
+    for path in ("pipe", "link", "file", "loop"):
         with soon(), pytest.raises(opendelta.DeltaError, match="is a file; give a folder"):
             save(attached(), tmp_path / path)
+    with pytest.raises(opendelta.DeltaError, match="cannot be read"):
+        save(attached(), tmp_path / ("x" * 300))
     assert stat.S_ISFIFO((tmp_path / "pipe").lstat().st_mode)
 
 
