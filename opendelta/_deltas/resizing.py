@@ -93,7 +93,7 @@ def _check(model: nn.Module, which: str, module: nn.Module, shared: Any) -> None
             why = "is on embeddings that are resized in place" if which == "input" else "is tied"
         elif stack.steps:
             why = "is merged"
-        elif stack.router is not None:
+        elif stack.routed is not None:
             why = "is routed"
         elif not layer.grows or (layer.gate is not None and not layer.gate.on_input):
             why = f"({type(layer).__name__}) cannot grow"

@@ -18,7 +18,7 @@ from .._modules import kinds, tensors, wrappers
 from ..errors import SiteError
 from ..names import SLOT
 from . import compile_limit, nested
-from .stack import Stack, stack_of
+from .stack import Stack, acting_on, stack_of
 
 _cache: Any = functools.cache  # Any: its annotation allows no class of a module as argument
 
@@ -110,7 +110,7 @@ def site_class(base: type[nn.Module], reads: bool = False) -> type[nn.Module]:
         stack = self._modules.get(SLOT)
         if stack is not None:
             call = stack.around(call, self, is_raw)  # type: ignore[operator]
-            if args and nested.is_nested(args[0]) and (on := stack.acting()):  # type: ignore[operator]
+            if args and nested.is_nested(args[0]) and (on := acting_on(stack)):  # type: ignore[arg-type]
                 return nested.run(call, on, args, kwargs)
         return call(*args, **kwargs)
 

@@ -90,7 +90,7 @@ def outputs(model, inputs):
     return [t for t in out.values() if isinstance(t, torch.Tensor)]
 
 
-@pytest.mark.covers("Delta.sample_inputs")
+@pytest.mark.covers("Delta")
 @pytest.mark.parametrize("cls", [PrefixModel, ParallelAdapterModel])
 @pytest.mark.parametrize("name", MODELS)
 def test_default_places_are_found_run_and_act(name, cls):
