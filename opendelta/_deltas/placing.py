@@ -88,7 +88,7 @@ def place(
     sharding.check_synchronised(backbone, list(delta.parameters()))
     _check_owned(backbone, delta.layers)
     for where, layer in delta.layers.items():
-        if where in backbone.modules:
+        if where in backbone.stacks and where in backbone.modules:
             _check_sizes(backbone, delta.name, where, layer)
     whole = {name for name, module in backbone.modules.items() if wrappers.loads_inside(module)}
     placings = {}
@@ -140,8 +140,7 @@ def _check_sizes(backbone: Backbone, name: str, where: str, new: DeltaLayer) -> 
 
     So it is with a copy of a head for another number of labels.
     """
-    stack = backbone.stacks.get(where)
-    both = [*(stack.in_order() if stack is not None else ()), (name, new)]
+    both = [*backbone.stacks[where].in_order(), (name, new)]
     copies = [(owner, layer.stand_in) for owner, layer in both if layer.stand_in is not None]
     if not copies:
         return

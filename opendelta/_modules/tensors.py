@@ -77,7 +77,7 @@ def is_plain(parameter: Any) -> bool:
 
 def is_lazy(tensor: Tensor | None) -> bool:
     """True if `tensor` gets its shape in the first forward, as in `nn.LazyLinear`."""
-    return isinstance(tensor, UninitializedBuffer | UninitializedParameter)
+    return type(tensor) in (UninitializedBuffer, UninitializedParameter)
 
 
 def in_full(module: nn.Module, key: str) -> Tensor:
