@@ -247,7 +247,10 @@ class PromptLayer(_WithPrompt):
             self.stripper.put((layout.places, layout.full))
         documents = Documents(given, batch, layout.full, embeds.device)
         out = during(documents, call, **given)
-        return stripped(out, layout.places, layout.full) if self.strip else out
+        if not self.strip:
+            return out
+        check_positions(out, layout.full)
+        return strip(out, layout.places, layout.full)
 
     def _check(self, given: dict[str, Any], module: nn.Module, tokens: Any) -> tuple[int, int]:
         """Return batch and length of the tokens; raise if an argument cannot be widened."""
@@ -438,25 +441,24 @@ class Strip(_WithPrompt):
         if layout is None:
             return out
         places, full = layout
-        return stripped(out, places, full, self.pooled)
+        if self.pooled:
+            check_positions(out, full)
+        return strip(out, places, full) if calls.hidden(out).size(1) == full else out
 
 
-def stripped(out: Any, places: Tensor, full: int, only: bool = True) -> Any:
-    """Return an output without the prompts; it stays as it is if its positions are not the rows'.
+def check_positions(out: Any, full: int) -> None:
+    """Raise if an output has more than `full` positions; it may have fewer, as Funnel pools them.
 
     Args:
-        places: the places [batch, length] of the tokens.
         full: number of positions of tokens and prompts.
-        only: more positions than these are refused. There may be fewer, as Funnel pools them.
     """
     count = calls.hidden(out).size(1)
-    if only and count > full:
+    if count > full:
         raise SiteError(
             f"an output of {count} positions for {full} of prompt and tokens: images among the "
             "tokens, or padding to whole blocks, hide where the prompt is; pad the rows before, or "
             "give strip=False"
         )
-    return strip(out, places, full) if count == full else out
 
 
 def strip(value: Any, places: Tensor, full: int) -> Any:
