@@ -23,7 +23,7 @@ from ..names import last, parent
 from .base import Acts, DeltaLayer, Handover
 from .costs import Flops
 from .site import Site
-from .tokens import EMBEDDED, Documents, arguments, cache_in, during, earlier, named
+from .tokens import EMBEDDED, Documents, arguments, cache_in, during, named
 
 TAKES = {"input_ids", "inputs_embeds", "attention_mask"}
 COUNT = "create_position_ids_from_input_ids"
@@ -230,11 +230,10 @@ class PromptLayer(_WithPrompt):
         ids, embeds = (given.get(name) for name in EMBEDDED)
         tokens: Any = embeds if ids is None else ids
         batch, length = self._check(given, module, tokens)
-        if earlier(given) != 0:
-            self._continue(given, length)
-            documents = Documents(given, batch, length, tokens.device)
-            return during(documents, call, **given)
         documents = Documents(given, batch, length, tokens.device)
+        if documents.continued:
+            self._continue(given, length, documents.held or 0)
+            return during(Documents(given, batch, length, tokens.device), call, **given)
         layout = Layout(documents.firsts().expand(batch, -1), self.length, documents.several)
         if embeds is None:
             embeds = module.get_submodule(self.embedding)(ids)
@@ -320,10 +319,14 @@ class PromptLayer(_WithPrompt):
             f"rows of one call of {type(module).__name__} must pack the same number of documents"
         )
 
-    def _continue(self, given: dict[str, Any], length: int) -> None:
-        """Widen the arguments for tokens after those in a cache, which holds the prompt."""
+    def _continue(self, given: dict[str, Any], length: int, held: int) -> None:
+        """Widen the arguments for tokens after those in a cache, which holds the prompt.
+
+        Args:
+            length: number of new tokens.
+            held: number of positions in the cache; 0 if it does not count them.
+        """
         mask, positions = (given.get(name) for name in POSITIONS)
-        held = earlier(given)
         if mask is not None:
             if held and mask.size(1) + self.length != held + length:
                 self._refuse(
@@ -334,7 +337,7 @@ class PromptLayer(_WithPrompt):
             given["attention_mask"] = Layout(_starts(mask), self.length).widened(mask, 1)
         if positions is not None:
             given["position_ids"] = positions + self.length
-        self._check_room(given, length, (held or 0) + length)
+        self._check_room(given, length, held + length)
 
     def _check_room(self, given: dict[str, Any], length: int, total: int) -> None:
         """Raise if a table of positions is too short."""

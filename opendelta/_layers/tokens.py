@@ -80,50 +80,63 @@ class Documents:
     Attributes:
         several: rows may hold several documents.
         continued: a cache holds earlier tokens.
-        known: the call says which tokens are padding, and how many came before.
-        seen: booleans [batch or 1, length], false for padding.
-        number: integers [batch or 1, length], which change where a document begins.
-        before: number of tokens of a row's first document that a cache holds: an integer, or
-            integers [batch or 1, 1].
     """
 
     def __init__(
         self, given: Mapping[str, Any], batch: int, length: int, device: torch.device
     ) -> None:
-        self.batch, self.length = batch, length
+        self.batch, self.length, self.device = batch, length, device
         mask: Any = given.get("attention_mask")
-        positions: Any = given.get("position_ids")
+        self.positions: Any = given.get("position_ids")
         plain = mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)
-        plain &= given.get("input_mask") is None  # XLNet's mask, which is true for padding
-        held = earlier(given)
-        self.several, self.continued = isinstance(positions, Tensor), held != 0
-        self.seen = torch.ones(1, length, dtype=torch.bool, device=device)
-        counts = [] if held is None else [held]
-        if plain and mask is not None:
-            self.seen = mask[:, -length:] != 0
-            if mask.size(1) > length:
-                counts.append((mask[:, :-length] != 0).sum(-1, keepdim=True))
-        self.number = torch.zeros(1, length, dtype=torch.long, device=device)
-        if self.several:
-            self.number = _restarts(positions, self.seen).cumsum(-1)
-            if positions.ndim == 2:
-                counts.append(positions[:, :1])
-        self.before = functools.reduce(_least, counts) if self.continued and counts else 0
-        self.known = (plain or self.several) and (bool(counts) or not self.continued)
+        self.plain = plain and given.get("input_mask") is None  # XLNet's, true for padding
+        self.mask = mask if self.plain else None
+        self.held = earlier(given)
+        self.several, self.continued = isinstance(self.positions, Tensor), self.held != 0
+        self.found: dict[tuple[int, int], Tensor] = {}
 
     def __getitem__(self, rows: slice | Tensor) -> Documents:
         """Return the documents of some of the rows."""
         new = copy.copy(self)
         new.batch = len(range(self.batch)[rows]) if isinstance(rows, slice) else len(rows)
-        for name in ("seen", "number", "before"):
-            value = getattr(self, name)
-            if isinstance(value, Tensor) and value.size(0) == self.batch:
-                setattr(new, name, value[rows])
+        new.found = {key: self._cut(value, rows) for key, value in self.found.items()}
+        new.mask = self._cut(self.mask, rows)
+        if self.several:  # of text with images, they have an axis before the rows
+            positions = self.positions.movedim(-2, 0)
+            new.positions = self._cut(positions, rows).movedim(0, -2)
         return new
+
+    def _cut(self, value: Any, rows: slice | Tensor) -> Any:
+        return value if value is None or value.size(0) != self.batch else value[rows]
+
+    def _seen(self) -> Tensor:
+        """Return booleans [batch or 1, length], false for padding."""
+        if self.mask is None:
+            return torch.ones(1, self.length, dtype=torch.bool, device=self.device)
+        return self.mask[:, -self.length :] != 0
+
+    def _number(self, seen: Tensor) -> Tensor:
+        """Return integers [batch or 1, length], which change where a document begins."""
+        if self.several:
+            return _restarts(self.positions, seen).cumsum(-1)
+        return torch.zeros(1, self.length, dtype=torch.long, device=self.device)
+
+    def _before(self) -> list[Any]:
+        """Return all that says how many tokens of a row's first document a cache holds.
+
+        Each is an integer, or integers [batch or 1, 1].
+        """
+        counts: list[Any] = [] if self.held is None else [self.held]
+        if self.mask is not None and self.mask.size(1) > self.length:
+            counts.append((self.mask[:, : -self.length] != 0).sum(-1, keepdim=True))
+        if self.several and self.positions.ndim == 2:
+            counts.append(self.positions[:, :1])
+        return counts
 
     def check(self, last: bool, where: str) -> None:
         """Raise unless the call says enough about the first, and `last`, tokens of its rows."""
-        if not self.known:
+        padding = self.plain or self.several
+        if not padding or (self.continued and not self._before()):
             raise SiteError(
                 f"first= and last=: the call of {quoted(where)} does not say by its mask, position "
                 "ids and cache which tokens are padding and how many came before: give "
@@ -139,17 +152,27 @@ class Documents:
 
     def firsts(self) -> Tensor:
         """Return booleans [batch or 1, length]: true for the first token of each document."""
-        return (_ranks(self.seen, self.number) == 1) & self.seen
+        seen = self._seen()
+        return seen & (_ranks(seen, self._number(seen)) == 1)
 
     def chosen(self, first: int, last: int) -> Tensor:
         """Return booleans: true for the `first` and the `last` tokens of each document."""
-        in_first = self.number == self.number[:, :1]
-        ranks = _ranks(self.seen, self.number) + torch.where(in_first, self.before, 0)
+        if (first, last) not in self.found:
+            self.found[first, last] = self._chosen(first, last)
+        return self.found[first, last]
+
+    def _chosen(self, first: int, last: int) -> Tensor:
+        seen = self._seen()
+        number = self._number(seen)
+        ranks = _ranks(seen, number)
+        if self.continued:
+            before = functools.reduce(_least, self._before())
+            ranks = ranks + torch.where(number == number[:, :1], before, 0)
         chosen = ranks <= first
         if last:
-            ends = _ranks(self.seen.flip(-1), self.number.flip(-1)).flip(-1)
+            ends = _ranks(seen.flip(-1), number.flip(-1)).flip(-1)
             chosen = chosen | (ends <= last)
-        return chosen & self.seen
+        return chosen & seen
 
 
 def _least(one: Any, other: Any) -> Any:

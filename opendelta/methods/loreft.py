@@ -19,7 +19,8 @@ class LoReftConfig(DeltaConfig):
 
     Attributes:
         low_rank_dimension: rows of R.
-        first: number of tokens at the start to change.
+        first: number of tokens at the start of each row, or of each document that is packed into
+            it, to change. Padding does not count.
         last: number of tokens at the end to change. If both are None, all tokens are changed.
     """
 
