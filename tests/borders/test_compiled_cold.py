@@ -1,10 +1,11 @@
 """Models that are compiled before they ran once: two lengths, and again in a second thread."""
 
+import copy
 import threading
 
 import pytest
 import torch
-from support.models import build, put_default, token_ids
+from support.models import FAMILIES, put_default, token_ids
 from support.nets import IDS, net, places_of, put, shake
 
 from opendelta._deltas.registry import METHODS
@@ -43,11 +44,15 @@ def test_every_method_takes_a_second_length_and_a_second_thread(method):
     assert_compiles_cold(make, IDS)
 
 
-@pytest.mark.parametrize("name", ["bert", "gpt2"])
-@pytest.mark.parametrize("method", HANDING_OVER)
+@pytest.mark.parametrize(
+    ("method", "name"), [*((method, "gpt2") for method in HANDING_OVER), ("prefix", "bert")]
+)
 def test_values_are_handed_over_in_compiled_models(method, name):
     def make():
-        model = build(name)
+        torch.manual_seed(0)
+        config = copy.deepcopy(FAMILIES[name].config)
+        config.num_hidden_layers = 1
+        model = FAMILIES[name].model(config).eval()
         put_default(method, model, gate=True)
         return model
 
