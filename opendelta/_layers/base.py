@@ -31,7 +31,9 @@ class Handover(threading.local):
     A copy of it, by deepcopy or pickle, is empty.
     """
 
-    value: Any = None
+    def __init__(self) -> None:
+        # From the start in each thread's dict: a compiled graph's guard must not see it come.
+        self.value: Any = None
 
     def put(self, value: Any) -> None:
         """Keep `value` until `take` is called."""

@@ -1,54 +1,60 @@
-"""Put prompts before the embedded tokens of a model, and strip them from its output.
+"""Put prompts before the embedded documents of a model, and strip them from its output.
 
-The attention mask, position ids and token types are widened by the prompt. The prompt takes the
-first positions of the cache. An encoder-decoder's cross-attention mask is widened too.
+A prompt stands next to the first token of a document, after padding on the left. All arguments with
+a value for each token are widened, or refused. An encoder-decoder's cross-attention mask is widened
+too.
 """
 
 from __future__ import annotations
 
-import functools
-import inspect
+import sys
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._modules import calls
 from .._modules.calls import has_forward
 from .._modules.kinds import Embedding, kind_of
 from .._modules.tensors import stored
 from ..errors import OptionError, SiteError, quoted
-from ..names import parent
+from ..names import last, parent
 from .base import Acts, DeltaLayer, Handover
 from .costs import Flops
 from .site import Site
+from .tokens import EMBEDDED, Documents, arguments, cache_in, during, named
 
 TAKES = {"input_ids", "inputs_embeds", "attention_mask"}
 COUNT = "create_position_ids_from_input_ids"
 CROSS = {"encoder_hidden_states", "encoder_attention_mask"}
-
-
-def arguments(module: nn.Module) -> list[str]:
-    """Return the names of the arguments of a module's forward."""
-    cls: Any = type(module)
-    return list(_arguments(cls))
-
-
-@functools.cache
-def _arguments(cls: type) -> tuple[str, ...]:
-    try:
-        return tuple(inspect.signature(cls.forward).parameters)[1:]  # type: ignore[attr-defined]
-    except (AttributeError, TypeError, ValueError):  # compiled by TorchScript, or written in C
-        return ()
+IDS = (torch.int64, torch.int32)
+POSITIONS = "attention_mask", "position_ids"  # these are widened by rules of their own
+# The prompt gets the values of its document's first token.
+LIKE_FIRST = (
+    "token_type_ids", "bbox", "task_type_ids", "langs", "global_attention_mask", "seq_idx",
+)  # fmt: skip
+NOTHING = ("mm_token_type_ids", "visual_pos_masks")  # the prompt gets zeros: it is no image
+# These speak of the tokens, and have no axis of the length.
+COUNTS = (
+    "lengths", "perm_mask", "target_mapping", "input_mask", "entity_position_ids",
+    "cu_seq_lens_q", "cu_seq_lens_k",
+)  # fmt: skip
+OTHERS = ("encoder_", "decoder_", "cross_attention", "pixel_", "image_", "visual_e", "past_")
+TABLES = (
+    "wpe", "embed_positions", "position_embeddings", "position_embedding", "pos_embed",
+    "positions_embed",
+)  # fmt: skip
 
 
 def stacks(modules: Mapping[str, nn.Module]) -> dict[str, bool]:
     """Return {full name of a module that embeds tokens: true for an encoder-decoder's decoder}.
 
-    If modules inside each other take token ids, the innermost one embeds them.
+    If modules inside each other take token ids, the innermost one that holds blocks embeds them.
     """
     takes = [name for name, module in modules.items() if set(arguments(module)) >= TAKES]
+    holds = {n for n in takes if _block_lists(modules, n)}
+    takes = [n for n in takes if n in holds or not any(o != n and _is_in(n, o) for o in takes)]
     inner = [n for n in takes if not any(o != n and _is_in(o, n) for o in takes)]
     decoders = set()
     for module in modules.values():
@@ -64,12 +70,18 @@ def _is_in(name: str, around: str) -> bool:
     return name.startswith(f"{around}." if around else "")
 
 
-def _block_holder(modules: Mapping[str, nn.Module], stack: str) -> str:
-    """Return the full name of the module inside `stack` that runs the blocks, or `stack` itself."""
-    lists = [
+def _block_lists(modules: Mapping[str, nn.Module], stack: str) -> list[str]:
+    """Return the full names of the lists of modules inside `stack` that are no tables."""
+    return [
         name for name, module in modules.items()
         if isinstance(module, nn.ModuleList) and _is_in(name, stack)
+        and any(not isinstance(part, nn.Embedding) for part in module)
     ]  # fmt: skip
+
+
+def _block_holder(modules: Mapping[str, nn.Module], stack: str) -> str:
+    """Return the full name of the module inside `stack` that runs the blocks, or `stack` itself."""
+    lists = _block_lists(modules, stack)
     if not lists:
         return stack
     biggest = max(lists, key=lambda n: sum(p.numel() for p in modules[n].parameters()))
@@ -85,7 +97,10 @@ def embedding_of(module: nn.Module) -> str:
     """
     wanted = None
     if hasattr(module, "get_input_embeddings"):
-        wanted = module.get_input_embeddings()  # type: ignore[operator]
+        try:
+            wanted = module.get_input_embeddings()  # type: ignore[operator]
+        except NotImplementedError as error:  # CANINE hashes characters
+            raise SiteError(f"{type(module).__name__} has no one embedding of tokens") from error
     for name, part in module.named_modules():
         if part is wanted or (wanted is None and isinstance(part, nn.Embedding)):
             return name
@@ -101,6 +116,69 @@ class _WithPrompt(DeltaLayer):
     def for_all_rows(self) -> str:
         """Return the reason: all rows of a batch have one length."""
         return "changes the length of the rows that take it"
+
+
+class Layout:
+    """The slots of rows in which a prompt stands before each document.
+
+    Args:
+        firsts: booleans [batch, length], true for the first token of each document. In a row
+            without any, the prompt stands before all.
+        length: number of rows of the prompt.
+        several: rows may have several documents.
+
+    Attributes:
+        places: the slot [batch, length] of each token.
+        full: number of slots of a row.
+        ragged: some rows have fewer documents than others; their last slots hold nothing.
+        filler: booleans [batch, slots], true for these slots.
+    """
+
+    def __init__(self, firsts: Tensor, length: int, several: bool = False) -> None:
+        batch, self.count = firsts.shape
+        self.length = length
+        places = torch.arange(self.count, device=firsts.device)
+        firsts = firsts | ((places == 0) & ~firsts.any(-1, keepdim=True))
+        self.shift = firsts.cumsum(-1) * length
+        most = int(self.shift[:, -1].max()) if several else length
+        self.places, self.full = places + self.shift, self.count + most
+        self.ragged = several and int(self.shift[:, -1].min()) < most
+        slots = torch.arange(self.full, device=firsts.device)
+        taken = torch.zeros(batch, self.full, dtype=torch.long, device=firsts.device)
+        taken = taken.scatter(1, self.places, 1)
+        self.taken = taken == 1
+        self.next = taken.cumsum(-1) - taken  # the token of the slot, or the next one after it
+        self.filler = self.next == self.count
+        self.row = slots - 1 - torch.where(self.taken, slots, -1).cummax(-1).values
+
+    def filled(self, prompt: Tensor, embeds: Tensor) -> Tensor:
+        """Return the rows [batch, slots, width] of `prompt` and of `embeds` in their slots."""
+        prompt = prompt.expand(embeds.size(0), -1, -1)
+        every = torch.cat([prompt, embeds, torch.zeros_like(embeds[:, :1])], 1)
+        rows = torch.where(self.filler, self.length + self.count, self.row)
+        index = torch.where(self.taken, self.length + self.next, rows)
+        return every.gather(1, index[..., None].expand(-1, -1, embeds.size(-1)))
+
+    def widened(self, value: Tensor, fill: int | None = None) -> Tensor:
+        """Return `value` [batch or 1, length, ...] with `fill` for the prompt's slots.
+
+        Args:
+            fill: None: the value of the next token.
+        """
+        index, taken = self.next.clamp(max=self.count - 1), self.taken
+        for _ in value.shape[2:]:
+            index, taken = index[..., None], taken[..., None]
+        value = value.expand(self.next.size(0), *value.shape[1:])
+        value = value.gather(1, index.expand(-1, -1, *value.shape[2:]))
+        return value if fill is None else torch.where(taken, value, fill)
+
+    def positions(self, given: Tensor) -> Tensor:
+        """Return position ids [..., slots]: those of the prompt begin where its document did."""
+        given = given.expand(*given.shape[:-2], *self.places.shape)
+        index = self.next.clamp(max=self.count - 1).expand(*given.shape[:-1], -1)
+        moved = given + torch.where(self.shift > 0, self.length, 0)
+        at_row = torch.where(self.filler, 0, given.gather(-1, index)) + self.row
+        return torch.where(self.taken, moved.gather(-1, index), at_row)
 
 
 class PromptLayer(_WithPrompt):
@@ -129,6 +207,7 @@ class PromptLayer(_WithPrompt):
                 where=site.name,
             )
         self.width, self.length, self.strip = kind.out_features, length, strip
+        self.room = _room(site.module)
         self.stripper: Handover | None = (
             None  # to strip right after the blocks, as later modules read a single position
         )
@@ -147,48 +226,130 @@ class PromptLayer(_WithPrompt):
         raise NotImplementedError
 
     def forward(self, call: Any, *args: Any, **kwargs: Any) -> Any:
-        given = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
-        cache = given.get("past_key_values")
-        first = cache is None or cache.get_seq_length() == 0
-        self._widen(given, call.module, first)
-        if not first:
-            return call(**given)
-        ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+        given, module = named(self.arguments, args, kwargs), call.module
+        ids, embeds = (given.get(name) for name in EMBEDDED)
+        tokens: Any = embeds if ids is None else ids
+        batch, length = self._check(given, module, tokens)
+        documents = Documents(given, batch, length, tokens.device)
+        if documents.continued:
+            self._continue(given, length, documents.held or 0)
+            return during(Documents(given, batch, length, tokens.device), call, **given)
+        layout = Layout(documents.firsts().expand(batch, -1), self.length, documents.several)
         if embeds is None:
-            embeds = call.module.get_submodule(self.embedding)(ids)
+            embeds = module.get_submodule(self.embedding)(ids)
         prompt = self.prompt() if self.gate is None else self.gate(embeds) * self.prompt()
-        prompt = prompt.type_as(embeds).expand(embeds.size(0), -1, -1)
-        given["input_ids"], given["inputs_embeds"] = None, torch.cat([prompt, embeds], 1)
-        length = embeds.size(1) + self.length
+        self._widen(given, module, layout)
+        given["input_ids"] = None
+        given["inputs_embeds"] = layout.filled(prompt.type_as(embeds), embeds)
+        self._check_room(given, layout.full, layout.full)
         if self.stripper is not None:
-            self.stripper.put(length)
-        out = call(**given)
-        return strip(out, self.length, length) if self.strip else out
+            self.stripper.put((layout.places, layout.full))
+        documents = Documents(given, batch, layout.full, embeds.device)
+        out = during(documents, call, **given)
+        if not self.strip:
+            return out
+        check_positions(out, layout.full)
+        return strip(out, layout.places, layout.full)
 
-    def _widen(self, given: dict[str, Any], module: nn.Module, first: bool) -> None:
-        """Widen the attention mask, position ids and token types in `given` for the prompt."""
-        mask, positions = given.get("attention_mask"), given.get("position_ids")
+    def _check(self, given: dict[str, Any], module: nn.Module, tokens: Any) -> tuple[int, int]:
+        """Return batch and length of the tokens; raise if an argument cannot be widened."""
+        kind, mask = type(module).__name__, given.get("attention_mask")
+        if not isinstance(tokens, Tensor) or tokens.ndim != (2 if tokens.dtype in IDS else 3):
+            shape = tuple(getattr(tokens, "shape", ()))
+            self._refuse(f"the token ids of {kind} must be [batch, length], and are {shape}")
+        batch, length = tokens.shape[:2]
         if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
-            raise SiteError(
-                f"{self.record.name!r}: the attention mask of {type(module).__name__} must be "
-                "[batch, length], so that the prompt can be put before it"
+            self._refuse(
+                f"the attention mask of {kind} must be [batch, length], so that the prompt can be "
+                "put between its columns"
             )
+        layers = getattr(cache_in(given), "layers", ())
+        if any(getattr(layer, "max_cache_len", None) is not None for layer in layers):
+            self._refuse(
+                f"the static cache of {kind} has no room for the prompt: use the default cache"
+            )
+        for name, value in given.items():
+            of_tokens = (
+                isinstance(value, Tensor)
+                and value.ndim > 1
+                and (value.shape[:2] == (batch, length) or value.shape[-2:] == (batch, length))
+                and not name.startswith(OTHERS)
+            )
+            known = (*EMBEDDED, *POSITIONS, *LIKE_FIRST, *NOTHING)
+            if value is not None and (name in COUNTS or (of_tokens and name not in known)):
+                self._refuse(
+                    f"{kind} is given {name!r}, which says something of each token, and nothing "
+                    f"says its value for the prompt; known are {', '.join(known)}"
+                )
+        return batch, length
+
+    def _refuse(self, why: str) -> NoReturn:
+        raise SiteError(f"{self.record.name!r}: {why}")
+
+    def _widen(self, given: dict[str, Any], module: nn.Module, layout: Layout) -> None:
+        """Widen all arguments in `given` that have a value for each token."""
+        ids, mask, positions = (given.get(n) for n in ("input_ids", *POSITIONS))
         if mask is not None:
-            given["attention_mask"] = F.pad(mask, (self.length, 0), value=1)
-        start, embeddings = 0, module._modules.get("embeddings")
-        if hasattr(embeddings, COUNT) and hasattr(embeddings, "padding_idx"):
-            # RoBERTa's positions begin after its padding index, the position of all padding.
-            start = int(embeddings.padding_idx) + 1  # type: ignore[union-attr,arg-type]
-            if positions is None and first and given.get("input_ids") is not None:
-                positions = getattr(embeddings, COUNT)(given["input_ids"], start - 1)
+            given["attention_mask"] = torch.where(layout.filler, 0, layout.widened(mask, 1))
+        elif layout.ragged:
+            given["attention_mask"] = self._mask(module, layout)
         if positions is not None:
-            moved = torch.where(positions < start, positions, positions + self.length)
-            new = torch.arange(self.length, device=positions.device) + start
-            new = new.expand(*positions.shape[:-1], -1)
-            given["position_ids"] = torch.cat([new, moved], -1) if first else moved
-        types = given.get("token_type_ids")
-        if types is not None and first:
-            given["token_type_ids"] = torch.cat([types[:, :1].expand(-1, self.length), types], 1)
+            given["position_ids"] = layout.positions(positions)
+        elif ids is not None and (numbering := _numbering(module)) is not None:
+            number, pad = numbering
+            given["position_ids"] = number(layout.widened(ids, pad + 1), pad)
+        for name in LIKE_FIRST:
+            if given.get(name) is not None:
+                given[name] = layout.widened(given[name])
+        for name in NOTHING:
+            if given.get(name) is not None:
+                given[name] = layout.widened(given[name], 0)
+
+    def _mask(self, module: nn.Module, layout: Layout) -> Tensor | None:
+        """Return a mask that hides the ends of rows with fewer documents than others.
+
+        Causal models do not see these ends; and with a mask they would not part the documents.
+        """
+        causal = {part.is_causal for part in module.modules() if hasattr(part, "is_causal")}
+        if causal == {True}:
+            return None
+        if causal == {False}:
+            return (~layout.filler).long()
+        self._refuse(
+            f"rows of one call of {type(module).__name__} must pack the same number of documents"
+        )
+
+    def _continue(self, given: dict[str, Any], length: int, held: int) -> None:
+        """Widen the arguments for tokens after those in a cache, which holds the prompt.
+
+        Args:
+            length: number of new tokens.
+            held: number of positions in the cache; 0 if it does not count them.
+        """
+        mask, positions = (given.get(name) for name in POSITIONS)
+        if mask is not None:
+            if held and mask.size(1) + self.length != held + length:
+                self._refuse(
+                    f"the cache holds {held} positions, and the mask has {mask.size(1)} columns "
+                    f"for it and {length} more tokens; a cache that was filled with a prompt of "
+                    f"{self.length} must hold {mask.size(1) - length + self.length}"
+                )
+            given["attention_mask"] = Layout(_starts(mask), self.length).widened(mask, 1)
+        if positions is not None:
+            given["position_ids"] = positions + self.length
+        self._check_room(given, length, held + length)
+
+    def _check_room(self, given: dict[str, Any], length: int, total: int) -> None:
+        """Raise if a table of positions is too short."""
+        if self.room is None or torch.compiler.is_compiling():
+            return
+        positions = given.get("position_ids")
+        needed = total if positions is None else int(positions.max()) + 1
+        if needed > self.room:
+            self._refuse(
+                f"the prompt of {self.length} and {length - self.length} tokens need {needed} "
+                f"positions, and the model's table has {self.room}: shorten the one or the other"
+            )
 
     @classmethod
     def companions(
@@ -207,7 +368,7 @@ class PromptLayer(_WithPrompt):
             holder = _block_holder(modules, name)
             if layer.strip and holder != name:
                 layer.stripper = Handover()
-                others[holder] = Strip(layer.length, layer.stripper)
+                others[holder] = Strip(layer.stripper, "pooler" in modules[name]._modules)
         return others
 
 
@@ -255,38 +416,98 @@ class CrossMask(_WithPrompt):
         self.arguments, self.length = names, length
 
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        given = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
+        given = named(self.arguments, args, kwargs)
         states, mask = given.get("encoder_hidden_states"), given.get("encoder_attention_mask")
         if states is not None and mask is not None and mask.size(-1) < states.size(1):
-            given["encoder_attention_mask"] = F.pad(mask, (self.length, 0), value=1)
+            given["encoder_attention_mask"] = Layout(_starts(mask), self.length).widened(mask, 1)
         return call(**given)
 
 
 class Strip(_WithPrompt):
-    """Takes the prompt's positions out of the blocks' output."""
+    """Takes the prompt's positions out of the blocks' output.
+
+    Args:
+        handover: passes the places of the tokens, and the number of all positions.
+        pooled: a pooler reads the first position of the output.
+    """
 
     acts = Acts.SERVES
 
-    def __init__(self, length: int, handover: Handover) -> None:
+    def __init__(self, handover: Handover, pooled: bool) -> None:
         super().__init__()
-        self.length, self.handover = length, handover
+        self.handover, self.pooled = handover, pooled
 
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         assert self.handover is not None
-        full = self.handover.take()
+        layout = self.handover.take()
         out = call(*args, **kwargs)
-        return out if full is None else strip(out, self.length, full)
+        if layout is None:
+            return out
+        places, full = layout
+        if self.pooled:
+            check_positions(out, full)
+        return strip(out, places, full) if calls.hidden(out).size(1) == full else out
 
 
-def strip(value: Any, length: int, full: int) -> Any:
-    """Return `value` without the first `length` of the `full` positions of its hidden states."""
+def check_positions(out: Any, full: int) -> None:
+    """Raise if an output has more than `full` positions; it may have fewer, as Funnel pools them.
+
+    Args:
+        full: number of positions of tokens and prompts.
+    """
+    count = calls.hidden(out).size(1)
+    if count > full:
+        raise SiteError(
+            f"an output of {count} positions for {full} of prompt and tokens: images among the "
+            "tokens, or padding to whole blocks, hide where the prompt is; pad the rows before, or "
+            "give strip=False"
+        )
+
+
+def strip(value: Any, places: Tensor, full: int) -> Any:
+    """Return `value` without the prompts in hidden states of `full` positions.
+
+    Args:
+        places: the places [batch, length] of the tokens.
+    """
     if isinstance(value, Tensor):
-        return value[:, length:] if value.ndim == 3 and value.size(1) == full else value
+        if value.ndim != 3 or value.shape[:2] != (places.size(0), full):
+            return value
+        return value.gather(1, places.to(value.device)[..., None].expand(-1, -1, value.size(2)))
     if isinstance(value, dict):  # a ModelOutput, whose fields and items are the same
         for key, item in value.items():
             if isinstance(item, Tensor | tuple | list):
-                value[key] = strip(item, length, full)
+                value[key] = strip(item, places, full)
         return value
     if isinstance(value, tuple | list):
-        return type(value)([strip(item, length, full) for item in value])
+        items = [strip(item, places, full) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     return value
+
+
+def _starts(mask: Tensor) -> Tensor:
+    """Return booleans: true for the first column of each row that is no padding."""
+    seen = mask != 0
+    return seen & (seen.cumsum(-1) == 1)
+
+
+def _numbering(module: nn.Module) -> tuple[Callable[[Tensor, int], Tensor], int] | None:
+    """Return what makes position ids of token ids and the padding's id; None: nothing does.
+
+    RoBERTa and its kin number the tokens, and not the padding, from the padding's id on.
+    """
+    embeddings: Any = module._modules.get("embeddings")
+    pad = getattr(embeddings, "padding_idx", None)
+    files = [sys.modules.get(base.__module__) for base in type(embeddings).__mro__]
+    number = next((getattr(o, COUNT) for o in (embeddings, *files) if hasattr(o, COUNT)), None)
+    return None if pad is None or number is None else (number, int(pad))
+
+
+def _room(module: nn.Module) -> int | None:
+    """Return the length of the shortest table of positions in a module; None if it has none."""
+    tables = [
+        part.num_embeddings - int(getattr(part, "offset", 0))
+        for name, part in module.named_modules()
+        if isinstance(part, nn.Embedding) and last(name) in TABLES
+    ]
+    return min(tables, default=None)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._layers import labels, low_rank
+from .._layers import labels, low_rank, tokens
 from .._layers.base import Acts, DeltaLayer
 from .._layers.low_rank import LowRank
 from .._modules import arithmetic, calls
@@ -113,6 +113,9 @@ class Routed:
         within: list[Any] = [layer for layer in acting if layer.routes_itself]
         if within:  # these layers take all rows at once; see `opened`
             call = stack.onion(within, call, module, raw)
+            if len(within) == len(acting):
+                return call(*args, **kwargs)
+        call = tokens.of_now(call)
         once = SharedCall(call, (args, kwargs), len(grouped.of_row), whole)
         why = "has other deltas inside" if self.holds_sites else ""
         why = "has a prefix inside" if within else why
@@ -144,7 +147,7 @@ class Routed:
             check = functools.partial(self._check_alone, path[0] if path else None, given, whole)
             inner = functools.partial(once.for_rows, group.rows, given, check)
             cells.open(group.rows)
-            parts.append(around(path, inner)(*given[0], **given[1]))
+            parts.append(tokens.on_rows(group.rows, around(path, inner), *given[0], **given[1]))
             cells.close(group.rows, once.batch)
         cells.leave()
         try:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .._layers.tokens import positions
-from ..author import Delta, DeltaConfig, OutputLayer, Site, change_hidden, option
+from .._layers.tokens import Tokens, notes_for
+from ..author import Delta, DeltaConfig, DeltaLayer, OutputLayer, Site, change_hidden, option
 
 
 @dataclass
@@ -19,7 +19,8 @@ class LoReftConfig(DeltaConfig):
 
     Attributes:
         low_rank_dimension: rows of R.
-        first: number of tokens at the start to change.
+        first: number of tokens at the start of each row, or of each document that is packed into
+            it, to change. Padding does not count.
         last: number of tokens at the end to change. If both are None, all tokens are changed.
     """
 
@@ -39,6 +40,7 @@ class LoReftLayer(OutputLayer):
     def __init__(self, site: Site, config: LoReftConfig) -> None:
         super().__init__()
         self.width, self.first, self.last = site.out_features, config.first, config.last
+        self.tokens = Tokens(site.module, site.name)
         rank = min(config.low_rank_dimension, self.width)
         self.rotate_layer = site.parameter(self.width, rank)
         self.learned_source = site.linear(self.width, rank)
@@ -64,10 +66,17 @@ class LoReftLayer(OutputLayer):
             return change_hidden(out, self.width, self.scaled)
 
         def some(h: Tensor) -> Tensor:
-            chosen = positions(h, args, kwargs, self.first or 0, self.last or 0)
+            chosen = self.tokens.chosen(h, args, kwargs, self.first or 0, self.last or 0)
             return torch.where(chosen[..., None], self.scaled(h), h)
 
         return change_hidden(out, self.width, some)
+
+    @classmethod
+    def companions(
+        cls, made: Mapping[str, DeltaLayer], modules: Mapping[str, nn.Module], config: Any
+    ) -> dict[str, DeltaLayer]:
+        somewhere = config.first is not None or config.last is not None
+        return notes_for(made, modules, bool(config.last)) if somewhere else {}
 
 
 class LoReftModel(Delta):

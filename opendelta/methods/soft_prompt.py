@@ -55,9 +55,8 @@ class SoftPromptModel(Delta):
     """Trained rows before a model's embedded tokens, taken out of its output. arXiv:2104.08691.
 
     The prompt goes to the module that embeds the tokens: a decoder, an encoder, or the encoder of
-    an encoder-decoder. It stands before padding on the left. A model with relative positions or a
-    sliding window then counts the padding as distance between prompt and tokens: T5 and Mistral
-    give padded rows other values.
+    an encoder-decoder. It stands next to the first token of each row, after padding on the left. If
+    the position ids of a row restart, each of its documents has the prompt.
 
     Example:
         >>> import transformers

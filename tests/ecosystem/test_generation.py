@@ -21,9 +21,6 @@ pytestmark = pytest.mark.covers("*Model")
 DECODERS = ["gpt2", "llama", "mistral"]
 MODELS = [*DECODERS, "t5", "bart"]
 PAD = 0
-# A soft prompt stands before the padding on the left, which these count as distance to it: T5 in
-# its relative positions, Mistral in its window.
-COUNT_PADDING = ("t5", "mistral")
 
 on_all_models = pytest.mark.parametrize("name", MODELS)
 with_all_methods = pytest.mark.parametrize("method", METHODS)
@@ -117,8 +114,6 @@ def test_padding_does_not_change_what_a_row_is_continued_with(method, name):
     for left in (True,) if name in DECODERS else (True, False):
         if name == "bart" and left:
             continue  # its positions count padding, with or without a delta
-        if method == "soft_prompt" and left and name in COUNT_PADDING:
-            continue
         assert_padding_is_invisible(model, left)
 
 
@@ -136,7 +131,7 @@ def test_five_deltas_together_generate_the_same_with_and_without_the_cache(name,
         assert not torch.allclose(scores, found.scores[0], atol=1e-5), delta.name
 
 
-@pytest.mark.parametrize("name", [name for name in DECODERS if name not in COUNT_PADDING])
+@pytest.mark.parametrize("name", DECODERS)
 def test_five_deltas_together_take_left_padded_batches(name):
     model = build(name)
     put_five(model)

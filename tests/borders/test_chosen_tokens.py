@@ -1,0 +1,263 @@
+"""LoReFT's first and last tokens: windows, padding, packed documents, caches, and recomputation.
+
+The models have one block, so that a change of one token after it is seen at this token alone.
+"""
+
+import threading
+
+import pytest
+import torch
+import transformers as T
+from support.nets import shake
+
+import opendelta
+from opendelta import LoReftModel, SiteError
+
+pytestmark = pytest.mark.covers("LoReftModel", "LoReftConfig.first", "LoReftConfig.last")
+
+WIDE = {
+    "vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4,
+    "intermediate_size": 48,
+}  # fmt: skip
+CAUSAL = {**WIDE, "num_key_value_heads": 2, "pad_token_id": 0}
+HEAD = {**CAUSAL, "head_dim": 8}
+MODELS = {
+    "llama": lambda: T.LlamaModel(T.LlamaConfig(**CAUSAL)),
+    "mistral": lambda: T.MistralModel(T.MistralConfig(sliding_window=4, **CAUSAL)),
+    "gemma2": lambda: T.Gemma2Model(T.Gemma2Config(sliding_window=4, **HEAD)),
+    "gemma3": lambda: T.Gemma3TextModel(T.Gemma3TextConfig(sliding_window=4, **HEAD)),
+    "gpt_oss": lambda: T.GptOssModel(
+        T.GptOssConfig(sliding_window=4, num_local_experts=2, num_experts_per_tok=1, **HEAD)
+    ),
+    "recurrent_gemma": lambda: T.RecurrentGemmaModel(
+        T.RecurrentGemmaConfig(
+            attention_window_size=4, block_types=["attention"], lru_width=32, **HEAD
+        )
+    ),
+    "qwen3": lambda: T.Qwen3Model(T.Qwen3Config(**HEAD)),
+    "gpt_neox": lambda: T.GPTNeoXModel(T.GPTNeoXConfig(**WIDE)),
+    "bert": lambda: T.BertModel(T.BertConfig(**WIDE)),
+    "mamba": lambda: T.MambaModel(T.MambaConfig(state_size=4, **WIDE)),
+}
+WINDOWS = ["mistral", "gemma2", "gemma3", "gpt_oss", "recurrent_gemma"]
+PACKING = ["llama", "qwen3", "mistral", "gpt_neox", "bert"]
+BLOCK = [r"[r](layers|layer)\.0"]
+LINEAR = {name: ["down_proj"] for name in ("llama", "mistral", "qwen3")}
+LINEAR |= {"gpt_neox": ["dense_4h_to_h"], "bert": [r"[r]layer\.0\.output\.dense"]}
+IDS = torch.arange(5, 17)[None]
+STARTS = [0, 4, 9]  # of three documents in a row of 12 tokens
+PACKED = {"position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 0, 1, 2]])}
+
+
+def build(name):
+    torch.manual_seed(0)
+    return MODELS[name]().eval()
+
+
+def put(model, modules=BLOCK, first=2, last=None, name="loreft"):
+    options = {"modified_modules": modules, "low_rank_dimension": 2, "name": name}
+    return shake(LoReftModel(model, first=first, last=last, **options), scale=1.0)
+
+
+def changed(model, delta, **batch):
+    """The places (row, token) that the delta changes."""
+    with torch.no_grad():
+        new = model(**batch).last_hidden_state
+        with delta.disabled():
+            old = model(**batch).last_hidden_state
+    return [tuple(place) for place in ((new - old).abs().amax(-1) > 1e-5).nonzero().tolist()]
+
+
+def row(*places):
+    return [(0, place) for place in places]
+
+
+# ------------------------------------------------------------------------------------------ windows
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", WINDOWS)
+def test_a_window_hides_no_first_token(name, attention, train):
+    model = build(name).train(train)
+    if name not in ("gpt_oss", "gemma2"):  # they have no sdpa
+        model.set_attn_implementation(attention)
+    assert changed(model, put(model, last=1), input_ids=IDS) == row(0, 1, 11)
+
+
+# ------------------------------------------------------------------------------------------ padding
+@pytest.mark.parametrize("positions", [False, True])
+@pytest.mark.parametrize("left", [False, True])
+@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize("name", PACKING)
+def test_padding_is_no_token_for_blocks_and_linear_modules(name, linear, left, positions):
+    model = build(name)
+    mask = torch.ones(2, 12, dtype=torch.long)
+    mask[1, : 5 if left else None] = 0
+    mask[1, 7:] = 1 if left else 0
+    if not left:
+        mask[1, :7] = 1
+    batch = {"input_ids": IDS.expand(2, -1), "attention_mask": mask}
+    if positions:
+        batch["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+    delta = put(model, LINEAR[name] if linear else BLOCK, last=1)
+    expected = [5, 6, 11] if left else [0, 1, 6]
+    assert changed(model, delta, **batch) == row(0, 1, 11) + [(1, place) for place in expected]
+
+
+# ------------------------------------------------------------------------------------------ packing
+@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize("cache", [False, True])
+@pytest.mark.parametrize("name", PACKING)
+def test_each_packed_document_has_its_first_and_last_tokens(name, cache, linear):
+    model = build(name)
+    delta = put(model, LINEAR[name] if linear else BLOCK, last=1)
+    expected = row(0, 1, 3, 4, 5, 8, 9, 10, 11)
+    assert changed(model, delta, input_ids=IDS, use_cache=cache, **PACKED) == expected
+
+
+def test_documents_of_one_token_and_rows_with_other_documents():
+    model = build("llama")
+    positions = torch.tensor([[*range(12)], [0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9]])
+    batch = {"input_ids": IDS.expand(2, -1), "position_ids": positions, "use_cache": False}
+    expected = row(0, 1) + [(1, place) for place in (0, 1, 2, 3)]
+    assert changed(model, put(model), **batch) == expected
+
+
+# ------------------------------------------------------------------------------------------- caches
+@pytest.mark.parametrize("cut", [1, 2, 3, 6])
+@pytest.mark.parametrize("positions", [False, True])
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma3", "recurrent_gemma"])
+def test_tokens_in_the_cache_came_before(name, positions, cut):
+    model = build(name)
+    put(model, first=3)
+    mask = torch.ones(2, 12, dtype=torch.long)
+    mask[1, 0] = 0
+    more = [{}, {}]
+    if positions:
+        places = (mask.cumsum(-1) - 1).clamp(min=0)
+        more = [{"position_ids": places[:, :cut]}, {"position_ids": places[:, cut:]}]
+    ids = IDS.expand(2, -1)
+    with torch.no_grad():
+        full = model(ids, attention_mask=mask, **({"position_ids": places} if positions else {}))
+        cache = {"past_key_values": T.DynamicCache(config=model.config), "use_cache": True}
+        model(ids[:, :cut], attention_mask=mask[:, :cut], **cache, **more[0])
+        then = model(ids[:, cut:], attention_mask=mask, **cache, **more[1])
+    torch.testing.assert_close(
+        then.last_hidden_state, full.last_hidden_state[:, cut:], atol=1e-5, rtol=0
+    )
+
+
+def test_a_static_cache_counts_by_position_ids():
+    torch.manual_seed(0)
+    model = T.LlamaForCausalLM(T.LlamaConfig(eos_token_id=None, **CAUSAL)).eval()
+    put(model, first=3)
+    mask = torch.ones(2, 12, dtype=torch.long)
+    mask[1, :10] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 3, "do_sample": False}
+    options |= {"return_dict_in_generate": True, "output_scores": True}
+    plain = model.generate(IDS.expand(2, -1), use_cache=False, **options)
+    fixed = model.generate(
+        IDS.expand(2, -1), cache_implementation="static", disable_compile=True, **options
+    )
+    torch.testing.assert_close(fixed.scores, plain.scores, atol=1e-5, rtol=0)
+
+
+def test_a_call_that_does_not_say_is_refused_by_name():
+    model = build("llama")
+    delta = put(model)
+    mask = torch.zeros(1, 1, 12, 12)
+    with pytest.raises(SiteError, match="the call of the root does not say by its mask, position"):
+        model(IDS, attention_mask=mask)
+    model(IDS, attention_mask=mask, position_ids=torch.arange(12)[None])
+    hidden = torch.zeros(1, 12, 32)
+    places = model.rotary_emb(hidden, torch.arange(12)[None])
+    with pytest.raises(SiteError, match=r"'layers\.0' is given a mask or a cache, but no module"):
+        model.layers[0](hidden, attention_mask=mask, position_embeddings=places)
+    delta.detach()
+    put(model, last=1, name="last")
+    cache = model(IDS, use_cache=True).past_key_values
+    with pytest.raises(SiteError, match=r"last=\.\.\. needs all tokens at once"):
+        model(IDS[:, :1], past_key_values=cache)
+
+
+def test_states_that_count_no_tokens_need_a_mask():
+    model = build("mamba")
+    put(model, first=6)
+    with torch.no_grad():
+        full = model(IDS).last_hidden_state[:, -1:]
+        out = model(IDS[:, :11], use_cache=True)
+        with pytest.raises(SiteError, match="how many came before: give position_ids, or an att"):
+            model(IDS[:, 11:], cache_params=out.cache_params)
+        found = model(IDS[:, 11:], cache_params=out.cache_params, attention_mask=IDS > 0)
+    torch.testing.assert_close(found.last_hidden_state, full, atol=1e-5, rtol=0)
+
+
+# ------------------------------------------------------------------------------------ recomputation
+def gradients(model, delta, calls, thread):
+    """The gradients of the delta after the forwards of two batches and one backward."""
+    losses = [model(**batch).last_hidden_state.pow(2).sum() for batch in calls]
+    worker = threading.Thread(target=sum(losses).backward)
+    if thread:
+        worker.start()
+        worker.join()
+    else:
+        worker.run()
+    return [p.grad.clone() for p in delta.parameters()]
+
+
+@pytest.mark.parametrize("thread", [False, True])
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", ["mistral", "bert"])
+def test_checkpointed_blocks_choose_the_same_tokens_again(name, reentrant, thread):
+    mask = torch.ones(2, 12, dtype=torch.long)
+    mask[1, :5] = 0
+    ids = IDS.expand(2, -1)
+    calls = [{"input_ids": ids, "attention_mask": mask}, {"input_ids": ids[:1, :7]}]
+    found = []
+    for checkpointed in (False, True):
+        model = build(name)
+        model.get_input_embeddings().weight.requires_grad_(True)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        if name == "bert":
+            model.config.attention_probs_dropout_prob = 0.0
+        for module in model.modules():
+            if hasattr(module, "dropout_prob"):
+                module.dropout_prob = 0.0
+        delta = put(model.train(), last=1)
+        if checkpointed:
+            model.activation_checkpointing_enable({"use_reentrant": reentrant})
+        found.append(gradients(model, delta, calls, thread))
+    torch.testing.assert_close(found[0], found[1])
+
+
+# ------------------------------------------------------------------------------- routes and graphs
+def test_rows_of_a_route_keep_their_own_padding():
+    model = build("llama")
+    put(model)
+    put(model, first=1, name="loreft_1")
+    mask = torch.ones(3, 12, dtype=torch.long)
+    mask[0, :5] = mask[2, :9] = 0
+    batch = {"input_ids": IDS.expand(3, -1), "attention_mask": mask}
+    rows = ["loreft", None, "loreft_1"]
+    with torch.no_grad():
+        with opendelta.route(model, rows):
+            found = model(**batch).last_hidden_state
+        for index, name in enumerate(rows):
+            one = {key: value[index : index + 1] for key, value in batch.items()}
+            with opendelta.composition(model).only(*([name] if name else [])):
+                alone = model(**one).last_hidden_state
+            torch.testing.assert_close(found[index : index + 1], alone, atol=1e-5, rtol=0)
+
+
+def test_it_compiles_into_one_graph_with_padding():
+    model = build("mistral")
+    put(model, last=1)
+    mask = torch.ones(2, 12, dtype=torch.long)
+    mask[1, :5] = 0
+    batch = {"input_ids": IDS.expand(2, -1), "attention_mask": mask, "use_cache": False}
+    torch.compiler.reset()
+    fast = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        found, expected = fast(**batch), model(**batch)
+    torch.testing.assert_close(found.last_hidden_state, expected.last_hidden_state)

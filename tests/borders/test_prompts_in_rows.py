@@ -1,0 +1,435 @@
+"""Soft prompts in rows with padding, packed documents and caches: as their tokens written there."""
+
+import pytest
+import torch
+import transformers as T
+from support.nets import shake, untouched
+
+from opendelta import LoReftModel, SiteError, SoftPromptModel
+
+pytestmark = pytest.mark.covers("SoftPromptModel", "SoftPromptConfig.soft_token_num")
+
+PROMPT = [7, 9, 11]
+LENGTH = len(PROMPT)
+WIDE = {
+    "vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "intermediate_size": 48, "pad_token_id": 0, "initializer_range": 0.2,
+}  # fmt: skip
+GROUPED = {**WIDE, "num_key_value_heads": 2, "eos_token_id": None}
+HEAD = {**GROUPED, "head_dim": 8}
+GPT = {"vocab_size": 60, "n_embd": 32, "n_layer": 2, "n_head": 4, "eos_token_id": None}
+T5 = {
+    "vocab_size": 60, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4,
+    "dropout_rate": 0.0, "pad_token_id": 0, "decoder_start_token_id": 0, "eos_token_id": None,
+}  # fmt: skip
+CLASSES = {
+    "llama": (T.LlamaForCausalLM, T.LlamaConfig, GROUPED),
+    "mistral": (T.MistralForCausalLM, T.MistralConfig, {**GROUPED, "sliding_window": 6}),
+    "qwen3": (T.Qwen3ForCausalLM, T.Qwen3Config, HEAD),
+    "gemma3": (T.Gemma3ForCausalLM, T.Gemma3TextConfig, {**HEAD, "sliding_window": 6}),
+    "gpt_neox": (T.GPTNeoXForCausalLM, T.GPTNeoXConfig, {**WIDE, "eos_token_id": None}),
+    "gpt2": (T.GPT2LMHeadModel, T.GPT2Config, {**GPT, "n_positions": 32, "pad_token_id": 0}),
+    "bloom": (T.BloomForCausalLM, T.BloomConfig, {
+        "vocab_size": 60, "hidden_size": 32, "n_layer": 2, "n_head": 4, "pad_token_id": 0,
+        "eos_token_id": None,
+    }),
+    "mamba": (T.MambaForCausalLM, T.MambaConfig, {
+        **WIDE, "state_size": 4, "eos_token_id": None
+    }),
+    "mamba2": (T.Mamba2ForCausalLM, T.Mamba2Config, {
+        **WIDE, "state_size": 4, "num_heads": 8, "head_dim": 8, "n_groups": 1, "chunk_size": 8,
+        "eos_token_id": None,
+    }),
+    "falcon_mamba": (T.FalconMambaForCausalLM, T.FalconMambaConfig, {
+        **WIDE, "state_size": 4, "eos_token_id": None
+    }),
+    "rwkv": (T.RwkvForCausalLM, T.RwkvConfig, {
+        "vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "attention_hidden_size": 32,
+        "intermediate_size": 48, "eos_token_id": None, "pad_token_id": 0,
+    }),
+    "minimax": (T.MiniMaxForCausalLM, T.MiniMaxConfig, {
+        **HEAD, "num_local_experts": 2, "num_experts_per_tok": 1
+    }),
+    "bert": (T.BertForMaskedLM, T.BertConfig, WIDE),
+    "roberta": (T.RobertaForMaskedLM, T.RobertaConfig, {**WIDE, "max_position_embeddings": 40}),
+    "modernbert": (T.ModernBertForMaskedLM, T.ModernBertConfig, {
+        **WIDE, "local_attention": 6, "global_attn_every_n_layers": 2, "cls_token_id": 1,
+        "sep_token_id": 2, "bos_token_id": 1, "eos_token_id": 2,
+    }),
+    "longformer": (T.LongformerModel, T.LongformerConfig, {
+        **WIDE, "attention_window": [4, 4], "max_position_embeddings": 40
+    }),
+    "luke": (T.LukeModel, T.LukeConfig, {
+        **WIDE, "max_position_embeddings": 40, "entity_vocab_size": 8, "entity_emb_size": 8
+    }),
+    "esm": (T.EsmForMaskedLM, T.EsmConfig, {
+        **WIDE, "max_position_embeddings": 40, "mask_token_id": 3,
+        "position_embedding_type": "rotary",
+    }),
+    "markuplm": (T.MarkupLMModel, T.MarkupLMConfig, WIDE),
+    "layoutlm": (T.LayoutLMModel, T.LayoutLMConfig, WIDE),
+    "ernie": (T.ErnieModel, T.ErnieConfig, {**WIDE, "use_task_id": True}),
+    "funnel": (T.FunnelModel, T.FunnelConfig, {
+        "vocab_size": 60, "block_sizes": [1, 1], "d_model": 32, "n_head": 4, "d_head": 8,
+        "d_inner": 48, "num_decoder_layers": 1,
+    }),
+    "xlm": (T.XLMModel, T.XLMConfig, {
+        "vocab_size": 60, "emb_dim": 32, "n_layers": 2, "n_heads": 4, "n_langs": 3,
+        "max_position_embeddings": 40,
+    }),
+    "xlnet": (T.XLNetModel, T.XLNetConfig, {
+        "vocab_size": 60, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48
+    }),
+    "reformer": (T.ReformerModel, T.ReformerConfig, {
+        "vocab_size": 60, "hidden_size": 32, "num_attention_heads": 4, "attention_head_size": 8,
+        "feed_forward_size": 48, "attn_layers": ["local"], "local_attn_chunk_length": 4,
+        "axial_pos_shape": [4, 8], "axial_pos_embds_dim": [16, 16], "is_decoder": True,
+        "pad_token_id": 0, "eos_token_id": None,
+    }),
+    "bigbird": (T.BigBirdModel, T.BigBirdConfig, {
+        **WIDE, "block_size": 2, "num_random_blocks": 1
+    }),
+    "double": (T.GPT2DoubleHeadsModel, T.GPT2Config, {**GPT, "num_labels": 1}),
+    "canine": (T.CanineModel, T.CanineConfig, {
+        "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "intermediate_size": 48,
+    }),
+    "t5": (T.T5ForConditionalGeneration, T.T5Config, T5),
+    "led": (T.LEDModel, T.LEDConfig, {
+        "vocab_size": 60, "d_model": 32, "encoder_layers": 2, "decoder_layers": 1,
+        "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 48,
+        "decoder_ffn_dim": 48, "attention_window": [4, 4], "max_encoder_position_embeddings": 40,
+        "pad_token_id": 0,
+    }),
+}  # fmt: skip
+IDS = torch.randint(12, 60, (2, 8), generator=torch.Generator().manual_seed(0))
+WRITTEN = torch.cat([torch.tensor([PROMPT, PROMPT]), IDS], 1)
+
+
+def build(name, **options):
+    model, config, sizes = CLASSES[name]
+    torch.manual_seed(0)
+    return model(config(**{**sizes, **options})).eval()
+
+
+def put(model, **options):
+    options = {"soft_token_num": LENGTH, "token_init": PROMPT, "dtype": "float32", **options}
+    return SoftPromptModel(model, **options)
+
+
+def run(model, ids, **batch):
+    """The logits, or the hidden states."""
+    out = model(ids, **batch)
+    return out.last_hidden_state if "last_hidden_state" in out else out[0]
+
+
+def near(one, other):
+    torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+def same_gradients(delta, *outputs):
+    """The prompt gets the same gradient from each of the outputs."""
+    one, other = (torch.autograd.grad(o.pow(2).sum(), delta.parameters()) for o in outputs)
+    torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
+
+
+# ------------------------------------------------------------------------------------------ padding
+WITHOUT_POSITIONS = ["llama", "mistral", "gemma3", "gpt_neox", "bloom", "mamba", "mamba2"]
+WITHOUT_POSITIONS += ["falcon_mamba", "minimax", "roberta", "longformer", "luke", "modernbert"]
+WITHOUT_POSITIONS += ["xlnet"]
+WITH_POSITIONS = ["llama", "mistral", "gemma3", "qwen3", "gpt_neox", "gpt2", "bert", "esm"]
+
+
+@pytest.mark.parametrize("left", [True, False])
+@pytest.mark.parametrize(
+    ("name", "positions"),
+    [*((n, False) for n in WITHOUT_POSITIONS), *((n, True) for n in WITH_POSITIONS)],
+)
+def test_a_padded_row_is_as_the_row_alone(name, positions, left):
+    model = build(name)
+    delta = put(model)
+    mask = torch.ones_like(IDS)
+    tokens = slice(3, None) if left else slice(5)
+    mask[1] = 0
+    mask[1, tokens] = 1
+    batch = {"attention_mask": mask}
+    if positions:
+        batch["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+    pad = getattr(model.config, "pad_token_id", None) or 0
+    ids = torch.where(mask == 1, IDS, pad)
+    together, alone = run(model, ids, **batch)[1, tokens], run(model, IDS[1:, tokens])[0]
+    near(together, alone)
+    # training: the same gradient reaches the prompt from the padded row as from the row alone
+    one, other = (
+        torch.autograd.grad(o.pow(2).sum(), delta.parameters()) for o in (together, alone)
+    )
+    torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_a_decoder_attends_to_the_prompt_of_a_padded_encoder_row(left):
+    model = build("t5")
+    put(model)
+    mask = torch.ones_like(IDS)
+    tokens = slice(3, None) if left else slice(5)
+    mask[1] = 0
+    mask[1, tokens] = 1
+    decoder = {"decoder_input_ids": IDS[:, :4]}
+    together = model(torch.where(mask == 1, IDS, 0), attention_mask=mask, **decoder).logits
+    near(together[1:], model(IDS[1:, tokens], decoder_input_ids=IDS[1:, :4]).logits)
+
+
+# ------------------------------------------------------------------------------------------ packing
+PACKING = ["llama", "qwen3", "mistral", "gpt_neox"]  # these part packed documents by themselves
+SIZES = (3, 5)
+POSITIONS = torch.tensor([[*range(3), *range(5)]])
+
+
+def packed(model, **options):
+    """The gradients' source: logits of two documents in one row."""
+    use = {} if model.config.model_type == "bert" else {"use_cache": False}
+    return run(model, IDS[:1], position_ids=POSITIONS, **use, **options)
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("name", PACKING)
+def test_a_packed_document_is_as_the_document_alone(name, train):
+    model = build(name).train(train)
+    delta = put(model)
+    together = packed(model)
+    alone = torch.cat([run(model, doc) for doc in IDS[:1].split(SIZES, 1)], 1)
+    near(together, alone)
+    one, other = (
+        torch.autograd.grad(o.pow(2).sum(), delta.parameters()) for o in (together, alone)
+    )
+    torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("cache", [False, True])
+@pytest.mark.parametrize("name", [*PACKING, "bert", "roberta", "gpt2", "modernbert"])
+def test_each_document_has_its_prompt_written_before_it(name, cache):
+    model = build(name)
+    first, second = IDS[:1].split(SIZES, 1)
+    prompt = torch.tensor([PROMPT])
+    written = torch.cat([prompt, first, prompt, second], 1)
+    positions = torch.tensor([[*range(6), *range(8)]])
+    options = {"use_cache": cache} if name in DECODERS else {}
+    expected = run(model, written, position_ids=positions, **options)
+    put(model)
+    found = run(model, IDS[:1], position_ids=POSITIONS, **options)
+    near(found, torch.cat([expected[:, 3:6], expected[:, 9:]], 1))
+
+
+DECODERS = [*PACKING, "gpt2"]
+
+
+@pytest.mark.parametrize("name", [*PACKING, "bert"])
+def test_rows_may_have_other_numbers_of_documents(name):
+    model = build(name)
+    put(model)
+    options = {"use_cache": False} if name in DECODERS else {}
+    positions = torch.cat([POSITIONS, torch.arange(8)[None]])
+    together = run(model, IDS, position_ids=positions, **options)
+    near(together[:1], packed(model))
+    near(together[1:], run(model, IDS[1:]))
+
+
+def test_rows_of_other_numbers_are_refused_where_the_end_of_a_row_would_be_seen():
+    model = build("xlm")
+    put(model)
+    positions = torch.cat([POSITIONS, torch.arange(8)[None]])
+    with pytest.raises(SiteError, match="one call of XLMModel must pack the same number of doc"):
+        model(IDS, position_ids=positions)
+
+
+def test_loreft_sees_the_prompt_as_the_first_tokens_in_whatever_order():
+    places = []
+    for order in ([put, None], [None, put]):
+        model = build("llama", num_hidden_layers=1)
+        reft = None
+        for step in order:
+            if step is put:
+                put(model)
+            else:
+                reft = LoReftModel(
+                    model, modified_modules=[r"[r]layers\.0"], first=LENGTH + 1, last=1
+                )
+                shake(reft, scale=1.0)
+        new = packed(model)
+        with reft.disabled():
+            old = packed(model)
+        places.append(((new - old).abs().amax(-1) > 1e-5)[0].nonzero().flatten().tolist())
+    assert places == [[0, 2, 3, 7]] * 2
+
+
+# ------------------------------------------------------------------------------------------- caches
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(
+    "name", ["mamba", "mamba2", "falcon_mamba", "rwkv", "minimax", "bloom", "mistral", "gemma3"]
+)
+def test_a_cache_or_state_changes_nothing(name, padded):
+    model = build(name)
+    put(model)
+    mask = torch.ones_like(IDS)
+    if padded:
+        mask[1, :3] = 0
+    if name == "rwkv":  # it knows no padding, and its state takes one row
+        mask = mask[:1]
+    options = {"max_new_tokens": 4, "do_sample": False, "output_scores": True}
+    options |= {"attention_mask": mask, "return_dict_in_generate": True}
+    ids = torch.where(mask == 1, IDS[: len(mask)], 0)
+    scores = [model.generate(ids, use_cache=use, **options).scores for use in (True, False)]
+    near(*scores)
+
+
+@pytest.mark.parametrize("name", ["llama", "bloom"])
+def test_a_static_cache_is_refused(name):
+    model = build(name)
+    put(model)
+    options = {"max_new_tokens": 2, "cache_implementation": "static", "disable_compile": True}
+    with pytest.raises(SiteError, match=r"the (static cache|attention mask) of "):
+        model.generate(IDS, attention_mask=torch.ones_like(IDS), **options)
+
+
+def test_a_cache_that_holds_something_else_is_refused():
+    model = build("llama")
+    put(model)
+    cache = model(IDS, use_cache=True).past_key_values
+    assert cache.get_seq_length() == 8 + LENGTH
+    mask = torch.ones(2, 9 + LENGTH, dtype=torch.long)
+    with pytest.raises(SiteError, match=r"holds 11 positions, and the mask has 12 columns"):
+        model(IDS[:, :1], attention_mask=mask, past_key_values=cache)
+
+
+# ------------------------------------------------------------------------ values for each token
+def first_again(value):
+    """`value` as if the prompt were written, with the values of the first token."""
+    return torch.cat([value[:, :1].expand(-1, LENGTH, *value.shape[2:]), value], 1)
+
+
+BOXES = torch.tensor([1, 2, 3, 4]) + torch.arange(8)[None, :, None].expand(2, -1, 4)
+SOME = torch.tensor([[1, 0, 0, 0, 1, 0, 0, 0]]).expand(2, -1)
+WIDENED = [
+    ("longformer", "global_attention_mask", SOME),
+    ("longformer", "attention_mask", torch.ones_like(IDS)),
+    ("layoutlm", "bbox", BOXES),
+    ("ernie", "task_type_ids", SOME),
+    ("ernie", "token_type_ids", SOME),
+    ("funnel", "token_type_ids", SOME),
+    ("xlm", "langs", SOME),
+    ("roberta", "position_ids", torch.arange(8)[None]),
+]
+
+
+@pytest.mark.parametrize(("name", "argument", "value"), WIDENED)
+def test_values_for_each_token_are_widened(name, argument, value):
+    model = build(name)
+    is_position = argument == "position_ids"
+    written = torch.arange(8 + LENGTH)[None] if is_position else first_again(value)
+    expected = run(model, WRITTEN, **{argument: written})
+    if argument != "attention_mask":
+        assert not torch.allclose(expected, run(model, WRITTEN), atol=1e-3)
+    put(model)
+    near(run(model, IDS, **{argument: value}), expected[:, LENGTH:])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "longformer",
+        "funnel",
+        "layoutlm",
+        "ernie",
+        "esm",
+        "markuplm",
+        "reformer",
+        "bigbird",
+        "xlnet",
+    ],
+)
+def test_without_such_values_it_is_as_its_tokens(name):
+    model = build(name)
+    expected = run(model, WRITTEN)
+    put(model)
+    near(run(model, IDS), expected[:, LENGTH:])
+
+
+def test_an_output_whose_positions_are_not_the_rows_is_refused():
+    model = build("bigbird")
+    put(model)
+    with pytest.raises(SiteError, match="an output of 18 positions for 17 of prompt and tokens"):
+        model(IDS.repeat(1, 2)[:, :14])  # it pads to whole blocks, and then pools
+    run(model, IDS.repeat(1, 2)[:, :15])
+    torch.manual_seed(0)
+    model = T.VisualBertModel(T.VisualBertConfig(visual_embedding_dim=4, **WIDE)).eval()
+    put(model)
+    with pytest.raises(SiteError, match="an output of 13 positions for 11 of prompt and tokens"):
+        model(IDS, visual_embeds=torch.zeros(2, 2, 4))
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_global_attention_in_an_encoder_decoder(given):
+    model = build("led")
+    batch = {"decoder_input_ids": IDS[:, :4]}
+    both = [{}, {}]
+    if given:
+        both = [{"global_attention_mask": mask} for mask in (first_again(SOME), SOME)]
+    expected = model(WRITTEN, **batch, **both[0]).last_hidden_state
+    put(model)
+    near(model(IDS, **batch, **both[1]).last_hidden_state, expected)
+
+
+def test_labels_of_rows_are_no_values_of_tokens():
+    torch.manual_seed(0)
+    model = T.BertForSequenceClassification(T.BertConfig(**WIDE)).eval()
+    put(model)
+    ids, labels = IDS.repeat(4, 1), torch.arange(8) % 2
+    out = model(ids, labels=labels)
+    near(out.loss, torch.nn.functional.cross_entropy(out.logits, labels))
+
+
+REFUSED = [
+    ("xlnet", {"perm_mask": torch.zeros(2, 8, 8)}, "XLNetModel is given 'perm_mask', which"),
+    ("xlnet", {"input_mask": torch.zeros(2, 8)}, "XLNetModel is given 'input_mask', which"),
+    ("xlm", {"lengths": torch.tensor([8, 8])}, "XLMModel is given 'lengths', which says"),
+    ("markuplm", {"xpath_tags_seq": torch.zeros(2, 8, 50)}, "given 'xpath_tags_seq', which says"),
+    ("llama", {"cu_seq_lens_q": torch.tensor([0, 8])}, "LlamaModel is given 'cu_seq_lens_q'"),
+    ("luke", {"entity_position_ids": torch.zeros(2, 1, 2)}, "given 'entity_position_ids', which"),
+]
+
+
+@pytest.mark.parametrize(("name", "batch", "message"), REFUSED)
+def test_what_cannot_be_widened_is_refused_by_name(name, batch, message):
+    model = build(name)
+    put(model)
+    with pytest.raises(SiteError, match=message):
+        model(IDS, **batch)
+
+
+def test_ids_of_several_choices_and_models_without_an_embedding_are_refused():
+    model = build("double")
+    put(model)
+    with pytest.raises(SiteError, match=r"GPT2Model must be \[batch, length\], and are \(2, 2, 4"):
+        model(IDS.view(2, 2, 4))
+    model = build("canine")
+    with untouched(model), pytest.raises(SiteError, match="CanineModel has no one embedding of"):
+        put(model)
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "size", "needed"),
+    [
+        ("gpt2", "n_positions", 10, 11),
+        ("bert", "max_position_embeddings", 10, 11),
+        ("roberta", "max_position_embeddings", 11, 12),  # its first position is 1
+    ],
+)
+def test_a_table_of_positions_that_is_too_short_is_said_with_the_numbers(
+    name, option, size, needed
+):
+    model = build(name, **{option: size})
+    put(model)
+    message = f"prompt of 3 and 8 tokens need {needed} positions, and the model's table has {size}"
+    with pytest.raises(SiteError, match=message):
+        model(IDS)
+    run(model, IDS[:, :7])
