@@ -250,7 +250,7 @@ def _observe(
         def hook(_module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
             note(name, calls.first_input(args, kwargs) if args or kwargs else None, output)
             missing.pop(name, None)
-            if not missing:
+            if not missing and not torch.compiler.is_compiling():
                 raise _Enough
 
         return hook

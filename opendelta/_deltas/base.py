@@ -57,12 +57,13 @@ class BaseDelta:
         if not hasattr(self, "record"):
             return f"{type(self).__name__}(refused)"
         count = sum(p.numel() for p in self.parameters())
+        modules = sum(not layer.watches for layer in self.layers.values())
         trains = any(p.requires_grad for p in self.parameters())
         state = ["attached" if self.attached else "detached"]
         state += ["active" if self.active else "disabled", "trainable" if trains else "frozen"]
         return (
             f"{type(self).__name__}({self.name!r} on {type(self.backbone_model).__name__}: "
-            f"{len(self.layers)} modules, {count:,} parameters, {', '.join(state)})"
+            f"{modules} modules, {count:,} parameters, {', '.join(state)})"
         )
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -46,6 +46,7 @@ class RootLayer(DeltaLayer):
 
     acts = Acts.SERVES
     computes = False
+    watches = True
 
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return call(*args, **kwargs)

@@ -103,6 +103,7 @@ class DeltaLayer(nn.Module):
         identity: true if it changes nothing at the start.
         why_not: for messages, why a layer with a `fold` may not fold.
         computes: False for a layer that only holds tensors or facts.
+        watches: it has no place in what users are shown: it only watches over its module.
         stands_alone: no other delta on the same module may choose its rows of a batch.
         routes_itself: it finds by itself the rows of a batch that take it.
         extra_positions: number of positions that it adds to each sequence.
@@ -130,6 +131,7 @@ class DeltaLayer(nn.Module):
     identity: ClassVar[bool] = True
     why_not: ClassVar[str] = ""
     computes: ClassVar[bool] = True
+    watches: ClassVar[bool] = False
     stands_alone: ClassVar[bool] = False
     routes_itself: ClassVar[bool] = False
     extra_positions: int = 0

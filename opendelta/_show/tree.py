@@ -98,7 +98,7 @@ class Walk:
         nodes = []
         for key, child in module._modules.items():
             if isinstance(child, Stack):
-                layers = dict(child.items())  # type: ignore[arg-type]
+                layers = {name: ly for name, ly in child.in_order() if not ly.watches}
             elif child is not None:
                 nodes.append(self.node(key, child, delta))
         children = fold(n for n in nodes if self.keep_non_params or n.notes or n.children)

@@ -145,9 +145,9 @@ class Planner:
     def _carrying(self, delta: BaseDelta, reads: dict[str, bool]) -> Iterator[PlannedModule]:
         others = tied(self.backbone, [w for w in delta.layers if w in delta.modified_modules])
         for where in self.backbone.modules:
-            if where not in delta.layers:
+            module, layer = self.backbone.modules[where], delta.layers.get(where)
+            if layer is None or layer.watches:
                 continue
-            module, layer = self.backbone.modules[where], delta.layers[where]
             yield PlannedModule(
                 name=where,
                 type=type(module).__name__,

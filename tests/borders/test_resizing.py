@@ -141,3 +141,14 @@ def test_deltas_elsewhere_do_not_care():
     assert list(delta.layers) == ["model.layers.0.self_attn.q_proj"]
     model.resize_token_embeddings(56, mean_resizing=False)
     assert model(IDS).logits.size(-1) == 56
+
+
+def test_what_watches_over_a_resize_is_not_shown():
+    model = build()
+    delta = LoraModel(model, modified_modules=["lm_head"])
+    assert "1 modules" in repr(delta)
+    assert "RootLayer" not in str(opendelta.tree(model))
+    plan = opendelta.plan(build(), opendelta.LoraConfig(modified_modules=["lm_head"]))
+    assert [module.name for module in plan.deltas[0].modules] == ["lm_head"]
+    report = opendelta.composition(model).merge()
+    assert (list(report.merged), report.left) == (["lm_head"], {})
