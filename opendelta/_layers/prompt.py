@@ -23,7 +23,7 @@ from ..names import last, parent
 from .base import Acts, DeltaLayer, Handover
 from .costs import Flops
 from .site import Site
-from .tokens import EMBEDDED, Documents, arguments, cache_in, during, named
+from .tokens import EMBEDDED, Documents, arguments, cache_in, named, noting
 
 TAKES = {"input_ids", "inputs_embeds", "attention_mask"}
 COUNT = "create_position_ids_from_input_ids"
@@ -233,7 +233,7 @@ class PromptLayer(_WithPrompt):
         documents = Documents(given, batch, length, tokens.device)
         if documents.continued:
             self._continue(given, length, documents.held or 0)
-            return during(Documents(given, batch, length, tokens.device), call, **given)
+            return noting(Documents(given, batch, length, tokens.device), call, **given)
         layout = Layout(documents.firsts().expand(batch, -1), self.length, documents.several)
         if embeds is None:
             embeds = module.get_submodule(self.embedding)(ids)
@@ -245,7 +245,7 @@ class PromptLayer(_WithPrompt):
         if self.stripper is not None:
             self.stripper.put((layout.places, layout.full))
         documents = Documents(given, batch, layout.full, embeds.device)
-        out = during(documents, call, **given)
+        out = noting(documents, call, **given)
         if not self.strip:
             return out
         check_positions(out, layout.full)
