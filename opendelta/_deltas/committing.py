@@ -6,9 +6,9 @@ import functools
 
 from .._backbone import sharding
 from .._backbone.backbone import Backbone
-from .._layers import selection
+from .._layers import recomputing, selection
 from .._layers.record import Record
-from .._sites import compile_limit, recomputing, swap
+from .._sites import compile_limit, swap
 from ..errors import to_the_end
 from .base import HANDLES, BaseDelta
 from .first_forward import unwatch_forward, watch_forward
@@ -44,7 +44,7 @@ def commit(placed: Placed) -> None:
     record.shared.records.append(record)
     selection.join(record)
     compile_limit.watch_limit()
-    recomputing.keep_selection()
+    recomputing.keep(selection.of_now)
     watch_forward(backbone)
     watch_state(backbone, record.shared)
     HANDLES.add(delta)

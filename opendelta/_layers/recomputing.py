@@ -1,7 +1,8 @@
 """Let torch's activation checkpointing run a forward again with the notes of the first run.
 
-The second run happens in the backward, outside of the modules around it, and maybe in another
-thread. torch has no hook for both of its implementations: their constructors are wrapped.
+The second run happens in the backward: outside of the modules around it, maybe after a block, in
+another block, or in another thread. torch has no hook for both of its implementations: their
+constructors are wrapped.
 """
 
 from __future__ import annotations

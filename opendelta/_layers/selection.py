@@ -141,6 +141,11 @@ def within(blocks: tuple[Block, ...], function: Callable[..., Any]) -> Callable[
     return run
 
 
+def of_now(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `function`, with just the blocks of this moment open while it runs."""
+    return within(CURRENT.get().blocks, function)
+
+
 def in_context(find: Callable[[Any, Any], Any]) -> Any:
     """Return a property with a value that depends on this thread and task.
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ..errors import SiteError, quoted
 from ..names import ancestors
@@ -58,12 +59,28 @@ def earlier(given: Mapping[str, Any]) -> int | None:
     cache = getattr(cache, "self_attention_cache", cache)
     layers = getattr(cache, "layers", (cache,))
     counted = [layer for layer in layers if hasattr(layer, "get_seq_length")]
-    most = max((int(layer.get_seq_length()) for layer in counted), default=0)
+    most = max((int(layer.get_seq_length() or 0) for layer in counted), default=0)
     if most or (counted and len(counted) == len(layers)):
         return most
     states = [getattr(layer, "has_previous_state", {}) for layer in layers]
     began = not hasattr(cache, "layers") or any(any(state.values()) for state in states)
     return None if began else 0
+
+
+# {the state of earlier tokens, if it counts none: their numbers in each row [batch, 1]}
+_in_states: Any = WeakIdKeyDictionary()
+
+
+def _holder(state: Any) -> Any:
+    """Return what stays the same while a state grows: RWKV's is a list of tensors."""
+    return state[0] if isinstance(state, list | tuple) else state
+
+
+def _noted(state: Any) -> Tensor | None:
+    """Return the numbers of tokens that were noted for a state; None: there are none."""
+    if state is None or torch.compiler.is_compiling():
+        return None
+    return _in_states.get(_holder(state))
 
 
 class Documents:
@@ -92,6 +109,7 @@ class Documents:
         self.plain = plain and given.get("input_mask") is None  # XLNet's, true for padding
         self.mask = mask if self.plain else None
         self.held = earlier(given)
+        self.noted = _noted(cache_in(given))
         self.several, self.continued = isinstance(self.positions, Tensor), self.held != 0
         self.found: dict[tuple[int, int], Tensor] = {}
 
@@ -100,7 +118,7 @@ class Documents:
         new = copy.copy(self)
         new.batch = len(range(self.batch)[rows]) if isinstance(rows, slice) else len(rows)
         new.found = {key: self._cut(value, rows) for key, value in self.found.items()}
-        new.mask = self._cut(self.mask, rows)
+        new.mask, new.noted = self._cut(self.mask, rows), self._cut(self.noted, rows)
         if self.several:  # of text with images, they have an axis before the rows
             positions = self.positions.movedim(-2, 0)
             new.positions = self._cut(positions, rows).movedim(0, -2)
@@ -126,12 +144,25 @@ class Documents:
 
         Each is an integer, or integers [batch or 1, 1].
         """
-        counts: list[Any] = [] if self.held is None else [self.held]
+        counts: list[Any] = [self.noted if self.held is None else self.held]
         if self.mask is not None and self.mask.size(1) > self.length:
             counts.append((self.mask[:, : -self.length] != 0).sum(-1, keepdim=True))
         if self.several and self.positions.ndim == 2:
             counts.append(self.positions[:, :1])
-        return counts
+        return [count for count in counts if count is not None]
+
+    def note(self, out: Any) -> None:
+        """Note how many tokens went into the state in a call's output, if it counts none.
+
+        If a layer beneath has noted it, with the rows of a prompt, this stays.
+        """
+        state = cache_in(out) if isinstance(out, dict) else None
+        if state is None or earlier({CACHES[0]: state}) is not None:
+            return
+        before = self.noted if self.held is None else self.held
+        if before is not None and _noted(state) is self.noted:
+            seen = self._seen().expand(self.batch, -1)
+            _in_states[_holder(state)] = seen.sum(-1, keepdim=True) + before
 
     def check(self, last: bool, where: str) -> None:
         """Raise unless the call says enough about the first, and `last`, tokens of its rows."""
@@ -229,6 +260,14 @@ def during(documents: Documents | None, call: Callable[..., Any], *args: Any, **
         _running.documents = before
 
 
+def noting(documents: Documents | None, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Run `call`, the whole call that says `documents`, and note what its state holds then."""
+    out = during(documents, call, *args, **kwargs)
+    if documents is not None and not torch.compiler.is_compiling():
+        documents.note(out)
+    return out
+
+
 def of_now(call: Callable[..., Any]) -> Callable[..., Any]:
     """Return a function that runs `call` with the documents of this moment."""
     return functools.partial(during, _running.documents, call)
@@ -263,7 +302,7 @@ class Notes(DeltaLayer):
 
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         documents = noted(self.arguments, self.where, self.last, args, kwargs)
-        return during(documents, call, *args, **kwargs)
+        return noting(documents, call, *args, **kwargs)
 
 
 def noted(

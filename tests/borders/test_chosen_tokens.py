@@ -179,14 +179,48 @@ def test_a_call_that_does_not_say_is_refused_by_name():
         model(IDS[:, :1], past_key_values=cache)
 
 
-def test_states_that_count_no_tokens_need_a_mask():
+STATES = {
+    "mamba": lambda: T.MambaForCausalLM(T.MambaConfig(state_size=4, **STATE)),
+    "mamba2": lambda: T.Mamba2ForCausalLM(
+        T.Mamba2Config(state_size=4, num_heads=8, head_dim=8, n_groups=1, chunk_size=8, **STATE)
+    ),
+    "rwkv": lambda: T.RwkvForCausalLM(T.RwkvConfig(attention_hidden_size=32, **STATE)),
+}
+STATE = {
+    "vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48,
+    "pad_token_id": 0, "eos_token_id": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("prompt", [False, True])
+@pytest.mark.parametrize("name", STATES)
+def test_states_that_count_no_tokens_are_counted(name, prompt):
+    torch.manual_seed(0)
+    model = STATES[name]().eval()
+    put(model, [r"[r](layers|blocks)\.\d+"], first=6 + 3 * prompt)
+    if prompt:
+        opendelta.SoftPromptModel(model, soft_token_num=3)
+    mask = torch.ones(2, 5, dtype=torch.long)
+    if name == "rwkv":  # it knows no padding, and its state takes one row
+        mask = mask[:1]
+    mask[1:, :2] = 0
+    ids = torch.where(mask == 1, IDS[:, :5], 0)
+    options = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False}
+    options |= {"return_dict_in_generate": True, "output_scores": True}
+    with_state, without = (model.generate(ids, use_cache=u, **options) for u in (True, False))
+    torch.testing.assert_close(with_state.scores, without.scores, atol=1e-5, rtol=0)
+
+
+def test_states_of_unknown_tokens_are_refused_or_need_a_mask():
     model = build("mamba")
-    put(model, first=6)
+    delta = put(model, first=6)
     with torch.no_grad():
         full = model(IDS).last_hidden_state[:, -1:]
-        out = model(IDS[:, :11], use_cache=True)
+        with delta.disabled():
+            state = model(IDS[:, :4], use_cache=True).cache_params
         with pytest.raises(SiteError, match="how many came before: give position_ids, or an att"):
-            model(IDS[:, 11:], cache_params=out.cache_params)
+            model(IDS[:, 4:], cache_params=state)
+        out = model(IDS[:, :11], use_cache=True)
         found = model(IDS[:, 11:], cache_params=out.cache_params, attention_mask=IDS > 0)
     torch.testing.assert_close(found.last_hidden_state, full, atol=1e-5, rtol=0)
 

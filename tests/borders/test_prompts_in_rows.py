@@ -354,6 +354,13 @@ def test_without_such_values_it_is_as_its_tokens(name):
     near(run(model, IDS), expected[:, LENGTH:])
 
 
+def test_an_output_may_be_a_named_tuple():
+    model = build("reformer")
+    expected = run(model, torch.cat([WRITTEN, IDS[:, :1]], 1))
+    put(model)
+    near(run(model, torch.cat([IDS, IDS[:, :1]], 1)), expected[:, LENGTH:])
+
+
 def test_an_output_whose_positions_are_not_the_rows_is_refused():
     model = build("bigbird")
     put(model)
