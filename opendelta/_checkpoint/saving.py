@@ -87,10 +87,11 @@ def _facts(delta: BaseDelta) -> dict[str, Any]:
     options = {option: getattr(delta.config, option) for option in delta.config.option_names()}
     del options["name"]
     frozen = [name for name, p in delta.named_parameters() if not p.requires_grad]
+    record = delta.record
     return {
         "delta_type": delta.delta_type,
         "name": delta.name,
-        "active": delta.active,
+        "active": record.active if record in record.shared.records else record.enabled,
         **({} if delta.scale == 1 else {"scale": delta.scale}),
         "frozen": frozen,
         "options": options,

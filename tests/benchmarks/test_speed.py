@@ -93,7 +93,7 @@ def test_switching_looks_at_no_module(monkeypatch, no_other_backbones):
     composed.reorder(deltas[::-1])
     deltas[0].detach()
     with composed.only("lora_1"):
-        assert [delta.active for delta in deltas] == [True, True, False, False]
+        assert [delta.active for delta in deltas] == [False, True, False, False]
     with (
         pytest.raises(opendelta.DeltaError, match=r"detached.*attach\(\)"),
         composed.only("lora_0"),

@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.nets import IDS, net, shake
+from torch import nn
 
 import opendelta
 from opendelta import AdapterModel, IA3Model, LoraModel, composition
@@ -71,3 +72,15 @@ def test_switches_that_do_not_fit_change_nothing(model):
     with pytest.raises(opendelta.DeltaError, match="merged"):
         composed.load_switches({**switches, "lora.active": torch.tensor(False)})
     assert composed.switches() == switches
+
+
+@pytest.mark.covers("Delta.save_finetuned")
+def test_a_detached_delta_is_saved_as_it_is_inside_a_block_of_others(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 4))
+    other, detached = (LoraModel(model, modified_modules=["0"], name=name) for name in "ab")
+    detached.freeze_module()
+    detached.detach()
+    with opendelta.composition(model).only(other):
+        detached.save_finetuned(tmp_path)
+    fresh = nn.Sequential(nn.Linear(4, 4))
+    assert opendelta.load(tmp_path, fresh, check_backbone=False)["b"].active
