@@ -14,7 +14,7 @@ from .._layers import labels
 from .._layers.owned import convert_like
 from .._modules import tensors
 from .._sites import merged
-from .._sites.stack import Step
+from .._sites.stack import Stack, Step
 from ..errors import DeltaError
 from . import merging
 
@@ -70,21 +70,77 @@ def to_backbone(model: Module) -> Module:
     backbone = Backbone.of(model)
     backbone.require_unrouted("cannot make a plain model")
     merging.check_whole(backbone)
+    silent = _silent(backbone)
     copied = shared_copy(model)
     for where, stack in backbone.stacks.items():
         run = [(n, ly) for n, ly in stack.in_order() if ly.folds and ly.record.active]
         run = [(n, ly) for n, ly in run if ly.acts.in_the_weights]
-        acting = [layer.stand_in for layer in stack.values() if layer.record.active]
-        if stand_ins := [module for module in acting if module is not None]:
+        stand_ins = [own for name, own in _stand_ins(stack) if (where, name) not in silent]
+        if stand_ins:
             _put(copied, where, copy.deepcopy(stand_ins[-1]))
         if run:
             merged.fold_into(where, copied.get_submodule(where), run, Step())
         if stand_ins:
             convert_like(copied.get_submodule(where), backbone.modules[where])
     labels.hand_on(model, copied)
+    _untie(backbone, copied)
     if model.training:
         copied.train()
     return copied
+
+
+def _stand_ins(stack: Stack) -> list[tuple[str, nn.Module]]:
+    """Return (name of an active delta, its module for a plain model in the place of the site)."""
+    found = [(n, ly.stand_in) for n, ly in stack.in_order() if ly.record.active]
+    return [(name, module) for name, module in found if module is not None]
+
+
+def _silent(backbone: Backbone) -> set[tuple[str, str]]:
+    """Return (site, delta) of the copies in the place of modules that nobody calls.
+
+    T5, for example, has its embedding in the module "shared" too, and calls others.
+    """
+    unseen = {
+        (where, name)
+        for where, stack in backbone.stacks.items()
+        for name, _ in _stand_ins(stack)
+        if name not in stack.ran
+    }
+    reached = merging.reached_by(backbone) if unseen else None
+    return set() if reached is None else unseen - reached
+
+
+def _untie(backbone: Backbone, copied: Any) -> None:
+    """Let the config of a transformers model say so if a copy of a head untied its weights.
+
+    Else the weights would be tied again when the plain model is loaded.
+    """
+    config = copied.__dict__.get("config")
+    if not getattr(config, "tie_word_embeddings", False):
+        return
+    fresh = Backbone.of(copied)
+    tied = [names for names in _users(backbone) if names not in _users(fresh)]
+    if not tied:
+        return
+    copied.config = copy.copy(config)
+    copied.config.tie_word_embeddings = False
+    known: set[int] = set()  # now each module has a weight of its own in the file
+    for module in fresh.modules.values():
+        for key, parameter in module._parameters.items():
+            if parameter is not None and id(parameter) in known:
+                own = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+                module._parameters[key] = parameter = own
+            known.add(id(parameter))
+
+
+def _users(backbone: Backbone) -> list[list[str]]:
+    """Return the full names of the modules that share a parameter, for each that is shared."""
+    users: dict[int, list[str]] = {}
+    for name, module in backbone.modules.items():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                users.setdefault(id(parameter), []).append(name)
+    return [names for names in users.values() if len(names) > 1]
 
 
 def _put(model: nn.Module, where: str, module: nn.Module) -> None:

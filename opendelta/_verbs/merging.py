@@ -5,7 +5,6 @@ are. Merged layers stay on their stack and no longer act. The stack keeps the ol
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -171,13 +170,30 @@ def _check_module(
         for other in users[id(parameter)]:
             if backbone.modules[other] is not module:
                 raise SiteError(
-                    f"{what}: its {key} is tied to that of {other!r}, which would change too",
+                    f"{what}: its {key} is tied to that of {other!r}, which would change too. Let "
+                    f"the delta act unmerged; or train a copy, modules_to_save=[{where!r}]; or "
+                    f"untie the two before attaching: give {where!r} a {key} of its own, and set "
+                    "tie_word_embeddings=False in the config",
                     where=where,
                 )
         if is_sharded(parameter):
             raise SiteError(f"{what}: its {key} is sharded; merge before sharding", where=where)
         if parameter.is_meta:
             raise SiteError(f"{what}: its {key} is on the meta device, without values", where=where)
+
+
+def reached_by(backbone: Backbone) -> set[tuple[str, str]] | None:
+    """Return (site, delta) of the layers that run in a run on shapes; None: it is not possible."""
+    reached: set[tuple[str, str]] = set()
+
+    def look(_: Any) -> None:
+        reached.update((w, name) for w, stack in backbone.stacks.items() for name in stack.ran)
+
+    try:
+        shapes.dry_run(backbone, look)
+    except SiteError:  # the user's own run tells
+        return None
+    return reached
 
 
 def _check_acting(backbone: Backbone, runs: Mapping[str, Sequence[Named]]) -> None:
@@ -194,14 +210,7 @@ def _check_acting(backbone: Backbone, runs: Mapping[str, Sequence[Named]]) -> No
         and not swap.weight_is_read(backbone.modules[where], False)
         and reading.may_be_read(backbone, where)
     ]
-    reached: set[tuple[str, str]] = set()
-
-    def look(_: Any) -> None:
-        reached.update((w, name) for w, stack in backbone.stacks.items() for name in stack.ran)
-
-    if silent:
-        with contextlib.suppress(SiteError):  # then nobody knows: the user's own run tells
-            shapes.dry_run(backbone, look)
+    reached = (reached_by(backbone) or set()) if silent else set()
     for where, name in silent:
         if (where, name) not in reached:
             raise SiteError(
