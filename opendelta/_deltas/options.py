@@ -99,8 +99,9 @@ class DeltaConfig:
         name: unique on the backbone, 1 to 64 of [A-Za-z0-9_-]. None: the type, then type_1, ...
         dtype: dtype of the delta's tensors, such as "bfloat16"; "backbone": the dtype in which the
             module computes. None: float32, also on a 16-bit backbone; float64 on a float64 one.
-        reads: the parents of these modules read `.weight` instead of calling them, so the weight
-            must show the change. For MultiheadAttention this is known.
+        reads: other code, such as the parent or a loss, reads `.weight` of these modules and of
+            linear ones in modules_to_save instead of calling them, so the weight must show the
+            change. For MultiheadAttention this is known.
         gate: multiply the delta's change by a learned gate, as UniPELT does (arXiv:2110.07577); the
             gate starts at 1/2.
     """

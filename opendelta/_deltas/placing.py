@@ -110,7 +110,8 @@ def place(
 def _placing(backbone: Backbone, delta: BaseDelta, where: str, layer: DeltaLayer) -> Placing:
     module, stack = backbone.modules[where], backbone.stacks.get(where)
     planned = stack if isinstance(stack, PlannedStack) else None
-    asked = delta.config.reads and where in (delta.config.modified_modules or ())
+    copied = layer.stand_in is not None and swap.shows_weight(module)
+    asked = delta.config.reads and (copied or where in (delta.config.modified_modules or ()))
     asked = asked or reading.weight_is_read(backbone, where)
     is_read = swap.weight_is_read(module, asked or (planned is not None and planned.weight_is_read))
     on_it = stack_of(module) if planned is None else planned

@@ -19,6 +19,7 @@ from torch import nn
 from .._layers import low_rank
 from .._layers.base import Acts, DeltaLayer, Params
 from .._layers.selection import CURRENT, Block, Selection, in_context, within
+from .._modules import tensors
 from ..errors import SiteError
 from ..names import SLOT
 from . import runs
@@ -179,13 +180,17 @@ class Stack(nn.ModuleDict):
         return call
 
     def fold(self, params: Params) -> Params:
-        """Return `params` with all active layers folded in."""
+        """Return `params` with all active layers folded in; a module's copy gives its own."""
         compiling = torch.compiler.is_compiling()
         acting = acting_on(self) if compiling else self._acting(CURRENT.get(), self.ran)
         if self.routed is not None:
             self.routed.check_alike(acting)
         for layer in acting:
-            params = layer.fold(params)
+            if layer.stand_in is None:
+                params = layer.fold(params)
+            else:
+                own = tensors.stored_params(layer.stand_in)
+                params = {key: value.to(params["weight"].dtype) for key, value in own.items()}
         return params
 
     def _replicate_for_data_parallel(self) -> Any:

@@ -167,6 +167,11 @@ def weight_is_read(module: nn.Module, asked: bool) -> bool:
     return asked or known or getattr(type(module), "_site_reads", False)
 
 
+def shows_weight(module: nn.Module) -> bool:
+    """True if a module can show folded weights: it computes nothing but its weight and bias."""
+    return kinds.raw_forward(plain_class(module) or type(module)) is not None
+
+
 def check_has_forward(where: str, module: nn.Module) -> None:
     """Raise if the module `where` has no forward; ModuleList, for example, has none."""
     if getattr(type(module), "forward", None) is nn.Module.forward:
@@ -228,14 +233,13 @@ def _check_reads(
     """Raise if `module` cannot show its weight with the layers of `stack` and the new one."""
     acting = [*(stack.in_order() if stack is not None else ()), new]
     for each, other in acting:
-        if not other.folds:
+        if not other.folds and (other.stand_in is None or not shows_weight(other.stand_in)):
             raise SiteError(
                 f"{here}: its parent reads .weight instead of calling it, so only layers that fold "
                 f"into the weight act there; {each!r} ({type(other).__name__}) does not. Choose "
                 "the parent module instead"
             )
-    base = plain_class(module) or type(module)
-    if kinds.raw_forward(base) is None or "weight" not in module._parameters:
+    if not shows_weight(module) or "weight" not in module._parameters:
         raise SiteError(f"{here}: folded weights can be shown on Linear and Conv1D only")
     shown = getattr(type(module), "_site_reads", False)
     if stack_of(module) is not None and plain_class(module) is None and not shown:

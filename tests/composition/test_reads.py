@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from support.models import detach, reader, vectors
+from support.models import build, detach, inputs, reader, vectors
 from support.nets import shake, untouched
 from torch import nn
 
@@ -141,3 +141,35 @@ def test_an_adapter_on_out_proj_of_multihead_attention_is_refused_by_name():
     refused = pytest.raises(SiteError, match=r"'mha\.out_proj'.*reads \.weight.*'adapter'")
     with untouched(model), refused:
         AdapterModel(model, modified_modules=["out_proj"])
+
+
+@pytest.mark.covers("DeltaConfig.modules_to_save")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("above", [False, True])
+def test_a_loss_that_reads_the_head_reads_the_copy_of_a_delta(above, dtype):
+    model = build("llama").to(dtype)
+    delta = shake(LoraModel(model, modules_to_save=["lm_head"], reads=True))
+    if above:
+        shake(LoraModel(model, modified_modules=["lm_head"], reads=True, name="above"), seed=1)
+    batch = inputs(model)
+    hidden = model.model(**batch).last_hidden_state
+    head = model.get_output_embeddings()
+    read = hidden @ head.weight.T
+    assert head.weight.dtype == dtype
+    torch.testing.assert_close(
+        read, model(**batch).logits, atol=1e-5 if dtype.itemsize == 4 else 0.05, rtol=0.02
+    )
+    read.float().sum().backward()
+    copied = delta.layers["lm_head"].module
+    assert copied.weight.grad.abs().sum() > 0
+    expected = copied.weight.detach().clone()
+    with opendelta.composition(model).only():
+        assert not torch.equal(head.weight, expected.to(dtype))
+        assert torch.equal(head.weight, model.lm_head._parameters["weight"])
+
+
+@pytest.mark.covers("DeltaConfig.modules_to_save")
+def test_a_head_of_several_modules_is_copied_beside_reads():
+    model = build("roberta")
+    head = "classifier" if hasattr(model, "classifier") else "lm_head"
+    LoraModel(model, modified_modules=["query"], modules_to_save=[head], reads=True)
