@@ -116,6 +116,15 @@ class Backbone:
             if parameter is not None
         }
 
+    def users(self) -> dict[int, list[str]]:
+        """Return {id of a parameter: the full names of the modules that have it}."""
+        users: dict[int, list[str]] = {}
+        for name, module in self.modules.items():
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    users.setdefault(id(parameter), []).append(name)
+        return users
+
     def tensors(self) -> dict[str, Tensor]:
         """Return the model's parameters and persistent buffers by full name, without deltas."""
         buffers = {

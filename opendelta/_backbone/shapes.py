@@ -129,7 +129,7 @@ def _run_as(
             kind = dtype if value.is_floating_point() else value.dtype
             return torch.empty(value.shape, dtype=kind, device=device)
 
-        _put_stand_ins(module, None, mode.from_tensor, cast)
+        _put_stand_ins(module, None, mode.from_tensor, cast, device)
         return module(*tree_map(fake, args), **tree_map(fake, kwargs))
 
 
@@ -158,11 +158,17 @@ def _put_stand_ins(
     device: torch.device | None,
     fake: Callable[[Tensor], Tensor],
     dtype: torch.dtype | None = None,
+    for_meta: torch.device | None = None,
 ) -> None:
     """Replace by fake tensors the tensors that a run would change or load.
 
     These are the buffers: an operation on real tensors alone is carried out even in fake mode. And
     they are the parameters that accelerate offloaded. All floating tensors get `dtype`, if given.
+
+    Args:
+        device: where accelerate brings the tensors of `module`, or None.
+        for_meta: the device of tensors on the meta device that accelerate brings nowhere: WavLM on
+            the meta device has one tensor on the CPU.
     """
     if isinstance(module, torch.jit.ScriptModule):
         return
@@ -172,16 +178,19 @@ def _put_stand_ins(
     tables: list[dict[str, Any]] = [module._parameters, module._buffers]
     for table in tables:
         for name, tensor in table.items():
-            if tensor is not None and dtype is not None and tensor.is_floating_point():
-                table[name] = fake(tensor).to(device or tensor.device, dtype)
-            elif tensor is not None and tensor.is_meta and device is not None:
-                table[name] = torch.empty_like(tensor, device=device)
-            elif tensor is not None and tensor.dtype == torch.float16:
+            if tensor is None:
+                continue
+            to = device or (tensor.is_meta and for_meta) or tensor.device
+            if dtype is not None and tensor.is_floating_point():
+                table[name] = fake(tensor).to(to, dtype)
+            elif tensor.is_meta and to.type != "meta":
+                table[name] = torch.empty_like(tensor, device=to)
+            elif tensor.dtype == torch.float16:
                 table[name] = fake(tensor).float()  # models check float16 values for overflow
-            elif tensor is not None and table is module._buffers:
+            elif table is module._buffers:
                 table[name] = fake(tensor)
     for child in module.children():
-        _put_stand_ins(child, device, fake, dtype)
+        _put_stand_ins(child, device, fake, dtype, for_meta)
 
 
 def widths(backbone: Backbone, names: Sequence[str]) -> dict[str, Widths]:
@@ -266,8 +275,8 @@ def _observe(
                 _run(backbone, where, args, kwargs, values=values)
             except _Failed as failed:
                 return [_failure(backbone, where, args, kwargs, failed.args[0])]
-            except _Enough:
-                pass
+            except _Enough:  # all that is wanted is known
+                return []
         return []
 
     failures: list[str] = []

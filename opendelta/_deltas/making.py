@@ -262,17 +262,13 @@ def _warn_of_lost_gradients(backbone: Backbone) -> None:
 
 def tied(backbone: Backbone, targets: Sequence[str]) -> dict[str, list[str]]:
     """Return {target: the modules that share a weight with it and are no targets}."""
-    users: dict[int, dict[int, str]] = {}
-    for name, module in backbone.modules.items():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                users.setdefault(id(parameter), {})[id(module)] = name
+    users = backbone.users()
     chosen = {id(backbone.modules[name]) for name in targets}
     shared: dict[str, list[str]] = {}
     for name in targets:
         for parameter in backbone.modules[name]._parameters.values():
-            others = [n for m, n in users.get(id(parameter), {}).items() if m not in chosen]
-            if others:
+            by_id = {id(backbone.modules[n]): n for n in users.get(id(parameter), ())}
+            if others := [other for module, other in by_id.items() if module not in chosen]:
                 shared[name] = [*shared.get(name, []), *others]
     return shared
 

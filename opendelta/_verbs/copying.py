@@ -119,8 +119,8 @@ def _untie(backbone: Backbone, copied: Any) -> None:
     if not getattr(config, "tie_word_embeddings", False):
         return
     fresh = Backbone.of(copied)
-    tied = [names for names in _users(backbone) if names not in _users(fresh)]
-    if not tied:
+    left = list(fresh.users().values())
+    if all(names in left for names in backbone.users().values() if len(names) > 1):
         return
     copied.config = copy.copy(config)
     copied.config.tie_word_embeddings = False
@@ -131,16 +131,6 @@ def _untie(backbone: Backbone, copied: Any) -> None:
                 own = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
                 module._parameters[key] = parameter = own
             known.add(id(parameter))
-
-
-def _users(backbone: Backbone) -> list[list[str]]:
-    """Return the full names of the modules that share a parameter, for each that is shared."""
-    users: dict[int, list[str]] = {}
-    for name, module in backbone.modules.items():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                users.setdefault(id(parameter), []).append(name)
-    return [names for names in users.values() if len(names) > 1]
 
 
 def _put(model: nn.Module, where: str, module: nn.Module) -> None:

@@ -73,7 +73,7 @@ def _runs_to_merge(backbone: Backbone, wanted: Collection[Record] | None) -> dic
     Raises:
         SiteError: a wanted layer does not fold, or a layer beneath it does not; or nothing folds.
     """
-    planned, stopped, users = {}, "", _users(backbone)
+    planned, stopped, users = {}, "", backbone.users()
     for where, stack in backbone.stacks.items():
         run, stop = foldable_run(stack)
         if stop is not None and not stopped:
@@ -139,15 +139,6 @@ def _unfolded(layer: DeltaLayer) -> str:
     return f"({type(layer).__name__}) does not fold into a weight" + f" ({why})" * (
         able and why != ""
     )
-
-
-def _users(backbone: Backbone) -> dict[int, list[str]]:
-    """Return {id of a parameter: the full names of the modules that have it}."""
-    users: dict[int, list[str]] = {}
-    for name, module in backbone.modules.items():
-        for parameter in module._parameters.values():
-            users.setdefault(id(parameter), []).append(name)
-    return users
 
 
 def _check_module(
@@ -259,7 +250,7 @@ def check_whole(backbone: Backbone) -> None:
     Raises:
         SiteError: an active layer does not fold; the message names the first.
     """
-    users, runs = _users(backbone), {}
+    users, runs = backbone.users(), {}
     for where, stack in backbone.stacks.items():
         for name, layer in stack.in_order():
             aside = not layer.acts.in_the_weights or not layer.record.active

@@ -182,6 +182,7 @@ def check(
     sharding.check_uniform(backbone)
     trainable = {name: p for name, p in plain.named_parameters() if p.requires_grad}
     held = None if optimizer is None else _held(optimizer)
+    at_rest = _at_rest(optimizer)
     changed: set[str] = set()
     missed, no_gradient, not_checked = _run(backbone, batch, trainable, changed)
     moving = buffers.moving(backbone, changed)
@@ -194,7 +195,7 @@ def check(
         not_optimized=[n for n, p in trainable.items() if held is not None and id(p) not in held],
         optimized_twice=[names[i] for i, n in (held or {}).items() if n > 1 and i in known],
         strangers=len((held or {}).keys() - known),
-        at_rest=[n for n, p in trainable.items() if id(p) in _at_rest(optimizer)],
+        at_rest=[n for n, p in trainable.items() if id(p) in at_rest],
         untrained=untrained(backbone),
         frozen=_all_frozen(backbone),
         no_dropout=_without_dropout(backbone),

@@ -89,6 +89,15 @@ def is_plain_again(model, before):
     return all(torch.equal(p, b) for p, b in zip(own(model), before, strict=True))
 
 
+def unmerged_and_taken_off(model, before, number):
+    c = composition(model)
+    c.unmerge()
+    assert is_plain_again(model, before), number
+    for delta in list(c):
+        delta.detach()
+    opendelta.assert_pristine(model)
+
+
 def test_a_merge_that_is_stopped_anywhere_can_be_undone():
     x, number, stopped = torch.randn(3, 4), 0, True
     while stopped:
@@ -100,11 +109,7 @@ def test_a_merge_that_is_stopped_anywhere_can_be_undone():
         if not any(delta.record.merged for delta in c):
             assert is_plain_again(model, before), number
             c.merge()
-        c.unmerge()
-        assert is_plain_again(model, before), number
-        for delta in list(c):
-            delta.detach()
-        opendelta.assert_pristine(model)
+        unmerged_and_taken_off(model, before, number)
     assert number > 100
 
 
@@ -116,11 +121,7 @@ def test_an_unmerge_that_is_stopped_anywhere_can_be_called_again():
         c = composition(model)
         c.merge()
         stopped = stopped_at(number, c.unmerge)
-        c.unmerge()
-        assert is_plain_again(model, before), number
-        for delta in list(c):
-            delta.detach()
-        opendelta.assert_pristine(model)
+        unmerged_and_taken_off(model, before, number)
     assert number > 40
 
 

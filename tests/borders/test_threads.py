@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from support.models import build, token_ids
-from support.nets import COPIES, IDS, copied, net, places_of, put, shake
+from support.nets import COPIES, IDS, copied, net, places_of, put, replica_of, shake
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
@@ -596,18 +596,6 @@ def test_a_device_thread_runs_a_forward_again_with_the_selection_of_the_first(mo
 
 
 # ------------------------------------------------------------------------------------- DataParallel
-def replica_of(model):
-    """A replica as `nn.DataParallel` makes it in the thread that calls it."""
-    modules = list(model.modules())
-    copies = {module: module._replicate_for_data_parallel() for module in modules}
-    for module, replica in copies.items():
-        for key, child in module._modules.items():
-            setattr(replica, key, copies[child])
-        for key, parameter in module._parameters.items():
-            setattr(replica, key, parameter)
-    return copies[model]
-
-
 def test_data_parallel_replicas_take_the_selection_of_their_caller(model):
     with composition(model).only("b"):
         replica = replica_of(model)

@@ -172,4 +172,6 @@ def test_a_loss_that_reads_the_head_reads_the_copy_of_a_delta(above, dtype):
 def test_a_head_of_several_modules_is_copied_beside_reads():
     model = build("roberta")
     head = "classifier" if hasattr(model, "classifier") else "lm_head"
-    LoraModel(model, modified_modules=["query"], modules_to_save=[head], reads=True)
+    delta = shake(LoraModel(model, modified_modules=["query"], modules_to_save=[head], reads=True))
+    assert delta.layers[head].stand_in is not model.get_submodule(head)
+    assert opendelta.check(model, inputs(model)).unreached == []

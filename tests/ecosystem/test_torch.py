@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.models import Tower, detach, put_deltas_on_tower, reader, tower, vectors
-from support.nets import shake, untouched
+from support.nets import replica_of, shake, untouched
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -129,18 +129,6 @@ def test_the_fused_path_of_transformer_encoder_steps_aside_for_deltas(place, mas
 
 
 # ----------------------------------------------------------------------------- replicas and threads
-def replicas(model, factor):
-    """A replica as `nn.DataParallel` makes it on another device, its tensors times `factor`."""
-    modules = list(model.modules())
-    copies = {module: module._replicate_for_data_parallel() for module in modules}
-    for module, replica in copies.items():
-        for key, child in module._modules.items():
-            setattr(replica, key, copies[child])
-        for key, parameter in module._parameters.items():
-            setattr(replica, key, None if parameter is None else parameter.detach() * factor)
-    return copies[model]
-
-
 @pytest.mark.covers("unreached", "DeltaConfig.reads")
 @pytest.mark.parametrize("reads", [False, True], ids=["called", "read"])
 def test_a_data_parallel_replica_computes_with_its_own_tensors_and_deltas(reads):
@@ -151,7 +139,7 @@ def test_a_data_parallel_replica_computes_with_its_own_tensors_and_deltas(reads)
     else:
         put_deltas_on_tower(model)
 
-    found = replicas(model, factor=0.5)(x)
+    found = replica_of(model, factor=0.5)(x)
     assert opendelta.unreached(model) == []  # a replica counts for its original
     with torch.no_grad():
         for parameter in model.parameters():

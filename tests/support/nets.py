@@ -159,3 +159,19 @@ def small():
     model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 2))
     model[0].bias.requires_grad_(False)
     return model
+
+
+def replica_of(model, factor=None):
+    """A replica as `nn.DataParallel` makes it in the thread that calls it.
+
+    With a factor its tensors are others, as on another device: those of the model times `factor`.
+    """
+    modules = list(model.modules())
+    copies = {module: module._replicate_for_data_parallel() for module in modules}
+    for module, replica in copies.items():
+        for key, child in module._modules.items():
+            setattr(replica, key, copies[child])
+        for key, tensor in module._parameters.items():
+            own = tensor if factor is None or tensor is None else tensor.detach() * factor
+            setattr(replica, key, own)
+    return copies[model]
