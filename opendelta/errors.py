@@ -142,7 +142,7 @@ class DeltaWarning(UserWarning):
 
 
 class UntrainedWarning(DeltaWarning):
-    """A classification head that is frozen with the values of its start."""
+    """A head that is frozen with the values of its start."""
 
 
 class UnreachedWarning(DeltaWarning):

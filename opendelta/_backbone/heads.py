@@ -1,43 +1,68 @@
-"""Find classification heads that were never trained."""
+"""Find heads that nobody trained or loaded, while the rest of the model was."""
 
 from __future__ import annotations
-
-from typing import Any
 
 from torch import nn
 
 from .._layers.base import Acts
-from .._layers.labels import count_of, head_of
 from .._modules.tensors import is_plain
 from ..errors import UntrainedWarning, warn
-from ..names import ancestors, join
+from ..names import ancestors, parent
 from .backbone import Backbone
 
 
 def untrained(backbone: Backbone) -> list[str]:
-    """Return the parts of classification heads that are frozen with the values of their start.
+    """Return the outermost modules, with linear layers, that are frozen as they were made.
 
-    transformers gives a head that a checkpoint lacks random weights, and biases of zero. Frozen,
-    such a head is in no file, and another process makes it anew with other values.
+    Frozen, such a module is in no file, and another process makes it anew with other values. Only
+    models of which most parameters were loaded or trained are looked at.
     """
-    found: list[str] = []
-    for name, model in backbone.modules.items():
-        base = getattr(model, str(getattr(model, "base_model_prefix", "")), None)
-        if not isinstance(base, nn.Module) or base is model:
-            continue
-        heads = {key: m for key, m in model._modules.items() if m is not None and m is not base}
-        if any(head_of(module, count_of(model)) is not None for module in heads.values()):
-            std = getattr(model.config, "initializer_range", 0.02)
-            names = [join(name, key) for key in heads]
-            found += [head for head in names if _is_untrained(backbone, head, std)]
-    return found
+    own = backbone.parameters()
+    pretrained = {name for name, m in backbone.modules.items() if hasattr(m, "base_model_prefix")}
+    if "" in pretrained and getattr(backbone.model, "base_model", None) is backbone.model:
+        return []  # it has no head; a pooler that its checkpoint lacked may not be in use
+    fresh = {name for name, p in own.items() if _is_fresh(p, bool(_around(name) & pretrained))}
+    if 2 * len(fresh) >= len(own):
+        return []
+    copied = {
+        where
+        for where, _, layer in backbone.delta_layers()
+        if layer.acts is Acts.INSTEAD and layer.record.active
+    }
+    fresh = {n for n in fresh if not own[n].requires_grad and not _around(n) & copied}
+    mixed = {where for name in own.keys() - fresh for where in _around(name)}
+    found = {where for name in fresh for where in _around(name)} - mixed
+    linear = {n for n, m in backbone.modules.items() if n in found and isinstance(m, nn.Linear)}
+    heads = {where for name in linear for where in _around(f"{name}.weight")} & found
+    return [name for name in backbone.modules if name in heads and parent(name) not in heads]
+
+
+def _around(name: str) -> set[str]:
+    """Return the full names of the modules around a parameter."""
+    return {*list(ancestors(name))[1:], ""}
+
+
+def _is_fresh(parameter: nn.Parameter, pretrained: bool) -> bool:
+    """True if a parameter has the values of its start, as far as torch and transformers know.
+
+    torch counts the writes into a tensor. transformers marks what it loaded, and draws the other
+    values once more, by a method of the model.
+
+    Args:
+        pretrained: the parameter is inside a transformers model.
+    """
+    if parameter.is_meta or parameter.is_inference() or not is_plain(parameter):
+        return False
+    if getattr(parameter, "_is_hf_initialized", False):
+        return False
+    return 1 <= parameter._version <= (2 if pretrained else 1)
 
 
 def warn_of_untrained(backbone: Backbone, verb: str) -> None:
-    """Warn of classification heads that were never trained, and will not be.
+    """Warn of heads that nobody trained, and nobody will.
 
     Args:
-        verb: a text about what happens to them, such as "stays frozen".
+        verb: a text about what happens to them, such as "is frozen".
     """
     if heads := untrained(backbone):
         what = f"{', '.join(map(repr, heads))} of {type(backbone.model).__name__} {verb}"
@@ -54,34 +79,3 @@ def advice(heads: list[str]) -> str:
         f"train it with the deltas, call freeze_module(exclude={['deltas', *heads]}), or make the "
         f"delta with modules_to_save={heads}"
     )
-
-
-def _is_untrained(backbone: Backbone, head: str, std: float) -> bool:
-    """True if the linear layers of a head are frozen, and each looks like one that just began."""
-    copied = {
-        where
-        for where, _, layer in backbone.delta_layers()
-        if layer.acts is Acts.INSTEAD and layer.record.active
-    }
-    inner = {name: {*ancestors(name)} for name in backbone.modules}
-    parts = [
-        backbone.modules[name]
-        for name, around in inner.items()
-        if head in around and not around & copied and isinstance(backbone.modules[name], nn.Linear)
-    ]
-    return bool(parts) and all(_begins(part, std) for part in parts)
-
-
-def _begins(module: Any, std: float) -> bool:
-    """True if a linear layer is frozen with a bias of zero, or without one, with drawn weights.
-
-    Args:
-        std: the standard deviation with which the weights were drawn.
-    """
-    own = [p for p in module._parameters.values() if p is not None]
-    if any(p.requires_grad or p.is_meta or not is_plain(p) for p in own):
-        return False
-    if module.bias is not None:
-        return not module.bias.any()
-    weight, few = module.weight.detach().float(), 3 * module.weight.numel() ** -0.5
-    return bool(weight.mean().abs() < few * std and (weight.std() / std - 1).abs() < few)

@@ -68,15 +68,17 @@ def factor_of(where: str, module: nn.Module, run: list[Named]) -> float:
     """
     bare = trials.bare(module, plain_class(module))
     factor = probing.factor_of(bare, type(bare).forward)
-    if factor is None:
-        names = ", ".join(name for name, _ in run)
-        raise SiteError(
-            f"{where!r} ({type(module).__name__}): {names} cannot be merged: the module has a "
-            "forward of its own, and does not compute its weight times the input plus its bias, "
-            "so no other weight computes the same. Let the delta act unmerged",
-            where=where,
-        )
-    return factor
+    refused = [name for name, layer in run if factor is None or layer.sees_module]
+    if factor == 1 or not refused:
+        return factor  # type: ignore[return-value]
+    why = "has a forward of its own, and does not compute its weight times the input plus its bias"
+    if factor is not None:
+        why = f"multiplies its weight by {factor:.3g}, which layers that look at the weight miss"
+    raise SiteError(
+        f"{where!r} ({type(module).__name__}): {', '.join(refused)} cannot be merged: the module "
+        f"{why}, so no other weight computes the same. Let the delta act unmerged",
+        where=where,
+    )
 
 
 def _check_axis(where: str, module: nn.Module, key: str) -> None:

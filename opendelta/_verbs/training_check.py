@@ -45,7 +45,7 @@ class CheckReport:
         strangers: number of tensors in the optimizer that are no parameters of the model.
         at_rest: trainable parameters in groups of the optimizer whose learning rate is 0, and
             that no scheduler changes.
-        untrained: parts of a classification head that are frozen with the values of their start.
+        untrained: heads that are frozen with the values of their start.
         frozen: the active deltas, if none of them trains.
         no_dropout: delta layers with dropout, of which none drops, as they are in eval mode.
         narrow: trainable 16-bit tensors of deltas whose option `dtype` does not ask for 16 bits.
@@ -96,7 +96,7 @@ class CheckReport:
              "would change them twice; give each to one group of one optimizer"),
             (self.at_rest, "trainable parameters have a learning rate of 0", "give their group "
              "of the optimizer another lr"),
-            (self.untrained, "parts of the head are frozen and were never trained", advice(
+            (self.untrained, "modules are frozen and were never trained", advice(
              self.untrained)),
             (self.frozen, "deltas are all frozen", 'put "deltas" into freeze_module(exclude=[...])'
              ", or call requires_grad_() of a delta"),

@@ -172,3 +172,29 @@ def test_modules_of_torch_are_known_without_a_run(module):
     assert is_known(type(module).forward)
     assert factor_of(module, type(module).forward) == 1.0
     assert kind_of(module) is not None
+
+
+@pytest.mark.parametrize("verb", ["merge", "to_backbone"])
+def test_dora_beside_a_factor_is_refused_by_name(verb):
+    model = nn.Sequential(Scaled(6, 4))
+    shake(LoraModel(model, modified_modules=["0"], use_dora=True))
+    with pytest.raises(SiteError, match=r"'0' \(Scaled\): lora cannot .* its weight by 0.408"):
+        getattr(composed(model), verb)()
+
+
+class ByMode(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) * (2 if self.training else 1)
+
+
+class ByLength(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) * (1 if x.size(-2) < 9 else 2)
+
+
+@pytest.mark.parametrize("cls", [ByMode, ByLength])
+def test_a_factor_that_changes_is_none(cls):
+    model = nn.Sequential(cls(6, 4)).train()
+    shake(LoraModel(model, modified_modules=["0"]))
+    with pytest.raises(SiteError, match=r"'0' .*: lora cannot be merged: .*own"):
+        composed(model).merge()

@@ -114,7 +114,6 @@ def test_an_adapter_of_the_library_gives_its_logits(kind, case):
         opendelta.assert_pristine(model)
 
 
-@pytest.mark.filterwarnings("ignore::opendelta.UntrainedWarning")  # its head is random
 @pytest.mark.parametrize("case", ["seq_bn", "mam", "compacter", "prefix", "flex_head"])
 def test_what_was_read_is_saved_and_loaded_as_ours(case, tmp_path):
     model, fresh = backbone("bert"), backbone("bert")
