@@ -216,6 +216,8 @@ def to_the_end(action: Callable[[], None]) -> None:
     """
     try:
         action()
+    except DeltaError:
+        raise  # it refuses, and would again
     except BaseException:
         action()
         raise

@@ -231,15 +231,13 @@ def _attach(
         new: their new values.
     """
     old = {key: tensor.detach().clone() for key, tensor in own.items()}
-    attached: list[BaseDelta] = []
     try:
         for each in placed:
             commit(each)
-            attached.append(each.delta)
         tensors.copy(own, new)
     except BaseException as error:
-        for delta in attached:
-            take_off(Backbone.of(backbone.model), delta)
+        for each in placed:
+            take_off(Backbone.of(backbone.model), each.delta)
         with contextlib.suppress(RuntimeError):  # a tensor that cannot be written to is as it was
             tensors.copy(own, old)
         if isinstance(error, RuntimeError):

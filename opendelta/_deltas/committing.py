@@ -29,12 +29,15 @@ def commit(placed: Placed) -> None:
             if ranks is not None:
                 sharding.shard(layer, ranks)
             backbone.stacks[where] = swap.add(module, delta.name, layer, placing.weight_is_read)
+        _announce(placed)
     except BaseException:  # Ctrl-C, too
-        for where in placed.placings:
-            swap.remove(backbone.modules[where], delta.name)
-            swap.clear(backbone.modules[where])
+        take_off(Backbone.of(backbone.model), delta)
         raise
-    record = delta.record
+
+
+def _announce(placed: Placed) -> None:
+    """Put a delta whose layers are on the model into the order, and let hooks know it."""
+    backbone, delta, record = placed.backbone, placed.delta, placed.delta.record
     others = [other for other in placed.order if other is not record]
     if others and record.shared is not others[0].shared:
         others[0].shared.frozen |= record.shared.frozen

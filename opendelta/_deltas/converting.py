@@ -9,7 +9,7 @@ from .._backbone.backbone import Backbone
 from .._backbone.patterns import no_match
 from .._layers.dtypes import dtype_for
 from .._modules.tensors import is_finite, is_sharded
-from ..errors import DeltaError, OptionError
+from ..errors import DeltaError, OptionError, to_the_end
 from .base import BaseDelta
 
 
@@ -39,7 +39,11 @@ def convert(delta: BaseDelta, dtype: Any) -> None:
                     f"cannot convert {delta.name!r}: {key} holds values that are too large for "
                     f"{wanted}; bfloat16 has the range of float32"
                 )
-    for where, layer in delta.layers.items():
-        device, computes = backbone.device_and_dtype_of(where)
-        layer.fit(backbone.modules[where], device, computes, config.dtype)
-    delta.record.config = config
+
+    def apply() -> None:
+        for where, layer in delta.layers.items():
+            device, computes = backbone.device_and_dtype_of(where)
+            layer.fit(backbone.modules[where], device, computes, config.dtype)
+        delta.record.config = config
+
+    to_the_end(apply)

@@ -55,8 +55,8 @@ def freeze(
         if id(tensor) in spared:
             shared.excluded |= {name} & own.keys()
         elif tensor.requires_grad:
-            tensor.requires_grad_(False)
             memories[name].add(name)
+            tensor.requires_grad_(False)
 
 
 def _name_of(backbone: Backbone, module: nn.Module | None) -> str:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Iterable
 
 from torch import nn
 
 from .._backbone.backbone import Backbone, attached_records
 from .._layers.record import Record
-from .._sites.stack import LONGEST_NAME
-from ..errors import DeltaError, SiteError, nearest
+from .._sites.stack import LONGEST_NAME, Stack
+from ..errors import DeltaError, SiteError, nearest, to_the_end
 from ..names import unwrapped
 from .base import HANDLES, BaseDelta
 from .registry import method
@@ -122,10 +123,20 @@ def renumber(backbone: Backbone, order: list[Record], new: Collection[str] = ())
         new: the sites that have a new layer.
     """
     moved = any(record.rank != rank for rank, record in enumerate(order))
-    for rank, record in enumerate(order):
+    stacks = [backbone.stacks[where] for where in (backbone.stacks if moved else new)]
+    to_the_end(functools.partial(_sort, dict(zip(order, range(len(order)), strict=True)), stacks))
+
+
+def rerank(backbone: Backbone, ranks: dict[Record, int]) -> None:
+    """Give deltas these ranks, and let them act in this order."""
+    to_the_end(functools.partial(_sort, ranks, list(backbone.stacks.values())))
+
+
+def _sort(ranks: dict[Record, int], stacks: list[Stack]) -> None:
+    for record, rank in ranks.items():
         record.rank = rank
-    for where in backbone.stacks if moved else new:
-        backbone.stacks[where].sort()
+    for stack in stacks:
+        stack.sort()
 
 
 def check_root(backbone: Backbone) -> None:

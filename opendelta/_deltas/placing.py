@@ -18,6 +18,7 @@ from .._backbone.patterns import no_match
 from .._layers.base import Acts, DeltaLayer
 from .._layers.record import Record
 from .._modules import wrappers
+from .._modules.kinds import Kind, kind_of
 from .._sites import swap
 from .._sites.stack import Stack, stack_of
 from ..errors import SiteError
@@ -118,6 +119,24 @@ def _placing(backbone: Backbone, delta: BaseDelta, where: str, layer: DeltaLayer
     swap.check(where, module, delta.name, layer, is_read, on_it)
     ranks = sharding.group_of(backbone, where, is_read, layer)
     return Placing(is_read, ranks, *backbone.device_and_dtype_of(where))
+
+
+def check_sizes(backbone: Backbone, layers: Mapping[str, DeltaLayer]) -> None:
+    """Raise if a module has another size than when its layer was made, as after a resize."""
+    for where, layer in layers.items():
+        made_for = getattr(layer, "kind", None)
+        if isinstance(made_for, Kind) and where in backbone.modules:
+            now = kind_of(backbone.modules[where])
+            if now is None or _sizes(now) != _sizes(made_for):
+                raise SiteError(
+                    f"{where!r}: the module has other sizes than when the layer was made: "
+                    f"{_sizes(now)} instead of {_sizes(made_for)} (in, out); make a new delta",
+                    where=where,
+                )
+
+
+def _sizes(kind: Kind | None) -> tuple[int, int] | None:
+    return None if kind is None else (kind.in_features, kind.out_features)
 
 
 class PlannedStack(Stack):

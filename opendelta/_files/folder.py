@@ -71,8 +71,9 @@ def check_free(folder: Path) -> None:
         content = read_start(folder / CONFIG)
         try:
             given = json.loads(content)
-        except (ValueError, RecursionError):
-            given = {"format": FORMAT}  # the file may be the remains of a damaged delta
+        except (ValueError, RecursionError):  # the remains of a damaged delta begin like one
+            begins = content.startswith(f'{{\n  "format": "{FORMAT}"'.encode())
+            given = {"format": FORMAT} if begins else None
         if not isinstance(given, dict) or given.get("format") != FORMAT:
             raise DeltaError(
                 f"{folder} has a {CONFIG} that is not a delta's, such as a transformers model's; "

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .._backbone.backbone import Backbone
 from .._checkpoint import hub, saving
 from .._deltas import state_dict
-from .._deltas.order import attached_by_name, attached_once, handle_of
+from .._deltas.order import attached_by_name, attached_once, handle_of, rerank
 from .._layers.selection import Block
 from .._show.explaining import Explanation, explain
 from .._sites import runs
@@ -84,11 +84,7 @@ class Composition(Generic[Model]):
             )
         for record in records if wanted != records else ():
             record.require_apart("cannot move deltas around")
-        places = [record.rank for record in records]
-        for place, record in zip(places, wanted, strict=True):
-            record.rank = place
-        for stack in backbone.stacks.values():
-            stack.sort()
+        rerank(backbone, dict(zip(wanted, [record.rank for record in records], strict=True)))
 
     @with_block
     def only(self, *names: str | Delta) -> Iterator[Composition[Model]]:

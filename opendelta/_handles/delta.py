@@ -26,12 +26,12 @@ from .._deltas.freezing import freeze
 from .._deltas.making import make, uncollected
 from .._deltas.options import DeltaConfig
 from .._deltas.order import check_root, known_records, move, neighbour
-from .._deltas.placing import place
+from .._deltas.placing import check_sizes, place
 from .._deltas.registry import register
 from .._files.tensors import copy_into
 from .._layers.selection import Block
 from .._show.tree import log
-from ..errors import DeltaError, OptionError
+from ..errors import DeltaError, OptionError, to_the_end
 from .with_block import with_block
 
 AnyDelta = TypeVar("AnyDelta", bound="Delta")
@@ -175,6 +175,7 @@ class Delta(BaseDelta):
         next_to = [neighbour(known, self, other) for other in (before, after)]
         if not self.attached:
             check_root(backbone)
+            check_sizes(backbone, self.layers)
             commit(place(backbone, self, *next_to, known=known))
         elif any(next_to):
             move(backbone, self.record, *next_to)
@@ -249,8 +250,12 @@ class Delta(BaseDelta):
         backbone = Backbone.of(self.backbone_model)
         shared = self.record.shared
         unfrozen = {n for r in known_records(backbone) for n in r.config.unfrozen_modules or ()}
-        freeze(backbone, shared, module, as_list(exclude), unfrozen)
-        shared.only_trainable = set_state_dict
+
+        def apply() -> None:
+            freeze(backbone, shared, module, as_list(exclude), unfrozen)
+            shared.only_trainable = set_state_dict
+
+        to_the_end(apply)
         warn_of_untrained(backbone, "is frozen")
         warn_of_moving(backbone)
 

@@ -26,8 +26,8 @@ class WithBlock(contextlib.ContextDecorator, Generic[Given]):
     def __init__(
         self, make: Callable[[], contextlib.AbstractContextManager[Given]], name: str
     ) -> None:
-        self.inner, self.make, self.name, self.entered = make(), make, name, False
         self.line = users_line()
+        self.inner, self.make, self.name, self.entered = make(), make, name, False
 
     def _recreate_cm(self) -> WithBlock[Given]:
         self.entered = True

@@ -20,7 +20,7 @@ from .._layers import low_rank
 from .._layers.base import Acts, DeltaLayer, Params
 from .._layers.selection import CURRENT, Block, Selection, in_context, within
 from .._modules import tensors
-from ..errors import SiteError
+from ..errors import SiteError, to_the_end
 from ..names import SLOT
 from . import runs
 from .marks import Mark
@@ -214,8 +214,7 @@ class Stack(nn.ModuleDict):
             key=lambda item: (item[1].acts is not Acts.INSTEAD, item[1].record.rank),
         )
         if [name for name, _ in ordered] != list(self._modules):
-            self._modules.clear()
-            self._modules.update(ordered)
+            to_the_end(functools.partial(_refill, self._modules, ordered))
 
 
 def _within_call(
@@ -223,6 +222,11 @@ def _within_call(
 ) -> Callable[..., Any]:
     """Return the callable that `around` makes; it is made and run with these blocks open."""
     return within(blocks, lambda *args, **kwargs: around(*given, **options)(*args, **kwargs))
+
+
+def _refill(mapping: dict[str, Any], items: list[tuple[str, Any]]) -> None:
+    mapping.clear()
+    mapping.update(items)
 
 
 def acting_on(stack: Stack) -> list[DeltaLayer]:

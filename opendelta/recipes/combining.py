@@ -288,10 +288,14 @@ def _as_lora(
         alpha_pattern={w: float(r) for w, r in ranks.items() if r != largest} or None,
         name=name,
     )
-    with torch.no_grad():
-        for where, (A, B) in factors.items():
-            layer: Any = delta.layers[where]
-            layer.lora_A.copy_(A)
-            layer.lora_B.copy_(B)
-    delta.disable()
+    try:
+        with torch.no_grad():
+            for where, (A, B) in factors.items():
+                layer: Any = delta.layers[where]
+                layer.lora_A.copy_(A)
+                layer.lora_B.copy_(B)
+        delta.disable()
+    except BaseException:  # Ctrl-C, too
+        delta.detach()
+        raise
     return delta

@@ -415,3 +415,27 @@ def test_the_command_ends_in_one_line_whatever_is_raised(monkeypatch, capsys, tm
         assert code == 2
         assert line.startswith(f"opendelta: {type(error).__name__}:")
         assert line.isprintable()
+
+
+@pytest.mark.parametrize(
+    "content", [b"// mine\n{}", b"precious", b"", b"\xff\xfe", b'{"format": "other"', b"{" * 9000]
+)
+def test_a_config_of_the_user_that_is_no_json_is_kept(content, tmp_path):
+    (tmp_path / "config.json").write_bytes(content)
+    model = nn.Sequential(nn.Linear(6, 8))
+    delta = LoraModel(model, modified_modules=["0"])
+    delta.freeze_module()
+    with pytest.raises(opendelta.DeltaError, match=r"a config\.json that is not a delta's"):
+        delta.save_finetuned(tmp_path)
+    assert (tmp_path / "config.json").read_bytes() == content
+
+
+def test_the_remains_of_a_damaged_delta_are_saved_over(tmp_path):
+    model = nn.Sequential(nn.Linear(6, 8))
+    delta = LoraModel(model, modified_modules=["0"])
+    delta.freeze_module()
+    delta.save_finetuned(tmp_path)
+    whole = (tmp_path / "config.json").read_bytes()
+    (tmp_path / "config.json").write_bytes(whole[: len(whole) // 2])
+    delta.save_finetuned(tmp_path)
+    assert (tmp_path / "config.json").read_bytes() == whole

@@ -145,3 +145,73 @@ def test_an_attach_or_detach_that_is_stopped_anywhere_leaves_all_or_nothing(verb
         delta.attach()
         assert sorted(delta.layers) == ["0", "1"]
     assert number > 100
+
+
+def states(model):
+    """What a user sees of a composition, apart from outputs."""
+    own = {n: (p.dtype, p.requires_grad) for n, p in model.named_parameters()}
+    c = composition(model)
+    return (
+        c.names,
+        [delta.active for delta in c],
+        own,
+        [*model.state_dict()],
+        c.explain("0").formula,
+    )
+
+
+def freezing(model, folder):
+    return composition(model)["a"].freeze_module
+
+
+def reordering(model, folder):
+    return lambda: composition(model).reorder(["b", "ad", "a"])
+
+
+def moving(model, folder):
+    return lambda: composition(model)["b"].attach(before="a")
+
+
+def converting(model, folder):
+    return lambda: composition(model)["a"].to("float64")
+
+
+def combining(model, folder):
+    return lambda: opendelta.combine(model, {"a": 1.0, "b": 0.5}, name="mix")
+
+
+def loading(model, folder):
+    twin = three()
+    composition(twin)["a"].freeze_module()
+    composition(twin).save(folder)
+    return lambda: opendelta.load(folder, model)
+
+
+def three():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+    for name in "ab":
+        shake(LoraModel(model, modified_modules=["0", "2"], name=name))
+    shake(opendelta.AdapterModel(model, modified_modules=["0", "2"], name="ad"))
+    return model
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # open files
+@pytest.mark.covers("Composition.reorder", "combine", "load", "Delta.to", "Delta.freeze_module")
+@pytest.mark.parametrize("verb", [freezing, reordering, moving, converting, combining, loading])
+def test_a_verb_that_is_stopped_anywhere_has_done_all_or_nothing(verb, tmp_path):
+    x = torch.randn(2, 4)
+    model = three()
+    before = states(model), model(x)
+    verb(model, tmp_path / "whole")()
+    after = states(model), model(x)
+    number, stopped, step = 0, True, 1
+    while stopped:
+        number, step = number + step, max(1, number // 60)
+        model = three()
+        stopped = stopped_at(number, verb(model, tmp_path / "again"))
+        now = states(model), model(x)
+        expected = before if now[0] == before[0] else after
+        assert now[0] == expected[0], number
+        torch.testing.assert_close(now[1], expected[1])
+    assert number > 40

@@ -152,3 +152,16 @@ def test_what_watches_over_a_resize_is_not_shown():
     assert [module.name for module in plan.deltas[0].modules] == ["lm_head"]
     report = opendelta.composition(model).merge()
     assert (list(report.merged), report.left) == (["lm_head"], {})
+
+
+@pytest.mark.covers("Delta.attach")
+@pytest.mark.parametrize("where", ["lm_head", "embed_tokens"])
+@pytest.mark.parametrize("size", [40, 110])
+def test_a_detached_delta_does_not_return_to_another_size(where, size):
+    model = build()
+    delta = LoraModel(model, modified_modules=[where])
+    delta.detach()
+    model.resize_token_embeddings(size)
+    with pytest.raises(opendelta.SiteError, match=rf"{where}': the module has other sizes.*{size}"):
+        delta.attach()
+    opendelta.assert_pristine(model)
