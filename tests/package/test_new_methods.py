@@ -32,6 +32,21 @@ def test_a_method_is_in_its_places(name):
     (equations,) = ROOT.glob("tests/**/test_equations.py")
     known = cls in equations.read_text(encoding="utf-8") or name in ELSEWHERE
     assert known, f"{cls} is compared with no reference: write its equation in {equations}"
+    example = "Example:" in (model.__doc__ or "") and ">>>" in (model.__doc__ or "")
+    assert example, f"the docstring of {cls} has no `Example:` that begins with >>>: write one"
+
+
+def test_every_file_is_a_method_that_is_known():
+    for file in sorted((ROOT / "opendelta/methods").glob("[a-z]*.py")):
+        known = file.stem in METHODS
+        assert known, f"{file.name}: no method of that name: import it in methods/__init__.py"
+
+
+def test_the_readme_counts_the_methods():
+    words = {17: "seventeen", 18: "eighteen", 19: "nineteen", 20: "twenty", 21: "twenty-one"}
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    heading = f"What: {words[len(OWN)]} methods"
+    assert heading in readme, f"README.md: the heading above the list must be {heading!r}"
 
 
 def test_the_table_of_methods_is_written():
