@@ -73,13 +73,10 @@ def broken() -> list[str]:
     if strange := rooms.keys() ^ budgets.keys():
         return [f"{ROOMS.name} and opendelta/ have other rooms: {', '.join(sorted(strange))}"]
     counts += [(f"opendelta/{room}", count, budgets[room]) for room, count in rooms.items()]
+    advice = ", or run `python tools/lint_budget.py --write` and say why"
     return [
         f"{what}: {count} code lines, over the budget of {budget}: write less"
-        + (
-            ", or run `python tools/lint_budget.py --write` and say why"
-            if what.partition("/")[2] in rooms
-            else ""
-        )
+        + (advice if what.partition("/")[2] in rooms else "")
         for what, count, budget in counts
         if count > budget
     ]
