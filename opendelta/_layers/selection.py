@@ -121,11 +121,10 @@ def switch(record: Any, active: bool) -> bool:
 
 
 def join(record: Any) -> None:
-    """Let a delta that is attached inside a block act there."""
-    for block in reversed(CURRENT.get().blocks):
+    """Let a delta that is attached inside blocks act there."""
+    for block in CURRENT.get().blocks:
         if record.shared in block.backbones:
             block.active.setdefault(record, record.enabled)
-            return
 
 
 def within(blocks: tuple[Block, ...], function: Callable[..., Any]) -> Callable[..., Any]:
