@@ -25,6 +25,9 @@ from .methods import *  # noqa: F403
 from .recipes import Combination, adapter_drop, combine, mam, unipelt
 
 __version__ = own_version()
+DeltaBase, BaseDeltaConfig = Delta, DeltaConfig  # their names in OpenDelta 0.3
+# Python finds the module paths of OpenDelta 0.3 there, such as opendelta.auto_delta.
+__path__.append(f"{__path__[0]}/_compat")  # noqa: F405
 
 __all__ = [
     "AutoDeltaConfig",

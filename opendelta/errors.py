@@ -166,7 +166,11 @@ class TiedWeightWarning(DeltaWarning):
 
 
 class UnusedWarning(DeltaWarning):
-    """A `with` block that was made and never entered, so that it did nothing."""
+    """Something that was given and has no effect.
+
+    A name that matches nothing, a key of a dict that is no option, or a `with` block that was
+    made and never entered.
+    """
 
 
 # Code in these folders stands between a user's line and the warning that it causes.

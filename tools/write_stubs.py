@@ -71,7 +71,7 @@ def _code(value: object) -> str:
 def _type(field: dataclasses.Field) -> str:
     """The type of what an option may be given, as text."""
     choices = field.metadata.get("choices")
-    if field.name in GIVEN or choices is None:
+    if field.name in GIVEN or choices is None or any(isinstance(c, dict) for c in choices):
         return GIVEN.get(field.name) or GIVEN.get(str(field.type), str(field.type))
     return f"Literal[{', '.join(map(_code, choices))}]"
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
-from ..errors import AddressError, nearest
+from ..errors import AddressError, UnusedWarning, nearest, warn
 from ..names import ancestors, last
 from .backbone import Backbone
 
@@ -109,22 +109,55 @@ def select(
     Raises:
         AddressError: a pattern selects none of the names.
     """
-    if not patterns:
-        return []
     names = list(names)
+    chosen, unused = _hits(names, patterns, inside)
+    for pattern in unused:
+        raise no_match(pattern, names, where, what)
+    return chosen
+
+
+def select_known(
+    option: str,
+    names: Iterable[str],
+    patterns: Sequence[str],
+    where: object,
+    inside: bool = False,
+    what: str = "module",
+) -> list[str]:
+    """Return the names that any of `patterns` selects, as `select` does.
+
+    Args:
+        option: the option that has these patterns, for the warning.
+
+    Warns:
+        UnusedWarning: a pattern selects none of the names.
+    """
+    names = list(names)
+    chosen, unused = _hits(names, patterns, inside)
+    for pattern in unused:
+        warn_unused(option, no_match(pattern, names, where, what))
+    return chosen
+
+
+def warn_unused(option: str, error: AddressError) -> None:
+    """Warn that a pattern of an option selects nothing, where others need not."""
+    warn(f"{option}: {error}; {error.pattern!r} has no effect", UnusedWarning)
+
+
+def _hits(
+    names: Sequence[str], patterns: Sequence[str], inside: bool
+) -> tuple[list[str], list[str]]:
+    """Return the names that any of `patterns` selects, and the patterns that select none."""
     tests = {pattern: compile_pattern(pattern) for pattern in patterns}
     used: set[str] = set()
     chosen = []
-    for name in names:
+    for name in names if tests else ():
         ends = list(ancestors(name)) if inside else [name]
         hits = {pattern for pattern, test in tests.items() if any(test(end) for end in ends)}
         used |= hits
         if hits:
             chosen.append(name)
-    for pattern in patterns:
-        if pattern not in used:
-            raise no_match(pattern, names, where, what)
-    return chosen
+    return chosen, [pattern for pattern in patterns if pattern not in used]
 
 
 def select_modules(backbone: Backbone, patterns: Sequence[str]) -> list[str]:
@@ -140,15 +173,25 @@ def select_modules(backbone: Backbone, patterns: Sequence[str]) -> list[str]:
     return root + select(backbone.modules, [p for p in patterns if p not in own], backbone.model)
 
 
+def excluded_by(backbone: Backbone, patterns: Sequence[str]) -> set[str]:
+    """Return the modules that `exclude_modules` selects, and the modules inside them.
+
+    Warns:
+        UnusedWarning: a pattern selects nothing.
+    """
+    known = backbone.modules
+    return {*select_known("exclude_modules", known, patterns, backbone.model, inside=True)}
+
+
 def leave_out(backbone: Backbone, names: Sequence[str], excluded: Sequence[str]) -> list[str]:
     """Return `names` without the modules that `excluded` selects, and the modules inside them.
 
     A module with several names is returned once.
 
     Raises:
-        AddressError: an exclusion selects nothing, or nothing is left.
+        AddressError: nothing is left.
     """
-    out = set(select(backbone.modules, excluded, backbone.model, inside=True))
+    out = excluded_by(backbone, excluded)
     once: dict[int, str] = {}
     for name in names:
         if name not in out:

@@ -7,6 +7,7 @@ import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from .._deltas.base import BaseDelta
 from .._files.folder import OWN, own_version
@@ -18,10 +19,13 @@ from .saving import save
 FILES = ("*.json", "*.safetensors", "*.bin")
 
 
-def folder_of(path: str | os.PathLike, local_files_only: bool = False) -> Path:
+def folder_of(path: str | os.PathLike, local_files_only: bool = False, **options: Any) -> Path:
     """Return the local folder of `path`: the path itself, or the download of "user/name".
 
     A text that starts with "./", "../", "/" or "~" is a path, and no name on the hub.
+
+    Args:
+        options: for `huggingface_hub.snapshot_download`: `cache_dir`, `force_download`.
 
     Raises:
         OptionError: `path` is neither a path nor a name.
@@ -43,7 +47,10 @@ def folder_of(path: str | os.PathLike, local_files_only: bool = False) -> Path:
     try:
         return Path(
             huggingface_hub.snapshot_download(
-                str(path), allow_patterns=list(FILES), local_files_only=local_files_only
+                str(path),
+                allow_patterns=list(FILES),
+                local_files_only=local_files_only,
+                **options,
             )
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:

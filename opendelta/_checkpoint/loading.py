@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -18,7 +19,7 @@ from .._deltas.base import BaseDelta
 from .._deltas.choosing import as_chosen
 from .._deltas.committing import commit, take_off
 from .._deltas.making import make, materialise, uncollected
-from .._deltas.options import DeltaConfig
+from .._deltas.options import COMMON, DeltaConfig
 from .._deltas.order import free_name, known_records
 from .._deltas.placing import Placed, place
 from .._deltas.registry import method
@@ -31,6 +32,7 @@ from ..errors import (
     OptionError,
     UncheckedWarning,
     listed,
+    shown,
     warn,
 )
 from . import fingerprint
@@ -45,6 +47,7 @@ def load(
     expected: type[BaseDelta] | None = None,
     check_backbone: bool = True,
     samples: Samples | None = None,
+    wanted: DeltaConfig | None = None,
 ) -> tuple[list[BaseDelta], Source]:
     """Put the deltas in `folder` on `model`, after the deltas that are on it.
 
@@ -55,6 +58,7 @@ def load(
         expected: the folder must hold one delta, and of this class.
         check_backbone: compare a few values of the weights under the deltas with the saved values.
         samples: inputs of the model, to find sizes by.
+        wanted: the options that the first delta must have been saved with. None: any.
 
     Returns:
         The deltas, and the source that the folder holds.
@@ -69,6 +73,8 @@ def load(
         facts, configs = source.facts, source.configs
         if expected is not None:
             _check_type(path, configs, expected)
+        if wanted is not None:
+            check_options(path, configs[0], wanted)
         backbone = Backbone.of(model, samples)
         known = known_records(backbone)
         taken = {record.name for record in known}
@@ -83,6 +89,34 @@ def load(
             deltas[-1].record.enabled = fact["active"]
         _fill(path, source, backbone, deltas, check_backbone)
     return deltas, source
+
+
+def refill(folder: str | os.PathLike, delta: BaseDelta) -> None:
+    """Copy the values of the one delta that `folder` holds into `delta`.
+
+    Raises:
+        DeltaLoadError: the folder is damaged, holds another method or other options, or does not
+            fit. Nothing is copied then.
+    """
+    path, backbone = Path(folder), Backbone.of(delta.backbone_model)
+    delta.record.require_apart("cannot load")
+    with opened(path, backbone.model) as source:
+        _check_type(path, source.configs, type(delta))
+        check_options(path, source.configs[0], delta.config)
+        facts, own = source.facts, backbone.tensors()
+        brought = {key: own[key] for key in facts["backbone_tensors"] if key in own}
+        source.verify()
+        into = {**delta.state_dict(facts["deltas"][0]["name"]), **brought}
+        tensors.copy_into(into, source.tensors, str(path))
+
+
+def check_options(path: Path, saved: DeltaConfig, config: DeltaConfig) -> None:
+    """Raise unless the method's own options are the same, where no names of modules are in them."""
+    own = {field.name: field for field in dataclasses.fields(saved) if field.name not in COMMON}
+    for name, field in own.items():
+        then, now = getattr(saved, name), getattr(config, name)
+        if "modules" not in field.metadata and then != now:
+            raise DeltaLoadError(f"{path} was saved with {name}={shown(then)}, not {shown(now)}")
 
 
 def _check_type(path: Path, configs: Sequence[DeltaConfig], expected: type[BaseDelta]) -> None:

@@ -115,7 +115,7 @@ def _config(where: Path, fact: Any) -> DeltaConfig:
         )
     try:
         options = {**fact["options"], "name": fact["name"]}
-        return method(fact["delta_type"]).config_class.from_dict(options)
+        return method(fact["delta_type"]).config_class.from_options(options)
     except OptionError as error:
         raise DeltaLoadError(f"{where}: {error}") from None
 

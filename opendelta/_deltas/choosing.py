@@ -13,7 +13,15 @@ from torch import nn
 
 from .._backbone import reading, roles
 from .._backbone.backbone import Backbone
-from .._backbone.patterns import as_list, leave_out, literal, select, select_modules
+from .._backbone.patterns import (
+    as_list,
+    excluded_by,
+    leave_out,
+    literal,
+    select,
+    select_known,
+    select_modules,
+)
 from .._layers import labels, prefix, prompt
 from .._layers.base import DeltaLayer
 from .._layers.record import Record
@@ -22,7 +30,7 @@ from .._modules.tensors import is_lazy
 from .._sites import swap
 from .._sites.stack import check_name
 from ..errors import AddressError, SiteError, quoted
-from ..names import ancestors, parent
+from ..names import SLOT, ancestors, parent
 from .base import BaseDelta
 from .options import DeltaConfig
 from .order import check_root, free_name, known_records
@@ -123,9 +131,7 @@ def resolve(
                 f"{name!r} is selected by modified_modules, but modules_to_save={around!r} puts a "
                 f"copy in its place; add exclude_modules=[{around!r}]"
             )
-    unfrozen = select(
-        _names(backbone), as_list(config.unfrozen_modules), backbone.model, what="name"
-    )
+    unfrozen = _unfrozen(backbone, config)
     some: dict[str, Any] = {
         field.name: _some_of(backbone, modified, config, field)
         for field in dataclasses.fields(config)
@@ -141,6 +147,13 @@ def resolve(
         unfrozen_modules=unfrozen or None,
         **some,
     )
+
+
+def _unfrozen(backbone: Backbone, config: DeltaConfig) -> list[str]:
+    """Return the full names that `unfrozen_modules` selects; "deltas" means the deltas, as ever."""
+    wanted = [name for name in as_list(config.unfrozen_modules) if name != SLOT]
+    names = _names(backbone) if wanted else []
+    return select_known("unfrozen_modules", names, wanted, backbone.model, what="name")
 
 
 def _selection(
@@ -201,7 +214,7 @@ def _pairs(
             f"modified_modules={list(wanted)} must come in pairs: where a branch starts, where it "
             "ends; name a module twice for a branch around it"
         )
-    out = set(select(backbone.modules, excluded, backbone.model, inside=True))
+    out = excluded_by(backbone, excluded)
     chosen: list[str] = []
     for one, other in zip(wanted[::2], wanted[1::2], strict=True):
         starts, ends = (

@@ -7,6 +7,7 @@ import functools
 from .._backbone import sharding
 from .._backbone.backbone import Backbone
 from .._layers import recomputing, selection
+from .._layers.base import DeltaLayer
 from .._layers.record import Record
 from .._sites import compile_limit, swap
 from ..errors import to_the_end
@@ -28,11 +29,20 @@ def commit(placed: Placed) -> None:
                 layer.fit(module, placing.device, placing.dtype, delta.config.dtype)
             if ranks is not None:
                 sharding.shard(layer, ranks)
+            _mark(layer)
             backbone.stacks[where] = swap.add(module, delta.name, layer, placing.weight_is_read)
         _announce(placed)
     except BaseException:  # Ctrl-C, too
         take_off(Backbone.of(backbone.model), delta)
         raise
+
+
+def _mark(layer: DeltaLayer) -> None:
+    """Set `_is_delta` on the layer's parameters, by which drawing tools know them."""
+    own = layer.parameters() if layer._modules else layer._parameters.values()
+    for parameter in own:
+        if parameter is not None:
+            parameter._is_delta = True  # type: ignore[attr-defined]
 
 
 def _announce(placed: Placed) -> None:

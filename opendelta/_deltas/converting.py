@@ -1,22 +1,46 @@
-"""Convert the tensors of a delta to another dtype."""
+"""Convert the tensors of a delta to another dtype, or move them to another device."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Any
 
+import torch
+
 from .._backbone.backbone import Backbone
 from .._backbone.patterns import no_match
 from .._layers.dtypes import dtype_for
 from .._modules.tensors import is_finite, is_sharded
-from ..errors import DeltaError, OptionError, to_the_end
+from ..errors import DeltaError, OptionError, shown, to_the_end
 from .base import BaseDelta
+from .options import DTYPES
+
+
+def is_dtype(target: Any) -> bool:
+    """True if `target` is a dtype of torch, or the name of one that the option `dtype` takes."""
+    return isinstance(target, torch.dtype) or str(target).removeprefix("torch.") in DTYPES
+
+
+def carry(delta: BaseDelta, device: Any) -> None:
+    """Move all tensors of a delta to a device; see `Delta.to`."""
+    try:
+        device = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise OptionError(
+            f"{delta.name!r}.to({shown(device)}): give a device, or a dtype: {', '.join(DTYPES)}"
+        ) from None
+    delta.record.require_apart("cannot move")
+    if device.type == "meta" or any(is_sharded(p) or p.is_meta for p in delta.parameters()):
+        raise DeltaError(
+            f"cannot move {delta.name!r} to {device}: its tensors have no values there, or are "
+            "sharded or offloaded; move the backbone, and its deltas move along"
+        )
+    for layer in delta.layers.values():
+        layer.to(device)
 
 
 def convert(delta: BaseDelta, dtype: Any) -> None:
     """Convert all tensors of a delta, and let `dtype` be its option; see `Delta.to`."""
-    if dtype is None:
-        raise OptionError(f"{delta.name!r}.to(None): name a dtype, such as 'float32'")
     config = dataclasses.replace(delta.config, dtype=str(dtype))
     delta.record.require_apart("cannot convert")
     backbone = Backbone.of(delta.backbone_model)

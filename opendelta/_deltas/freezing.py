@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Sequence
 from torch import Tensor, nn
 
 from .._backbone.backbone import Backbone
-from .._backbone.patterns import compile_pattern, no_match
+from .._backbone.patterns import compile_pattern, no_match, warn_unused
 from .._layers.record import Shared
 from ..errors import DeltaError
 from ..names import SLOT, ancestors, inside, join
@@ -27,7 +27,7 @@ def freeze(
         unfrozen: full names of parameters, or of modules around them, that are not frozen.
 
     Raises:
-        AddressError: a pattern selects nothing. Nothing is frozen then.
+        AddressError: no pattern selects anything. Nothing is frozen then.
         DeltaError: `module` is not a module of the backbone.
     """
     within = _name_of(backbone, module)
@@ -36,9 +36,11 @@ def freeze(
     tests = {pattern: compile_pattern(pattern) for pattern in exclude if pattern != SLOT}
     every = {part for name in (*own, *added) for part in ancestors(name)} if tests else set()
     hits = {pattern: {n for n in every if test(n)} for pattern, test in tests.items()}
-    for pattern, hit in hits.items():
-        if not hit:
-            raise no_match(pattern, every, backbone.model, "name")
+    unused = [no_match(p, every, backbone.model, "name") for p, hit in hits.items() if not hit]
+    if exclude and len(unused) == len(exclude):
+        raise unused[0]
+    for error in unused:
+        warn_unused("freeze_module(exclude=...)", error)
     kept = {*unfrozen}.union(*hits.values())
     everything = {**own, **added}
     spared = {  # by identity: a tied weight is spared under all of its names

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import numbers
+import os
 import types
 import typing
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+from .._files import folder as files
 from .._layers.dtypes import BACKBONE
-from ..errors import OptionError, nearest, shown
+from ..errors import OptionError, UnusedWarning, listed, nearest, shown, warn
+from . import former
 
 Config = TypeVar("Config", bound="DeltaConfig")
 # Each delta takes these by position too, after the method's own options.
@@ -21,6 +26,10 @@ POSITIONAL = (
     "interactive_modify",
 )  # fmt: skip
 DTYPES = ("float32", "bfloat16", "float16", "float64", BACKBONE)
+ABOUT = {  # keys of a config that OpenDelta 0.3 saved: where it came from
+    "backbone_class", "backbone_checkpoint_name", "backbone_hash", "opendelta_version",
+    "transformers_version",
+}  # fmt: skip
 LARGEST = 1e6  # of scalings: with a larger one, half precision overflows and float32 is noise
 RANKS = ("lora_r", "r", "low_rank_rank", "low_rank_dimension")
 WIDTHS = ("bottleneck_dim", "reduction_factor")
@@ -79,7 +88,8 @@ class DeltaConfig:
     """The options of each delta. A method adds its own options in a subclass.
 
     Options after `_: KW_ONLY` are given by name only. `positional` and `positional_first` are for
-    methods that take `modified_modules` and the like in another order in OpenDelta 0.3.
+    methods that take `modified_modules` and the like in another order in OpenDelta 0.3, and
+    `class_defaults` for options whose default there is another in the delta's class.
 
     Attributes:
         modified_modules: the modules that get a layer: ends of names, or `[r]` and a regular
@@ -107,6 +117,8 @@ class DeltaConfig:
     """
 
     delta_type: ClassVar[str] = ""
+    reader: ClassVar[Callable[..., DeltaConfig]]  # AutoDeltaConfig.from_finetuned, from the top
+    class_defaults: ClassVar[Mapping[str, Any]] = {}
     positional: ClassVar[tuple[str, ...]] = POSITIONAL
     positional_first: ClassVar[bool] = False
 
@@ -179,26 +191,110 @@ class DeltaConfig:
         names = cls.option_names()
         for name in given:
             if name not in names:
-                ours = [other for other in ELSEWHERE.get(name, ()) if other in names]
-                near = list(dict.fromkeys([*ours, *nearest(str(name), names)]))[:3]
+                near = cls.nearest_to(name)
                 raise OptionError(
                     f"{cls.delta_type!r} has no option {shown(name)}; "
                     + (f"nearest: {', '.join(near)}" if near else f"it has {', '.join(names)}")
                 )
 
     @classmethod
-    def from_dict(cls: type[Config], options: dict[str, Any]) -> Config:
-        """Make a config from options by name. A `"delta_type"` among them must be this method's."""
-        given = dict(options)
-        found = given.pop("delta_type", cls.delta_type)
-        if found != cls.delta_type:
-            raise OptionError(f"{cls.__name__} is for {cls.delta_type!r}, not {found!r}")
+    def nearest_to(cls, name: Any) -> list[str]:
+        """Return at most three options that a name which is no option may mean."""
+        names = cls.option_names()
+        ours = [other for other in ELSEWHERE.get(name, ()) if other in names]
+        return list(dict.fromkeys([*ours, *nearest(str(name), names)]))[:3]
+
+    @classmethod
+    def from_options(cls: type[Config], options: Mapping[str, Any]) -> Config:
+        """Make a config from the options that the delta's class is given, by name.
+
+        Raises:
+            OptionError: an option is unknown or wrong.
+        """
+        given = {**cls.class_defaults, **former.replaced(cls.delta_type, options)}
         cls.check_names(given)
         return cls(**given)
+
+    @classmethod
+    def from_dict(cls: type[Config], options: Mapping[str, Any], **changes: Any) -> Config:
+        """Make a config from a dict of options that may hold other keys too, as in OpenDelta 0.3.
+
+        A `"delta_type"` among them must be this method's.
+
+        Args:
+            options: the options by name; `dataclasses.asdict(arguments)`, for example.
+            changes: options by name that replace those in `options`.
+
+        Warns:
+            UnusedWarning: keys of `options` are no options of the method; they are ignored.
+
+        Raises:
+            OptionError: a value is wrong, or one of `changes` is unknown.
+
+        Example:
+            >>> from opendelta import LoraConfig
+            >>> LoraConfig.from_dict({"lora_r": 4}, lora_alpha=8).lora_alpha
+            8
+        """
+        found = options.get("delta_type", cls.delta_type)
+        if found != cls.delta_type:
+            raise OptionError(f"{cls.__name__} is for {cls.delta_type!r}, not {shown(found)}")
+        names = {*cls.option_names(), *former.of(cls.delta_type)}
+        others = [name for name in options if name not in {*names, *ABOUT, "delta_type"}]
+        if others:
+            near = {name: cls.nearest_to(name) for name in others}
+            warn(
+                f"{cls.__name__} ignores {listed(others, most=len(others))}: no options of "
+                f"{cls.delta_type!r}"
+                + "".join(f"; {n!r} is near {', '.join(near[n])}" for n in others if near[n]),
+                UnusedWarning,
+            )
+        defaults = {f.name: f.default for f in dataclasses.fields(cls)}
+        given = {name: value for name, value in options.items() if name in names}
+        return cls.from_options({**defaults, **given, **changes})
 
     def to_dict(self) -> dict[str, Any]:
         """Return `delta_type` and all options by name, for JSON."""
         return {"delta_type": self.delta_type, **dataclasses.asdict(self)}
+
+    def to_json_string(self) -> str:
+        """Return `to_dict` as JSON."""
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+    def update(self, options: Mapping[str, Any]) -> None:
+        """Set options by name: all of them, or none if one is unknown or wrong.
+
+        Raises:
+            OptionError: an option is unknown or wrong.
+        """
+        vars(self).update(vars(self.from_options({**vars(self), **options})))
+
+    def save_finetuned(self, save_directory: str | os.PathLike) -> None:
+        """Save the options, without any weights, as config.json in a folder.
+
+        Raises:
+            DeltaError: the folder holds a saved delta, or a config that is not opendelta's.
+        """
+        files.write_options(Path(save_directory), self.to_dict())
+
+    @classmethod
+    def from_finetuned(
+        cls: type[Config], finetuned_delta_path: str | os.PathLike, **options: Any
+    ) -> Config:
+        """Read the options of a saved delta, or those that `save_finetuned` of a config wrote.
+
+        Args:
+            finetuned_delta_path: the folder, or "user/name" on the hub.
+            options: as for `AutoDeltaConfig.from_finetuned`.
+
+        Raises:
+            DeltaLoadError: the folder is damaged, or holds several deltas.
+            OptionError: it holds the options of another method.
+        """
+        found = cls.reader(finetuned_delta_path, **options)
+        if not isinstance(found, cls):
+            raise OptionError(f"{cls.__name__} is for {cls.delta_type!r}, not {found.delta_type!r}")
+        return found
 
 
 COMMON = [field.name for field in dataclasses.fields(DeltaConfig)]

@@ -11,6 +11,14 @@ from ..errors import OptionError, nearest, shown
 from .options import COMMON, DeltaConfig
 
 METHODS: dict[str, type[BaseDelta]] = {}
+METHOD_OF_03 = {  # what a method of OpenDelta 0.3 wrote or called
+    "update_module", "insert_sequential_module", "insert_parallel_module", "replace_module",
+    "modify_module", "mark_as_delta", "add_all_delta_to_backbone", "_pseudo_data_to_instantiate",
+}  # fmt: skip
+OWN_METHOD = (
+    "OpenDelta 0.3 wrote a method so; here a method is a config and a layer class, and the library "
+    "inserts the layers: see 'Add a method' in CONTRIBUTING.md"
+)
 
 
 def method(delta_type: str) -> type[BaseDelta]:
@@ -35,6 +43,8 @@ def register(cls: type[BaseDelta]) -> None:
     Raises:
         OptionError: an attribute is missing or wrong, or another method has this `delta_type`.
     """
+    if old := METHOD_OF_03 & vars(cls).keys():
+        raise OptionError(f"{cls.__name__}.{min(old)}: {OWN_METHOD}")
     needs = {"delta_type": str, "config_class": type, "layer_class": type}
     for name, kind in {**needs, "default_modified_modules": tuple}.items():
         value = getattr(cls, name, None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
@@ -15,6 +15,27 @@ from .._sites.stack import stack_of
 from ..errors import UnsavedWarning, warn
 from ..names import SLOT, ancestors, join
 from .buffers import named, trains_in_place
+
+# Functions of a model and a state dict of another library: they return one with our names of the
+# deltas' tensors, or the same object if there are none. `interop`, above, adds them.
+TRANSLATORS: list[Callable[[nn.Module, dict[str, Any]], dict[str, Any]]] = []
+
+
+class LoadHook:
+    """Runs before `load_state_dict()` of a backbone that carries deltas: it translates names."""
+
+    def __call__(
+        self, module: nn.Module, state: dict[str, Any], prefix: str, *_: Any, **__: Any
+    ) -> None:
+        inside = {key: value for key, value in state.items() if key.startswith(prefix)}
+        own = {key.removeprefix(prefix): value for key, value in inside.items()}
+        for translate in TRANSLATORS:
+            new = translate(module, own)
+            if new is not own:
+                for key in inside:
+                    del state[key]
+                state.update({f"{prefix}{key}": value for key, value in new.items()})
+                return
 
 
 class StateDictHook:
@@ -131,6 +152,8 @@ def watch_state(backbone: Backbone, shared: Shared) -> None:
         if state_hook(module) is None:
             hook = StateDictHook(shared, module is backbone.model)
             module.register_state_dict_post_hook(hook)
+    if not any(_is_load_hook(hook) for hook in _load_hooks(backbone.model).values()):
+        backbone.model.register_load_state_dict_pre_hook(LoadHook())
 
 
 def unwatch_state(backbone: Backbone) -> None:
@@ -139,3 +162,15 @@ def unwatch_state(backbone: Backbone) -> None:
         hooks = module._state_dict_hooks
         for key in [k for k, hook in hooks.items() if isinstance(hook, StateDictHook)]:
             del hooks[key]
+    before = _load_hooks(backbone.model)
+    for key in [k for k, hook in before.items() if _is_load_hook(hook)]:
+        del before[key]
+
+
+def _load_hooks(module: nn.Module) -> dict[int, Any]:
+    return module._load_state_dict_pre_hooks
+
+
+def _is_load_hook(hook: Any) -> bool:
+    """True for torch's wrapper around a `LoadHook`."""
+    return isinstance(getattr(hook, "hook", None), LoadHook)

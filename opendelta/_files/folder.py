@@ -37,6 +37,7 @@ from .reading import (
 
 CONFIG = "config.json"
 FORMAT, SCHEMA = "opendelta", 1
+OPTIONS = "opendelta options"  # the format of a config without weights
 TRIES = 50  # how often to try to open the weights while other processes save
 WEIGHTS = "delta-{}.safetensors"
 OWN = WEIGHTS.format(16 * "[0-9a-f]")  # as a shell's pattern; other files are the user's
@@ -74,7 +75,7 @@ def check_free(folder: Path) -> None:
         except (ValueError, RecursionError):  # the remains of a damaged delta begin like one
             begins = content.startswith(f'{{\n  "format": "{FORMAT}"'.encode())
             given = {"format": FORMAT} if begins else None
-        if not isinstance(given, dict) or given.get("format") != FORMAT:
+        if not isinstance(given, dict) or given.get("format") not in (FORMAT, OPTIONS):
             raise DeltaError(
                 f"{folder} has a {CONFIG} that is not a delta's, such as a transformers model's; "
                 "save into a folder of its own"
@@ -115,6 +116,34 @@ def write(folder: Path, config: dict[str, Any], tensors: Mapping[str, Tensor]) -
                     path.unlink()
         for path in left if alone else ():  # then no other process is writing into them
             shutil.rmtree(path, ignore_errors=True)
+
+
+def write_options(folder: Path, options: Mapping[str, Any]) -> None:
+    """Write the options of a delta, without weights, into `folder`, which is made if need be.
+
+    Raises:
+        DeltaError: `folder` holds a saved delta, or a config that is not ours.
+        OSError: the disk is full, or cannot be written to.
+    """
+    check_free(folder)
+    if is_ours(folder):
+        raise DeltaError(f"{folder} holds a saved delta; save a config into a folder of its own")
+    text = json.dumps({"format": OPTIONS, **options}, indent=2)
+    with _made(folder):
+        replace(folder / CONFIG, f"{text}\n".encode())
+
+
+def read_options(folder: Path) -> dict[str, Any] | None:
+    """Return the options that `write_options` wrote into `folder`; None if it wrote none.
+
+    Raises:
+        DeltaLoadError: there is a config, and it cannot be read.
+    """
+    if not (folder / CONFIG).is_file():
+        return None
+    given = read_json(folder / CONFIG)
+    ours = isinstance(given, dict) and given.get("format") == OPTIONS
+    return {key: value for key, value in given.items() if key != "format"} if ours else None
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -253,6 +282,11 @@ def read_config(folder: Path) -> dict[str, Any]:
             "save_finetuned or composition(model).save wrote, or 'user/name' for one on the hub"
         )
     given = read_json(file)
+    if isinstance(given, dict) and given.get("format") == OPTIONS:
+        raise DeltaLoadError(
+            f"{file} holds options only, of a delta that was not saved: "
+            "AutoDeltaConfig.from_finetuned reads them"
+        )
     if not isinstance(given, dict) or given.get("format") != FORMAT:
         raise DeltaLoadError(
             f"{file} was not written by opendelta 1.0 or later. If it is a Trainer's "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any, cast
 
 from torch import nn
@@ -13,7 +14,8 @@ from .._checkpoint import hub
 from .._checkpoint.source import configs_of
 from .._deltas.options import DeltaConfig
 from .._deltas.registry import method
-from .._files.folder import read_config
+from .._files.folder import read_config, read_options
+from .._files.reading import undamaged
 from ..errors import DeltaLoadError, OptionError
 from ..interop import legacy
 from .delta import Delta
@@ -23,14 +25,17 @@ class AutoDeltaConfig:
     """Makes the config of the method that `delta_type` names."""
 
     @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **options: Any) -> DeltaConfig:
-        """Make a config from options by name, changed by `options`.
+    def from_dict(cls, config_dict: Mapping[str, Any], **options: Any) -> DeltaConfig:
+        """Make a config from a dict of options, changed by `options`; see `DeltaConfig.from_dict`.
 
         Args:
-            config_dict: the options and `"delta_type"`.
+            config_dict: `"delta_type"`, the options, and other keys, which are ignored.
+
+        Warns:
+            UnusedWarning: keys of `config_dict` are no options of the method.
 
         Raises:
-            OptionError: there is no such method, or it has no such option.
+            OptionError: there is no such method, a value is wrong, or one of `options` is unknown.
 
         Example:
             >>> from opendelta import AutoDeltaConfig
@@ -40,19 +45,36 @@ class AutoDeltaConfig:
         if "delta_type" not in config_dict:
             raise OptionError(f"config_dict needs a 'delta_type'; given: {sorted(config_dict)}")
         config_class = method(config_dict["delta_type"]).config_class
-        return config_class.from_dict({**config_dict, **options})
+        return config_class.from_dict(config_dict, **options)
 
     @classmethod
-    def from_finetuned(cls, finetuned_delta_path: str | os.PathLike) -> DeltaConfig:
-        """Read the config of a delta that `save_finetuned` wrote, here or in OpenDelta 0.3.
+    def from_finetuned(
+        cls,
+        finetuned_delta_path: str | os.PathLike,
+        *,
+        cache_dir: str | os.PathLike | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+    ) -> DeltaConfig:
+        """Read the config that `save_finetuned` of a delta or a config wrote, here or in 0.3.
 
         Args:
             finetuned_delta_path: the folder, or "user/name" on the hub.
+            cache_dir, local_files_only, force_download: as for `AutoDeltaModel.from_finetuned`.
 
         Raises:
             DeltaLoadError: the folder is damaged, holds several deltas, or is another library's.
         """
-        folder = hub.folder_of(finetuned_delta_path)
+        folder = hub.folder_of(
+            finetuned_delta_path,
+            local_files_only,
+            cache_dir=cache_dir,
+            force_download=force_download,
+        )
+        with undamaged(folder):
+            options = read_options(folder)
+        if options is not None:
+            return cls.from_dict(options)
         reader = interop.reader_of(folder)
         if reader is legacy:
             return legacy.config_of(folder)
@@ -70,21 +92,31 @@ class AutoDeltaConfig:
         return configs[0]
 
 
+DeltaConfig.reader = AutoDeltaConfig.from_finetuned
+
+
 class AutoDeltaModel:
     """Makes the delta of the method that a config or a folder names."""
 
     @classmethod
-    def from_config(cls, config: DeltaConfig, backbone_model: nn.Module, **options: Any) -> Delta:
+    def from_config(
+        cls,
+        config: DeltaConfig | Mapping[str, Any],
+        backbone_model: nn.Module,
+        check_hash: bool = True,
+        **options: Any,
+    ) -> Delta:
         """Put a new delta with the options of `config`, changed by `options`, on a backbone.
 
         Args:
+            config: a config, or a dict, which `AutoDeltaConfig.from_dict` reads.
+            check_hash: ignored; OpenDelta 0.3 had it. A new delta has nothing to compare.
             options: options by name, and `sample_inputs`.
         """
+        if isinstance(config, Mapping):
+            config = AutoDeltaConfig.from_dict(config)
         if not isinstance(config, DeltaConfig):
-            raise OptionError(
-                f"from_config takes a config, not {type(config).__name__}; make one of a dict with "
-                "AutoDeltaConfig.from_dict"
-            )
+            raise OptionError(f"from_config takes a config or a dict, not {type(config).__name__}")
         return cast(type[Delta], method(config.delta_type)).from_config(
             config, backbone_model, **options
         )
@@ -94,8 +126,12 @@ class AutoDeltaModel:
         cls,
         finetuned_delta_path: str | os.PathLike,
         backbone_model: nn.Module,
+        delta_config: DeltaConfig | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        *,
         name: str | None = None,
         local_files_only: bool = False,
+        force_download: bool = False,
         check_hash: bool = True,
         check_backbone: bool = True,
         sample_inputs: Samples | None = None,
@@ -104,8 +140,11 @@ class AutoDeltaModel:
 
         Args:
             finetuned_delta_path: the folder, or "user/name" on the hub.
+            delta_config: the options that the delta must have been saved with. None: any.
+            cache_dir: the folder for downloads. None: that of huggingface_hub.
             name: the delta's new name. None: its saved name, or the next free one.
             local_files_only: use only files that were downloaded before.
+            force_download: download again what was downloaded before.
             check_backbone: raise if the weights under the delta differ from the weights that it was
                 trained on. A few values are compared.
             check_hash: OpenDelta 0.3's name for `check_backbone`; both must be true for the check.
@@ -117,9 +156,12 @@ class AutoDeltaModel:
         return Delta.from_finetuned(
             finetuned_delta_path,
             backbone_model,
-            name,
-            local_files_only,
-            check_hash,
-            check_backbone,
-            sample_inputs,
+            delta_config,
+            cache_dir,
+            name=name,
+            local_files_only=local_files_only,
+            force_download=force_download,
+            check_hash=check_hash,
+            check_backbone=check_backbone,
+            sample_inputs=sample_inputs,
         )

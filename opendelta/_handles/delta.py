@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
@@ -17,11 +17,11 @@ from .._backbone.heads import warn_of_untrained
 from .._backbone.inputs import Samples
 from .._backbone.patterns import as_list
 from .._checkpoint import hub, loading, saving
-from .._deltas.base import BaseDelta
+from .._deltas import former
 from .._deltas.buffers import warn_of_moving
 from .._deltas.choosing import choose
 from .._deltas.committing import commit, take_off
-from .._deltas.converting import convert
+from .._deltas.converting import carry, convert, is_dtype
 from .._deltas.freezing import freeze
 from .._deltas.making import make, uncollected
 from .._deltas.options import DeltaConfig
@@ -31,13 +31,14 @@ from .._deltas.registry import register
 from .._files.tensors import copy_into
 from .._layers.selection import Block
 from .._show.tree import log
-from ..errors import DeltaError, OptionError, to_the_end
+from ..errors import DeltaError, DeltaLoadError, OptionError, to_the_end
+from .as_module import AsModule
 from .with_block import with_block
 
 AnyDelta = TypeVar("AnyDelta", bound="Delta")
 
 
-class Delta(BaseDelta):
+class Delta(AsModule):
     """The base class of all methods: `LoraModel(model)` puts a delta on `model`, and is its handle.
 
     A method sets the four class attributes; all other code is here. The arguments of the class are
@@ -59,6 +60,8 @@ class Delta(BaseDelta):
     def __init_subclass__(cls) -> None:
         register(cls)
         fields = {field.name: field for field in dataclasses.fields(cls.config_class)}
+        defaults = {name: field.default for name, field in fields.items()}
+        defaults |= cls.config_class.class_defaults
         first, names = cls.config_class.positional_names(), cls.config_class.option_names()
         by_position, by_name = (
             inspect.Parameter.POSITIONAL_OR_KEYWORD,
@@ -67,7 +70,7 @@ class Delta(BaseDelta):
         cls.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
             [inspect.Parameter("backbone_model", by_position, annotation=nn.Module)]
             + [
-                inspect.Parameter(n, kind, default=fields[n].default, annotation=fields[n].type)
+                inspect.Parameter(n, kind, default=defaults[n], annotation=fields[n].type)
                 for group, kind in ((first, by_position), (names, by_name))
                 for n in group
                 if group is first or n not in first
@@ -96,7 +99,7 @@ class Delta(BaseDelta):
                 f"{type(self).__name__}: {sorted(twice)} given twice, by position and by name; "
                 f"after backbone_model come {', '.join(names[:4])}, ..."
             )
-        config = self.config_class.from_dict({**given, **options})
+        config = self.config_class.from_options({**given, **options})
         if not isinstance(backbone_model, nn.Module):
             raise OptionError(f"backbone_model must be a torch.nn.Module, not {backbone_model!r}")
         backbone = Backbone.of(backbone_model, sample_inputs)
@@ -108,13 +111,21 @@ class Delta(BaseDelta):
 
     @classmethod
     def from_config(
-        cls: type[AnyDelta], config: DeltaConfig, backbone_model: nn.Module, **options: Any
+        cls: type[AnyDelta],
+        config: DeltaConfig | Mapping[str, Any],
+        backbone_model: nn.Module,
+        check_hash: bool = True,
+        **options: Any,
     ) -> AnyDelta:
         """Put a new delta with these options, changed by `options`, on `backbone_model`.
 
         Args:
+            config: a config of the method, or a dict, which `config_class.from_dict` reads.
+            check_hash: ignored; OpenDelta 0.3 had it. A new delta has nothing to compare.
             options: options by name, and `sample_inputs`.
         """
+        if isinstance(config, Mapping):
+            config = cls.config_class.from_dict(config)
         if not isinstance(config, cls.config_class):
             raise OptionError(f"{cls.__name__} takes a {cls.config_class.__name__}, not {config!r}")
         return cls(backbone_model, **{**vars(config), **options})
@@ -124,8 +135,12 @@ class Delta(BaseDelta):
         cls: type[AnyDelta],
         finetuned_delta_path: str | os.PathLike,
         backbone_model: nn.Module,
+        delta_config: DeltaConfig | None = None,
+        cache_dir: str | os.PathLike | None = None,
+        *,
         name: str | None = None,
         local_files_only: bool = False,
+        force_download: bool = False,
         check_hash: bool = True,
         check_backbone: bool = True,
         sample_inputs: Samples | None = None,
@@ -134,24 +149,40 @@ class Delta(BaseDelta):
 
         Args:
             finetuned_delta_path: the folder, or "user/name" on the hub.
+            delta_config: the options that the delta must have been saved with. None: any.
+            cache_dir: the folder for downloads. None: that of huggingface_hub.
             name: the delta's new name. None: its saved name, or the next free one.
             local_files_only: use only files that were downloaded before.
+            force_download: download again what was downloaded before.
             check_backbone: raise if the weights under the delta differ from the weights that it was
                 trained on. A few values are compared.
             check_hash: OpenDelta 0.3's name for `check_backbone`; both must be true for the check.
             sample_inputs: inputs of the backbone, to find sizes by; see `Delta`.
 
         Raises:
-            DeltaLoadError: the folder holds another method, is damaged, or does not fit.
+            DeltaLoadError: the folder holds another method or other options, is damaged, or does
+                not fit.
         """
-        path = hub.folder_of(finetuned_delta_path, local_files_only)
+        path = hub.folder_of(
+            finetuned_delta_path,
+            local_files_only,
+            cache_dir=cache_dir,
+            force_download=force_download,
+        )
         checked = check_hash and check_backbone
-        loaded, _ = loading.load(path, backbone_model, name, cls, checked, sample_inputs)
+        loaded, _ = loading.load(
+            path, backbone_model, name, cls, checked, sample_inputs, delta_config
+        )
         return cast(AnyDelta, loaded[0])
 
     # ------------------------------------------------------- attaching, detaching
     def attach(
-        self, *, before: Delta | str | None = None, after: Delta | str | None = None
+        self,
+        module: nn.Module | None = None,
+        reset_state_dict: bool = True,
+        *,
+        before: Delta | str | None = None,
+        after: Delta | str | None = None,
     ) -> None:
         """Put the delta back at its old place in the order, or next to another delta.
 
@@ -159,6 +190,8 @@ class Delta(BaseDelta):
         attached already, only its place in the order changes.
 
         Args:
+            module: the backbone that the delta was made for, which is the only one possible.
+            reset_state_dict: ignored; OpenDelta 0.3 had it.
             before: a delta or its name: put this delta right before it in the order.
             after: a delta or its name: put this delta right after it in the order.
 
@@ -168,6 +201,7 @@ class Delta(BaseDelta):
             DeltaError: both neighbours are given, or one is not on this backbone; or the delta
                 would act beneath a merged one.
         """
+        self._require_backbone(module, "attach")
         if before is not None and after is not None:
             raise DeltaError("attach(before=..., after=...): give one neighbour, not both")
         backbone = Backbone.of(self.backbone_model)
@@ -180,14 +214,27 @@ class Delta(BaseDelta):
         elif any(next_to):
             move(backbone, self.record, *next_to)
 
-    def detach(self) -> None:
+    def detach(self, module: nn.Module | None = None, reset_state_dict: bool = True) -> None:
         """Take the delta off, at any place in the order; its tensors stay with this handle.
 
         When the last delta leaves, the flags that `freeze_module` changed are restored, and
         `state_dict()` of the backbone holds all tensors again.
+
+        Args:
+            module: the backbone that the delta was made for, which is the only one possible.
+            reset_state_dict: ignored; OpenDelta 0.3 had it.
         """
+        self._require_backbone(module, "detach")
         self.record.require_apart("cannot detach")
         take_off(Backbone.of(self.backbone_model), self)
+
+    def _require_backbone(self, module: nn.Module | None, verb: str) -> None:
+        if module is not None and module is not self.backbone_model:
+            raise DeltaError(
+                f"{verb}(module=...): {self.name!r} was made for a whole "
+                f"{type(self.backbone_model).__name__}, not for this {type(module).__name__}: make "
+                "another delta for it"
+            )
 
     # ---------------------------------------------------------- the switches
     def enable(self) -> None:
@@ -243,9 +290,10 @@ class Delta(BaseDelta):
         Warns:
             UnsavedWarning: frozen normalisations keep statistics, as BatchNorm does, that move in
                 training mode and that no file of a delta holds.
+            UnusedWarning: a name selects nothing.
 
         Raises:
-            AddressError: a name selects nothing. Nothing is frozen then.
+            AddressError: none of the names selects anything. Nothing is frozen then.
         """
         backbone = Backbone.of(self.backbone_model)
         shared = self.record.shared
@@ -260,18 +308,26 @@ class Delta(BaseDelta):
         warn_of_moving(backbone)
 
     # --------------------------------------------------------------- tensors
-    def to(self: AnyDelta, dtype: torch.dtype | str) -> AnyDelta:
-        """Convert the delta's tensors to another dtype, which becomes its option `dtype`.
+    def to(
+        self: AnyDelta,
+        *targets: torch.dtype | torch.device | str | int,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | str | None = None,
+    ) -> AnyDelta:
+        """Convert the delta's tensors to another dtype, or move them to another device.
 
-        The parameters stay the same objects. An optimizer that has stepped keeps states of the old
-        dtype, so make it anew.
+        The dtype becomes the option `dtype` of the delta. The parameters stay the same objects. An
+        optimizer that has stepped keeps states of the old dtype, so make it anew. A backbone that
+        moves takes its attached deltas along.
 
         Args:
+            targets: a dtype or a device, or both.
+            device: such as "cuda:0"; the backbone must be there when it runs.
             dtype: such as torch.bfloat16 or "bfloat16"; "backbone": the dtype in which each module
                 computes.
 
         Raises:
-            OptionError: a delta cannot have this dtype.
+            OptionError: a target is neither a device nor a dtype that a delta can have.
             AddressError: a module with a layer of the delta is no longer there.
             DeltaError: the delta is merged, its tensors are sharded or offloaded, or values are too
                 large for `dtype`.
@@ -286,7 +342,14 @@ class Delta(BaseDelta):
             >>> [str(p.dtype) for p in delta.to("backbone").parameters()]
             ['torch.bfloat16', 'torch.bfloat16']
         """
-        convert(self, dtype)
+        wanted = [*targets, *(target for target in (device, dtype) if target is not None)]
+        if not wanted:
+            raise OptionError(f"{self.name!r}.to() needs a dtype, such as 'float32', or a device")
+        for target in wanted:
+            if is_dtype(target):
+                convert(self, target)
+            else:
+                carry(self, target)
         return self
 
     def shard(self, **options: Any) -> None:
@@ -301,18 +364,30 @@ class Delta(BaseDelta):
         for layer in self.layers.values():
             sharding.apart(layer, **options)
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: dict[str, Tensor], strict: bool = True) -> None:
         """Copy tensors by full name into the delta.
 
+        Args:
+            strict: if False, tensors may be missing, and others, such as the backbone's, are
+                ignored.
+
         Raises:
-            DeltaLoadError: a tensor is missing, unexpected or misshaped. Nothing is copied then.
+            DeltaLoadError: a tensor is missing, unexpected or misshaped, or none is the delta's.
+                Nothing is copied then.
         """
         self.record.require_apart("cannot load")
-        copy_into(self.state_dict(), state, f"state_dict of {self.name!r}")
+        own, source = self.state_dict(), f"state_dict of {self.name!r}"
+        if not strict:
+            both = own.keys() & state.keys()
+            if not both:
+                raise DeltaLoadError(f"{source}: none of its {len(state)} tensors is the delta's")
+            own, state = ({key: given[key] for key in both} for given in (own, state))
+        copy_into(own, state, source)
 
     # ------------------------------------------------------- showing, saving
     def log(
         self,
+        module: nn.Module | None = None,
         delta_ratio: bool = True,
         trainable_ratio: bool = True,
         visualization: bool = True,
@@ -321,15 +396,19 @@ class Delta(BaseDelta):
         """Print the backbone's tree with its deltas, and the share of parameters that train.
 
         Args:
+            module: the module to print. None: the backbone.
             delta_ratio: print the delta parameters' share of all parameters.
             trainable_ratio: print the trainable parameters' share.
             visualization: print the tree.
             cuda_memory: print the memory in use, if there is CUDA.
         """
-        log(self.backbone_model, delta_ratio, trainable_ratio, visualization, cuda_memory)
+        log(module or self.backbone_model, delta_ratio, trainable_ratio, visualization, cuda_memory)
 
     def save_finetuned(
-        self, save_directory: str | os.PathLike = "./output", push_to_hub: bool | str = False
+        self,
+        finetuned_delta_path: str | os.PathLike = "./delta_checkpoints/",
+        push_to_hub: bool | str = False,
+        **former_options: Any,
     ) -> None:
         """Save the delta, its own modules, and the backbone parameters left trainable by name.
 
@@ -338,13 +417,23 @@ class Delta(BaseDelta):
         content at any moment.
 
         Args:
-            save_directory: the folder; it is made if need be.
+            finetuned_delta_path: the folder; it is made if need be.
             push_to_hub: save the delta on the hub too, in the repository "user/name". True: in the
                 user's repository with the folder's name. See the method `push_to_hub`.
+            former_options: arguments of OpenDelta 0.3; those for DeltaCenter are ignored.
+
+        Warns:
+            UnusedWarning: arguments for DeltaCenter were given, which is closed.
+
+        Raises:
+            OptionError: an argument is unknown. If `push_to_dc` is true, the delta is saved first.
         """
-        saving.save([self], save_directory)
+        unsent = former.check_saving(former_options)
+        saving.save([self], finetuned_delta_path)
+        if unsent:
+            raise OptionError(f"{self.name!r} is saved in {finetuned_delta_path}, but {unsent}")
         if push_to_hub:
-            name = os.path.basename(os.path.realpath(save_directory))
+            name = os.path.basename(os.path.realpath(finetuned_delta_path))
             self.push_to_hub(name if push_to_hub is True else push_to_hub)
 
     def push_to_hub(

@@ -129,7 +129,7 @@ def config_for(model: nn.Module, request: Request) -> DeltaConfig:
         paired = method(request.delta_type).layer_class.paired
         names, by_role = _places(model, request.places, paired)
         given |= {"modified_modules": names, "common_structure": by_role or None}
-    return config_class.from_dict(given)
+    return config_class.from_options(given)
 
 
 def _places(model: nn.Module, places: list[str], paired: bool) -> tuple[list[str], bool]:

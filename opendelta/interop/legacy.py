@@ -24,10 +24,11 @@ from .._deltas.base import BaseDelta
 from .._deltas.options import DeltaConfig
 from .._deltas.order import handle_of, known_records
 from .._deltas.registry import method
+from .._deltas.state_dict import TRANSLATORS
 from .._files.reading import check_link, undamaged
 from .._files.tensors import copy_into
 from .._modules.tensors import full, stored_params
-from ..errors import DeltaError, DeltaLoadError, OptionError
+from ..errors import DeltaError, DeltaLoadError, OptionError, listed
 from ..names import SLOT, inside
 from ._files import read_json, read_pickle, repeats_too_much
 
@@ -44,7 +45,8 @@ METHODS = {
 # With three layers of one method on a module, the second has _1 behind its name, the third _2.
 KEY = re.compile(rf"(?P<where>.+?)\.(?P<slot>{'|'.join(METHODS)})(?:_(?P<nth>\d+))?\.(?P<rest>.+)")
 NETWORK = re.compile(r".+\.reparams(?:_\d+)?\.(?P<rest>.+)")
-PROMPT = "soft_prompt_layer.soft_embeds"
+PROMPT = re.compile(r"(?:.+\.)?soft_prompt_layer\.soft_embeds")
+TOKENS = re.compile(r".+\.reparams(?:_\d+)?\.input_tokens")  # the numbers 0, 1, 2, ...
 RENAMED = {  # {our method: [(pattern in a 0.3 name, our text instead)]}
     "adapter": [(r"^modulelist\.", "")],
     "parallel_adapter": [(r"^modulelist\.", "")],
@@ -83,7 +85,7 @@ def _content(given: dict[str, Tensor]) -> Content:
     """Sort a state dict by its keys."""
     content = Content()
     for key, tensor in given.items():
-        if key == PROMPT:
+        if PROMPT.fullmatch(key):
             content.prompt = tensor
         elif (found := NETWORK.fullmatch(key)) and "." in found["rest"]:
             content.network[found["rest"]] = tensor
@@ -92,7 +94,7 @@ def _content(given: dict[str, Tensor]) -> Content:
             for pattern, ours in RENAMED.get(name, ()):
                 rest = re.sub(pattern, ours, rest)
             content.sites[name, int(found["nth"] or 0)][found["where"]][rest] = tensor
-        elif not key.endswith(".reparams.input_tokens"):
+        elif not TOKENS.fullmatch(key):
             content.others[key] = tensor
     return content
 
@@ -113,7 +115,13 @@ def config_of(folder: Path) -> DeltaConfig:
         DeltaLoadError: no delta can have this config.
     """
     with undamaged(folder):
-        return _config(folder, read_json(folder / CONFIG))
+        config = read_json(folder / CONFIG)
+        if any(_may_run_forever(pattern) for pattern in as_list(config.get("modified_modules"))):
+            sites = _content(read_pickle(folder / WEIGHTS)).sites.values()
+            config["modified_modules"] = list(
+                dict.fromkeys(name for part in sites for name in part)
+            )
+        return _config(folder, config)
 
 
 def translate(folder: Path, model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -170,11 +178,6 @@ def _key(where: str, name: str, tensor: str) -> str:
 def _options(folder: Path, config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """Return the method's name and its options that are not null; null means 0.3's default."""
     name = config["delta_type"]
-    for pattern in as_list(config.get("modified_modules")):
-        if str(pattern).startswith("[r]") and repeats_too_much(pattern):
-            raise DeltaLoadError(
-                f"{folder / CONFIG}: {pattern!r} repeats too much; write names of modules"
-            )
     if str(name) not in {*METHODS.values(), "soft_prompt"}:
         raise DeltaLoadError(
             f"{folder / CONFIG}: delta_type={name!r} is none of OpenDelta 0.3's: "
@@ -192,14 +195,22 @@ def _options(folder: Path, config: dict[str, Any]) -> tuple[str, dict[str, Any]]
     return name, given
 
 
+def _may_run_forever(pattern: Any) -> bool:
+    return str(pattern).startswith("[r]") and repeats_too_much(pattern)
+
+
 def _config(folder: Path, config: dict[str, Any]) -> DeltaConfig:
     name, options = _options(folder, config)
     wanted = None if name == "soft_prompt" else config.get("modified_modules")
+    if pattern := next(filter(_may_run_forever, as_list(wanted)), None):
+        raise DeltaLoadError(
+            f"{folder / CONFIG}: {pattern!r} repeats too much; write names of modules"
+        )
     if wanted is not None:  # 0.3 put an @ into names that it found by a role
         options["modified_modules"] = [pattern.replace("@", "") for pattern in as_list(wanted)]
         options["common_structure"] = bool(config.get("common_structure")) or None
     try:
-        return method(name).config_class.from_dict(options)
+        return method(name).config_class.from_options(options)
     except OptionError as error:
         raise DeltaLoadError(f"{folder / CONFIG}: {error}") from None
 
@@ -215,16 +226,30 @@ def _sites_of(
     name = config["delta_type"]
     if name == "bitfit":
         _take_biases(content, sites)
-    cls, own = method(name), _config(folder, config)
+    cls = method(name)
+    by_keys = sites and not (content.network or cls.layer_class.paired)
+    own = _config(folder, config if not by_keys else {**config, "modified_modules": None})
     layer_class = cls.layer_for(own)
-    if not (layer_class.paired or content.network or name == "soft_prompt"):
+    if by_keys:
         return choosing.inside(backbone, list(sites), layer_class)
     try:
         resolved = choosing.resolve(backbone, own, cls.default_modified_modules, layer_class)
     except DeltaError as error:
         where = f"{folder / CONFIG}, on this {type(backbone.model).__name__}"
         raise DeltaLoadError(f"{where}: {error}") from None
-    return resolved.modified_modules or []
+    modified = resolved.modified_modules or []
+    return _pairs(list(sites), modified) if layer_class.paired else modified
+
+
+def _pairs(starts: list[str], modified: list[str]) -> list[str]:
+    """Return the pairs of modules of a branch: the starts from the file, the ends from the config.
+
+    On T5 the branch around the attention began and ended at the module around it.
+    """
+    ends = dict(zip(modified[::2], modified[1::2], strict=True))
+    around = {n: n for n in starts if any(w.startswith(f"{n}.") and w == ends[w] for w in ends)}
+    known = {**around, **ends}
+    return [name for start in starts if start in known for name in (start, known[start])]
 
 
 def _take_biases(content: Content, sites: dict[str, dict[str, Tensor]]) -> None:
@@ -278,9 +303,37 @@ def _matched(
         for where, own in part.items()
         for value in own.values()
     }
-    of_backbone = _of_backbone(source, backbone, content.others)
-    into |= {key: backbone.tensors()[key] for key in of_backbone}
+    of_backbone, own = _of_backbone(source, backbone, content.others), backbone.tensors()
+    into |= {key: own[key] for key in of_backbone if key in own}
     return into, {**given, **of_backbone, **unused}
+
+
+def _renamed(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
+    """Give the tensors of deltas in a state dict of OpenDelta 0.3 the names that they have here.
+
+    Plain biases of its BitFit are the backbone's, and stay so.
+
+    Raises:
+        DeltaLoadError: the model has no delta for some of them.
+    """
+    if not any(expression.fullmatch(k) for k in state for expression in (KEY, NETWORK, PROMPT)):
+        return state
+    backbone = Backbone.of(model)
+    content, counts = _content(state), defaultdict[tuple[str, str], int](int)
+    others, content.others = content.others, {}
+    given: dict[str, Tensor] = {}
+    for record in known_records(backbone):
+        given |= _of_delta(handle_of(backbone, record), backbone, content, counts)
+    if left := [f"{n} ({kind})" for (kind, _), part in content.sites.items() for n in part]:
+        raise DeltaLoadError(
+            f"the state dict is OpenDelta 0.3's, and this {type(model).__name__} has no "
+            f"delta for {listed(left)}: attach the same deltas in the same order, with these names "
+            "as modified_modules"
+        )
+    return {**others, **given}
+
+
+TRANSLATORS.append(_renamed)
 
 
 def _of_delta(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,7 +20,8 @@ class CompacterConfig(DeltaConfig):
     Attributes:
         reduction_factor: the hidden layer has width // reduction_factor units, rounded down to a
             multiple of `hypercomplex_division`, but at least `hypercomplex_division`.
-        non_linearity: its activation, by transformers' name.
+        non_linearity: its activation, by transformers' name. `CompacterModel(model)` has another
+            default than a config, as in OpenDelta 0.3.
         phm_c_init: how the A_i start. "normal": with the standard deviation `phm_init_range`.
             "uniform": in [-phm_init_range, phm_init_range].
         hypercomplex_division: n, the number of Kronecker products in a sum; A_i is [n, n].
@@ -34,8 +36,9 @@ class CompacterConfig(DeltaConfig):
     """
 
     positional_first = True
+    class_defaults = MappingProxyType({"non_linearity": "gelu_new"})
     reduction_factor: int = option(16, minimum=1)
-    non_linearity: str = "gelu_new"
+    non_linearity: str = "relu"
     phm_c_init: str = option("normal", choices=["normal", "uniform"])
     hypercomplex_division: int = option(4, minimum=1)
     learn_phm: bool = True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
@@ -25,7 +25,6 @@ class ParallelAdapterConfig(DeltaConfig):
 
     bottleneck_dim: int = option(24, minimum=1)
     non_linearity: str = "gelu_new"
-    _: KW_ONLY
     scaled: float = 1.0
 
 

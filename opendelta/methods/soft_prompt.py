@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from .._layers.prompt import PromptLayer, rows_of
 from ..author import Delta, DeltaConfig, Site, option
 
+MASKED = {"attention_mask": 1}
+WIDENED = {"attention_mask": 1, "token_type_ids": 0}
+
 
 @dataclass
 class SoftPromptConfig(DeltaConfig):
@@ -21,6 +24,8 @@ class SoftPromptConfig(DeltaConfig):
         token_init: start as the embeddings of tokens. True: the first tokens of the vocabulary. A
             list of token ids, or a text: these tokens, repeated if there are too few. False: a
             random start.
+        other_expand_ids: ignored; OpenDelta 0.3 had it. Here the mask of a prompt is 1, and other
+            ids are those of the first token.
         tokenizer: the folder or hub name of the tokenizer that reads the text.
         strip: take the prompt's positions out of the blocks' output, so that heads and labels see
             the tokens alone. The decoder of an encoder-decoder attends to the prompt in any case.
@@ -30,6 +35,7 @@ class SoftPromptConfig(DeltaConfig):
     soft_token_num: int = option(100, minimum=1)
     init_range: float = option(0.5, minimum=0.0)
     token_init: bool | str | list[int] = True
+    other_expand_ids: dict[str, int] | None = option(None, choices=[None, {}, MASKED, WIDENED])
     _: KW_ONLY
     tokenizer: str | None = None
     strip: bool = True

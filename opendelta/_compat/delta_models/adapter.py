@@ -1,0 +1,5 @@
+"""`opendelta.delta_models.adapter` of OpenDelta 0.3."""
+
+from opendelta.methods.adapter import AdapterConfig, AdapterLayer, AdapterModel
+
+__all__ = ["AdapterConfig", "AdapterLayer", "AdapterModel"]

@@ -1,0 +1,6 @@
+"""`opendelta.delta_models.bitfit` of OpenDelta 0.3."""
+
+from opendelta.methods.bitfit import BitFitConfig, BitFitModel
+from opendelta.methods.bitfit import BitFitLayer as BiasLayer
+
+__all__ = ["BiasLayer", "BitFitConfig", "BitFitModel"]

@@ -1,0 +1,6 @@
+"""`opendelta.delta_models.low_rank_adapter` of OpenDelta 0.3."""
+
+from opendelta.methods.low_rank_adapter import LowRankAdapterConfig, LowRankAdapterModel
+from opendelta.methods.low_rank_adapter import LowRankAdapterLayer as LowRankAdapter
+
+__all__ = ["LowRankAdapter", "LowRankAdapterConfig", "LowRankAdapterModel"]

@@ -1,0 +1,9 @@
+"""`opendelta.delta_models.parallel_adapter` of OpenDelta 0.3."""
+
+from opendelta.methods.parallel_adapter import (
+    ParallelAdapterConfig,
+    ParallelAdapterLayer,
+    ParallelAdapterModel,
+)
+
+__all__ = ["ParallelAdapterConfig", "ParallelAdapterLayer", "ParallelAdapterModel"]

@@ -1,0 +1,1 @@
+"""`opendelta.utils` of OpenDelta 0.3."""

@@ -1,0 +1,52 @@
+"""`opendelta.utils.logging` of OpenDelta 0.3: loggers of Python under the name `opendelta`."""
+
+import logging
+from logging import CRITICAL, DEBUG, ERROR, FATAL, INFO, NOTSET, WARN, WARNING
+
+__all__ = [
+    "CRITICAL", "DEBUG", "ERROR", "FATAL", "INFO", "NOTSET", "WARN", "WARNING", "get_logger",
+    "get_verbosity", "set_verbosity", "set_verbosity_debug", "set_verbosity_error",
+    "set_verbosity_info", "set_verbosity_warning",
+]  # fmt: skip
+
+
+def get_logger(name: str | None = None, verbosity_level: int | None = None) -> logging.Logger:
+    """Return the logger `name`. None: the library's.
+
+    Args:
+        verbosity_level: the least level that it prints. None: as it is.
+    """
+    logger = logging.getLogger("opendelta" if name is None else name)
+    if verbosity_level is not None:
+        logger.setLevel(verbosity_level)
+    return logger
+
+
+def get_verbosity() -> int:
+    """Return the least level that the library's logger prints."""
+    return get_logger().getEffectiveLevel()
+
+
+def set_verbosity(verbosity: int) -> None:
+    """Set the least level that the library's logger prints."""
+    get_logger().setLevel(verbosity)
+
+
+def set_verbosity_debug() -> None:
+    """Print messages of all levels."""
+    set_verbosity(DEBUG)
+
+
+def set_verbosity_info() -> None:
+    """Print infos and all that is graver."""
+    set_verbosity(INFO)
+
+
+def set_verbosity_warning() -> None:
+    """Print warnings and errors."""
+    set_verbosity(WARNING)
+
+
+def set_verbosity_error() -> None:
+    """Print errors only."""
+    set_verbosity(ERROR)

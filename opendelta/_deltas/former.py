@@ -1,0 +1,101 @@
+"""Options of OpenDelta 0.3 that are none here: accepted where nothing changes, else refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..errors import OptionError, UnusedWarning, listed, nearest, shown, warn
+
+
+@dataclass(frozen=True)
+class Former:
+    """An option of OpenDelta 0.3.
+
+    Attributes:
+        as_here: the values that ask for what happens here.
+        instead: what to do in the place of other values.
+        methods: the methods that had the option; empty: all.
+    """
+
+    as_here: tuple[Any, ...]
+    instead: str
+    methods: tuple[str, ...] = ()
+
+
+FORMER = {
+    "backend": Former(
+        ("hf", None),
+        "a backbone of BMTrain is not supported; shard a plain one with FSDP2 or DeepSpeed ZeRO",
+    ),
+    "bottleneck_dim": Former(
+        (None,), "OpenDelta 0.3 took it and did not heed it; use reduction_factor", ("compacter",)
+    ),
+    "sequential": Former(
+        (True, None),
+        "ParallelAdapterModel is the adapter beside a module",
+        ("adapter", "compacter", "low_rank_adapter"),
+    ),
+}
+
+
+def of(delta_type: str) -> list[str]:
+    """Return the former options of a method that are no options here."""
+    return [n for n, old in FORMER.items() if not old.methods or delta_type in old.methods]
+
+
+def replaced(delta_type: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `options` without former ones.
+
+    Raises:
+        OptionError: a former option asks for what is not here.
+    """
+    names = of(delta_type)
+    for name in options.keys() & {*names}:
+        old = FORMER[name]
+        if options[name] not in old.as_here:
+            raise OptionError(f"{delta_type!r}: {name}={shown(options[name])}: {old.instead}")
+    return {name: value for name, value in options.items() if name not in names}
+
+
+# Arguments of 0.3's save_finetuned: {name: values that ask for what happens here}.
+SAVING = {"save_config": (True,), "state_dict": (None,), "save_function": (None, torch.save)}
+FOR_DELTACENTER = (
+    "push_to_dc", "delay_push", "center_args", "center_args_pool", "list_tags", "dict_tags",
+    "test_result",
+)  # fmt: skip
+
+
+def check_saving(given: Mapping[str, Any]) -> str:
+    """Check arguments that OpenDelta 0.3's `save_finetuned` had.
+
+    Returns:
+        A text that says why the delta cannot be sent to DeltaCenter if that is asked for, else "".
+
+    Warns:
+        UnusedWarning: there are others for DeltaCenter.
+
+    Raises:
+        OptionError: an argument is unknown, or asks for what is not here.
+    """
+    for name, value in given.items():
+        if name not in FOR_DELTACENTER and name not in SAVING:
+            near = nearest(name, ["finetuned_delta_path", "push_to_hub", *SAVING])
+            raise OptionError(
+                f"save_finetuned has no argument {name!r}"
+                + (f"; nearest: {', '.join(near)}" if near else "")
+            )
+        if name in SAVING and value not in SAVING[name]:
+            raise OptionError(
+                f"save_finetuned({name}={shown(value)}): a delta saves its own tensors and options "
+                "as safetensors and JSON; for anything else use delta.state_dict()"
+            )
+    gone = "DeltaCenter is closed: use push_to_hub='user/name'"
+    if given.get("push_to_dc"):
+        return f"push_to_dc=True: {gone}"
+    if unused := [name for name in given if name in FOR_DELTACENTER and given[name]]:
+        warn(f"save_finetuned ignores {listed(unused, most=9)}: {gone}", UnusedWarning)
+    return ""

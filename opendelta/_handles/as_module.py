@@ -1,0 +1,149 @@
+"""The parts of `nn.Module` that a delta has, as it was one in OpenDelta 0.3."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+import torch
+from torch import nn
+
+from .._backbone.counting import statistics
+from .._checkpoint.loading import refill
+from .._deltas.base import BaseDelta
+from .._deltas.registry import METHOD_OF_03, OWN_METHOD
+from ..errors import DeltaError
+
+AnyDelta = TypeVar("AnyDelta", bound=BaseDelta)
+
+
+class AsModule(BaseDelta):
+    """The part of `nn.Module`, and of OpenDelta 0.3's `DeltaBase`, that programs use.
+
+    The options are attributes: `delta.lora_r` is `delta.config.lora_r`.
+    """
+
+    if not TYPE_CHECKING:  # else a type checker would take every name for an attribute
+
+        def __getattr__(self, name: str) -> Any:
+            record = self.__dict__.get("record")
+            if record is not None and name in {f.name for f in dataclasses.fields(record.config)}:
+                return getattr(record.config, name)
+            hint = f"; {OWN_METHOD}" if name in METHOD_OF_03 else ""
+            raise AttributeError(
+                f"{type(self).__name__!r} object has no attribute {name!r}{hint}",
+                name=name,
+                obj=self,
+            )
+
+    def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Raise: the backbone is the model that runs.
+
+        Raises:
+            DeltaError: always.
+        """
+        raise DeltaError(
+            f"{self!r} does not run by itself: call, train and give to a Trainer the backbone, "
+            f"which holds its layers (here {type(self.backbone_model).__name__}, "
+            "delta.backbone_model)"
+        )
+
+    forward = __call__
+
+    # -------------------------------------------------------------------- its parts
+    @property
+    def training(self) -> bool:
+        """True if a layer is in training mode."""
+        return any(layer.training for layer in self.layers.values())
+
+    @property
+    def delta_modules(self) -> nn.ModuleList:
+        """Return the layers in a list."""
+        return nn.ModuleList(self.layers.values())
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """Yield (full name of the site, layer)."""
+        yield from self.layers.items()
+
+    def children(self) -> Iterator[nn.Module]:
+        """Yield the layers."""
+        yield from self.layers.values()
+
+    def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """Yield (full name, module) of the layers and of the modules inside them."""
+        for where, layer in self.layers.items():
+            yield from layer.named_modules(prefix=self.prefix(where).removesuffix("."))
+
+    def modules(self) -> Iterator[nn.Module]:
+        """Yield the layers and the modules inside them."""
+        return (module for _, module in self.named_modules())
+
+    def cuda(self: AnyDelta, device: int | torch.device | None = None) -> AnyDelta:
+        """Move the delta's tensors to a CUDA device; see `to`."""
+        return self.to("cuda" if device is None else torch.device("cuda", device))  # type: ignore[attr-defined, arg-type]
+
+    def cpu(self: AnyDelta) -> AnyDelta:
+        """Move the delta's tensors to the CPU; see `to`."""
+        return self.to("cpu")  # type: ignore[attr-defined]
+
+    def find_module(self, root_module: nn.Module, key: str) -> tuple[nn.Module, str, nn.Module]:
+        """Return the parent of the module `key` of `root_module`, the last step, and the module."""
+        parent, _, last = key.rpartition(".")
+        holder = root_module.get_submodule(parent)
+        return holder, last, holder.get_submodule(last)
+
+    # -------------------------------------------------------------------- its counts
+    @property
+    def stat(self) -> dict[str, float]:
+        """Return the counts and shares of the backbone's parameters, and CUDA memory in GiB."""
+        return module_statistics(self.backbone_model)
+
+    def trainable_parameters(self, module: nn.Module | None = None) -> list[nn.Parameter]:
+        """Return the parameters that train of `module`. None: of the delta."""
+        parameters = (self if module is None else module).parameters()
+        return [parameter for parameter in parameters if parameter.requires_grad]
+
+    def num_trainable_parameters(self, module: nn.Module | None = None) -> int:
+        """Count the parameters that train of `module`. None: of the delta."""
+        return sum(parameter.numel() for parameter in self.trainable_parameters(module))
+
+    def num_total_parameters(self, module: nn.Module | None = None) -> int:
+        """Count the parameters of `module`. None: of the delta."""
+        return sum(p.numel() for p in (self if module is None else module).parameters())
+
+    def trainable_parameters_names(self, module: nn.Module | None = None) -> list[str]:
+        """Return the names of the parameters that train of `module`. None: of the backbone."""
+        of = self.backbone_model if module is None else module
+        return [name for name, parameter in of.named_parameters() if parameter.requires_grad]
+
+    def frozen_parameters_names(self, module: nn.Module | None = None) -> list[str]:
+        """Return the names of the frozen parameters of `module`. None: of the backbone."""
+        of = self.backbone_model if module is None else module
+        return [name for name, parameter in of.named_parameters() if not parameter.requires_grad]
+
+    # -------------------------------------------------------------------- its files
+    def save_checkpoint(self, path: str | os.PathLike = "./delta_checkpoints/") -> None:
+        """Save the delta; the same as `save_finetuned`."""
+        self.save_finetuned(path)  # type: ignore[attr-defined]
+
+    def load_checkpoint(self, path: str | os.PathLike) -> None:
+        """Copy the values of the delta that `save_finetuned` or OpenDelta 0.3 wrote into this one.
+
+        Raises:
+            DeltaLoadError: the folder holds another delta, or its tensors do not fit.
+        """
+        refill(path, self)
+
+
+def module_statistics(module: nn.Module) -> dict[str, float]:
+    """Return the counts and shares of the parameters of `module`, and CUDA memory in GiB."""
+    counts, devices = statistics(module), range(torch.cuda.device_count())
+    return {
+        **dataclasses.asdict(counts),
+        "trainable_ratio": counts.trainable_ratio,
+        "delta_ratio": counts.delta_ratio,
+        "cudamem": sum(torch.cuda.memory_allocated(device) for device in devices) / 2**30,
+        "maxcudamem": sum(torch.cuda.max_memory_allocated(device) for device in devices) / 2**30,
+    }
