@@ -227,11 +227,15 @@ def to_the_end(action: Callable[[], None]) -> None:
         raise
 
 
-def nearest(word: str, known: Iterable[str], n: int = 3) -> list[str]:
-    """Return at most `n` names in `known` that look most like `word`, the best first."""
+def nearest(word: str, known: Iterable[str], n: int = 3, like: float = 0.4) -> list[str]:
+    """Return at most `n` names in `known` that look most like `word`, the best first.
+
+    Args:
+        like: how much they look like it at least, from 0 to 1.
+    """
     lower = {name.lower(): name for name in sorted(set(known))}
     parts = [name for name in lower if word.lower() in name.split("_")]
-    close = difflib.get_close_matches(word.lower(), lower, n=n, cutoff=0.4)
+    close = difflib.get_close_matches(word.lower(), lower, n=n, cutoff=like)
     return [lower[name] for name in dict.fromkeys([*parts, *close])][:n]
 
 

@@ -31,8 +31,9 @@ FORMER = {
         ("hf", None),
         "a backbone of BMTrain is not supported; shard a plain one with FSDP2 or DeepSpeed ZeRO",
     ),
+    "default_exclude_modules": Former((None, ["lm_head"]), "use exclude_modules"),
     "bottleneck_dim": Former(
-        (None,), "OpenDelta 0.3 took it and did not heed it; use reduction_factor", ("compacter",)
+        (None, 32), "OpenDelta 0.3 did not heed it either; use reduction_factor", ("compacter",)
     ),
     "sequential": Former(
         (True, None),

@@ -179,8 +179,12 @@ class DeltaConfig:
         return [*(name for name in every if name not in COMMON), *COMMON]
 
     @classmethod
-    def positional_names(cls) -> list[str]:
-        """Return the options that a delta's class takes by position, in OpenDelta 0.3's order."""
+    def positional_names(cls, given: Sequence[Any] = ()) -> list[str]:
+        """Return the options that a delta's class takes by position, in OpenDelta 0.3's order.
+
+        Args:
+            given: the values by position, for a method whose order depends on them.
+        """
         fields = dataclasses.fields(cls)
         own = [f.name for f in fields if f.name not in COMMON and not f.kw_only]
         return [*cls.positional, *own] if cls.positional_first else [*own, *cls.positional]
@@ -198,11 +202,11 @@ class DeltaConfig:
                 )
 
     @classmethod
-    def nearest_to(cls, name: Any) -> list[str]:
+    def nearest_to(cls, name: Any, like: float = 0.4) -> list[str]:
         """Return at most three options that a name which is no option may mean."""
         names = cls.option_names()
         ours = [other for other in ELSEWHERE.get(name, ()) if other in names]
-        return list(dict.fromkeys([*ours, *nearest(str(name), names)]))[:3]
+        return list(dict.fromkeys([*ours, *nearest(str(name), names, like=like)]))[:3]
 
     @classmethod
     def from_options(cls: type[Config], options: Mapping[str, Any]) -> Config:
@@ -242,7 +246,7 @@ class DeltaConfig:
         names = {*cls.option_names(), *former.of(cls.delta_type)}
         others = [name for name in options if name not in {*names, *ABOUT, "delta_type"}]
         if others:
-            near = {name: cls.nearest_to(name) for name in others}
+            near = {name: cls.nearest_to(name, like=0.8) for name in others}
             warn(
                 f"{cls.__name__} ignores {listed(others, most=len(others))}: no options of "
                 f"{cls.delta_type!r}"

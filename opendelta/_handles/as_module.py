@@ -31,6 +31,8 @@ class AsModule(BaseDelta):
             record = self.__dict__.get("record")
             if record is not None and name in {f.name for f in dataclasses.fields(record.config)}:
                 return getattr(record.config, name)
+            if name in ("_modules", "_parameters"):  # a Trainer takes it for a model
+                self()
             hint = f"; {OWN_METHOD}" if name in METHOD_OF_03 else ""
             raise AttributeError(
                 f"{type(self).__name__!r} object has no attribute {name!r}{hint}",

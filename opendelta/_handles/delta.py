@@ -85,7 +85,7 @@ class Delta(AsModule):
         sample_inputs: Samples | None = None,
         **options: Any,
     ) -> None:
-        names = self.config_class.positional_names()
+        names = self.config_class.positional_names(args)
         if len(args) > len(names):
             raise OptionError(
                 f"{type(self).__name__} takes at most {len(names)} options by position; give "

@@ -257,6 +257,11 @@ def kind_of(module: nn.Module) -> Kind | None:
     sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
     if isinstance(sizes[0], int) and isinstance(sizes[1], int):
         return Kind(sizes[0], sizes[1])
+    sizes = getattr(module, "dim_in", None), getattr(module, "dim_out", None)  # in ModelCenter
+    if isinstance(sizes[0], int) and isinstance(sizes[1], int):
+        weight = module._parameters.get("weight")
+        if weight is not None and tuple(weight.shape) == sizes[::-1]:
+            return Kind(sizes[0], sizes[1])
     return None
 
 

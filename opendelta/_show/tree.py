@@ -210,10 +210,12 @@ class ModelTree:
     `print` and a prompt show it as plain text; rich and Jupyter show it in colours.
     """
 
-    def __init__(self, model: nn.Module, keep_non_params: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, keep_non_params: bool = False, rootname: str = "root"
+    ) -> None:
         if not isinstance(model, nn.Module):
             raise OptionError(f"model must be a torch.nn.Module, not {type(model).__name__}")
-        self._node = Walk(keep_non_params).node("root", model)
+        self._node = Walk(keep_non_params).node(rootname, model)
         self._tree = draw(self._node)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -331,19 +333,38 @@ class Visualization:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
 
-    def structure_graph(self, printTree: bool = True, keep_non_params: bool = False) -> None:
+    def structure_graph(
+        self,
+        rootname: str = "root",
+        expand_params: bool = False,
+        keep_non_params: bool = False,
+        common_structure: bool = False,
+        mapping: None = None,
+        only_common: bool = False,
+        printTree: bool = True,
+    ) -> ModelTree | None:
         """Print the tree.
 
         Args:
-            printTree: if False, print nothing.
+            rootname: the name of the model in the first line.
             keep_non_params: show modules without parameters too, such as dropout and activations.
+            expand_params, common_structure, mapping, only_common: OpenDelta 0.3 had them; not
+                available.
+            printTree: if False, print nothing and return the tree.
 
         Raises:
-            OptionError: the model is no torch module.
+            OptionError: the model is no torch module, or an argument is not available.
         """
-        drawn = ModelTree(self.model, keep_non_params)
-        if printTree:
-            drawn.show()
+        if expand_params or common_structure or mapping or only_common:
+            raise OptionError(
+                "structure_graph draws each parameter in the line of its module, under the model's "
+                "own names; opendelta.roles(model) gives the common ones"
+            )
+        drawn = ModelTree(self.model, keep_non_params, rootname)
+        if not printTree:
+            return drawn
+        drawn.show()
+        return None
 
 
 def log(

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from .._layers import labels, prefix
 from .._layers.base import DeltaLayer
 from .._modules import kinds, tensors, wrappers
-from ..errors import SiteError
-from ..names import SLOT
+from .._modules.calls import has_forward
+from ..errors import SiteError, quoted
+from ..names import SLOT, join, last
 from . import compile_limit, nested
 from .stack import Stack, acting_on, stack_of
 
@@ -174,12 +175,15 @@ def shows_weight(module: nn.Module) -> bool:
 
 def check_has_forward(where: str, module: nn.Module) -> None:
     """Raise if the module `where` has no forward; ModuleList, for example, has none."""
-    if getattr(type(module), "forward", None) is nn.Module.forward:
-        raise SiteError(
-            f"{where!r} ({type(module).__name__}) is never called, having no forward; choose its "
-            rf"items, such as r'[r]{where.rpartition('.')[2]}\.\d+'",
-            where=where,
-        )
+    if has_forward(module):
+        return
+    first = next(iter(module._modules), "")
+    item = rf"r'[r]{last(where)}\.\d+'" if first.isdecimal() else repr(join(where, first))
+    raise SiteError(
+        f"{quoted(where)} ({type(module).__name__}) is never called, having no forward; choose "
+        f"modules inside it, such as {item}",
+        where=where,
+    )
 
 
 def check(
@@ -206,7 +210,8 @@ def check(
             "rename it, or choose its parent or its children",
             where=where,
         )
-    check_has_forward(where, module)
+    if layer.computes:
+        check_has_forward(where, module)
     if stack is not None and name in stack:
         raise SiteError(f"{here} carries a delta {name!r} already; pass another name=", where=where)
     if wrappers.hides_forward(module):

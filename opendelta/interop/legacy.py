@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .._backbone.backbone import Backbone
 from .._backbone.patterns import as_list
-from .._deltas import choosing
+from .._deltas import choosing, former
 from .._deltas.base import BaseDelta
 from .._deltas.options import DeltaConfig
 from .._deltas.order import handle_of, known_records
@@ -42,8 +42,11 @@ METHODS = {
     "bitfit": "bitfit",
     "prefix": "prefix",
 }
+OURS = rf"(?:.+\.)?{SLOT}\.(?:.+)"  # the name of a tensor here
 # With three layers of one method on a module, the second has _1 behind its name, the third _2.
-KEY = re.compile(rf"(?P<where>.+?)\.(?P<slot>{'|'.join(METHODS)})(?:_(?P<nth>\d+))?\.(?P<rest>.+)")
+KEY = re.compile(
+    rf"(?!{OURS})(?P<where>.+?)\.(?P<slot>{'|'.join(METHODS)})(?:_(?P<nth>\d+))?\.(?P<rest>.+)"
+)
 NETWORK = re.compile(r".+\.reparams(?:_\d+)?\.(?P<rest>.+)")
 PROMPT = re.compile(r"(?:.+\.)?soft_prompt_layer\.soft_embeds")
 TOKENS = re.compile(r".+\.reparams(?:_\d+)?\.input_tokens")  # the numbers 0, 1, 2, ...
@@ -184,6 +187,7 @@ def _options(folder: Path, config: dict[str, Any]) -> tuple[str, dict[str, Any]]
             f"{', '.join(METHODS.values())}, soft_prompt"
         )
     known = {option.name for option in dataclasses.fields(method(name).config_class)} - FREE
+    known |= {*former.of(name)}
     given = {key: value for key, value in config.items() if key not in FREE and value is not None}
     if unknown := sorted(given.keys() - known):
         raise DeltaLoadError(

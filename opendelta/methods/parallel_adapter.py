@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -20,12 +22,20 @@ class ParallelAdapterConfig(DeltaConfig):
         bottleneck_dim: width of the hidden layer.
         non_linearity: its activation, by transformers' name.
         scaled: the adapter's output is multiplied by this; the paper's best is 4, with
-            bottleneck_dim=512 beside the feed-forward layers.
+            bottleneck_dim=512 beside the feed-forward layers. By position, a number after
+            `non_linearity`.
     """
 
     bottleneck_dim: int = option(24, minimum=1)
     non_linearity: str = "gelu_new"
+    _: KW_ONLY
     scaled: float = 1.0
+
+    @classmethod
+    def positional_names(cls, given: Sequence[Any] = ()) -> list[str]:
+        names = super().positional_names()
+        scaled = ["scaled"] if isinstance((*given, None, None, None)[2], int | float) else []
+        return [*names[:2], *scaled, *names[2:]]
 
 
 class ParallelAdapterLayer(BranchLayer):

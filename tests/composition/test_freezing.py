@@ -55,8 +55,11 @@ def test_one_module_can_be_frozen_alone(model, lora):
 def test_an_exclusion_that_names_nothing_freezes_nothing(model, lora):
     before = trainable(model)
     with pytest.raises(opendelta.AddressError, match=r"'haed'.*nearest: 'head'"):
-        lora.freeze_module(exclude=["deltas", "haed"])
+        lora.freeze_module(exclude=["haed", "linaer"])
     assert trainable(model) == before
+    with pytest.warns(opendelta.UnusedWarning, match=r"exclude.*'haed'.*nearest: 'head'"):
+        lora.freeze_module(exclude=["deltas", "haed"])
+    assert trainable(model) == {name for name, _ in lora.named_parameters()}
 
 
 def test_a_tied_weight_is_spared_under_each_of_its_names(model):

@@ -132,8 +132,10 @@ def test_a_config_makes_the_same_delta_on_another_backbone(saved):
     assert delta.modified_modules == ["linear", "bare"]
     other = AutoDeltaModel.from_config(config, backbone_model=net(), lora_r=3, name="other")
     assert (other.config.lora_r, other.name) == (3, "other")
-    with pytest.raises(opendelta.OptionError, match=r"not dict; make one .* AutoDeltaConfig"):
-        AutoDeltaModel.from_config(config.to_dict(), backbone_model=net())
+    third = AutoDeltaModel.from_config(config.to_dict(), backbone_model=net())
+    assert third.config == delta.config
+    with pytest.raises(opendelta.OptionError, match=r"takes a config or a dict, not list"):
+        AutoDeltaModel.from_config([config], backbone_model=net())
 
 
 def test_a_second_delta_of_a_taken_name_gets_the_next_free_one(saved):
