@@ -175,7 +175,7 @@ def _by_name(backbone: Backbone, wanted: Sequence[str]) -> list[str]:
     try:
         return select_modules(backbone, wanted)
     except AddressError as error:
-        role = next((name for name in wanted if name in roles.ROLES), None)
+        role = next((name for name in wanted if name in (*roles.ROLES, *roles.GROUPS)), None)
         if role is None or repr(role) not in str(error):
             raise
         raise AddressError(

@@ -28,6 +28,8 @@ ROLES = (
     *(f"ff.{part}" for part in ("w1", "gate", "gate_up", "w2", "experts", "router")),
     "mixer.in", "mixer.out", "embeddings", "lm_head.proj",
 )  # fmt: skip
+# What `modified_modules` takes beside roles, each for all modules of a sublayer or for all norms.
+GROUPS = (*SUBLAYERS, "ff", "mixer", "layer_norm")
 # {part of a fused projection: the parts that it includes}
 FUSED = {"qkv": ("q", "k", "v"), "kv": ("k", "v"), "gate_up": ("gate", "w1")}
 # {part: common names of modules that play it}, for messages
