@@ -84,12 +84,14 @@ def _layers(backbone: Backbone, choice: Choice, values: Values) -> dict[str, Del
     _warn_of_lost_gradients(backbone)
     if layer_class.can_fold():
         _warn_if_tied(backbone, list(sites), config.delta_type)
+    layer_class.check_written()
     shared = make_shared(list(starts.values()), config) if make_shared is not None else None
     new: Any = layer_class  # a method's layer takes a site and its config
     made: dict[str, DeltaLayer] = {}
     for name, site in starts.items():
         site.shared = shared
         layer = made[name] = new(site, config)
+        layer.check_set()
         if layer_class.any_axis and site.axis != -1:
             layer.__dict__["axis"] = site.axis
         if config.gate:

@@ -6,6 +6,7 @@ import enum
 import functools
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from types import CodeType
 from typing import Any, ClassVar
 
 import torch
@@ -93,6 +94,8 @@ class DeltaLayer(nn.Module):
         acts: its place relative to the wrapped call; see `Acts`.
         inside: a module of another kind stands for the modules of these kinds inside it.
         paired: `modified_modules` come in pairs: the start and the end of a branch.
+        writes: a method that the class leaves to subclasses, for its own forward; "": none.
+        sets: attributes that the `__init__` of subclasses must set, for its own forward.
         sees_module: the `call` of its forward has `.module` and `.params()`: see `InnerCall`.
         gates_itself: its own equation uses `self.gate`.
         scales: its own equation uses `self.strength()`. A subclass with its own forward or fold
@@ -123,6 +126,8 @@ class DeltaLayer(nn.Module):
     acts: Acts = Acts.AFTER
     inside: ClassVar[bool] = False
     paired: ClassVar[bool] = False
+    writes: ClassVar[str] = "forward"
+    sets: ClassVar[tuple[str, ...]] = ()
     sees_module: ClassVar[bool] = False
     gates_itself: ClassVar[bool] = False
     scales: ClassVar[bool] = False
@@ -148,7 +153,13 @@ class DeltaLayer(nn.Module):
 
     def __init_subclass__(cls) -> None:
         own = vars(cls)
-        if "scales" not in own and ("forward" in own or "fold" in own):
+        equations = [own[name] for name in ("forward", "fold") if name in own]
+        if "scales" not in own and equations:
+            if any("strength" in _names_in(equation) for equation in equations):
+                raise OptionError(
+                    f"{cls.__name__} calls strength() in its own forward or fold: set scales = "
+                    "True if that multiplies all of its change, else scales = False"
+                )
             cls.scales = False
         if "any_axis" not in own and "forward" in own:
             cls.any_axis = False
@@ -214,6 +225,39 @@ class DeltaLayer(nn.Module):
         self.__dict__["_shared"] = (module,)
 
     # ------------------------------------------------------ methods that the library calls
+    @classmethod
+    def form(cls) -> type[DeltaLayer]:
+        """Return the class whose forward it uses: itself, or the nearest base class with one."""
+        return next(base for base in cls.__mro__ if "forward" in vars(base))
+
+    @classmethod
+    def check_written(cls) -> None:
+        """Raise unless the class writes the method that its form leaves to subclasses.
+
+        Raises:
+            OptionError: it does not.
+        """
+        form = cls.form()
+        name = vars(form).get("writes", "")
+        if name and getattr(cls, name) is getattr(form, name):
+            raise OptionError(
+                f"{cls.__name__} must write the method {name}: the forward of a {form.__name__} "
+                "calls it"
+            )
+
+    def check_set(self) -> None:
+        """Raise unless `__init__` has set the attributes that the forward of the form reads.
+
+        Raises:
+            OptionError: it has not.
+        """
+        form = self.form()
+        if unset := [name for name in vars(form).get("sets", ()) if not hasattr(self, name)]:
+            raise OptionError(
+                f"{type(self).__name__}.__init__ must set self.{unset[0]}: the forward of a "
+                f"{form.__name__} reads it"
+            )
+
     @classmethod
     def can_fold(cls) -> bool:
         """True if the class writes a `fold`."""
@@ -329,6 +373,17 @@ class DeltaLayer(nn.Module):
         wanted = {held: dtype_for(asked, computes, held) for held in floats}
         if any(t.device != device for t in own) or any(held != wanted[held] for held in wanted):
             self._apply(lambda t: t.to(device, wanted.get(t.dtype, t.dtype)))
+
+
+def _names_in(function: Any) -> set[str]:
+    """Return the names of globals and attributes that a function's code reads, or code in it."""
+    todo, names = [getattr(function, "__code__", None)], set()
+    while todo:
+        code = todo.pop()
+        if isinstance(code, CodeType):
+            names.update(code.co_names)
+            todo += code.co_consts
+    return names
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:

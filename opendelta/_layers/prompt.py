@@ -129,6 +129,7 @@ class PromptLayer(_WithPrompt):
     kinds = ("stack",)
     acts = Acts.BEFORE
     inside = True
+    writes = "prompt"
     sees_module = True
     gates_itself = True
     gate_width = 0

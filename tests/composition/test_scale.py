@@ -10,7 +10,7 @@ from support.nets import COPIES, IDS, copied, net, places_of, put, shake
 import opendelta
 from opendelta import LoraModel
 from opendelta._deltas.registry import METHODS
-from opendelta.author import DeltaLayer
+from opendelta.author import DeltaLayer, OutputLayer
 from opendelta.errors import DeltaError, DeltaLoadError, OptionError
 
 pytestmark = pytest.mark.covers("Delta.scale")
@@ -18,6 +18,11 @@ pytestmark = pytest.mark.covers("Delta.scale")
 SCALED = sorted(name for name, method in METHODS.items() if method.layer_class.scales)
 NOT_SCALED = sorted({*METHODS} - {*SCALED})
 CASES = [(name, place) for name in SCALED for place in places_of(METHODS[name])]
+
+
+def own_forward(layer_class):
+    """False for a forward of `opendelta.author`, which heeds the scale whatever `fold` does."""
+    return layer_class.form().__module__ != OutputLayer.__module__
 
 
 def acting(name, place):
@@ -140,6 +145,16 @@ def test_methods_that_add_to_no_output_have_no_scale(model, name):
     with pytest.raises(OptionError, match="does not just add to an output"):
         delta.scale = 0.5
     delta.scale = 1
+
+
+@pytest.mark.parametrize("name", [n for n in NOT_SCALED if own_forward(METHODS[n].layer_class)])
+def test_a_method_whose_own_forward_heeds_the_scale_says_so(name):
+    for place in places_of(METHODS[name]):
+        model, delta = acting(name, place)
+        before = output_of(model, delta, place)
+        delta.record.set_scale(0.5)
+        same = torch.equal(output_of(model, delta, place), before)
+        assert same, f"{name} heeds strength(): set scales = True in its layer"
 
 
 @pytest.mark.parametrize("scale", ["0.5", 1e7, True])
