@@ -155,7 +155,7 @@ class DeltaLayer(nn.Module):
         own = vars(cls)
         equations = [own[name] for name in ("forward", "fold") if name in own]
         if "scales" not in own and equations:
-            if any("strength" in _names_in(equation) for equation in equations):
+            if any(_reads(getattr(f, "__code__", None), "strength") for f in equations):
                 raise OptionError(
                     f"{cls.__name__} calls strength() in its own forward or fold: set scales = "
                     "True if that multiplies all of its change, else scales = False"
@@ -375,15 +375,10 @@ class DeltaLayer(nn.Module):
             self._apply(lambda t: t.to(device, wanted.get(t.dtype, t.dtype)))
 
 
-def _names_in(function: Any) -> set[str]:
-    """Return the names of globals and attributes that a function's code reads, or code in it."""
-    todo, names = [getattr(function, "__code__", None)], set()
-    while todo:
-        code = todo.pop()
-        if isinstance(code, CodeType):
-            names.update(code.co_names)
-            todo += code.co_consts
-    return names
+def _reads(code: Any, name: str) -> bool:
+    """True if some code, or code in it, reads an attribute or a global of this name."""
+    inner = code.co_consts if isinstance(code, CodeType) else ()
+    return name in getattr(code, "co_names", ()) or any(_reads(each, name) for each in inner)
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:
