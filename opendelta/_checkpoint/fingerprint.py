@@ -21,7 +21,7 @@ from .._modules import tensors
 from .._modules.tensors import is_sharded
 from .._sites import merged
 from ..errors import shown
-from ..names import ancestors, inside
+from ..names import ancestors, is_inside, join
 
 SAMPLES = 16  # values of each weight
 WEIGHTS = 4  # weights inside a module that has no weight of its own: the first ones
@@ -130,9 +130,9 @@ def _weights(
         count = 0
         for place in range(at[name], len(order)):
             module = order[place]
-            if module != name and not module.startswith(inside(name)):
+            if module != name and not is_inside(module, name):
                 break
-            tensor, full = _own(backbone, module, "weight"), f"{module}.weight".lstrip(".")
+            tensor, full = _own(backbone, module, "weight"), join(module, "weight")
             if tensor is None or tensor.ndim < 1 or (without and {*without} & {*ancestors(full)}):
                 continue
             count += 1

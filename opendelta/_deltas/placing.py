@@ -22,7 +22,7 @@ from .._modules.kinds import Kind, kind_of
 from .._sites import swap
 from .._sites.stack import Stack, stack_of
 from ..errors import SiteError
-from ..names import ancestors, inside
+from ..names import ancestors, is_inside
 from .base import BaseDelta
 from .order import order_with
 
@@ -164,8 +164,8 @@ def _check_sizes(backbone: Backbone, name: str, where: str, new: DeltaLayer) -> 
     copies = [(owner, layer.stand_in) for owner, layer in both if layer.stand_in is not None]
     if not copies:
         return
-    module, start = backbone.modules[where], inside(where)
-    parts = [m for n, m in backbone.modules.items() if n == where or n.startswith(start)]
+    module = backbone.modules[where]
+    parts = [m for n, m in backbone.modules.items() if n == where or is_inside(n, where)]
     for owner, own in copies:
         others = [n for n, layer in both if layer.acts.in_the_weights]
         if others and _shapes(own.modules()) != _shapes(parts):

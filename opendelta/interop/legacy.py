@@ -28,7 +28,7 @@ from .._files.reading import check_link, undamaged
 from .._files.tensors import copy_into
 from .._modules.tensors import full, stored_params
 from ..errors import DeltaError, DeltaLoadError, OptionError
-from ..names import SLOT, inside
+from ..names import SLOT, join
 from ._files import read_json, read_pickle, repeats_too_much
 
 CONFIG, WEIGHTS = "config.json", "pytorch_model.bin"
@@ -143,7 +143,7 @@ def translate(folder: Path, model: nn.Module) -> tuple[dict[str, Any], dict[str,
     modified = _sites_of(folder, config, backbone, content, sites)
     own = _own(name, backbone, content, sites, list(dict.fromkeys(modified)))
     tensors = {
-        _key(where, name, tensor): value
+        join(where, SLOT, name, tensor): value
         for where, part in own.items()
         for tensor, value in part.items()
     }
@@ -161,10 +161,6 @@ def translate(folder: Path, model: nn.Module) -> tuple[dict[str, Any], dict[str,
         "unchecked": "OpenDelta 0.3's md5 of the backbone is not compared",
     }
     return facts, {**tensors, **content.others}
-
-
-def _key(where: str, name: str, tensor: str) -> str:
-    return (inside(where)) + f"{SLOT}.{name}.{tensor}"
 
 
 def _options(folder: Path, config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -218,7 +214,7 @@ def _sites_of(
     cls, own = method(name), _config(folder, config)
     layer_class = cls.layer_for(own)
     if not (layer_class.paired or content.network or name == "soft_prompt"):
-        return choosing.inside(backbone, list(sites), layer_class)
+        return choosing.fitting_inside(backbone, list(sites), layer_class)
     try:
         resolved = choosing.resolve(backbone, own, cls.default_modified_modules, layer_class)
     except DeltaError as error:
@@ -305,7 +301,7 @@ def _of_delta(
             sites.setdefault(where, {})["whole"] = content.others.pop(key)
     own = _own(kind, backbone, content, sites, wanted)
     return {
-        _key(where, delta.name, tensor): value
+        join(where, SLOT, delta.name, tensor): value
         for where, part in own.items()
         for tensor, value in part.items()
     }

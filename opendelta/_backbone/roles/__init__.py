@@ -12,7 +12,7 @@ from torch import nn
 
 from ..._modules.kinds import Embedding, kind_of
 from ...errors import AddressError, OptionError, nearest
-from ...names import ancestors, last
+from ...names import ancestors, join, last
 from ..backbone import Backbone
 from ..patterns import compile_pattern, no_match, repeated
 from .blocks import Tree, units
@@ -133,8 +133,7 @@ def _in_blocks(tree: Tree) -> dict[str, Decision]:
             give_by_flow(block)
             give_norms(block)
             known[look] = block.roles
-        start = f"{where}." if where else ""
-        decided |= {f"{start}{name}": decision for name, decision in known[look].items()}
+        decided |= {join(where, name): decision for name, decision in known[look].items()}
     return decided
 
 
@@ -204,8 +203,8 @@ def _sublayers(backbone: Backbone, known: dict[str, str], wanted: str) -> list[s
     chosen = []
     for parts in holders.values():
         around = backbone.innermost_around(parts)
-        inside = {known[n].partition(".")[0] for n in known if n.startswith(f"{around}.")}
-        chosen += [around] if inside == {wanted} else parts
+        held = {known[n].partition(".")[0] for n in known if n.startswith(f"{around}.")}
+        chosen += [around] if held == {wanted} else parts
     return chosen
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from ..._modules.kinds import Kind, kind_of
-from ...names import parent
+from ...names import dotted, join, parent
 from . import naming
 from .blocks import Tree, class_of
 from .flow import Flow, Node, holds_many, is_node, is_norm, trace
@@ -66,10 +66,9 @@ class Block:
 
     def __init__(self, tree: Tree, where: str) -> None:
         self.where, self.tree = where, tree
-        start = len(where) + 1 if where else 0
-        self.modules: dict[str, nn.Module] = {
-            name[start:]: tree.found.modules[name] for name in (where, *tree.below(where))
-        }
+        start = dotted(where)
+        self.modules: dict[str, nn.Module] = {"": tree.found.modules[where]}
+        self.modules |= {n.removeprefix(start): tree.found.modules[n] for n in tree.below(where)}
         self.roles: dict[str, Decision] = {}
         self.scopes: dict[str, Scope] = {}
         self.scope_of: dict[str, Scope] = {}
@@ -127,8 +126,8 @@ class Block:
 
     def inside(self, name: str) -> list[str]:
         """Return the names of the modules inside the module `name`, in order."""
-        start = f"{self.where}." if self.where else ""
-        return [n.removeprefix(start) for n in self.tree.below(f"{start}{name}")]
+        start = dotted(self.where)
+        return [n.removeprefix(start) for n in self.tree.below(join(self.where, name))]
 
     def linears_in(self, name: str) -> list[str]:
         """Return the names of the linear modules inside the module `name`, in order."""
@@ -202,13 +201,13 @@ def _feed_forward(block: Block, scope: Scope) -> None:
 
 def _experts(block: Block, scope: Scope) -> None:
     """Decide the router and the experts, if the scope holds a mixture of experts."""
-    inside = block.inside(scope.name)
-    experts = [n for n in inside if _holds_experts(n, block.modules[n])]
+    inner = block.inside(scope.name)
+    experts = [n for n in inner if _holds_experts(n, block.modules[n])]
     for name in experts:
         block.give(name, "ff.experts", f"{name!r} holds the experts")
     if not experts:
         return
-    for name in inside:
+    for name in inner:
         key = name.rpartition(".")[2]
         first = name.removeprefix(f"{scope.name}.")
         routes = set(naming.tokens(key)) & ROUTER and not key.endswith("expert_gate")

@@ -25,7 +25,7 @@ from torch.nn.parameter import is_lazy
 from ..._modules.calls import every, has_forward
 from ..._modules.kinds import ACROSS_CHANNELS, Norm, kind_of
 from ..._sites.swap import plain_class
-from ...names import SLOT
+from ...names import SLOT, join
 
 LIMIT = 40_000  # steps of one run; a longer run is a loop that does not end on stand-ins
 SIZES = re.compile(r"size|dim|numel|stride|new_.*|(?:zeros|ones|empty|full|rand|randn)_like")
@@ -308,14 +308,13 @@ def _skeleton(module: nn.Module, name: str, flow: Flow, seen: dict[int, Any]) ->
         copy.__dict__[key] = value.copy() if type(value) in (dict, list, set) else value
     copy.__dict__.pop("forward", None)
     copy.__dict__["_opendelta_flow"] = flow, name, is_node(module)
-    start = f"{name}." if name else ""
     for table in ("_parameters", "_buffers"):
         copy.__dict__[table] = {
-            key: None if tensor is None else flow.step("weight", f"{start}{key}", ())
+            key: None if tensor is None else flow.step("weight", join(name, key), ())
             for key, tensor in module.__dict__[table].items()
         }
     copy.__dict__["_modules"] = {
-        key: None if child is None else _skeleton(child, f"{start}{key}", flow, seen)
+        key: None if child is None else _skeleton(child, join(name, key), flow, seen)
         for key, child in module._modules.items()
         if key != SLOT
     }

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..._backbone import roles as roles_
 from ..._backbone.backbone import Backbone
 from ...errors import DeltaLoadError, shown
-from ...names import SLOT, inside
+from ...names import SLOT, join
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter.safetensors", "pytorch_adapter.bin"
 # Limits of options: a float32 holds LARGEST, and no model needs a size over LONGEST.
@@ -127,7 +127,7 @@ class Part:
 
     def key(self, where: str, tensor: str) -> str:
         """Return the full name in our files of a tensor on the module `where`."""
-        return (inside(where)) + f"{SLOT}.{self.name}.{tensor}"
+        return join(where, SLOT, self.name, tensor)
 
     def error(self, what: str) -> DeltaLoadError:
         """Return an error that names this folder."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..._backbone.backbone import Backbone
 from ..._files.reading import read_start
-from ..._layers import prompt as prompt_
+from ..._layers.prompt import embedders
 from ..._modules import tensors
 from ..._modules.tensors import stored
 from ...errors import DeltaLoadError, listed
@@ -151,7 +151,7 @@ def _sort_tensors(adapter: Adapter, given: dict[str, Tensor]) -> None:
         where = name[: -len(end) - 1] if end else ""
         own = adapter.sites.get(where, {})
         if prompt and name == PROMPT:
-            adapter.sites[_stack_of(adapter)] = {"soft_embeds": tensor}
+            adapter.sites[_embedder_of(adapter)] = {"soft_embeds": tensor}
         elif end and where in names and adapter.method.tensors[end] not in own:
             adapter.sites[where] = {**own, adapter.method.tensors[end]: tensor}
         elif adapter.name == "vera" and key.removeprefix("base_model.") in PROJECTIONS:
@@ -201,7 +201,7 @@ def _is_of_backbone(adapter: Adapter, name: str, tensor: Tensor) -> bool:
     )
 
 
-def _stack_of(adapter: Adapter) -> str:
+def _embedder_of(adapter: Adapter) -> str:
     """Return the full name of the module that embeds the tokens."""
     both = 2 if adapter.config.get("task_type") == "SEQ_2_SEQ_LM" else 1
     if (adapter.config.get("num_transformer_submodules") or both) != 1:
@@ -210,15 +210,14 @@ def _stack_of(adapter: Adapter) -> str:
         )
     causal = adapter.config.get("task_type") == "CAUSAL_LM"  # each token has a label
     adapter.options |= {"strip": causal, "token_init": False}
-    stacks = [
-        n for n, is_decoder in prompt_.stacks(adapter.backbone.modules).items() if not is_decoder
-    ]
-    if len(stacks) != 1:
+    found = embedders(adapter.backbone.modules)
+    names = [name for name, is_decoder in found.items() if not is_decoder]
+    if len(names) != 1:
         raise adapter.error(
             "a prompt needs one module that embeds tokens; "
-            f"{type(adapter.backbone.model).__name__} has {len(stacks)}: {stacks}"
+            f"{type(adapter.backbone.model).__name__} has {len(names)}: {names}"
         )
-    return stacks[0]
+    return names[0]
 
 
 def _check_complete(adapter: Adapter) -> None:

@@ -14,7 +14,7 @@ from ..._backbone.backbone import Backbone
 from ..._modules.kinds import Conv2d, Norm, kind_of
 from ..._modules.tensors import full, stored_params
 from ...errors import DeltaLoadError
-from ...names import SLOT, inside
+from ...names import SLOT, join
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 PREFIX, PROMPT_PREFIX = "base_model.model.", "base_model."
@@ -151,7 +151,7 @@ class Adapter:
 
     def key(self, where: str, tensor: str) -> str:
         """Return the full name in our files of a tensor on the module `where`."""
-        return (inside(where)) + f"{SLOT}.{self.name}.{tensor}"
+        return join(where, SLOT, self.name, tensor)
 
     def error(self, what: str) -> DeltaLoadError:
         """Return an error that names this folder."""
