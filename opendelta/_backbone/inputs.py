@@ -85,8 +85,8 @@ def _known(config: Any) -> dict[str, Tensor]:
 
     def of(name: str, default: Any = 1) -> Any:
         inner = (getattr(config, part, None) for part in ("vision_config", "audio_config"))
-        places = [c for c in (config, *inner) if getattr(c, name, None) is not None]
-        return getattr(places[0], name) if places else default
+        known = [c for c in (config, *inner) if getattr(c, name, None) is not None]
+        return getattr(known[0], name) if known else default
 
     side = of("image_size", 224)
     height, width = side if isinstance(side, list | tuple) else (side, side)

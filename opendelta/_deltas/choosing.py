@@ -115,7 +115,7 @@ def resolve(
         names = fitting_inside(backbone, select_all(backbone, wanted), layer_class, by_role)
         modified = leave_out(backbone, names, as_list(config.exclude_modules))
     if by_role:
-        modified = _acting_places(backbone, modified, wanted, layer_class)
+        modified = _acting_sites(backbone, modified, wanted, layer_class)
     owned = _owned(backbone, as_list(config.modules_to_save))
     for name in modified:
         if around := next((o for o in owned if f"{name}.".startswith(f"{o}.")), None):
@@ -245,7 +245,7 @@ def fitting_inside(
     return list(dict.fromkeys(expanded)) or names
 
 
-def _acting_places(
+def _acting_sites(
     backbone: Backbone, names: list[str], wanted: Sequence[str], layer_class: type[DeltaLayer]
 ) -> list[str]:
     """Return where layers for the modules `names`, which roles selected, act.
@@ -253,8 +253,8 @@ def _acting_places(
     Raises:
         AddressError: they act nowhere.
     """
-    places = (_acting_at(backbone, name, layer_class) for name in names)
-    acting = [place for place in places if place is not None]
+    sites = (_acting_at(backbone, name, layer_class) for name in names)
+    acting = [site for site in sites if site is not None]
     if not acting:
         raise AddressError(
             f"the modules that {list(wanted)} selects are never called: the modules around read "

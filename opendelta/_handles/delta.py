@@ -29,7 +29,7 @@ from .._deltas.order import check_root, known_records, move, neighbour
 from .._deltas.placing import check_sizes, place
 from .._deltas.registry import register
 from .._files.tensors import copy_into
-from .._layers.selection import Block
+from .._layers.selection import OpenBlock
 from .._show.tree import log
 from ..errors import DeltaError, OptionError, to_the_end
 from .with_block import with_block
@@ -203,7 +203,7 @@ class Delta(BaseDelta):
         """Disable the delta inside a `with` block, for the thread and task that enters it."""
         if self.record.active:
             self.record.require_apart("cannot switch")
-        with Block({self.record: False}):
+        with OpenBlock({self.record: False}):
             yield
 
     def requires_grad_(self: AnyDelta, requires_grad: bool = True) -> AnyDelta:

@@ -178,13 +178,13 @@ class PromptLayer(_WithPrompt):
         given["inputs_embeds"] = layout.filled(prompt.type_as(embeds), embeds)
         self._check_room(given, layout.full, layout.full)
         if self.stripper is not None:
-            self.stripper.put((layout.places, layout.full))
+            self.stripper.put((layout.slot_of, layout.full))
         documents = Documents(given, batch, layout.full, embeds.device)
         out = noting(documents, call, **given)
         if not self.strip:
             return out
         check_positions(out, layout.full)
-        return strip(out, layout.places, layout.full)
+        return strip(out, layout.slot_of, layout.full)
 
     def _check(self, given: dict[str, Any], module: nn.Module, tokens: Any) -> tuple[int, int]:
         """Return batch and length of the tokens; raise if an argument cannot be widened."""
@@ -362,7 +362,7 @@ class Strip(_WithPrompt):
     """Takes the prompt's positions out of the blocks' output.
 
     Args:
-        handover: passes the places of the tokens, and the number of all positions.
+        handover: passes the slots of the tokens, and the number of all positions.
         pooled: a pooler reads the first position of the output.
     """
 
@@ -378,10 +378,10 @@ class Strip(_WithPrompt):
         out = call(*args, **kwargs)
         if layout is None:
             return out
-        places, full = layout
+        slot_of, full = layout
         if self.pooled:
             check_positions(out, full)
-        return strip(out, places, full) if calls.hidden(out).size(1) == full else out
+        return strip(out, slot_of, full) if calls.hidden(out).size(1) == full else out
 
 
 def _numbering(module: nn.Module) -> tuple[Callable[[Tensor, int], Tensor], int] | None:

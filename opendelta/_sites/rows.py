@@ -22,7 +22,7 @@ class Group:
 
     Attributes:
         path: indices of these layers among the acting layers.
-        rows: the rows' places in the batch.
+        rows: the rows' indices in the batch.
         count: number of rows.
     """
 
@@ -114,10 +114,10 @@ class Rows:
         after = [row for rows in paths.values() for row in rows]
         if after == list(range(batch)):
             return Groups(groups, of_row, None)
-        places = [0] * batch
-        for place, row in enumerate(after):
-            places[row] = place
-        return Groups(groups, of_row, torch.tensor(places, device=device))
+        order = [0] * batch
+        for index, row in enumerate(after):
+            order[row] = index
+        return Groups(groups, of_row, torch.tensor(order, device=device))
 
 
 # ------------------------------------------------------------------------------------ cut and join

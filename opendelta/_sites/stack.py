@@ -18,7 +18,7 @@ from torch import nn
 
 from .._layers import low_rank
 from .._layers.base import Acts, DeltaLayer, Params
-from .._layers.selection import CURRENT, Block, Selection, in_context, within
+from .._layers.selection import CURRENT, OpenBlock, Selection, in_context, within
 from .._modules import tensors
 from ..errors import SiteError, to_the_end
 from ..names import SLOT
@@ -218,7 +218,7 @@ class Stack(nn.ModuleDict):
 
 
 def _within_call(
-    blocks: tuple[Block, ...], around: Callable[..., Any], *given: Any, **options: Any
+    blocks: tuple[OpenBlock, ...], around: Callable[..., Any], *given: Any, **options: Any
 ) -> Callable[..., Any]:
     """Return the callable that `around` makes; it is made and run with these blocks open."""
     return within(blocks, lambda *args, **kwargs: around(*given, **options)(*args, **kwargs))

@@ -139,7 +139,7 @@ def site_class(base: type[nn.Module], reads: bool = False) -> type[nn.Module]:
     if hasattr(base, "resize_token_embeddings"):
         body["resize_token_embeddings"] = _resizing(base)
     made = _site_meta(type(base))(base.__name__, (base,), body)
-    compile_limit.SITES.update((id(base), id(made)))
+    compile_limit.SITE_CLASSES.update((id(base), id(made)))
     return made
 
 

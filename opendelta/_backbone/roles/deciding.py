@@ -67,8 +67,8 @@ class Block:
     def __init__(self, tree: Tree, where: str) -> None:
         self.where, self.tree = where, tree
         start = dotted(where)
-        self.modules: dict[str, nn.Module] = {"": tree.found.modules[where]}
-        self.modules |= {n.removeprefix(start): tree.found.modules[n] for n in tree.below(where)}
+        self.modules: dict[str, nn.Module] = {"": tree.backbone.modules[where]}
+        self.modules |= {n.removeprefix(start): tree.backbone.modules[n] for n in tree.below(where)}
         self.roles: dict[str, Decision] = {}
         self.scopes: dict[str, Scope] = {}
         self.scope_of: dict[str, Scope] = {}
@@ -77,7 +77,7 @@ class Block:
     @functools.cached_property
     def flows(self) -> list[Flow]:
         """Return the flows of data through the block, for forwards with fewer or more arguments."""
-        return trace(self.tree.found.modules[self.where])
+        return trace(self.tree.backbone.modules[self.where])
 
     def flow_of(self, *names: str) -> Flow | None:
         """Return a flow that calls all the named modules; None if there is none."""
@@ -275,9 +275,9 @@ def _gate(block: Block, pair: list[str], names: dict[str, str | None]) -> tuple[
 def _activations(node: Node, other: Node) -> bool:
     """True if the output of `node` passes an activation before it meets the output of `other`."""
     mine, its = _after(node), _after(other)
-    meet = min((n.place for n in mine & its), default=None)
+    meet = min((n.number for n in mine & its), default=None)
     return any(
-        ACTIVATED.search(n.op) for n in mine - its if meet is None or n.place < meet
+        ACTIVATED.search(n.op) for n in mine - its if meet is None or n.number < meet
     )  # fmt: skip
 
 

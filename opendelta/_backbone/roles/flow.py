@@ -42,13 +42,13 @@ class Node:
         name: the name of the called module, relative to the block, or of the input.
         inputs: the steps whose results this step takes, in order.
         outputs: the steps that take the result of this step.
-        place: the number of the step.
+        number: the number of the step.
     """
 
-    __slots__ = ("inputs", "name", "op", "outputs", "place")
+    __slots__ = ("inputs", "name", "number", "op", "outputs")
 
-    def __init__(self, op: str, name: str, inputs: list[Node], place: int) -> None:
-        self.op, self.name, self.inputs, self.place = op, name, inputs, place
+    def __init__(self, op: str, name: str, inputs: list[Node], number: int) -> None:
+        self.op, self.name, self.inputs, self.number = op, name, inputs, number
         self.outputs: list[Node] = []
         for node in inputs:
             node.outputs.append(self)

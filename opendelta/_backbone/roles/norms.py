@@ -51,7 +51,7 @@ def _by_flow(block: Block, flow: Flow, name: str) -> tuple[str, str] | None:
     fed = [sub for node in after if (sub := _sublayer(block, node)) in FED]
     if passes:
         ends = [n for n in before if not _is_norm(block, n) and n.op != "input"]
-        latest = max(ends, key=lambda n: n.place, default=None)
+        latest = max(ends, key=lambda n: n.number, default=None)
         if latest is not None:
             sub = _sublayer(block, latest)
             return (sub, f"it follows {latest.name!r}") if sub in FED else None

@@ -51,7 +51,7 @@ def _attentions(block: Block, flow: Flow) -> Iterator[tuple[Node, Node, Node, No
             scores = [n for n in flow.upstream(node, _keeps) if n.op in PRODUCTS]
             sums = [n for n in flow.downstream(node, _keeps) if n.op in PRODUCTS]
             if scores and sums and len(scores[0].inputs) > 1 and len(sums[0].inputs) > 1:
-                product = max(scores, key=lambda n: n.place)
+                product = max(scores, key=lambda n: n.number)
                 yield product.inputs[0], product.inputs[1], sums[0].inputs[1], sums[0]
 
 
@@ -106,11 +106,11 @@ def _feed_forward(block: Block, flow: Flow) -> None:
 
 
 def _between(flow: Flow, start: str, end: str) -> Iterator[Node]:
-    last = flow.calls[end][0].place
+    last = flow.calls[end][0].number
     todo, seen = [flow.calls[start][0]], set()
     while todo:
         for node in todo.pop().outputs:
-            if node not in seen and node.place < last:
+            if node not in seen and node.number < last:
                 seen.add(node)
                 todo.append(node)
                 yield node
