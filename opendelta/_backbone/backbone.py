@@ -106,6 +106,11 @@ class Backbone:
                 found[layer.record].append(where)
         return found
 
+    def replaced(self) -> set[str]:
+        """Return the full names of the sites in whose place an active delta's own copy acts."""
+        layers = [(where, layer) for where, _, layer in self.delta_layers()]
+        return {where for where, ly in layers if ly.acts is Acts.INSTEAD and ly.record.active}
+
     # ------------------------------------------------------------------------------- its tensors
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return the model's parameters by full name, without deltas; a tied one has each name."""

@@ -8,7 +8,6 @@ from typing import Any, cast
 from torch import nn
 
 from .. import interop
-from .._backbone.inputs import Samples
 from .._checkpoint import hub
 from .._checkpoint.source import configs_of
 from .._deltas.options import DeltaConfig
@@ -89,37 +88,4 @@ class AutoDeltaModel:
             config, backbone_model, **options
         )
 
-    @classmethod
-    def from_finetuned(
-        cls,
-        finetuned_delta_path: str | os.PathLike,
-        backbone_model: nn.Module,
-        name: str | None = None,
-        local_files_only: bool = False,
-        check_hash: bool = True,
-        check_backbone: bool = True,
-        sample_inputs: Samples | None = None,
-    ) -> Delta:
-        """Put a delta of any method that `save_finetuned` wrote on a backbone.
-
-        Args:
-            finetuned_delta_path: the folder, or "user/name" on the hub.
-            name: the delta's new name. None: its saved name, or the next free one.
-            local_files_only: use only files that were downloaded before.
-            check_backbone: raise if the weights under the delta differ from the weights that it was
-                trained on. A few values are compared.
-            check_hash: OpenDelta 0.3's name for `check_backbone`; both must be true for the check.
-            sample_inputs: inputs of the backbone, to find sizes by; see `Delta`.
-
-        Raises:
-            DeltaLoadError: the folder is damaged, or does not fit the backbone.
-        """
-        return Delta.from_finetuned(
-            finetuned_delta_path,
-            backbone_model,
-            name,
-            local_files_only,
-            check_hash,
-            check_backbone,
-            sample_inputs,
-        )
+    from_finetuned = Delta.from_finetuned  # of any method

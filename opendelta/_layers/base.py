@@ -82,6 +82,12 @@ class Acts(enum.Enum):
         return self not in (Acts.INSTEAD, Acts.SERVES)
 
 
+def _reads(code: Any, name: str) -> bool:
+    """True if some code, or code in it, reads an attribute or a global of this name."""
+    inner = code.co_consts if isinstance(code, CodeType) else ()
+    return name in getattr(code, "co_names", ()) or any(_reads(each, name) for each in inner)
+
+
 class DeltaLayer(nn.Module):
     """One delta on one module: the base class of the layers that authors of methods write.
 
@@ -375,10 +381,14 @@ class DeltaLayer(nn.Module):
             self._apply(lambda t: t.to(device, wanted.get(t.dtype, t.dtype)))
 
 
-def _reads(code: Any, name: str) -> bool:
-    """True if some code, or code in it, reads an attribute or a global of this name."""
-    inner = code.co_consts if isinstance(code, CodeType) else ()
-    return name in getattr(code, "co_names", ()) or any(_reads(each, name) for each in inner)
+class Passive(DeltaLayer):
+    """A layer that changes nothing: it holds tensors or facts, or watches over its module."""
+
+    acts = Acts.SERVES
+    computes = False
+
+    def forward(self, call: Call, *args: Any, **kwargs: Any) -> Any:
+        return call(*args, **kwargs)
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:

@@ -107,8 +107,7 @@ def _new_values(
         kind: Any = layers[0].kind
         new = torch.empty_like(weight)
         return {"weight": (new, low_rank.add_to_weight(kind.matrix(weight), kind.matrix(new), run))}
-    own = {key: p for key, p in module._parameters.items() if key in ("weight", "bias")}
-    exact: Params = {k: tensors.in_full(module, k) for k, p in own.items() if p is not None}
+    exact: Params = tensors.params_in_full(module)
     if factor != 1:  # layers fold into the weight as it acts
         exact["weight"] = factor * exact["weight"]
     folded = exact
@@ -127,6 +126,7 @@ def _new_values(
     changed = {key: tensor for key, tensor in folded.items() if tensor is not exact[key]}
     if factor != 1 and "weight" in changed:
         changed["weight"] = changed["weight"] / factor
+    own = module._parameters
     rounded = {key: tensor.to(_float_of(own[key])) for key, tensor in changed.items()}
     return {key: (tensor, [tensor]) for key, tensor in rounded.items()}
 

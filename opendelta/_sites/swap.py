@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .._layers import labels, prefix
 from .._layers.base import DeltaLayer
-from .._modules import kinds, tensors, wrappers
+from .._modules import calls, kinds, tensors, wrappers
 from ..errors import SiteError
 from ..names import SLOT
 from . import compile_limit, nested
@@ -174,7 +174,7 @@ def shows_weight(module: nn.Module) -> bool:
 
 def check_has_forward(where: str, module: nn.Module) -> None:
     """Raise if the module `where` has no forward; ModuleList, for example, has none."""
-    if getattr(type(module), "forward", None) is nn.Module.forward:
+    if not calls.has_forward(module):
         raise SiteError(
             f"{where!r} ({type(module).__name__}) is never called, having no forward; choose its "
             rf"items, such as r'[r]{where.rpartition('.')[2]}\.\d+'",
