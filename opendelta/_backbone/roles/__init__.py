@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import nn
@@ -142,22 +142,25 @@ def _embeddings(backbone: Backbone) -> dict[str, str]:
     chosen: dict[str, str] = {}
     names = {id(module): name for name, module in backbone.modules.items()}
     for name, module in backbone.modules.items():
+        where = names.get(id(_given(module, "get_input_embeddings")), "")
         if isinstance(kind_of(module), Embedding) and TOKENS.search(name):
             chosen[name] = f"an embedding called {name.rpartition('.')[2]!r}"
-        elif hasattr(module, "get_input_embeddings"):
-            try:
-                held = module.get_input_embeddings()  # type: ignore[operator]
-            except (NotImplementedError, AttributeError):  # the model embeds no tokens
-                continue
-            where = names.get(id(held))
-            if where is not None and isinstance(kind_of(backbone.modules[where]), Embedding):
-                chosen.setdefault(where, f"get_input_embeddings() of {type(module).__name__}")
+        elif where and isinstance(kind_of(backbone.modules[where]), Embedding):
+            chosen.setdefault(where, f"get_input_embeddings() of {type(module).__name__}")
     weights = {id(backbone.modules[name]._parameters.get("weight")): name for name in chosen}
     for name, module in backbone.modules.items():
         weight = module._parameters.get("weight") if not _is_script(module) else None
         if weight is not None and id(weight) in weights and isinstance(kind_of(module), Embedding):
             chosen.setdefault(name, f"it has the weight of {weights[id(weight)]!r}")
     return chosen
+
+
+def _given(module: nn.Module, method: str) -> Any:
+    """Return what a method of a transformers model returns; None if there is nothing."""
+    try:
+        return getattr(module, method)()
+    except (NotImplementedError, AttributeError):  # the model embeds no tokens
+        return None
 
 
 def _is_script(module: nn.Module) -> bool:
@@ -169,16 +172,11 @@ def _heads(backbone: Backbone) -> dict[str, str]:
     chosen: dict[str, str] = {}
     names = {id(module): name for name, module in backbone.modules.items()}
     for name, module in backbone.modules.items():
+        where = names.get(id(_given(module, "get_output_embeddings")), "")
         if HEADS.search(name) and is_linear(module):
             chosen[name] = f"a linear layer called {name.rpartition('.')[2]!r}"
-        elif hasattr(module, "get_output_embeddings"):
-            try:
-                held = module.get_output_embeddings()  # type: ignore[operator]
-            except (NotImplementedError, AttributeError):
-                continue
-            where = names.get(id(held))
-            if where is not None and is_linear(backbone.modules[where]):
-                chosen.setdefault(where, f"get_output_embeddings() of {type(module).__name__}")
+        elif where and is_linear(backbone.modules[where]):
+            chosen.setdefault(where, f"get_output_embeddings() of {type(module).__name__}")
     return chosen
 
 

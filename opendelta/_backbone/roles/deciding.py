@@ -14,7 +14,7 @@ from ..._modules.kinds import Kind, kind_of
 from ...names import dotted, join, parent
 from . import naming
 from .blocks import Tree, class_of
-from .flow import Flow, Node, holds_many, is_node, is_norm, trace
+from .flow import Flow, Node, holds_many, is_node, is_norm, outputs, trace, walk
 
 Decision = tuple[str, str]  # a role, the reason
 INNER = {"q", "k", "v", "qkv", "kv", "in", "w1", "gate", "gate_up"}
@@ -282,15 +282,7 @@ def _activations(node: Node, other: Node) -> bool:
 
 
 def _after(node: Node) -> set[Node]:
-    seen: set[Node] = set()
-    todo = [node]
-    while todo:
-        for after in todo.pop().outputs:
-            if after not in seen:
-                seen.add(after)
-                if after.op != "call":
-                    todo.append(after)
-    return seen
+    return {*walk(node, outputs, lambda n: n.op != "call")}
 
 
 def _bare(block: Block) -> None:

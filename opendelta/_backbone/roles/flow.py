@@ -84,37 +84,48 @@ class Flow:
             self.calls.setdefault(name, []).append(node)
         return Value(self, node)
 
-    def downstream(self, node: Node, through: Callable[[Node], bool]) -> Iterator[Node]:
-        """Yield the nearest steps after `node` for which `through` is false."""
-        yield from self._walk(node, lambda n: n.outputs, through)
-
-    def upstream(self, node: Node, through: Callable[[Node], bool]) -> Iterator[Node]:
-        """Yield the nearest steps before `node` for which `through` is false."""
-        yield from self._walk(node, lambda n: n.inputs, through)
-
-    def _walk(self, start: Node, following: Any, through: Callable[[Node], bool]) -> Iterator[Node]:
-        seen, todo = {start}, [start]
-        while todo:
-            for node in following(todo.pop()):
-                if node not in seen:
-                    seen.add(node)
-                    if through(node):
-                        todo.append(node)
-                    else:
-                        yield node
-
     def reaches_output(self, node: Node) -> bool:
         """True if the block returns the result of `node` without passing it through a module."""
-        seen, todo = {node}, [node]
-        while todo:
-            one = todo.pop()
-            if one in self.outputs:
-                return True
-            for after in one.outputs:
-                if after.op != "call" and after not in seen:
-                    seen.add(after)
-                    todo.append(after)
-        return False
+        after = walk(node, outputs, lambda n: n.op != "call")
+        return bool({node, *(n for n in after if n.op != "call")} & self.outputs)
+
+
+def inputs(node: Node) -> list[Node]:
+    """Return the steps whose results a step takes."""
+    return node.inputs
+
+
+def outputs(node: Node) -> list[Node]:
+    """Return the steps that take the result of a step."""
+    return node.outputs
+
+
+def walk(
+    start: Node, following: Callable[[Node], list[Node]], through: Callable[[Node], bool]
+) -> Iterator[Node]:
+    """Yield each step that `following` leads to from `start`; go on where `through` is true.
+
+    Args:
+        following: `inputs` or `outputs`.
+    """
+    seen, todo = {start}, [start]
+    while todo:
+        for node in following(todo.pop()):
+            if node not in seen:
+                seen.add(node)
+                yield node
+                if through(node):
+                    todo.append(node)
+
+
+def downstream(node: Node, through: Callable[[Node], bool]) -> Iterator[Node]:
+    """Yield the nearest steps after `node` for which `through` is false."""
+    return (each for each in walk(node, outputs, through) if not through(each))
+
+
+def upstream(node: Node, through: Callable[[Node], bool]) -> Iterator[Node]:
+    """Yield the nearest steps before `node` for which `through` is false."""
+    return (each for each in walk(node, inputs, through) if not through(each))
 
 
 class TooLong(Exception):
