@@ -111,6 +111,5 @@ def strip(value: Any, slot_of: Tensor, full: int) -> Any:
                 value[key] = strip(item, slot_of, full)
         return value
     if isinstance(value, tuple | list):
-        items = [strip(item, slot_of, full) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        return calls.like(value, [strip(item, slot_of, full) for item in value])
     return value

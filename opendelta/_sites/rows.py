@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._layers.base import DeltaLayer
+from .._modules import calls
 from ..errors import SiteError, quoted
 
 MOST_KEPT = 16
@@ -123,52 +123,38 @@ class Rows:
 # ------------------------------------------------------------------------------------ cut and join
 def cut(value: Any, batch: int, rows: slice | Tensor) -> Any:
     """Return `value` with only `rows` of each tensor in it that has `batch` rows."""
-    if isinstance(value, Tensor):
-        return value[rows] if value.ndim and value.size(0) == batch else value
-    if isinstance(value, dict):
-        return _like_mapping(value, {key: cut(item, batch, rows) for key, item in value.items()})
-    if isinstance(value, tuple | list):
-        items = [cut(item, batch, rows) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    return value
+
+    def some(parts: Sequence[Any]) -> Any:
+        (part,) = parts
+        has_rows = isinstance(part, Tensor) and part.ndim and part.size(0) == batch
+        return part[rows] if has_rows else part
+
+    return calls.joined([value], some)
 
 
 class ShapeError(ValueError):
     """Outputs that do not fit into one batch; the message is their shapes."""
 
 
-def joined(parts: list[Any], grouped: Groups) -> Any:
+def joined(outputs: list[Any], grouped: Groups) -> Any:
     """Join the outputs of the groups to one output for all rows.
 
     Raises:
         ShapeError: the outputs differ in more than the number of rows.
     """
-    first = parts[0]
-    if isinstance(first, dict):
-        items = {key: joined([part[key] for part in parts], grouped) for key in first}
-        return _like_mapping(first, items)
-    if isinstance(first, tuple | list):
-        found = [joined(list(each), grouped) for each in zip(*parts, strict=True)]
-        return type(first)(*found) if hasattr(first, "_fields") else type(first)(found)
-    if not isinstance(first, Tensor) or all(part is first for part in parts):
-        return first
-    counts = [part.size(0) if part.ndim else 0 for part in parts]
-    alike = all(part.shape[1:] == first.shape[1:] for part in parts)
-    if not alike or counts != [group.count for group in grouped.groups]:
-        raise ShapeError(", ".join(str(tuple(part.shape)) for part in parts))
-    together = torch.cat(parts)
-    return together if grouped.order is None else together[grouped.order]
 
+    def join(parts: Sequence[Any]) -> Any:
+        first = parts[0]
+        if not isinstance(first, Tensor) or all(part is first for part in parts):
+            return first
+        counts = [part.size(0) if part.ndim else 0 for part in parts]
+        alike = all(part.shape[1:] == first.shape[1:] for part in parts)
+        if not alike or counts != [group.count for group in grouped.groups]:
+            raise ShapeError(", ".join(str(tuple(part.shape)) for part in parts))
+        together = torch.cat(list(parts))
+        return together if grouped.order is None else together[grouped.order]
 
-def _like_mapping(value: dict, items: dict) -> dict:
-    """Return a copy of `value`, a dict or a ModelOutput, with these items."""
-    if type(value) is dict:
-        return items
-    out = copy.copy(value)
-    for key, item in items.items():
-        if item is not value[key]:
-            out[key] = item
-    return out
+    return calls.joined(outputs, join)
 
 
 # ------------------------------------------------------------------------------- calls and branches
