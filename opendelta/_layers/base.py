@@ -100,8 +100,9 @@ class DeltaLayer(nn.Module):
         acts: its place relative to the wrapped call; see `Acts`.
         inside: a module of another kind stands for the modules of these kinds inside it.
         paired: `modified_modules` come in pairs: the start and the end of a branch.
-        writes: a method that the class leaves to subclasses, for its own forward; "": none.
-        sets: attributes that the `__init__` of subclasses must set, for its own forward.
+        writes, sets: the method that subclasses must write, and the attributes that their
+            `__init__` must set, for the forward of this class. A subclass with its own forward
+            needs neither.
         sees_module: the `call` of its forward has `.module` and `.params()`: see `InnerCall`.
         gates_itself: its own equation uses `self.gate`.
         scales: its own equation uses `self.strength()`. A subclass with its own forward or fold
@@ -232,37 +233,23 @@ class DeltaLayer(nn.Module):
 
     # ------------------------------------------------------ methods that the library calls
     @classmethod
-    def form(cls) -> type[DeltaLayer]:
-        """Return the class whose forward it uses: itself, or the nearest base class with one."""
-        return next(base for base in cls.__mro__ if "forward" in vars(base))
-
-    @classmethod
-    def check_written(cls) -> None:
+    def check_written(cls) -> tuple[str, ...]:
         """Raise unless the class writes the method that its form leaves to subclasses.
+
+        Returns:
+            The attributes that `__init__` must set, as the forward of the form reads them.
 
         Raises:
             OptionError: it does not.
         """
-        form = cls.form()
+        form = next(base for base in cls.__mro__ if "forward" in vars(base))
         name = vars(form).get("writes", "")
         if name and getattr(cls, name) is getattr(form, name):
             raise OptionError(
                 f"{cls.__name__} must write the method {name}: the forward of a {form.__name__} "
                 "calls it"
             )
-
-    def check_set(self) -> None:
-        """Raise unless `__init__` has set the attributes that the forward of the form reads.
-
-        Raises:
-            OptionError: it has not.
-        """
-        form = self.form()
-        if unset := [name for name in vars(form).get("sets", ()) if not hasattr(self, name)]:
-            raise OptionError(
-                f"{type(self).__name__}.__init__ must set self.{unset[0]}: the forward of a "
-                f"{form.__name__} reads it"
-            )
+        return vars(form).get("sets", ())
 
     @classmethod
     def can_fold(cls) -> bool:
