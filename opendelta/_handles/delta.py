@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import os
 from collections.abc import Iterator, Sequence
+from inspect import Parameter, Signature
 from typing import Any, TypeVar, cast
 
 import torch
@@ -35,6 +35,7 @@ from ..errors import DeltaError, OptionError, to_the_end
 from .with_block import with_block
 
 AnyDelta = TypeVar("AnyDelta", bound="Delta")
+BY_POSITION, BY_NAME = Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY
 
 
 class Delta(BaseDelta):
@@ -60,20 +61,12 @@ class Delta(BaseDelta):
         register(cls)
         fields = {field.name: field for field in dataclasses.fields(cls.config_class)}
         first, names = cls.config_class.positional_names(), cls.config_class.option_names()
-        by_position, by_name = (
-            inspect.Parameter.POSITIONAL_OR_KEYWORD,
-            inspect.Parameter.KEYWORD_ONLY,
-        )
-        cls.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-            [inspect.Parameter("backbone_model", by_position, annotation=nn.Module)]
-            + [
-                inspect.Parameter(n, kind, default=fields[n].default, annotation=fields[n].type)
-                for group, kind in ((first, by_position), (names, by_name))
-                for n in group
-                if group is first or n not in first
-            ]
-            + [inspect.Parameter("sample_inputs", by_name, default=None, annotation=Samples)]
-        )
+        parameters = [Parameter("backbone_model", BY_POSITION, annotation=nn.Module)]
+        for name in dict.fromkeys((*first, *names)):
+            kind, field = BY_POSITION if name in first else BY_NAME, fields[name]
+            parameters.append(Parameter(name, kind, default=field.default, annotation=field.type))
+        parameters.append(Parameter("sample_inputs", BY_NAME, default=None, annotation=Samples))
+        cls.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
 
     def __init__(
         self,
