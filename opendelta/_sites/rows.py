@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -123,13 +124,13 @@ class Rows:
 # ------------------------------------------------------------------------------------ cut and join
 def cut(value: Any, batch: int, rows: slice | Tensor) -> Any:
     """Return `value` with only `rows` of each tensor in it that has `batch` rows."""
-
-    def some(parts: Sequence[Any]) -> Any:
-        (part,) = parts
-        has_rows = isinstance(part, Tensor) and part.ndim and part.size(0) == batch
-        return part[rows] if has_rows else part
-
-    return calls.joined([value], some)
+    if isinstance(value, Tensor):
+        return value[rows] if value.ndim and value.size(0) == batch else value
+    if isinstance(value, dict):
+        return calls.like(value, {key: cut(item, batch, rows) for key, item in value.items()})
+    if isinstance(value, tuple | list):
+        return calls.like(value, [cut(item, batch, rows) for item in value])
+    return value
 
 
 class ShapeError(ValueError):
@@ -142,19 +143,19 @@ def joined(outputs: list[Any], grouped: Groups) -> Any:
     Raises:
         ShapeError: the outputs differ in more than the number of rows.
     """
+    return calls.joined(outputs, functools.partial(_together, grouped))
 
-    def join(parts: Sequence[Any]) -> Any:
-        first = parts[0]
-        if not isinstance(first, Tensor) or all(part is first for part in parts):
-            return first
-        counts = [part.size(0) if part.ndim else 0 for part in parts]
-        alike = all(part.shape[1:] == first.shape[1:] for part in parts)
-        if not alike or counts != [group.count for group in grouped.groups]:
-            raise ShapeError(", ".join(str(tuple(part.shape)) for part in parts))
-        together = torch.cat(list(parts))
-        return together if grouped.order is None else together[grouped.order]
 
-    return calls.joined(outputs, join)
+def _together(grouped: Groups, parts: Sequence[Any]) -> Any:
+    first = parts[0]
+    if not isinstance(first, Tensor) or all(part is first for part in parts):
+        return first
+    counts = [part.size(0) if part.ndim else 0 for part in parts]
+    alike = all(part.shape[1:] == first.shape[1:] for part in parts)
+    if not alike or counts != [group.count for group in grouped.groups]:
+        raise ShapeError(", ".join(str(tuple(part.shape)) for part in parts))
+    together = torch.cat(list(parts))
+    return together if grouped.order is None else together[grouped.order]
 
 
 # ------------------------------------------------------------------------------- calls and branches
