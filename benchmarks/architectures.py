@@ -96,7 +96,7 @@ def shorten(model: nn.Module, most: int = 2) -> None:
     tree = Tree.of(Backbone.of(model))
     looks: dict[Hashable, int] = {}
     seen: dict[str, int] = {}
-    for name, module in tree.found.modules.items():
+    for name, module in tree.backbone.modules.items():
         if not isinstance(module, nn.ModuleList):
             continue
         counts: dict[int, int] = {}

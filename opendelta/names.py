@@ -13,14 +13,24 @@ def join(*steps: str) -> str:
     return ".".join(filter(None, steps))
 
 
-def inside(name: str) -> str:
+def dotted(name: str) -> str:
     """Return the start of the full names of all modules and tensors inside the module `name`.
 
     Example:
-        >>> inside("encoder"), inside("")
+        >>> dotted("encoder"), dotted("")
         ('encoder.', '')
     """
     return f"{name}." if name else ""
+
+
+def is_inside(name: str, around: str) -> bool:
+    """True if the module or tensor `name` is inside the module `around`, the root "" for example.
+
+    Example:
+        >>> is_inside("encoder.layer", "encoder"), is_inside("encoder", "encoder")
+        (True, False)
+    """
+    return name != around and name.startswith(dotted(around))
 
 
 def parent(name: str) -> str:

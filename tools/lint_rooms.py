@@ -34,11 +34,13 @@ class Package:
 
 
 def defined(node: ast.AST) -> list[str]:
-    """List the names that a definition or an assignment gives to functions, classes, constants."""
+    """List the names of functions, classes, constants and attributes that a node defines."""
     if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
         return [node.name]
-    targets = [node.target] if isinstance(node, ast.AnnAssign) else getattr(node, "targets", ())
-    return [target.id for target in targets if isinstance(target, ast.Name)]
+    targets = [node.target] if isinstance(node, ast.AnnAssign) else getattr(node, "targets", [])
+    parts = [part for target in targets for part in getattr(target, "elts", [target])]
+    own = [p.attr for p in parts if isinstance(p, ast.Attribute) and last_name(p.value) == "self"]
+    return own + [part.id for part in parts if isinstance(part, ast.Name)]
 
 
 def is_own(node: ast.AST) -> bool:
@@ -58,6 +60,12 @@ def is_private(name: str) -> bool:
 def last_name(node: ast.AST) -> str:
     """The last step of a dotted name."""
     return getattr(node, "attr", getattr(node, "id", ""))
+
+
+def asks_class(call: ast.Call) -> bool:
+    """True for `isinstance(thing, ...)` and `issubclass(type(thing), ...)`."""
+    name = last_name(call.func)
+    return name == "isinstance" or (name == "issubclass" and "type(" in ast.unparse(call.args[0]))
 
 
 def private_names(package: Package, path: Path) -> Found:
@@ -82,7 +90,7 @@ def layer_tests(package: Package, path: Path) -> Found:
     names = {alias.asname or alias.name: alias.name for alias in imports}
     for node in nodes:
         parts: list[ast.AST] = []
-        if isinstance(node, ast.Call) and last_name(node.func) == "isinstance":
+        if isinstance(node, ast.Call) and asks_class(node):
             parts = node.args[1:]
         elif isinstance(node, ast.Compare) and "type(" in ast.unparse(node.left):
             parts = list(node.comparators)
@@ -95,10 +103,16 @@ def layer_tests(package: Package, path: Path) -> Found:
 
 def stack_levels(package: Package, path: Path) -> Found:
     """Only `errors.warn` finds the line that a warning points at."""
+    functions, lines = {"warn", "warn_explicit"}, set()
     for node in ast.walk(package.trees[path]):
-        warns = isinstance(node, ast.Attribute) and node.attr in ("warn", "warn_explicit")
-        if warns and last_name(node.value) == "warnings":
-            yield node.lineno, "stacklevel is counted by hand: use errors.warn"
+        names: set[str] = set()
+        if isinstance(node, ast.Attribute) and last_name(node.value) == "warnings":
+            names = {node.attr}
+        elif isinstance(node, ast.ImportFrom) and node.module == "warnings":
+            names = {alias.name for alias in node.names}
+        if names & functions or (isinstance(node, ast.keyword) and node.arg == "stacklevel"):
+            lines.add(getattr(node, "lineno", 1))
+    yield from ((line, "stacklevel is counted by hand: use errors.warn") for line in sorted(lines))
 
 
 def late_imports(package: Package, path: Path) -> Found:
@@ -113,7 +127,7 @@ def late_imports(package: Package, path: Path) -> Found:
 
 def summaries(package: Package, path: Path) -> Found:
     """A docstring's summary names the thing: it does not begin with "What" or "Those"."""
-    kinds = ast.Module | ast.ClassDef | ast.FunctionDef
+    kinds = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
     for node in ast.walk(package.trees[path]):
         text = ast.get_docstring(node) if isinstance(node, kinds) else None
         if text and BAD_SUMMARY.match(text):

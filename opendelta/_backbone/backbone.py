@@ -16,7 +16,7 @@ from .._modules.calls import has_forward
 from .._modules.devices import device_and_dtype, is_meta
 from .._sites.stack import Stack
 from ..errors import DeltaError
-from ..names import SLOT, ancestors, inside, join, parent
+from ..names import SLOT, ancestors, dotted, join, parent
 
 
 @dataclass
@@ -46,7 +46,7 @@ class Backbone:
         while todo:
             name, module = todo.pop()
             backbone.modules[name] = module
-            start = inside(name)
+            start = dotted(name)
             for key, child in reversed(module._modules.items()):
                 if isinstance(child, Stack):
                     if id(child) not in seen:
@@ -106,6 +106,11 @@ class Backbone:
                 found[layer.record].append(where)
         return found
 
+    def replaced(self) -> set[str]:
+        """Return the full names of the sites in whose place an active delta's own copy acts."""
+        layers = [(where, layer) for where, _, layer in self.delta_layers()]
+        return {where for where, ly in layers if ly.acts is Acts.INSTEAD and ly.record.active}
+
     # ------------------------------------------------------------------------------- its tensors
     def parameters(self) -> dict[str, nn.Parameter]:
         """Return the model's parameters by full name, without deltas; a tied one has each name."""
@@ -137,7 +142,7 @@ class Backbone:
 
     def delta_parameters(self) -> dict[str, nn.Parameter]:
         """Return the parameters of all attached deltas by full name."""
-        prefixes = {where: inside(join(where, SLOT)) for where in self.stacks}
+        prefixes = {where: dotted(join(where, SLOT)) for where in self.stacks}
         return {
             f"{prefixes[where]}{name}": parameter
             for where, stack in self.stacks.items()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import nn
 
-from .._layers.base import Acts
 from .._modules.tensors import is_plain
 from ..errors import UntrainedWarning, warn
 from ..names import ancestors, parent
@@ -24,11 +23,7 @@ def untrained(backbone: Backbone) -> list[str]:
     fresh = {name for name, p in own.items() if _is_fresh(p, bool(_around(name) & pretrained))}
     if 2 * len(fresh) >= len(own):
         return []
-    copied = {
-        where
-        for where, _, layer in backbone.delta_layers()
-        if layer.acts is Acts.INSTEAD and layer.record.active
-    }
+    copied = backbone.replaced()
     fresh = {n for n in fresh if not own[n].requires_grad and not _around(n) & copied}
     mixed = {where for name in own.keys() - fresh for where in _around(name)}
     found = {where for name in fresh for where in _around(name)} - mixed

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .._modules.kinds import Embedding, Kind, kind_of
+from ..names import is_inside
 from .backbone import Backbone
 
 # What users give: arguments by keyword, by position, or one tensor.
@@ -45,17 +46,13 @@ def of_backbone(backbone: Backbone) -> Iterator[tuple[str, tuple, dict[str, Any]
     for name, module in backbone.modules.items():
         if isinstance(getattr(module, "dummy_inputs", None), dict):
             inner.append(name)
-    outermost = [n for n in inner if not any(_is_inside(n, other) for other in inner)]
+    outermost = [n for n in inner if not any(is_inside(n, other) for other in inner)]
     for name in sorted(inner, key=lambda n: n not in outermost):
         for kwargs in _of_model(backbone.modules[name]):
             yield name, (), kwargs
     first = next((k for m in backbone.modules.values() if (k := kind_of(m)) is not None), None)
     if first is not None:
         yield "", (_of_kind(first),), {}
-
-
-def _is_inside(name: str, other: str) -> bool:
-    return name != other and (not other or name.startswith(f"{other}."))
 
 
 def _of_kind(kind: Kind) -> Tensor:
@@ -88,8 +85,8 @@ def _known(config: Any) -> dict[str, Tensor]:
 
     def of(name: str, default: Any = 1) -> Any:
         inner = (getattr(config, part, None) for part in ("vision_config", "audio_config"))
-        places = [c for c in (config, *inner) if getattr(c, name, None) is not None]
-        return getattr(places[0], name) if places else default
+        known = [c for c in (config, *inner) if getattr(c, name, None) is not None]
+        return getattr(known[0], name) if known else default
 
     side = of("image_size", 224)
     height, width = side if isinstance(side, list | tuple) else (side, side)

@@ -47,16 +47,16 @@ def as_list(patterns: str | Sequence[str] | None) -> list[str]:
 
 def repeated(modules: Mapping[str, nn.Module], most: int = 3) -> str:
     """Return the repeated blocks of a model for a message: "encoder.layer.0-11 (BertLayer)"."""
-    stacks: dict[tuple[str, type], list[int]] = {}
+    lists: dict[tuple[str, type], list[int]] = {}
     for name, module in modules.items():
         holder, _, key = name.rpartition(".")
         if key.isdigit() and any(True for _ in module.children()):
             alike = re.sub(r"(?<![^.])\d+(?![^.])", "*", holder)
-            stacks.setdefault((alike, type(module)), []).append(int(key))
-    stacks = {stack: numbers for stack, numbers in stacks.items() if len(numbers) > 1}
+            lists.setdefault((alike, type(module)), []).append(int(key))
+    lists = {alike: numbers for alike, numbers in lists.items() if len(numbers) > 1}
     return ", ".join(
         f"{f'{holder}.' if holder else ''}{min(numbers)}-{max(numbers)} ({cls.__name__})"
-        for (holder, cls), numbers in list(stacks.items())[:most]
+        for (holder, cls), numbers in list(lists.items())[:most]
     )
 
 

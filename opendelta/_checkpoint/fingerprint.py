@@ -21,7 +21,7 @@ from .._modules import tensors
 from .._modules.tensors import is_sharded
 from .._sites import merged
 from ..errors import shown
-from ..names import ancestors, inside
+from ..names import ancestors, is_inside, join
 
 SAMPLES = 16  # values of each weight
 WEIGHTS = 4  # weights inside a module that has no weight of its own: the first ones
@@ -125,14 +125,14 @@ def _weights(
     """Yield (full name, tensor) of the weights under the deltas that are on the modules `names`."""
     seen = set()
     order = list(backbone.modules)  # each module comes right before the modules inside it
-    at = {name: place for place, name in enumerate(order)}
+    at = {name: index for index, name in enumerate(order)}
     for name in names:
         count = 0
-        for place in range(at[name], len(order)):
-            module = order[place]
-            if module != name and not module.startswith(inside(name)):
+        for index in range(at[name], len(order)):
+            module = order[index]
+            if module != name and not is_inside(module, name):
                 break
-            tensor, full = _own(backbone, module, "weight"), f"{module}.weight".lstrip(".")
+            tensor, full = _own(backbone, module, "weight"), join(module, "weight")
             if tensor is None or tensor.ndim < 1 or (without and {*without} & {*ancestors(full)}):
                 continue
             count += 1
@@ -144,7 +144,7 @@ def _weights(
 
 
 def _values(tensor: Any) -> list[float] | None:
-    """Return some values of a tensor; its size decides the places. None if it is unreadable."""
+    """Return some values of a tensor; its size decides which. None if it is unreadable."""
     plain = tensors.is_plain(tensor) or type(tensor) is Tensor
     if is_sharded(tensor) or not plain or tensor.is_meta:
         return None
@@ -159,9 +159,9 @@ def _coordinates(shape: torch.Size) -> tuple[Tensor, ...]:
     """Return the coordinates of some values: for each axis one tensor."""
     size = shape.numel()
     axes: list[list[int]] = [[] for _ in shape]
-    for place in sorted({(i * 2654435761 + size // 2) % size for i in range(SAMPLES)}):
+    for index in sorted({(i * 2654435761 + size // 2) % size for i in range(SAMPLES)}):
         for axis in reversed(range(len(shape))):
-            place, at = divmod(place, shape[axis])
+            index, at = divmod(index, shape[axis])
             axes[axis].append(at)
     return tuple(map(torch.tensor, axes))
 

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,24 +70,31 @@ def load(
     if not isinstance(model, nn.Module):
         raise OptionError(f"backbone_model must be a torch.nn.Module, not {model!r}")
     with uncollected(), opened(path, model) as source:
-        facts, configs = source.facts, source.configs
         if expected is not None:
-            _check_type(path, configs, expected)
+            _check_type(path, source.configs, expected)
         if wanted is not None:
-            check_options(path, configs[0], wanted)
-        backbone = Backbone.of(model, samples)
-        known = known_records(backbone)
-        taken = {record.name for record in known}
-        deltas: list[BaseDelta] = []
-        for number, (fact, config) in enumerate(zip(facts["deltas"], configs, strict=True)):
-            config.name = name or free_name(fact["name"], taken)
-            taken.add(config.name)
-            brought = [*(config.unfrozen_modules or ()), *facts["backbone_tensors"]]
-            config.unfrozen_modules = list(dict.fromkeys(brought)) or None
-            deltas.append(_made(path, source.saved_from, fact, config, backbone))
-            deltas[-1].record.rank = (known[-1].rank + 1 if known else 0) + number
-            deltas[-1].record.enabled = fact["active"]
-        _fill(path, source, backbone, deltas, check_backbone)
+            check_options(path, source.configs[0], wanted)
+        backbone, facts, given = Backbone.of(model, samples), source.facts, source.tensors
+        made_for = source.saved_from or "model"
+        unfit = f"{path}, saved from a {made_for}, does not fit this {type(model).__name__}"
+        deltas = _made(path, unfit, source, backbone, name)
+        entries = list(zip(facts["deltas"], deltas, strict=True))
+        states = [delta.state_dict(fact["name"]) for fact, delta in entries]
+        own = backbone.tensors()
+        brought = _brought(path, facts, own)
+        compare({k: t for state in (*states, brought) for k, t in state.items()}, given, str(path))
+        _check_frozen(path, entries)
+        unchecked = _check_backbone(path, backbone, facts, deltas) if check_backbone else []
+        source.verify()
+        new = dict(tensors.values(brought, given, str(path), own))
+        for (fact, delta), state in zip(entries, states, strict=True):
+            usual = copied(own, state, fact["name"])
+            value_of = functools.partial(_value_of, state, given, str(path), usual)
+            _fill(backbone, fact, delta, state, value_of)
+        placed = _placed(unfit, backbone, deltas)
+        for message in unchecked:  # of a folder that is not refused
+            warn(message, UncheckedWarning)
+        _attach(unfit, backbone, placed, brought, new)
     return deltas, source
 
 
@@ -134,14 +141,32 @@ def _check_type(path: Path, configs: Sequence[DeltaConfig], expected: type[BaseD
 
 
 def _made(
-    path: Path,
-    saved_from: str | None,
-    fact: dict[str, Any],
-    config: DeltaConfig,
-    backbone: Backbone,
+    path: Path, unfit: str, source: Source, backbone: Backbone, name: str | None
+) -> list[BaseDelta]:
+    """Make the deltas of a folder, off the model and without memory, with names that are free.
+
+    Args:
+        unfit: the start of the message that the folder does not fit.
+        name: as for `load`.
+    """
+    known = known_records(backbone)
+    taken = {record.name for record in known}
+    first = known[-1].rank + 1 if known else 0
+    deltas: list[BaseDelta] = []
+    for fact, config in zip(source.facts["deltas"], source.configs, strict=True):
+        config.name = name or free_name(fact["name"], taken)
+        taken.add(config.name)
+        brought = [*(config.unfrozen_modules or ()), *source.facts["backbone_tensors"]]
+        config.unfrozen_modules = list(dict.fromkeys(brought)) or None
+        delta = _made_one(path, unfit, fact, config, backbone)
+        delta.record.rank, delta.record.enabled = first + len(deltas), fact["active"]
+        deltas.append(delta)
+    return deltas
+
+
+def _made_one(
+    path: Path, unfit: str, fact: dict[str, Any], config: DeltaConfig, backbone: Backbone
 ) -> BaseDelta:
-    """Make a delta with these resolved options, off the model and without memory."""
-    unfit = _unfit(path, saved_from, backbone)
     try:
         choice = as_chosen(backbone, method(config.delta_type), config)
         delta = make(backbone, choice, values="saved")
@@ -155,54 +180,36 @@ def _made(
     return delta
 
 
-def _unfit(path: Path, saved_from: str | None, backbone: Backbone) -> str:
-    """Return the start of the message that a folder does not fit a model."""
-    saved = f"saved from a {saved_from or 'model'}"
-    return f"{path}, {saved}, does not fit this {type(backbone.model).__name__}"
+def _brought(path: Path, facts: dict[str, Any], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return those of the backbone's tensors whose values the file brings along."""
+    if strangers := [key for key in facts["backbone_tensors"] if key not in own]:
+        raise DeltaLoadError(f"{path}: backbone_tensors names {strangers[0]!r}, which is no tensor")
+    return {key: own[key] for key in facts["backbone_tensors"]}
 
 
 def _fill(
-    path: Path, source: Source, backbone: Backbone, deltas: Sequence[BaseDelta], check: bool
+    backbone: Backbone,
+    fact: dict[str, Any],
+    delta: BaseDelta,
+    state: Mapping[str, Tensor],
+    value_of: Callable[..., Any],
 ) -> None:
-    """Give the deltas memory and the tensors of `source`, and put the deltas on their model.
+    """Give a delta memory, and the tensors of a file that are known to fit.
 
     Args:
-        check: compare the backbone with the fingerprint.
+        state: the delta's tensors by the names in the file.
+        value_of: `_value_of` for this delta.
     """
-    facts, given = source.facts, source.tensors
-    own = backbone.tensors()
-    if strangers := [key for key in facts["backbone_tensors"] if key not in own]:
-        raise DeltaLoadError(f"{path}: backbone_tensors names {strangers[0]!r}, which is no tensor")
-    brought = {key: own[key] for key in facts["backbone_tensors"]}
-    entries = list(zip(facts["deltas"], deltas, strict=True))
-    states = [delta.state_dict(fact["name"]) for fact, delta in entries]
-    wanted = {key: tensor for state in states for key, tensor in state.items()}
-    compare({**wanted, **brought}, given, str(path))
-    _check_frozen(path, entries)
-    unchecked = []
-    if check:
-        without = replaced(brought, [delta.config for delta in deltas])
-        unchecked = _check_backbone(path, backbone, facts, without)
-    source.verify()
-    new = dict(tensors.values(brought, given, str(path), own))
-    for (fact, delta), state in zip(entries, states, strict=True):
-        usual = copied(own, state, fact["name"])
-        value_of = functools.partial(_value_of, state, given, str(path), usual)
-        with torch.no_grad():
-            for where, layer in delta.layers.items():
-                device, computes = backbone.device_and_dtype_of(where)
-                kept = functools.partial(dtype_for, None, computes)
-                value = functools.partial(value_of, None if delta.config.dtype else kept)
-                materialise(layer, device, delta.prefix(where, fact["name"]), value)
-        made = {key: tensor for key, tensor in state.items() if not tensor.is_meta}
-        tensors.copy(made, dict(tensors.values(made, given, str(path), usual)))
-        for name, parameter in delta.named_parameters(fact["name"]):
-            parameter.requires_grad_(name not in fact["frozen"] and parameter.is_floating_point())
-    unfit = _unfit(path, source.saved_from, backbone)
-    placed = _placed(unfit, backbone, deltas)
-    for message in unchecked:  # of a folder that is not refused
-        warn(message, UncheckedWarning)
-    _attach(unfit, backbone, placed, brought, new)
+    with torch.no_grad():
+        for where, layer in delta.layers.items():
+            device, computes = backbone.device_and_dtype_of(where)
+            kept = functools.partial(dtype_for, None, computes)
+            value = functools.partial(value_of, None if delta.config.dtype else kept)
+            materialise(layer, device, delta.prefix(where, fact["name"]), value)
+    made = {key: tensor for key, tensor in state.items() if not tensor.is_meta}
+    tensors.copy(made, {key: value_of(None, key) for key in made})
+    for name, parameter in delta.named_parameters(fact["name"]):
+        parameter.requires_grad_(name not in fact["frozen"] and parameter.is_floating_point())
 
 
 def _value_of(
@@ -236,7 +243,7 @@ def _placed(unfit: str, backbone: Backbone, deltas: Sequence[BaseDelta]) -> list
     """Place all deltas on their model, which stays as it is; raise if one cannot be there.
 
     Args:
-        unfit: the start of the message that the folder does not fit.
+        unfit: as for `_made`.
     """
     placed: list[Placed] = []
     known = known_records(backbone)
@@ -260,7 +267,7 @@ def _attach(
     """Put deltas on their model and copy backbone tensors: all or nothing.
 
     Args:
-        unfit: as for `_placed`.
+        unfit: as for `_made`.
         own: the backbone tensors that the file brings along.
         new: their new values.
     """
@@ -280,7 +287,7 @@ def _attach(
 
 
 def _check_backbone(
-    path: Path, backbone: Backbone, facts: dict[str, Any], replaced: Collection[str]
+    path: Path, backbone: Backbone, facts: dict[str, Any], deltas: Sequence[BaseDelta]
 ) -> list[str]:
     """Raise if the weights under the deltas differ from the fingerprint.
 
@@ -289,7 +296,8 @@ def _check_backbone(
     """
     texts = [f"{path}: {facts['unchecked']}"] if "unchecked" in facts else []
     given = facts["fingerprint"]
-    differ, unchecked = fingerprint.differences(backbone, given, replaced)
+    without = replaced(facts["backbone_tensors"], [delta.config for delta in deltas])
+    differ, unchecked = fingerprint.differences(backbone, given, without)
     if differ:
         first = listed(f"{name} {how}" for name, how in differ.items())
         raise DeltaLoadError(

@@ -14,7 +14,7 @@ def copied(own: Mapping[str, Tensor], keys: Iterable[str], name: str) -> dict[st
     """Return {key of a tensor in a module that the delta `name` owns: the backbone's tensor}."""
     slot = f".{SLOT}.{name}.module."
     plain = {key: key.replace(slot, ".") for key in keys if slot in key}
-    return {key: own[place] for key, place in plain.items() if place in own}
+    return {key: own[name] for key, name in plain.items() if name in own}
 
 
 def replaced(backbone: Iterable[str], configs: Iterable[DeltaConfig]) -> set[str]:

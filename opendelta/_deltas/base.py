@@ -13,7 +13,7 @@ from .._layers.base import DeltaLayer
 from .._layers.record import Record
 from .._sites.stack import check_name
 from ..errors import OptionError, shown
-from ..names import SLOT, inside, join
+from ..names import SLOT, dotted, join
 from .options import DeltaConfig, as_scaling
 
 
@@ -140,7 +140,7 @@ class BaseDelta:
         """
         if named is not None:
             check_name(named)
-        return inside(join(where, SLOT, named or self.name))
+        return dotted(join(where, SLOT, named or self.name))
 
     def named_parameters(self, named: str | None = None) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield (full name, parameter) of the delta; the same for an attached and a detached delta.

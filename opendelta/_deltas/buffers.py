@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from .._backbone.backbone import Backbone
-from .._layers.base import Acts
 from .._layers.record import Record
 from ..errors import UnsavedWarning, listed, warn
 from ..names import ancestors, join
@@ -36,10 +35,7 @@ def moving(backbone: Backbone, changed: Collection[str] = ()) -> list[str]:
     """
     if all(parameter.requires_grad for parameter in backbone.parameters().values()):
         return []
-    records = backbone.records()
-    layers = ((where, layer) for where, _, layer in backbone.delta_layers())
-    copied = {w for w, ly in layers if ly.acts is Acts.INSTEAD and ly.record.active}
-    kept = named(records) | copied
+    kept = named(backbone.records()) | backbone.replaced()
     return [
         name
         for name, module in backbone.modules.items()

@@ -30,7 +30,7 @@ from .._modules.tensors import is_lazy
 from .._sites import swap
 from .._sites.stack import check_name
 from ..errors import AddressError, SiteError, quoted
-from ..names import SLOT, ancestors, parent
+from ..names import SLOT, ancestors, is_inside, parent
 from .base import BaseDelta
 from .options import DeltaConfig
 from .order import check_root, free_name, known_records
@@ -120,10 +120,10 @@ def resolve(
     if layer_class.paired:
         modified = _pairs(backbone, wanted, select_all, as_list(config.exclude_modules))
     else:
-        names = inside(backbone, select_all(backbone, wanted), layer_class, by_role)
+        names = fitting_inside(backbone, select_all(backbone, wanted), layer_class, by_role)
         modified = leave_out(backbone, names, as_list(config.exclude_modules))
     if by_role:
-        modified = _acting_places(backbone, modified, wanted, layer_class)
+        modified = _acting_sites(backbone, modified, wanted, layer_class)
     owned = _owned(backbone, as_list(config.modules_to_save))
     for name in modified:
         if around := next((o for o in owned if f"{name}.".startswith(f"{o}.")), None):
@@ -239,7 +239,7 @@ def _pairs(
     return chosen
 
 
-def inside(
+def fitting_inside(
     backbone: Backbone, names: list[str], layer_class: type[DeltaLayer], by_role: bool = False
 ) -> list[str]:
     """Replace each name that the layer cannot sit on by the names of the fitting modules inside it.
@@ -253,14 +253,12 @@ def inside(
     fitting = {name for name in backbone.modules if _kinds(backbone, name) & {*layer_class.kinds}}
     expanded = []
     for name in names:
-        within = [
-            n for n in backbone.modules if n in fitting and n.startswith(f"{name}." if name else "")
-        ]
+        within = [n for n in backbone.modules if n in fitting and is_inside(n, name)]
         expanded += [name] if name in fitting or not (within or by_role) else within
     return list(dict.fromkeys(expanded)) or names
 
 
-def _acting_places(
+def _acting_sites(
     backbone: Backbone, names: list[str], wanted: Sequence[str], layer_class: type[DeltaLayer]
 ) -> list[str]:
     """Return where layers for the modules `names`, which roles selected, act.
@@ -268,8 +266,8 @@ def _acting_places(
     Raises:
         AddressError: they act nowhere.
     """
-    places = (_acting_at(backbone, name, layer_class) for name in names)
-    acting = [place for place in places if place is not None]
+    sites = (_acting_at(backbone, name, layer_class) for name in names)
+    acting = [site for site in sites if site is not None]
     if not acting:
         raise AddressError(
             f"the modules that {list(wanted)} selects are never called: the modules around read "
@@ -302,7 +300,7 @@ def _kinds(backbone: Backbone, name: str) -> set[str]:
     if prefix.is_attention(module):
         kinds.add("attention")
     if set(prompt.arguments(module)) >= prompt.TAKES:
-        kinds |= {"stack"} if prompt.stacks(backbone.modules).get(name) is False else set()
+        kinds |= {"stack"} if prompt.embedders(backbone.modules).get(name) is False else set()
     return kinds
 
 
@@ -388,16 +386,11 @@ def check_kind(
     if (kind is not None and kind.name in wanted) or _kinds(backbone, name) & wanted:
         return
     takes = "; ".join(KINDS[k] for k in layer_class.kinds)
-    inside = [
-        other
-        for other in backbone.modules
-        if other != name
-        and other.startswith(f"{name}." if name else "")
-        and _kinds(backbone, other) & (wanted - {"other"})
-    ]
+    wanted -= {"other"}
+    inner = [n for n in backbone.modules if is_inside(n, name) and _kinds(backbone, n) & wanted]
     raise SiteError(
         f"{quoted(name)} ({type(backbone.modules[name]).__name__}) cannot carry "
         f"{config.delta_type!r}, which takes: {takes}."
-        + (f" Inside it there are {', '.join(map(repr, inside[:4]))}" if inside else ""),
+        + (f" Inside it there are {', '.join(map(repr, inner[:4]))}" if inner else ""),
         where=name,
     )

@@ -47,12 +47,9 @@ def _in_compiled(backbone: Backbone, where: str) -> bool:
 
 def _lost(backbone: Backbone) -> list[str]:
     """Return the layers that were lost because their module was replaced by another one."""
-    there: dict[int, list[str]] = {}
-    for where, _, layer in backbone.delta_layers():
-        there.setdefault(id(layer.record), []).append(f".{unwrapped(where)}")
     missing = []
-    for record in backbone.records():
-        own = there[id(record)]
+    for record, sites in backbone.sites().items():
+        own = [f".{unwrapped(where)}" for where in sites]
         if len(own) == len(record.sites):
             continue
         for name in sorted(record.sites):

@@ -10,7 +10,7 @@ from .._backbone.backbone import Backbone
 from .._backbone.patterns import compile_pattern, no_match, warn_unused
 from .._layers.record import Shared
 from ..errors import DeltaError
-from ..names import SLOT, ancestors, inside, join
+from ..names import SLOT, ancestors, dotted, is_inside, join
 
 
 def freeze(
@@ -31,7 +31,6 @@ def freeze(
         DeltaError: `module` is not a module of the backbone.
     """
     within = _name_of(backbone, module)
-    start = inside(within)
     own, added = backbone.tensors(), backbone.delta_parameters()
     tests = {pattern: compile_pattern(pattern) for pattern in exclude if pattern != SLOT}
     every = {part for name in (*own, *added) for part in ancestors(name)} if tests else set()
@@ -50,9 +49,9 @@ def freeze(
     }
     restore(backbone, shared, within)
     memories = {name: memory for name, _, memory in _remembered(backbone, shared)}
-    shared.excluded -= {name for name in shared.excluded if name.startswith(start)}
+    shared.excluded -= {name for name in shared.excluded if is_inside(name, within)}
     for name, tensor in everything.items():
-        if not name.startswith(start):
+        if not is_inside(name, within):
             continue
         if id(tensor) in spared:
             shared.excluded |= {name} & own.keys()
@@ -77,9 +76,8 @@ def restore(backbone: Backbone, shared: Shared, within: str = "") -> None:
     """Make the parameters inside `within` that `freeze` froze trainable again, and forget them."""
     if not shared.frozen and not any(record.frozen for record in shared.records):
         return
-    start = inside(within)
     for name, parameter, memory in _remembered(backbone, shared):
-        if name in memory and name.startswith(start):
+        if name in memory and is_inside(name, within):
             parameter.requires_grad_(True)
             memory.discard(name)
 
@@ -89,6 +87,6 @@ def _remembered(backbone: Backbone, shared: Shared) -> Iterator[tuple[str, Tenso
     for name, tensor in backbone.tensors().items():
         yield name, tensor, shared.frozen
     for where, delta, layer in backbone.delta_layers():
-        prefix = inside(join(where, SLOT, delta))
+        prefix = dotted(join(where, SLOT, delta))
         for name, tensor in layer.named_parameters():
             yield f"{prefix}{name}", tensor, layer.record.frozen

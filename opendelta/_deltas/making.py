@@ -23,7 +23,7 @@ from .._layers.site import Heads, Site, Widths
 from .._modules.kinds import kind_of
 from .._sites import swap
 from .._sites.stack import acting_on
-from ..errors import LostGradientWarning, SiteError, TiedWeightWarning, warn
+from ..errors import LostGradientWarning, OptionError, SiteError, TiedWeightWarning, warn
 from . import choosing, resizing
 from .base import BaseDelta
 from .choosing import Choice
@@ -84,12 +84,17 @@ def _layers(backbone: Backbone, choice: Choice, values: Values) -> dict[str, Del
     _warn_of_lost_gradients(backbone)
     if layer_class.can_fold():
         _warn_if_tied(backbone, list(sites), config.delta_type)
+    needed = layer_class.check_written()
     shared = make_shared(list(starts.values()), config) if make_shared is not None else None
     new: Any = layer_class  # a method's layer takes a site and its config
     made: dict[str, DeltaLayer] = {}
     for name, site in starts.items():
         site.shared = shared
         layer = made[name] = new(site, config)
+        if unset := [attribute for attribute in needed if not hasattr(layer, attribute)]:
+            raise OptionError(
+                f"{layer_class.__name__}.__init__ must set self.{unset[0]}, which its forward reads"
+            )
         if layer_class.any_axis and site.axis != -1:
             layer.__dict__["axis"] = site.axis
         if config.gate:

@@ -10,7 +10,7 @@ import os
 import types
 import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -122,21 +122,18 @@ class DeltaConfig:
     positional: ClassVar[tuple[str, ...]] = POSITIONAL
     positional_first: ClassVar[bool] = False
 
-    modified_modules: list[str] | None = dataclasses.field(default=None, kw_only=True)
-    exclude_modules: list[str] | None = dataclasses.field(default=None, kw_only=True)
-    unfrozen_modules: list[str] | None = dataclasses.field(default=None, kw_only=True)
-    common_structure: bool | dict[str, str | None] | None = dataclasses.field(
-        default=None, kw_only=True
-    )
-    interactive_modify: bool | int = dataclasses.field(default=False, kw_only=True)
-    modules_to_save: list[str] | None = dataclasses.field(default=None, kw_only=True)
-    num_labels: int | None = dataclasses.field(default=None, kw_only=True, metadata={"minimum": 1})
-    name: str | None = dataclasses.field(default=None, kw_only=True)
-    dtype: str | None = dataclasses.field(
-        default=None, kw_only=True, metadata={"choices": (None, *DTYPES)}
-    )
-    reads: bool = dataclasses.field(default=False, kw_only=True)
-    gate: bool = dataclasses.field(default=False, kw_only=True)
+    _: KW_ONLY
+    modified_modules: list[str] | None = None
+    exclude_modules: list[str] | None = None
+    unfrozen_modules: list[str] | None = None
+    common_structure: bool | dict[str, str | None] | None = None
+    interactive_modify: bool | int = False
+    modules_to_save: list[str] | None = None
+    num_labels: int | None = option(None, minimum=1)
+    name: str | None = None
+    dtype: str | None = option(None, choices=(None, *DTYPES))
+    reads: bool = False
+    gate: bool = False
 
     def __post_init__(self) -> None:
         hints = _hints(type(self))  # type: ignore[arg-type]  # any class can be hashed

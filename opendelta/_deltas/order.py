@@ -195,8 +195,8 @@ def handle_of(backbone: Backbone, record: Record) -> BaseDelta:
     handle = cls.__new__(cls)
     handle.backbone_model, handle.record = backbone.modules[prefix], record
     layers = {w[len(prefix) + 1 if prefix else 0 :]: layer for w, layer in own}
-    places = {name: place for place, name in enumerate(record.sites)}
-    ordered = sorted(layers, key=lambda where: places[unwrapped(where)])
+    numbers = {name: number for number, name in enumerate(record.sites)}
+    ordered = sorted(layers, key=lambda where: numbers[unwrapped(where)])
     handle.layers = {where: layers[where] for where in ordered}
     HANDLES.add(handle)
     return handle

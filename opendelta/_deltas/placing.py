@@ -22,7 +22,7 @@ from .._modules.kinds import Kind, kind_of
 from .._sites import swap
 from .._sites.stack import Stack, stack_of
 from ..errors import SiteError
-from ..names import ancestors, inside
+from ..names import ancestors, is_inside
 from .base import BaseDelta
 from .order import order_with
 
@@ -63,7 +63,7 @@ class Placed:
         """Let `backbone` show the delta as attached, so that another can be placed on top."""
         for where, layer in self.delta.layers.items():
             before, is_read = self.backbone.stacks.get(where), self.placings[where].weight_is_read
-            self.backbone.stacks[where] = PlannedStack(before, self.delta.name, layer, is_read)
+            self.backbone.stacks[where] = PretendedStack(before, self.delta.name, layer, is_read)
 
 
 def place(
@@ -109,14 +109,14 @@ def place(
 
 
 def _placing(backbone: Backbone, delta: BaseDelta, where: str, layer: DeltaLayer) -> Placing:
-    module, stack = backbone.modules[where], backbone.stacks.get(where)
-    planned = stack if isinstance(stack, PlannedStack) else None
+    module = backbone.modules[where]
+    stack = backbone.stacks.get(where, stack_of(module))
     copied = layer.stand_in is not None and swap.shows_weight(module)
     asked = delta.config.reads and (copied or where in (delta.config.modified_modules or ()))
     asked = asked or reading.weight_is_read(backbone, where)
-    is_read = swap.weight_is_read(module, asked or (planned is not None and planned.weight_is_read))
-    on_it = stack_of(module) if planned is None else planned
-    swap.check(where, module, delta.name, layer, is_read, on_it)
+    asked = asked or (isinstance(stack, PretendedStack) and stack.weight_is_read)
+    is_read = swap.weight_is_read(module, asked)
+    swap.check(where, module, delta.name, layer, is_read, stack)
     ranks = sharding.group_of(backbone, where, is_read, layer)
     return Placing(is_read, ranks, *backbone.device_and_dtype_of(where))
 
@@ -139,7 +139,7 @@ def _sizes(kind: Kind | None) -> tuple[int, int] | None:
     return None if kind is None else (kind.in_features, kind.out_features)
 
 
-class PlannedStack(Stack):
+class PretendedStack(Stack):
     """The stack that a module would have with one more layer; the module does not carry it.
 
     Attributes:
@@ -164,8 +164,8 @@ def _check_sizes(backbone: Backbone, name: str, where: str, new: DeltaLayer) -> 
     copies = [(owner, layer.stand_in) for owner, layer in both if layer.stand_in is not None]
     if not copies:
         return
-    module, start = backbone.modules[where], inside(where)
-    parts = [m for n, m in backbone.modules.items() if n == where or n.startswith(start)]
+    module = backbone.modules[where]
+    parts = [m for n, m in backbone.modules.items() if n == where or is_inside(n, where)]
     for owner, own in copies:
         others = [n for n, layer in both if layer.acts.in_the_weights]
         if others and _shapes(own.modules()) != _shapes(parts):

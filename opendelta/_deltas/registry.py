@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import inspect
 
-from .._deltas.base import BaseDelta
 from .._layers.base import DeltaLayer
 from ..errors import OptionError, nearest, shown
+from .base import BaseDelta
 from .options import COMMON, DeltaConfig
 
 METHODS: dict[str, type[BaseDelta]] = {}
@@ -54,6 +54,7 @@ def register(cls: type[BaseDelta]) -> None:
         raise OptionError(
             f"{cls.__name__}: config_class must be a DeltaConfig, and layer_class a DeltaLayer"
         )
+    cls.layer_class.check_written()
     _check_options(cls.config_class)
     other = METHODS.get(cls.delta_type, cls)
     if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):

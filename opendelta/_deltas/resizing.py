@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .._backbone.backbone import Backbone
-from .._layers.base import Acts, DeltaLayer
+from .._layers.base import DeltaLayer, Passive
 from .._layers.site import Site
 from .._modules.kinds import kind_of
 from .._sites import swap
@@ -41,15 +41,10 @@ def guard(backbone: Backbone, made: dict[str, DeltaLayer]) -> None:
         made.setdefault("", RootLayer()).__dict__["resizer"] = resize
 
 
-class RootLayer(DeltaLayer):
+class RootLayer(Passive):
     """A layer on the root that changes nothing, for a delta that has no other layer there."""
 
-    acts = Acts.SERVES
-    computes = False
     watches = True
-
-    def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return call(*args, **kwargs)
 
 
 def resize(

@@ -13,7 +13,7 @@ from .._layers import record as records
 from .._layers.record import Record, Shared
 from .._sites.stack import stack_of
 from ..errors import UnsavedWarning, warn
-from ..names import SLOT, ancestors, join
+from ..names import SLOT, ancestors, dotted, join
 from .buffers import named, trains_in_place
 
 # Functions of a model and a state dict of another library: they return one with our names of the
@@ -102,7 +102,7 @@ def _plain_advice(module: nn.Module) -> str:
 def _slots(module: nn.Module, prefix: str) -> tuple[str, ...]:
     """Return the prefixes of all delta keys under `module`."""
     return tuple(
-        f"{prefix}{name}.{SLOT}." if name else f"{prefix}{SLOT}."
+        prefix + dotted(join(name, SLOT))
         for name, child in module.named_modules(remove_duplicate=False)
         if stack_of(child) is not None
     )

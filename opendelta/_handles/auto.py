@@ -9,7 +9,6 @@ from typing import Any, cast
 from torch import nn
 
 from .. import interop
-from .._backbone.inputs import Samples
 from .._checkpoint import hub
 from .._checkpoint.source import configs_of
 from .._deltas.options import DeltaConfig
@@ -121,47 +120,4 @@ class AutoDeltaModel:
             config, backbone_model, **options
         )
 
-    @classmethod
-    def from_finetuned(
-        cls,
-        finetuned_delta_path: str | os.PathLike,
-        backbone_model: nn.Module,
-        delta_config: DeltaConfig | None = None,
-        cache_dir: str | os.PathLike | None = None,
-        *,
-        name: str | None = None,
-        local_files_only: bool = False,
-        force_download: bool = False,
-        check_hash: bool = True,
-        check_backbone: bool = True,
-        sample_inputs: Samples | None = None,
-    ) -> Delta:
-        """Put a delta of any method that `save_finetuned` wrote on a backbone.
-
-        Args:
-            finetuned_delta_path: the folder, or "user/name" on the hub.
-            delta_config: the options that the delta must have been saved with. None: any.
-            cache_dir: the folder for downloads. None: that of huggingface_hub.
-            name: the delta's new name. None: its saved name, or the next free one.
-            local_files_only: use only files that were downloaded before.
-            force_download: download again what was downloaded before.
-            check_backbone: raise if the weights under the delta differ from the weights that it was
-                trained on. A few values are compared.
-            check_hash: OpenDelta 0.3's name for `check_backbone`; both must be true for the check.
-            sample_inputs: inputs of the backbone, to find sizes by; see `Delta`.
-
-        Raises:
-            DeltaLoadError: the folder is damaged, or does not fit the backbone.
-        """
-        return Delta.from_finetuned(
-            finetuned_delta_path,
-            backbone_model,
-            delta_config,
-            cache_dir,
-            name=name,
-            local_files_only=local_files_only,
-            force_download=force_download,
-            check_hash=check_hash,
-            check_backbone=check_backbone,
-            sample_inputs=sample_inputs,
-        )
+    from_finetuned = Delta.from_finetuned  # of any method

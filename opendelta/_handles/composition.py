@@ -13,7 +13,7 @@ from .._backbone.backbone import Backbone
 from .._checkpoint import hub, saving
 from .._deltas import state_dict
 from .._deltas.order import attached_by_name, attached_once, handle_of, rerank
-from .._layers.selection import Block
+from .._layers.selection import OpenBlock
 from .._show.explaining import Explanation, explain
 from .._sites import runs
 from .._verbs import merging
@@ -103,7 +103,7 @@ class Composition(Generic[Model]):
             if record.merged and active != record.active:
                 record.require_apart("cannot switch")
         backbones = {record.shared for record in records}
-        with Block(switches, backbones=backbones):
+        with OpenBlock(switches, backbones=backbones):
             yield self
 
     def switches(self) -> dict[str, Tensor]:
@@ -172,7 +172,7 @@ class Composition(Generic[Model]):
             stack: runs.KeptFactors(backbone.device_and_dtype_of(where)[1])
             for where, stack in backbone.stacks.items()
         }
-        with Block(factors=kept):
+        with OpenBlock(factors=kept):
             yield self
         if any(each.changed() for each in kept.values()):
             raise DeltaError(

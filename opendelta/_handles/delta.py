@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from inspect import Parameter, Signature
 from typing import Any, TypeVar, cast
 
 import torch
@@ -29,13 +29,14 @@ from .._deltas.order import check_root, known_records, move, neighbour
 from .._deltas.placing import check_sizes, place
 from .._deltas.registry import register
 from .._files.tensors import copy_into
-from .._layers.selection import Block
+from .._layers.selection import OpenBlock
 from .._show.tree import log
 from ..errors import DeltaError, DeltaLoadError, OptionError, to_the_end
 from .as_module import AsModule
 from .with_block import with_block
 
 AnyDelta = TypeVar("AnyDelta", bound="Delta")
+BY_POSITION, BY_NAME = Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY
 
 
 class Delta(AsModule):
@@ -63,20 +64,12 @@ class Delta(AsModule):
         defaults = {name: field.default for name, field in fields.items()}
         defaults |= cls.config_class.class_defaults
         first, names = cls.config_class.positional_names(), cls.config_class.option_names()
-        by_position, by_name = (
-            inspect.Parameter.POSITIONAL_OR_KEYWORD,
-            inspect.Parameter.KEYWORD_ONLY,
-        )
-        cls.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-            [inspect.Parameter("backbone_model", by_position, annotation=nn.Module)]
-            + [
-                inspect.Parameter(n, kind, default=defaults[n], annotation=fields[n].type)
-                for group, kind in ((first, by_position), (names, by_name))
-                for n in group
-                if group is first or n not in first
-            ]
-            + [inspect.Parameter("sample_inputs", by_name, default=None, annotation=Samples)]
-        )
+        parameters = [Parameter("backbone_model", BY_POSITION, annotation=nn.Module)]
+        for name in dict.fromkeys((*first, *names)):
+            kind, hint = BY_POSITION if name in first else BY_NAME, fields[name].type
+            parameters.append(Parameter(name, kind, default=defaults[name], annotation=hint))
+        parameters.append(Parameter("sample_inputs", BY_NAME, default=None, annotation=Samples))
+        cls.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
 
     def __init__(
         self,
@@ -250,7 +243,7 @@ class Delta(AsModule):
         """Disable the delta inside a `with` block, for the thread and task that enters it."""
         if self.record.active:
             self.record.require_apart("cannot switch")
-        with Block({self.record: False}):
+        with OpenBlock({self.record: False}):
             yield
 
     def requires_grad_(self: AnyDelta, requires_grad: bool = True) -> AnyDelta:

@@ -7,7 +7,7 @@ from typing import Any
 
 from .._backbone.backbone import Backbone
 from .._deltas.order import attached_by_name, attached_once
-from .._layers.selection import Block
+from .._layers.selection import OpenBlock
 from .._sites.routed import Routed
 from .._sites.rows import Rows
 from ..errors import DeltaError
@@ -86,7 +86,7 @@ def route(
     }
     switches = {record: record in chosen for record in records}
     backbones = {record.shared for record in records}
-    with Block(switches, routers, backbones=backbones):
+    with OpenBlock(switches, routers, backbones=backbones):
         for where, stack in backbone.stacks.items():
             routers[stack].check(stack, backbone.modules[where])
         yield composed

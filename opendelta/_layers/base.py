@@ -6,6 +6,7 @@ import enum
 import functools
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from types import CodeType
 from typing import Any, ClassVar
 
 import torch
@@ -81,6 +82,12 @@ class Acts(enum.Enum):
         return self not in (Acts.INSTEAD, Acts.SERVES)
 
 
+def _reads(code: Any, name: str) -> bool:
+    """True if some code, or code in it, reads an attribute or a global of this name."""
+    inner = code.co_consts if isinstance(code, CodeType) else ()
+    return name in getattr(code, "co_names", ()) or any(_reads(each, name) for each in inner)
+
+
 class DeltaLayer(nn.Module):
     """One delta on one module: the base class of the layers that authors of methods write.
 
@@ -93,6 +100,9 @@ class DeltaLayer(nn.Module):
         acts: its place relative to the wrapped call; see `Acts`.
         inside: a module of another kind stands for the modules of these kinds inside it.
         paired: `modified_modules` come in pairs: the start and the end of a branch.
+        writes, sets: the method that subclasses must write, and the attributes that their
+            `__init__` must set, for the forward of this class. A subclass with its own forward
+            needs neither.
         sees_module: the `call` of its forward has `.module` and `.params()`: see `InnerCall`.
         gates_itself: its own equation uses `self.gate`.
         scales: its own equation uses `self.strength()`. A subclass with its own forward or fold
@@ -123,6 +133,8 @@ class DeltaLayer(nn.Module):
     acts: Acts = Acts.AFTER
     inside: ClassVar[bool] = False
     paired: ClassVar[bool] = False
+    writes: ClassVar[str] = "forward"
+    sets: ClassVar[tuple[str, ...]] = ()
     sees_module: ClassVar[bool] = False
     gates_itself: ClassVar[bool] = False
     scales: ClassVar[bool] = False
@@ -148,7 +160,13 @@ class DeltaLayer(nn.Module):
 
     def __init_subclass__(cls) -> None:
         own = vars(cls)
-        if "scales" not in own and ("forward" in own or "fold" in own):
+        equations = [own[name] for name in ("forward", "fold") if name in own]
+        if "scales" not in own and equations:
+            if any(_reads(getattr(f, "__code__", None), "strength") for f in equations):
+                raise OptionError(
+                    f"{cls.__name__} calls strength() in its own forward or fold: set scales = "
+                    "True if that multiplies all of its change, else scales = False"
+                )
             cls.scales = False
         if "any_axis" not in own and "forward" in own:
             cls.any_axis = False
@@ -214,6 +232,25 @@ class DeltaLayer(nn.Module):
         self.__dict__["_shared"] = (module,)
 
     # ------------------------------------------------------ methods that the library calls
+    @classmethod
+    def check_written(cls) -> tuple[str, ...]:
+        """Raise unless the class writes the method that its form leaves to subclasses.
+
+        Returns:
+            The attributes that `__init__` must set, as the forward of the form reads them.
+
+        Raises:
+            OptionError: it does not.
+        """
+        form = next(base for base in cls.__mro__ if "forward" in vars(base))
+        name = vars(form).get("writes", "")
+        if name and getattr(cls, name) is getattr(form, name):
+            raise OptionError(
+                f"{cls.__name__} must write the method {name}: the forward of a {form.__name__} "
+                "calls it"
+            )
+        return vars(form).get("sets", ())
+
     @classmethod
     def can_fold(cls) -> bool:
         """True if the class writes a `fold`."""
@@ -329,6 +366,16 @@ class DeltaLayer(nn.Module):
         wanted = {held: dtype_for(asked, computes, held) for held in floats}
         if any(t.device != device for t in own) or any(held != wanted[held] for held in wanted):
             self._apply(lambda t: t.to(device, wanted.get(t.dtype, t.dtype)))
+
+
+class Passive(DeltaLayer):
+    """A layer that changes nothing: it holds tensors or facts, or watches over its module."""
+
+    acts = Acts.SERVES
+    computes = False
+
+    def forward(self, call: Call, *args: Any, **kwargs: Any) -> Any:
+        return call(*args, **kwargs)
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:

@@ -27,6 +27,8 @@ class OutputLayer(DeltaLayer):
     """
 
     kinds: tuple[str, ...] = ("linear", "embedding", "norm", "other")
+    writes = "change"
+    sets = ("width",)
     scales = True
     any_axis = True
     width: int
@@ -52,6 +54,7 @@ class InputLayer(DeltaLayer):
 
     kinds: tuple[str, ...] = ("linear",)
     acts = Acts.BEFORE
+    writes = "change"
     scales = True
 
     def change(self, x: Tensor) -> Tensor:
@@ -78,6 +81,7 @@ class WeightLayer(DeltaLayer):
 
     kinds: tuple[str, ...] = ("linear",)
     acts = Acts.BESIDE
+    writes = "delta_weight"
     scales = True
     kind: Kind
     dropout: float
@@ -153,6 +157,8 @@ class BranchLayer(DeltaLayer):
     kinds: tuple[str, ...] = ("linear", "norm", "other")
     acts = Acts.BESIDE
     paired = True
+    writes = "branch"
+    sets = ("width",)
     gates_itself = True
     scales = True
     width: int

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import nn
 
 from ..errors import OptionError
 from ..names import SLOT
-from .base import Acts, DeltaLayer
+from .base import Passive
 
 
 def count_of(model: nn.Module) -> int | None:
@@ -80,14 +80,12 @@ def resized(module: nn.Module, model: nn.Module, labels: int) -> nn.Module:
     return module
 
 
-class LabelsLayer(DeltaLayer):
+class LabelsLayer(Passive):
     """A layer on the root: while it acts, the model and its config show `count` labels.
 
     So the model computes the right loss for the delta's head. The model itself is not changed.
     """
 
-    acts = Acts.SERVES
-    computes = False
     shows_config = True
 
     def __init__(self, model: nn.Module, count: int) -> None:
@@ -105,9 +103,6 @@ class LabelsLayer(DeltaLayer):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "view": None}  # a copy of the layer has another config
-
-    def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return call(*args, **kwargs)
 
 
 # ---------------------------------------------------------------------------------------- the view

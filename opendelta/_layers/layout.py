@@ -21,7 +21,7 @@ class Layout:
         several: rows may have several documents.
 
     Attributes:
-        places: the slot [batch, length] of each token.
+        slot_of: the slot [batch, length] of each token.
         full: number of slots of a row.
         ragged: some rows have fewer documents than others; their last slots hold nothing.
         filler: booleans [batch, slots], true for these slots.
@@ -30,15 +30,15 @@ class Layout:
     def __init__(self, firsts: Tensor, length: int, several: bool = False) -> None:
         batch, self.count = firsts.shape
         self.length = length
-        places = torch.arange(self.count, device=firsts.device)
-        firsts = firsts | ((places == 0) & ~firsts.any(-1, keepdim=True))
+        columns = torch.arange(self.count, device=firsts.device)
+        firsts = firsts | ((columns == 0) & ~firsts.any(-1, keepdim=True))
         self.shift = firsts.cumsum(-1) * length
         most = int(self.shift[:, -1].max()) if several else length
-        self.places, self.full = places + self.shift, self.count + most
+        self.slot_of, self.full = columns + self.shift, self.count + most
         self.ragged = several and int(self.shift[:, -1].min()) < most
         slots = torch.arange(self.full, device=firsts.device)
         taken = torch.zeros(batch, self.full, dtype=torch.long, device=firsts.device)
-        taken = taken.scatter(1, self.places, 1)
+        taken = taken.scatter(1, self.slot_of, 1)
         self.taken = taken == 1
         self.next = taken.cumsum(-1) - taken  # the token of the slot, or the next one after it
         self.filler = self.next == self.count
@@ -67,7 +67,7 @@ class Layout:
 
     def positions(self, given: Tensor) -> Tensor:
         """Return position ids [..., slots]: those of the prompt begin where its document did."""
-        given = given.expand(*given.shape[:-2], *self.places.shape)
+        given = given.expand(*given.shape[:-2], *self.slot_of.shape)
         index = self.next.clamp(max=self.count - 1).expand(*given.shape[:-1], -1)
         moved = given + torch.where(self.shift > 0, self.length, 0)
         at_row = torch.where(self.filler, 0, given.gather(-1, index)) + self.row
@@ -95,22 +95,21 @@ def check_positions(out: Any, full: int) -> None:
         )
 
 
-def strip(value: Any, places: Tensor, full: int) -> Any:
+def strip(value: Any, slot_of: Tensor, full: int) -> Any:
     """Return `value` without the prompts in hidden states of `full` positions.
 
     Args:
-        places: the places [batch, length] of the tokens.
+        slot_of: the slots [batch, length] of the tokens.
     """
     if isinstance(value, Tensor):
-        if value.ndim != 3 or value.shape[:2] != (places.size(0), full):
+        if value.ndim != 3 or value.shape[:2] != (slot_of.size(0), full):
             return value
-        return value.gather(1, places.to(value.device)[..., None].expand(-1, -1, value.size(2)))
+        return value.gather(1, slot_of.to(value.device)[..., None].expand(-1, -1, value.size(2)))
     if isinstance(value, dict):  # a ModelOutput, whose fields and items are the same
         for key, item in value.items():
             if isinstance(item, Tensor | tuple | list):
-                value[key] = strip(item, places, full)
+                value[key] = strip(item, slot_of, full)
         return value
     if isinstance(value, tuple | list):
-        items = [strip(item, places, full) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        return calls.like(value, [strip(item, slot_of, full) for item in value])
     return value

@@ -361,7 +361,7 @@ CHUNK = 2**18  # values that each thread works on at a time: 1 MiB, which fits a
 
 
 def add_to_weight(old: Tensor, new: Tensor, run: Sequence[LowRank]) -> Iterator[Tensor]:
-    """Write W + sum_i s_i B_i A_i into `new`, rounded once; yield each block after it is written.
+    """Write W + sum_i s_i B_i A_i into `new`, rounded once; yield each chunk after it is written.
 
     Args:
         old: W [out_features, in_features].
@@ -371,7 +371,7 @@ def add_to_weight(old: Tensor, new: Tensor, run: Sequence[LowRank]) -> Iterator[
     if not old.is_contiguous():  # stored as (in, out): work on the transposed matrices
         old, new, A, B = old.t(), new.t(), B.t(), A.t()
     rows = len(old)
-    if old.device.type == "cpu":  # with a multiple of 8 rows, a block is a multiple of 8 bytes
+    if old.device.type == "cpu":  # with a multiple of 8 rows, a chunk is a multiple of 8 bytes
         rows = 8 + CHUNK * torch.get_num_threads() // max(old.size(1), 1) // 8 * 8
     parts = (tensor.split(max(rows, 1)) for tensor in (old, new, B))
     for before, after, up in zip(*parts, strict=True):

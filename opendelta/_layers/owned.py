@@ -10,22 +10,16 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from .._modules.tensors import FLOATS
-from .base import Acts, DeltaLayer, Params
+from .base import Acts, DeltaLayer, Params, Passive
 from .dtypes import dtype_for
 
 
-class SharedTensors(DeltaLayer):
+class SharedTensors(Passive):
     """Holds the tensors that all layers of a delta share; it is on a module around all of them."""
-
-    acts = Acts.SERVES
-    computes = False
 
     def __init__(self, shared: nn.Module) -> None:
         super().__init__()
         self.tensors = shared
-
-    def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return call(*args, **kwargs)
 
     def fold(self, params: Params) -> Params:
         return params

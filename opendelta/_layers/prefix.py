@@ -55,6 +55,7 @@ class PrefixLayer(DeltaLayer):
     kinds = ("attention",)
     acts = Acts.WITHIN
     inside = True
+    writes = "keys_and_values"
     gates_itself = True
     identity = False
     routes_itself = True

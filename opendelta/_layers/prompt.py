@@ -19,7 +19,7 @@ from .._modules.calls import has_forward
 from .._modules.kinds import Embedding, kind_of
 from .._modules.tensors import stored
 from ..errors import OptionError, SiteError, quoted
-from ..names import last, parent
+from ..names import is_inside, last, parent
 from .base import Acts, DeltaLayer, Handover
 from .costs import Flops
 from .layout import Layout, check_positions, starts, strip
@@ -48,15 +48,15 @@ TABLES = (
 )  # fmt: skip
 
 
-def stacks(modules: Mapping[str, nn.Module]) -> dict[str, bool]:
+def embedders(modules: Mapping[str, nn.Module]) -> dict[str, bool]:
     """Return {full name of a module that embeds tokens: true for an encoder-decoder's decoder}.
 
     If modules inside each other take token ids, the innermost one that holds blocks embeds them.
     """
     takes = [name for name, module in modules.items() if set(arguments(module)) >= TAKES]
     holds = {n for n in takes if _block_lists(modules, n)}
-    takes = [n for n in takes if n in holds or not any(o != n and _is_in(n, o) for o in takes)]
-    inner = [n for n in takes if not any(o != n and _is_in(o, n) for o in takes)]
+    takes = [n for n in takes if n in holds or not any(is_inside(n, o) for o in takes)]
+    inner = [n for n in takes if not any(is_inside(o, n) for o in takes)]
     decoders = set()
     for module in modules.values():
         two = getattr(getattr(module, "config", None), "is_encoder_decoder", False)
@@ -67,27 +67,23 @@ def stacks(modules: Mapping[str, nn.Module]) -> dict[str, bool]:
     return {name: id(modules[name]) in decoders for name in inner}
 
 
-def _is_in(name: str, around: str) -> bool:
-    return name.startswith(f"{around}." if around else "")
-
-
-def _block_lists(modules: Mapping[str, nn.Module], stack: str) -> list[str]:
-    """Return the full names of the lists of modules inside `stack` that are no tables."""
+def _block_lists(modules: Mapping[str, nn.Module], embedder: str) -> list[str]:
+    """Return the full names of the lists of modules inside `embedder` that are no tables."""
     return [
         name for name, module in modules.items()
-        if isinstance(module, nn.ModuleList) and _is_in(name, stack)
+        if isinstance(module, nn.ModuleList) and is_inside(name, embedder)
         and any(not isinstance(part, nn.Embedding) for part in module)
     ]  # fmt: skip
 
 
-def _block_holder(modules: Mapping[str, nn.Module], stack: str) -> str:
-    """Return the full name of the module inside `stack` that runs the blocks, or `stack` itself."""
-    lists = _block_lists(modules, stack)
+def _block_holder(modules: Mapping[str, nn.Module], embedder: str) -> str:
+    """Return the full name of the module inside `embedder` that runs the blocks, or that itself."""
+    lists = _block_lists(modules, embedder)
     if not lists:
-        return stack
+        return embedder
     biggest = max(lists, key=lambda n: sum(p.numel() for p in modules[n].parameters()))
     holder = parent(biggest)
-    return holder if has_forward(modules[holder]) else stack
+    return holder if has_forward(modules[holder]) else embedder
 
 
 def embedding_of(module: nn.Module) -> str:
@@ -129,6 +125,7 @@ class PromptLayer(_WithPrompt):
     kinds = ("stack",)
     acts = Acts.BEFORE
     inside = True
+    writes = "prompt"
     sees_module = True
     gates_itself = True
     gate_width = 0
@@ -181,13 +178,13 @@ class PromptLayer(_WithPrompt):
         given["inputs_embeds"] = layout.filled(prompt.type_as(embeds), embeds)
         self._check_room(given, layout.full, layout.full)
         if self.stripper is not None:
-            self.stripper.put((layout.places, layout.full))
+            self.stripper.put((layout.slot_of, layout.full))
         documents = Documents(given, batch, layout.full, embeds.device)
         out = noting(documents, call, **given)
         if not self.strip:
             return out
         check_positions(out, layout.full)
-        return strip(out, layout.places, layout.full)
+        return strip(out, layout.slot_of, layout.full)
 
     def _check(self, given: dict[str, Any], module: nn.Module, tokens: Any) -> tuple[int, int]:
         """Return batch and length of the tokens; raise if an argument cannot be widened."""
@@ -297,7 +294,7 @@ class PromptLayer(_WithPrompt):
             name: layer for name, layer in made.items() if isinstance(layer, cls)
         }
         others: dict[str, DeltaLayer] = {}
-        for name, is_decoder in stacks(modules).items():
+        for name, is_decoder in embedders(modules).items():
             if is_decoder and name not in own and set(arguments(modules[name])) >= CROSS:
                 for layer in own.values():
                     layer.strip = False  # the decoder attends to the prompt
@@ -365,7 +362,7 @@ class Strip(_WithPrompt):
     """Takes the prompt's positions out of the blocks' output.
 
     Args:
-        handover: passes the places of the tokens, and the number of all positions.
+        handover: passes the slots of the tokens, and the number of all positions.
         pooled: a pooler reads the first position of the output.
     """
 
@@ -381,10 +378,10 @@ class Strip(_WithPrompt):
         out = call(*args, **kwargs)
         if layout is None:
             return out
-        places, full = layout
+        slot_of, full = layout
         if self.pooled:
             check_positions(out, full)
-        return strip(out, places, full) if calls.hidden(out).size(1) == full else out
+        return strip(out, slot_of, full) if calls.hidden(out).size(1) == full else out
 
 
 def _numbering(module: nn.Module) -> tuple[Callable[[Tensor, int], Tensor], int] | None:

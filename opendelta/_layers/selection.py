@@ -12,8 +12,8 @@ from contextvars import ContextVar, Token
 from typing import Any
 
 
-class Block:
-    """The choices of one `with` block; as a context manager, the block itself.
+class OpenBlock:
+    """One `with` block of `only()` or the like, and its choices.
 
     Blocks may end in any order. A block that ends in another task than the one in which it began,
     as that of an asynchronous generator may, ends in all.
@@ -42,9 +42,11 @@ class Block:
         """True if the block says whether the delta acts."""
         return record in self.active or record.shared in self.backbones
 
-    def switched(self, record: Any, active: bool) -> Block:
+    def switched(self, record: Any, active: bool) -> OpenBlock:
         """Return a block in this one's place in which the delta acts or does not."""
-        twin = Block({**self.active, record: active}, self.routers, self.factors, self.backbones)
+        twin = OpenBlock(
+            {**self.active, record: active}, self.routers, self.factors, self.backbones
+        )
         twin.key, twin.holders = self.key, self.holders
         return twin
 
@@ -72,10 +74,10 @@ class Selection:
             have been attached since: see `acts`.
     """
 
-    def __init__(self, blocks: tuple[Block, ...] = ()) -> None:
+    def __init__(self, blocks: tuple[OpenBlock, ...] = ()) -> None:
         self.take(blocks)
 
-    def take(self, blocks: tuple[Block, ...]) -> None:
+    def take(self, blocks: tuple[OpenBlock, ...]) -> None:
         """Hold these blocks, and no others."""
         active: dict[Any, bool] = {}
         routers: dict[Any, Any] = {}
@@ -93,7 +95,7 @@ class Selection:
                 return block.active.get(record, False)
         return record.enabled
 
-    def without(self, block: Block) -> tuple[Block, ...]:
+    def without(self, block: OpenBlock) -> tuple[OpenBlock, ...]:
         """Return the blocks but this one."""
         return tuple(each for each in self.blocks if each.key is not block.key)
 
@@ -102,7 +104,7 @@ class Selection:
 CURRENT: ContextVar[Selection] = ContextVar("opendelta", default=Selection())  # noqa: B039
 
 
-def _select(blocks: tuple[Block, ...]) -> Token[Selection]:
+def _select(blocks: tuple[OpenBlock, ...]) -> Token[Selection]:
     selection = Selection(blocks)
     for block in blocks:
         block.holders.append(weakref.ref(selection, block.holders.remove))
@@ -127,7 +129,7 @@ def join(record: Any) -> None:
             block.active.setdefault(record, record.enabled)
 
 
-def within(blocks: tuple[Block, ...], function: Callable[..., Any]) -> Callable[..., Any]:
+def within(blocks: tuple[OpenBlock, ...], function: Callable[..., Any]) -> Callable[..., Any]:
     """Return `function`, with just these blocks open while it runs, in whatever thread."""
 
     def run(*args: Any, **kwargs: Any) -> Any:

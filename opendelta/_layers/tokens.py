@@ -224,8 +224,8 @@ def _restarts(positions: Tensor, seen: Tensor) -> Tensor:
     """
     flat = positions[0] if positions.ndim == 3 else positions
     flat, seen = torch.broadcast_tensors(flat, seen)
-    places = torch.arange(flat.size(-1), device=flat.device)
-    last = torch.where(seen, places, -1).cummax(-1).values
+    columns = torch.arange(flat.size(-1), device=flat.device)
+    last = torch.where(seen, columns, -1).cummax(-1).values
     before = last.roll(1, -1)
     before[..., 0] = -1
     step = flat - flat.gather(-1, before.clamp(min=0))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -106,3 +107,30 @@ def change_hidden(
     if hasattr(output, "_replace"):
         return output._replace(**{output._fields[key]: new})
     return type(output)([*output[:key], new, *output[key + 1 :]])
+
+
+def like(value: Any, items: Any) -> Any:
+    """Return a tuple, a list or a mapping like `value` with other items; a mapping's by key."""
+    if type(value) is dict:
+        return items
+    if isinstance(value, dict):  # a ModelOutput
+        out = copy.copy(value)
+        for key, item in items.items():  # it has no update()
+            if item is not value[key]:
+                out[key] = item
+        return out
+    return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+
+
+def joined(parts: Sequence[Any], join: Callable[[Sequence[Any]], Any]) -> Any:
+    """Join values of one structure, at any depth of mappings, lists and tuples.
+
+    Args:
+        join: takes the values in one place of all parts, and returns the value for all.
+    """
+    first = parts[0]
+    if isinstance(first, dict):
+        return like(first, {key: joined([part[key] for part in parts], join) for key in first})
+    if isinstance(first, tuple | list):
+        return like(first, [joined(each, join) for each in zip(*parts, strict=True)])
+    return join(parts)

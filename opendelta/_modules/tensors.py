@@ -109,6 +109,12 @@ def in_full(module: nn.Module, key: str) -> Tensor:
     raise _unknown(module, key, parameter)
 
 
+def params_in_full(module: nn.Module) -> dict[str, Tensor]:
+    """Return the weight and bias of a module by name, in at least float32; see `in_full`."""
+    own = module._parameters
+    return {k: in_full(module, k) for k in ("weight", "bias") if own.get(k) is not None}
+
+
 def kept(module: nn.Module, key: str) -> Any:
     """Return the current values of a module's parameter, for `put_back`."""
     parameter: Any = module._parameters[key]

@@ -35,8 +35,8 @@ def folded(names: Iterable[str]) -> list[str]:
         together.setdefault(re.sub(r"(?<![^.])\d+(?![^.])", "#", name, count=1), []).append(name)
     shown = []
     for pattern, own in together.items():
-        place = next((i for i, step in enumerate(pattern.split(".")) if step == "#"), None)
-        numbers = [] if place is None else [name.split(".")[place] for name in own]
+        index = next((i for i, step in enumerate(pattern.split(".")) if step == "#"), None)
+        numbers = [] if index is None else [name.split(".")[index] for name in own]
         shown.append(pattern.replace("#", spell(numbers), 1) or "(root)")
     return shown
 

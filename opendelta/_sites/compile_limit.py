@@ -9,7 +9,7 @@ from ..errors import CompileLimitError
 from ..names import SLOT
 
 CLASS = re.compile(r"___check_type_id\(\S*_modules\['[^']*'\], (\d+)\)")
-SITES: set[int] = set()  # ids of the classes of sites, and of their plain classes
+SITE_CLASSES: set[int] = set()  # ids of the classes of sites, and of their plain classes
 
 
 class LimitFilter(logging.Filter):
@@ -37,7 +37,7 @@ class LimitFilter(logging.Filter):
 def _is_ours(changed: str) -> bool:
     """True if the change that torch names is a stack, or a module that became a site or plain."""
     found = CLASS.search(changed)
-    return f"_modules['{SLOT}']" in changed or (found is not None and int(found[1]) in SITES)
+    return f"_modules['{SLOT}']" in changed or (found is not None and int(found[1]) in SITE_CLASSES)
 
 
 _filter = LimitFilter()

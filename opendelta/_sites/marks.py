@@ -19,7 +19,7 @@ class Mark(NamedTuple):
     """A mark of a parameter: it differs if values differ, or if values change places.
 
     Attributes:
-        sizes: the number of values in each block that was read; none of a quantised parameter.
+        sizes: the number of values in each chunk that was read; none of a quantised parameter.
         digest: a number for all bits.
     """
 
@@ -27,23 +27,23 @@ class Mark(NamedTuple):
     digest: int
 
 
-def mark(blocks: Iterable[Tensor]) -> Mark:
-    """Return the mark of values that come in blocks, each in the order of its memory."""
+def mark(chunks: Iterable[Tensor]) -> Mark:
+    """Return the mark of values that come in chunks, each in the order of its memory."""
     sizes: list[int] = []
     sums: list[Tensor] = []
-    for block in blocks:
-        sizes.append(block.numel())
-        sums += _sums(block.detach().contiguous().view(-1))
+    for chunk in chunks:
+        sizes.append(chunk.numel())
+        sums += _sums(chunk.detach().contiguous().view(-1))
     every = torch.cat(sums)
-    places = torch.arange(1, 2 * len(every), 2, device=every.device)
-    return Mark(tuple(sizes), int(((every ^ (every >> 29)) * places).sum()))
+    odd = torch.arange(1, 2 * len(every), 2, device=every.device)
+    return Mark(tuple(sizes), int(((every ^ (every >> 29)) * odd).sum()))
 
 
 def mark_of(parameter: Any, sizes: tuple[int, ...] = ()) -> Mark:
     """Return the mark of a parameter; the mark of a quantised one stands for the object.
 
     Args:
-        sizes: the blocks to read. An empty tuple: all at once.
+        sizes: the chunks to read. An empty tuple: all at once.
     """
     if not tensors.is_plain(parameter):
         return Mark((), id(parameter))

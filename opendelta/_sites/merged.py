@@ -32,10 +32,10 @@ def fold_into(where: str, module: nn.Module, run: list[Named], step: Step) -> fl
         The relative error of a quantised weight, or None.
     """
     folded, factor = {}, factor_of(where, module, run)
-    for key, (new, blocks) in _new_values(where, module, [ly for _, ly in run], factor).items():
+    for key, (new, chunks) in _new_values(where, module, [ly for _, ly in run], factor).items():
         _check_axis(where, module, key)
         what = f"{where!r}: merging {', '.join(name for name, _ in run)} gives a {key}"
-        folded[key] = new, marks.mark(_finite(where, what, blocks))
+        folded[key] = new, marks.mark(_finite(where, what, chunks))
     error = None
     for key, (new, mark) in folded.items():
         step.originals[key], step.marks[key] = tensors.kept(module, key), mark
@@ -49,15 +49,15 @@ def fold_into(where: str, module: nn.Module, run: list[Named], step: Step) -> fl
     return error
 
 
-def _finite(where: str, what: str, blocks: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Yield each block while the processor's cache holds it; raise if a value is not finite."""
-    for block in blocks:
-        if not tensors.is_finite(block):
+def _finite(where: str, what: str, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Yield each chunk while the processor's cache holds it; raise if a value is not finite."""
+    for chunk in chunks:
+        if not tensors.is_finite(chunk):
             raise SiteError(
                 f"{what} with values that are not finite; check the delta's tensors and its scale",
                 where=where,
             )
-        yield block
+        yield chunk
 
 
 def factor_of(where: str, module: nn.Module, run: list[Named]) -> float:
@@ -97,9 +97,9 @@ def _check_axis(where: str, module: nn.Module, key: str) -> None:
 def _new_values(
     where: str, module: nn.Module, layers: list[Any], factor: float
 ) -> dict[str, tuple[Tensor, Iterable[Tensor]]]:
-    """Return {name of a parameter that changes: (its new values, the same values in blocks)}.
+    """Return {name of a parameter that changes: (its new values, the same values in chunks)}.
 
-    Reading the blocks computes the values. They are in the parameter's dtype; in float32 if it is
+    Reading the chunks computes the values. They are in the parameter's dtype; in float32 if it is
     quantised.
     """
     if factor == 1 and (run := _low_rank(module, layers)):
@@ -107,8 +107,7 @@ def _new_values(
         kind: Any = layers[0].kind
         new = torch.empty_like(weight)
         return {"weight": (new, low_rank.add_to_weight(kind.matrix(weight), kind.matrix(new), run))}
-    own = {key: p for key, p in module._parameters.items() if key in ("weight", "bias")}
-    exact: Params = {k: tensors.in_full(module, k) for k, p in own.items() if p is not None}
+    exact: Params = tensors.params_in_full(module)
     if factor != 1:  # layers fold into the weight as it acts
         exact["weight"] = factor * exact["weight"]
     folded = exact
@@ -127,6 +126,7 @@ def _new_values(
     changed = {key: tensor for key, tensor in folded.items() if tensor is not exact[key]}
     if factor != 1 and "weight" in changed:
         changed["weight"] = changed["weight"] / factor
+    own = module._parameters
     rounded = {key: tensor.to(_float_of(own[key])) for key, tensor in changed.items()}
     return {key: (tensor, [tensor]) for key, tensor in rounded.items()}
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .._layers.base import DeltaLayer
+from .._modules import calls
 
 
 def is_nested(value: Any) -> bool:
@@ -44,25 +46,18 @@ def run(
             values.append(handover.take())
     for handover, values in zip(handovers, left, strict=True):
         handover.put(None if values[0] is None else values)
-    return _joined(outputs, args[0])
+    return calls.joined(outputs, functools.partial(_joined, args[0]))
 
 
 def _row(value: Any, index: int) -> Any:
     return value.unbind()[index][None] if is_nested(value) else value
 
 
-def _joined(outputs: list[Any], like: Tensor) -> Any:
-    first = outputs[0]
-    if isinstance(first, Tensor):
-        rows = [row for output in outputs for row in output]
-        if like.layout is torch.jagged:  # the same offsets: sums with others are refused
-            jagged: Any = like
-            return torch.nested.nested_tensor_from_jagged(torch.cat(rows), jagged.offsets())
-        return torch.nested.as_nested_tensor(rows)
-    if isinstance(first, dict):
-        joined = {key: _joined([output[key] for output in outputs], like) for key in first}
-        return joined if type(first) is dict else type(first)(**joined)
-    if isinstance(first, tuple | list):
-        items = [_joined(list(parts), like) for parts in zip(*outputs, strict=True)]
-        return type(first)(*items) if hasattr(first, "_fields") else type(first)(items)
-    return first
+def _joined(like: Tensor, parts: Sequence[Any]) -> Any:
+    if not isinstance(parts[0], Tensor):
+        return parts[0]
+    rows = [row for part in parts for row in part]
+    if like.layout is torch.jagged:  # the same offsets: sums with others are refused
+        jagged: Any = like
+        return torch.nested.nested_tensor_from_jagged(torch.cat(rows), jagged.offsets())
+    return torch.nested.as_nested_tensor(rows)

@@ -20,9 +20,8 @@ from .._layers.base import Acts, DeltaLayer
 from .._layers.low_rank import LowRank
 from .._modules import arithmetic, calls
 from ..errors import SiteError, quoted
-from . import runs as runs_
 from .rows import Groups, Handovers, Rows, ShapeError, SharedCall, cut, joined
-from .runs import KeptFactors
+from .runs import KeptFactors, pairs
 from .stack import Stack, acting_on
 
 EXPERTS = re.compile(r"(^|\.)experts\.")  # an expert sees some tokens of all rows
@@ -212,8 +211,8 @@ def _runs(
     if not low_rank.is_eager(x):
         return None
     kept = stack.frozen
-    pairs = runs_.pairs(acting, 0) if kept is None else []
-    if kept is None and len(pairs) < len(acting):
+    each = pairs(acting, 0) if kept is None else []
+    if kept is None and len(each) < len(acting):
         return None
     found: list[LowRank | None] = []
     for group in grouped.groups:
@@ -224,9 +223,9 @@ def _runs(
                 return None
             pair: LowRank | None = run[0]
         elif len(path) > 1:
-            pair = low_rank.side_by_side([pairs[index] for index in path])
+            pair = low_rank.side_by_side([each[index] for index in path])
         else:
-            pair = pairs[path[0]] if path else None
+            pair = each[path[0]] if path else None
         if pair is not None and pair.dropout:
             return None
         found.append(pair)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .._layers.base import DeltaLayer
+from .._modules import calls
 from ..errors import SiteError, quoted
 
 MOST_KEPT = 16
@@ -22,7 +23,7 @@ class Group:
 
     Attributes:
         path: indices of these layers among the acting layers.
-        rows: the rows' places in the batch.
+        rows: the rows' indices in the batch.
         count: number of rows.
     """
 
@@ -114,10 +115,10 @@ class Rows:
         after = [row for rows in paths.values() for row in rows]
         if after == list(range(batch)):
             return Groups(groups, of_row, None)
-        places = [0] * batch
-        for place, row in enumerate(after):
-            places[row] = place
-        return Groups(groups, of_row, torch.tensor(places, device=device))
+        order = [0] * batch
+        for index, row in enumerate(after):
+            order[row] = index
+        return Groups(groups, of_row, torch.tensor(order, device=device))
 
 
 # ------------------------------------------------------------------------------------ cut and join
@@ -126,10 +127,9 @@ def cut(value: Any, batch: int, rows: slice | Tensor) -> Any:
     if isinstance(value, Tensor):
         return value[rows] if value.ndim and value.size(0) == batch else value
     if isinstance(value, dict):
-        return _like_mapping(value, {key: cut(item, batch, rows) for key, item in value.items()})
+        return calls.like(value, {key: cut(item, batch, rows) for key, item in value.items()})
     if isinstance(value, tuple | list):
-        items = [cut(item, batch, rows) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        return calls.like(value, [cut(item, batch, rows) for item in value])
     return value
 
 
@@ -137,38 +137,25 @@ class ShapeError(ValueError):
     """Outputs that do not fit into one batch; the message is their shapes."""
 
 
-def joined(parts: list[Any], grouped: Groups) -> Any:
+def joined(outputs: list[Any], grouped: Groups) -> Any:
     """Join the outputs of the groups to one output for all rows.
 
     Raises:
         ShapeError: the outputs differ in more than the number of rows.
     """
+    return calls.joined(outputs, functools.partial(_together, grouped))
+
+
+def _together(grouped: Groups, parts: Sequence[Any]) -> Any:
     first = parts[0]
-    if isinstance(first, dict):
-        items = {key: joined([part[key] for part in parts], grouped) for key in first}
-        return _like_mapping(first, items)
-    if isinstance(first, tuple | list):
-        found = [joined(list(each), grouped) for each in zip(*parts, strict=True)]
-        return type(first)(*found) if hasattr(first, "_fields") else type(first)(found)
     if not isinstance(first, Tensor) or all(part is first for part in parts):
         return first
     counts = [part.size(0) if part.ndim else 0 for part in parts]
     alike = all(part.shape[1:] == first.shape[1:] for part in parts)
     if not alike or counts != [group.count for group in grouped.groups]:
         raise ShapeError(", ".join(str(tuple(part.shape)) for part in parts))
-    together = torch.cat(parts)
+    together = torch.cat(list(parts))
     return together if grouped.order is None else together[grouped.order]
-
-
-def _like_mapping(value: dict, items: dict) -> dict:
-    """Return a copy of `value`, a dict or a ModelOutput, with these items."""
-    if type(value) is dict:
-        return items
-    out = copy.copy(value)
-    for key, item in items.items():
-        if item is not value[key]:
-            out[key] = item
-    return out
 
 
 # ------------------------------------------------------------------------------- calls and branches

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 
 from .._layers import low_rank
 from .._layers.base import Acts, DeltaLayer, Params
-from .._layers.selection import CURRENT, Block, Selection, in_context, within
+from .._layers.selection import CURRENT, OpenBlock, Selection, in_context, within
 from .._modules import tensors
 from ..errors import SiteError, to_the_end
 from ..names import SLOT
@@ -48,32 +48,6 @@ class Step:
     marks: dict[str, Mark] = field(default_factory=dict)
 
 
-class Router(Protocol):
-    """Lets each row of a batch take its own layers of a stack; see `routed`.
-
-    Attributes:
-        rows: the deltas of each row; all sites of the model share it.
-    """
-
-    rows: Any
-
-    def run(
-        self,
-        stack: Stack,
-        acting: list[DeltaLayer],
-        call: Callable[..., Any],
-        module: nn.Module,
-        raw: bool,
-        /,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        """Run `call`, the forward of `module`, with each row's own layers around it."""
-
-    def check_alike(self, acting: Sequence[DeltaLayer]) -> None:
-        """Raise unless each of these layers is taken by all rows, or by none."""
-
-
 class Stack(nn.ModuleDict):
     """The ordered delta layers of one site; the first is the innermost.
 
@@ -83,8 +57,8 @@ class Stack(nn.ModuleDict):
         ran: the names of the layers that have run outside of compiled code; replicas of
             DataParallel share it.
         steps: the merges so far; merged layers do not act.
-        routed: takes the rows of a batch through the site inside `route()` of this thread and task,
-            else None.
+        routed: the `Routed` that takes the rows of a batch through the site inside `route()` of
+            this thread and task, else None.
     """
 
     ran: set[str]
@@ -218,7 +192,7 @@ class Stack(nn.ModuleDict):
 
 
 def _within_call(
-    blocks: tuple[Block, ...], around: Callable[..., Any], *given: Any, **options: Any
+    blocks: tuple[OpenBlock, ...], around: Callable[..., Any], *given: Any, **options: Any
 ) -> Callable[..., Any]:
     """Return the callable that `around` makes; it is made and run with these blocks open."""
     return within(blocks, lambda *args, **kwargs: around(*given, **options)(*args, **kwargs))

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from .._layers import labels, prefix
 from .._layers.base import DeltaLayer
-from .._modules import kinds, tensors, wrappers
-from .._modules.calls import has_forward
+from .._modules import calls, kinds, tensors, wrappers
 from ..errors import SiteError, quoted
 from ..names import SLOT, join, last
 from . import compile_limit, nested
@@ -140,7 +139,7 @@ def site_class(base: type[nn.Module], reads: bool = False) -> type[nn.Module]:
     if hasattr(base, "resize_token_embeddings"):
         body["resize_token_embeddings"] = _resizing(base)
     made = _site_meta(type(base))(base.__name__, (base,), body)
-    compile_limit.SITES.update((id(base), id(made)))
+    compile_limit.SITE_CLASSES.update((id(base), id(made)))
     return made
 
 
@@ -175,7 +174,7 @@ def shows_weight(module: nn.Module) -> bool:
 
 def check_has_forward(where: str, module: nn.Module) -> None:
     """Raise if the module `where` has no forward; ModuleList, for example, has none."""
-    if has_forward(module):
+    if calls.has_forward(module):
         return
     first = next(iter(module._modules), "")
     item = rf"r'[r]{last(where)}\.\d+'" if first.isdecimal() else repr(join(where, first))

@@ -73,7 +73,7 @@ def _runs_to_merge(backbone: Backbone, wanted: Collection[Record] | None) -> dic
     Raises:
         SiteError: a wanted layer does not fold, or a layer beneath it does not; or nothing folds.
     """
-    planned, stopped, users = {}, "", backbone.users()
+    runs, stopped, users = {}, "", backbone.users()
     for where, stack in backbone.stacks.items():
         run, stop = foldable_run(stack)
         if stop is not None and not stopped:
@@ -82,8 +82,8 @@ def _runs_to_merge(backbone: Backbone, wanted: Collection[Record] | None) -> dic
             run = _needed(where, stack, run, stop, wanted)
         if run:
             _check_module(backbone, where, run, users)
-            planned[where] = run
-    if not planned:
+            runs[where] = run
+    if not runs:
         raise SiteError(
             "nothing to merge: "
             + (
@@ -92,7 +92,7 @@ def _runs_to_merge(backbone: Backbone, wanted: Collection[Record] | None) -> dic
                 else f"no delta at the bottom of a stack folds into a weight{stopped}"
             )
         )
-    return planned
+    return runs
 
 
 def _needed(
@@ -216,12 +216,12 @@ def _check_acting(backbone: Backbone, runs: Mapping[str, Sequence[Named]]) -> No
 def merge(backbone: Backbone, wanted: Collection[Record] | None = None) -> MergeReport:
     """Fold deltas into the weights; see `Composition.merge`."""
     backbone.require_unrouted("cannot merge")
-    planned = _runs_to_merge(backbone, wanted)
-    _check_acting(backbone, planned)
+    runs = _runs_to_merge(backbone, wanted)
+    _check_acting(backbone, runs)
     report = MergeReport()
-    steps = {where: Step(dict(run)) for where, run in planned.items()}
+    steps = {where: Step(dict(run)) for where, run in runs.items()}
     try:
-        for where, run in planned.items():
+        for where, run in runs.items():
             error = fold_into(where, backbone.modules[where], run, steps[where])
             backbone.stacks[where].steps.append(steps[where])
             for _, layer in run:
@@ -232,7 +232,7 @@ def merge(backbone: Backbone, wanted: Collection[Record] | None = None) -> Merge
             undo(backbone.modules[where], backbone.stacks[where], step)
         raise
     for where, stack in backbone.stacks.items():
-        for _, layer in planned.get(where, ()):
+        for _, layer in runs.get(where, ()):
             layer.record.enabled = True  # it was active, maybe just in an open block
         if merged := stack.merged():
             report.merged[where] = merged

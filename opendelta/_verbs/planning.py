@@ -209,7 +209,7 @@ def block_of(name: str) -> str | None:
 def _kind_of_name(name: str) -> str:
     """Return the end of a name from the last step that is no number; later numbers become "#"."""
     steps = ["#" if step.isdigit() else step for step in name.split(".")]
-    last = max((place for place, step in enumerate(steps) if step != "#"), default=0)
+    last = max((index for index, step in enumerate(steps) if step != "#"), default=0)
     return ".".join(steps[last:])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -119,11 +120,8 @@ def changed_options(config: Any) -> dict[str, Any]:
 
 
 def _count(shapes: Mapping[str, list[int]], name: str) -> int:
-    return sum(
-        torch.Size(shape).numel()
-        for key, shape in shapes.items()
-        if f".{SLOT}.{name}." in f".{key}"
-    )
+    own = (shape for key, shape in shapes.items() if f".{SLOT}.{name}." in f".{key}")
+    return sum(map(math.prod, own))
 
 
 @dataclass(frozen=True)

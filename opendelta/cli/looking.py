@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import os
 import sys
 from typing import Annotated, Any
@@ -133,14 +135,14 @@ def explain(
     if module is not None:
         one = composed.explain(module)
         if json:
-            as_json([{"module": one.module, "formula": one.formula, "steps": one.steps}])
+            as_json([dataclasses.asdict(one)])
         else:
             print(one)
         return
     sites = dict.fromkeys(where for delta in composed for where in delta.layers)
     told = [composed.explain(where) for where in sites]
     if json:
-        as_json([{"module": e.module, "formula": e.formula, "steps": e.steps} for e in told])
+        as_json([dataclasses.asdict(each) for each in told])
         return
     names = [delta.name + " (disabled)" * (not delta.active) for delta in composed]
     title = f"{', '.join(names)} on {type(built).__name__}"
@@ -164,7 +166,7 @@ def show(checkpoint: Checkpoint, json: AsJson = False) -> None:
     Example: opendelta show my-composition
     """
     held = reading.contents(checkpoint)
-    count = sum(_numel(shape) for shape in held.shapes.values())
+    count = sum(math.prod(shape) for shape in held.shapes.values())
     if json:
         made_for = {"backbone": held.backbone, "model": held.model}
         facts = {"path": held.path, "format": held.format, **made_for}
@@ -196,13 +198,6 @@ def show(checkpoint: Checkpoint, json: AsJson = False) -> None:
     )
     out.print(*cells(head))
     out.print(table)
-
-
-def _numel(shape: list[int]) -> int:
-    total = 1
-    for length in shape:
-        total *= length
-    return total
 
 
 def diff(

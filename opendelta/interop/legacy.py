@@ -29,7 +29,8 @@ from .._files.reading import check_link, undamaged
 from .._files.tensors import copy_into
 from .._modules.tensors import full, stored_params
 from ..errors import DeltaError, DeltaLoadError, OptionError, listed
-from ..names import SLOT, inside
+from ..names import SLOT
+from ._draft import fact, has_values, keys_and_values, named
 from ._files import read_json, read_pickle, repeats_too_much
 
 CONFIG, WEIGHTS = "config.json", "pytorch_model.bin"
@@ -153,29 +154,13 @@ def translate(folder: Path, model: nn.Module) -> tuple[dict[str, Any], dict[str,
     sites = {w: own for part in content.sites.values() for w, own in part.items()}
     modified = _sites_of(folder, config, backbone, content, sites)
     own = _own(name, backbone, content, sites, list(dict.fromkeys(modified)))
-    tensors = {
-        _key(where, name, tensor): value
-        for where, part in own.items()
-        for tensor, value in part.items()
-    }
-    fact = {
-        "delta_type": name,
-        "name": name,
-        "active": True,
-        "frozen": [],
-        "options": {**options, "modified_modules": modified},
-    }
     facts = {
         "backbone_class": config.get("backbone_class"),
         "backbone_tensors": sorted(content.others),
-        "deltas": [fact],
+        "deltas": [fact(name, name, {**options, "modified_modules": modified})],
         "unchecked": "OpenDelta 0.3's md5 of the backbone is not compared",
     }
-    return facts, {**tensors, **content.others}
-
-
-def _key(where: str, name: str, tensor: str) -> str:
-    return (inside(where)) + f"{SLOT}.{name}.{tensor}"
+    return facts, {**named(own, name), **content.others}
 
 
 def _options(folder: Path, config: dict[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -235,7 +220,7 @@ def _sites_of(
     own = _config(folder, config if not by_keys else {**config, "modified_modules": None})
     layer_class = cls.layer_for(own)
     if by_keys:
-        return choosing.inside(backbone, list(sites), layer_class)
+        return choosing.fitting_inside(backbone, list(sites), layer_class)
     try:
         resolved = choosing.resolve(backbone, own, cls.default_modified_modules, layer_class)
     except DeltaError as error:
@@ -360,12 +345,7 @@ def _of_delta(
             sites[where] = part.pop(theirs)
         if kind == "bitfit" and (key := f"{where}.bias") in content.others:
             sites.setdefault(where, {})["whole"] = content.others.pop(key)
-    own = _own(kind, backbone, content, sites, wanted)
-    return {
-        _key(where, delta.name, tensor): value
-        for where, part in own.items()
-        for tensor, value in part.items()
-    }
+    return named(_own(kind, backbone, content, sites, wanted), delta.name)
 
 
 def _of_backbone(source: Path, backbone: Backbone, given: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -382,7 +362,7 @@ def _of_backbone(source: Path, backbone: Backbone, given: dict[str, Tensor]) -> 
         there = own.get(key)
         if there is None or there.shape != tensor.shape or there.requires_grad:
             copied[key] = tensor
-        elif not torch.equal(full(there.detach()).cpu().to(tensor.dtype), tensor):
+        elif not has_values(there, tensor):
             raise DeltaLoadError(
                 f"{source} brings other values for {key!r}, which is frozen here: it was saved "
                 "from another backbone, or trained it: make it trainable to take them"
@@ -441,8 +421,6 @@ def _prefixes(
     except (KeyError, RuntimeError) as error:
         raise DeltaLoadError(f"the network of the prefix is not whole: {error}") from None
     own: dict[str, dict[str, Tensor]] = {backbone.innermost_around(wanted): shared}
-    for place, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-        part = ("key", "value")[place % 2]
-        tensors = own.setdefault(wanted[place // 2], {})
-        tensors |= {f"{part}.weight": weight, f"{part}.bias": bias}
+    for where, tensors in keys_and_values(weights, biases, wanted):
+        own.setdefault(where, {}).update(tensors)
     return own

@@ -165,11 +165,7 @@ def change_of(module: nn.Module, where: str, layer: DeltaLayer) -> Tensor:
         SiteError: the layer changes the bias, too.
     """
     kind: Any = kind_of(module)
-    params = {
-        key: tensors.in_full(module, key)
-        for key in ("weight", "bias")
-        if module._parameters.get(key) is not None
-    }
+    params = tensors.params_in_full(module)
     folded = layer.fold(params)
     if "bias" in params and not torch.equal(folded["bias"], params["bias"]):
         raise SiteError(

@@ -10,14 +10,20 @@ from support.nets import COPIES, IDS, copied, net, places_of, put, shake
 import opendelta
 from opendelta import LoraModel
 from opendelta._deltas.registry import METHODS
-from opendelta.author import DeltaLayer
+from opendelta.author import BranchLayer, DeltaLayer, InputLayer, OutputLayer, WeightLayer
 from opendelta.errors import DeltaError, DeltaLoadError, OptionError
 
 pytestmark = pytest.mark.covers("Delta.scale")
 
+FORMS = (BranchLayer, InputLayer, OutputLayer, WeightLayer)
 SCALED = sorted(name for name, method in METHODS.items() if method.layer_class.scales)
 NOT_SCALED = sorted({*METHODS} - {*SCALED})
 CASES = [(name, place) for name in SCALED for place in places_of(METHODS[name])]
+
+
+def own_forward(layer_class):
+    """False for a forward of `opendelta.author`, which heeds the scale whatever `fold` does."""
+    return not any(layer_class.forward is form.forward for form in FORMS)
 
 
 def acting(name, place):
@@ -140,6 +146,16 @@ def test_methods_that_add_to_no_output_have_no_scale(model, name):
     with pytest.raises(OptionError, match="does not just add to an output"):
         delta.scale = 0.5
     delta.scale = 1
+
+
+@pytest.mark.parametrize("name", [n for n in NOT_SCALED if own_forward(METHODS[n].layer_class)])
+def test_a_method_whose_own_forward_heeds_the_scale_says_so(name):
+    for place in places_of(METHODS[name]):
+        model, delta = acting(name, place)
+        before = output_of(model, delta, place)
+        delta.record.set_scale(0.5)
+        same = torch.equal(output_of(model, delta, place), before)
+        assert same, f"{name} heeds strength(): set scales = True in its layer"
 
 
 @pytest.mark.parametrize("scale", ["0.5", 1e7, True])

@@ -220,6 +220,58 @@ def test_a_layer_class_says_how_it_acts_in_one_of_the_words():
             acts = "beside"
 
 
+@pytest.mark.covers("OutputLayer", "InputLayer", "WeightLayer", "BranchLayer", "DeltaLayer")
+@pytest.mark.parametrize(
+    ("form", "method"),
+    [
+        (OutputLayer, "change"),
+        (InputLayer, "change"),
+        (WeightLayer, "delta_weight"),
+        (BranchLayer, "branch"),
+        (DeltaLayer, "forward"),
+    ],
+)
+def test_a_method_whose_layer_lacks_what_its_form_calls_is_refused_when_it_is_defined(form, method):
+    names = {"delta_type": "m", "config_class": opendelta.LoraConfig}
+    names |= {"layer_class": type("Bare", (form,), {}), "default_modified_modules": ()}
+    with pytest.raises(OptionError, match=f"Bare must write the method {method}: the forward of"):
+        type("M", (Delta,), names)
+    assert "m" not in METHODS
+
+
+@pytest.mark.covers("Delta")
+def test_a_layer_that_a_method_chooses_is_checked_before_it_is_made(define):
+    chosen = type("Chosen", (OutputLayer,), {})
+    method = define(Moved, layer_for=classmethod(lambda cls, config: chosen))
+    with untouched(model := small()), pytest.raises(OptionError, match="must write the method"):
+        method(model, modified_modules=["0"])
+
+
+@pytest.mark.covers("OutputLayer")
+def test_a_layer_that_does_not_set_its_width_is_refused_when_it_is_made(define):
+    class Narrow(Moved):
+        def __init__(self, site, config):
+            super().__init__(site, config)
+            del self.width
+
+    method = define(Narrow)
+    with untouched(model := small()), pytest.raises(OptionError, match=r"must set self\.width"):
+        method(model, modified_modules=["0"])
+
+
+@pytest.mark.covers("Delta.scale")
+def test_a_layer_that_heeds_the_scale_says_so():
+    def forward(self, call, x):
+        return call(x) + (lambda h: self.strength() * h)(x)
+
+    with pytest.raises(OptionError, match="Heeding calls strength"):
+        type("Heeding", (DeltaLayer,), {"forward": forward})
+    for scales in (True, False):
+        assert (
+            type("Heeding", (DeltaLayer,), {"forward": forward, "scales": scales}).scales == scales
+        )
+
+
 @pytest.mark.covers("DeltaLayer")
 def test_a_layer_in_the_place_of_a_module_has_a_stand_in():
     with pytest.raises(OptionError, match="acts INSTEAD of a module, so it needs a `stand_in`"):

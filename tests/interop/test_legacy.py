@@ -42,15 +42,23 @@ def both(name, model):
         return tensors["logits.delta"], model(**inputs).logits, tensors["logits.base"]
 
 
-def put(name, model):
-    """The deltas of a case with the arguments that 0.3.2 got, in its order."""
-    return [getattr(opendelta, cls)(model, **kw) for cls, kw in CASES[name]["deltas"]]
+# Arguments with which we compute what 0.3.2 did, where its defaults are other places or results.
+AS_THERE = {
+    "bert_softprompt": {"strip": False},
+    "t5_softprompt_documented": {"strip": False},
+    "t5_parallel_documented": {"modified_modules": [r"[r]layer\.0", r"[r]layer\.0", "wi", "wo"]},
+}
+
+
+def put(name, model, **others):
+    """The deltas of a case with the arguments that 0.3.2 got, in its order, and others."""
+    return [getattr(opendelta, cls)(model, **kw, **others) for cls, kw in CASES[name]["deltas"]]
 
 
 def assert_same(name, model):
     theirs, ours, base = both(name, model)
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
-    assert (theirs - base).abs().max() > 1
+    assert (theirs - base).abs().max() > 0.5
 
 
 # ------------------------------------------------------------------------------------- the cases
@@ -74,12 +82,54 @@ def test_a_composition_of_0_3_gives_its_logits(name):
 @pytest.mark.parametrize("name", FOLDERS)
 def test_a_folder_of_0_3_loads_as_a_state_dict_too(name):
     model, loaded = backbone(name), backbone(name)
-    options = {"strip": False} if "softprompt" in name else {}
-    for cls, kw in CASES[name]["deltas"]:
-        getattr(opendelta, cls)(model, **kw, **options)
+    put(name, model, **AS_THERE.get(name, {}))
     legacy.load_state_dict(model, GOLDEN / name / "delta" / "pytorch_model.bin")
     AutoDeltaModel.from_finetuned(GOLDEN / name / "delta", loaded)
     assert torch.equal(both(name, model)[1], both(name, loaded)[1])
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name != FAULT])
+def test_torchs_own_load_state_dict_takes_the_names_of_0_3(name):
+    model = backbone(name)
+    put(name, model, **AS_THERE.get(name, {}))
+    file = GOLDEN / name / "composition.bin"
+    file = file if file.is_file() else GOLDEN / name / "delta" / "pytorch_model.bin"
+    result = model.load_state_dict(torch.load(file, weights_only=True), strict=False)
+    assert not result.unexpected_keys
+    assert_same(name, model)
+
+
+class Around(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.inner = model
+
+
+def test_names_of_0_3_are_taken_in_a_module_around_and_refused_without_their_delta():
+    name = "bert_lora_default"
+    state = torch.load(GOLDEN / name / "delta" / "pytorch_model.bin", weights_only=True)
+    model = backbone(name)
+    put(name, model)
+    Around(model).load_state_dict({f"inner.{k}": t for k, t in state.items()}, strict=False)
+    assert_same(name, model)
+    other = backbone(name)
+    delta = opendelta.LoraModel(other, modified_modules=["query"])
+    before = {key: tensor.clone() for key, tensor in other.state_dict().items()}
+    with pytest.raises(DeltaLoadError, match=r"no delta for .*self\.value \(lora\)"):
+        other.load_state_dict(state, strict=False)
+    assert all(torch.equal(t, before[key]) for key, t in other.state_dict().items())
+    delta.detach()
+    assert other.load_state_dict(state, strict=False).unexpected_keys == [
+        *state
+    ]  # no delta, no hook
+
+
+def test_a_pattern_of_0_3_is_not_run_but_read_from_the_tensors():
+    folder = GOLDEN / "roberta_lora_pattern" / "delta"
+    assert json.loads((folder / "config.json").read_text())["modified_modules"][0].startswith("[r]")
+    config = AutoDeltaConfig.from_finetuned(folder)
+    assert len(config.modified_modules) == 24
+    assert not any(name.startswith("[r]") for name in config.modified_modules)
 
 
 def test_a_prefix_of_0_3_loses_the_relative_positions_of_t5_and_ours_does_not():

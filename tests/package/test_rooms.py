@@ -23,7 +23,7 @@ def house(tmp_path):
 
 def append(house, file, line):
     path = house / "opendelta" / file
-    path.write_text(f"{path.read_text()}\n\n{line}\n")
+    path.write_text(f"{path.read_text() if path.exists() else ''}\n\n{line}\n")
 
 
 def contracts(house):
@@ -51,6 +51,7 @@ def test_the_package_keeps_its_contracts(house):
             "Rooms.* BROKEN",
         ),
         ("_show/tree.py", "from .._deltas.base import BaseDelta", "Rooms.* BROKEN"),
+        ("flat.py", "x = 1", "not listed as layers:\\s+- opendelta.flat"),
     ],
 )
 def test_an_import_that_runs_up_or_round_is_refused(house, file, line, wrong):
@@ -65,7 +66,9 @@ def test_an_import_that_runs_up_or_round_is_refused(house, file, line, wrong):
     [
         ("_verbs/merging.py", "from .._sites.merged import _float_of", "private '_float_of'"),
         ("_verbs/merging.py", "x = DeltaLayer()._gated", "private '_gated'"),
+        ("_verbs/costs.py", "x = Handles()._known", "private '_known'"),
         ("_verbs/costs.py", "x = isinstance(1, DeltaLayer)", "isinstance of DeltaLayer"),
+        ("_verbs/costs.py", "x = issubclass(type(1), DeltaLayer)", "isinstance of DeltaLayer"),
         ("_sites/rows.py", "x = isinstance(1, int | BranchEnd)", "isinstance of BranchEnd"),
         (
             "_verbs/costs.py",
@@ -78,11 +81,13 @@ def test_an_import_that_runs_up_or_round_is_refused(house, file, line, wrong):
         ("_verbs/costs.py", "from opendelta._sites.swap import _cache", "private '_cache'"),
         ("_verbs/costs.py", "import warnings\nwarnings.warn('', stacklevel=2)", "errors.warn"),
         ("_verbs/costs.py", "import warnings\nwarnings.warn('', UserWarning, 2)", "errors.warn"),
+        ("_verbs/costs.py", "from warnings import warn", "errors.warn"),
+        ("_verbs/costs.py", "import warnings as w\nw.warn('', stacklevel=2)", "errors.warn"),
         ("_verbs/costs.py", "async def f():\n    import opendelta.names", "needs a reason"),
         ("_verbs/costs.py", "def f():\n    import opendelta.names  # start-up:", "needs a reason"),
         ("_verbs/costs.py", "def f():\n    from .merging import merge", "needs a reason"),
         ("_verbs/costs.py", 'def f():\n    """What it gives."""', "names no thing"),
-        ("_verbs/costs.py", 'def f():\n    """Those of it."""', "names no thing"),
+        ("_verbs/costs.py", 'async def f():\n    """Those of it."""', "names no thing"),
         ("_verbs/costs.py", 'def f():\n    """Whether a, or b."""', "names no thing"),
     ],
 )

@@ -20,10 +20,11 @@ def main(root):
     lora.freeze_module()
     expected = model(IDS)
     seen["address"] = lora.push_to_hub("ada/german", private=True)
-    for load in (AutoDeltaModel.from_finetuned, LoraModel.from_finetuned, opendelta.load):
+    ways = [AutoDeltaModel.from_finetuned, LoraModel.from_finetuned, opendelta.load]
+    for number, load in enumerate(ways):
         fresh = net()
         load("ada/german", fresh)
-        seen[f"equal by {load.__qualname__}"] = torch.equal(fresh(IDS), expected)
+        seen[f"equal by way {number}"] = torch.equal(fresh(IDS), expected)
     seen["rank"] = AutoDeltaConfig.from_finetuned("ada/german").lora_r
 
     lora.save_finetuned(root / "by-its-folder", push_to_hub=True)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import nn
 
 from ..._modules.kinds import Embedding, kind_of
 from ...errors import AddressError, OptionError, nearest
-from ...names import ancestors, last
+from ...names import ancestors, join, last
 from ..backbone import Backbone
 from ..patterns import compile_pattern, no_match, repeated
 from .blocks import Tree, units
@@ -135,8 +135,7 @@ def _in_blocks(tree: Tree) -> dict[str, Decision]:
             give_by_flow(block)
             give_norms(block)
             known[look] = block.roles
-        start = f"{where}." if where else ""
-        decided |= {f"{start}{name}": decision for name, decision in known[look].items()}
+        decided |= {join(where, name): decision for name, decision in known[look].items()}
     return decided
 
 
@@ -145,22 +144,25 @@ def _embeddings(backbone: Backbone) -> dict[str, str]:
     chosen: dict[str, str] = {}
     names = {id(module): name for name, module in backbone.modules.items()}
     for name, module in backbone.modules.items():
+        where = names.get(id(_given(module, "get_input_embeddings")), "")
         if isinstance(kind_of(module), Embedding) and TOKENS.search(name):
             chosen[name] = f"an embedding called {name.rpartition('.')[2]!r}"
-        elif hasattr(module, "get_input_embeddings"):
-            try:
-                held = module.get_input_embeddings()  # type: ignore[operator]
-            except (NotImplementedError, AttributeError):  # the model embeds no tokens
-                continue
-            where = names.get(id(held))
-            if where is not None and isinstance(kind_of(backbone.modules[where]), Embedding):
-                chosen.setdefault(where, f"get_input_embeddings() of {type(module).__name__}")
+        elif where and isinstance(kind_of(backbone.modules[where]), Embedding):
+            chosen.setdefault(where, f"get_input_embeddings() of {type(module).__name__}")
     weights = {id(backbone.modules[name]._parameters.get("weight")): name for name in chosen}
     for name, module in backbone.modules.items():
         weight = module._parameters.get("weight") if not _is_script(module) else None
         if weight is not None and id(weight) in weights and isinstance(kind_of(module), Embedding):
             chosen.setdefault(name, f"it has the weight of {weights[id(weight)]!r}")
     return chosen
+
+
+def _given(module: nn.Module, method: str) -> Any:
+    """Return what a method of a transformers model returns; None if there is nothing."""
+    try:
+        return getattr(module, method)()
+    except (NotImplementedError, AttributeError):  # the model embeds no tokens
+        return None
 
 
 def _is_script(module: nn.Module) -> bool:
@@ -172,16 +174,11 @@ def _heads(backbone: Backbone) -> dict[str, str]:
     chosen: dict[str, str] = {}
     names = {id(module): name for name, module in backbone.modules.items()}
     for name, module in backbone.modules.items():
+        where = names.get(id(_given(module, "get_output_embeddings")), "")
         if HEADS.search(name) and is_linear(module):
             chosen[name] = f"a linear layer called {name.rpartition('.')[2]!r}"
-        elif hasattr(module, "get_output_embeddings"):
-            try:
-                held = module.get_output_embeddings()  # type: ignore[operator]
-            except (NotImplementedError, AttributeError):
-                continue
-            where = names.get(id(held))
-            if where is not None and is_linear(backbone.modules[where]):
-                chosen.setdefault(where, f"get_output_embeddings() of {type(module).__name__}")
+        elif where and is_linear(backbone.modules[where]):
+            chosen.setdefault(where, f"get_output_embeddings() of {type(module).__name__}")
     return chosen
 
 
@@ -206,8 +203,8 @@ def _sublayers(backbone: Backbone, known: dict[str, str], wanted: str) -> list[s
     chosen = []
     for parts in holders.values():
         around = backbone.innermost_around(parts)
-        inside = {known[n].partition(".")[0] for n in known if n.startswith(f"{around}.")}
-        chosen += [around] if inside == {wanted} else parts
+        held = {known[n].partition(".")[0] for n in known if n.startswith(f"{around}.")}
+        chosen += [around] if held == {wanted} else parts
     return chosen
 
 

@@ -28,7 +28,7 @@ def class_of(module: nn.Module) -> str:
 class Tree:
     """A backbone, with the names of the children of each module."""
 
-    found: Backbone
+    backbone: Backbone
     children: dict[str, list[str]]
 
     @classmethod
@@ -49,7 +49,7 @@ class Tree:
     def look(self, name: str, looks: dict[Hashable, int], seen: dict[str, int]) -> int:
         """Return a number that is equal for modules that are built alike."""
         if name not in seen:
-            module = self.found.modules[name]
+            module = self.backbone.modules[name]
             kind = kind_of(module)
             size = () if kind is None else (kind.in_features, kind.out_features)
             beneath = tuple(
@@ -68,25 +68,25 @@ def units(tree: Tree) -> list[str]:
     blocks, as in Swin's stages; else they are the parts of a block, as in T5. A module outside of
     lists is a block if it is of a block's class. A model without lists is one block.
     """
-    items = [name for name in tree.found.modules if _is_item(tree, name)]
+    items = [name for name in tree.backbone.modules if _is_item(tree, name)]
     known = set(items)
     inner: set[str] = set()
     for name in items:
         around = next((a for a in [*ancestors(name)][1:] if a in known), None)
         if around is not None:
             siblings = tree.children[parent(name)]
-            kinds = {type(tree.found.modules[s]) for s in siblings}
+            kinds = {type(tree.backbone.modules[s]) for s in siblings}
             inner |= {around} if len(kinds) == 1 and len(siblings) > 1 else {name}
     blocks = [name for name in items if name not in inner]
-    classes = {type(tree.found.modules[name]) for name in blocks}
-    once = [n for n, m in tree.found.modules.items() if type(m) in classes and n not in known]
+    classes = {type(tree.backbone.modules[name]) for name in blocks}
+    once = [n for n, m in tree.backbone.modules.items() if type(m) in classes and n not in known]
     blocks += [n for n in once if not any(a in known for a in ancestors(n))]
-    return [n for n in tree.found.modules if n in set(blocks)] if blocks else [""]
+    return [n for n in tree.backbone.modules if n in set(blocks)] if blocks else [""]
 
 
 def _is_item(tree: Tree, name: str) -> bool:
     around, _, key = name.rpartition(".")
-    module, holder = tree.found.modules[name], tree.found.modules.get(around)
+    module, holder = tree.backbone.modules[name], tree.backbone.modules.get(around)
     if not isinstance(holder, LISTS) or not has_forward(module) or is_node(module):
         return False
     if isinstance(module, LISTS) and not isinstance(module, nn.Sequential):

@@ -11,10 +11,10 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from ..._modules.kinds import Kind, kind_of
-from ...names import parent
+from ...names import dotted, join, parent
 from . import naming
 from .blocks import Tree, class_of
-from .flow import Flow, Node, holds_many, is_node, is_norm, trace
+from .flow import Flow, Node, holds_many, is_node, is_norm, outputs, trace, walk
 
 Decision = tuple[str, str]  # a role, the reason
 INNER = {"q", "k", "v", "qkv", "kv", "in", "w1", "gate", "gate_up"}
@@ -66,10 +66,9 @@ class Block:
 
     def __init__(self, tree: Tree, where: str) -> None:
         self.where, self.tree = where, tree
-        start = len(where) + 1 if where else 0
-        self.modules: dict[str, nn.Module] = {
-            name[start:]: tree.found.modules[name] for name in (where, *tree.below(where))
-        }
+        start = dotted(where)
+        self.modules: dict[str, nn.Module] = {"": tree.backbone.modules[where]}
+        self.modules |= {n.removeprefix(start): tree.backbone.modules[n] for n in tree.below(where)}
         self.roles: dict[str, Decision] = {}
         self.scopes: dict[str, Scope] = {}
         self.scope_of: dict[str, Scope] = {}
@@ -78,7 +77,7 @@ class Block:
     @functools.cached_property
     def flows(self) -> list[Flow]:
         """Return the flows of data through the block, for forwards with fewer or more arguments."""
-        return trace(self.tree.found.modules[self.where])
+        return trace(self.tree.backbone.modules[self.where])
 
     def flow_of(self, *names: str) -> Flow | None:
         """Return a flow that calls all the named modules; None if there is none."""
@@ -127,8 +126,8 @@ class Block:
 
     def inside(self, name: str) -> list[str]:
         """Return the names of the modules inside the module `name`, in order."""
-        start = f"{self.where}." if self.where else ""
-        return [n.removeprefix(start) for n in self.tree.below(f"{start}{name}")]
+        start = dotted(self.where)
+        return [n.removeprefix(start) for n in self.tree.below(join(self.where, name))]
 
     def linears_in(self, name: str) -> list[str]:
         """Return the names of the linear modules inside the module `name`, in order."""
@@ -202,13 +201,13 @@ def _feed_forward(block: Block, scope: Scope) -> None:
 
 def _experts(block: Block, scope: Scope) -> None:
     """Decide the router and the experts, if the scope holds a mixture of experts."""
-    inside = block.inside(scope.name)
-    experts = [n for n in inside if _holds_experts(n, block.modules[n])]
+    inner = block.inside(scope.name)
+    experts = [n for n in inner if _holds_experts(n, block.modules[n])]
     for name in experts:
         block.give(name, "ff.experts", f"{name!r} holds the experts")
     if not experts:
         return
-    for name in inside:
+    for name in inner:
         key = name.rpartition(".")[2]
         first = name.removeprefix(f"{scope.name}.")
         routes = set(naming.tokens(key)) & ROUTER and not key.endswith("expert_gate")
@@ -276,22 +275,14 @@ def _gate(block: Block, pair: list[str], names: dict[str, str | None]) -> tuple[
 def _activations(node: Node, other: Node) -> bool:
     """True if the output of `node` passes an activation before it meets the output of `other`."""
     mine, its = _after(node), _after(other)
-    meet = min((n.place for n in mine & its), default=None)
+    meet = min((n.number for n in mine & its), default=None)
     return any(
-        ACTIVATED.search(n.op) for n in mine - its if meet is None or n.place < meet
+        ACTIVATED.search(n.op) for n in mine - its if meet is None or n.number < meet
     )  # fmt: skip
 
 
 def _after(node: Node) -> set[Node]:
-    seen: set[Node] = set()
-    todo = [node]
-    while todo:
-        for after in todo.pop().outputs:
-            if after not in seen:
-                seen.add(after)
-                if after.op != "call":
-                    todo.append(after)
-    return seen
+    return {*walk(node, outputs, lambda n: n.op != "call")}
 
 
 def _bare(block: Block) -> None:

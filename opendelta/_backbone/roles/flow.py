@@ -25,7 +25,7 @@ from torch.nn.parameter import is_lazy
 from ..._modules.calls import every, has_forward
 from ..._modules.kinds import ACROSS_CHANNELS, Norm, kind_of
 from ..._sites.swap import plain_class
-from ...names import SLOT
+from ...names import SLOT, join
 
 LIMIT = 40_000  # steps of one run; a longer run is a loop that does not end on stand-ins
 SIZES = re.compile(r"size|dim|numel|stride|new_.*|(?:zeros|ones|empty|full|rand|randn)_like")
@@ -42,13 +42,13 @@ class Node:
         name: the name of the called module, relative to the block, or of the input.
         inputs: the steps whose results this step takes, in order.
         outputs: the steps that take the result of this step.
-        place: the number of the step.
+        number: the number of the step.
     """
 
-    __slots__ = ("inputs", "name", "op", "outputs", "place")
+    __slots__ = ("inputs", "name", "number", "op", "outputs")
 
-    def __init__(self, op: str, name: str, inputs: list[Node], place: int) -> None:
-        self.op, self.name, self.inputs, self.place = op, name, inputs, place
+    def __init__(self, op: str, name: str, inputs: list[Node], number: int) -> None:
+        self.op, self.name, self.inputs, self.number = op, name, inputs, number
         self.outputs: list[Node] = []
         for node in inputs:
             node.outputs.append(self)
@@ -84,37 +84,48 @@ class Flow:
             self.calls.setdefault(name, []).append(node)
         return Value(self, node)
 
-    def downstream(self, node: Node, through: Callable[[Node], bool]) -> Iterator[Node]:
-        """Yield the nearest steps after `node` for which `through` is false."""
-        yield from self._walk(node, lambda n: n.outputs, through)
-
-    def upstream(self, node: Node, through: Callable[[Node], bool]) -> Iterator[Node]:
-        """Yield the nearest steps before `node` for which `through` is false."""
-        yield from self._walk(node, lambda n: n.inputs, through)
-
-    def _walk(self, start: Node, following: Any, through: Callable[[Node], bool]) -> Iterator[Node]:
-        seen, todo = {start}, [start]
-        while todo:
-            for node in following(todo.pop()):
-                if node not in seen:
-                    seen.add(node)
-                    if through(node):
-                        todo.append(node)
-                    else:
-                        yield node
-
     def reaches_output(self, node: Node) -> bool:
         """True if the block returns the result of `node` without passing it through a module."""
-        seen, todo = {node}, [node]
-        while todo:
-            one = todo.pop()
-            if one in self.outputs:
-                return True
-            for after in one.outputs:
-                if after.op != "call" and after not in seen:
-                    seen.add(after)
-                    todo.append(after)
-        return False
+        after = walk(node, outputs, lambda n: n.op != "call")
+        return bool({node, *(n for n in after if n.op != "call")} & self.outputs)
+
+
+def inputs(node: Node) -> list[Node]:
+    """Return the steps whose results a step takes."""
+    return node.inputs
+
+
+def outputs(node: Node) -> list[Node]:
+    """Return the steps that take the result of a step."""
+    return node.outputs
+
+
+def walk(
+    start: Node, following: Callable[[Node], list[Node]], through: Callable[[Node], bool]
+) -> Iterator[Node]:
+    """Yield each step that `following` leads to from `start`; go on where `through` is true.
+
+    Args:
+        following: `inputs` or `outputs`.
+    """
+    seen, todo = {start}, [start]
+    while todo:
+        for node in following(todo.pop()):
+            if node not in seen:
+                seen.add(node)
+                yield node
+                if through(node):
+                    todo.append(node)
+
+
+def downstream(node: Node, through: Callable[[Node], bool]) -> Iterator[Node]:
+    """Yield the nearest steps after `node` for which `through` is false."""
+    return (each for each in walk(node, outputs, through) if not through(each))
+
+
+def upstream(node: Node, through: Callable[[Node], bool]) -> Iterator[Node]:
+    """Yield the nearest steps before `node` for which `through` is false."""
+    return (each for each in walk(node, inputs, through) if not through(each))
 
 
 class TooLong(Exception):
@@ -308,14 +319,13 @@ def _skeleton(module: nn.Module, name: str, flow: Flow, seen: dict[int, Any]) ->
         copy.__dict__[key] = value.copy() if type(value) in (dict, list, set) else value
     copy.__dict__.pop("forward", None)
     copy.__dict__["_opendelta_flow"] = flow, name, is_node(module)
-    start = f"{name}." if name else ""
     for table in ("_parameters", "_buffers"):
         copy.__dict__[table] = {
-            key: None if tensor is None else flow.step("weight", f"{start}{key}", ())
+            key: None if tensor is None else flow.step("weight", join(name, key), ())
             for key, tensor in module.__dict__[table].items()
         }
     copy.__dict__["_modules"] = {
-        key: None if child is None else _skeleton(child, f"{start}{key}", flow, seen)
+        key: None if child is None else _skeleton(child, join(name, key), flow, seen)
         for key, child in module._modules.items()
         if key != SLOT
     }

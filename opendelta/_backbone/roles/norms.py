@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ...names import parent
 from .deciding import HIDDEN, INNER, PLACED, Block
-from .flow import Flow, Node, is_norm
+from .flow import Flow, Node, downstream, is_norm, upstream
 
 FED = ("attn", "cross_attn", "ff")
 
@@ -42,8 +42,8 @@ def _by_flow(block: Block, flow: Flow, name: str) -> tuple[str, str] | None:
     before: list[Node] = []
     after: list[Node] = []
     for node in flow.calls[name]:
-        before += flow.upstream(node, lambda n: not _is_stop(block, n))
-        after += (n for n in flow.downstream(node, lambda n: n.op != "call") if n.op == "call")
+        before += upstream(node, lambda n: not _is_stop(block, n))
+        after += (n for n in downstream(node, lambda n: n.op != "call") if n.op == "call")
     if not any(_is_boundary(block, flow, node) for node in before):
         return None
     passes = any(flow.reaches_output(node) for node in flow.calls[name])
@@ -51,7 +51,7 @@ def _by_flow(block: Block, flow: Flow, name: str) -> tuple[str, str] | None:
     fed = [sub for node in after if (sub := _sublayer(block, node)) in FED]
     if passes:
         ends = [n for n in before if not _is_norm(block, n) and n.op != "input"]
-        latest = max(ends, key=lambda n: n.place, default=None)
+        latest = max(ends, key=lambda n: n.number, default=None)
         if latest is not None:
             sub = _sublayer(block, latest)
             return (sub, f"it follows {latest.name!r}") if sub in FED else None

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 from .deciding import ACTIVATED, PLACED, Block, Scope, is_linear, parts_of_feed_forward
-from .flow import Flow, Node, is_norm
+from .flow import Flow, Node, downstream, is_norm, outputs, upstream, walk
 from .naming import tokens
 
 PRODUCTS = {"matmul", "bmm", "einsum", "baddbmm", "rmatmul", "__matmul__", "__rmatmul__"}
@@ -37,7 +37,7 @@ def _attention(block: Block, flow: Flow) -> None:
             if found in LETTERS:
                 why = f"its output is the attention's {', '.join(found)}"
                 block.give(name, f"{sub}.{LETTERS[found]}", why)
-        for node in flow.downstream(out, lambda n: not _is_linear(block, n)):
+        for node in downstream(out, lambda n: not _is_linear(block, n)):
             if letters and node.name not in letters:
                 block.give(node.name, f"{sub}.proj", "it is the first after the attention")
 
@@ -48,10 +48,10 @@ def _attentions(block: Block, flow: Flow) -> Iterator[tuple[Node, Node, Node, No
         if node.op == "scaled_dot_product_attention" and len(node.inputs) > 2:
             yield node.inputs[0], node.inputs[1], node.inputs[2], node
         elif node.op.lower() == "softmax":
-            scores = [n for n in flow.upstream(node, _keeps) if n.op in PRODUCTS]
-            sums = [n for n in flow.downstream(node, _keeps) if n.op in PRODUCTS]
+            scores = [n for n in upstream(node, _keeps) if n.op in PRODUCTS]
+            sums = [n for n in downstream(node, _keeps) if n.op in PRODUCTS]
             if scores and sums and len(scores[0].inputs) > 1 and len(sums[0].inputs) > 1:
-                product = max(scores, key=lambda n: n.place)
+                product = max(scores, key=lambda n: n.number)
                 yield product.inputs[0], product.inputs[1], sums[0].inputs[1], sums[0]
 
 
@@ -64,7 +64,7 @@ def _linears(block: Block, flow: Flow, start: Node) -> list[Node]:
     """Return the step itself if it is a linear; else the nearest linears before it, past norms."""
     if _is_linear(block, start):
         return [start]
-    before = flow.upstream(start, lambda n: _keeps_state(block, n))
+    before = upstream(start, lambda n: _keeps_state(block, n))
     return [n for n in before if _is_linear(block, n) and "router" not in tokens(n.name)]
 
 
@@ -80,9 +80,7 @@ def _is_linear(block: Block, node: Node) -> bool:
 
 def _asked(flow: Flow, name: str) -> set[str]:
     """Return the names of the block's inputs that reach the named module."""
-    before = (
-        n for node in flow.calls[name] for n in flow.upstream(node, lambda n: n.op != "input")
-    )
+    before = (n for node in flow.calls[name] for n in upstream(node, lambda n: n.op != "input"))
     return {n.name for n in before if n.op == "input" and not PLACED.search(n.name)}
 
 
@@ -92,7 +90,7 @@ def _feed_forward(block: Block, flow: Flow) -> None:
     for name, calls in flow.calls.items():
         if name in block.roles or name not in block.modules or not _is_linear(block, calls[0]):
             continue
-        for node in flow.downstream(
+        for node in downstream(
             calls[0], lambda n: n.op != "call" or is_norm(block.modules[n.name])
         ):
             fits = _is_linear(block, node) and node.name not in block.roles
@@ -106,11 +104,6 @@ def _feed_forward(block: Block, flow: Flow) -> None:
 
 
 def _between(flow: Flow, start: str, end: str) -> Iterator[Node]:
-    last = flow.calls[end][0].place
-    todo, seen = [flow.calls[start][0]], set()
-    while todo:
-        for node in todo.pop().outputs:
-            if node not in seen and node.place < last:
-                seen.add(node)
-                todo.append(node)
-                yield node
+    last = flow.calls[end][0].number
+    after = walk(flow.calls[start][0], outputs, lambda node: node.number < last)
+    return (node for node in after if node.number < last)

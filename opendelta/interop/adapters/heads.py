@@ -5,15 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..._backbone.backbone import Backbone
 from ..._layers import labels
-from ..._modules import tensors
 from ..._modules.tensors import stored
 from ...errors import DeltaLoadError, UnsavedWarning, shown, warn
 from ...names import ancestors
+from .._draft import has_values
 from .._files import read_json
 from .terms import Part
 
@@ -64,7 +63,7 @@ def add(part: Part, given: dict[str, Tensor]) -> None:
             UnsavedWarning,
         )
         return
-    if all(_same(own[name], tensor) for name, tensor in named.items()):
+    if all(has_values(t, named[name]) for name, t in own.items() if t is not None):
         return
     chosen = {*owners.values()}
     part.options["modules_to_save"] = [name for name in part.backbone.modules if name in chosen]
@@ -120,13 +119,6 @@ def _owner(backbone: Backbone, name: str) -> str | None:
     base = getattr(backbone.model, "base_model_prefix", "")
     around = [n for n in ancestors(name) if n in backbone.modules and n != base]
     return around[-1] if around else None
-
-
-def _same(own: Tensor | None, given: Tensor) -> bool:
-    """True if a saved tensor equals the backbone's."""
-    if own is None or own.is_meta or own.shape != given.shape:
-        return False
-    return torch.equal(tensors.full(own.detach()).cpu().to(given.dtype), given)
 
 
 def read(folder: Path) -> Path | None:

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ..._layers import prefix
 from ...names import parent
+from .._draft import keys_and_values
 from .terms import Part
 
 SELF = "self_prefix."
@@ -68,14 +69,9 @@ def _read_network(part: Part, own: dict[str, Tensor], places: list[str]) -> None
         raise part.error(
             f"control_trans.2.weight {list(weight.shape)} is none of {count // 2} layers"
         )
-    parts = (
-        weight.chunk(count),
-        part.take(own, "control_trans.2.bias", weight.size(0)).chunk(count),
-    )
-    for place, pair in enumerate(zip(*parts, strict=True)):
-        tensors = part.sites.setdefault(places[place // 2], {})
-        for end, tensor in zip(("weight", "bias"), pair, strict=True):
-            tensors[f"{('key', 'value')[place % 2]}.{end}"] = tensor
+    biases = part.take(own, "control_trans.2.bias", weight.size(0)).chunk(count)
+    for where, tensors in keys_and_values(weight.chunk(count), biases, places):
+        part.sites.setdefault(where, {}).update(tensors)
     shared = {
         "embedding": embedding,
         "hidden.weight": hidden,

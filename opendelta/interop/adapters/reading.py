@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from ..._backbone.backbone import Backbone
 from ..._files.reading import check_link, read_start
 from ...errors import DeltaLoadError, shown
+from .._draft import CONFIG, fact
 from .._files import read_json, read_pickle, read_safetensors
 from . import bottleneck, heads, prefixes, weights
 from .terms import (
     ARCHITECTURES,
     COMMON,
-    CONFIG,
     OLD,
     PICKLE,
     UNREAD,
@@ -71,41 +71,22 @@ def translate(folder: Path, model: nn.Module) -> tuple[dict[str, Any], dict[str,
     parts = _parts(folder, config, backbone, given)
     for part in parts:
         READ[_terms(folder, part.config).name](part)
-        _order(part)
+        part.sort()
         for slot, groups in part.given.items():
             part.check_empty((slot for own in groups.values() if own), "the model")
     if head := heads.read(folder):
         heads.add(parts[0], _tensors(head))
-    return _facts(config, parts), {
-        key: tensor
-        for part in parts
-        for key, tensor in (
-            *((part.key(w, name), t) for w, own in part.sites.items() for name, t in own.items()),
-            *part.others.items(),
-        )
-    }
+    return _facts(config, parts), {k: t for part in parts for k, t in part.tensors().items()}
 
 
 def _facts(config: dict[str, Any], parts: list[Part]) -> dict[str, Any]:
     """Return the JSON that a folder of ours would have."""
-    deltas = []
-    for part in parts:
-        common = {"modified_modules": list(part.sites)}
-        deltas.append({
-            "delta_type": part.method,
-            "name": part.name,
-            "active": True,
-            "frozen": [],
-            "options": {**common, **part.options},
-        })  # fmt: skip
+    deltas = [
+        fact(part.method, part.name, {"modified_modules": list(part.sites), **part.options})
+        for part in parts
+    ]
     made_for = str(config.get("model_class") or "model")
     return {"backbone_class": made_for, "backbone_tensors": [], "deltas": deltas}
-
-
-def _order(part: Part) -> None:
-    """Put the modules into the order that they have in the backbone."""
-    order = {name: place for place, name in enumerate(part.backbone.modules)}
-    part.sites = dict(sorted(part.sites.items(), key=lambda item: order[item[0]]))
 
 
 # ---------------------------------------------------------------------------------------- the files
@@ -200,7 +181,8 @@ def _parts(
                 "it is incomplete, or two methods in it have tensors of the same name"
             )
         full = {**terms.defaults, **weights.correct(own, config.get("version"))}
-        parts.append(Part(folder, backbone, full, mine, f"{name}_{terms.name}" if union else name))
+        own_name = f"{name}_{terms.name}" if union else name
+        parts.append(Part(folder, full, backbone, own_name, given=mine))
         _check_options(parts[-1], terms)
     if "invertible_adapters" in given:
         raise parts[0].refusal(

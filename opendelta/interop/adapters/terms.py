@@ -6,17 +6,15 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ..._backbone import roles as roles_
-from ..._backbone.backbone import Backbone
-from ...errors import DeltaLoadError, shown
-from ...names import SLOT, inside
+from ..._backbone.roles import roles as roles_of
+from ...errors import shown
+from .._draft import Draft
 
-CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter.safetensors", "pytorch_adapter.bin"
+WEIGHTS, PICKLE = "adapter.safetensors", "pytorch_adapter.bin"
 # Limits of options: a float32 holds LARGEST, and no model needs a size over LONGEST.
 LARGEST, LONGEST = 1e38, 100_000
 SLOTS = (
@@ -95,48 +93,23 @@ UNREAD = {
 
 
 @dataclass
-class Part:
+class Part(Draft):
     """One method of a checkpoint on its way to a delta.
 
+    `config` holds the library's options; a missing option has the library's default.
+
     Attributes:
-        folder: the folder of the checkpoint.
-        backbone: the backbone that the delta will be on.
-        config: the library's options; a missing option has the library's default.
         given: {slot: {path of the library's module: {name of a tensor: values}}}.
-        name: the name of the delta to be.
         method: our name of the method.
-        options: the delta's options so far.
-        sites: {full name of a module: {our tensor: values}}.
-        others: tensors by the full names that they have in our files.
     """
 
-    folder: Path
-    backbone: Backbone
-    config: dict[str, Any]
-    given: dict[str, dict[str, dict[str, Tensor]]]
-    name: str
+    given: dict[str, dict[str, dict[str, Tensor]]] = field(default_factory=dict)
     method: str = ""
-    options: dict[str, Any] = field(default_factory=dict)
-    sites: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    others: dict[str, Tensor] = field(default_factory=dict)
 
     @cached_property
     def roles(self) -> dict[str, str]:
         """Return {full name of a module: its role}."""
-        return roles_.roles(self.backbone.model)
-
-    def key(self, where: str, tensor: str) -> str:
-        """Return the full name in our files of a tensor on the module `where`."""
-        return (inside(where)) + f"{SLOT}.{self.name}.{tensor}"
-
-    def error(self, what: str) -> DeltaLoadError:
-        """Return an error that names this folder."""
-        return DeltaLoadError(f"{self.folder}: {what}")
-
-    def refusal(self, option: str, why: str) -> DeltaLoadError:
-        """Return the error for an option of the JSON."""
-        given = f"{option}={shown(self.config.get(option))}"
-        return DeltaLoadError(f"{self.folder / CONFIG}: {given} cannot be loaded: {why}")
+        return roles_of(self.backbone.model)
 
     def number(self, option: str) -> float:
         """Return an option that must be a number."""

@@ -5,20 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..._backbone.backbone import Backbone
 from ..._files.reading import read_start
-from ..._layers import prompt as prompt_
-from ..._modules import tensors
+from ..._layers.prompt import embedders
 from ..._modules.tensors import stored
 from ...errors import DeltaLoadError, listed
 from ...names import ancestors
+from .._draft import CONFIG, fact, has_values
 from .._files import read_json, read_safetensors
 from .methods import FINISH
 from .terms import (
-    CONFIG,
     FREE,
     METHODS,
     MUTATING,
@@ -67,14 +65,12 @@ def translate(folder: Path, model: nn.Module) -> tuple[dict[str, Any], dict[str,
     _sort_tensors(adapter, _read_tensors(folder))
     if not adapter.sites:
         raise adapter.error(f"{WEIGHTS} holds no tensor of a {method.peft_type}")
-    order = {name: place for place, name in enumerate(adapter.backbone.modules)}
-    adapter.sites = dict(sorted(adapter.sites.items(), key=lambda item: order[item[0]]))
+    adapter.sort()
     _check_complete(adapter)
     finish = FINISH.get(adapter.name)
     if finish is not None:
         finish(adapter)
-    own = {adapter.key(w, t): v for w, part in adapter.sites.items() for t, v in part.items()}
-    return _facts(adapter), {**own, **adapter.others}
+    return _facts(adapter), adapter.tensors()
 
 
 def _facts(adapter: Adapter) -> dict[str, Any]:
@@ -82,15 +78,9 @@ def _facts(adapter: Adapter) -> dict[str, Any]:
     mapping = adapter.config.get("auto_mapping")
     made_for = mapping.get("base_model_class") if isinstance(mapping, dict) else None
     made_for = made_for or adapter.config.get("base_model_name_or_path") or "model"
-    common = {"modified_modules": list(adapter.sites)}
-    fact = {
-        "delta_type": adapter.name,
-        "name": adapter.name,
-        "active": True,
-        "frozen": [],
-        "options": {**common, **adapter.options},
-    }
-    return {"backbone_class": made_for, "backbone_tensors": [], "deltas": [fact]}
+    options = {"modified_modules": list(adapter.sites), **adapter.options}
+    deltas = [fact(adapter.name, adapter.name, options)]
+    return {"backbone_class": made_for, "backbone_tensors": [], "deltas": deltas}
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -151,7 +141,7 @@ def _sort_tensors(adapter: Adapter, given: dict[str, Tensor]) -> None:
         where = name[: -len(end) - 1] if end else ""
         own = adapter.sites.get(where, {})
         if prompt and name == PROMPT:
-            adapter.sites[_stack_of(adapter)] = {"soft_embeds": tensor}
+            adapter.sites[_embedder_of(adapter)] = {"soft_embeds": tensor}
         elif end and where in names and adapter.method.tensors[end] not in own:
             adapter.sites[where] = {**own, adapter.method.tensors[end]: tensor}
         elif adapter.name == "vera" and key.removeprefix("base_model.") in PROJECTIONS:
@@ -190,10 +180,8 @@ def _is_of_backbone(adapter: Adapter, name: str, tensor: Tensor) -> bool:
     own = None if module is None or where == name else stored(module, "weight")
     if own is None:
         return False
-    if own.shape == tensor.shape and not own.is_meta:
-        whole = tensors.full(own.detach()).cpu()
-        if torch.equal(whole.to(tensor.dtype), tensor):
-            return True
+    if has_values(own, tensor):
+        return True
     raise adapter.error(
         f"it brings another weight {list(tensor.shape)} for {where!r}, which has "
         f"{list(own.shape)} here: the vocabulary was resized, or the embeddings were trained; put "
@@ -201,7 +189,7 @@ def _is_of_backbone(adapter: Adapter, name: str, tensor: Tensor) -> bool:
     )
 
 
-def _stack_of(adapter: Adapter) -> str:
+def _embedder_of(adapter: Adapter) -> str:
     """Return the full name of the module that embeds the tokens."""
     both = 2 if adapter.config.get("task_type") == "SEQ_2_SEQ_LM" else 1
     if (adapter.config.get("num_transformer_submodules") or both) != 1:
@@ -210,15 +198,14 @@ def _stack_of(adapter: Adapter) -> str:
         )
     causal = adapter.config.get("task_type") == "CAUSAL_LM"  # each token has a label
     adapter.options |= {"strip": causal, "token_init": False}
-    stacks = [
-        n for n, is_decoder in prompt_.stacks(adapter.backbone.modules).items() if not is_decoder
-    ]
-    if len(stacks) != 1:
+    found = embedders(adapter.backbone.modules)
+    names = [name for name, is_decoder in found.items() if not is_decoder]
+    if len(names) != 1:
         raise adapter.error(
             "a prompt needs one module that embeds tokens; "
-            f"{type(adapter.backbone.model).__name__} has {len(stacks)}: {stacks}"
+            f"{type(adapter.backbone.model).__name__} has {len(names)}: {names}"
         )
-    return stacks[0]
+    return names[0]
 
 
 def _check_complete(adapter: Adapter) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,10 +12,9 @@ from ..._backbone import copying
 from ..._backbone.backbone import Backbone
 from ..._modules.kinds import Conv2d, Norm, kind_of
 from ..._modules.tensors import full, stored_params
-from ...errors import DeltaLoadError
-from ...names import SLOT, inside
+from .._draft import Draft
 
-CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 PREFIX, PROMPT_PREFIX = "base_model.model.", "base_model."
 PEFT_VERSION = "0.21.2"  # our files are as of this version; PEFT checks it in files with OFT
 PROMPT, PROJECTIONS = "prompt_embeddings", ("vera_A", "vera_B")
@@ -123,44 +121,13 @@ HEADS = {  # {task: ends of the names of the modules that PEFT saves with a prom
 
 
 @dataclass
-class Adapter:
-    """An adapter of PEFT on its way to a delta.
-
-    Attributes:
-        folder: the adapter's folder.
-        config: its JSON.
-        backbone: the backbone that the delta will be on.
-        name: our name of its method.
-        options: the delta's options so far.
-        sites: {full name of a module: {our tensor: values}}.
-        others: tensors by the full names that they have in our files.
-    """
-
-    folder: Path
-    config: dict[str, Any]
-    backbone: Backbone
-    name: str
-    options: dict[str, Any] = field(default_factory=dict)
-    sites: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    others: dict[str, Tensor] = field(default_factory=dict)
+class Adapter(Draft):
+    """An adapter of PEFT on its way to a delta, whose name is our name of the method."""
 
     @property
     def method(self) -> Method:
         """PEFT's names for the adapter's method."""
         return METHODS[self.name]
-
-    def key(self, where: str, tensor: str) -> str:
-        """Return the full name in our files of a tensor on the module `where`."""
-        return (inside(where)) + f"{SLOT}.{self.name}.{tensor}"
-
-    def error(self, what: str) -> DeltaLoadError:
-        """Return an error that names this folder."""
-        return DeltaLoadError(f"{self.folder}: {what}")
-
-    def refusal(self, name: str, why: str) -> DeltaLoadError:
-        """Return the error for a field of the JSON."""
-        given = self.config.get(name)
-        return DeltaLoadError(f"{self.folder / CONFIG}: {name}={given!r} cannot be loaded: {why}")
 
 
 def norm_terms(backbone: Backbone, where: str) -> tuple[float | None, dict[str, Tensor]]:

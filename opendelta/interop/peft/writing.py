@@ -23,9 +23,9 @@ from ..._modules.tensors import full
 from ..._sites import swap
 from ...errors import DeltaError
 from ...names import unwrapped
+from .._draft import CONFIG
 from .terms import (
     ALPHAS,
-    CONFIG,
     HEADS,
     METHODS,
     PATTERNS,
