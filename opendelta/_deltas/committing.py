@@ -8,6 +8,7 @@ from .._backbone import sharding
 from .._backbone.backbone import Backbone
 from .._layers import recomputing, selection
 from .._layers.record import Record
+from .._modules.tensors import lasting
 from .._sites import compile_limit, swap
 from ..errors import to_the_end
 from .base import HANDLES, BaseDelta
@@ -18,6 +19,7 @@ from .placing import Placed
 from .state_dict import unwatch_state, watch_state
 
 
+@lasting()
 def commit(placed: Placed) -> None:
     """Put all layers of a delta on its model, or none if one of them fails."""
     backbone, delta = placed.backbone, placed.delta

@@ -8,11 +8,12 @@ from typing import Any
 from .._backbone.backbone import Backbone
 from .._backbone.patterns import no_match
 from .._layers.dtypes import dtype_for
-from .._modules.tensors import is_finite, is_sharded
+from .._modules.tensors import is_finite, is_sharded, lasting
 from ..errors import DeltaError, OptionError, to_the_end
 from .base import BaseDelta
 
 
+@lasting()
 def convert(delta: BaseDelta, dtype: Any) -> None:
     """Convert all tensors of a delta, and let `dtype` be its option; see `Delta.to`."""
     if dtype is None:

@@ -21,6 +21,7 @@ from .._layers.owned import OwnedModule, SharedTensors, convert
 from .._layers.record import Record, Shared
 from .._layers.site import Heads, Site, Widths
 from .._modules.kinds import kind_of
+from .._modules.tensors import lasting
 from .._sites import swap
 from .._sites.stack import acting_on
 from ..errors import LostGradientWarning, SiteError, TiedWeightWarning, warn
@@ -50,6 +51,7 @@ def uncollected() -> Iterator[None]:
             gc.enable()
 
 
+@lasting()
 def make(
     backbone: Backbone, choice: Choice, into: BaseDelta | None = None, values: Values = "new"
 ) -> BaseDelta:

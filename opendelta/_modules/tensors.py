@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
@@ -14,6 +16,16 @@ from ..errors import SiteError
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
+
+
+@contextlib.contextmanager
+def lasting() -> Iterator[None]:
+    """Make tensors that can train later, also inside `torch.inference_mode()`."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():  # the former turns gradients on
+        yield
 
 
 def stored(module: nn.Module, name: str) -> Tensor | None:
@@ -125,7 +137,11 @@ def replace(module: nn.Module, key: str, tensor: Tensor) -> None:
     """
     parameter: Any = module._parameters[key]
     if is_plain(parameter):
-        parameter.data = tensor.to(parameter.dtype)
+        new = tensor.to(parameter.dtype)
+        if parameter.is_inference():  # it cannot hold a tensor of the other sort
+            with torch.inference_mode():
+                new = new.clone()
+        parameter.data = new
         return
     new = _requantised(module, key, parameter, tensor)
     if type(parameter).__name__ == "Int8Params":

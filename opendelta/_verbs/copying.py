@@ -21,6 +21,7 @@ from . import merging
 Module = TypeVar("Module", bound=nn.Module)
 
 
+@tensors.lasting()
 def shared_copy(model: Module) -> Module:
     """Return a second module tree over the tensors of `model`, without its deltas.
 
@@ -62,6 +63,7 @@ def shared_copy(model: Module) -> Module:
     return copied
 
 
+@tensors.lasting()
 def to_backbone(model: Module) -> Module:
     """Return a plain copy of `model` with all active deltas in its weights.
 
