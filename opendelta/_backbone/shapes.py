@@ -212,6 +212,12 @@ def widths(backbone: Backbone, names: Sequence[str]) -> dict[str, Widths]:
                 f"{list(hidden.shape)}: hidden states must be [..., width] in 2 or 3 axes",
                 where=name,
             )
+        if not hidden.size(-1):
+            raise SiteError(
+                f"{name!r} ({type(backbone.modules[name]).__name__}) returns hidden states of width "
+                "0, on which a delta has nothing to change; choose other modules",
+                where=name,
+            )
         reads = isinstance(given, Tensor) and given.is_floating_point() and given.ndim
         found[name] = Widths(given.size(-1) if reads else None, hidden.size(-1))
 
