@@ -128,8 +128,9 @@ def of_module(module: nn.Module) -> Iterator[Inputs]:
     They are [1, length, width] and, as in packed vision models, [length, width]. Other arguments
     without default get what attention modules of transformers take.
     """
-    kinds = (kind_of(part) for part in module.modules() if part is not module)
-    first = next((kind for kind in kinds if kind is not None), None)
+    kinds = [kind_of(part) for part in module.modules() if part is not module]
+    known = [kind for kind in kinds if kind is not None and kind.name != "convolution"]
+    first = known[0] if known else None
     if first is None or not first.is_product:
         return
     width = first.in_features

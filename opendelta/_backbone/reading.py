@@ -6,15 +6,18 @@ import dis
 import functools
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import CodeType
 from typing import Any
 
 from torch import nn
 
+from .._modules import trials
 from .._modules.calls import has_forward
+from .._sites import swap
 from .._sites.swap import plain_class
 from ..names import last, parent
+from . import watching
 from .backbone import Backbone
 
 ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD")
@@ -22,15 +25,23 @@ LOOKS = {"dtype", "device", "shape", "size", "requires_grad", "is_meta", "ndim"}
 
 
 def weight_is_read(backbone: Backbone, where: str) -> bool:
-    """True if the code of the module around reads the weight of the module `where` alone.
+    """True if the module around reads the weight of the module `where`, and does not call it.
 
-    The code is looked at, and not run. If it calls the module too, it counts as called.
+    Its code is looked at. If it does both, in branches, say, the module around is run on shapes.
     """
     if not where:
         return False
     around = backbone.modules[parent(where)]
     read, used = _uses(plain_class(around) or type(around))  # type: ignore[arg-type]
-    return last(where) in read - used
+    name = last(where)
+    if name not in read & used:
+        return name in read
+    key = trials.facts(around)
+    if key not in backbone.read:
+        watch = watching.of_part(backbone, parent(where), sorted(read & used & {*around._modules}))
+        found = set() if watch is None else {n for n, k in watch.read if k == "weight"}
+        backbone.read[key] = found - (watch.called if watch is not None else set())
+    return name in backbone.read[key]
 
 
 def may_be_read(backbone: Backbone, where: str) -> bool:
@@ -44,6 +55,33 @@ def may_be_read(backbone: Backbone, where: str) -> bool:
     if around is None:
         return False
     return _reads_unnamed(plain_class(around) or type(around))  # type: ignore[arg-type]
+
+
+def is_suspect(backbone: Backbone, where: str) -> bool:
+    """True if code around the module `where` may read its weight or bias, beside calling it."""
+    classes = [plain_class(m) or type(m) for m in [*backbone.chain(where)][1:]]
+    named = any(last(where) in _uses(cls)[0] for cls in classes)  # type: ignore[arg-type]
+    return named or may_be_read(backbone, where)
+
+
+def read_beside(backbone: Backbone, names: Iterable[str]) -> dict[str, set[str] | None]:
+    """Return {module: "weight" or "bias", if other code computes with them} for those with any.
+
+    A module is left out if it shows its deltas to other code. If no run on shapes tells, its value
+    is None.
+    """
+    asked = [n for n in names if not swap.weight_is_read(backbone.modules[n], False)]
+    suspects = [name for name in asked if is_suspect(backbone, name)]
+    whole = watching.of_backbone(backbone, suspects) if suspects else None
+    found: dict[str, set[str] | None] = {}
+    for name in suspects:
+        watch, own = whole, name
+        if watch is None or not (name in watch.called or name in {n for n, _ in watch.read}):
+            watch, own = watching.of_part(backbone, parent(name), [last(name)]), last(name)
+        keys = None if watch is None else {key for n, key in watch.read if n == own}
+        if keys is None or keys:
+            found[name] = keys
+    return found
 
 
 @functools.cache
@@ -86,8 +124,11 @@ def _uses(cls: Any) -> tuple[set[str], set[str]]:
                 continue
             after = steps[number + 1]
             beyond = steps[number + 2] if number + 2 < len(steps) else after
+            asked = number > 1 and steps[number - 2].argval == "isinstance"
             if after.opname not in ATTRIBUTES:
                 used.add(step.argval)
+            elif asked:  # about the weight's class alone
+                continue
             elif after.argval == "weight" and beyond.argval not in LOOKS:
                 read.add(step.argval)
             elif after.argval not in ("weight", "bias"):

@@ -324,8 +324,15 @@ def _advice(backbone: Backbone) -> str:
     )
 
 
-def dry_run(backbone: Backbone, look: Callable[[Any], None]) -> None:
+def dry_run(
+    backbone: Backbone,
+    look: Callable[[Any], None],
+    prepare: Callable[[nn.Module], None] = lambda _: None,
+) -> None:
     """Run the backbone once on shapes, with gradients, and give `look` the output.
+
+    Args:
+        prepare: called on the module that runs, before each try; modules are put back after it.
 
     Raises:
         SiteError: it runs on none of the inputs that `inputs.of_backbone` finds.
@@ -334,6 +341,7 @@ def dry_run(backbone: Backbone, look: Callable[[Any], None]) -> None:
     failures = []
     for where, args, kwargs in inputs.of_backbone(backbone):
         with untouched(backbone), sharding.whole(backbone.model):
+            prepare(backbone.modules[where])
             try:
                 _run(backbone, where, args, kwargs, True, look, backbone.samples is not None)
             except _Failed as failed:

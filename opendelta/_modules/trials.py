@@ -30,10 +30,13 @@ def bare(module: nn.Module, base: type[nn.Module] | None = None) -> nn.Module:
 def on_meta(module: nn.Module) -> nn.Module:
     """Return a module like `module` in eval mode, without layers and hooks, on the meta device."""
     made = bare(module)
-    tables: list[dict[str, Any]] = [made.__dict__["_parameters"], made.__dict__["_buffers"]]
+    own = made.__dict__
+    own.pop("forward", None)  # a wrapper of another library, around the module itself
+    own.update({key: type(t)() for key, t in own.items() if "_hooks" in key and isinstance(t, dict)})
+    tables: list[dict[str, Any]] = [own["_parameters"], own["_buffers"]]
     for table in tables:
         table.update({k: t.detach().to("meta") for k, t in table.items() if t is not None})
-    children: dict[str, Any] = made.__dict__["_modules"]
+    children: dict[str, Any] = own["_modules"]
     children.update({k: on_meta(child) for k, child in children.items() if child is not None})
     made.training = False
     return made
