@@ -328,17 +328,19 @@ def dry_run(
     backbone: Backbone,
     look: Callable[[Any], None],
     prepare: Callable[[nn.Module], None] = lambda _: None,
+    enough: Callable[[], bool] = lambda: True,
 ) -> None:
-    """Run the backbone once on shapes, with gradients, and give `look` the output.
+    """Run the backbone on shapes, with gradients, and give `look` the output.
 
     Args:
         prepare: called on the module that runs, before each try; modules are put back after it.
+        enough: asked after each run that succeeds; if not, further inputs are tried.
 
     Raises:
         SiteError: it runs on none of the inputs that `inputs.of_backbone` finds.
     """
     _check_shapes(backbone)
-    failures = []
+    failures, ran = [], False
     for where, args, kwargs in inputs.of_backbone(backbone):
         with untouched(backbone), sharding.whole(backbone.model):
             prepare(backbone.modules[where])
@@ -347,7 +349,11 @@ def dry_run(
             except _Failed as failed:
                 failures.append(_failure(backbone, where, args, kwargs, failed.args[0]))
                 continue
-            return
+            ran = True
+            if enough():
+                return
+    if ran:
+        return
     raise SiteError(
         f"{type(backbone.model).__name__} does not run on shapes: "
         f"{'; '.join(failures) or 'no layer'}. Give a batch, or {_advice(backbone)}",

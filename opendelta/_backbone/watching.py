@@ -53,6 +53,10 @@ class Watch(TorchDispatchMode):
             self.read |= {owner for owner in owners if owner[0] not in self.running}
         return output
 
+    def has_seen_all(self) -> bool:
+        """True if each module was called or read."""
+        return self.modules.keys() <= self.called | {name for name, _ in self.read}
+
     def plant(self, root: nn.Module) -> None:
         """Watch the next run of `root`, by forwards on the instances; the caller takes them off."""
         for name, module in self.modules.items():
@@ -124,7 +128,7 @@ def of_backbone(backbone: Backbone, names: list[str]) -> Watch | None:
     """Watch modules while the backbone runs on shapes. None: it runs on no inputs that are known."""
     watch = Watch({name: backbone.modules[name] for name in names})
     try:
-        shapes.dry_run(backbone, lambda _: None, watch.plant)
+        shapes.dry_run(backbone, lambda _: None, watch.plant, watch.has_seen_all)
     except SiteError:
         return None
     return watch

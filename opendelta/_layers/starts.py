@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._modules.tensors import FLOATS, is_sharded
+from .._modules.tensors import is_plain
 from ..errors import SiteError
 from .site import Site
 
@@ -25,12 +25,11 @@ def plain_weight(site: Site, reason: str) -> Tensor:
         SiteError: the weight is quantised, sharded or offloaded.
     """
     weight = site.module._parameters.get("weight")
-    plain = type(weight) is nn.Parameter and weight.dtype in FLOATS and not is_sharded(weight)
     offloaded = weight is not None and weight.is_meta and site.device.type != "meta"
-    if weight is None or not plain or offloaded:
+    if weight is None or not is_plain(weight) or offloaded:
         raise SiteError(
             f"{site.name!r} ({type(site.module).__name__}): {reason} needs the module's weight as "
-            "a plain floating tensor, not quantised, sharded or offloaded",
+            "a plain floating tensor, not quantised, sparse, sharded or offloaded",
             where=site.name,
         )
     values = weight.detach().to("meta") if site.device.type == "meta" else weight.detach()

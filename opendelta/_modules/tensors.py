@@ -83,8 +83,13 @@ def is_finite(tensor: Tensor, usual: Tensor | None = None) -> bool:
 
 
 def is_plain(parameter: Any) -> bool:
-    """True if `parameter` is an ordinary floating parameter: not quantised, not sharded."""
-    return type(parameter) is nn.Parameter and parameter.dtype in FLOATS
+    """True if `parameter` is an ordinary floating parameter: not quantised, sharded or sparse."""
+    return type(parameter) is nn.Parameter and parameter.dtype in FLOATS and is_dense(parameter)
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """True if the values of `tensor` lie in memory by strides, as in a sparse layout they do not."""
+    return tensor.layout == torch.strided
 
 
 def is_lazy(tensor: Tensor | None) -> bool:
@@ -100,7 +105,9 @@ def in_full(module: nn.Module, key: str) -> Tensor:
     Raises:
         SiteError: its kind of quantisation is not known.
     """
-    parameter: Any = module._parameters[key]
+    parameter: Any = module._parameters.get(key)
+    if parameter is None:
+        raise SiteError(f"{type(module).__name__} has no {key} of its own as a parameter")
     if is_plain(parameter):
         return parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32))
     kind = type(parameter).__name__
@@ -197,7 +204,38 @@ def put_back(module: nn.Module, key: str, kept: Any) -> None:
         module.__dict__["state"] = state
 
 
+def in_parts(tensor: Tensor) -> bool:
+    """True if several tensors hold the values, as in a sparse layout and in torchao's."""
+    whole = is_sharded(tensor) or not hasattr(tensor, "__tensor_flatten__")
+    return not (whole and is_dense(tensor)) or tensor.is_quantized
+
+
+def held_in(tensor: Tensor) -> list[Any]:
+    """Return the plain tensors and the settings that hold the values of a tensor of any sort."""
+    tensor = tensor.detach()
+    if is_sharded(tensor):
+        return [tensor.to_local()]
+    if hasattr(tensor, "__tensor_flatten__"):  # torchao's, and nested tensors
+        names, settings = tensor.__tensor_flatten__()
+        parts = (held_in(getattr(tensor, name)) for name in names)
+        return [type(tensor).__name__, repr(settings), *(each for part in parts for each in part)]
+    if tensor.is_quantized:
+        return [repr(tensor.qscheme()), tensor.int_repr(), tensor.dequantize()]
+    if tensor.layout == torch.sparse_coo:
+        return [tensor._indices(), tensor._values()]
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    return [tensor if is_dense(tensor) else tensor.to_dense()]
+
+
 def _unknown(module: nn.Module, key: str, parameter: Any) -> SiteError:
+    if not is_dense(parameter):
+        return SiteError(
+            f"the {key} of {type(module).__name__} has the layout {parameter.layout}, which holds no "
+            "change of every value; merge into the model with an ordinary weight, then convert it"
+        )
     return SiteError(
         f"the {key} of {type(module).__name__}, a {type(parameter).__name__}, cannot be taken out "
         "of its quantisation and put back; merge into the model in full precision, then quantise it"

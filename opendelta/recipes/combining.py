@@ -165,11 +165,9 @@ def change_of(module: nn.Module, where: str, layer: DeltaLayer) -> Tensor:
         SiteError: the layer changes the bias, too.
     """
     kind: Any = kind_of(module)
-    params = {
-        key: tensors.in_full(module, key)
-        for key in ("weight", "bias")
-        if module._parameters.get(key) is not None
-    }
+    params = {"weight": tensors.in_full(module, "weight")}
+    if module._parameters.get("bias") is not None:
+        params["bias"] = tensors.in_full(module, "bias")
     folded = layer.fold(params)
     if "bias" in params and not torch.equal(folded["bias"], params["bias"]):
         raise SiteError(
