@@ -129,8 +129,8 @@ def of_module(module: nn.Module) -> Iterator[Inputs]:
     without default get what attention modules of transformers take.
     """
     kinds = [kind_of(part) for part in module.modules() if part is not module]
-    known = [kind for kind in kinds if kind is not None and kind.name != "convolution"]
-    first = known[0] if known else None
+    sized = (kind for kind in kinds if kind is not None and kind.name != "convolution")
+    first = next(sized, None)
     if first is None or not first.is_product:
         return
     width = first.in_features

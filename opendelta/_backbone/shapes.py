@@ -214,8 +214,8 @@ def widths(backbone: Backbone, names: Sequence[str]) -> dict[str, Widths]:
             )
         if not hidden.size(-1):
             raise SiteError(
-                f"{name!r} ({type(backbone.modules[name]).__name__}) returns hidden states of width "
-                "0, on which a delta has nothing to change; choose other modules",
+                f"{name!r} ({type(backbone.modules[name]).__name__}) returns hidden states of "
+                "width 0, on which a delta has nothing to change; choose other modules",
                 where=name,
             )
         reads = isinstance(given, Tensor) and given.is_floating_point() and given.ndim

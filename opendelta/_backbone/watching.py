@@ -125,7 +125,7 @@ def of_part(backbone: Backbone, around: str, names: list[str]) -> Watch | None:
 
 
 def of_backbone(backbone: Backbone, names: list[str]) -> Watch | None:
-    """Watch modules while the backbone runs on shapes. None: it runs on no inputs that are known."""
+    """Watch modules while the backbone runs on shapes; None: it runs on no known inputs."""
     watch = Watch({name: backbone.modules[name] for name in names})
     try:
         shapes.dry_run(backbone, lambda _: None, watch.plant, watch.has_seen_all)

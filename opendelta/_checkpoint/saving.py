@@ -117,8 +117,8 @@ def _backbone_part(backbone: Backbone, deltas: Sequence[BaseDelta]) -> dict[str,
     for name, tensor in named.items():
         if in_parts(tensor):
             raise DeltaError(
-                f"{name} is quantised or sparse ({type(tensor).__name__}), and cannot be saved with "
-                "the deltas; take it out of unfrozen_modules or freeze_module(exclude=...)"
+                f"{name} is quantised or sparse ({type(tensor).__name__}), and cannot be saved "
+                "with the deltas; take it out of unfrozen_modules or freeze_module(exclude=...)"
             )
         where, _, key = name.rpartition(".")
         kept = merged.original(where, backbone.modules[where], key, "saving")

@@ -24,7 +24,7 @@ MOST = 64  # groups that a module may split its input into
 def misfit(module: nn.Module, forward: Callable[..., Any], needs: Needs) -> str | None:
     """Return in words how the output of a module differs from what its kind says.
 
-    None: it does not, or a run does not tell. Only a forward of a class's own is run, and on shapes.
+    None: it does not, or a run does not tell. Only a forward of a class's own is run, on shapes.
 
     Args:
         forward: the forward of the module's own class, without deltas.
@@ -69,10 +69,8 @@ def _other_shape(output: Any, plain: Tensor, kind: Kind, needs: Needs) -> str | 
 
 
 @torch.no_grad()
-def _tried(
-    module: nn.Module, forward: Callable[..., Any], kind: Kind
-) -> tuple[Any, Tensor] | None:
-    """Return the output of a forward on shapes, and the output that the kind says; None: it fails."""
+def _tried(module: nn.Module, forward: Callable[..., Any], kind: Kind) -> tuple[Any, Tensor] | None:
+    """Return the output of a forward on shapes, and what the kind says; None: it fails."""
     try:
         made = on_meta(module)
     except Exception:  # some tensors of other libraries do not move

@@ -88,7 +88,7 @@ def is_plain(parameter: Any) -> bool:
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """True if the values of `tensor` lie in memory by strides, as in a sparse layout they do not."""
+    """True if the values of `tensor` lie in memory by strides; not so in a sparse layout."""
     return tensor.layout == torch.strided
 
 
@@ -222,7 +222,7 @@ def held_in(tensor: Tensor) -> list[Any]:
     if tensor.is_quantized:
         return [repr(tensor.qscheme()), tensor.int_repr(), tensor.dequantize()]
     if tensor.layout == torch.sparse_coo:
-        return [tensor._indices(), tensor._values()]
+        return [tensor.coalesce().indices(), tensor.coalesce().values()]
     if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
         return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
     if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
@@ -233,8 +233,8 @@ def held_in(tensor: Tensor) -> list[Any]:
 def _unknown(module: nn.Module, key: str, parameter: Any) -> SiteError:
     if not is_dense(parameter):
         return SiteError(
-            f"the {key} of {type(module).__name__} has the layout {parameter.layout}, which holds no "
-            "change of every value; merge into the model with an ordinary weight, then convert it"
+            f"the {key} of {type(module).__name__} has the layout {parameter.layout}, which holds "
+            "no change of all values; merge into the model with an ordinary weight, then convert it"
         )
     return SiteError(
         f"the {key} of {type(module).__name__}, a {type(parameter).__name__}, cannot be taken out "

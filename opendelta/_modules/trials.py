@@ -32,7 +32,8 @@ def on_meta(module: nn.Module) -> nn.Module:
     made = bare(module)
     own = made.__dict__
     own.pop("forward", None)  # a wrapper of another library, around the module itself
-    own.update({key: type(t)() for key, t in own.items() if "_hooks" in key and isinstance(t, dict)})
+    hooks = [key for key, table in own.items() if "_hooks" in key and isinstance(table, dict)]
+    own.update({key: type(own[key])() for key in hooks})
     tables: list[dict[str, Any]] = [own["_parameters"], own["_buffers"]]
     for table in tables:
         table.update({k: t.detach().to("meta") for k, t in table.items() if t is not None})

@@ -244,8 +244,8 @@ def _check_reads(
     weight = module._parameters["weight"]
     if not tensors.is_plain(weight) and not tensors.is_sharded(weight):
         raise SiteError(
-            f"{here}: its parent reads .weight, and no change can be shown in a quantised or sparse "
-            f"one ({type(weight).__name__}, {weight.layout}). Choose the parent module instead"  # type: ignore
+            f"{here}: its parent reads .weight, and one that is quantised or sparse "
+            f"({type(weight).__name__}) can show no change. Choose the parent module instead"
         )
     shown = getattr(type(module), "_site_reads", False)
     if stack_of(module) is not None and plain_class(module) is None and not shown:

@@ -224,11 +224,12 @@ def check_unread(where: str, module: nn.Module, step: Step, read: set[str] | Non
     plain = all(map(is_plain, [p for p in module._parameters.values() if p is not None]))
     if not changed or (read is None and not plain):
         return
-    told = "other code reads" if read is not None else "other code may read (no run on shapes tells)"
+    told = "reads" if read is not None else "may read (no run on shapes tells)"
     raise SiteError(
-        f"{where!r} ({type(module).__name__}): {', '.join(step.layers)} cannot be merged: {told} its "
-        f"{' and '.join(changed)} besides calling it, and would compute with the merged values. Let "
-        "the delta act unmerged; or attach it with reads=True, so that it acts on both, and train it",
+        f"{where!r} ({type(module).__name__}): {', '.join(step.layers)} cannot be merged: other "
+        f"code {told} its {' and '.join(changed)} besides calling it, and would compute with the "
+        "merged values. Let the delta act unmerged; or attach it with reads=True, so that it acts "
+        "on both, and train it",
         where=where,
     )
 

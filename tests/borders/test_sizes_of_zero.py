@@ -60,6 +60,7 @@ def test_default_places_leave_it_out():
 
     model = nn.Sequential(Block())
     roles = {"0.q": "attn.q", "0.v": "attn.v"}
-    delta = opendelta.LoraModel(model, common_structure=roles, modified_modules=["attn.q", "attn.v"])
+    wanted = ["attn.q", "attn.v"]
+    delta = opendelta.LoraModel(model, common_structure=roles, modified_modules=wanted)
     assert list(delta.layers) == ["0.q"]
     model(torch.randn(2, 6))

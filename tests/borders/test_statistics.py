@@ -164,9 +164,7 @@ STILL = {
 MOVING = {
     "average": lambda: nn.BatchNorm2d(8, momentum=None),
     "instances": lambda: nn.InstanceNorm2d(8, track_running_stats=True),
-    "instances switched off": lambda: _switched_off(
-        nn.InstanceNorm2d(8, track_running_stats=True)
-    ),
+    "instances switched off": lambda: _switched_off(nn.InstanceNorm2d(8, track_running_stats=True)),
 }
 
 
