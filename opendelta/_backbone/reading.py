@@ -21,6 +21,8 @@ from . import watching
 from .backbone import Backbone
 
 ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD")
+LOOK = ""
+ALL = {"parameters", "named_parameters", "state_dict", "get_parameter"}
 LOOKS = {"dtype", "device", "shape", "size", "requires_grad", "is_meta", "ndim"}  # no values
 
 
@@ -32,7 +34,7 @@ def weight_is_read(backbone: Backbone, where: str) -> bool:
     if not where:
         return False
     around = backbone.modules[parent(where)]
-    read, used = _uses(plain_class(around) or type(around))  # type: ignore[arg-type]
+    read, used = _uses(_class_of(around))
     name = last(where)
     if name not in read & used:
         return name in read
@@ -42,6 +44,10 @@ def weight_is_read(backbone: Backbone, where: str) -> bool:
         found = set() if watch is None else {n for n, k in watch.read if k == "weight"}
         backbone.read[key] = found - (watch.called if watch is not None else set())
     return name in backbone.read[key]
+
+
+def _class_of(module: nn.Module) -> Any:
+    return plain_class(module) or type(module)
 
 
 def may_be_read(backbone: Backbone, where: str) -> bool:
@@ -54,33 +60,61 @@ def may_be_read(backbone: Backbone, where: str) -> bool:
     around = next((m for m in [*backbone.chain(where)][1:] if has_forward(m)), None)
     if around is None:
         return False
-    return _reads_unnamed(plain_class(around) or type(around))  # type: ignore[arg-type]
+    return _reads_unnamed(_class_of(around))
 
 
-def is_suspect(backbone: Backbone, where: str) -> bool:
-    """True if code around the module `where` may read its weight or bias, beside calling it."""
-    classes = [plain_class(m) or type(m) for m in [*backbone.chain(where)][1:]]
-    named = any(last(where) in _uses(cls)[0] for cls in classes)  # type: ignore[arg-type]
-    return named or may_be_read(backbone, where)
+def _suspects(backbone: Backbone, names: Iterable[str]) -> list[str]:
+    """Return the modules of `names` whose weight or bias other code may read, beside calling them.
+
+    It may if its class's code reads a child of that name or asks for all parameters, or if some
+    module holds the module or its parameters in a list, say, or under another name.
+    """
+    aside = _held_aside(backbone)
+    found = []
+    for name in names:
+        module = backbone.modules[name]
+        reads = {r for m in [*backbone.chain(name)][1:] for r in _may_read(_class_of(m))}
+        held = aside & {id(module), *map(id, module._parameters.values())}
+        if held or reads & {last(name), *ALL} or may_be_read(backbone, name):
+            found.append(name)
+    return found
+
+
+def _held_aside(backbone: Backbone) -> set[int]:
+    """Return the ids of modules and parameters that modules hold beside their own tables."""
+    found = set()
+    for module in backbone.modules.values():
+        for key, value in module.__dict__.items():
+            if key in ("_modules", "_parameters", "_buffers"):
+                continue
+            items = value.values() if isinstance(value, dict) else value
+            several = isinstance(value, dict | list | tuple)
+            found |= {
+                id(item)
+                for item in (items if several else (value,))
+                if isinstance(item, nn.Module | nn.Parameter)
+            }
+    return found
 
 
 def read_beside(backbone: Backbone, names: Iterable[str]) -> dict[str, set[str] | None]:
-    """Return {module: "weight" or "bias", if other code computes with them} for those with any.
+    """Return {module: the ones of "weight" and "bias" that other code computes with}.
 
-    A module is left out if it shows its deltas to other code. If no run on shapes tells, its value
-    is None.
+    A module is left out if it shows its deltas to other code. If no run on shapes tells, and the
+    code of the module around reads the weight or bias by name, its value is None.
     """
     asked = [n for n in names if not swap.weight_is_read(backbone.modules[n], False)]
-    suspects = [name for name in asked if is_suspect(backbone, name)]
+    suspects = _suspects(backbone, asked)
     whole = watching.of_backbone(backbone, suspects) if suspects else None
     found: dict[str, set[str] | None] = {}
     for name in suspects:
         watch, own = whole, name
         if watch is None or not (name in watch.called or name in {n for n, _ in watch.read}):
             watch, own = watching.of_part(backbone, parent(name), [last(name)]), last(name)
-        keys = None if watch is None else {key for n, key in watch.read if n == own}
-        if keys is None or keys:
-            found[name] = keys
+        if watch is not None:
+            found[name] = {key for n, key in watch.read if n == own}
+        elif last(name) in _may_read(_class_of(backbone.modules[parent(name)])):
+            found[name] = None
     return found
 
 
@@ -110,6 +144,13 @@ def _has_unnamed(steps: list[dis.Instruction]) -> bool:
 
 
 @functools.cache
+def _may_read(cls: Any) -> set[str]:
+    """Return the names of children whose weight or bias a class's code reads, and of `ALL`."""
+    own = {name for name, key in _chains(cls) if key in ("weight", "bias")}
+    return own.union(*(ALL & {*code.co_names} for code in _codes(cls)))
+
+
+@functools.cache
 def _uses(cls: Any) -> tuple[set[str], set[str]]:
     """Return the names of children whose `weight` a class's code reads, and of those it calls.
 
@@ -117,23 +158,33 @@ def _uses(cls: Any) -> tuple[set[str], set[str]]:
     """
     read: set[str] = set()
     used: set[str] = set()
+    for name, key in _chains(cls):
+        if key == "weight":
+            read.add(name)
+        elif key not in ("bias", LOOK):
+            used.add(name)
+    return read, used
+
+
+def _chains(cls: Any) -> Iterator[tuple[str, str | None]]:
+    """Yield (attribute, attribute of that one or None) wherever a class's code reads an attribute.
+
+    The second is `LOOK` if the code looks at a weight or a bias, and at none of its values.
+    """
     for code in _codes(cls):
         steps = list(dis.get_instructions(code))
         for number, step in enumerate(steps[:-1]):
             if step.opname not in ATTRIBUTES:
                 continue
             after = steps[number + 1]
-            beyond = steps[number + 2] if number + 2 < len(steps) else after
+            beyond = steps[number + 2].argval if number + 2 < len(steps) else None
             asked = number > 1 and steps[number - 2].argval == "isinstance"
             if after.opname not in ATTRIBUTES:
-                used.add(step.argval)
-            elif asked:  # about the weight's class alone
-                continue
-            elif after.argval == "weight" and beyond.argval not in LOOKS:
-                read.add(step.argval)
-            elif after.argval not in ("weight", "bias"):
-                used.add(step.argval)
-    return read, used
+                yield step.argval, None
+            elif after.argval in ("weight", "bias") and (beyond in LOOKS or asked):
+                yield step.argval, LOOK
+            else:
+                yield step.argval, after.argval
 
 
 def _codes(cls: Any) -> Iterator[CodeType]:

@@ -339,6 +339,40 @@ class BiasToo(CalledAndRead):
         return x * self.fc.bias + self.fc.weight[0]
 
 
+class HoldsAside(CalledAndRead):
+    """A list that is no ModuleList."""
+
+    def __init__(self):
+        super().__init__()
+        self.kept = [self.fc.weight]
+
+    def other(self, x):
+        return x @ self.kept[0]
+
+
+class UnderAnotherName(CalledAndRead):
+    def __init__(self):
+        super().__init__()
+        self.second = Second(self.fc)
+
+    def other(self, x):
+        return self.second(x)
+
+
+class Second(nn.Module):
+    def __init__(self, other):
+        super().__init__()
+        self.__dict__["mate"] = other
+
+    def forward(self, x):
+        return x @ self.mate.weight
+
+
+class FromAll(CalledAndRead):
+    def other(self, x):
+        return x @ dict(self.named_parameters())["fc.weight"]
+
+
 class NeedsMore(CalledAndRead):
     """No inputs for it are known."""
 
@@ -378,6 +412,7 @@ class Bloom(CalledAndRead):
 
 
 READ = [CalledAndRead, ThroughAFunction, ByAView, BiasToo, FromAbove]
+READ += [HoldsAside, UnderAnotherName, FromAll]
 
 
 def input_of(net):
@@ -436,6 +471,23 @@ def test_only_the_parameters_that_change_count():
     shake(BitFitModel(model, modified_modules=["fc"]))
     with pytest.raises(SiteError, match=r"other code reads its bias"):
         opendelta.composition(model).merge()
+
+
+def test_a_bias_alone_is_seen_to_be_read():
+    class OnlyBias(CalledAndRead):
+        def other(self, x):
+            return x * self.fc.bias
+
+    model = OnlyBias()
+    shake(BitFitModel(model, modified_modules=["fc"]))
+    with pytest.raises(SiteError, match=r"other code reads its bias"):
+        opendelta.composition(model).merge()
+    delta = opendelta.composition(model)["bitfit"]
+    delta.detach()
+    shake(LoraModel(model, modified_modules=["fc"]))
+    output = model(X)
+    opendelta.composition(model).merge()
+    assert torch.allclose(model(X), output, atol=1e-5)
 
 
 def mixers():
