@@ -111,16 +111,16 @@ def of_part(backbone: Backbone, around: str, names: list[str]) -> Watch | None:
         None: it runs on none of the inputs that are known.
     """
     for args, kwargs in inputs.of_module(backbone.modules[around]):
-        try:
-            made = trials.on_meta(backbone.modules[around])
-            watch = Watch({name: made.get_submodule(name) for name in names})
-            watch.plant(made)
-            args, kwargs = tree_map_only(Tensor, lambda t: t.to("meta"), (args, kwargs))
-            with torch.no_grad():
+        with torch.no_grad():
+            try:
+                made = trials.on_meta(backbone.modules[around])
+                watch = Watch({name: made.get_submodule(name) for name in names})
+                watch.plant(made)
+                args, kwargs = tree_map_only(Tensor, lambda t: t.to("meta"), (args, kwargs))
                 made.forward(*args, **kwargs)
-        except Exception:  # a forward may raise anything
-            continue
-        return watch
+            except Exception:  # a forward may raise anything
+                continue
+            return watch
     return None
 
 

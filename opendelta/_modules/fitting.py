@@ -12,7 +12,7 @@ from ..errors import SiteError
 from .calls import hidden_key
 from .kinds import Kind, Norm, kind_of
 from .probing import is_known
-from .trials import bare, facts, on_meta
+from .trials import bare, facts, on_meta, on_shapes
 
 # What a layer needs of the output: hidden states somewhere in it; one tensor with the channels of
 # the kind; or one tensor in the shape of the product that the kind computes.
@@ -68,7 +68,7 @@ def _other_shape(output: Any, plain: Tensor, kind: Kind, needs: Needs) -> str | 
     return f"returns {list(output.shape)} where its sizes say {list(plain.shape)}"
 
 
-@torch.no_grad()
+@on_shapes()
 def _tried(module: nn.Module, forward: Callable[..., Any], kind: Kind) -> tuple[Any, Tensor] | None:
     """Return the output of a forward on shapes, and what the kind says; None: it fails."""
     try:
