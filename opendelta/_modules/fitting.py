@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
@@ -36,11 +37,9 @@ def misfit(module: nn.Module, forward: Callable[..., Any], needs: Needs) -> str 
     if key not in _found:
         _found[key] = _tried(module, forward, kind)
     run = _found[key]
-    if run is None:
-        return None
-    if needs == "hidden" and not isinstance(run[0], Tensor):
+    if run is not None and needs == "hidden" and not isinstance(run[0], Tensor):
         return _without_hidden(run[0], kind)
-    if (why := _other_shape(*run, kind, needs)) is not None:
+    if run is not None and (why := _other_shape(*run, kind, needs)) is not None:
         return why
     if needs == "product" and kind.takes_ids and not _looks_up(module, forward, kind):
         return "does not look its input up in its weight"
@@ -96,16 +95,25 @@ def _examples(module: nn.Module, kind: Kind, dtype: torch.dtype) -> Iterator[tup
 
 @torch.no_grad()
 def _looks_up(module: nn.Module, forward: Callable[..., Any], kind: Kind) -> bool:
-    """True if the same index gives the same output at each place, as positions do not."""
+    """True if the same index gives the same output at each place, as positions do not.
+
+    Also if a run does not tell: a forward may need more than the indices.
+    """
     made = bare(module)
     made.training = False
     rows = torch.linspace(-1, 1, kind.in_features)  # one column in memory, however wide it is
     made.__dict__["_parameters"]["weight"] = rows[:, None].expand(-1, kind.out_features)
     last = kind.in_features - 1
-    try:
-        out = forward(made, torch.tensor([[0, last, 0]]))
-    except IndexError:
-        return False
-    except Exception:  # whatever a forward of somebody's own raises on such an input
-        return True
-    return torch.equal(out[0, 0], out[0, 2])
+    ids = torch.tensor([max(last - 1, 0), last, max(last - 1, 0)])  # padding is an early index
+    needed = [p for p in inspect.signature(forward).parameters.values() if p.default is p.empty]
+    for each in (ids[None], ids):
+        try:
+            out = forward(made, each)
+            return torch.equal(out[..., 0, :], out[..., 2, :])
+        except IndexError:
+            return False
+        except (TypeError, ValueError, AttributeError):  # it may take the other one
+            continue
+        except Exception:  # whatever a forward of somebody's own raises on such an input
+            return True
+    return len(needed) > 2  # the module, the indices, and more

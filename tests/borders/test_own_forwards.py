@@ -81,6 +81,26 @@ class Positions(nn.Embedding):
         return super().forward(torch.arange(ids.size(-1)).expand_as(ids))
 
 
+class OfMasks(nn.Embedding):
+    """As OPT's: the positions of what a mask leaves."""
+
+    def forward(self, mask):
+        return super().forward((mask.cumsum(1) * mask - 1).long() + 2)
+
+
+class OfShapes(nn.Embedding):
+    """As Marian's: it takes a shape."""
+
+    def forward(self, shape):
+        rows, length = shape[:2]
+        return super().forward(torch.arange(length)).expand(rows, -1, -1)
+
+
+class WithOffset(nn.Embedding):
+    def forward(self, ids, offset):
+        return super().forward(ids + offset)
+
+
 class Both(nn.LayerNorm):
     def forward(self, x):
         return super().forward(x), x
@@ -109,7 +129,7 @@ class Net(nn.Module):
         self.part = part
 
     def forward(self, x):
-        more = (1.0,) if isinstance(self.part, Tasks) else ()
+        more = (1,) if isinstance(self.part, Tasks | WithOffset) else ()
         return self.part(x, *more)
 
 
@@ -153,9 +173,10 @@ def test_a_convolution_that_pads_its_input_is_refused(method):
     assert torch.allclose(model(IMAGE), same + 2.0)
 
 
-def test_an_embedding_that_goes_by_positions_is_refused():
-    with pytest.raises(SiteError, match=r"'part' \(Positions\): .* does not look its input up"):
-        LoraModel(Net(Positions(9, 6)), modified_modules=["part"])
+@pytest.mark.parametrize("cls", [Positions, OfMasks, OfShapes])
+def test_an_embedding_that_goes_by_positions_is_refused(cls):
+    with pytest.raises(SiteError, match=rf"'part' \({cls.__name__}\): .* does not look its input"):
+        LoraModel(Net(cls(99, 6)), modified_modules=["part"])
     AdapterModel(Net(Positions(9, 6)), modified_modules=["part"], bottleneck_dim=2)
 
 
@@ -173,6 +194,7 @@ def test_a_normalisation_that_returns_two_is_refused(method):
         (lambda: Scaled(6, 4), LoraModel, X),
         (lambda: Tasks(6, 4), LoraModel, X),
         (lambda: Normed(9, 6), LoraModel, IDS),
+        (lambda: WithOffset(9, 6), LoraModel, IDS),
     ],
 )
 def test_what_can_act_goes_on(part, method, x):
