@@ -29,12 +29,15 @@ class Backbone:
             entries.
         stacks: {full name of the site: its stack}; each stack has one entry.
         samples: the user's inputs for a run on shapes: a mapping, a sequence or a tensor; or None.
+        read: {facts of a module: names of its children whose weight it reads and that it does not
+            call}, as far as somebody asked.
     """
 
     model: nn.Module
     modules: dict[str, nn.Module] = field(default_factory=dict)
     stacks: dict[str, Stack] = field(default_factory=dict)
     samples: Any = None
+    read: dict[tuple, set[str]] = field(default_factory=dict)
     _computing: dict[str, tuple[torch.device, torch.dtype]] = field(default_factory=dict)
 
     @classmethod

@@ -125,8 +125,9 @@ def of_module(module: nn.Module) -> Iterator[Inputs]:
     They are [1, length, width] and, as in packed vision models, [length, width]. Other arguments
     without default get what attention modules of transformers take.
     """
-    kinds = (kind_of(part) for part in module.modules() if part is not module)
-    first = next((kind for kind in kinds if kind is not None), None)
+    kinds = [kind_of(part) for part in module.modules() if part is not module]
+    sized = (kind for kind in kinds if kind is not None and kind.name != "convolution")
+    first = next(sized, None)
     if first is None or not first.is_product:
         return
     width = first.in_features

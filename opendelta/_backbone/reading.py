@@ -6,31 +6,48 @@ import dis
 import functools
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import CodeType
 from typing import Any
 
 from torch import nn
 
+from .._modules import trials
 from .._modules.calls import has_forward
+from .._sites import swap
 from .._sites.swap import plain_class
 from ..names import last, parent
+from . import watching
 from .backbone import Backbone
 
 ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD")
+LOOK = ""
+ALL = {"parameters", "named_parameters", "state_dict", "get_parameter"}
 LOOKS = {"dtype", "device", "shape", "size", "requires_grad", "is_meta", "ndim"}  # no values
 
 
 def weight_is_read(backbone: Backbone, where: str) -> bool:
-    """True if the code of the module around reads the weight of the module `where` alone.
+    """True if the module around reads the weight of the module `where`, and does not call it.
 
-    The code is looked at, and not run. If it calls the module too, it counts as called.
+    Its code is looked at. If it does both, in branches, say, the module around is run on shapes.
     """
     if not where:
         return False
     around = backbone.modules[parent(where)]
-    read, used = _uses(plain_class(around) or type(around))  # type: ignore[arg-type]
-    return last(where) in read - used
+    read, used = _uses(_class_of(around))
+    name = last(where)
+    if name not in read & used:
+        return name in read
+    key = trials.facts(around)
+    if key not in backbone.read:
+        watch = watching.of_part(backbone, parent(where), sorted(read & used & {*around._modules}))
+        found = set() if watch is None else {n for n, k in watch.read if k == "weight"}
+        backbone.read[key] = found - (watch.called if watch is not None else set())
+    return name in backbone.read[key]
+
+
+def _class_of(module: nn.Module) -> Any:
+    return plain_class(module) or type(module)
 
 
 def may_be_read(backbone: Backbone, where: str) -> bool:
@@ -43,7 +60,62 @@ def may_be_read(backbone: Backbone, where: str) -> bool:
     around = next((m for m in [*backbone.chain(where)][1:] if has_forward(m)), None)
     if around is None:
         return False
-    return _reads_unnamed(plain_class(around) or type(around))  # type: ignore[arg-type]
+    return _reads_unnamed(_class_of(around))
+
+
+def _suspects(backbone: Backbone, names: Iterable[str]) -> list[str]:
+    """Return the modules of `names` whose weight or bias other code may read, beside calling them.
+
+    It may if its class's code reads a child of that name or asks for all parameters, or if some
+    module holds the module or its parameters in a list, say, or under another name.
+    """
+    aside = _held_aside(backbone)
+    found = []
+    for name in names:
+        module = backbone.modules[name]
+        reads = {r for m in [*backbone.chain(name)][1:] for r in _may_read(_class_of(m))}
+        held = aside & {id(module), *map(id, module._parameters.values())}
+        if held or reads & {last(name), *ALL} or may_be_read(backbone, name):
+            found.append(name)
+    return found
+
+
+def _held_aside(backbone: Backbone) -> set[int]:
+    """Return the ids of modules and parameters that modules hold beside their own tables."""
+    found = set()
+    for module in backbone.modules.values():
+        for key, value in module.__dict__.items():
+            if key in ("_modules", "_parameters", "_buffers"):
+                continue
+            items = value.values() if isinstance(value, dict) else value
+            several = isinstance(value, dict | list | tuple)
+            found |= {
+                id(item)
+                for item in (items if several else (value,))
+                if isinstance(item, nn.Module | nn.Parameter)
+            }
+    return found
+
+
+def read_beside(backbone: Backbone, names: Iterable[str]) -> dict[str, set[str] | None]:
+    """Return {module: the ones of "weight" and "bias" that other code computes with}.
+
+    A module is left out if it shows its deltas to other code. If no run on shapes tells, and the
+    code of the module around reads the weight or bias by name, its value is None.
+    """
+    asked = [n for n in names if not swap.weight_is_read(backbone.modules[n], False)]
+    suspects = _suspects(backbone, asked)
+    whole = watching.of_backbone(backbone, suspects) if suspects else None
+    found: dict[str, set[str] | None] = {}
+    for name in suspects:
+        watch, own = whole, name
+        if watch is None or not (name in watch.called or name in {n for n, _ in watch.read}):
+            watch, own = watching.of_part(backbone, parent(name), [last(name)]), last(name)
+        if watch is not None:
+            found[name] = {key for n, key in watch.read if n == own}
+        elif last(name) in _may_read(_class_of(backbone.modules[parent(name)])):
+            found[name] = None
+    return found
 
 
 @functools.cache
@@ -72,6 +144,13 @@ def _has_unnamed(steps: list[dis.Instruction]) -> bool:
 
 
 @functools.cache
+def _may_read(cls: Any) -> set[str]:
+    """Return the names of children whose weight or bias a class's code reads, and of `ALL`."""
+    own = {name for name, key in _chains(cls) if key in ("weight", "bias")}
+    return own.union(*(ALL & {*code.co_names} for code in _codes(cls)))
+
+
+@functools.cache
 def _uses(cls: Any) -> tuple[set[str], set[str]]:
     """Return the names of children whose `weight` a class's code reads, and of those it calls.
 
@@ -79,20 +158,33 @@ def _uses(cls: Any) -> tuple[set[str], set[str]]:
     """
     read: set[str] = set()
     used: set[str] = set()
+    for name, key in _chains(cls):
+        if key == "weight":
+            read.add(name)
+        elif key not in ("bias", LOOK):
+            used.add(name)
+    return read, used
+
+
+def _chains(cls: Any) -> Iterator[tuple[str, str | None]]:
+    """Yield (attribute, attribute of that one or None) wherever a class's code reads an attribute.
+
+    The second is `LOOK` if the code looks at a weight or a bias, and at none of its values.
+    """
     for code in _codes(cls):
         steps = list(dis.get_instructions(code))
         for number, step in enumerate(steps[:-1]):
             if step.opname not in ATTRIBUTES:
                 continue
             after = steps[number + 1]
-            beyond = steps[number + 2] if number + 2 < len(steps) else after
+            beyond = steps[number + 2].argval if number + 2 < len(steps) else None
+            asked = number > 1 and steps[number - 2].argval == "isinstance"
             if after.opname not in ATTRIBUTES:
-                used.add(step.argval)
-            elif after.argval == "weight" and beyond.argval not in LOOKS:
-                read.add(step.argval)
-            elif after.argval not in ("weight", "bias"):
-                used.add(step.argval)
-    return read, used
+                yield step.argval, None
+            elif after.argval in ("weight", "bias") and (beyond in LOOKS or asked):
+                yield step.argval, LOOK
+            else:
+                yield step.argval, after.argval
 
 
 def _codes(cls: Any) -> Iterator[CodeType]:

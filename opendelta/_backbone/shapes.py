@@ -212,6 +212,12 @@ def widths(backbone: Backbone, names: Sequence[str]) -> dict[str, Widths]:
                 f"{list(hidden.shape)}: hidden states must be [..., width] in 2 or 3 axes",
                 where=name,
             )
+        if not hidden.size(-1):
+            raise SiteError(
+                f"{name!r} ({type(backbone.modules[name]).__name__}) returns hidden states of "
+                "width 0, on which a delta has nothing to change; choose other modules",
+                where=name,
+            )
         reads = isinstance(given, Tensor) and given.is_floating_point() and given.ndim
         found[name] = Widths(given.size(-1) if reads else None, hidden.size(-1))
 
@@ -318,22 +324,36 @@ def _advice(backbone: Backbone) -> str:
     )
 
 
-def dry_run(backbone: Backbone, look: Callable[[Any], None]) -> None:
-    """Run the backbone once on shapes, with gradients, and give `look` the output.
+def dry_run(
+    backbone: Backbone,
+    look: Callable[[Any], None],
+    prepare: Callable[[nn.Module], None] = lambda _: None,
+    enough: Callable[[], bool] = lambda: True,
+) -> None:
+    """Run the backbone on shapes, with gradients, and give `look` the output.
+
+    Args:
+        prepare: called on the module that runs, before each try; modules are put back after it.
+        enough: asked after each run that succeeds; if not, further inputs are tried.
 
     Raises:
         SiteError: it runs on none of the inputs that `inputs.of_backbone` finds.
     """
     _check_shapes(backbone)
-    failures = []
+    failures, ran = [], False
     for where, args, kwargs in inputs.of_backbone(backbone):
         with untouched(backbone), sharding.whole(backbone.model):
+            prepare(backbone.modules[where])
             try:
                 _run(backbone, where, args, kwargs, True, look, backbone.samples is not None)
             except _Failed as failed:
                 failures.append(_failure(backbone, where, args, kwargs, failed.args[0]))
                 continue
-            return
+            ran = True
+            if enough():
+                return
+    if ran:
+        return
     raise SiteError(
         f"{type(backbone.model).__name__} does not run on shapes: "
         f"{'; '.join(failures) or 'no layer'}. Give a batch, or {_advice(backbone)}",

@@ -144,8 +144,8 @@ def _weights(
 
 
 def _values(tensor: Any) -> list[float] | None:
-    """Return some values of a tensor; its size decides which. None if it is unreadable."""
-    plain = tensors.is_plain(tensor) or type(tensor) is Tensor
+    """Return some values of a tensor; its size decides the places. None if it is unreadable."""
+    plain = tensors.is_plain(tensor) or (type(tensor) is Tensor and tensors.is_dense(tensor))
     if is_sharded(tensor) or not plain or tensor.is_meta:
         return None
     if not tensor.numel():

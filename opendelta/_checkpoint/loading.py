@@ -26,6 +26,7 @@ from .._deltas.registry import method
 from .._files import tensors
 from .._files.tensors import compare
 from .._layers.dtypes import dtype_for
+from .._modules.tensors import lasting
 from ..errors import (
     DeltaError,
     DeltaLoadError,
@@ -40,6 +41,7 @@ from .parts import copied, replaced
 from .source import Source, opened
 
 
+@lasting()
 def load(
     folder: str | os.PathLike,
     model: nn.Module,

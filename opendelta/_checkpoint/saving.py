@@ -15,7 +15,7 @@ from .._backbone.heads import warn_of_untrained
 from .._deltas import making
 from .._deltas.base import BaseDelta
 from .._files import folder as files
-from .._modules.tensors import full, is_finite
+from .._modules.tensors import full, in_parts, is_finite
 from .._sites import merged
 from ..errors import DeltaError, UnsavedWarning, listed, warn
 from ..names import ancestors, last
@@ -115,6 +115,11 @@ def _backbone_part(backbone: Backbone, deltas: Sequence[BaseDelta]) -> dict[str,
         )
     warn_of_untrained(backbone, "is not saved with the delta")
     for name, tensor in named.items():
+        if in_parts(tensor):
+            raise DeltaError(
+                f"{name} is quantised or sparse ({type(tensor).__name__}), and cannot be saved "
+                "with the deltas; take it out of unfrozen_modules or freeze_module(exclude=...)"
+            )
         where, _, key = name.rpartition(".")
         kept = merged.original(where, backbone.modules[where], key, "saving")
         named[name] = tensor if kept is None else kept.to(tensor)

@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from .._backbone.backbone import Backbone
 from .._layers.record import Record
@@ -17,6 +17,22 @@ from ..names import ancestors, join
 def trains_in_place(module: nn.Module) -> bool:
     """True if a parameter of the module's own trains."""
     return any(p is not None and p.requires_grad for p in module._parameters.values())
+
+
+def _moves(backbone: Backbone, name: str) -> bool:
+    """True if the module is a normalisation that moves its statistics when the model trains.
+
+    One in eval() inside a model in train() is kept there by its user.
+    """
+    module = backbone.modules[name]
+    if not isinstance(module, _NormBase) or module.running_mean is None:
+        return False
+    averages = isinstance(module, _BatchNorm) and module.momentum is None
+    if not (averages or module.momentum):
+        return False
+    if isinstance(module, _BatchNorm) and not module.track_running_stats:
+        return False  # its user has switched off what it kept
+    return module.training or not backbone.model.training
 
 
 def named(records: list[Record]) -> set[str]:
@@ -39,7 +55,7 @@ def moving(backbone: Backbone, changed: Collection[str] = ()) -> list[str]:
     return [
         name
         for name, module in backbone.modules.items()
-        if name in changed or (isinstance(module, _NormBase) and module.running_mean is not None)
+        if name in changed or _moves(backbone, name)
         if not trains_in_place(module)
         if not kept & {"", *ancestors(name), *(join(name, key) for key in module._buffers)}
     ]

@@ -23,8 +23,9 @@ from .._backbone.patterns import (
     select_modules,
 )
 from .._layers import labels, prefix, prompt
-from .._layers.base import DeltaLayer
+from .._layers.base import Acts, DeltaLayer
 from .._layers.record import Record
+from .._modules import fitting
 from .._modules.kinds import KINDS, Kind, Norm, kind_of
 from .._modules.tensors import is_lazy
 from .._sites import swap
@@ -270,10 +271,24 @@ def _acting_sites(
     acting = [site for site in sites if site is not None]
     if not acting:
         raise AddressError(
-            f"the modules that {list(wanted)} selects are never called: the modules around read "
-            f"their weights, which a {layer_class.__name__} does not fold into; choose others"
+            f"the modules that {list(wanted)} selects are never called, or return something else "
+            f"than their kind: the modules around read their weights, which a "
+            f"{layer_class.__name__} does not fold into, or they have forwards of their own; "
+            "choose others"
         )
     return acting
+
+
+def misfit(module: nn.Module, layer_class: type[DeltaLayer], acts: Any) -> str | None:
+    """Return in words why the output of a module is none for a layer that acts on it, or None.
+
+    Args:
+        acts: where the layer acts.
+    """
+    if acts in (Acts.BEFORE, Acts.WITHIN, Acts.INSTEAD, Acts.SERVES):
+        return None
+    forward = (swap.plain_class(module) or type(module)).forward
+    return fitting.misfit(module, forward, layer_class.needs())
 
 
 def _acting_at(backbone: Backbone, name: str, layer_class: type[DeltaLayer]) -> str | None:
@@ -283,6 +298,8 @@ def _acting_at(backbone: Backbone, name: str, layer_class: type[DeltaLayer]) -> 
     acts on the module around, if its kind fits. None: the layer acts on neither.
     """
     module = backbone.modules[name]
+    if _is_empty(kind_of(module)) or misfit(module, layer_class, layer_class.acts) is not None:
+        return None
     read = swap.weight_is_read(module, reading.weight_is_read(backbone, name))
     if not read or layer_class.can_fold_on(module):
         return name
@@ -355,6 +372,13 @@ def _names(backbone: Backbone) -> list[str]:
     return [*backbone.modules, *backbone.tensors()]
 
 
+def _is_empty(kind: Kind | None) -> bool:
+    """True if a module of this kind has no inputs or no outputs."""
+    if kind is None:
+        return False
+    return 0 in kind.channels or (kind.in_features == 0 and not isinstance(kind, Norm))
+
+
 def _check_parameters(name: str, module: nn.Module) -> None:
     """Raise if the module's own parameters have no shape yet, or are complex."""
     for parameter in module._parameters.values():
@@ -381,6 +405,12 @@ def check_kind(
         raise SiteError(
             f"{quoted(name)} ({type(backbone.modules[name]).__name__}) normalises axis {kind.axis} "
             f"of its input, and {config.delta_type!r} acts on the last axis; choose other modules",
+            where=name,
+        )
+    if _is_empty(kind):
+        raise SiteError(
+            f"{quoted(name)} ({type(backbone.modules[name]).__name__}) has a size of 0, on which "
+            f"{config.delta_type!r} has nothing to change; choose other modules",
             where=name,
         )
     if (kind is not None and kind.name in wanted) or _kinds(backbone, name) & wanted:

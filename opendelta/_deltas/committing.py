@@ -9,6 +9,7 @@ from .._backbone.backbone import Backbone
 from .._layers import recomputing, selection
 from .._layers.base import DeltaLayer
 from .._layers.record import Record
+from .._modules.tensors import lasting
 from .._sites import compile_limit, swap
 from ..errors import to_the_end
 from .base import HANDLES, BaseDelta
@@ -19,6 +20,7 @@ from .placing import Placed
 from .state_dict import unwatch_state, watch_state
 
 
+@lasting()
 def commit(placed: Placed) -> None:
     """Put all layers of a delta on its model, or none if one of them fails."""
     backbone, delta = placed.backbone, placed.delta

@@ -10,7 +10,7 @@ import torch
 from .._backbone.backbone import Backbone
 from .._backbone.patterns import no_match
 from .._layers.dtypes import dtype_for
-from .._modules.tensors import is_finite, is_sharded
+from .._modules.tensors import is_finite, is_sharded, lasting
 from ..errors import DeltaError, OptionError, shown, to_the_end
 from .base import BaseDelta
 from .options import DTYPES
@@ -21,6 +21,7 @@ def is_dtype(target: Any) -> bool:
     return isinstance(target, torch.dtype) or str(target).removeprefix("torch.") in DTYPES
 
 
+@lasting()
 def carry(delta: BaseDelta, device: Any) -> None:
     """Move all tensors of a delta to a device; see `Delta.to`."""
     try:
@@ -39,6 +40,7 @@ def carry(delta: BaseDelta, device: Any) -> None:
         layer.to(device)
 
 
+@lasting()
 def convert(delta: BaseDelta, dtype: Any) -> None:
     """Convert all tensors of a delta, and let `dtype` be its option; see `Delta.to`."""
     config = dataclasses.replace(delta.config, dtype=str(dtype))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -21,9 +21,11 @@ from .._layers.owned import OwnedModule, SharedTensors, convert
 from .._layers.record import Record, Shared
 from .._layers.site import Heads, Site, Widths
 from .._modules.kinds import kind_of
+from .._modules.tensors import in_parts, lasting
 from .._sites import swap
 from .._sites.stack import acting_on
 from ..errors import LostGradientWarning, OptionError, SiteError, TiedWeightWarning, warn
+from ..names import SLOT
 from . import choosing, resizing
 from .base import BaseDelta
 from .choosing import Choice
@@ -50,6 +52,7 @@ def uncollected() -> Iterator[None]:
             gc.enable()
 
 
+@lasting()
 def make(
     backbone: Backbone, choice: Choice, into: BaseDelta | None = None, values: Values = "new"
 ) -> BaseDelta:
@@ -228,14 +231,28 @@ def _own_copy(backbone: Backbone, name: str, config: DeltaConfig, values: Values
     """Return a trainable copy of a backbone's module, without the deltas on it."""
     if values != "saved":
         sharding.check_copy(backbone, name)
+    own = backbone.modules[name].named_parameters()
+    _check_copies(name, (k for k, p in own if SLOT not in k.split(".") and in_parts(p)))
     memo: dict[int, Any] = {}
     for parameter in backbone.modules[name].parameters() if values != "new" else ():
         memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), False)
     copied = copying.plain_copy(backbone, name, memo)
+    state = copied.state_dict().items()
+    _check_copies(name, (key for key, value in state if not isinstance(value, torch.Tensor)))
     convert(copied, lambda _, tensor: dtype_for(config.dtype, tensor.dtype))
     for parameter in copied.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     return copied
+
+
+def _check_copies(name: str, odd: Iterable[str]) -> None:
+    """Raise if the module `name` has tensors of which no copy can train: the first of `odd`."""
+    if (first := next(iter(odd), None)) is not None:
+        raise SiteError(
+            f"modules_to_save={name!r}: its {first} is quantised or sparse, of which no copy can "
+            "train; put a delta on the module instead",
+            where=name,
+        )
 
 
 def _warn_of_lost_gradients(backbone: Backbone) -> None:
@@ -256,7 +273,8 @@ def _warn_of_lost_gradients(backbone: Backbone) -> None:
         x = torch.zeros(2, kind.in_features, device=weight.device, dtype=weight.dtype)
         with torch.enable_grad():
             out = module(x.requires_grad_())
-            passed = torch.autograd.grad(out.sum(), x, allow_unused=True)[0]
+            ends = [out.sum()] if out.requires_grad else []
+            passed = torch.autograd.grad(ends, x, allow_unused=True)[0] if ends else None
         if passed is None:
             warn(
                 f"{name!r} is quantised so that no gradient passes through it: deltas on modules "

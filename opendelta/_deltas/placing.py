@@ -24,6 +24,7 @@ from .._sites.stack import Stack, stack_of
 from ..errors import SiteError
 from ..names import ancestors, is_inside
 from .base import BaseDelta
+from .choosing import misfit
 from .order import order_with
 
 
@@ -117,6 +118,14 @@ def _placing(backbone: Backbone, delta: BaseDelta, where: str, layer: DeltaLayer
     asked = asked or (isinstance(stack, PretendedStack) and stack.weight_is_read)
     is_read = swap.weight_is_read(module, asked)
     swap.check(where, module, delta.name, layer, is_read, stack)
+    passes_on = layer.hands_over and layer.handover is not None
+    why = None if passes_on else misfit(module, type(layer), layer.acts)
+    if why is not None:
+        raise SiteError(
+            f"{where!r} ({type(module).__name__}): its own forward {why}, so {delta.name!r} cannot "
+            f"act there; choose others, or leave it out: exclude_modules=[{where!r}]",
+            where=where,
+        )
     ranks = sharding.group_of(backbone, where, is_read, layer)
     return Placing(is_read, ranks, *backbone.device_and_dtype_of(where))
 

@@ -15,6 +15,7 @@ from .._backbone.backbone import Backbone
 from .._layers.base import DeltaLayer, Passive
 from .._layers.site import Site
 from .._modules.kinds import kind_of
+from .._modules.tensors import lasting
 from .._sites import swap
 from .._sites.stack import stack_of
 from ..errors import DeltaError, quoted
@@ -141,6 +142,7 @@ def _put_on(model: nn.Module, head: nn.Module, taken: Taken, anew: bool) -> None
                 handle.layers[where] = own
 
 
+@lasting()
 @torch.no_grad()
 def _grown(
     where: str, layer: DeltaLayer, module: nn.Module, beneath: list[DeltaLayer]

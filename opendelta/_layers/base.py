@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .._modules import calls, tensors
+from .._modules.fitting import Needs
 from .._modules.kinds import KINDS
 from ..errors import OptionError
 from . import costs
@@ -265,6 +266,11 @@ class DeltaLayer(nn.Module):
     def folds(self) -> bool:
         """True if this layer can be written into the weights of its module."""
         return self.can_fold() and self.gate is None
+
+    @classmethod
+    def needs(cls) -> Needs:
+        """Return what a layer that acts on the output needs of it."""
+        return "hidden" if "other" in cls.kinds else "channels"
 
     def folds_as(self) -> Any:
         """Return the `LowRank` whose product is all that `fold` adds to the weight, or None."""

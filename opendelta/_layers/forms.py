@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._modules import calls
+from .._modules.fitting import Needs
 from .._modules.kinds import Kind
 from ..errors import SiteError
 from . import low_rank
@@ -95,6 +96,10 @@ class WeightLayer(DeltaLayer):
             dropout=0.0 if kind.takes_ids else dropout,
             runs_as_factors=common and kind.is_product,
         )
+
+    @classmethod
+    def needs(cls) -> Needs:
+        return "product"
 
     def delta_weight(self) -> Tensor:
         """Return D, the change of the weight [out_features, in_features]."""

@@ -29,7 +29,7 @@ def plain_weight(site: Site, reason: str) -> Tensor:
     if weight is None or not is_plain(weight) or offloaded:
         raise SiteError(
             f"{site.name!r} ({type(site.module).__name__}): {reason} needs the module's weight as "
-            "a plain floating tensor, not quantised, sharded or offloaded",
+            "a plain floating tensor, not quantised, sparse, sharded or offloaded",
             where=site.name,
         )
     values = weight.detach().to("meta") if site.device.type == "meta" else weight.detach()

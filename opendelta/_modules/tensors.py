@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
@@ -14,6 +16,16 @@ from ..errors import SiteError
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
+
+
+@contextlib.contextmanager
+def lasting() -> Iterator[None]:
+    """Make tensors that can train later, also inside `torch.inference_mode()`."""
+    if not torch.is_inference_mode_enabled():
+        yield
+        return
+    with torch.inference_mode(False), torch.no_grad():  # the former turns gradients on
+        yield
 
 
 def stored(module: nn.Module, name: str) -> Tensor | None:
@@ -71,8 +83,13 @@ def is_finite(tensor: Tensor, usual: Tensor | None = None) -> bool:
 
 
 def is_plain(parameter: Any) -> bool:
-    """True if `parameter` is an ordinary floating parameter: not quantised, not sharded."""
-    return type(parameter) is nn.Parameter and parameter.dtype in FLOATS
+    """True if `parameter` is an ordinary floating parameter: not quantised, sharded or sparse."""
+    return type(parameter) is nn.Parameter and parameter.dtype in FLOATS and is_dense(parameter)
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """True if the values of `tensor` lie in memory by strides; not so in a sparse layout."""
+    return tensor.layout == torch.strided
 
 
 def is_lazy(tensor: Tensor | None) -> bool:
@@ -88,7 +105,9 @@ def in_full(module: nn.Module, key: str) -> Tensor:
     Raises:
         SiteError: its kind of quantisation is not known.
     """
-    parameter: Any = module._parameters[key]
+    parameter: Any = module._parameters.get(key)
+    if parameter is None:
+        raise SiteError(f"{type(module).__name__} has no {key} of its own as a parameter")
     if is_plain(parameter):
         return parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32))
     kind = type(parameter).__name__
@@ -131,7 +150,11 @@ def replace(module: nn.Module, key: str, tensor: Tensor) -> None:
     """
     parameter: Any = module._parameters[key]
     if is_plain(parameter):
-        parameter.data = tensor.to(parameter.dtype)
+        new = tensor.to(parameter.dtype)
+        if parameter.is_inference():  # it cannot hold a tensor of the other sort
+            with torch.inference_mode():
+                new = new.clone()
+        parameter.data = new
         return
     new = _requantised(module, key, parameter, tensor)
     if type(parameter).__name__ == "Int8Params":
@@ -187,7 +210,38 @@ def put_back(module: nn.Module, key: str, kept: Any) -> None:
         module.__dict__["state"] = state
 
 
+def in_parts(tensor: Tensor) -> bool:
+    """True if several tensors hold the values, as in a sparse layout and in torchao's."""
+    whole = is_sharded(tensor) or not hasattr(tensor, "__tensor_flatten__")
+    return not (whole and is_dense(tensor)) or tensor.is_quantized
+
+
+def held_in(tensor: Tensor) -> list[Any]:
+    """Return the plain tensors and the settings that hold the values of a tensor of any sort."""
+    tensor = tensor.detach()
+    if is_sharded(tensor):
+        return [tensor.to_local()]
+    if hasattr(tensor, "__tensor_flatten__"):  # torchao's, and nested tensors
+        names, settings = tensor.__tensor_flatten__()
+        parts = (held_in(getattr(tensor, name)) for name in names)
+        return [type(tensor).__name__, repr(settings), *(each for part in parts for each in part)]
+    if tensor.is_quantized:
+        return [repr(tensor.qscheme()), tensor.int_repr(), tensor.dequantize()]
+    if tensor.layout == torch.sparse_coo:
+        return [tensor.coalesce().indices(), tensor.coalesce().values()]
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    return [tensor if is_dense(tensor) else tensor.to_dense()]
+
+
 def _unknown(module: nn.Module, key: str, parameter: Any) -> SiteError:
+    if not is_dense(parameter):
+        return SiteError(
+            f"the {key} of {type(module).__name__} has the layout {parameter.layout}, which holds "
+            "no change of all values; merge into the model with an ordinary weight, then convert it"
+        )
     return SiteError(
         f"the {key} of {type(module).__name__}, a {type(parameter).__name__}, cannot be taken out "
         "of its quantisation and put back; merge into the model in full precision, then quantise it"

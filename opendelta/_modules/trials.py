@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -27,15 +29,44 @@ def bare(module: nn.Module, base: type[nn.Module] | None = None) -> nn.Module:
     return made
 
 
+@contextlib.contextmanager
+def on_shapes() -> Iterator[None]:
+    """Let tensors have no values inside: a kernel that asks for their memory raises an error."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+        yield
+
+
+def on_meta(module: nn.Module) -> nn.Module:
+    """Return a module like `module` in eval mode, without layers and hooks, on the meta device."""
+    made = bare(module)
+    own = made.__dict__
+    own.pop("forward", None)  # a wrapper of another library, around the module itself
+    hooks = [key for key, table in own.items() if "_hooks" in key and isinstance(table, dict)]
+    own.update({key: type(own[key])() for key in hooks})
+    tables: list[dict[str, Any]] = [own["_parameters"], own["_buffers"]]
+    for table in tables:
+        table.update({k: t.detach().to("meta") for k, t in table.items() if t is not None})
+    children: dict[str, Any] = own["_modules"]
+    children.update({k: on_meta(child) for k, child in children.items() if child is not None})
+    made.training = False
+    return made
+
+
+def facts(module: nn.Module) -> tuple:
+    """Return what tells two modules of one class apart: texts and flags, such as `data_format`."""
+    own = module.__dict__.items()
+    return type(module), *((k, v) for k, v in own if type(v) in (str, bool) and k != "training")
+
+
 def axes_after(module: nn.Module, width: int) -> int:
     """Return the number of axes after the one that a normalisation of `width` channels works on.
 
-    A forward is run once for its class, on shapes alone; modules whose texts or flags differ, as
-    `data_format`, are told apart. 0 if it runs on no shape that is tried.
+    A forward is run once for its class, on shapes alone; see `facts`. 0 if it runs on no shape that
+    is tried.
     """
-    own = module.__dict__.items()
-    texts = [(k, v) for k, v in own if type(v) in (str, bool) and k != "training"]
-    key = (type(module), width == 1, *texts)
+    key = (width == 1, *facts(module))
     if key not in _found:
         _found[key] = next((n for n in AFTER if _runs(module, width, n)), 0)
     return _found[key]
@@ -46,11 +77,8 @@ def _runs(module: nn.Module, width: int, after: int) -> bool:
     """True if the forward takes and gives [2, 3, width], or [2, width, ...] with `after` axes."""
     others = [size for size in (3, 5, 7) if size != width]  # the same size would hide a wrong axis
     shape = (2, width, *others[:after]) if after else (2, others[0], width)
-    made = bare(module)
-    tables: list[dict[str, Any]] = [made.__dict__["_parameters"], made.__dict__["_buffers"]]
-    for table in tables:
-        table.update({k: t.detach().to("meta") for k, t in table.items() if t is not None})
-    dtype = next((t.dtype for t in tables[0].values() if t is not None), torch.float32)
+    made = on_meta(module)
+    dtype = next((t.dtype for t in made._parameters.values() if t is not None), torch.float32)
     try:
         x = torch.empty(shape, dtype=dtype, device="meta")
         return type(made).forward(made, x).shape == x.shape

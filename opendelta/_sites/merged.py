@@ -21,6 +21,7 @@ from .swap import plain_class
 Named = tuple[str, DeltaLayer]
 
 
+@tensors.lasting()
 @torch.no_grad()
 def fold_into(where: str, module: nn.Module, run: list[Named], step: Step) -> float | None:
     """Fold layers into the weights of a module.
@@ -179,6 +180,7 @@ def check_unchanged(where: str, module: nn.Module, stack: Stack, key: str, what:
         )
 
 
+@tensors.lasting()
 def undo(module: nn.Module, stack: Stack, step: Step) -> None:
     """Undo the last step of merging on one site; after an interrupted call, call it again."""
     for key, kept in step.originals.items():

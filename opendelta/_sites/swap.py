@@ -245,6 +245,12 @@ def _check_reads(
             )
     if not shows_weight(module) or "weight" not in module._parameters:
         raise SiteError(f"{here}: folded weights can be shown on Linear and Conv1D only")
+    weight = module._parameters["weight"]
+    if not tensors.is_plain(weight) and not tensors.is_sharded(weight):
+        raise SiteError(
+            f"{here}: its parent reads .weight, and one that is quantised or sparse "
+            f"({type(weight).__name__}) can show no change. Choose the parent module instead"
+        )
     shown = getattr(type(module), "_site_reads", False)
     if stack_of(module) is not None and plain_class(module) is None and not shown:
         raise SiteError(

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from .._backbone import reading
 from .._backbone.backbone import Backbone
 from .._backbone.copying import plain_copy
 from .._deltas import first_forward, state_dict
@@ -21,6 +22,7 @@ from . import merging
 Module = TypeVar("Module", bound=nn.Module)
 
 
+@tensors.lasting()
 def shared_copy(model: Module) -> Module:
     """Return a second module tree over the tensors of `model`, without its deltas.
 
@@ -62,6 +64,7 @@ def shared_copy(model: Module) -> Module:
     return copied
 
 
+@tensors.lasting()
 def to_backbone(model: Module) -> Module:
     """Return a plain copy of `model` with all active deltas in its weights.
 
@@ -70,7 +73,7 @@ def to_backbone(model: Module) -> Module:
     backbone = Backbone.of(model)
     backbone.require_unrouted("cannot make a plain model")
     merging.check_whole(backbone)
-    silent = _silent(backbone)
+    silent, read = _silent(backbone), reading.read_beside(backbone, backbone.stacks)
     copied = shared_copy(model)
     for where, stack in backbone.stacks.items():
         run = [(n, ly) for n, ly in stack.in_order() if ly.folds and ly.record.active]
@@ -79,7 +82,9 @@ def to_backbone(model: Module) -> Module:
         if stand_ins:
             _put(copied, where, copy.deepcopy(stand_ins[-1]))
         if run:
-            merged.fold_into(where, copied.get_submodule(where), run, Step())
+            step = Step(dict(run))
+            merged.fold_into(where, copied.get_submodule(where), run, step)
+            merging.check_unread(where, backbone.modules[where], step, read.get(where, set()))
         if stand_ins:
             convert_like(copied.get_submodule(where), backbone.modules[where])
     labels.hand_on(model, copied)

@@ -17,7 +17,7 @@ from .._backbone import reading, shapes
 from .._backbone.backbone import Backbone
 from .._layers.base import Acts, DeltaLayer
 from .._layers.record import Record
-from .._modules.tensors import is_sharded
+from .._modules.tensors import is_plain, is_sharded
 from .._sites import swap
 from .._sites.merged import Named, check_unchanged, factor_of, fold_into, undo
 from .._sites.stack import Stack, Step
@@ -213,16 +213,39 @@ def _check_acting(backbone: Backbone, runs: Mapping[str, Sequence[Named]]) -> No
             )
 
 
+def check_unread(where: str, module: nn.Module, step: Step, read: set[str] | None) -> None:
+    """Raise if a merge has changed a parameter that code around the module reads, too.
+
+    Args:
+        step: the merge.
+        read: the parameters that are read; None: it is not known.
+    """
+    changed = sorted(step.originals.keys() if read is None else step.originals.keys() & read)
+    plain = all(map(is_plain, [p for p in module._parameters.values() if p is not None]))
+    if not changed or (read is None and not plain):
+        return
+    told = "reads" if read is not None else "may read (no run on shapes tells)"
+    raise SiteError(
+        f"{where!r} ({type(module).__name__}): {', '.join(step.layers)} cannot be merged: other "
+        f"code {told} its {' and '.join(changed)} besides calling it, and would compute with the "
+        "merged values. Let the delta act unmerged; or attach it with reads=True, so that it acts "
+        "on both, and train it",
+        where=where,
+    )
+
+
 def merge(backbone: Backbone, wanted: Collection[Record] | None = None) -> MergeReport:
     """Fold deltas into the weights; see `Composition.merge`."""
     backbone.require_unrouted("cannot merge")
     runs = _runs_to_merge(backbone, wanted)
     _check_acting(backbone, runs)
+    read = reading.read_beside(backbone, runs)
     report = MergeReport()
     steps = {where: Step(dict(run)) for where, run in runs.items()}
     try:
         for where, run in runs.items():
             error = fold_into(where, backbone.modules[where], run, steps[where])
+            check_unread(where, backbone.modules[where], steps[where], read.get(where, set()))
             backbone.stacks[where].steps.append(steps[where])
             for _, layer in run:
                 layer.record.merged.add(steps[where])

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .._deltas import state_dict
 from .._deltas.first_forward import FirstForward
-from .._modules.tensors import is_sharded
+from .._modules.tensors import held_in
 from .._sites.stack import stack_of
 from .._sites.swap import plain_class
 from ..errors import DeltaError, PristineError, quoted
@@ -21,12 +21,14 @@ MARKER = "_is_accelerate_prepared"
 
 
 def _bits(tensor: Tensor) -> str:
-    if is_sharded(tensor):
-        tensor = tensor.to_local()
-    if tensor.device.type == "meta":
+    if tensor.is_meta:
         return "meta"
-    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.blake2b(flat.numpy().tobytes(), digest_size=16).hexdigest()
+    bits = hashlib.blake2b(digest_size=16)
+    for part in held_in(tensor):
+        if isinstance(part, Tensor):
+            part = part.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        bits.update(part if isinstance(part, bytes) else part.encode())
+    return bits.hexdigest()
 
 
 def _hooks(module: nn.Module) -> dict[str, int]:

@@ -24,7 +24,7 @@ from .._deltas import buffers
 from .._deltas.first_forward import unreached_in
 from .._layers.dtypes import BACKBONE, dtype_for
 from .._modules.calls import every
-from .._modules.tensors import HALVES, is_sharded
+from .._modules.tensors import HALVES, is_sharded, lasting
 from ..errors import DeltaError, listed
 from ..names import SLOT, join, parent
 
@@ -139,6 +139,7 @@ class CheckReport:
         ])  # fmt: skip
 
 
+@lasting()
 def check(
     model: nn.Module,
     batch: Samples | None = None,

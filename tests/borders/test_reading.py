@@ -10,6 +10,7 @@ from torch.nn import functional as F
 import opendelta
 from opendelta import (
     AdapterModel,
+    BitFitModel,
     CompacterModel,
     LoraModel,
     LowRankAdapterModel,
@@ -266,7 +267,7 @@ class Both(InAList):
         if x.size(0) == 100:
             return super().forward(x)
         for proj in self.projs:
-            x = proj(x) + 0 * proj.weight.sum()
+            x = proj(x) + proj.weight.new_zeros(())
         return x
 
 
@@ -307,3 +308,212 @@ def test_a_layer_that_acts_or_may_act_is_merged_unseen(net, names, ran):
     before = model(X) if ran else None
     opendelta.composition(model).merge()
     assert before is None or torch.allclose(model(X), before, atol=1e-5)
+
+
+class CalledAndRead(nn.Module):
+    """The layer is called, and its weight is read for something else."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(6, 6)
+
+    def forward(self, x):
+        return self.fc(x) + self.other(2 * x)
+
+    def other(self, x):
+        return F.linear(x, self.fc.weight)
+
+
+class ThroughAFunction(CalledAndRead):
+    def other(self, x):
+        return by_hand(self.fc, x)
+
+
+class ByAView(CalledAndRead):
+    def other(self, x):
+        return x @ self.fc.weight.detach().t()[:, :6]
+
+
+class BiasToo(CalledAndRead):
+    def other(self, x):
+        return x * self.fc.bias + self.fc.weight[0]
+
+
+class HoldsAside(CalledAndRead):
+    """A list that is no ModuleList."""
+
+    def __init__(self):
+        super().__init__()
+        self.kept = [self.fc.weight]
+
+    def other(self, x):
+        return x @ self.kept[0]
+
+
+class UnderAnotherName(CalledAndRead):
+    def __init__(self):
+        super().__init__()
+        self.second = Second(self.fc)
+
+    def other(self, x):
+        return self.second(x)
+
+
+class Second(nn.Module):
+    def __init__(self, other):
+        super().__init__()
+        self.__dict__["mate"] = other
+
+    def forward(self, x):
+        return x @ self.mate.weight
+
+
+class FromAll(CalledAndRead):
+    def other(self, x):
+        return x @ dict(self.named_parameters())["fc.weight"]
+
+
+class NeedsMore(CalledAndRead):
+    """No inputs for it are known."""
+
+    def forward(self, x, scale):
+        if scale.shape != (7, 1):
+            raise ValueError("a scale must be [7, 1]")
+        return self.fc(x) + self.other(x) * scale[0]
+
+
+class FromAbove(nn.Module):
+    """As a head that is tied by hand: a module further up reads the weight of an embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.ModuleDict({"fc": nn.Embedding(9, 6)})
+
+    def forward(self, ids):
+        return self.body.fc(ids) @ self.body["fc"].weight.T
+
+
+class OnlyLooks(CalledAndRead):
+    """All that it asks the weight for is the same after a merge."""
+
+    def other(self, x):
+        weight = self.fc.weight
+        zeros = torch.zeros_like(weight).sum() + weight.detach().new_zeros(())
+        return x.to(weight.dtype) * weight.size(0) + zeros
+
+
+class Bloom(CalledAndRead):
+    """Another branch computes the same by hand."""
+
+    slow = False
+
+    def forward(self, x):
+        return F.linear(x, self.fc.weight, self.fc.bias) if self.slow else self.fc(x)
+
+
+READ = [CalledAndRead, ThroughAFunction, ByAView, BiasToo, FromAbove]
+READ += [HoldsAside, UnderAnotherName, FromAll]
+
+
+def input_of(net):
+    return torch.tensor([[1, 4, 2]]) if net is FromAbove else X
+
+
+@pytest.mark.parametrize("verb", ["merge", "to_backbone"])
+@pytest.mark.parametrize("ran", [True, False])
+@pytest.mark.parametrize("net", READ)
+def test_a_merge_that_would_change_what_others_read_is_refused(net, ran, verb):
+    model = net()
+    shake(LoraModel(model, modified_modules=["fc"]))
+    output = model(input_of(net)) if ran else None
+    before = opendelta.snapshot(model)
+    with pytest.raises(SiteError, match=r"fc' \(\w+\): lora cannot be merged: other code reads"):
+        getattr(opendelta.composition(model), verb)()
+    assert opendelta.snapshot(model) == before
+    assert not ran or torch.equal(model(input_of(net)), output)
+
+
+@pytest.mark.parametrize("verb", ["merge", "to_backbone"])
+def test_what_no_run_tells_is_refused_too(verb):
+    model = NeedsMore()
+    shake(LoraModel(model, modified_modules=["fc"]))
+    with pytest.raises(SiteError, match=r"'fc' \(Linear\): .*no run on shapes tells"):
+        getattr(opendelta.composition(model), verb)()
+
+
+@pytest.mark.parametrize("net", [CalledAndRead, ByAView, BiasToo])
+def test_a_delta_that_acts_on_both_uses_is_merged(net):
+    model = net()
+    shake(LoraModel(model, modified_modules=["fc"], reads=True))
+    output = model(X)
+    opendelta.composition(model).merge()
+    assert torch.allclose(model(X), output, atol=1e-5)
+
+
+@pytest.mark.parametrize("verb", ["merge", "to_backbone"])
+@pytest.mark.parametrize("net", [OnlyLooks, Bloom, Looks])
+def test_a_weight_whose_values_nobody_else_uses_is_merged(net, verb):
+    model = net()
+    name = "wo" if net is Looks else "fc"
+    shake(LoraModel(model, modified_modules=[name]))
+    output = model(X)
+    done = getattr(opendelta.composition(model), verb)()
+    assert torch.allclose((model if verb == "merge" else done)(X), output, atol=1e-5)
+
+
+def test_only_the_parameters_that_change_count():
+    model = CalledAndRead()  # others read its weight, and BitFit changes its bias
+    shake(BitFitModel(model, modified_modules=["fc"]))
+    output = model(X)
+    opendelta.composition(model).merge()
+    assert torch.allclose(model(X), output, atol=1e-6)
+    model = BiasToo()
+    shake(BitFitModel(model, modified_modules=["fc"]))
+    with pytest.raises(SiteError, match=r"other code reads its bias"):
+        opendelta.composition(model).merge()
+
+
+def test_a_bias_alone_is_seen_to_be_read():
+    class OnlyBias(CalledAndRead):
+        def other(self, x):
+            return x * self.fc.bias
+
+    model = OnlyBias()
+    shake(BitFitModel(model, modified_modules=["fc"]))
+    with pytest.raises(SiteError, match=r"other code reads its bias"):
+        opendelta.composition(model).merge()
+    delta = opendelta.composition(model)["bitfit"]
+    delta.detach()
+    shake(LoraModel(model, modified_modules=["fc"]))
+    output = model(X)
+    opendelta.composition(model).merge()
+    assert torch.allclose(model(X), output, atol=1e-5)
+
+
+def mixers():
+    sizes = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2}
+    small = {"state_size": 4, "time_step_rank": 4}
+    yield transformers.MambaModel(transformers.MambaConfig(**sizes, **small))
+    yield transformers.FalconMambaModel(transformers.FalconMambaConfig(**sizes, **small))
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 24}
+    periods = {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 4}
+    own = {"mamba_d_state": 4, "mamba_dt_rank": 4}
+    yield transformers.JambaModel(transformers.JambaConfig(**sizes, **heads, **periods, **own))
+
+
+def test_biases_that_a_mixer_reads_act_at_the_default_places():
+    ids = torch.tensor([[1, 4, 2]])
+    for model in mixers():
+        torch.manual_seed(0)
+        plain = model.eval()(ids, use_cache=False).last_hidden_state
+        delta = BitFitModel(model)
+        steps = [layer for name, layer in delta.layers.items() if name.endswith("dt_proj")]
+        assert steps
+        for layer in steps:
+            layer.bias.data.fill_(1.0)
+        changed = model(ids, use_cache=False).last_hidden_state
+        assert not torch.allclose(changed, plain, atol=1e-6)
+        assert not opendelta.unreached(model)
+        opendelta.composition(model).merge()
+        merged = model(ids, use_cache=False).last_hidden_state
+        assert torch.allclose(merged, changed, atol=1e-5)

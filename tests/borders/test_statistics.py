@@ -148,3 +148,53 @@ def test_a_normalisation_without_statistics_is_no_matter():
     model.extend([nn.InstanceNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2)])
     LoraModel(model, modified_modules=["5"]).freeze_module()
     assert opendelta.check(model, X).moving == []
+
+
+def _switched_off(norm):
+    norm.track_running_stats = False
+    return norm
+
+
+STILL = {
+    "eval": lambda: nn.BatchNorm2d(8).eval(),
+    "momentum": lambda: nn.BatchNorm2d(8, momentum=0.0),
+    "switched off": lambda: _switched_off(nn.BatchNorm2d(8)),
+    "instances": lambda: nn.InstanceNorm2d(8, momentum=None, track_running_stats=True),
+}
+MOVING = {
+    "average": lambda: nn.BatchNorm2d(8, momentum=None),
+    "instances": lambda: nn.InstanceNorm2d(8, track_running_stats=True),
+    "instances switched off": lambda: _switched_off(nn.InstanceNorm2d(8, track_running_stats=True)),
+}
+
+
+def with_norm(norm):
+    model = net()
+    model[1][0] = norm
+    return model
+
+
+@pytest.mark.parametrize("which", STILL)
+def test_statistics_that_stand_still_in_training_are_not_told(which):
+    model = with_norm(STILL[which]())
+    before = model[1][0].running_mean.clone()
+    attached(model)  # warns of none
+    assert opendelta.check(model, X).moving == opendelta.check(model).moving == []
+    model(X)
+    assert torch.equal(model[1][0].running_mean, before)
+
+
+@pytest.mark.parametrize("which", MOVING)
+def test_statistics_that_move_in_some_other_way_are_told(which):
+    model = with_norm(MOVING[which]())
+    before = model[1][0].running_mean.clone()
+    with pytest.warns(UnsavedWarning, match=r"1\.0"):
+        attached(model)
+    assert opendelta.check(model, X).moving == ["1.0"]
+    model(X)
+    assert not torch.equal(model[1][0].running_mean, before)
+
+
+def test_a_model_in_eval_will_move_its_statistics_once_it_trains():
+    with pytest.warns(UnsavedWarning, match=r"1\.0"):
+        attached(net().eval())

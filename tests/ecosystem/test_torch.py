@@ -68,6 +68,18 @@ def test_functional_call_replaces_the_tensors_of_deltas():
     assert torch.allclose(torch.func.functional_call(model, zeros, (x,)), plain)
 
 
+def test_functional_call_on_a_merged_model_uses_the_weights_that_it_is_given():
+    model, x = tower(), vectors(2, 8)
+    shake(LoraModel(model, modified_modules=["fc"]))
+    acting, before = model(x), {n: p.detach().clone() for n, p in model.named_parameters()}
+    with opendelta.composition(model).only():
+        plain = model(x)
+    opendelta.composition(model).merge()
+    merged = {name: p.detach() for name, p in model.named_parameters()}
+    assert torch.allclose(torch.func.functional_call(model, merged, (x,)), acting, atol=1e-6)
+    assert torch.allclose(torch.func.functional_call(model, before, (x,)), plain, atol=1e-6)
+
+
 def test_per_sample_gradients_of_deltas_are_those_of_single_samples():
     model, x = tower(), vectors(3, 8)
     put_deltas_on_tower(model)

@@ -1,0 +1,134 @@
+"""Watch a run on shapes: which modules are called, and which parameters other code reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter, tree_map_only
+
+from .._modules import trials
+from ..errors import SiteError
+from . import inputs, shapes
+from .backbone import Backbone
+
+
+class Watch(TorchDispatchMode):
+    """Notes which of some modules are called, and whose weight or bias others compute with.
+
+    Shapes, dtypes, devices and views are no values, so that looking at them is not noted.
+
+    Attributes:
+        called: the names of the modules that were called.
+        read: (name of a module, "weight" or "bias") of the values that were read outside of the
+            module's own forward.
+
+    Args:
+        modules: {name: module}.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self.modules, self.called = modules, set[str]()
+        self.read: set[tuple[str, str]] = set()
+        self.running: list[str] = []
+        self.owners: dict[int, tuple[str, str]] = {}
+        self.views: list[Tensor] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = kwargs or {}
+        tensors = [value for value in tree_iter((args, given)) if isinstance(value, Tensor)]
+        owners = {self.owners[_memory(t)] for t in tensors if _memory(t) in self.owners}
+        output = func(*args, **given)
+        if func.is_view:
+            for view in [t for t in tree_iter(output) if isinstance(t, Tensor) and owners]:
+                self.owners[_memory(view)] = next(iter(owners))
+                self.views.append(view)  # else its memory may become another tensor's
+        elif not _makes_like(func):
+            self.read |= {owner for owner in owners if owner[0] not in self.running}
+        return output
+
+    def has_seen_all(self) -> bool:
+        """True if each module was called or read."""
+        return self.modules.keys() <= self.called | {name for name, _ in self.read}
+
+    def plant(self, root: nn.Module) -> None:
+        """Watch the next run of `root`, by forwards on the instances; the caller takes them off."""
+        for name, module in self.modules.items():
+            module.__dict__["forward"] = self._noting(name, module.forward)
+        inner = root.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            self.owners = {
+                _memory(parameter): (name, key)
+                for name, module in self.modules.items()
+                for key, parameter in module._parameters.items()
+                if parameter is not None and key in ("weight", "bias")
+            }
+            with self:
+                return inner(*args, **kwargs)
+
+        root.__dict__["forward"] = forward
+
+    def _noting(self, name: str, inner: Callable[..., Any]) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            self.called.add(name)
+            self.running.append(name)
+            try:
+                return inner(*args, **kwargs)
+            finally:
+                self.running.pop()
+
+        return forward
+
+
+def _makes_like(func: Any) -> bool:
+    """True if an operation makes a tensor of the same sort, whatever the values are."""
+    name = func._schema.name.rpartition("::")[2]
+    return name.startswith("new_") or name.endswith("_like")
+
+
+def _memory(tensor: Tensor) -> int:
+    """Return a number that a tensor shares with its views."""
+    try:
+        return tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):  # a quantised one has none
+        return id(tensor)
+
+
+def of_part(backbone: Backbone, around: str, names: list[str]) -> Watch | None:
+    """Watch children of the module `around` while it runs alone, on the meta device.
+
+    Args:
+        names: the names of the children.
+
+    Returns:
+        None: it runs on none of the inputs that are known.
+    """
+    for args, kwargs in inputs.of_module(backbone.modules[around]):
+        with torch.no_grad():
+            try:
+                made = trials.on_meta(backbone.modules[around])
+                watch = Watch({name: made.get_submodule(name) for name in names})
+                watch.plant(made)
+                args, kwargs = tree_map_only(Tensor, lambda t: t.to("meta"), (args, kwargs))
+                made.forward(*args, **kwargs)
+            except Exception:  # a forward may raise anything
+                continue
+            return watch
+    return None
+
+
+def of_backbone(backbone: Backbone, names: list[str]) -> Watch | None:
+    """Watch modules while the backbone runs on shapes; None: it runs on no known inputs."""
+    watch = Watch({name: backbone.modules[name] for name in names})
+    try:
+        shapes.dry_run(backbone, lambda _: None, watch.plant, watch.has_seen_all)
+    except SiteError:
+        return None
+    return watch

@@ -1,0 +1,239 @@
+"""Subclasses of known modules whose output has another form are refused by name when attaching."""
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from torch.nn import functional as F
+
+import opendelta
+from opendelta import (
+    AdapterModel,
+    BitFitModel,
+    FourierFTModel,
+    HRAModel,
+    IA3Model,
+    LNTuningModel,
+    LohaModel,
+    LokrModel,
+    LoraModel,
+    SiteError,
+    VeraModel,
+)
+
+pytestmark = pytest.mark.covers("DeltaConfig.modified_modules", "SiteError")
+
+X = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(0))
+IDS = torch.tensor([[4, 2, 4]])
+IMAGE = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+class Router(nn.Linear):
+    """As Llama 4's: scores and logits."""
+
+    def forward(self, x):
+        logits = super().forward(x)
+        return logits.sigmoid(), logits
+
+
+class Named(nn.Linear):
+    def forward(self, x):
+        return {"scores": super().forward(x)}
+
+
+class Wider(nn.Linear):
+    def forward(self, x):
+        return torch.cat([super().forward(x)] * 2, -1)
+
+
+class Grouped(nn.Linear):
+    """As DeepSeek 4's: each of two groups has rows of its own."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes, bias=False)
+        self.n_groups = 2
+
+    def forward(self, x):
+        rows = self.weight.view(self.n_groups, -1, x.size(-1)).mT
+        return torch.einsum("...gi,gio->...go", x, rows)
+
+
+class WithMore(nn.Linear):
+    """As Idefics': a child computes further outputs."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.more = nn.Linear(sizes[0], 2)
+
+    def forward(self, x):
+        return torch.cat([super().forward(x), self.more(x)], -1)
+
+
+class SamePadding(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(F.pad(x, (1, 1, 1, 1)))
+
+
+class Positions(nn.Embedding):
+    """As BART's: the indices only say how many there are."""
+
+    def forward(self, ids):
+        return super().forward(torch.arange(ids.size(-1)).expand_as(ids))
+
+
+class OfMasks(nn.Embedding):
+    """As OPT's: the positions of what a mask leaves."""
+
+    def forward(self, mask):
+        return super().forward((mask.cumsum(1) * mask - 1).long() + 2)
+
+
+class OfShapes(nn.Embedding):
+    """As Marian's: it takes a shape."""
+
+    def forward(self, shape):
+        rows, length = shape[:2]
+        return super().forward(torch.arange(length)).expand(rows, -1, -1)
+
+
+class WithOffset(nn.Embedding):
+    def forward(self, ids, offset):
+        return super().forward(ids + offset)
+
+
+class Both(nn.LayerNorm):
+    def forward(self, x):
+        return super().forward(x), x
+
+
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Tasks(nn.Linear):
+    """It takes more than its input, so no run of it alone tells."""
+
+    def forward(self, x, task):
+        return super().forward(x) + task
+
+
+class Normed(nn.Embedding):
+    def forward(self, ids):
+        return F.layer_norm(super().forward(ids), (self.embedding_dim,))
+
+
+class Net(nn.Module):
+    def __init__(self, part):
+        super().__init__()
+        self.part = part
+
+    def forward(self, x):
+        more = (1,) if isinstance(self.part, Tasks | WithOffset) else ()
+        return self.part(x, *more)
+
+
+METHODS = {
+    LoraModel: {}, LohaModel: {}, LokrModel: {"r": 1}, VeraModel: {}, FourierFTModel: {},
+    IA3Model: {}, BitFitModel: {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("part", "says"),
+    [
+        (lambda: Router(6, 4), r"'part' \(Router\): .* returns a tuple"),
+        (lambda: Named(6, 4), r"'part' \(Named\): .* returns a dict"),
+        (lambda: Wider(6, 4), r"'part' \(Wider\): .* returns \[1, 3, 8\] .* \[1, 3, 4\]"),
+        (lambda: WithMore(6, 4), r"'part' \(WithMore\): .* returns \[1, 3, 6\]"),
+        (lambda: Grouped(6, 4), r"'part' \(Grouped\): .* returns \[1, 2, 2\] .* \[1, 2, 4\]"),
+    ],
+)
+def test_a_linear_layer_with_another_output_is_refused(part, says, method, device):
+    model = Net(part().to(device))
+    before = opendelta.snapshot(model)
+    with pytest.raises(SiteError, match=says):
+        method(model, modified_modules=["part"], **METHODS[method])
+    opendelta.assert_pristine(model, like=before)
+    config = method.config_class(modified_modules=["part"], **METHODS[method])
+    with pytest.raises(SiteError, match=says):
+        opendelta.plan(model, config)
+
+
+@pytest.mark.parametrize("method", [LoraModel, LohaModel])
+def test_a_convolution_that_pads_its_input_is_refused(method):
+    model = Net(SamePadding(3, 4, 3))
+    with pytest.raises(SiteError, match=r"returns \[3, 4, 24, 24\] .* \[3, 4, 22, 22\]"):
+        method(model, modified_modules=["part"])
+    same = model(IMAGE)
+    delta = BitFitModel(model, modified_modules=["part"])  # it adds to whatever comes out
+    delta.layers["part"].bias.data.fill_(2.0)
+    assert torch.allclose(model(IMAGE), same + 2.0)
+
+
+@pytest.mark.parametrize("cls", [Positions, OfMasks, OfShapes])
+def test_an_embedding_that_goes_by_positions_is_refused(cls):
+    with pytest.raises(SiteError, match=rf"'part' \({cls.__name__}\): .* does not look its input"):
+        LoraModel(Net(cls(99, 6)), modified_modules=["part"])
+    AdapterModel(Net(Positions(9, 6)), modified_modules=["part"], bottleneck_dim=2)
+
+
+@pytest.mark.parametrize("method", [BitFitModel, LNTuningModel])
+def test_a_normalisation_that_returns_two_is_refused(method):
+    with pytest.raises(SiteError, match=r"'part' \(Both\): .* returns a tuple"):
+        method(Net(Both(6)), modified_modules=["part"])
+
+
+@pytest.mark.parametrize(
+    ("part", "method", "x"),
+    [
+        (lambda: Router(6, 4), AdapterModel, X),  # it changes the scores
+        (lambda: Router(6, 4), HRAModel, X),  # it changes the input
+        (lambda: Scaled(6, 4), LoraModel, X),
+        (lambda: Tasks(6, 4), LoraModel, X),
+        (lambda: Normed(9, 6), LoraModel, IDS),
+        (lambda: WithOffset(9, 6), LoraModel, IDS),
+    ],
+)
+def test_what_can_act_goes_on(part, method, x):
+    model = Net(part())
+    method(model, modified_modules=["part"])
+    model(x)
+    assert not opendelta.unreached(model)
+
+
+def test_a_forward_is_tried_without_a_trace():
+    class Counts(nn.Linear):
+        def __init__(self, *sizes):
+            super().__init__(*sizes)
+            self.calls = 0
+            self.register_buffer("seen", torch.zeros(()))
+
+        def forward(self, x):
+            self.calls += 1
+            self.seen += 1
+            return super().forward(x)
+
+    model = Net(Counts(6, 4))
+    before = opendelta.snapshot(model)
+    LoraModel(model, modified_modules=["part"]).detach()
+    opendelta.assert_pristine(model, like=before)
+    assert (model.part.calls, float(model.part.seen)) == (0, 0.0)
+
+
+def test_bitfit_leaves_the_router_of_llama_4_out_of_its_default_places():
+    config = transformers.Llama4TextConfig(
+        hidden_size=16, intermediate_size=24, intermediate_size_mlp=24, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, head_dim=8, vocab_size=32,
+        num_local_experts=2, moe_layers=[0],
+    )  # fmt: skip
+    model = transformers.Llama4ForCausalLM(config).eval()
+    delta = BitFitModel(model)
+    model(IDS)
+    assert not opendelta.unreached(model)
+    assert "model.layers.0.feed_forward.router" not in delta.layers
+    assert "model.layers.0.feed_forward.shared_expert.up_proj" in delta.layers
+    with pytest.raises(SiteError, match=r"router' \(Llama4Router\): .* returns a tuple"):
+        LoraModel(model, modified_modules=["router"])
