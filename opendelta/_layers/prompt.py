@@ -27,8 +27,9 @@ from .site import Site
 from .tokens import EMBEDDED, Documents, arguments, cache_in, named, noting
 
 TAKES = {"input_ids", "inputs_embeds", "attention_mask"}
-COUNT = "create_position_ids_from_input_ids"
-CROSS = {"encoder_hidden_states", "encoder_attention_mask"}
+COUNT = "create_position_ids_from_input_ids", "make_positions"
+STATES = "encoder_hidden_states"
+CROSS = ("encoder_attention_mask", "encoder_padding_mask")
 IDS = (torch.int64, torch.int32)
 POSITIONS = "attention_mask", "position_ids"  # these are widened by rules of their own
 # The prompt gets the values of its document's first token.
@@ -42,6 +43,12 @@ COUNTS = (
     "cu_seq_lens_q", "cu_seq_lens_k",
 )  # fmt: skip
 OTHERS = ("encoder_", "decoder_", "cross_attention", "pixel_", "image_", "visual_e", "past_")
+# {class: its attribute that multiplies the embeddings of token ids, and not embeddings given}
+SCALES = {"FalconH1Model": "embedding_multiplier"} | dict.fromkeys(
+    ("PegasusEncoder", "MarianEncoder", "BlenderbotSmallEncoder", "MvpEncoder", "MvpDecoder",
+     "Speech2TextDecoder"),
+    "embed_scale",
+)  # fmt: skip
 TABLES = (
     "wpe", "embed_positions", "position_embeddings", "position_embedding", "pos_embed",
     "positions_embed",
@@ -57,6 +64,12 @@ def stacks(modules: Mapping[str, nn.Module]) -> dict[str, bool]:
     holds = {n for n in takes if _block_lists(modules, n)}
     takes = [n for n in takes if n in holds or not any(o != n and _is_in(n, o) for o in takes)]
     inner = [n for n in takes if not any(o != n and _is_in(o, n) for o in takes)]
+    decoders = _in_decoders(modules)
+    return {name: id(modules[name]) in decoders for name in inner}
+
+
+def _in_decoders(modules: Mapping[str, nn.Module]) -> set[int]:
+    """Return the ids of the decoders of encoder-decoders, and of all modules inside them."""
     decoders = set()
     for module in modules.values():
         two = getattr(getattr(module, "config", None), "is_encoder_decoder", False)
@@ -64,7 +77,7 @@ def stacks(modules: Mapping[str, nn.Module]) -> dict[str, bool]:
             decoder: Any = module.get_decoder()  # type: ignore[operator]
             if decoder is not module:  # an encoder by itself returns itself
                 decoders |= {id(part) for part in decoder.modules()}
-    return {name: id(modules[name]) in decoders for name in inner}
+    return decoders
 
 
 def _is_in(name: str, around: str) -> bool:
@@ -146,9 +159,12 @@ class PromptLayer(_WithPrompt):
             )
         self.width, self.length, self.strip = kind.out_features, length, strip
         self.room = _room(site.module)
+        self.scale = scale_of(site.module)
         self.stripper: Handover | None = (
             None  # to strip right after the blocks, as later modules read a single position
         )
+        self.numbered = _numbered(site.module)
+        self.ids = Handover() if self.numbered else None  # to number the positions by
 
     @property
     def extra_positions(self) -> int:  # type: ignore[override]
@@ -165,21 +181,27 @@ class PromptLayer(_WithPrompt):
 
     def forward(self, call: Any, *args: Any, **kwargs: Any) -> Any:
         given, module = named(self.arguments, args, kwargs), call.module
+        prompts = self.length + sum(layer.extra_positions for layer in call.beneath)
         ids, embeds = (given.get(name) for name in EMBEDDED)
         tokens: Any = embeds if ids is None else ids
         batch, length = self._check(given, module, tokens)
         documents = Documents(given, batch, length, tokens.device)
         if documents.continued:
-            self._continue(given, length, documents.held or 0)
+            self._continue(given, length, documents.held or 0, prompts)
             return noting(Documents(given, batch, length, tokens.device), call, **given)
         layout = Layout(documents.firsts().expand(batch, -1), self.length, documents.several)
         if embeds is None:
-            embeds = module.get_submodule(self.embedding)(ids)
+            embeds = module.get_submodule(self.embedding)(ids) * self.scale
         prompt = self.prompt() if self.gate is None else self.gate(embeds) * self.prompt()
         self._widen(given, module, layout)
         given["input_ids"] = None
+        if self.ids is not None and ids is not None:
+            pad = module.get_submodule(self.numbered).padding_idx
+            ids = layout.widened(ids, pad + 1)
+            self.ids.put(ids)
+            given["input_ids"] = ids if prompts > self.length else None  # for those beneath
         given["inputs_embeds"] = layout.filled(prompt.type_as(embeds), embeds)
-        self._check_room(given, layout.full, layout.full)
+        self._check_room(given, layout.full, self.length)
         if self.stripper is not None:
             self.stripper.put((layout.places, layout.full))
         documents = Documents(given, batch, layout.full, embeds.device)
@@ -257,35 +279,41 @@ class PromptLayer(_WithPrompt):
             f"rows of one call of {type(module).__name__} must pack the same number of documents"
         )
 
-    def _continue(self, given: dict[str, Any], length: int, held: int) -> None:
+    def _continue(self, given: dict[str, Any], length: int, held: int, prompts: int) -> None:
         """Widen the arguments for tokens after those in a cache, which holds the prompt.
 
         Args:
             length: number of new tokens.
             held: number of positions in the cache; 0 if it does not count them.
+            prompts: length of this prompt and of those beneath it, which the cache holds too.
         """
         mask, positions = (given.get(name) for name in POSITIONS)
         if mask is not None:
-            if held and mask.size(1) + self.length != held + length:
+            if held and mask.size(1) + prompts != held + length:
                 self._refuse(
                     f"the cache holds {held} positions, and the mask has {mask.size(1)} columns "
-                    f"for it and {length} more tokens; a cache that was filled with a prompt of "
-                    f"{self.length} must hold {mask.size(1) - length + self.length}"
+                    f"for it and {length} more tokens; a cache that was filled with prompts of "
+                    f"{prompts} must hold {mask.size(1) - length + prompts}"
                 )
             given["attention_mask"] = Layout(starts(mask), self.length).widened(mask, 1)
         if positions is not None:
             given["position_ids"] = positions + self.length
-        self._check_room(given, length, held + length)
+        self._check_room(given, held + length, prompts)
 
-    def _check_room(self, given: dict[str, Any], length: int, total: int) -> None:
-        """Raise if a table of positions is too short."""
+    def _check_room(self, given: dict[str, Any], total: int, prompts: int) -> None:
+        """Raise if a table of positions is too short.
+
+        Args:
+            total: number of positions of prompts and tokens, if no position ids are given.
+            prompts: number of the prompts' positions among them.
+        """
         if self.room is None or torch.compiler.is_compiling():
             return
         positions = given.get("position_ids")
         needed = total if positions is None else int(positions.max()) + 1
         if needed > self.room:
             self._refuse(
-                f"the prompt of {self.length} and {length - self.length} tokens need {needed} "
+                f"the prompt of {prompts} and {total - prompts} tokens need {needed} "
                 f"positions, and the model's table has {self.room}: shorten the one or the other"
             )
 
@@ -297,12 +325,20 @@ class PromptLayer(_WithPrompt):
             name: layer for name, layer in made.items() if isinstance(layer, cls)
         }
         others: dict[str, DeltaLayer] = {}
-        for name, is_decoder in stacks(modules).items():
-            if is_decoder and name not in own and set(arguments(modules[name])) >= CROSS:
+        decoders = _in_decoders(modules)
+        for name, module in modules.items():
+            names = arguments(module)
+            mask = next((mask for mask in CROSS if mask in names), None)
+            takes = {"input_ids", STATES} <= {*names} and mask is not None
+            if takes and id(module) in decoders and name not in own:
                 for layer in own.values():
                     layer.strip = False  # the decoder attends to the prompt
-                    others[name] = CrossMask(arguments(modules[name]), layer.length)
+                    others[name] = CrossMask(names, str(mask), layer.length)
         for name, layer in own.items():
+            if layer.ids is not None:
+                others[f"{name}.{layer.numbered}".lstrip(".")] = Numbered(
+                    arguments(modules[name].get_submodule(layer.numbered)), layer.ids
+                )
             holder = _block_holder(modules, name)
             if layer.strip and holder != name:
                 layer.stripper = Handover()
@@ -341,7 +377,14 @@ def rows_of(site: Site, embedding: str, config: Any, length: int) -> Tensor:
         return torch.empty(length, kind.out_features, device="meta")
     index = torch.tensor([ids[i % len(ids)] for i in range(length)])
     weight: Any = stored(table, "weight")
-    return (weight.detach()[index.to(weight.device)] * kind.scale).to(site.device, site.dtype)
+    rows = weight.detach()[index.to(weight.device)] * kind.scale * scale_of(site.module)
+    return rows.to(site.device, site.dtype)
+
+
+def scale_of(module: nn.Module) -> float:
+    """Return the factor of the embeddings of token ids that a module applies by itself."""
+    names = (SCALES.get(base.__name__) for base in type(module).__mro__)
+    return next((float(getattr(module, name)) for name in names if name is not None), 1.0)
 
 
 class CrossMask(_WithPrompt):
@@ -349,16 +392,39 @@ class CrossMask(_WithPrompt):
 
     acts = Acts.SERVES
 
-    def __init__(self, names: list[str], length: int) -> None:
+    def __init__(self, names: list[str], mask: str, length: int) -> None:
         super().__init__()
-        self.arguments, self.length = names, length
+        self.arguments, self.mask, self.length = names, mask, length
 
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         given = named(self.arguments, args, kwargs)
-        states, mask = given.get("encoder_hidden_states"), given.get("encoder_attention_mask")
+        states, mask = given.get(STATES), given.get(self.mask)
         if states is not None and mask is not None and mask.size(-1) < states.size(1):
-            given["encoder_attention_mask"] = Layout(starts(mask), self.length).widened(mask, 1)
+            given[self.mask] = Layout(starts(mask), self.length).widened(mask, 1)
         return call(**given)
+
+
+class Numbered(_WithPrompt):
+    """Lets a module number the positions by token ids, where it is given embeddings instead.
+
+    Args:
+        names: its arguments, the first of which are the token ids.
+        handover: passes the token ids with the prompt's.
+    """
+
+    acts = Acts.SERVES
+
+    def __init__(self, names: list[str], handover: Handover) -> None:
+        super().__init__()
+        self.arguments, self.handover = names, handover
+
+    def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        assert self.handover is not None
+        given, ids = named(self.arguments, args, kwargs), self.handover.take()
+        if ids is None:
+            return call(*args, **kwargs)
+        given.pop("inputs_embeds", None)
+        return call(**{**given, self.arguments[0]: ids})
 
 
 class Strip(_WithPrompt):
@@ -395,8 +461,18 @@ def _numbering(module: nn.Module) -> tuple[Callable[[Tensor, int], Tensor], int]
     embeddings: Any = module._modules.get("embeddings")
     pad = getattr(embeddings, "padding_idx", None)
     files = [sys.modules.get(base.__module__) for base in type(embeddings).__mro__]
-    number = next((getattr(o, COUNT) for o in (embeddings, *files) if hasattr(o, COUNT)), None)
+    owners = (embeddings, *files)
+    number = next((getattr(o, COUNT[0]) for o in owners if hasattr(o, COUNT[0])), None)
     return None if pad is None or number is None else (number, int(pad))
+
+
+def _numbered(module: nn.Module) -> str:
+    """Return the name of the child that numbers the positions of tokens, not of padding; or ""."""
+    for name, child in module.named_children():
+        counts = any(hasattr(child, count) for count in COUNT)
+        if counts and isinstance(getattr(child, "padding_idx", None), int) and name in TABLES:
+            return name
+    return ""
 
 
 def _room(module: nn.Module) -> int | None:
