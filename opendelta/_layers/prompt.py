@@ -7,7 +7,6 @@ too.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
@@ -17,17 +16,16 @@ from torch import Tensor, nn
 from .._modules import calls
 from .._modules.calls import has_forward
 from .._modules.kinds import Embedding, kind_of
-from .._modules.tensors import stored
-from ..errors import OptionError, SiteError, quoted
-from ..names import last, parent
+from ..errors import SiteError
+from ..names import parent
 from .base import Acts, DeltaLayer, Handover
 from .costs import Flops
+from .embedding import embedding_of, numbered, numbering, room, scale_of
 from .layout import Layout, check_positions, starts, strip
 from .site import Site
 from .tokens import EMBEDDED, Documents, arguments, cache_in, named, noting
 
 TAKES = {"input_ids", "inputs_embeds", "attention_mask"}
-COUNT = "create_position_ids_from_input_ids", "make_positions"
 STATES = "encoder_hidden_states"
 CROSS = ("encoder_attention_mask", "encoder_padding_mask")
 IDS = (torch.int64, torch.int32)
@@ -43,16 +41,6 @@ COUNTS = (
     "cu_seq_lens_q", "cu_seq_lens_k",
 )  # fmt: skip
 OTHERS = ("encoder_", "decoder_", "cross_attention", "pixel_", "image_", "visual_e", "past_")
-# {class: its attribute that multiplies the embeddings of token ids, and not embeddings given}
-SCALES = {"FalconH1Model": "embedding_multiplier"} | dict.fromkeys(
-    ("PegasusEncoder", "MarianEncoder", "BlenderbotSmallEncoder", "MvpEncoder", "MvpDecoder",
-     "Speech2TextDecoder"),
-    "embed_scale",
-)  # fmt: skip
-TABLES = (
-    "wpe", "embed_positions", "position_embeddings", "position_embedding", "pos_embed",
-    "positions_embed",
-)  # fmt: skip
 
 
 def stacks(modules: Mapping[str, nn.Module]) -> dict[str, bool]:
@@ -103,24 +91,6 @@ def _block_holder(modules: Mapping[str, nn.Module], stack: str) -> str:
     return holder if has_forward(modules[holder]) else stack
 
 
-def embedding_of(module: nn.Module) -> str:
-    """Return the name inside `module` of its token embedding.
-
-    Raises:
-        SiteError: it has no token embedding.
-    """
-    wanted = None
-    if hasattr(module, "get_input_embeddings"):
-        try:
-            wanted = module.get_input_embeddings()  # type: ignore[operator]
-        except NotImplementedError as error:  # CANINE hashes characters
-            raise SiteError(f"{type(module).__name__} has no one embedding of tokens") from error
-    for name, part in module.named_modules():
-        if part is wanted or (wanted is None and isinstance(part, nn.Embedding)):
-            return name
-    raise SiteError(f"{type(module).__name__} has no embedding of tokens inside")
-
-
 class _WithPrompt(DeltaLayer):
     """A layer that changes the length of the rows, or depends on this length."""
 
@@ -158,12 +128,12 @@ class PromptLayer(_WithPrompt):
                 where=site.name,
             )
         self.width, self.length, self.strip = kind.out_features, length, strip
-        self.room = _room(site.module)
+        self.room = room(site.module)
         self.scale = scale_of(site.module)
         self.stripper: Handover | None = (
             None  # to strip right after the blocks, as later modules read a single position
         )
-        self.numbered = _numbered(site.module)
+        self.numbered = numbered(site.module)
         self.ids = Handover() if self.numbered else None  # to number the positions by
 
     @property
@@ -255,8 +225,8 @@ class PromptLayer(_WithPrompt):
             given["attention_mask"] = self._mask(module, layout)
         if positions is not None:
             given["position_ids"] = layout.positions(positions)
-        elif ids is not None and (numbering := _numbering(module)) is not None:
-            number, pad = numbering
+        elif ids is not None and (rule := numbering(module)) is not None:
+            number, pad = rule
             given["position_ids"] = number(layout.widened(ids, pad + 1), pad)
         for name in LIKE_FIRST:
             if given.get(name) is not None:
@@ -346,47 +316,6 @@ class PromptLayer(_WithPrompt):
         return others
 
 
-def rows_of(site: Site, embedding: str, config: Any, length: int) -> Tensor:
-    """Return the embeddings [length, width] of the tokens that `config.token_init` names.
-
-    Raises:
-        OptionError: a text without a tokenizer, no tokens, or ids that are not in the vocabulary.
-    """
-    table = site.module.get_submodule(embedding)
-    kind: Any = kind_of(table)
-    chosen, size = config.token_init, kind.in_features
-    if not site.new:
-        return torch.empty(length, kind.out_features, device=site.device)
-    if isinstance(chosen, str):
-        if config.tokenizer is None:
-            raise OptionError(
-                f"token_init={chosen!r} needs tokenizer=..., the folder or name of one; or pass "
-                "token_init=tokenizer(text).input_ids"
-            )
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(config.tokenizer)
-        chosen = tokenizer(chosen, add_special_tokens=False).input_ids
-    ids = list(range(min(length, size))) if chosen is True else list(chosen)
-    if not ids or not 0 <= min(ids) <= max(ids) < size:
-        raise OptionError(
-            f"token_init names {len(ids)} tokens {ids[:5]}; they must be some of the {size} that "
-            f"{embedding!r} in {quoted(site.name)} embeds"
-        )
-    if site.device.type == "meta":
-        return torch.empty(length, kind.out_features, device="meta")
-    index = torch.tensor([ids[i % len(ids)] for i in range(length)])
-    weight: Any = stored(table, "weight")
-    rows = weight.detach()[index.to(weight.device)] * kind.scale * scale_of(site.module)
-    return rows.to(site.device, site.dtype)
-
-
-def scale_of(module: nn.Module) -> float:
-    """Return the factor of the embeddings of token ids that a module applies by itself."""
-    names = (SCALES.get(base.__name__) for base in type(module).__mro__)
-    return next((float(getattr(module, name)) for name in names if name is not None), 1.0)
-
-
 class CrossMask(_WithPrompt):
     """Lets a decoder attend to the prompt, which is part of the encoder's output."""
 
@@ -451,35 +380,3 @@ class Strip(_WithPrompt):
         if self.pooled:
             check_positions(out, full)
         return strip(out, places, full) if calls.hidden(out).size(1) == full else out
-
-
-def _numbering(module: nn.Module) -> tuple[Callable[[Tensor, int], Tensor], int] | None:
-    """Return what makes position ids of token ids and the padding's id; None: nothing does.
-
-    RoBERTa and its kin number the tokens, and not the padding, from the padding's id on.
-    """
-    embeddings: Any = module._modules.get("embeddings")
-    pad = getattr(embeddings, "padding_idx", None)
-    files = [sys.modules.get(base.__module__) for base in type(embeddings).__mro__]
-    owners = (embeddings, *files)
-    number = next((getattr(o, COUNT[0]) for o in owners if hasattr(o, COUNT[0])), None)
-    return None if pad is None or number is None else (number, int(pad))
-
-
-def _numbered(module: nn.Module) -> str:
-    """Return the name of the child that numbers the positions of tokens, not of padding; or ""."""
-    for name, child in module.named_children():
-        counts = any(hasattr(child, count) for count in COUNT)
-        if counts and isinstance(getattr(child, "padding_idx", None), int) and name in TABLES:
-            return name
-    return ""
-
-
-def _room(module: nn.Module) -> int | None:
-    """Return the length of the shortest table of positions in a module; None if it has none."""
-    tables = [
-        part.num_embeddings - int(getattr(part, "offset", 0))
-        for name, part in module.named_modules()
-        if isinstance(part, nn.Embedding) and last(name) in TABLES
-    ]
-    return min(tables, default=None)

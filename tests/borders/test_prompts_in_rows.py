@@ -9,10 +9,10 @@ import transformers as T
 from support.nets import shake, untouched
 
 import opendelta
-from opendelta import LoReftModel, SiteError, SoftPromptModel
-from opendelta._layers.prompt import SCALES
+from opendelta import LoReftModel, PrefixModel, SiteError, SoftPromptModel
+from opendelta._layers.embedding import SCALES
 
-pytestmark = pytest.mark.covers("SoftPromptModel", "SoftPromptConfig.soft_token_num")
+pytestmark = pytest.mark.covers("SoftPromptModel", "SoftPromptConfig.soft_token_num", "PrefixModel")
 
 PROMPT = [7, 9, 11]
 LENGTH = len(PROMPT)
@@ -51,6 +51,9 @@ CLASSES = {
     }),
     "trocr": (T.TrOCRForCausalLM, T.TrOCRConfig, {
         **BART, "use_learned_position_embeddings": False
+    }),
+    "opt": (T.OPTForCausalLM, T.OPTConfig, {
+        **WIDE, "word_embed_proj_dim": 32, "ffn_dim": 48, "max_position_embeddings": 40
     }),
     "falcon_h1": (T.FalconH1ForCausalLM, T.FalconH1Config, {
         **GROUPED, "head_dim": 8, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8,
@@ -211,6 +214,46 @@ def test_a_decoder_attends_to_the_prompt_of_a_padded_encoder_row(left):
     decoder = {"decoder_input_ids": IDS[:, :4]}
     together = model(torch.where(mask == 1, IDS, 0), attention_mask=mask, **decoder).logits
     near(together[1:], model(IDS[1:, tokens], decoder_input_ids=IDS[1:, :4]).logits)
+
+
+def prefix(model):
+    return shake(
+        PrefixModel(model, prefix_token_num=2, mid_dim=4, embed_dim=4, dtype="backbone"), scale=1.0
+    )
+
+
+TURNED = ["llama", "mistral", "gemma3", "gpt_neox", "modernbert", "esm", "opt", "t5"]
+
+
+@pytest.mark.parametrize("deltas", [[prefix], [prefix, put], [put, prefix]])
+@pytest.mark.parametrize("left", [True, False])
+@pytest.mark.parametrize("name", TURNED)
+def test_a_prefix_acts_on_a_padded_row_as_on_the_row_alone(name, left, deltas):
+    model = build(name).double()
+    for delta in deltas:
+        delta(model)
+    mask = torch.ones_like(IDS)
+    tokens = slice(3, None) if left else slice(5)
+    mask[1] = 0
+    mask[1, tokens] = 1
+    decoder = [{}, {}]
+    if name == "t5":
+        decoder = [{"decoder_input_ids": ids[:, :4]} for ids in (IDS, IDS[1:])]
+    ids = torch.where(mask == 1, IDS, model.config.pad_token_id or 0)
+    together = run(model, ids, attention_mask=mask, **decoder[0])[1]
+    alone = run(model, IDS[1:, tokens], **decoder[1])[0]
+    near(together if name == "t5" else together[tokens], alone)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt_neox"])
+def test_a_prefix_acts_on_padded_rows_after_a_cache_as_without(name):
+    model = build(name).double()
+    prefix(model)
+    mask = torch.ones_like(IDS)
+    mask[1, :3] = 0
+    cache = model(IDS[:, :6], attention_mask=mask[:, :6], use_cache=True).past_key_values
+    then = model(IDS[:, 6:], attention_mask=mask, past_key_values=cache).logits
+    near(then[1], model(IDS[1:, 3:]).logits[0, -2:])
 
 
 # ------------------------------------------------------------------------- scales and numberings
