@@ -375,16 +375,15 @@ def check_kind(
     if (kind is not None and kind.name in wanted) or _kinds(backbone, name) & wanted:
         return
     takes = "; ".join(KINDS[k] for k in layer_class.kinds)
-    inside = [
-        other
-        for other in backbone.modules
-        if other != name
-        and other.startswith(f"{name}." if name else "")
-        and _kinds(backbone, other) & (wanted - {"other"})
-    ]
+    start = f"{name}." if name else ""
+    found = [other for other in backbone.modules if other != name and other.startswith(start)]
+    advice = ""
+    if fitting := [n for n in found if _kinds(backbone, n) & (wanted - {"other"})]:
+        advice = f" Inside it there are {', '.join(map(repr, fitting[:4]))}"
+    elif linear := [n for n in found if "linear" in _kinds(backbone, n)]:
+        advice = f" Other methods, such as LoRA, take {', '.join(map(repr, linear[:4]))} inside it"
     raise SiteError(
         f"{quoted(name)} ({type(backbone.modules[name]).__name__}) cannot carry "
-        f"{config.delta_type!r}, which takes: {takes}."
-        + (f" Inside it there are {', '.join(map(repr, inside[:4]))}" if inside else ""),
+        f"{config.delta_type!r}, which takes: {takes}.{advice}",
         where=name,
     )

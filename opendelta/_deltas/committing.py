@@ -7,7 +7,7 @@ import functools
 from .._backbone import sharding
 from .._backbone.backbone import Backbone
 from .._layers import recomputing, selection
-from .._layers.record import Record
+from .._layers.record import Record, of_now
 from .._sites import compile_limit, swap
 from ..errors import to_the_end
 from .base import HANDLES, BaseDelta
@@ -47,7 +47,7 @@ def _announce(placed: Placed) -> None:
     record.shared.records.append(record)
     selection.join(record)
     compile_limit.watch_limit()
-    recomputing.keep(selection.of_now)
+    recomputing.keep(of_now)
     watch_forward(backbone)
     watch_state(backbone, record.shared)
     HANDLES.add(delta)
