@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,8 +16,23 @@ from .._layers.record import Record
 from .._modules.calls import has_forward
 from .._modules.devices import device_and_dtype, is_meta
 from .._sites.stack import Stack
-from ..errors import DeltaError
+from ..errors import DeltaError, OptionError
 from ..names import SLOT, ancestors, dotted, join, parent
+
+
+def check_inputs(option: str, given: Any) -> None:
+    """Raise unless `given` can be the arguments of a model's forward, or is None.
+
+    Args:
+        option: the user's name for it.
+    """
+    by_name = isinstance(given, Mapping) and all(isinstance(key, str) for key in given)
+    by_place = isinstance(given, Sequence) and not isinstance(given, str | bytes)
+    if given is not None and not (by_name or by_place or isinstance(given, Tensor)):
+        raise OptionError(
+            f"{option}={reprlib.repr(given)} must be the arguments of the model's forward: a "
+            "mapping {argument: tensor, ...}, a sequence (tensor, ...) or one tensor"
+        )
 
 
 @dataclass
@@ -42,7 +58,12 @@ class Backbone:
 
     @classmethod
     def of(cls, model: nn.Module, samples: Any = None) -> Backbone:
-        """Walk over the modules of `model` once."""
+        """Walk over the modules of `model` once.
+
+        Raises:
+            OptionError: `samples` are no inputs.
+        """
+        check_inputs("sample_inputs", samples)
         backbone = cls(model, samples=samples)
         seen: set[int] = set()
         todo: list[tuple[str, nn.Module]] = [("", model)]

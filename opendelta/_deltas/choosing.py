@@ -416,11 +416,14 @@ def check_kind(
     if (kind is not None and kind.name in wanted) or _kinds(backbone, name) & wanted:
         return
     takes = "; ".join(KINDS[k] for k in layer_class.kinds)
-    wanted -= {"other"}
-    inner = [n for n in backbone.modules if is_inside(n, name) and _kinds(backbone, n) & wanted]
+    inner = [n for n in backbone.modules if is_inside(n, name)]
+    advice = ""
+    if fitting := [n for n in inner if _kinds(backbone, n) & (wanted - {"other"})]:
+        advice = f" Inside it there are {', '.join(map(repr, fitting[:4]))}"
+    elif linear := [n for n in inner if "linear" in _kinds(backbone, n)]:
+        advice = f" Other methods, such as LoRA, take {', '.join(map(repr, linear[:4]))} inside it"
     raise SiteError(
         f"{quoted(name)} ({type(backbone.modules[name]).__name__}) cannot carry "
-        f"{config.delta_type!r}, which takes: {takes}."
-        + (f" Inside it there are {', '.join(map(repr, inner[:4]))}" if inner else ""),
+        f"{config.delta_type!r}, which takes: {takes}.{advice}",
         where=name,
     )

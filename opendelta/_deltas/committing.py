@@ -8,7 +8,7 @@ from .._backbone import sharding
 from .._backbone.backbone import Backbone
 from .._layers import recomputing, selection
 from .._layers.base import DeltaLayer
-from .._layers.record import Record
+from .._layers.record import Record, of_now
 from .._modules.tensors import lasting
 from .._sites import compile_limit, swap
 from ..errors import to_the_end
@@ -59,7 +59,7 @@ def _announce(placed: Placed) -> None:
     record.shared.records.append(record)
     selection.join(record)
     compile_limit.watch_limit()
-    recomputing.keep(selection.of_now)
+    recomputing.keep(of_now)
     watch_forward(backbone)
     watch_state(backbone, record.shared)
     HANDLES.add(delta)

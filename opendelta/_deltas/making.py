@@ -107,7 +107,7 @@ def _layers(backbone: Backbone, choice: Choice, values: Values) -> dict[str, Del
     made |= _only_new(layer_class.companions(made, backbone.modules, config), made, config)
     if shared is not None:
         around = backbone.innermost_around(list(starts))
-        if around in starts:
+        if around in made:
             made[around].tensors = shared
         else:
             made |= _only_new({around: SharedTensors(shared)}, made, config)

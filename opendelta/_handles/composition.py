@@ -93,7 +93,8 @@ class Composition(Generic[Model]):
         The block belongs to the thread and task that enters it; others see nothing of it. A thread
         that is started inside has the block with a copy of the context:
         `Thread(target=contextvars.copy_context().run, args=(model.generate, ids))`. Activation
-        checkpointing runs the model again as in the forward, wherever `backward()` is called.
+        checkpointing runs the model again as in the forward, wherever `backward()` is called. A
+        copy that is made inside (deepcopy, pickle, a saved folder) keeps the block's choice.
         """
         known = state_dict.all_inside(self.model)
         records = attached_once(self.model) if known is None else known

@@ -240,7 +240,10 @@ class Delta(AsModule):
 
     @with_block
     def disabled(self) -> Iterator[None]:
-        """Disable the delta inside a `with` block, for the thread and task that enters it."""
+        """Disable the delta inside a `with` block, for the thread and task that enters it.
+
+        In a copy that is made inside (deepcopy, pickle, a saved folder) it stays disabled.
+        """
         if self.record.active:
             self.record.require_apart("cannot switch")
         with OpenBlock({self.record: False}):

@@ -23,10 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import SiteError
-from ..names import SLOT
+from ..names import SLOT, ancestors
 from .base import Acts, DeltaLayer, Handover
 from .costs import Flops, counted
 from .site import Heads, Site
+from .tokens import EMBEDDED, arguments, named
 
 NAME = "opendelta|"  # before the name of transformers' own function
 SUPPORTED = ("eager", "sdpa")
@@ -103,6 +104,56 @@ class PrefixLayer(DeltaLayer):
         if self.gate is not None:
             self.open.put(F.logsigmoid(self.gate.logit(_hidden_states(args, kwargs))))
         return call(*args, **kwargs)
+
+    @classmethod
+    def companions(
+        cls, made: Mapping[str, DeltaLayer], modules: Mapping[str, nn.Module], config: Any
+    ) -> dict[str, DeltaLayer]:
+        around = {outer for name in made for outer in [*ancestors(name), ""]}
+        return {
+            name: Places(modules[name]) for name in around
+            if {*arguments(modules[name])} >= {*EMBEDDED, "attention_mask", "position_ids"}
+            and _turns(modules[name])
+        }  # fmt: skip
+
+
+def _turns(module: nn.Module) -> bool:
+    """True if queries and keys are turned by the position ids that the module is given."""
+    return any("Rotary" in type(child).__name__ for child in module.children())
+
+
+class Places(DeltaLayer):
+    """Gives a model that turns queries and keys by position the ids that padding does not shift.
+
+    By themselves such models count padding on the left too. It changes no distance between tokens,
+    but the keys of a prefix are not turned.
+
+    Args:
+        module: the model, which is not kept.
+    """
+
+    acts = Acts.SERVES
+    routes_itself = True
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.arguments = arguments(module)
+
+    @property
+    def watches(self) -> bool:  # type: ignore[override]
+        """Return False if it holds the tensors that the prefixes share."""
+        return not self._modules
+
+    def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        given = named(self.arguments, args, kwargs)
+        tokens = next((given[name] for name in EMBEDDED if given.get(name) is not None), None)
+        mask: Any = given.get("attention_mask")
+        plain = isinstance(mask, Tensor) and mask.ndim == 2
+        if given.get("position_ids") is None and tokens is not None and plain:
+            padding = (mask.cumsum(-1) == 0).sum(-1, keepdim=True)
+            places = torch.arange(mask.size(1), device=mask.device) - padding
+            given["position_ids"] = places.clamp(min=0)[:, -tokens.size(1) :]
+        return call(**given)
 
 
 def _hidden_states(args: tuple, kwargs: dict[str, Any]) -> Tensor:

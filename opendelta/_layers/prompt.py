@@ -7,7 +7,6 @@ too.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
@@ -17,18 +16,18 @@ from torch import Tensor, nn
 from .._modules import calls
 from .._modules.calls import has_forward
 from .._modules.kinds import Embedding, kind_of
-from .._modules.tensors import stored
-from ..errors import OptionError, SiteError, quoted
-from ..names import is_inside, last, parent
+from ..errors import SiteError
+from ..names import is_inside, parent
 from .base import Acts, DeltaLayer, Handover
 from .costs import Flops
+from .embedding import embedding_of, numbered, numbering, room, scale_of
 from .layout import Layout, check_positions, starts, strip
 from .site import Site
 from .tokens import EMBEDDED, Documents, arguments, cache_in, named, noting
 
 TAKES = {"input_ids", "inputs_embeds", "attention_mask"}
-COUNT = "create_position_ids_from_input_ids"
-CROSS = {"encoder_hidden_states", "encoder_attention_mask"}
+STATES = "encoder_hidden_states"
+CROSS = ("encoder_attention_mask", "encoder_padding_mask")
 IDS = (torch.int64, torch.int32)
 POSITIONS = "attention_mask", "position_ids"  # these are widened by rules of their own
 # The prompt gets the values of its document's first token.
@@ -42,10 +41,6 @@ COUNTS = (
     "cu_seq_lens_q", "cu_seq_lens_k",
 )  # fmt: skip
 OTHERS = ("encoder_", "decoder_", "cross_attention", "pixel_", "image_", "visual_e", "past_")
-TABLES = (
-    "wpe", "embed_positions", "position_embeddings", "position_embedding", "pos_embed",
-    "positions_embed",
-)  # fmt: skip
 
 
 def embedders(modules: Mapping[str, nn.Module]) -> dict[str, bool]:
@@ -57,6 +52,12 @@ def embedders(modules: Mapping[str, nn.Module]) -> dict[str, bool]:
     holds = {n for n in takes if _block_lists(modules, n)}
     takes = [n for n in takes if n in holds or not any(is_inside(n, o) for o in takes)]
     inner = [n for n in takes if not any(is_inside(o, n) for o in takes)]
+    decoders = _in_decoders(modules)
+    return {name: id(modules[name]) in decoders for name in inner}
+
+
+def _in_decoders(modules: Mapping[str, nn.Module]) -> set[int]:
+    """Return the ids of the decoders of encoder-decoders, and of all modules inside them."""
     decoders = set()
     for module in modules.values():
         two = getattr(getattr(module, "config", None), "is_encoder_decoder", False)
@@ -64,7 +65,7 @@ def embedders(modules: Mapping[str, nn.Module]) -> dict[str, bool]:
             decoder: Any = module.get_decoder()  # type: ignore[operator]
             if decoder is not module:  # an encoder by itself returns itself
                 decoders |= {id(part) for part in decoder.modules()}
-    return {name: id(modules[name]) in decoders for name in inner}
+    return decoders
 
 
 def _block_lists(modules: Mapping[str, nn.Module], embedder: str) -> list[str]:
@@ -84,24 +85,6 @@ def _block_holder(modules: Mapping[str, nn.Module], embedder: str) -> str:
     biggest = max(lists, key=lambda n: sum(p.numel() for p in modules[n].parameters()))
     holder = parent(biggest)
     return holder if has_forward(modules[holder]) else embedder
-
-
-def embedding_of(module: nn.Module) -> str:
-    """Return the name inside `module` of its token embedding.
-
-    Raises:
-        SiteError: it has no token embedding.
-    """
-    wanted = None
-    if hasattr(module, "get_input_embeddings"):
-        try:
-            wanted = module.get_input_embeddings()  # type: ignore[operator]
-        except NotImplementedError as error:  # CANINE hashes characters
-            raise SiteError(f"{type(module).__name__} has no one embedding of tokens") from error
-    for name, part in module.named_modules():
-        if part is wanted or (wanted is None and isinstance(part, nn.Embedding)):
-            return name
-    raise SiteError(f"{type(module).__name__} has no embedding of tokens inside")
 
 
 class _WithPrompt(DeltaLayer):
@@ -142,10 +125,13 @@ class PromptLayer(_WithPrompt):
                 where=site.name,
             )
         self.width, self.length, self.strip = kind.out_features, length, strip
-        self.room = _room(site.module)
+        self.room = room(site.module)
+        self.scale = scale_of(site.module)
         self.stripper: Handover | None = (
             None  # to strip right after the blocks, as later modules read a single position
         )
+        self.numbered = numbered(site.module)
+        self.ids = Handover() if self.numbered else None  # to number the positions by
 
     @property
     def extra_positions(self) -> int:  # type: ignore[override]
@@ -162,21 +148,27 @@ class PromptLayer(_WithPrompt):
 
     def forward(self, call: Any, *args: Any, **kwargs: Any) -> Any:
         given, module = named(self.arguments, args, kwargs), call.module
+        prompts = self.length + sum(layer.extra_positions for layer in call.beneath)
         ids, embeds = (given.get(name) for name in EMBEDDED)
         tokens: Any = embeds if ids is None else ids
         batch, length = self._check(given, module, tokens)
         documents = Documents(given, batch, length, tokens.device)
         if documents.continued:
-            self._continue(given, length, documents.held or 0)
+            self._continue(given, length, documents.held or 0, prompts)
             return noting(Documents(given, batch, length, tokens.device), call, **given)
         layout = Layout(documents.firsts().expand(batch, -1), self.length, documents.several)
         if embeds is None:
-            embeds = module.get_submodule(self.embedding)(ids)
+            embeds = module.get_submodule(self.embedding)(ids) * self.scale
         prompt = self.prompt() if self.gate is None else self.gate(embeds) * self.prompt()
         self._widen(given, module, layout)
         given["input_ids"] = None
+        if self.ids is not None and ids is not None:
+            pad = module.get_submodule(self.numbered).padding_idx
+            ids = layout.widened(ids, pad + 1)
+            self.ids.put(ids)
+            given["input_ids"] = ids if prompts > self.length else None  # for those beneath
         given["inputs_embeds"] = layout.filled(prompt.type_as(embeds), embeds)
-        self._check_room(given, layout.full, layout.full)
+        self._check_room(given, layout.full, self.length)
         if self.stripper is not None:
             self.stripper.put((layout.slot_of, layout.full))
         documents = Documents(given, batch, layout.full, embeds.device)
@@ -230,8 +222,8 @@ class PromptLayer(_WithPrompt):
             given["attention_mask"] = self._mask(module, layout)
         if positions is not None:
             given["position_ids"] = layout.positions(positions)
-        elif ids is not None and (numbering := _numbering(module)) is not None:
-            number, pad = numbering
+        elif ids is not None and (rule := numbering(module)) is not None:
+            number, pad = rule
             given["position_ids"] = number(layout.widened(ids, pad + 1), pad)
         for name in LIKE_FIRST:
             if given.get(name) is not None:
@@ -254,35 +246,41 @@ class PromptLayer(_WithPrompt):
             f"rows of one call of {type(module).__name__} must pack the same number of documents"
         )
 
-    def _continue(self, given: dict[str, Any], length: int, held: int) -> None:
+    def _continue(self, given: dict[str, Any], length: int, held: int, prompts: int) -> None:
         """Widen the arguments for tokens after those in a cache, which holds the prompt.
 
         Args:
             length: number of new tokens.
             held: number of positions in the cache; 0 if it does not count them.
+            prompts: length of this prompt and of those beneath it, which the cache holds too.
         """
         mask, positions = (given.get(name) for name in POSITIONS)
         if mask is not None:
-            if held and mask.size(1) + self.length != held + length:
+            if held and mask.size(1) + prompts != held + length:
                 self._refuse(
                     f"the cache holds {held} positions, and the mask has {mask.size(1)} columns "
-                    f"for it and {length} more tokens; a cache that was filled with a prompt of "
-                    f"{self.length} must hold {mask.size(1) - length + self.length}"
+                    f"for it and {length} more tokens; a cache that was filled with prompts of "
+                    f"{prompts} must hold {mask.size(1) - length + prompts}"
                 )
             given["attention_mask"] = Layout(starts(mask), self.length).widened(mask, 1)
         if positions is not None:
             given["position_ids"] = positions + self.length
-        self._check_room(given, length, held + length)
+        self._check_room(given, held + length, prompts)
 
-    def _check_room(self, given: dict[str, Any], length: int, total: int) -> None:
-        """Raise if a table of positions is too short."""
+    def _check_room(self, given: dict[str, Any], total: int, prompts: int) -> None:
+        """Raise if a table of positions is too short.
+
+        Args:
+            total: number of positions of prompts and tokens, if no position ids are given.
+            prompts: number of the prompts' positions among them.
+        """
         if self.room is None or torch.compiler.is_compiling():
             return
         positions = given.get("position_ids")
         needed = total if positions is None else int(positions.max()) + 1
         if needed > self.room:
             self._refuse(
-                f"the prompt of {self.length} and {length - self.length} tokens need {needed} "
+                f"the prompt of {prompts} and {total - prompts} tokens need {needed} "
                 f"positions, and the model's table has {self.room}: shorten the one or the other"
             )
 
@@ -294,12 +292,20 @@ class PromptLayer(_WithPrompt):
             name: layer for name, layer in made.items() if isinstance(layer, cls)
         }
         others: dict[str, DeltaLayer] = {}
-        for name, is_decoder in embedders(modules).items():
-            if is_decoder and name not in own and set(arguments(modules[name])) >= CROSS:
+        decoders = _in_decoders(modules)
+        for name, module in modules.items():
+            names = arguments(module)
+            mask = next((mask for mask in CROSS if mask in names), None)
+            takes = {"input_ids", STATES} <= {*names} and mask is not None
+            if takes and id(module) in decoders and name not in own:
                 for layer in own.values():
                     layer.strip = False  # the decoder attends to the prompt
-                    others[name] = CrossMask(arguments(modules[name]), layer.length)
+                    others[name] = CrossMask(names, str(mask), layer.length)
         for name, layer in own.items():
+            if layer.ids is not None:
+                others[f"{name}.{layer.numbered}".lstrip(".")] = Numbered(
+                    arguments(modules[name].get_submodule(layer.numbered)), layer.ids
+                )
             holder = _block_holder(modules, name)
             if layer.strip and holder != name:
                 layer.stripper = Handover()
@@ -307,55 +313,44 @@ class PromptLayer(_WithPrompt):
         return others
 
 
-def rows_of(site: Site, embedding: str, config: Any, length: int) -> Tensor:
-    """Return the embeddings [length, width] of the tokens that `config.token_init` names.
-
-    Raises:
-        OptionError: a text without a tokenizer, no tokens, or ids that are not in the vocabulary.
-    """
-    table = site.module.get_submodule(embedding)
-    kind: Any = kind_of(table)
-    chosen, size = config.token_init, kind.in_features
-    if not site.new:
-        return torch.empty(length, kind.out_features, device=site.device)
-    if isinstance(chosen, str):
-        if config.tokenizer is None:
-            raise OptionError(
-                f"token_init={chosen!r} needs tokenizer=..., the folder or name of one; or pass "
-                "token_init=tokenizer(text).input_ids"
-            )
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(config.tokenizer)
-        chosen = tokenizer(chosen, add_special_tokens=False).input_ids
-    ids = list(range(min(length, size))) if chosen is True else list(chosen)
-    if not ids or not 0 <= min(ids) <= max(ids) < size:
-        raise OptionError(
-            f"token_init names {len(ids)} tokens {ids[:5]}; they must be some of the {size} that "
-            f"{embedding!r} in {quoted(site.name)} embeds"
-        )
-    if site.device.type == "meta":
-        return torch.empty(length, kind.out_features, device="meta")
-    index = torch.tensor([ids[i % len(ids)] for i in range(length)])
-    weight: Any = stored(table, "weight")
-    return (weight.detach()[index.to(weight.device)] * kind.scale).to(site.device, site.dtype)
-
-
 class CrossMask(_WithPrompt):
     """Lets a decoder attend to the prompt, which is part of the encoder's output."""
 
     acts = Acts.SERVES
 
-    def __init__(self, names: list[str], length: int) -> None:
+    def __init__(self, names: list[str], mask: str, length: int) -> None:
         super().__init__()
-        self.arguments, self.length = names, length
+        self.arguments, self.mask, self.length = names, mask, length
 
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         given = named(self.arguments, args, kwargs)
-        states, mask = given.get("encoder_hidden_states"), given.get("encoder_attention_mask")
+        states, mask = given.get(STATES), given.get(self.mask)
         if states is not None and mask is not None and mask.size(-1) < states.size(1):
-            given["encoder_attention_mask"] = Layout(starts(mask), self.length).widened(mask, 1)
+            given[self.mask] = Layout(starts(mask), self.length).widened(mask, 1)
         return call(**given)
+
+
+class Numbered(_WithPrompt):
+    """Lets a module number the positions by token ids, where it is given embeddings instead.
+
+    Args:
+        names: its arguments, the first of which are the token ids.
+        handover: passes the token ids with the prompt's.
+    """
+
+    acts = Acts.SERVES
+
+    def __init__(self, names: list[str], handover: Handover) -> None:
+        super().__init__()
+        self.arguments, self.handover = names, handover
+
+    def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        assert self.handover is not None
+        given, ids = named(self.arguments, args, kwargs), self.handover.take()
+        if ids is None:
+            return call(*args, **kwargs)
+        given.pop("inputs_embeds", None)
+        return call(**{**given, self.arguments[0]: ids})
 
 
 class Strip(_WithPrompt):
@@ -382,25 +377,3 @@ class Strip(_WithPrompt):
         if self.pooled:
             check_positions(out, full)
         return strip(out, slot_of, full) if calls.hidden(out).size(1) == full else out
-
-
-def _numbering(module: nn.Module) -> tuple[Callable[[Tensor, int], Tensor], int] | None:
-    """Return what makes position ids of token ids and the padding's id; None: nothing does.
-
-    RoBERTa and its kin number the tokens, and not the padding, from the padding's id on.
-    """
-    embeddings: Any = module._modules.get("embeddings")
-    pad = getattr(embeddings, "padding_idx", None)
-    files = [sys.modules.get(base.__module__) for base in type(embeddings).__mro__]
-    number = next((getattr(o, COUNT) for o in (embeddings, *files) if hasattr(o, COUNT)), None)
-    return None if pad is None or number is None else (number, int(pad))
-
-
-def _room(module: nn.Module) -> int | None:
-    """Return the length of the shortest table of positions in a module; None if it has none."""
-    tables = [
-        part.num_embeddings - int(getattr(part, "offset", 0))
-        for name, part in module.named_modules()
-        if isinstance(part, nn.Embedding) and last(name) in TABLES
-    ]
-    return min(tables, default=None)

@@ -7,6 +7,7 @@ a whole, independent composition.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -112,3 +113,34 @@ class Record:
                 f"{verb} {self.name!r}: it is merged into the weights of {len(self.merged)} "
                 "modules; call composition(model).unmerge() first"
             )
+
+
+def _state(record: Record, chosen: selection.Selection) -> tuple:
+    """Return all that decides what the layers of a delta compute, but their tensors."""
+    return chosen.acts(record), record.scale, frozenset(record.merged)
+
+
+def of_now(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `function`, which a backward runs again, with just the blocks of this moment open.
+
+    Where it meets a delta whose state is not that of this moment, it raises; see `check_same`.
+    """
+    now = selection.CURRENT.get()
+    then = {each: _state(each, now) for shared in list(BACKBONES) for each in shared.records}
+    return selection.within(now.blocks, function, then)
+
+
+def check_same(record: Record, chosen: selection.Selection) -> None:
+    """Raise if a delta's state is not that of the first run, while a forward runs again.
+
+    Raises:
+        DeltaError: the gradients would not be those of the forward.
+    """
+    assert chosen.then is not None
+    if chosen.then.get(record) != _state(record, chosen):
+        raise DeltaError(
+            f"{record.name!r} was attached, enabled, disabled, scaled, merged or unmerged between "
+            "a forward and its backward, which runs the forward again (activation checkpointing): "
+            "its gradients would be others. Call backward() before, or choose deltas in a block of "
+            "only() or disabled() around the forward"
+        )

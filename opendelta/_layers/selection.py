@@ -72,7 +72,10 @@ class Selection:
         blocks: the open blocks, in the order in which they began.
         active, routers, factors: the choices of all blocks. A delta that is not in `active` may
             have been attached since: see `acts`.
+        then: while a forward runs again, {record: its state in the first run}; else None.
     """
+
+    then: dict[Any, Any] | None = None
 
     def __init__(self, blocks: tuple[OpenBlock, ...] = ()) -> None:
         self.take(blocks)
@@ -129,22 +132,25 @@ def join(record: Any) -> None:
             block.active.setdefault(record, record.enabled)
 
 
-def within(blocks: tuple[OpenBlock, ...], function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `function`, with just these blocks open while it runs, in whatever thread."""
+def within(
+    blocks: tuple[OpenBlock, ...], function: Callable[..., Any], then: dict[Any, Any] | None = None
+) -> Callable[..., Any]:
+    """Return `function`, with just these blocks open while it runs, in whatever thread.
+
+    Args:
+        then: see `Selection`.
+    """
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        token = CURRENT.set(Selection(blocks))
+        selection = Selection(blocks)
+        selection.then = then
+        token = CURRENT.set(selection)
         try:
             return function(*args, **kwargs)
         finally:
             CURRENT.reset(token)
 
     return run
-
-
-def of_now(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `function`, with just the blocks of this moment open while it runs."""
-    return within(CURRENT.get().blocks, function)
 
 
 def in_context(find: Callable[[Any, Any], Any]) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import re
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,11 +20,13 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..errors import SiteError, quoted
 from ..names import ancestors
+from ..names import last as last_step
 from . import recomputing
 from .base import Acts, DeltaLayer
 
 READS = {"input_ids", "attention_mask"}
 EMBEDDED = ("input_ids", "inputs_embeds")
+TOKENS_FIRST = ("FSMTEncoder", "FSMTDecoder", "XLNetModel")
 CACHES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_states", "cache")
 
 
@@ -355,7 +358,8 @@ class Tokens:
         elif h.size(-2) != documents.length or (h.ndim > 2 and h.size(0) != documents.batch):
             self._refuse(
                 f"has an output of the shape {tuple(h.shape)} for {documents.batch} rows of "
-                f"{documents.length} tokens, which does not show the tokens"
+                f"{documents.length} tokens, which does not show the tokens: choose "
+                f"{_block(self.where)}or all tokens, first=None and last=None"
             )
         return documents.chosen(first, last).to(h.device)
 
@@ -378,13 +382,34 @@ class Tokens:
         raise SiteError(f"first= and last=: {self.where!r} {why}", where=self.where)
 
 
+def _block(where: str) -> str:
+    """Return advice to choose the block around a module, or ""."""
+    numbered = [name for name in ancestors(where) if last_step(name).isdigit()]
+    if not numbered or numbered[-1] == where:
+        return ""
+    block, number = numbered[-1], last_step(numbered[-1])
+    pattern = f"[r]^{re.escape(block.removesuffix(number))}\\d+$"
+    return f"the block around it, such as by modified_modules=[{pattern!r}], "
+
+
 def notes_for(
     made: Mapping[str, DeltaLayer], modules: Mapping[str, nn.Module], last: bool
 ) -> dict[str, DeltaLayer]:
-    """Return `Notes` for the innermost module with token ids around each layer in `made`."""
+    """Return `Notes` for the innermost module with token ids around each layer in `made`.
+
+    Raises:
+        SiteError: the modules around a layer put the tokens before the rows.
+    """
     found: dict[str, DeltaLayer] = {}
     for name in made:
         outer = [*ancestors(name), ""][1:]
+        for kind in (type(modules[o]) for o in outer):
+            if any(base.__name__ in TOKENS_FIRST for base in kind.__mro__):
+                raise SiteError(
+                    f"first= and last=: {name!r} is inside {kind.__name__}, where hidden states "
+                    "are [length, batch, width]: choose all tokens, first=None and last=None",
+                    where=name,
+                )
         around = next((o for o in outer if set(arguments(modules[o])) >= READS), None)
         if around is not None and around not in made:
             found[around] = Notes(modules[around], around, last)

@@ -18,6 +18,7 @@ from torch import nn
 
 from .._layers import low_rank
 from .._layers.base import Acts, DeltaLayer, Params
+from .._layers.record import check_same
 from .._layers.selection import CURRENT, OpenBlock, Selection, in_context, within
 from .._modules import tensors
 from ..errors import SiteError, to_the_end
@@ -82,6 +83,9 @@ class Stack(nn.ModuleDict):
             if active and not (steps and self.holds(name)):
                 acting.append(layer)
                 ran.add(name)
+        if selection.then is not None:
+            for layer in self._modules.values():
+                check_same(layer.record, selection)  # type: ignore[arg-type]
         return acting
 
     @property

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from .._backbone import shapes, sharding
-from .._backbone.backbone import Backbone
+from .._backbone.backbone import Backbone, check_inputs
 from .._backbone.heads import advice, untrained
 from .._backbone.inputs import Samples, of_samples
 from .._backbone.shapes import PROBING
@@ -162,6 +162,7 @@ def check(
 
     Raises:
         DeltaError: `model` carries no delta, or `optimizer` is no optimizer.
+        OptionError: `batch` or `sample_inputs` are no arguments.
         SiteError: FSDP2 will refuse the model: a group trains parameters of two dtypes.
 
     Example:
@@ -259,6 +260,7 @@ def _run(
     Args:
         changed: gets the names of the modules whose buffers the forward changed.
     """
+    check_inputs("batch", batch)
     why = _no_backward(backbone)
     results: list[Any] = []
 

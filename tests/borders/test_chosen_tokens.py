@@ -3,12 +3,13 @@
 The models have one block, so that a change of one token after it is seen at this token alone.
 """
 
+import re
 import threading
 
 import pytest
 import torch
 import transformers as T
-from support.nets import shake
+from support.nets import shake, untouched
 
 import opendelta
 from opendelta import LoReftModel, SiteError
@@ -223,6 +224,55 @@ def test_states_of_unknown_tokens_are_refused_or_need_a_mask():
         out = model(IDS[:, :11], use_cache=True)
         found = model(IDS[:, 11:], cache_params=out.cache_params, attention_mask=IDS > 0)
     torch.testing.assert_close(found.last_hidden_state, full, atol=1e-5, rtol=0)
+
+
+# --------------------------------------------------------------- modules that do not show the rows
+EXPERTS = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
+FLAT = {
+    "opt": lambda: T.OPTModel(T.OPTConfig(word_embed_proj_dim=32, ffn_dim=48, **WIDE)),
+    "llama4": lambda: T.Llama4TextModel(
+        T.Llama4TextConfig(num_local_experts=2, intermediate_size_mlp=48, **HEAD)
+    ),
+    "qwen2_moe": lambda: T.Qwen2MoeModel(
+        T.Qwen2MoeConfig(shared_expert_intermediate_size=16, **EXPERTS, **CAUSAL)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FLAT)
+def test_where_tokens_of_all_rows_are_in_one_list_the_message_names_the_block(name):
+    torch.manual_seed(0)
+    model, ids = FLAT[name]().eval(), IDS.view(3, 4)
+    delta = put(model, None)
+    with pytest.raises(SiteError, match=r"\(12, 32\) for 3 rows of 4 tokens.* the block") as error:
+        model(ids)
+    pattern = re.search(r"modified_modules=\['(.*)'\], or all", str(error.value))[1]
+    delta.detach()
+    put(model, [pattern.replace("\\\\", "\\")], name="block")
+    together = model(ids).last_hidden_state
+    alone = torch.cat([model(row[None]).last_hidden_state for row in ids])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
+
+
+BART = {
+    "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("modules", [None, [r"[r]layers?\.0"]])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: T.FSMTModel(T.FSMTConfig(src_vocab_size=60, tgt_vocab_size=60, **BART)),
+        lambda: T.XLNetModel(T.XLNetConfig(vocab_size=60, d_model=32, n_layer=1, n_head=4)),
+    ],
+)
+def test_tokens_before_rows_are_refused_by_name_when_attaching(make, modules):
+    model = make()
+    with untouched(model), pytest.raises(SiteError, match=r"are \[length, batch, width\]"):
+        put(model, modules)
+    put(model, modules, first=None)
 
 
 # ------------------------------------------------------------------------------------ recomputation

@@ -1,13 +1,18 @@
 """Soft prompts in rows with padding, packed documents and caches: as their tokens written there."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 import transformers as T
 from support.nets import shake, untouched
 
-from opendelta import LoReftModel, SiteError, SoftPromptModel
+import opendelta
+from opendelta import LoReftModel, PrefixModel, SiteError, SoftPromptModel
+from opendelta._layers.embedding import SCALES
 
-pytestmark = pytest.mark.covers("SoftPromptModel", "SoftPromptConfig.soft_token_num")
+pytestmark = pytest.mark.covers("SoftPromptModel", "SoftPromptConfig.soft_token_num", "PrefixModel")
 
 PROMPT = [7, 9, 11]
 LENGTH = len(PROMPT)
@@ -22,7 +27,39 @@ T5 = {
     "vocab_size": 60, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4,
     "dropout_rate": 0.0, "pad_token_id": 0, "decoder_start_token_id": 0, "eos_token_id": None,
 }  # fmt: skip
+BART = {
+    "vocab_size": 60, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1,
+    "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48, "max_position_embeddings": 40, "scale_embedding": True, "init_std": 0.2,
+    "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": None, "decoder_start_token_id": 2,
+    "forced_eos_token_id": None,
+}  # fmt: skip
 CLASSES = {
+    "marian": (T.MarianMTModel, T.MarianConfig, BART),
+    "pegasus": (T.PegasusForConditionalGeneration, T.PegasusConfig, BART),
+    "mvp": (T.MvpForConditionalGeneration, T.MvpConfig, BART),
+    "blenderbot_small": (
+        T.BlenderbotSmallForConditionalGeneration, T.BlenderbotSmallConfig, BART
+    ),
+    "bart": (T.BartForConditionalGeneration, T.BartConfig, BART),
+    "m2m_100": (T.M2M100ForConditionalGeneration, T.M2M100Config, BART),
+    "nllb_moe": (T.NllbMoeForConditionalGeneration, T.NllbMoeConfig, {
+        **BART, "num_experts": 2, "encoder_sparse_step": 0, "decoder_sparse_step": 0
+    }),
+    "fsmt": (T.FSMTForConditionalGeneration, T.FSMTConfig, {
+        **BART, "src_vocab_size": 60, "tgt_vocab_size": 60, "langs": ["en", "de"]
+    }),
+    "trocr": (T.TrOCRForCausalLM, T.TrOCRConfig, {
+        **BART, "use_learned_position_embeddings": False
+    }),
+    "opt": (T.OPTForCausalLM, T.OPTConfig, {
+        **WIDE, "word_embed_proj_dim": 32, "ffn_dim": 48, "max_position_embeddings": 40
+    }),
+    "falcon_h1": (T.FalconH1ForCausalLM, T.FalconH1Config, {
+        **GROUPED, "head_dim": 8, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8,
+        "mamba_d_state": 4, "embedding_multiplier": 5.0, "mamba_chunk_size": 8,
+        "num_hidden_layers": 1,
+    }),
     "llama": (T.LlamaForCausalLM, T.LlamaConfig, GROUPED),
     "mistral": (T.MistralForCausalLM, T.MistralConfig, {**GROUPED, "sliding_window": 6}),
     "qwen3": (T.Qwen3ForCausalLM, T.Qwen3Config, HEAD),
@@ -177,6 +214,133 @@ def test_a_decoder_attends_to_the_prompt_of_a_padded_encoder_row(left):
     decoder = {"decoder_input_ids": IDS[:, :4]}
     together = model(torch.where(mask == 1, IDS, 0), attention_mask=mask, **decoder).logits
     near(together[1:], model(IDS[1:, tokens], decoder_input_ids=IDS[1:, :4]).logits)
+
+
+def prefix(model):
+    return shake(
+        PrefixModel(model, prefix_token_num=2, mid_dim=4, embed_dim=4, dtype="backbone"), scale=1.0
+    )
+
+
+TURNED = ["llama", "mistral", "gemma3", "gpt_neox", "modernbert", "esm", "opt", "t5"]
+
+
+@pytest.mark.parametrize("deltas", [[prefix], [prefix, put], [put, prefix]])
+@pytest.mark.parametrize("left", [True, False])
+@pytest.mark.parametrize("name", TURNED)
+def test_a_prefix_acts_on_a_padded_row_as_on_the_row_alone(name, left, deltas):
+    model = build(name).double()
+    for delta in deltas:
+        delta(model)
+    mask = torch.ones_like(IDS)
+    tokens = slice(3, None) if left else slice(5)
+    mask[1] = 0
+    mask[1, tokens] = 1
+    decoder = [{}, {}]
+    if name == "t5":
+        decoder = [{"decoder_input_ids": ids[:, :4]} for ids in (IDS, IDS[1:])]
+    ids = torch.where(mask == 1, IDS, model.config.pad_token_id or 0)
+    together = run(model, ids, attention_mask=mask, **decoder[0])[1]
+    alone = run(model, IDS[1:, tokens], **decoder[1])[0]
+    near(together if name == "t5" else together[tokens], alone)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt_neox"])
+def test_a_prefix_acts_on_padded_rows_after_a_cache_as_without(name):
+    model = build(name).double()
+    prefix(model)
+    mask = torch.ones_like(IDS)
+    mask[1, :3] = 0
+    cache = model(IDS[:, :6], attention_mask=mask[:, :6], use_cache=True).past_key_values
+    then = model(IDS[:, 6:], attention_mask=mask, past_key_values=cache).logits
+    near(then[1], model(IDS[1:, 3:]).logits[0, -2:])
+
+
+# ------------------------------------------------------------------------- scales and numberings
+SCALED = ["marian", "pegasus", "mvp", "blenderbot_small", "fsmt", "m2m_100", "bart", "falcon_h1"]
+
+
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("name", SCALED)
+def test_embeddings_are_scaled_as_the_model_scales_them(name, given):
+    model = build(name).double()
+    decoder = {} if name == "falcon_h1" else {"decoder_input_ids": IDS[:, :4]}
+    masks = [{"attention_mask": torch.ones_like(ids)} if given else {} for ids in (WRITTEN, IDS)]
+    expected = model(WRITTEN, **decoder, **masks[0]).logits
+    put(model, dtype="backbone")
+    found = model(IDS, **decoder, **masks[1]).logits
+    near(found, expected if decoder else expected[:, LENGTH:])
+
+
+def test_all_classes_that_scale_token_ids_alone_are_known():
+    scaled = re.compile(r"\(input_ids\) \* self\.(\w+)")
+    both = re.compile(r"inputs_embeds \* self\.")
+    found = set()
+    for file in Path(T.__file__).parent.glob("models/*/modeling_*.py"):
+        for body in re.split(r"^class ", file.read_text(), flags=re.MULTILINE):
+            takes = re.search(r"inputs_embeds(: |=None)", body)
+            if takes and scaled.search(body) and not both.search(body):
+                found.add((body.partition("(")[0], scaled.search(body)[1]))
+    assert found == set(SCALES.items())
+
+
+@pytest.mark.parametrize("left", [True, False])
+@pytest.mark.parametrize("name", ["fsmt", "m2m_100", "nllb_moe", "trocr"])
+def test_positions_are_numbered_by_the_tokens_that_are_no_padding(name, left):
+    model = build(name)
+    model.get_input_embeddings().weight.data[1] = 1.0  # FSMT takes zeros for padding
+    put(model)
+    mask = torch.ones_like(IDS)
+    tokens = slice(3, None) if left else slice(5)
+    mask[1] = 0
+    mask[1, tokens] = 1
+    decoder = {} if name == "trocr" else {"decoder_input_ids": IDS[:, :4]}
+    together = model(torch.where(mask == 1, IDS, 1), attention_mask=mask, **decoder).logits[1]
+    row = {"decoder_input_ids": IDS[1:, :4]} if decoder else {}
+    near(together if decoder else together[tokens], model(IDS[1:, tokens], **row).logits[0])
+
+
+# -------------------------------------------------------------------------------------- two prompts
+OTHER = [20, 21]
+TWO = ["llama", "mistral", "gpt_neox", "gpt2", "bloom", "mamba", "m2m_100", "bart", "t5"]
+
+
+@pytest.mark.parametrize("off", [None, "a", "b"])
+@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize("name", TWO)
+def test_two_prompts_of_padded_rows_with_a_cache_are_as_their_tokens_written(name, beams, off):
+    model = build(name)
+    if name != "bloom":  # its mask overflows in float64
+        model = model.double()
+    prompts = {"a": PROMPT, "b": OTHER}
+    deltas = {
+        key: SoftPromptModel(
+            model, soft_token_num=len(ids), token_init=ids, name=key, dtype="backbone"
+        )
+        for key, ids in prompts.items()
+    }
+    options = {"max_new_tokens": 4, "do_sample": False, "num_beams": beams, "use_cache": True}
+    options |= {"output_scores": True, "return_dict_in_generate": True}
+    mask = torch.ones_like(IDS)
+    left = name != "bart"  # its positions count padding
+    tokens = slice(3, None) if left else slice(5)
+    mask[1] = 0
+    mask[1, tokens] = 1
+    ids = torch.where(mask == 1, IDS, model.config.pad_token_id or 0)
+    acting = [key for key in prompts if key != off]
+    with opendelta.composition(model).only(*acting):
+        found = model.generate(ids, attention_mask=mask, **options)
+        with opendelta.route(model, [acting, acting], repeats=beams):
+            routed = model.generate(ids, attention_mask=mask, **options)
+    assert torch.equal(routed.sequences, found.sequences)
+    written = [token for key in acting for token in prompts[key]]
+    for row, part in enumerate((slice(None), tokens)):
+        one = torch.cat([torch.tensor([written]), IDS[row : row + 1, part]], 1)
+        with deltas["a"].disabled(), deltas["b"].disabled():
+            alone = model.generate(one, attention_mask=torch.ones_like(one), **options)
+        for new, old in zip(found.scores, alone.scores, strict=True):
+            near(new[row * beams], old[0])
+        assert torch.equal(found.sequences[row, -4:], alone.sequences[0, -4:])
 
 
 # ------------------------------------------------------------------------------------------ packing

@@ -7,7 +7,14 @@ from support.nets import shake
 from torch import nn
 
 import opendelta
-from opendelta import AdapterModel, AutoDeltaModel, ParallelAdapterModel, PrefixModel, SiteError
+from opendelta import (
+    AdapterModel,
+    AutoDeltaModel,
+    OptionError,
+    ParallelAdapterModel,
+    PrefixModel,
+    SiteError,
+)
 from opendelta._backbone.backbone import Backbone
 from opendelta._backbone.shapes import widths
 
@@ -104,7 +111,8 @@ def test_default_places_are_found_run_and_act(name, cls):
     before = opendelta.snapshot(model)
     delta = cls(model)
     sites = [where for where in delta.layers if "deltas" not in where]
-    assert len([w for w in sites if type(delta.layers[w]).__name__ != "SharedTensors"]) == expected
+    helps = ("SharedTensors", "Places")
+    assert len([w for w in sites if type(delta.layers[w]).__name__ not in helps]) == expected
     if inputs is not None:
         shake(delta)
         changed = outputs(model, inputs)
@@ -173,6 +181,34 @@ def test_sample_inputs_are_taken_by_each_verb(tmp_path):
     for read in (AdapterModel.from_finetuned, AutoDeltaModel.from_finetuned, opendelta.load):
         read(tmp_path, model, check_backbone=False, sample_inputs=SAMPLES)
     assert len(opendelta.composition(model).names) == 4
+
+
+@pytest.mark.covers("plan", "check", "AutoDeltaModel", "load")
+@pytest.mark.parametrize("wrong", [5, 2.5, "tokens", {3: torch.zeros(2)}, {"x"}, object()])
+def test_what_are_no_inputs_is_refused_by_each_verb(tmp_path, wrong):
+    model = ByValues()
+    delta = AdapterModel(model, modified_modules=["inner"], sample_inputs=SAMPLES)
+    delta.freeze_module()
+    delta.save_finetuned(tmp_path)
+    config, more = delta.config, {"check_backbone": False, "sample_inputs": wrong}
+    fresh = ByValues()
+    before = opendelta.snapshot(fresh)
+    calls = [
+        lambda: AdapterModel(fresh, modified_modules=["inner"], sample_inputs=wrong),
+        lambda: AdapterModel.from_config(config, fresh, sample_inputs=wrong),
+        lambda: AutoDeltaModel.from_config(config, fresh, sample_inputs=wrong),
+        lambda: AdapterModel.from_finetuned(tmp_path, fresh, **more),
+        lambda: AutoDeltaModel.from_finetuned(tmp_path, fresh, **more),
+        lambda: opendelta.load(tmp_path, fresh, **more),
+        lambda: opendelta.plan(fresh, config, sample_inputs=wrong),
+        lambda: opendelta.check(model, sample_inputs=wrong),
+    ]
+    for call in calls:
+        with pytest.raises(OptionError, match=r"sample_inputs=.* must be the arguments of the mod"):
+            call()
+    with pytest.raises(OptionError, match=r"batch=.* must be the arguments of the model's forward"):
+        opendelta.check(model, wrong)
+    opendelta.assert_pristine(fresh, like=before)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 import opendelta
-from opendelta import AdapterModel, LoraModel, composition
+from opendelta import AdapterModel, DeltaError, LoraModel, composition
 from opendelta._deltas.registry import METHODS
 from opendelta._layers.selection import CURRENT
 
@@ -357,6 +357,22 @@ def test_a_copy_made_inside_acts_as_its_model_does_there(model, how):
     assert close(model(X), by_hand(model, "abc"))
 
 
+def test_a_folder_saved_inside_keeps_the_choice_of_the_block(model, tmp_path):
+    composed = composition(model)
+    for module in model:
+        module.weight.requires_grad_(False)
+        module.bias.requires_grad_(False)
+    with composed.only("b"):
+        composed.save(tmp_path / "only")
+    with composed["a"].disabled():
+        composed.save(tmp_path / "disabled")
+    for folder, acting in (("only", "b"), ("disabled", "bc")):
+        twin = Checkpointed(nn.Linear(6, 6), nn.Linear(6, 4)).double()
+        twin.load_state_dict(model.state_dict(), strict=False)
+        opendelta.load(tmp_path / folder, twin)
+        assert close(twin(X), by_hand(model, acting))
+
+
 def test_a_delta_that_is_merged_inside_a_block_stays_merged_and_active(model):
     composed, expected = composition(model), by_hand(model, "ab")
     composed["a"].disable()
@@ -534,6 +550,67 @@ def test_a_forward_outside_of_blocks_runs_again_outside_of_blocks(model, reentra
     expected = gradients(model, after)
     model.mode = reentrant
     assert all(map(close, gradients(model, inside_another(model)), expected))
+
+
+CHANGES = {
+    "disable": lambda delta: delta.disable(),
+    "scale": lambda delta: setattr(delta, "scale", 3.0),
+    "merge": lambda delta: composition(delta.backbone_model).merge(),
+    "attach": lambda delta: LoraModel(delta.backbone_model, modified_modules=["1"], lora_r=2),
+}
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_state_that_changed_before_the_forward_runs_again_is_refused(model, change, reentrant):
+    model.mode = reentrant
+
+    def backward(loss):
+        CHANGES[change](composition(model)["b"])
+        loss.backward()
+
+    with pytest.raises(DeltaError, match="between a forward and its backward"):
+        gradients(model, backward)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_state_that_is_as_before_or_of_another_model_changes_no_gradient(model, reentrant):
+    expected = gradients(model, after)
+    other = loras(Checkpointed(nn.Linear(6, 6), nn.Linear(6, 4)).double())
+    model.mode = reentrant
+    composed = composition(model)
+
+    def backward(loss):
+        composition(other)["a"].disable()
+        composition(other)["b"].scale = 2.0
+        composed["a"].disable()
+        composed["b"].scale = 5.0
+        model(X)
+        composed["a"].enable()
+        composed["b"].scale = 1.0
+        composed.merge()
+        composed.unmerge()
+        loss.backward()
+
+    assert all(map(close, gradients(model, backward), expected))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_block_around_the_forward_outlasts_a_change_of_what_it_chose(model, reentrant):
+    model.mode = reentrant
+    right = torch.autograd.grad(
+        by_hand(model, "a").pow(2).sum(), list(model.parameters()), allow_unused=True
+    )
+    pairs = zip(model.parameters(), right, strict=True)
+    expected = [torch.zeros_like(p) if g is None else g for p, g in pairs]
+
+    def backward(loss):
+        composition(model)["a"].disable()
+        loss.backward()
+
+    assert all(
+        map(close, gradients(model, backward, lambda: composition(model).only("a")), expected)
+    )
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

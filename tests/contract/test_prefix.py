@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from support.nets import shake, untouched
 from torch import nn
 
 import opendelta
-from opendelta import PrefixModel, SiteError
+from opendelta import LoraModel, PrefixModel, SiteError
 
 pytestmark = pytest.mark.covers(
     "PrefixModel", "PrefixConfig.prefix_token_num", "PrefixConfig.reparameterize"
@@ -401,6 +402,37 @@ def test_attention_with_an_equation_of_its_own_is_refused():
     model = transformers.DebertaV2Model(config)
     with untouched(model), pytest.raises(SiteError, match="attention interface"):
         PrefixModel(model, modified_modules=["attention.self"])
+
+
+SERIES = {
+    "prediction_length": 4, "context_length": 8, "lags_sequence": [1], "d_model": 16,
+    "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16,
+    "num_time_features": 1,
+}  # fmt: skip
+SOUND = {
+    "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48,
+    "conv_dim": [8, 8], "conv_stride": [2, 2], "conv_kernel": [3, 3], "num_feat_extract_layers": 2,
+    "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("places", [None, ["encoder"]])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: transformers.WavLMModel(transformers.WavLMConfig(**SOUND)),
+        lambda: transformers.InformerModel(transformers.InformerConfig(**SERIES)),
+        lambda: transformers.AutoformerModel(transformers.AutoformerConfig(**SERIES)),
+    ],
+)
+def test_the_refusal_names_what_other_methods_take(make, places):
+    model = make()
+    refusal = r"'encoder.* \(\w+\) cannot carry 'prefix', which takes: .* LoRA, take 'encoder\..*'"
+    with untouched(model), pytest.raises(SiteError, match=refusal) as error:
+        PrefixModel(model, modified_modules=places)
+    named = re.findall(r"'([\w.]+)'", str(error.value).partition("take ")[2])
+    LoraModel(model, modified_modules=[f"[r]^{re.escape(name)}$" for name in named])
 
 
 def use(model, implementation):

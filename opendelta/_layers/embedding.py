@@ -1,0 +1,121 @@
+"""How models embed token ids: by what they scale them, and how they number the positions."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._modules.kinds import kind_of
+from .._modules.tensors import stored
+from ..errors import OptionError, SiteError, quoted
+from ..names import last
+from .site import Site
+
+COUNT = "create_position_ids_from_input_ids", "make_positions"
+# {class: its attribute that multiplies the embeddings of token ids, and not embeddings given}
+SCALES = {"FalconH1Model": "embedding_multiplier"} | dict.fromkeys(
+    ("PegasusEncoder", "MarianEncoder", "BlenderbotSmallEncoder", "MvpEncoder", "MvpDecoder",
+     "Speech2TextDecoder"),
+    "embed_scale",
+)  # fmt: skip
+TABLES = (
+    "wpe", "embed_positions", "position_embeddings", "position_embedding", "pos_embed",
+    "positions_embed",
+)  # fmt: skip
+
+
+def embedding_of(module: nn.Module) -> str:
+    """Return the name inside `module` of its token embedding.
+
+    Raises:
+        SiteError: it has no token embedding.
+    """
+    wanted = None
+    if hasattr(module, "get_input_embeddings"):
+        try:
+            wanted = module.get_input_embeddings()  # type: ignore[operator]
+        except NotImplementedError as error:  # CANINE hashes characters
+            raise SiteError(f"{type(module).__name__} has no one embedding of tokens") from error
+    for name, part in module.named_modules():
+        if part is wanted or (wanted is None and isinstance(part, nn.Embedding)):
+            return name
+    raise SiteError(f"{type(module).__name__} has no embedding of tokens inside")
+
+
+def rows_of(site: Site, embedding: str, config: Any, length: int) -> Tensor:
+    """Return the embeddings [length, width] of the tokens that `config.token_init` names.
+
+    Raises:
+        OptionError: a text without a tokenizer, no tokens, or ids that are not in the vocabulary.
+    """
+    table = site.module.get_submodule(embedding)
+    kind: Any = kind_of(table)
+    chosen, size = config.token_init, kind.in_features
+    if not site.new:
+        return torch.empty(length, kind.out_features, device=site.device)
+    if isinstance(chosen, str):
+        if config.tokenizer is None:
+            raise OptionError(
+                f"token_init={chosen!r} needs tokenizer=..., the folder or name of one; or pass "
+                "token_init=tokenizer(text).input_ids"
+            )
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(config.tokenizer)
+        chosen = tokenizer(chosen, add_special_tokens=False).input_ids
+    ids = list(range(min(length, size))) if chosen is True else list(chosen)
+    if not ids or not 0 <= min(ids) <= max(ids) < size:
+        raise OptionError(
+            f"token_init names {len(ids)} tokens {ids[:5]}; they must be some of the {size} that "
+            f"{embedding!r} in {quoted(site.name)} embeds"
+        )
+    if site.device.type == "meta":
+        return torch.empty(length, kind.out_features, device="meta")
+    index = torch.tensor([ids[i % len(ids)] for i in range(length)])
+    weight: Any = stored(table, "weight")
+    rows = weight.detach()[index.to(weight.device)] * kind.scale * scale_of(site.module)
+    return rows.to(site.device, site.dtype)
+
+
+def scale_of(module: nn.Module) -> float:
+    """Return the factor of the embeddings of token ids that a module applies by itself."""
+    names = (SCALES.get(base.__name__) for base in type(module).__mro__)
+    return next((float(getattr(module, name)) for name in names if name is not None), 1.0)
+
+
+def numbering(module: nn.Module) -> tuple[Callable[[Tensor, int], Tensor], int] | None:
+    """Return what makes position ids of token ids and the padding's id; None: nothing does.
+
+    RoBERTa and its kin number the tokens, and not the padding, from the padding's id on.
+    """
+    embeddings: Any = module._modules.get("embeddings")
+    pad = getattr(embeddings, "padding_idx", None)
+    files = [sys.modules.get(base.__module__) for base in type(embeddings).__mro__]
+    owners = (embeddings, *files)
+    number = next((getattr(o, COUNT[0]) for o in owners if hasattr(o, COUNT[0])), None)
+    if pad is None or number is None or "position_embeddings" not in embeddings._modules:
+        return None  # ESM may turn queries and keys by position instead
+    return number, int(pad)
+
+
+def numbered(module: nn.Module) -> str:
+    """Return the name of the child that numbers the positions of tokens, not of padding; or ""."""
+    for name, child in module.named_children():
+        counts = any(hasattr(child, count) for count in COUNT)
+        if counts and isinstance(getattr(child, "padding_idx", None), int) and name in TABLES:
+            return name
+    return ""
+
+
+def room(module: nn.Module) -> int | None:
+    """Return the length of the shortest table of positions in a module; None if it has none."""
+    tables = [
+        part.num_embeddings - int(getattr(part, "offset", 0))
+        for name, part in module.named_modules()
+        if isinstance(part, nn.Embedding) and last(name) in TABLES
+    ]
+    return min(tables, default=None)
