@@ -10,29 +10,30 @@ from pathlib import Path
 
 from .._deltas.base import BaseDelta
 from .._files.folder import OWN, own_version
-from .._files.reading import readable
+from .._files.reading import as_path, readable
 from .._show.tree import tree
-from ..errors import DeltaLoadError, OptionError
+from ..errors import DeltaLoadError, OptionError, shown
 from .saving import save
 
 FILES = ("*.json", "*.safetensors", "*.bin")
 
 
-def folder_of(path: str | os.PathLike, local_files_only: bool = False) -> Path:
+def folder_of(
+    path: str | os.PathLike, local_files_only: bool = False, argument: str = "folder"
+) -> Path:
     """Return the local folder of `path`: the path itself, or the download of "user/name".
 
     A text that starts with "./", "../", "/" or "~" is a path, and no name on the hub.
+
+    Args:
+        argument: the name of the argument that is `path`, for messages.
 
     Raises:
         OptionError: `path` is neither a path nor a name.
         DeltaLoadError: there is no such folder here, and no such name on the hub.
     """
-    if not isinstance(path, str | os.PathLike):
-        raise OptionError(
-            f"a folder must be a path or 'user/name' on the hub, not a {type(path).__name__}; the "
-            "folder comes first, then the model"
-        )
-    folder = Path(path)
+    order = ", or 'user/name' on the hub; the folder comes first, then the model"
+    folder = as_path(path, argument, hint=order)
     named = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path))
     with readable(folder):
         if folder.exists() or not named or str(path).startswith(("./", "../")):
@@ -115,6 +116,8 @@ def push(
     """
     import huggingface_hub
 
+    if not isinstance(repo_id, str):
+        raise OptionError(f"repo_id={shown(repo_id)} must be 'user/name' or 'name' on the hub")
     api = huggingface_hub.HfApi(token=token)
     with tempfile.TemporaryDirectory() as folder:
         save(deltas, folder)

@@ -25,6 +25,7 @@ from .._deltas.registry import method
 from .._files import tensors
 from .._files.tensors import compare
 from .._layers.dtypes import dtype_for
+from .._sites.stack import check_name
 from ..errors import (
     DeltaError,
     DeltaLoadError,
@@ -34,6 +35,7 @@ from ..errors import (
     warn,
 )
 from . import fingerprint
+from .fingerprint import Comparison
 from .parts import copied, replaced
 from .source import Source, opened
 
@@ -45,7 +47,7 @@ def load(
     expected: type[BaseDelta] | None = None,
     check_backbone: bool = True,
     samples: Samples | None = None,
-) -> tuple[list[BaseDelta], Source]:
+) -> tuple[list[BaseDelta], Source, Comparison]:
     """Put the deltas in `folder` on `model`, after the deltas that are on it.
 
     Everything is compared before memory is taken, and before the model is touched.
@@ -57,7 +59,7 @@ def load(
         samples: inputs of the model, to find sizes by.
 
     Returns:
-        The deltas, and the source that the folder holds.
+        The deltas, the source that the folder holds, and the compared weights of the backbone.
 
     Raises:
         DeltaLoadError: the folder is damaged, of another method, or does not fit `model`.
@@ -65,6 +67,8 @@ def load(
     path = Path(folder)
     if not isinstance(model, nn.Module):
         raise OptionError(f"backbone_model must be a torch.nn.Module, not {model!r}")
+    if name is not None:
+        check_name(name)
     with uncollected(), opened(path, model) as source:
         facts, configs = source.facts, source.configs
         if expected is not None:
@@ -81,8 +85,8 @@ def load(
             deltas.append(_made(path, source.saved_from, fact, config, backbone))
             deltas[-1].record.rank = (known[-1].rank + 1 if known else 0) + number
             deltas[-1].record.enabled = fact["active"]
-        _fill(path, source, backbone, deltas, check_backbone)
-    return deltas, source
+        compared = _fill(path, source, backbone, deltas, check_backbone)
+    return deltas, source, compared
 
 
 def _check_type(path: Path, configs: Sequence[DeltaConfig], expected: type[BaseDelta]) -> None:
@@ -129,11 +133,14 @@ def _unfit(path: Path, saved_from: str | None, backbone: Backbone) -> str:
 
 def _fill(
     path: Path, source: Source, backbone: Backbone, deltas: Sequence[BaseDelta], check: bool
-) -> None:
+) -> Comparison:
     """Give the deltas memory and the tensors of `source`, and put the deltas on their model.
 
     Args:
         check: compare the backbone with the fingerprint.
+
+    Returns:
+        The comparison of the backbone with the fingerprint.
     """
     facts, given = source.facts, source.tensors
     own = backbone.tensors()
@@ -145,10 +152,10 @@ def _fill(
     wanted = {key: tensor for state in states for key, tensor in state.items()}
     compare({**wanted, **brought}, given, str(path))
     _check_frozen(path, entries)
-    unchecked = []
+    compared = Comparison()
     if check:
         without = replaced(brought, [delta.config for delta in deltas])
-        unchecked = _check_backbone(path, backbone, facts, without)
+        compared = _check_backbone(path, backbone, facts, without)
     source.verify()
     new = dict(tensors.values(brought, given, str(path), own))
     for (fact, delta), state in zip(entries, states, strict=True):
@@ -166,9 +173,10 @@ def _fill(
             parameter.requires_grad_(name not in fact["frozen"] and parameter.is_floating_point())
     unfit = _unfit(path, source.saved_from, backbone)
     placed = _placed(unfit, backbone, deltas)
-    for message in unchecked:  # of a folder that is not refused
-        warn(message, UncheckedWarning)
+    if check:
+        _warn_of_unchecked(path, facts, compared)
     _attach(unfit, backbone, placed, brought, new)
+    return compared
 
 
 def _value_of(
@@ -247,16 +255,11 @@ def _attach(
 
 def _check_backbone(
     path: Path, backbone: Backbone, facts: dict[str, Any], replaced: Collection[str]
-) -> list[str]:
-    """Raise if the weights under the deltas differ from the fingerprint.
-
-    Returns:
-        Texts that say what cannot be compared.
-    """
-    texts = [f"{path}: {facts['unchecked']}"] if "unchecked" in facts else []
+) -> Comparison:
+    """Compare the weights under the deltas with the fingerprint; raise if some differ."""
     given = facts["fingerprint"]
-    differ, unchecked = fingerprint.differences(backbone, given, replaced)
-    if differ:
+    compared = fingerprint.compare(backbone, given, replaced)
+    if differ := compared.differing:
         first = listed(f"{name} {how}" for name, how in differ.items())
         raise DeltaLoadError(
             f"{path} was saved from another backbone: of {len(given)} weights under its deltas "
@@ -266,9 +269,16 @@ def _check_backbone(
             "or --no-check-backbone to the command merge",
             differing=differ,
         )
-    if unchecked:
-        texts.append(
-            f"{len(unchecked)} of {len(given)} weights under the deltas of {path} cannot be "
-            f"compared, being sharded, quantised or without values: {', '.join(unchecked[:3])}"
+    return compared
+
+
+def _warn_of_unchecked(path: Path, facts: dict[str, Any], compared: Comparison) -> None:
+    """Warn of the weights that cannot be compared, of a folder that is not refused."""
+    if "unchecked" in facts:
+        warn(f"{path}: {facts['unchecked']}", UncheckedWarning)
+    if unread := compared.unread:
+        warn(
+            f"{len(unread)} of {len(facts['fingerprint'])} weights under the deltas of {path} "
+            f"cannot be compared, being sharded, quantised or without values: {listed(unread)}",
+            UncheckedWarning,
         )
-    return texts

@@ -52,7 +52,7 @@ class AutoDeltaConfig:
         Raises:
             DeltaLoadError: the folder is damaged, holds several deltas, or is another library's.
         """
-        folder = hub.folder_of(finetuned_delta_path)
+        folder = hub.folder_of(finetuned_delta_path, argument="finetuned_delta_path")
         reader = interop.reader_of(folder)
         if reader is legacy:
             return legacy.config_of(folder)

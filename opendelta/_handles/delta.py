@@ -144,9 +144,9 @@ class Delta(BaseDelta):
         Raises:
             DeltaLoadError: the folder holds another method, is damaged, or does not fit.
         """
-        path = hub.folder_of(finetuned_delta_path, local_files_only)
+        path = hub.folder_of(finetuned_delta_path, local_files_only, "finetuned_delta_path")
         checked = check_hash and check_backbone
-        loaded, _ = loading.load(path, backbone_model, name, cls, checked, sample_inputs)
+        loaded, *_ = loading.load(path, backbone_model, name, cls, checked, sample_inputs)
         return cast(AnyDelta, loaded[0])
 
     # ------------------------------------------------------- attaching, detaching
@@ -342,7 +342,7 @@ class Delta(BaseDelta):
             push_to_hub: save the delta on the hub too, in the repository "user/name". True: in the
                 user's repository with the folder's name. See the method `push_to_hub`.
         """
-        saving.save([self], save_directory)
+        saving.save([self], save_directory, "save_directory")
         if push_to_hub:
             name = os.path.basename(os.path.realpath(save_directory))
             self.push_to_hub(name if push_to_hub is True else push_to_hub)

@@ -23,6 +23,8 @@ class LoadReport:
         problem: why no delta was put on the model, in words; None: all were.
         saved_from: the class of the model that the deltas were saved from; None if unknown.
         other_config: {setting that differs: (its value in that model's config, its value here)}.
+        same: the weights under the deltas whose values are those of the training.
+        unread: the weights under the deltas of which only names and shapes could be compared.
         missing: the tensors that the file lacks.
         unexpected: the tensors in the file that the deltas do not have.
         misshaped: {tensor: (its shape in the file, the shape it must have)}.
@@ -35,6 +37,8 @@ class LoadReport:
     problem: str | None = None
     saved_from: str | None = None
     other_config: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    same: list[str] = field(default_factory=list)
+    unread: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     misshaped: dict[str, tuple[list[int], list[int]]] = field(default_factory=dict)
@@ -49,7 +53,9 @@ class LoadReport:
         source = f", saved from a {self.saved_from}" if self.saved_from else ""
         other = [f"{k}={was!r} (here {now!r})" for k, (was, now) in self.other_config.items()]
         there = f" with {', '.join(other)}" if other else ""
-        loaded = f"loaded {', '.join(self.names)}{source}{there}"
+        of = f"{len(self.unread)} of {len(self.same) + len(self.unread)}"
+        unread = f"; the values of {of} weights under them were not compared" * bool(self.unread)
+        loaded = f"loaded {', '.join(self.names)}{source}{there}{unread}"
         return printable(loaded if self else f"nothing was loaded: {self.problem}")
 
 
@@ -117,7 +123,7 @@ def load(
     """
     try:
         path = hub.folder_of(folder, local_files_only)
-        loaded, source = loading.load(
+        loaded, source, compared = loading.load(
             path, model, check_backbone=check_backbone, samples=sample_inputs
         )
     except DeltaLoadError as error:
@@ -128,4 +134,10 @@ def load(
     if strict:
         return Composition(model)
     other = source.other_config(model)
-    return LoadReport(names, saved_from=source.saved_from, other_config=other)
+    return LoadReport(
+        names,
+        saved_from=source.saved_from,
+        other_config=other,
+        same=compared.same,
+        unread=compared.unread,
+    )
