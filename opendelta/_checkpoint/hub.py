@@ -12,7 +12,7 @@ from .._deltas.base import BaseDelta
 from .._files.folder import OWN, own_version
 from .._files.reading import as_path, readable
 from .._show.tree import tree
-from ..errors import DeltaLoadError, OptionError, shown
+from ..errors import DeltaLoadError, OptionError, printable, reason, shown
 from .saving import save
 
 FILES = ("*.json", "*.safetensors", "*.bin")
@@ -48,9 +48,9 @@ def folder_of(
             )
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise DeltaLoadError(
-            f"no delta in {str(path)!r}: there is no such folder here, and the hub says: {reason}"
+            f"no delta in {str(path)!r}: there is no such folder here, and the hub says: "
+            f"{reason(error)}"
         ) from None
 
 
@@ -90,7 +90,7 @@ def card(deltas: Sequence[BaseDelta], repo_id: str) -> str:
     ]
     return CARD.format(
         types=", ".join(types),
-        base=f"base_model: {source}\n" if source and not Path(source).exists() else "",
+        base=f"base_model: {printable(source)}\n" if source and not Path(source).exists() else "",
         name=repo_id,
         count=f"{len(deltas)} deltas" if len(deltas) > 1 else "A delta",
         version=own_version(),

@@ -15,11 +15,11 @@ import typer
 import opendelta
 
 from .._checkpoint import hub
-from ..errors import DeltaError, DeltaLoadError, UncheckedWarning, printable
+from ..errors import DeltaError, DeltaLoadError, UncheckedWarning
 from ..interop.peft import writing
 from . import contents as reading
 from . import models
-from .looking import AsJson, Checkpoint, Class, Model, as_json, saved_from
+from .looking import AsJson, Checkpoint, Class, Model, as_json, saved_from, say
 
 
 class Format(str, enum.Enum):
@@ -55,7 +55,7 @@ def merge(
     if json:
         as_json({"out": str(out), "model": type(plain).__name__, "merged": names})
     else:
-        print(f"merged {', '.join(names)} into a {type(plain).__name__}: {out}")
+        say(f"merged {', '.join(names)} into a {type(plain).__name__}: {out}")
 
 
 def convert(
@@ -95,7 +95,7 @@ def convert(
     if json:
         as_json({"from": held.format, "to": to.value, "deltas": composed.names, "written": written})
     else:
-        print(f"{held.format} -> {to.value}: {', '.join(composed.names)} in {', '.join(written)}")
+        say(f"{held.format} -> {to.value}: {', '.join(composed.names)} in {', '.join(written)}")
 
 
 def _check_new(out: Path) -> None:
@@ -145,9 +145,9 @@ def verify(
         as_json({**found, "weights_compared": compared, "unread": report.unread})
     elif report:
         fits = f"{checkpoint} fits {model}: {', '.join(report.names)}"
-        print(printable(f"{fits}; {_compared(report)}"))
+        say(f"{fits}; {_compared(report)}")
     else:
-        print(printable(f"{checkpoint} does not fit {model}: {report.problem}"))
+        say(f"{checkpoint} does not fit {model}: {report.problem}")
     if not report:
         raise typer.Exit(1)
 

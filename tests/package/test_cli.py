@@ -136,11 +136,37 @@ def test_every_command_on_bad_input(folder, command):
     assert errors.count("\n") == 1
 
 
-def test_a_command_that_is_not_used_right_says_so():
-    code, out, errors = process(None, "plan", "my-model")
+MISUSED = {  # arguments: what the error says
+    "plan my-model": "give at least one --delta, such as --delta lora",
+    "plan": "Missing argument 'MODEL'",
+    "show": "Missing argument 'CHECKPOINT'",
+    "nope": "No such command 'nope'",
+    "show --nope x": "No such option: --nope",
+    "convert a b --to x": "'x' is not one of 'opendelta', 'peft'",
+    "demo --epochs 0": "Invalid value for '--epochs'",
+    "plan my-model --at attn.q": "--at 'attn.q' must stand after a --delta",
+    "plan my-model -d lora --at=": "--at '' names no place: give roles or names",
+    "plan my-model -d lora@": "--at '' names no place: give roles or names",
+    "plan my-model -d lora --at attn.q,": "--at '' names no place: give roles or names",
+    "plan my-model -d lora: ": "--option '' must be name=value",
+    "plan my-model -d lora -o lora_r=100000000000000000000": "no memory holds 100,000,000",
+    "tree my-model --class BertConfig": "of transformers, but of no model; nearest: BertModel",
+    "tree my-model --class Nope": "has no such model; give one such as BertForMaskedLM",
+    "tree wrong.json": "Field 'hidden_size' expected int, got str",
+    "tree \x1b[31m": r"no model '\x1b[31m': there is no such folder",
+}
+
+
+@pytest.mark.parametrize("words", MISUSED)
+def test_a_command_that_is_not_used_right_says_so_in_one_line(run, folder, words):
+    config = json.loads((folder / "my-model" / "config.json").read_text())
+    (folder / "wrong.json").write_text(json.dumps(config | {"hidden_size": "wide"}))
+    code, out, errors = run(*words.split())
     assert (code, out) == (2, "")
-    assert "give at least one --delta, such as --delta lora" in errors
-    assert "Traceback" not in errors
+    assert errors.startswith("opendelta: ")
+    assert MISUSED[words] in errors
+    assert errors.endswith("\n")
+    assert errors[:-1].isprintable()
 
 
 # --------------------------------------------------------------------------------- what they find
