@@ -13,7 +13,7 @@ from .._checkpoint import hub
 from .._checkpoint.source import configs_of
 from .._deltas.options import DeltaConfig
 from .._deltas.registry import method
-from .._files.folder import read_config
+from .._files.folder import CONFIG, read_config
 from ..errors import DeltaLoadError, OptionError
 from ..interop import legacy
 from .delta import Delta
@@ -61,7 +61,7 @@ class AutoDeltaConfig:
                 f"{folder} is another library's, whose options are ours only once they are on a "
                 "model: use AutoDeltaModel.from_finetuned(folder, model).config"
             )
-        configs = configs_of(folder, read_config(folder))
+        configs = configs_of(folder / CONFIG, read_config(folder))
         if len(configs) > 1:
             raise DeltaLoadError(
                 f"{finetuned_delta_path} holds {len(configs)} deltas, so it has no single config; "

@@ -17,6 +17,7 @@ from ...errors import DeltaLoadError, listed
 from ...names import ancestors
 from .._files import read_json, read_safetensors
 from .methods import FINISH
+from .targets import check_owned, check_selection
 from .terms import (
     CONFIG,
     FREE,
@@ -69,10 +70,11 @@ def translate(folder: Path, model: nn.Module) -> tuple[dict[str, Any], dict[str,
         raise adapter.error(f"{WEIGHTS} holds no tensor of a {method.peft_type}")
     order = {name: place for place, name in enumerate(adapter.backbone.modules)}
     adapter.sites = dict(sorted(adapter.sites.items(), key=lambda item: order[item[0]]))
-    _check_complete(adapter)
     finish = FINISH.get(adapter.name)
     if finish is not None:
         finish(adapter)
+    check_selection(adapter)
+    check_owned(adapter)
     own = {adapter.key(w, t): v for w, part in adapter.sites.items() for t, v in part.items()}
     return _facts(adapter), {**own, **adapter.others}
 
@@ -123,6 +125,8 @@ def _check_fields(adapter: Adapter) -> None:
         if name not in known and value and not (name == "bias" and value == "none"):
             why = WHY.get(name, "no delta of opendelta does that")
             raise adapter.refusal(name, f"{why}. Load it with PEFT")
+        if name.endswith("_config") and value is not None and not isinstance(value, dict):
+            raise adapter.refusal(name, "it must be an object")
     start = config.get("init_lora_weights") if adapter.name == "lora" else None
     if isinstance(start, str) and start.lower().startswith(MUTATING):
         raise adapter.refusal(
@@ -132,7 +136,9 @@ def _check_fields(adapter: Adapter) -> None:
             "path_initial_model_for_weight_conversion=<the adapter before training>), or put the "
             "changed weights into the model, and true into this field",
         )
-    if start not in STARTS:
+    if isinstance(start, str):
+        start = start.lower()
+    if not any(start is known or (start == known and isinstance(start, str)) for known in STARTS):
         raise adapter.refusal("init_lora_weights", "no such start is known; load it with PEFT")
     owned = config.get("modules_to_save") or []
     if not isinstance(owned, list) or not all(isinstance(n, str) and n for n in owned):
@@ -219,28 +225,3 @@ def _stack_of(adapter: Adapter) -> str:
             f"{type(adapter.backbone.model).__name__} has {len(stacks)}: {stacks}"
         )
     return stacks[0]
-
-
-def _check_complete(adapter: Adapter) -> None:
-    """Raise if a module that target_modules lists has no tensors: the file is incomplete."""
-    config = adapter.config
-    targets = config.get("target_modules")
-    less = any(config.get(n) for n in ("layers_to_transform", "exclude_modules"))
-    if not isinstance(targets, list) or less:
-        return
-    missing, seen = [], {id(adapter.backbone.modules[name]) for name in adapter.sites}
-    for name, module in adapter.backbone.modules.items():
-        parts = name.split(".")
-        ends = {".".join(parts[i:]) for i in range(len(parts))}
-        kept = any(f".{m}." in f".{name}." for m in config.get("modules_to_save") or ())
-        if (
-            not kept
-            and ends & {t for t in targets if isinstance(t, str)}
-            and id(module) not in seen
-        ):
-            missing.append(name)
-    if missing:
-        raise adapter.error(
-            f"{WEIGHTS} has no tensors for {len(missing)} modules that target_modules selects: "
-            f"{listed(missing)}"
-        )
