@@ -19,12 +19,13 @@ from .._deltas.choosing import as_chosen
 from .._deltas.committing import commit, take_off
 from .._deltas.making import make, materialise, uncollected
 from .._deltas.options import DeltaConfig
-from .._deltas.order import free_name, known_records
+from .._deltas.order import check_root, free_name, known_records
 from .._deltas.placing import Placed, place
 from .._deltas.registry import method
 from .._files import tensors
 from .._files.tensors import compare
 from .._layers.dtypes import dtype_for
+from .._layers.record import Record
 from .._sites.stack import check_name
 from ..errors import (
     DeltaError,
@@ -74,7 +75,7 @@ def load(
         if expected is not None:
             _check_type(path, configs, expected)
         backbone = Backbone.of(model, samples)
-        known = known_records(backbone)
+        known = _known(_unfit(path, source.saved_from, backbone), backbone)
         taken = {record.name for record in known}
         deltas: list[BaseDelta] = []
         for number, (fact, config) in enumerate(zip(facts["deltas"], configs, strict=True)):
@@ -82,7 +83,7 @@ def load(
             taken.add(config.name)
             brought = [*(config.unfrozen_modules or ()), *facts["backbone_tensors"]]
             config.unfrozen_modules = list(dict.fromkeys(brought)) or None
-            deltas.append(_made(path, source.saved_from, fact, config, backbone))
+            deltas.append(_made(path, source.saved_from, fact, config, backbone, known))
             deltas[-1].record.rank = (known[-1].rank + 1 if known else 0) + number
             deltas[-1].record.enabled = fact["active"]
         compared = _fill(path, source, backbone, deltas, check_backbone)
@@ -103,17 +104,31 @@ def _check_type(path: Path, configs: Sequence[DeltaConfig], expected: type[BaseD
         )
 
 
+def _known(unfit: str, backbone: Backbone) -> list[Record]:
+    """Return the deltas of a backbone; raise if one was attached through another model.
+
+    Args:
+        unfit: the start of the message that the folder does not fit.
+    """
+    try:
+        check_root(backbone)
+    except DeltaError as error:
+        raise DeltaLoadError(f"{unfit}: {error}") from None
+    return known_records(backbone)
+
+
 def _made(
     path: Path,
     saved_from: str | None,
     fact: dict[str, Any],
     config: DeltaConfig,
     backbone: Backbone,
+    known: list[Record],
 ) -> BaseDelta:
     """Make a delta with these resolved options, off the model and without memory."""
     unfit = _unfit(path, saved_from, backbone)
     try:
-        choice = as_chosen(backbone, method(config.delta_type), config)
+        choice = as_chosen(backbone, method(config.delta_type), config, known)
         delta = make(backbone, choice, values="saved")
         delta.scale = fact.get("scale", 1.0)
     except DeltaError as error:

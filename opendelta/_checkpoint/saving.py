@@ -116,7 +116,7 @@ def _backbone_part(backbone: Backbone, deltas: Sequence[BaseDelta]) -> dict[str,
         warn(
             f"{len(others)} trainable parameters of the backbone "
             f"({sum(p.numel() for p in others.values()):,} values) are not saved with "
-            f"{', '.join(repr(d.name) for d in deltas)}: freeze them with freeze_module(), or name "
+            f"{listed(repr(d.name) for d in deltas)}: freeze them with freeze_module(), or name "
             "those that belong to it in freeze_module(exclude=[...]) or unfrozen_modules=[...]",
             UnsavedWarning,
         )
