@@ -160,7 +160,10 @@ def _fill(
     facts, given = source.facts, source.tensors
     own = backbone.tensors()
     if strangers := [key for key in facts["backbone_tensors"] if key not in own]:
-        raise DeltaLoadError(f"{path}: backbone_tensors names {strangers[0]!r}, which is no tensor")
+        raise DeltaLoadError(
+            f"{path}: backbone_tensors names {strangers[0]!r}, which is no tensor",
+            unexpected=strangers,
+        )
     brought = {key: own[key] for key in facts["backbone_tensors"]}
     entries = list(zip(facts["deltas"], deltas, strict=True))
     states = [delta.state_dict(fact["name"]) for fact, delta in entries]
@@ -217,7 +220,8 @@ def _check_frozen(path: Path, entries: Sequence[tuple[dict[str, Any], BaseDelta]
         names = {n for n, _ in delta.named_parameters(fact["name"])} if fact["frozen"] else ()
         if strangers := [name for name in fact["frozen"] if name not in names]:
             raise DeltaLoadError(
-                f"{path}: frozen names {strangers[0]!r}, which is no parameter of {fact['name']!r}"
+                f"{path}: frozen names {strangers[0]!r}, which is no parameter of {fact['name']!r}",
+                unexpected=strangers,
             )
 
 

@@ -126,7 +126,8 @@ def resolve(
         if around := next((o for o in owned if f"{name}.".startswith(f"{o}.")), None):
             raise AddressError(
                 f"{name!r} is selected by modified_modules, but modules_to_save={around!r} puts a "
-                f"copy in its place; add exclude_modules=[{around!r}]"
+                f"copy in its place; add exclude_modules=[{around!r}]",
+                pattern=name,
             )
     unfrozen = select(
         _names(backbone), as_list(config.unfrozen_modules), backbone.model, what="name"

@@ -23,28 +23,28 @@ class LoadReport:
         problem: why no delta was put on the model, in words; None: all were.
         saved_from: the class of the model that the deltas were saved from; None if unknown.
         other_config: {setting that differs: (its value in that model's config, its value here)}.
-        same: the weights under the deltas whose values are those of the training.
-        unread: the weights under the deltas of which only names and shapes could be compared.
         missing: the tensors that the file lacks.
         unexpected: the tensors in the file that the deltas do not have.
         misshaped: {tensor: (its shape in the file, the shape it must have)}.
         other_kind: {tensor: its dtype in the file} of floats for integers, or integers for floats.
         not_finite: a tensor with NaN or infinite values.
         differing: {weight of the backbone: how it differs from the weight at the training}.
+        same: the weights under the deltas whose values are those of the training.
+        unread: the weights under the deltas of which only names and shapes could be compared.
     """
 
     names: list[str]
     problem: str | None = None
     saved_from: str | None = None
     other_config: dict[str, tuple[Any, Any]] = field(default_factory=dict)
-    same: list[str] = field(default_factory=list)
-    unread: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     misshaped: dict[str, tuple[list[int], list[int]]] = field(default_factory=dict)
     other_kind: dict[str, str] = field(default_factory=dict)
     not_finite: list[str] = field(default_factory=list)
     differing: dict[str, str] = field(default_factory=dict)
+    same: list[str] = field(default_factory=list)
+    unread: list[str] = field(default_factory=list)
 
     def __bool__(self) -> bool:
         return self.problem is None

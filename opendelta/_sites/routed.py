@@ -99,7 +99,9 @@ class Routed:
             return call(*args, **kwargs)
         x = next((x for x in calls.every(Tensor, [args, kwargs]) if x.ndim), None)
         if x is None:
-            raise SiteError(f"no rows to route: no tensor goes into {quoted(self.where)}")
+            raise SiteError(
+                f"no rows to route: no tensor goes into {quoted(self.where)}", where=self.where
+            )
         grouped = self.rows.groups(acting, x, self.where)
         if len(grouped.groups) == 1:
             path = [acting[index] for index in grouped.groups[0].path]

@@ -577,6 +577,7 @@ def refused(folder, message, kind="llama"):
     with untouched(base), pytest.raises(opendelta.DeltaLoadError, match=message) as caught:
         opendelta.load(folder, base)
     assert str(folder) in str(caught.value)
+    return caught.value.details
 
 
 FIELDS = {
@@ -622,7 +623,8 @@ def test_a_field_that_changes_the_computation_is_refused_by_name(adapter, field)
 )
 def test_tensors_that_peft_would_leave_out_are_refused(adapter, fields):
     edit(adapter, **fields)
-    refused(adapter, "adapter_config.json does not select by target_modules and the like")
+    found = refused(adapter, "adapter_config.json does not select by target_modules and the like")
+    assert found.unexpected
 
 
 @pytest.mark.parametrize(
@@ -812,7 +814,8 @@ def test_normalisations_that_peft_tunes_and_we_do_not_are_refused(tmp_path):
 
 
 def test_tensors_must_be_those_of_this_model(adapter):
-    refused(adapter, "8 of 8 tensors of this LORA belong to nothing in GPT2LMHeadModel", "gpt2")
+    message = "8 of 8 tensors of this LORA belong to nothing in GPT2LMHeadModel"
+    assert len(refused(adapter, message, "gpt2").unexpected) == 8
     key = "base_model.model.model.layers.1.self_attn.q_proj"
     retensor(adapter, lambda tensors: tensors.pop(f"{key}.lora_A.weight"))
     refused(adapter, "missing: model.layers.1.self_attn.q_proj.deltas.lora.lora_A")

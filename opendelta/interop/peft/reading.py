@@ -171,7 +171,8 @@ def _sort_tensors(adapter: Adapter, given: dict[str, Tensor]) -> None:
         raise adapter.error(
             f"{len(unknown)} of {len(given)} tensors of this {adapter.method.peft_type} belong to "
             f"nothing in {type(adapter.backbone.model).__name__}: {listed(unknown)}"
-            f"; load it on the model that it was trained on"
+            f"; load it on the model that it was trained on",
+            unexpected=unknown,
         )
     adapter.options["modules_to_save"] = [name for name in names if name in owners] or None
 
@@ -196,14 +197,16 @@ def _is_of_backbone(adapter: Adapter, name: str, tensor: Tensor) -> bool:
     own = None if module is None or where == name else stored(module, "weight")
     if own is None:
         return False
-    if own.shape == tensor.shape and not own.is_meta:
+    same = own.shape == tensor.shape
+    if same and not own.is_meta:
         whole = tensors.full(own.detach()).cpu()
         if torch.equal(whole.to(tensor.dtype), tensor):
             return True
     raise adapter.error(
         f"it brings another weight {list(tensor.shape)} for {where!r}, which has "
         f"{list(own.shape)} here: the vocabulary was resized, or the embeddings were trained; put "
-        f"{name!r} of {WEIGHTS} into the model first"
+        f"{name!r} of {WEIGHTS} into the model first",
+        **({} if same else {"misshaped": {name: (list(tensor.shape), list(own.shape))}}),
     )
 
 

@@ -39,7 +39,8 @@ def check_selection(adapter: Adapter) -> None:
     if extra := [name for name in adapter.sites if not chosen(name)]:
         raise adapter.error(
             f"{WEIGHTS} has tensors for {len(extra)} modules that {CONFIG} does not select by "
-            f"target_modules and the like, so PEFT would leave them out: {listed(extra)}"
+            f"target_modules and the like, so PEFT would leave them out: {listed(extra)}",
+            unexpected=[adapter.key(name, key) for name in extra for key in adapter.sites[name]],
         )
     seen = {id(names[name]) for name in adapter.sites}
     pattern = isinstance(targets, str)  # it may select modules that PEFT cannot change
