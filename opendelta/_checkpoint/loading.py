@@ -159,12 +159,7 @@ def _fill(
     """
     facts, given = source.facts, source.tensors
     own = backbone.tensors()
-    if strangers := [key for key in facts["backbone_tensors"] if key not in own]:
-        raise DeltaLoadError(
-            f"{path}: backbone_tensors names {strangers[0]!r}, which is no tensor",
-            unexpected=strangers,
-        )
-    brought = {key: own[key] for key in facts["backbone_tensors"]}
+    brought = _brought(path, facts, own)
     entries = list(zip(facts["deltas"], deltas, strict=True))
     states = [delta.state_dict(fact["name"]) for fact, delta in entries]
     wanted = {key: tensor for state in states for key, tensor in state.items()}
@@ -195,6 +190,16 @@ def _fill(
         _warn_of_unchecked(path, facts, compared)
     _attach(unfit, backbone, placed, brought, new)
     return compared
+
+
+def _brought(path: Path, facts: dict[str, Any], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the backbone tensors that the file brings along; raise if a name is none of `own`."""
+    if strangers := [key for key in facts["backbone_tensors"] if key not in own]:
+        raise DeltaLoadError(
+            f"{path}: backbone_tensors names {strangers[0]!r}, which is no tensor",
+            unexpected=strangers,
+        )
+    return {key: own[key] for key in facts["backbone_tensors"]}
 
 
 def _value_of(

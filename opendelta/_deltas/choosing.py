@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -122,13 +122,7 @@ def resolve(
     if by_role:
         modified = _acting_places(backbone, modified, wanted, layer_class)
     owned = _owned(backbone, as_list(config.modules_to_save))
-    for name in modified:
-        if around := next((o for o in owned if f"{name}.".startswith(f"{o}.")), None):
-            raise AddressError(
-                f"{name!r} is selected by modified_modules, but modules_to_save={around!r} puts a "
-                f"copy in its place; add exclude_modules=[{around!r}]",
-                pattern=name,
-            )
+    _check_apart(modified, owned)
     unfrozen = select(
         _names(backbone), as_list(config.unfrozen_modules), backbone.model, what="name"
     )
@@ -328,6 +322,17 @@ def _some(
     if config.common_structure:
         patterns = roles.with_roles(backbone, patterns, _override(config))
     return select(modified, patterns, backbone.model, what="modified module")
+
+
+def _check_apart(modified: list[str], owned: Collection[str]) -> None:
+    """Raise if a module that gets a layer is in a module that the delta owns a copy of."""
+    for name in modified:
+        if around := next((o for o in owned if f"{name}.".startswith(f"{o}.")), None):
+            raise AddressError(
+                f"{name!r} is selected by modified_modules, but modules_to_save={around!r} puts a "
+                f"copy in its place; add exclude_modules=[{around!r}]",
+                pattern=name,
+            )
 
 
 def take_literally(backbone: Backbone, config: Config) -> Config:
