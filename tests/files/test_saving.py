@@ -416,7 +416,7 @@ class Odd(os.PathLike):
         return b"folder"
 
 
-@pytest.mark.covers("Delta.save_finetuned", "Composition.save", "AutoDeltaConfig.from_finetuned")
+@pytest.mark.covers("Delta.save_finetuned", "Composition.save", "AutoDeltaConfig")
 @pytest.mark.parametrize("path", [3, None, b"folder", ["folder"], Odd(), ""])
 def test_a_path_that_is_none_is_refused_by_the_name_of_its_argument(path):
     model = net()
