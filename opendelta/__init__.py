@@ -1,6 +1,7 @@
 """Small trainable changes on any PyTorch model, composed in order, without touching its code."""
 
-from . import errors, methods
+# ruff: noqa: F403, F405, RUF022
+
 from ._backbone.counting import statistics
 from ._backbone.roles import roles
 from ._deltas.first_forward import unreached
@@ -20,14 +21,14 @@ from ._verbs.plan_report import Plan
 from ._verbs.planning import plan
 from ._verbs.pristine import assert_pristine, snapshot
 from ._verbs.training_check import CheckReport, check
-from .errors import *  # noqa: F403
-from .methods import *  # noqa: F403
+from .errors import *
+from .methods import *
 from .recipes import Combination, adapter_drop, combine, mam, unipelt
 
 __version__ = own_version()
 DeltaBase, BaseDeltaConfig = Delta, DeltaConfig  # their names in OpenDelta 0.3
 # Python finds the module paths of OpenDelta 0.3 there, such as opendelta.auto_delta.
-__path__.append(f"{__path__[0]}/_compat")  # noqa: F405
+__path__.append(f"{__path__[0]}/_compat")
 
 __all__ = [
     "AutoDeltaConfig",
@@ -64,5 +65,16 @@ __all__ = [
     "unipelt",
     "unreached",
 ]
-__all__ += errors.__all__
-__all__ += methods.__all__
+# Written by tools/write_stubs.py: the errors and the methods. mypy reads no other list.
+__all__ += [
+    "AddressError", "CompileLimitError", "DeltaError", "DeltaLoadError", "DeltaWarning",
+    "LostGradientWarning", "OptionError", "PristineError", "SiteError", "TiedWeightWarning",
+    "UncheckedWarning", "UnreachedWarning", "UnsavedWarning", "UntrainedWarning",
+    "UnusedWarning", "AdapterConfig", "AdapterModel", "BitFitConfig", "BitFitModel",
+    "CompacterConfig", "CompacterModel", "FourierFTConfig", "FourierFTModel", "HRAConfig",
+    "HRAModel", "IA3Config", "IA3Model", "LNTuningConfig", "LNTuningModel", "LoReftConfig",
+    "LoReftModel", "LohaConfig", "LohaModel", "LokrConfig", "LokrModel", "LoraConfig",
+    "LoraModel", "LowRankAdapterConfig", "LowRankAdapterModel", "OFTConfig", "OFTModel",
+    "ParallelAdapterConfig", "ParallelAdapterModel", "PrefixConfig", "PrefixModel",
+    "SoftPromptConfig", "SoftPromptModel", "VeraConfig", "VeraModel",
+]  # fmt: skip

@@ -259,6 +259,13 @@ def shown(value: Any, longest: int = 200) -> str:
     return text if len(text) <= longest else f"{text[:longest]}..."
 
 
+def reason(error: BaseException, longest: int = 500) -> str:
+    """Return the text of a library's error as one line, and its class if the text may be bare."""
+    text = " ".join(str(error).split())
+    kind = "" if text and isinstance(error, ValueError | OSError) else type(error).__name__
+    return printable(": ".join(filter(None, (kind, text))), longest)
+
+
 def quoted(name: str) -> str:
     """Return the full name of a module for a message; "the root" for the empty name."""
     return repr(name) if name else "the root"

@@ -1,6 +1,7 @@
-"""Write `opendelta/methods/__init__.pyi`: the methods' signatures for editors and type checkers.
+"""Write what editors and type checkers read: the methods' signatures, and the list of names.
 
-They are made from the configs, so that an option is written once:
+The signatures, `opendelta/methods/__init__.pyi`, are made from the configs, so that an option is
+written once. The end of `opendelta/__init__.py` lists the names of errors and methods:
 
     python tools/write_stubs.py
 """
@@ -8,11 +9,14 @@ They are made from the configs, so that an option is written once:
 import dataclasses
 import inspect
 import json
+import textwrap
 from pathlib import Path
 
 import opendelta
-from opendelta import methods
+from opendelta import errors, methods
 
+PACKAGE = Path(opendelta.__file__)
+MARK = "# Written by tools/write_stubs.py: "
 FILE = Path(methods.__file__).with_suffix(".pyi")
 HEAD = """\
 # Written by tools/write_stubs.py: the signatures of the methods, made from their configs.
@@ -43,6 +47,15 @@ def text() -> str:
     )
     names = ["__all__ = [", *(f'    "{name}",' for name in methods.__all__), "]"]
     return "\n".join([HEAD + "\n".join(configs), "", *names, "", *map(_class, models)])
+
+
+def package() -> str:
+    """The whole `opendelta/__init__.py`, whose end names the errors and the methods."""
+    before, mark, rest = PACKAGE.read_text(encoding="utf-8").partition(MARK)
+    names = ", ".join(f'"{name}"' for name in (*errors.__all__, *methods.__all__))
+    lines = textwrap.fill(names, 96, initial_indent="    ", subsequent_indent="    ")
+    comment = rest.partition("\n")[0]
+    return f"{before}{mark}{comment}\n__all__ += [\n{lines},\n]  # fmt: skip\n"
 
 
 def _class(model: type[opendelta.Delta]) -> str:
@@ -78,3 +91,4 @@ def _type(field: dataclasses.Field) -> str:
 
 if __name__ == "__main__":
     FILE.write_text(text(), encoding="utf-8")
+    PACKAGE.write_text(package(), encoding="utf-8")

@@ -31,7 +31,9 @@ def compile_pattern(pattern: str) -> Callable[[str], bool]:
     try:
         regex = re.compile(pattern[3:])
     except re.error as error:
-        raise AddressError(f"{pattern!r} is no regular expression: {error}") from None
+        raise AddressError(
+            f"{pattern!r} is no regular expression: {error}", pattern=pattern
+        ) from None
 
     def matches(name: str) -> bool:
         starts = [0, *(m.end() for m in re.finditer(r"\.", name))]

@@ -9,7 +9,8 @@ import base64
 import functools
 import math
 import struct
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any
 
@@ -29,6 +30,21 @@ WEIGHTS = 4  # weights inside a module that has no weight of its own: the first 
 # another model, changes values by 1e-2 and more.
 TOLERANCE = 4e-3
 NO_SETTING = ("dtype", "problem_type", "transformers_version")  # fields that a delta allows to vary
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The weights of a backbone beside a fingerprint.
+
+    Attributes:
+        differing: {weight that differs: how}.
+        same: the weights whose values were compared, and are the same.
+        unread: the weights of which only names and shapes were compared.
+    """
+
+    differing: dict[str, str] = field(default_factory=dict)
+    same: list[str] = field(default_factory=list)
+    unread: list[str] = field(default_factory=list)
 
 
 def take(backbone: Backbone, names: Collection[str], without: Collection[str]) -> dict[str, Any]:
@@ -65,32 +81,37 @@ def described(model: Any) -> dict[str, Any]:
     }
 
 
-def differences(
-    backbone: Backbone, given: dict[str, Any], without: Collection[str]
-) -> tuple[dict[str, str], list[str]]:
-    """Return {weight that differs from a fingerprint: how}, and a list of the unreadable weights.
+def compare(backbone: Backbone, given: dict[str, Any], without: Collection[str]) -> Comparison:
+    """Compare the weights of a backbone with a fingerprint.
 
     Args:
         without: as for `take`.
     """
-    differ: dict[str, str] = {}
-    unchecked = []
+    found = Comparison()
     for name, facts in given.items():
         if without and {*without} & {*ancestors(name)}:
             continue
         module, _, key = name.rpartition(".")
         tensor = _own(backbone, module, key) if module in backbone.modules else None
         if tensor is None:
-            differ[name] = "is missing"
+            found.differing[name] = "is missing"
             continue
-        values = _values(tensor)
-        if values is None or facts["values"] is None:
-            unchecked.append(name)
-        elif list(tensor.shape) != facts["shape"]:
-            differ[name] = f"is {list(tensor.shape)} instead of {shown(facts['shape'])}"
+        values, shape = _values(tensor), facts["shape"]
+        read = values is not None and facts["values"] is not None
+        if list(tensor.shape) != shape and (read or not _is_packed(tensor, shape)):
+            found.differing[name] = f"is {list(tensor.shape)} instead of {shown(shape)}"
+        elif values is None or facts["values"] is None:
+            found.unread.append(name)
         elif not (distance := _distance(values, _decoded(facts["values"]))) <= TOLERANCE:
-            differ[name] = f"differs by {distance:.2g}"
-    return differ, unchecked
+            found.differing[name] = f"differs by {distance:.2g}"
+        else:
+            found.same.append(name)
+    return found
+
+
+def _is_packed(tensor: Tensor, shape: Sequence[int]) -> bool:
+    """True if this weight, or the weight that had this shape, may be quantised into a column."""
+    return not tensor.is_floating_point() or shape[1:] == [1]
 
 
 def is_fingerprint(value: Any) -> bool:

@@ -11,32 +11,34 @@ from typing import Any
 
 from .._deltas.base import BaseDelta
 from .._files.folder import OWN, own_version
-from .._files.reading import readable
+from .._files.reading import as_path, readable
 from .._show.tree import tree
-from ..errors import DeltaLoadError, OptionError
+from ..errors import DeltaLoadError, OptionError, printable, reason, shown
 from .saving import save
 
 FILES = ("*.json", "*.safetensors", "*.bin")
 
 
-def folder_of(path: str | os.PathLike, local_files_only: bool = False, **options: Any) -> Path:
+def folder_of(
+    path: str | os.PathLike,
+    local_files_only: bool = False,
+    argument: str = "folder",
+    **options: Any,
+) -> Path:
     """Return the local folder of `path`: the path itself, or the download of "user/name".
 
     A text that starts with "./", "../", "/" or "~" is a path, and no name on the hub.
 
     Args:
+        argument: the name of the argument that is `path`, for messages.
         options: for `huggingface_hub.snapshot_download`: `cache_dir`, `force_download`.
 
     Raises:
         OptionError: `path` is neither a path nor a name.
         DeltaLoadError: there is no such folder here, and no such name on the hub.
     """
-    if not isinstance(path, str | os.PathLike):
-        raise OptionError(
-            f"a folder must be a path or 'user/name' on the hub, not a {type(path).__name__}; the "
-            "folder comes first, then the model"
-        )
-    folder = Path(path)
+    order = ", or 'user/name' on the hub; the folder comes first, then the model"
+    folder = as_path(path, argument, hint=order)
     named = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path))
     with readable(folder):
         if folder.exists() or not named or str(path).startswith(("./", "../")):
@@ -54,9 +56,9 @@ def folder_of(path: str | os.PathLike, local_files_only: bool = False, **options
             )
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise DeltaLoadError(
-            f"no delta in {str(path)!r}: there is no such folder here, and the hub says: {reason}"
+            f"no delta in {str(path)!r}: there is no such folder here, and the hub says: "
+            f"{reason(error)}"
         ) from None
 
 
@@ -96,7 +98,7 @@ def card(deltas: Sequence[BaseDelta], repo_id: str) -> str:
     ]
     return CARD.format(
         types=", ".join(types),
-        base=f"base_model: {source}\n" if source and not Path(source).exists() else "",
+        base=f"base_model: {printable(source)}\n" if source and not Path(source).exists() else "",
         name=repo_id,
         count=f"{len(deltas)} deltas" if len(deltas) > 1 else "A delta",
         version=own_version(),
@@ -122,6 +124,8 @@ def push(
     """
     import huggingface_hub
 
+    if not isinstance(repo_id, str):
+        raise OptionError(f"repo_id={shown(repo_id)} must be 'user/name' or 'name' on the hub")
     api = huggingface_hub.HfApi(token=token)
     with tempfile.TemporaryDirectory() as folder:
         save(deltas, folder)

@@ -20,13 +20,15 @@ from .._deltas.choosing import as_chosen
 from .._deltas.committing import commit, take_off
 from .._deltas.making import make, materialise, uncollected
 from .._deltas.options import COMMON, DeltaConfig
-from .._deltas.order import free_name, known_records
+from .._deltas.order import check_root, free_name, known_records
 from .._deltas.placing import Placed, place
 from .._deltas.registry import method
 from .._files import tensors
 from .._files.tensors import compare
 from .._layers.dtypes import dtype_for
+from .._layers.record import Record
 from .._modules.tensors import lasting
+from .._sites.stack import check_name
 from ..errors import (
     DeltaError,
     DeltaLoadError,
@@ -37,6 +39,7 @@ from ..errors import (
     warn,
 )
 from . import fingerprint
+from .fingerprint import Comparison
 from .parts import copied, replaced
 from .source import Source, opened
 
@@ -50,7 +53,7 @@ def load(
     check_backbone: bool = True,
     samples: Samples | None = None,
     wanted: DeltaConfig | None = None,
-) -> tuple[list[BaseDelta], Source]:
+) -> tuple[list[BaseDelta], Source, Comparison]:
     """Put the deltas in `folder` on `model`, after the deltas that are on it.
 
     Everything is compared before memory is taken, and before the model is touched.
@@ -63,7 +66,7 @@ def load(
         wanted: the options that the first delta must have been saved with. None: any.
 
     Returns:
-        The deltas, and the source that the folder holds.
+        The deltas, the source that the folder holds, and the compared weights of the backbone.
 
     Raises:
         DeltaLoadError: the folder is damaged, of another method, or does not fit `model`.
@@ -71,6 +74,8 @@ def load(
     path = Path(folder)
     if not isinstance(model, nn.Module):
         raise OptionError(f"backbone_model must be a torch.nn.Module, not {model!r}")
+    if name is not None:
+        check_name(name)
     with uncollected(), opened(path, model) as source:
         if expected is not None:
             _check_type(path, source.configs, expected)
@@ -86,7 +91,9 @@ def load(
         brought = _brought(path, facts, own)
         compare({k: t for state in (*states, brought) for k, t in state.items()}, given, str(path))
         _check_frozen(path, entries)
-        unchecked = _check_backbone(path, backbone, facts, deltas) if check_backbone else []
+        compared = (
+            _check_backbone(path, backbone, facts, deltas) if check_backbone else Comparison()
+        )
         source.verify()
         new = dict(tensors.values(brought, given, str(path), own))
         for (fact, delta), state in zip(entries, states, strict=True):
@@ -94,10 +101,10 @@ def load(
             value_of = functools.partial(_value_of, state, given, str(path), usual)
             _fill(backbone, fact, delta, state, value_of)
         placed = _placed(unfit, backbone, deltas)
-        for message in unchecked:  # of a folder that is not refused
-            warn(message, UncheckedWarning)
+        if check_backbone:
+            _warn_of_unchecked(path, facts, compared)
         _attach(unfit, backbone, placed, brought, new)
-    return deltas, source
+    return deltas, source, compared
 
 
 def refill(folder: str | os.PathLike, delta: BaseDelta) -> None:
@@ -142,6 +149,19 @@ def _check_type(path: Path, configs: Sequence[DeltaConfig], expected: type[BaseD
         )
 
 
+def _known(unfit: str, backbone: Backbone) -> list[Record]:
+    """Return the deltas of a backbone; raise if one was attached through another model.
+
+    Args:
+        unfit: the start of the message that the folder does not fit.
+    """
+    try:
+        check_root(backbone)
+    except DeltaError as error:
+        raise DeltaLoadError(f"{unfit}: {error}") from None
+    return known_records(backbone)
+
+
 def _made(
     path: Path, unfit: str, source: Source, backbone: Backbone, name: str | None
 ) -> list[BaseDelta]:
@@ -151,7 +171,7 @@ def _made(
         unfit: the start of the message that the folder does not fit.
         name: as for `load`.
     """
-    known = known_records(backbone)
+    known = _known(unfit, backbone)
     taken = {record.name for record in known}
     first = known[-1].rank + 1 if known else 0
     deltas: list[BaseDelta] = []
@@ -160,17 +180,22 @@ def _made(
         taken.add(config.name)
         brought = [*(config.unfrozen_modules or ()), *source.facts["backbone_tensors"]]
         config.unfrozen_modules = list(dict.fromkeys(brought)) or None
-        delta = _made_one(path, unfit, fact, config, backbone)
+        delta = _made_one(path, unfit, fact, config, backbone, known)
         delta.record.rank, delta.record.enabled = first + len(deltas), fact["active"]
         deltas.append(delta)
     return deltas
 
 
 def _made_one(
-    path: Path, unfit: str, fact: dict[str, Any], config: DeltaConfig, backbone: Backbone
+    path: Path,
+    unfit: str,
+    fact: dict[str, Any],
+    config: DeltaConfig,
+    backbone: Backbone,
+    known: list[Record],
 ) -> BaseDelta:
     try:
-        choice = as_chosen(backbone, method(config.delta_type), config)
+        choice = as_chosen(backbone, method(config.delta_type), config, known)
         delta = make(backbone, choice, values="saved")
         delta.scale = fact.get("scale", 1.0)
     except DeltaError as error:
@@ -237,7 +262,8 @@ def _check_frozen(path: Path, entries: Sequence[tuple[dict[str, Any], BaseDelta]
         names = {n for n, _ in delta.named_parameters(fact["name"])} if fact["frozen"] else ()
         if strangers := [name for name in fact["frozen"] if name not in names]:
             raise DeltaLoadError(
-                f"{path}: frozen names {strangers[0]!r}, which is no parameter of {fact['name']!r}"
+                f"{path}: frozen names {strangers[0]!r}, which is no parameter of {fact['name']!r}",
+                unexpected=strangers,
             )
 
 
@@ -290,17 +316,12 @@ def _attach(
 
 def _check_backbone(
     path: Path, backbone: Backbone, facts: dict[str, Any], deltas: Sequence[BaseDelta]
-) -> list[str]:
-    """Raise if the weights under the deltas differ from the fingerprint.
-
-    Returns:
-        Texts that say what cannot be compared.
-    """
-    texts = [f"{path}: {facts['unchecked']}"] if "unchecked" in facts else []
+) -> Comparison:
+    """Compare the weights under the deltas with the fingerprint; raise if some differ."""
     given = facts["fingerprint"]
     without = replaced(facts["backbone_tensors"], [delta.config for delta in deltas])
-    differ, unchecked = fingerprint.differences(backbone, given, without)
-    if differ:
+    compared = fingerprint.compare(backbone, given, without)
+    if differ := compared.differing:
         first = listed(f"{name} {how}" for name, how in differ.items())
         raise DeltaLoadError(
             f"{path} was saved from another backbone: of {len(given)} weights under its deltas "
@@ -310,9 +331,16 @@ def _check_backbone(
             "or --no-check-backbone to the command merge",
             differing=differ,
         )
-    if unchecked:
-        texts.append(
-            f"{len(unchecked)} of {len(given)} weights under the deltas of {path} cannot be "
-            f"compared, being sharded, quantised or without values: {', '.join(unchecked[:3])}"
+    return compared
+
+
+def _warn_of_unchecked(path: Path, facts: dict[str, Any], compared: Comparison) -> None:
+    """Warn of the weights that cannot be compared, of a folder that is not refused."""
+    if "unchecked" in facts:
+        warn(f"{path}: {facts['unchecked']}", UncheckedWarning)
+    if unread := compared.unread:
+        warn(
+            f"{len(unread)} of {len(facts['fingerprint'])} weights under the deltas of {path} "
+            f"cannot be compared, being sharded, quantised or without values: {listed(unread)}",
+            UncheckedWarning,
         )
-    return texts

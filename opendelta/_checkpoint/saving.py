@@ -15,6 +15,7 @@ from .._backbone.heads import warn_of_untrained
 from .._deltas import making
 from .._deltas.base import BaseDelta
 from .._files import folder as files
+from .._files.reading import as_path
 from .._modules.tensors import full, in_parts, is_finite
 from .._sites import merged
 from ..errors import DeltaError, UnsavedWarning, listed, warn
@@ -25,9 +26,14 @@ from .source import MOST_DELTAS
 
 
 @making.uncollected()
-def save(deltas: Sequence[BaseDelta], folder: str | os.PathLike) -> None:
-    """Write deltas of one backbone into `folder`, in this order, with all their state."""
-    _check_free(Path(folder))
+def save(deltas: Sequence[BaseDelta], folder: str | os.PathLike, argument: str = "folder") -> None:
+    """Write deltas of one backbone into `folder`, in this order, with all their state.
+
+    Args:
+        argument: the name of the argument that is `folder`, for messages.
+    """
+    path = as_path(folder, argument)
+    _check_free(path)
     if len(deltas) > MOST_DELTAS:
         raise DeltaError(
             f"{len(deltas):,} deltas are more than {MOST_DELTAS:,}, which a folder may hold: save "
@@ -38,6 +44,7 @@ def save(deltas: Sequence[BaseDelta], folder: str | os.PathLike) -> None:
     brought = _backbone_part(backbone, deltas)
     tensors = {**brought, **{k: t for delta in deltas for k, t in delta.state_dict().items()}}
     whole = {name: full(tensor.detach()) for name, tensor in tensors.items()}
+    files.check_values(whole)
     config = {
         "opendelta_version": files.own_version(),
         "backbone_class": type(backbone.model).__name__,
@@ -51,7 +58,7 @@ def save(deltas: Sequence[BaseDelta], folder: str | os.PathLike) -> None:
         "deltas": [_facts(delta) for delta in deltas],
     }
     _check_finite(backbone, whole, deltas)
-    files.write(Path(folder), config, whole)
+    files.write(path, config, whole)
 
 
 def _check_free(folder: Path) -> None:
@@ -109,7 +116,7 @@ def _backbone_part(backbone: Backbone, deltas: Sequence[BaseDelta]) -> dict[str,
         warn(
             f"{len(others)} trainable parameters of the backbone "
             f"({sum(p.numel() for p in others.values()):,} values) are not saved with "
-            f"{', '.join(repr(d.name) for d in deltas)}: freeze them with freeze_module(), or name "
+            f"{listed(repr(d.name) for d in deltas)}: freeze them with freeze_module(), or name "
             "those that belong to it in freeze_module(exclude=[...]) or unfrozen_modules=[...]",
             UnsavedWarning,
         )

@@ -68,18 +68,21 @@ def opened(path: Path, model: nn.Module) -> Iterator[Source]:
         yield Source(facts, configs_of(path, facts), tensors, lambda: None)
         return
     with files.open_folder(path) as (facts, weights, file):
+        configs = configs_of(path / files.CONFIG, facts)
         stored = {key: Stored(weights, key) for key in weights.keys()}  # noqa: SIM118
         verify = functools.partial(files.check_digest, path, facts, file)
-        yield Source(facts, configs_of(path, facts), stored, verify)
+        yield Source(facts, configs, stored, verify)
 
 
-def configs_of(folder: Path, facts: dict[str, Any]) -> list[DeltaConfig]:
-    """Return the options of the deltas in a folder's JSON.
+def configs_of(where: Path, facts: dict[str, Any]) -> list[DeltaConfig]:
+    """Return the options of the deltas in the JSON of a folder.
+
+    Args:
+        where: the file of the JSON, or another library's folder, for messages.
 
     Raises:
         DeltaLoadError: the JSON describes no possible delta.
     """
-    where = folder / files.CONFIG
     if not _are_names(facts.get("backbone_tensors")):
         raise DeltaLoadError(f"{where}: backbone_tensors must be a list of names")
     if not fingerprint.is_fingerprint(facts.get("fingerprint")):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -68,26 +68,31 @@ def choose(backbone: Backbone, method: type[BaseDelta], config: DeltaConfig) -> 
         SiteError: the name is taken, or has a wrong form.
         AddressError: a pattern or a role selects nothing, or exclusions leave nothing.
     """
-    name, known = _free_name(backbone, config)
+    check_root(backbone)
+    known = known_records(backbone)
+    name = _free_name(backbone, config, known)
     layer_class, defaults = method.layer_for(config), method.default_modified_modules
     return Choice(method, name, resolve(backbone, config, defaults, layer_class), known)
 
 
-def as_chosen(backbone: Backbone, method: type[BaseDelta], config: DeltaConfig) -> Choice:
+def as_chosen(
+    backbone: Backbone, method: type[BaseDelta], config: DeltaConfig, known: list[Record]
+) -> Choice:
     """Take the names in `config` as full names; none is taken as a pattern.
+
+    Args:
+        known: all deltas of the backbone, which `check_root` has passed.
 
     Raises:
         SiteError: the name is taken, or has a wrong form.
         AddressError: the backbone has no module of such a name.
     """
-    name, known = _free_name(backbone, config)
+    name = _free_name(backbone, config, known)
     return Choice(method, name, take_literally(backbone, config), known)
 
 
-def _free_name(backbone: Backbone, config: DeltaConfig) -> tuple[str, list[Record]]:
-    """Return the name for a new delta, and all deltas of the backbone."""
-    check_root(backbone)
-    known = known_records(backbone)
+def _free_name(backbone: Backbone, config: DeltaConfig, known: Iterable[Record]) -> str:
+    """Return the name for a new delta beside the known ones; raise if it is taken."""
     taken = [record.name for record in known]
     name = free_name(config.delta_type, taken) if config.name is None else config.name
     check_name(name)
@@ -97,7 +102,7 @@ def _free_name(backbone: Backbone, config: DeltaConfig) -> tuple[str, list[Recor
             "and still in a variable, so that it may come back; pass another name=, such as "
             f"{free_name(name, taken)!r}"
         )
-    return name, known
+    return name
 
 
 def resolve(
@@ -126,12 +131,7 @@ def resolve(
     if by_role:
         modified = _acting_sites(backbone, modified, wanted, layer_class)
     owned = _owned(backbone, as_list(config.modules_to_save))
-    for name in modified:
-        if around := next((o for o in owned if f"{name}.".startswith(f"{o}.")), None):
-            raise AddressError(
-                f"{name!r} is selected by modified_modules, but modules_to_save={around!r} puts a "
-                f"copy in its place; add exclude_modules=[{around!r}]"
-            )
+    _check_apart(modified, owned)
     unfrozen = _unfrozen(backbone, config)
     some: dict[str, Any] = {
         field.name: _some_of(backbone, modified, config, field)
@@ -352,6 +352,17 @@ def _some(
     return select(modified, patterns, backbone.model, what="modified module")
 
 
+def _check_apart(modified: list[str], owned: Collection[str]) -> None:
+    """Raise if a module that gets a layer is in a module that the delta owns a copy of."""
+    for name in modified:
+        if around := next((o for o in owned if f"{name}.".startswith(f"{o}.")), None):
+            raise AddressError(
+                f"{name!r} is selected by modified_modules, but modules_to_save={around!r} puts a "
+                f"copy in its place; add exclude_modules=[{around!r}]",
+                pattern=name,
+            )
+
+
 def take_literally(backbone: Backbone, config: Config) -> Config:
     """Check each full name in `config` and return `config`; no name is taken as a pattern.
 
@@ -363,7 +374,8 @@ def take_literally(backbone: Backbone, config: Config) -> Config:
     if config.num_labels is not None:
         owned = {name: backbone.modules[name] for name in config.modules_to_save or ()}
         labels.check(backbone.model, owned, config.num_labels)
-    literal(_names(backbone), config.unfrozen_modules or [], backbone.model, what="name")
+    if config.unfrozen_modules:
+        literal(_names(backbone), config.unfrozen_modules, backbone.model, what="name")
     return config
 
 

@@ -160,7 +160,8 @@ def _only_new(
     if twice := more.keys() & made.keys():
         raise SiteError(
             f"{config.delta_type!r} would need two layers on {', '.join(map(repr, twice))}; leave "
-            "it out with exclude_modules"
+            "it out with exclude_modules",
+            where=next(iter(twice)),
         )
     return more
 

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable
 from torch import nn
 
 from .._backbone.backbone import Backbone, attached_records
+from .._layers.base import DeltaLayer
 from .._layers.record import Record
 from .._sites.stack import LONGEST_NAME, Stack
 from ..errors import DeltaError, SiteError, nearest, to_the_end
@@ -179,12 +180,26 @@ def _holds(outer: nn.Module, module: nn.Module) -> bool:
     return any(part is module for part in outer.modules())
 
 
+def handles_of(backbone: Backbone, records: Iterable[Record]) -> list[BaseDelta]:
+    """Return the handles of attached deltas: those in variables, or else new ones."""
+    known = {handle.record: handle for handle in HANDLES}
+    layers: dict[Record, list[tuple[str, DeltaLayer]]] = {}
+    for where, _, layer in backbone.delta_layers():
+        layers.setdefault(layer.record, []).append((where, layer))
+    return [
+        known[record] if record in known else _new_handle(backbone, record, layers.get(record, []))
+        for record in records
+    ]
+
+
 def handle_of(backbone: Backbone, record: Record) -> BaseDelta:
     """Return the handle of an attached delta: the handle in a variable, or else a new one."""
-    for handle in HANDLES:
-        if handle.record is record:
-            return handle
-    own = [(where, layer) for where, _, layer in backbone.delta_layers() if layer.record is record]
+    (handle,) = handles_of(backbone, [record])
+    return handle
+
+
+def _new_handle(backbone: Backbone, record: Record, own: list[tuple[str, DeltaLayer]]) -> BaseDelta:
+    """Return a new handle of an attached delta, which has these layers on these sites."""
     prefix = prefix_of(record, [where for where, _ in own])
     if prefix is None:
         raise DeltaError(

@@ -92,13 +92,13 @@ def place(
     for where, layer in delta.layers.items():
         if where in backbone.stacks and where in backbone.modules:
             _check_sizes(backbone, delta.name, where, layer)
-    whole = {name for name, module in backbone.modules.items() if wrappers.loads_inside(module)}
     placings = {}
     for where, layer in delta.layers.items():
         if where not in backbone.modules:
             raise no_match(where, backbone.modules, backbone.model)
-        if whole and whole & {"", *ancestors(where)}:
-            module = backbone.modules[where]
+        module = backbone.modules[where]
+        around = (backbone.modules.get(name) for name in ("", *ancestors(where)))
+        if any(each is not None and wrappers.loads_inside(each) for each in around):
             raise SiteError(
                 f"{where!r} ({type(module).__name__}): accelerate loads this module as part of a "
                 "whole (preload_module_classes) that the delta was not in; attach before "

@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 import safetensors.torch
 from torch import Tensor
 
-from ..errors import DeltaError, DeltaLoadError, shown
+from ..errors import DeltaError, DeltaLoadError, listed, shown
 from .reading import (
     LARGEST,
     check_link,
@@ -80,6 +80,15 @@ def check_free(folder: Path) -> None:
                 f"{folder} has a {CONFIG} that is not a delta's, such as a transformers model's; "
                 "save into a folder of its own"
             )
+
+
+def check_values(tensors: Mapping[str, Tensor]) -> None:
+    """Raise if a tensor that is to be saved has no values."""
+    if empty := [name for name, tensor in tensors.items() if tensor.is_meta]:
+        raise DeltaError(
+            f"{len(empty)} tensors have no values, being on the meta device: {listed(empty)}; load "
+            "the model with its weights, and make the deltas on it. Nothing was saved"
+        )
 
 
 def write(folder: Path, config: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..errors import DeltaError, DeltaLoadError, shown
+from ..errors import DeltaError, DeltaLoadError, OptionError, shown
 
 # A file beyond these limits is refused unread. 70 B models with many deltas need a tenth of them.
 LARGEST = 16 * 2**20  # bytes of a JSON file, and of the header of a weights file
@@ -20,6 +20,25 @@ MOST_ITEMS = 500_000  # items in a JSON file
 LONGEST, DEEPEST = 1_000, 32  # characters of a text in our JSON, and how deep lists are nested
 
 FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+
+
+def as_path(given: Any, argument: str, hint: str = "") -> Path:
+    """Return an argument as a path.
+
+    Args:
+        argument: its name, for the message.
+        hint: the end of the message.
+
+    Raises:
+        OptionError: it is no text and no `os.PathLike` of text, or it is empty.
+    """
+    text = os.fspath(given) if isinstance(given, str | os.PathLike) else given
+    if not isinstance(text, str) or not text:
+        raise OptionError(
+            f"{argument}={shown(given)} must be a path, as a text or a pathlib.Path, not "
+            f"{'empty' if text == '' else 'of type ' + type(given).__name__}{hint}"
+        )
+    return Path(text)
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from .._checkpoint import hub
 from .._checkpoint.source import configs_of
 from .._deltas.options import DeltaConfig
 from .._deltas.registry import method
-from .._files.folder import read_config, read_options
+from .._files.folder import CONFIG, read_config, read_options
 from .._files.reading import undamaged
 from ..errors import DeltaLoadError, OptionError
 from ..interop import legacy
@@ -67,6 +67,7 @@ class AutoDeltaConfig:
         folder = hub.folder_of(
             finetuned_delta_path,
             local_files_only,
+            "finetuned_delta_path",
             cache_dir=cache_dir,
             force_download=force_download,
         )
@@ -82,7 +83,7 @@ class AutoDeltaConfig:
                 f"{folder} is another library's, whose options are ours only once they are on a "
                 "model: use AutoDeltaModel.from_finetuned(folder, model).config"
             )
-        configs = configs_of(folder, read_config(folder))
+        configs = configs_of(folder / CONFIG, read_config(folder))
         if len(configs) > 1:
             raise DeltaLoadError(
                 f"{finetuned_delta_path} holds {len(configs)} deltas, so it has no single config; "

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .._backbone.backbone import Backbone
 from .._checkpoint import hub, saving
 from .._deltas import state_dict
-from .._deltas.order import attached_by_name, attached_once, handle_of, rerank
+from .._deltas.order import attached_by_name, attached_once, handle_of, handles_of, rerank
 from .._layers.selection import OpenBlock
 from .._show.explaining import Explanation, explain
 from .._sites import runs
@@ -46,7 +46,7 @@ class Composition(Generic[Model]):
 
     def __iter__(self) -> Iterator[Delta]:
         records, backbone = attached_once(self.model), Backbone.of(self.model)
-        return iter([cast(Delta, handle_of(backbone, record)) for record in records])
+        return iter(cast(list[Delta], handles_of(backbone, records)))
 
     def __len__(self) -> int:
         return len(attached_once(self.model))

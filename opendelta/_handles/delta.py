@@ -159,11 +159,12 @@ class Delta(AsModule):
         path = hub.folder_of(
             finetuned_delta_path,
             local_files_only,
+            "finetuned_delta_path",
             cache_dir=cache_dir,
             force_download=force_download,
         )
         checked = check_hash and check_backbone
-        loaded, _ = loading.load(
+        loaded, *_ = loading.load(
             path, backbone_model, name, cls, checked, sample_inputs, delta_config
         )
         return cast(AnyDelta, loaded[0])
@@ -425,7 +426,7 @@ class Delta(AsModule):
             OptionError: an argument is unknown. If `push_to_dc` is true, the delta is saved first.
         """
         unsent = former.check_saving(former_options)
-        saving.save([self], finetuned_delta_path)
+        saving.save([self], finetuned_delta_path, "finetuned_delta_path")
         if unsent:
             raise OptionError(f"{self.name!r} is saved in {finetuned_delta_path}, but {unsent}")
         if push_to_hub:

@@ -29,6 +29,8 @@ class LoadReport:
         other_kind: {tensor: its dtype in the file} of floats for integers, or integers for floats.
         not_finite: a tensor with NaN or infinite values.
         differing: {weight of the backbone: how it differs from the weight at the training}.
+        same: the weights under the deltas whose values are those of the training.
+        unread: the weights under the deltas of which only names and shapes could be compared.
     """
 
     names: list[str]
@@ -41,6 +43,8 @@ class LoadReport:
     other_kind: dict[str, str] = field(default_factory=dict)
     not_finite: list[str] = field(default_factory=list)
     differing: dict[str, str] = field(default_factory=dict)
+    same: list[str] = field(default_factory=list)
+    unread: list[str] = field(default_factory=list)
 
     def __bool__(self) -> bool:
         return self.problem is None
@@ -49,7 +53,9 @@ class LoadReport:
         source = f", saved from a {self.saved_from}" if self.saved_from else ""
         other = [f"{k}={was!r} (here {now!r})" for k, (was, now) in self.other_config.items()]
         there = f" with {', '.join(other)}" if other else ""
-        loaded = f"loaded {', '.join(self.names)}{source}{there}"
+        of = f"{len(self.unread)} of {len(self.same) + len(self.unread)}"
+        unread = f"; the values of {of} weights under them were not compared" * bool(self.unread)
+        loaded = f"loaded {', '.join(self.names)}{source}{there}{unread}"
         return printable(loaded if self else f"nothing was loaded: {self.problem}")
 
 
@@ -117,7 +123,7 @@ def load(
     """
     try:
         path = hub.folder_of(folder, local_files_only)
-        loaded, source = loading.load(
+        loaded, source, compared = loading.load(
             path, model, check_backbone=check_backbone, samples=sample_inputs
         )
     except DeltaLoadError as error:
@@ -128,4 +134,10 @@ def load(
     if strict:
         return Composition(model)
     other = source.other_config(model)
-    return LoadReport(names, saved_from=source.saved_from, other_config=other)
+    return LoadReport(
+        names,
+        saved_from=source.saved_from,
+        other_config=other,
+        same=compared.same,
+        unread=compared.unread,
+    )

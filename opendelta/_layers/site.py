@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,7 +13,9 @@ from torch import nn
 
 from .._modules.arithmetic import LayerNorm, Linear
 from .._modules.kinds import Kind
-from ..errors import SiteError
+from ..errors import OptionError, SiteError
+
+LARGEST = 2**56  # values of a tensor
 
 
 @dataclass(frozen=True)
@@ -133,11 +136,23 @@ class Site:
 
     def parameter(self, *shape: int) -> nn.Parameter:
         """Make a parameter on the site's device, in its dtype; its values are not set."""
+        self._check_size(*shape)
         return nn.Parameter(torch.empty(*shape, device=self.device, dtype=self.dtype))
 
     def linear(self, in_features: int, out_features: int) -> Linear:
         """Make a linear layer with bias on the site's device, in its dtype."""
+        self._check_size(in_features, out_features)
         return Linear(in_features, out_features, device=self.device, dtype=self.dtype)
+
+    def _check_size(self, *shape: int) -> None:
+        """Raise if no machine could ever hold a tensor of this shape, so that torch cannot say it.
+
+        Raises:
+            OptionError: an option is too large.
+        """
+        if math.prod(shape) > LARGEST:
+            sizes = " x ".join(f"{size:,}" for size in shape)
+            raise OptionError(f"{self.name!r}: no memory holds {sizes} values; lower the option")
 
     def layer_norm(self, width: int) -> LayerNorm:
         """Make a normalisation on the site's device, in its dtype."""

@@ -60,7 +60,9 @@ def _one(backbone: Backbone, module: str) -> str:
     if len(sites) > 1:
         raise AddressError(
             f"{module!r} selects {len(sites)} modules: {listed(sites, 4)}"
-            f"; give the full name of one"
+            f"; give the full name of one",
+            pattern=module,
+            nearest=sites,
         )
     return sites[0]
 

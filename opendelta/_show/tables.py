@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import printable
@@ -50,11 +50,15 @@ def size(count: float) -> str:
     return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
 
 
-def cells(*texts: str) -> list[Text]:
-    """Return texts as cells of a table: as they are, but for signs that do not print."""
+def cells(*texts: str | Sequence[str]) -> list[Text]:
+    """Return cells of a table: of each text one line, and of a list of texts a line each.
+
+    The texts stay as they are, but for signs that do not print.
+    """
     from rich.text import Text
 
-    return [Text("\n".join(map(printable, text.split("\n")))) for text in texts]
+    lines = ([text] if isinstance(text, str) else text for text in texts)
+    return [Text("\n".join(map(printable, each))) for each in lines]
 
 
 def plain_table(title: str | None = None, *headings: str) -> Table:

@@ -93,12 +93,12 @@ class Routed:
         **kwargs: Any,
     ) -> Any:
         """Run `call`, the forward of `module`, with each row's own layers around it."""
-        acting = computing(acting)
-        if not acting:
+        if not (acting := computing(acting)):
             return call(*args, **kwargs)
         x = next((x for x in calls.every(Tensor, [args, kwargs]) if x.ndim), None)
         if x is None:
-            raise SiteError(f"no rows to route: no tensor goes into {quoted(self.where)}")
+            what = f"no rows to route: no tensor goes into {quoted(self.where)}"
+            raise SiteError(what, where=self.where)
         grouped = self.rows.groups(acting, x, self.where)
         if len(grouped.groups) == 1:
             path = [acting[index] for index in grouped.groups[0].path]

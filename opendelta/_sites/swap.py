@@ -220,7 +220,7 @@ def check(
             where=where,
         )
     if reads:
-        _check_reads(here, module, stack, (name, layer))
+        _check_reads(where, here, module, stack, (name, layer))
     try:
         if stack_of(module) is None:
             site_class(type(module), reads)
@@ -232,7 +232,7 @@ def check(
 
 
 def _check_reads(
-    here: str, module: nn.Module, stack: Stack | None, new: tuple[str, DeltaLayer]
+    where: str, here: str, module: nn.Module, stack: Stack | None, new: tuple[str, DeltaLayer]
 ) -> None:
     """Raise if `module` cannot show its weight with the layers of `stack` and the new one."""
     acting = [*(stack.in_order() if stack is not None else ()), new]
@@ -241,21 +241,26 @@ def _check_reads(
             raise SiteError(
                 f"{here}: its parent reads .weight instead of calling it, so only layers that fold "
                 f"into the weight act there; {each!r} ({type(other).__name__}) does not. Choose "
-                "the parent module instead"
+                "the parent module instead",
+                where=where,
             )
     if not shows_weight(module) or "weight" not in module._parameters:
-        raise SiteError(f"{here}: folded weights can be shown on Linear and Conv1D only")
+        raise SiteError(
+            f"{here}: folded weights can be shown on Linear and Conv1D only", where=where
+        )
     weight = module._parameters["weight"]
     if not tensors.is_plain(weight) and not tensors.is_sharded(weight):
         raise SiteError(
             f"{here}: its parent reads .weight, and one that is quantised or sparse "
-            f"({type(weight).__name__}) can show no change. Choose the parent module instead"
+            f"({type(weight).__name__}) can show no change. Choose the parent module instead",
+            where=where,
         )
     shown = getattr(type(module), "_site_reads", False)
     if stack_of(module) is not None and plain_class(module) is None and not shown:
         raise SiteError(
             f"{here} was subclassed by {type(module).__module__}; pass reads=True when the first "
-            "delta is attached"
+            "delta is attached",
+            where=where,
         )
 
 

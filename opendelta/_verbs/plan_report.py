@@ -143,10 +143,10 @@ def plan_table(plan: Plan) -> Iterator[RenderableType]:
     for heading in ("modules", "parameters", "FLOPs/token"):
         table.add_column(heading, justify="right", no_wrap=True)
     for delta in plan.deltas:
-        title = delta.name + f"\n({delta.delta_type})" * (delta.name != delta.delta_type)
+        title = [delta.name, *[f"({delta.delta_type})"] * (delta.name != delta.delta_type)]
         for row in _rows(delta):
             table.add_row(*cells(title, *row))
-            title = ""
+            title = []
     yield table
     yield ""
     yield from map(_line, _costs(plan))

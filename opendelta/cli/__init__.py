@@ -11,7 +11,7 @@ import warnings
 from typing import Annotated, Any
 
 from .. import __version__
-from ..errors import DeltaError, DeltaWarning, printable
+from ..errors import DeltaError, DeltaWarning, printable, reason
 
 try:
     import typer
@@ -57,21 +57,29 @@ def app() -> Any:
 
 
 def main() -> None:
-    """Run the subcommand in sys.argv; print a DeltaError as one line and exit with code 2."""
+    """Run the subcommand in sys.argv; print an error as one line and exit with code 2."""
     if typer is None:
         sys.exit("the command opendelta needs typer; install with: pip install 'opendelta[cli]'")
     warnings.showwarning = _note
-    for noisy in ("torchao", "torch.utils._pytree", "transformers"):
+    for noisy in ("torchao", "torch.utils._pytree", "transformers", "huggingface_hub"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
-        app()()
-    except DeltaError as error:
-        print(f"opendelta: {error}", file=sys.stderr)
+        sys.exit(app()(standalone_mode=False) or 0)
+    except Exception as error:
+        print(printable(f"opendelta: {_told(error)}"), file=sys.stderr)
         sys.exit(BAD_INPUT)
-    except Exception as error:  # whatever a file makes a library raise
-        first = next(iter(str(error).strip().splitlines()), "")
-        print(printable(f"opendelta: {type(error).__name__}: {first}"), file=sys.stderr)
-        sys.exit(BAD_INPUT)
+
+
+def _told(error: Exception) -> str:
+    """Return an error in words: ours, typer's of a wrong usage, or what a file makes raise."""
+    if isinstance(error, DeltaError):
+        return str(error)
+    words: Any = getattr(error, "format_message", None)  # typer's errors have it, as click's do
+    if words is None:
+        return reason(error)
+    said = " ".join(words().split()).removesuffix(".") or "give a command"
+    context: Any = getattr(error, "ctx", None)
+    return f"{said}; '{context.command_path if context else 'opendelta'} --help' says more"
 
 
 def _note(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:

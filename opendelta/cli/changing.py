@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,11 +15,11 @@ import typer
 import opendelta
 
 from .._checkpoint import hub
-from ..errors import DeltaError, DeltaLoadError, printable
+from ..errors import DeltaError, DeltaLoadError, UncheckedWarning
 from ..interop.peft import writing
 from . import contents as reading
 from . import models
-from .looking import AsJson, Checkpoint, Class, Model, as_json, saved_from
+from .looking import AsJson, Checkpoint, Class, Model, as_json, saved_from, say
 
 
 class Format(str, enum.Enum):
@@ -54,7 +55,7 @@ def merge(
     if json:
         as_json({"out": str(out), "model": type(plain).__name__, "merged": names})
     else:
-        print(f"merged {', '.join(names)} into a {type(plain).__name__}: {out}")
+        say(f"merged {', '.join(names)} into a {type(plain).__name__}: {out}")
 
 
 def convert(
@@ -94,7 +95,7 @@ def convert(
     if json:
         as_json({"from": held.format, "to": to.value, "deltas": composed.names, "written": written})
     else:
-        print(f"{held.format} -> {to.value}: {', '.join(composed.names)} in {', '.join(written)}")
+        say(f"{held.format} -> {to.value}: {', '.join(composed.names)} in {', '.join(written)}")
 
 
 def _check_new(out: Path) -> None:
@@ -122,30 +123,40 @@ def verify(
 ) -> None:
     """Check that CHECKPOINT is whole, and fits MODEL and its weights. Exit code 1 if not.
 
-    If MODEL is a config.json, there are no weights to compare.
+    If MODEL is a config.json, or CHECKPOINT has no values of its weights, only the names and shapes
+    are compared.
 
     Example: opendelta verify my-composition roberta-base
     """
     folder = hub.folder_of(checkpoint)
     if not folder.exists():
         raise DeltaError(f"no such folder: {checkpoint}")
-    compared = not models.is_config(model)
-    problem, names = None, []
+    build = models.without_weights if models.is_config(model) else models.with_weights
     try:
-        made = saved_from(checkpoint)
-        build = models.with_weights if compared else models.without_weights
-        built = build(model, class_name, made)
-        names = opendelta.load(checkpoint, built, check_backbone=compared).names
+        built = build(model, class_name, saved_from(checkpoint))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UncheckedWarning)  # `_compared` says it
+            report = opendelta.load(checkpoint, built, strict=False)
     except DeltaLoadError as error:
-        problem = str(error)
+        report = opendelta.LoadReport([], str(error))
     if json:
-        found = {"fits": problem is None, "problem": problem, "deltas": names}
-        as_json({**found, "weights_compared": compared and problem is None})
-    elif problem is None:
-        how = "the weights under them are those that they were trained on"
-        how = how if compared else "the sizes are right, and there are no weights to compare"
-        print(f"{checkpoint} fits {model}: {', '.join(names)}; {how}")
+        found = {"fits": bool(report), "problem": report.problem, "deltas": report.names}
+        compared = bool(report.same) and not report.unread
+        as_json({**found, "weights_compared": compared, "unread": report.unread})
+    elif report:
+        fits = f"{checkpoint} fits {model}: {', '.join(report.names)}"
+        say(f"{fits}; {_compared(report)}")
     else:
-        print(printable(f"{checkpoint} does not fit {model}: {problem}"))
-    if problem is not None:
+        say(f"{checkpoint} does not fit {model}: {report.problem}")
+    if not report:
         raise typer.Exit(1)
+
+
+def _compared(report: opendelta.LoadReport) -> str:
+    """Return what a load compared of the weights under the deltas, in words."""
+    same, unread = len(report.same), len(report.unread)
+    if not same:
+        return "only names and shapes were compared, and no values of the weights under them"
+    which = f"{same} of {same + unread} weights" if unread else "the weights"
+    rest = "; of the others only names and shapes were compared" * bool(unread)
+    return f"{which} under them are those that they were trained on{rest}"

@@ -40,6 +40,11 @@ def as_json(data: Any) -> None:
     print(json.dumps(data, indent=2))
 
 
+def say(*lines: str) -> None:
+    """Print lines, whose signs that do not print are escaped."""
+    print("\n".join(map(printable, lines)))
+
+
 def tree(
     model: Model,
     class_name: Class = None,
@@ -66,7 +71,7 @@ def tree(
     table = plain_table(f"roles in {type(built).__name__}", "role", "where", "modules")
     for role in dict.fromkeys(found.values()):
         own = [name for name, has in found.items() if has == role]
-        table.add_row(*cells(role, "\n".join(folded(own)), str(len(own))))
+        table.add_row(*cells(role, folded(own), str(len(own))))
     console().print(table)
 
 
@@ -151,7 +156,7 @@ def explain(
     for each in told:
         alike.setdefault(each.formula, []).append(each.module)
     for formula, names in alike.items():
-        table.add_row(*cells("\n".join(folded(names)), formula))
+        table.add_row(*cells(folded(names), formula))
     console().print(table)
 
 
@@ -187,8 +192,8 @@ def show(checkpoint: Checkpoint, json: AsJson = False) -> None:
             delta["delta_type"],
             ", ".join(state),
             f"{delta['parameters']:,}",
-            "\n".join(shown),
-            "\n".join(options),
+            shown,
+            options,
         )
         table.add_row(*cells(*row))
     out, backbone = console(), held.backbone or held.model or "an unnamed model"
@@ -219,11 +224,7 @@ def diff(
         as_json(found)
     else:
         lines = list(_differences(found, len(one.shapes)))
-        print(
-            "\n".join(map(printable, lines))
-            if lines
-            else f"the same: {len(one.shapes)} tensors, bit for bit"
-        )
+        say(*(lines or [f"the same: {len(one.shapes)} tensors, bit for bit"]))
     if any(found.values()):
         raise typer.Exit(1)
 

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from .._files.reading import parsed, readable
-from ..errors import DeltaError, nearest
+from ..errors import DeltaError, nearest, reason
 
+NO_MODEL = re.compile(r"^Auto|Config|Tokenizer|Process|Extractor|Output|Pipeline|Onnx|_|^[a-z]")
 HUB_NAME = re.compile(r"[\w-][\w.-]*(?:/[\w-][\w.-]*)?")
 
 
@@ -33,7 +34,7 @@ def without_weights(model: str, class_name: str | None = None, saved_from: str =
                 return _transformers().AutoModel.from_config(config, trust_remote_code=False)
             return cls._from_config(config)
     except Exception as error:  # whatever a config makes a model raise
-        raise DeltaError(f"no model can be made of {model!r}: {_first(error)}") from None
+        raise DeltaError(f"no model can be made of {model!r}: {_why(error)}") from None
 
 
 def with_weights(model: str, class_name: str | None = None, saved_from: str = "") -> nn.Module:
@@ -48,7 +49,7 @@ def with_weights(model: str, class_name: str | None = None, saved_from: str = ""
     try:
         return cls.from_pretrained(model, trust_remote_code=False).eval()
     except Exception as error:  # whatever stands in a file of weights
-        raise DeltaError(f"the weights of {model!r} cannot be read: {_first(error)}") from None
+        raise DeltaError(f"the weights of {model!r} cannot be read: {_why(error)}") from None
 
 
 def is_config(model: str) -> bool:
@@ -83,7 +84,7 @@ def _config(model: str) -> Any:
         return _transformers().AutoConfig.from_pretrained(model, trust_remote_code=False)
     except Exception as error:  # whatever stands in a config
         what = "" if there else "there is no such folder or file here, and the hub says: "
-        raise DeltaError(f"no model {model!r}: {what}{_first(error)}") from None
+        raise DeltaError(f"no model {model!r}: {what}{_why(error)}") from None
 
 
 def _check_json(path: Path) -> None:
@@ -97,10 +98,10 @@ def _class_of(config: Any, class_name: str | None, saved_from: str) -> Any:
     transformers = _transformers()
     if class_name is not None:
         cls = getattr(transformers, class_name, None)
-        if not isinstance(cls, type) or not hasattr(cls, "_from_config"):
-            near = nearest(class_name, [n for n in dir(transformers) if n[:4] == class_name[:4]])
-            hint = f"; nearest: {', '.join(near)}" if near else ""
-            raise DeltaError(f"--class {class_name}: transformers has no such model{hint}")
+        if not isinstance(cls, type) or not hasattr(cls, "from_pretrained"):
+            raise _no_model(class_name, "transformers has no such model")
+        if not issubclass(cls, transformers.PreTrainedModel):
+            raise _no_model(class_name, "it is a class of transformers, but of no model")
         return cls
     for name in (saved_from, *(config.architectures or ())):
         cls = getattr(transformers, str(name), None)
@@ -109,7 +110,15 @@ def _class_of(config: Any, class_name: str | None, saved_from: str) -> Any:
     return None
 
 
-def _first(error: Exception) -> str:
+def _no_model(class_name: str, what: str) -> DeltaError:
+    """Return the error that a `--class` is none, with the nearest names of models."""
+    alike = [name for name in dir(_transformers()) if name[:4] == class_name[:4]]
+    near = nearest(class_name, [name for name in alike if not NO_MODEL.search(name)])
+    hint = f"; nearest: {', '.join(near)}" if near else "; give one such as BertForMaskedLM"
+    return DeltaError(f"--class {class_name!r}: {what}{hint}")
+
+
+def _why(error: Exception) -> str:
     if "trust_remote_code" in str(error):
         return "it has code of its own, which the command never runs; load it in Python"
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return reason(error)

@@ -78,14 +78,19 @@ def parse(text: str) -> Request:
             f"--delta {spec!r} must be TYPE, or TYPE:name=value,...@place,... such as "
             "lora:lora_r=8@attn.q,attn.v"
         )
-    options = split(found["options"] or "")
-    places = split(found["places"] or "")
+    options = [] if found["options"] is None else split(found["options"])
+    places = [] if found["places"] is None else split(found["places"])
     for line in more:
         name, _, value = line.partition("=")
         if name == "--option":
             options.append(value)
         else:
             places += split(value)
+    if "" in places:
+        raise DeltaError(
+            "--at '' names no place: give roles or names of modules, such as --at attn.q,attn.v; "
+            "the model itself is 'root'"
+        )
     given = dict(map(_option, options))
     method(found["type"]).config_class.check_names(given)
     return Request(found["type"], given, places)
@@ -100,7 +105,7 @@ def split(text: str) -> list[str]:
             parts.append("")
         else:
             parts[-1] += letter
-    return [part.strip() for part in parts if part.strip()]
+    return [part.strip() for part in parts]
 
 
 def _option(text: str) -> tuple[str, Any]:

@@ -44,9 +44,9 @@ class Draft:
         """Return the full name in our files of a tensor on the module `where`."""
         return join(where, SLOT, self.name, tensor)
 
-    def error(self, what: str) -> DeltaLoadError:
-        """Return an error that names this folder."""
-        return DeltaLoadError(f"{self.folder}: {what}")
+    def error(self, what: str, **details: Any) -> DeltaLoadError:
+        """Return an error that names this folder; `details` are fields of `Mismatch`."""
+        return DeltaLoadError(f"{self.folder}: {what}", **details)
 
     def refusal(self, option: str, why: str) -> DeltaLoadError:
         """Return the error for an option of the JSON."""

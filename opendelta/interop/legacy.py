@@ -25,10 +25,10 @@ from .._deltas.options import DeltaConfig
 from .._deltas.order import handle_of, known_records
 from .._deltas.registry import method
 from .._deltas.state_dict import TRANSLATORS
-from .._files.reading import check_link, undamaged
+from .._files.reading import as_path, check_link, undamaged
 from .._files.tensors import copy_into
 from .._modules.tensors import full, stored_params
-from ..errors import DeltaError, DeltaLoadError, OptionError, listed
+from ..errors import DeltaError, DeltaLoadError, OptionError, listed, shown
 from ..names import SLOT
 from ._draft import fact, has_values, keys_and_values, named
 from ._files import read_json, read_pickle, repeats_too_much
@@ -263,7 +263,10 @@ def load_state_dict(model: nn.Module, path: str | os.PathLike) -> None:
     Raises:
         DeltaLoadError: the file's tensors do not fit these deltas. Nothing is copied then.
     """
-    source, found = Path(path), Backbone.of(model)
+    source = as_path(path, "path", hint="; the model comes first, then the path")
+    if not isinstance(model, nn.Module):
+        raise OptionError(f"model must be a torch.nn.Module, not {shown(model)}")
+    found = Backbone.of(model)
     deltas = [handle_of(found, record) for record in known_records(found)]
     if not deltas:
         raise DeltaLoadError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,8 @@ from ..errors import OptionError, SiteError, nearest, shown
 from ..methods.lora import LoraLayer, LoraModel
 
 EXACT = 1e-5  # relative; float32 gives about 1e-6
-HOWS = ("linear", "cat", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune")
+How = Literal["linear", "cat", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
+HOWS: tuple[How, ...] = get_args(How)
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Combination:
 def combine(
     model: nn.Module,
     weights: Mapping[str, float],
-    how: str = "linear",
+    how: How = "linear",
     *,
     rank: int | None = None,
     density: float | None = None,

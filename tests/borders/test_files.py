@@ -2,7 +2,9 @@
 
 import contextlib
 import faulthandler
+import functools
 import json
+import operator
 import os
 import stat
 import sys
@@ -10,13 +12,14 @@ import warnings
 
 import pytest
 import torch
+from support import corpus
 from support.nets import shake
 from torch import nn
 
 import opendelta
 from opendelta import DeltaLoadError, LoraModel
 from opendelta._files import folder as files
-from opendelta.cli import main
+from opendelta.cli import looking, main
 from opendelta.interop import legacy, peft
 
 BERT = {
@@ -330,6 +333,39 @@ def test_no_sign_of_a_file_reaches_a_message_or_a_table_raw(monkeypatch, capsys,
     assert str(caught.value).isprintable()
 
 
+def texts(value, path=()):
+    """The paths of all texts in a JSON value."""
+    if isinstance(value, str):
+        yield path
+    parts = value.items() if isinstance(value, dict) else ()
+    parts = enumerate(value) if isinstance(value, list) else parts
+    for key, part in parts:
+        yield from texts(part, (*path, key))
+
+
+@pytest.mark.parametrize("kind", corpus.MAKE)
+def test_a_text_of_a_file_makes_no_line_of_its_own(kind, capsys, tmp_path):
+    written = corpus.MAKE[kind]()
+    name = next(name for name in written if name.endswith(".json"))
+    facts = json.loads(written[name])
+    facts |= {"opendelta_version": "1", "base_model_name_or_path": "a", "model_name": "a"}
+    for path in (*texts(facts), ("new option",)):
+        changed = json.loads(json.dumps(facts))
+        around = functools.reduce(operator.getitem, path[:-1], changed)
+        around[path[-1]] = "a\nopendelta: all is well\r\x1b[31m\u202e"
+        for file, content in written.items():
+            (tmp_path / file).write_bytes(content)
+        (tmp_path / name).write_text(json.dumps(changed))
+        for command in (looking.show, lambda folder: looking.diff(folder, folder)):
+            try:
+                command(str(tmp_path))
+            except opendelta.DeltaError as error:
+                print(error)
+            for line in capsys.readouterr().out.split("\n"):
+                assert line.isprintable(), path
+                assert not line.strip().startswith("opendelta: all"), path
+
+
 def main_ends(code):
     with pytest.raises(SystemExit) as stop:
         main()
@@ -413,7 +449,7 @@ def test_the_command_ends_in_one_line_whatever_is_raised(monkeypatch, capsys, tm
         monkeypatch.setattr("opendelta.cli.looking.saved_from", raised)
         code, line = run(monkeypatch, capsys, "explain", tmp_path, tmp_path)
         assert code == 2
-        assert line.startswith(f"opendelta: {type(error).__name__}:")
+        assert line.startswith(f"opendelta: {type(error).__name__}")
         assert line.isprintable()
 
 

@@ -1,5 +1,7 @@
 """A folder of many deltas loads at once, or its number is refused."""
 
+import cProfile
+import pstats
 import time
 
 import pytest
@@ -43,6 +45,30 @@ def test_a_thousand_deltas_load_in_order_and_at_once(tmp_path):
     composed = opendelta.composition(model)
     assert composed.names == [f"d{n}" for n in range(1_000)]
     torch.testing.assert_close(model[0](x), plain[0](x) + 7 * 4)
+
+
+def calls(action):
+    """The calls of functions that an action makes."""
+    profile = cProfile.Profile()
+    profile.runcall(action)
+    return pstats.Stats(profile).total_calls
+
+
+def test_saving_and_loading_walk_no_model_once_for_each_delta(tmp_path):
+    counts = {}
+    for count in (50, 200):
+        composed = opendelta.load(
+            written(tmp_path / f"{count}", count), net().requires_grad_(False)
+        )
+        other = nn.Sequential(*(nn.Linear(1, 1) for _ in range(1_000)))
+        kept = LoraModel(other, modified_modules=["0"])
+        saving = calls(lambda c=composed, n=count: c.save(tmp_path / f"again-{n}"))
+        loading = calls(lambda n=count: opendelta.load(tmp_path / f"again-{n}", net()))
+        counts[count] = saving, loading
+        assert kept.attached
+    each = [(many - few) / 150 for few, many in zip(*counts.values(), strict=True)]
+    assert each[0] < 350  # 220 calls for each delta; 480 when each walked over all layers
+    assert each[1] < 6_000  # 2,900; 10,000 when each walked over the other model
 
 
 def test_more_deltas_are_refused_by_their_number(tmp_path):

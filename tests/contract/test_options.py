@@ -8,6 +8,7 @@ from torch import nn
 
 import opendelta
 from opendelta import AdapterModel, LoraModel
+from opendelta._deltas.registry import METHODS
 
 
 @pytest.mark.covers(
@@ -45,6 +46,31 @@ def test_every_option_error_says_what_was_given():
         LoraModel(model, interactive_modify=True)
     with pytest.raises(opendelta.OptionError, match=r"must be a torch.nn.Module"):
         LoraModel("bert-base-cased")
+
+
+HUGE = {
+    "lora": ["lora_r"],
+    "adapter": ["bottleneck_dim"],
+    "compacter": ["hypercomplex_division", "phm_rank"],
+    "hra": ["r"],
+    "loha": ["r"],
+    "low_rank_adapter": ["low_rank_rank"],
+}
+
+
+@pytest.mark.covers("OptionError", "plan")
+@pytest.mark.parametrize("size", [10**20, 2**60])
+@pytest.mark.parametrize("name", HUGE)
+def test_a_size_that_no_memory_holds_is_refused_before_torch_is_asked(name, size):
+    model, method = net(), METHODS[name]
+    for option in HUGE[name]:
+        config = method.config_class(modified_modules=["linear"], **{option: size})
+        for verb in (method.from_config, lambda config, model: opendelta.plan(model, config)):
+            with (
+                untouched(model),
+                pytest.raises(opendelta.OptionError, match=r"'linear': no memory"),
+            ):
+                verb(config, model)
 
 
 def test_options_may_be_given_by_position_as_in_0_3():

@@ -1,5 +1,6 @@
 """Is it the backbone that a delta was trained on? What passes, is refused, or is unchecked."""
 
+import json
 import time
 import warnings
 
@@ -105,6 +106,23 @@ def test_weights_without_values_are_unchecked_with_a_warning(saved):
         AutoDeltaModel.from_finetuned(saved, model)
 
 
+@pytest.mark.covers("LoadReport")
+def test_a_fingerprint_without_values_has_shapes_which_are_compared(tmp_path):
+    wide, narrow = (nn.Sequential(nn.Embedding(rows, 8)) for rows in (9, 7))
+    delta = opendelta.AdapterModel(wide, modified_modules=["0"])
+    wide[0].weight = nn.Parameter(torch.empty(9, 8, device="meta"))
+    delta.freeze_module()
+    delta.save_finetuned(tmp_path)
+    facts = json.loads((tmp_path / "config.json").read_text())
+    assert facts["fingerprint"] == {"0.weight": {"shape": [9, 8], "values": None}}
+    with pytest.raises(DeltaLoadError, match=r"0\.weight is \[7, 8\] instead of \[9, 8\]"):
+        opendelta.load(tmp_path, narrow)
+    with pytest.warns(UncheckedWarning, match=r"1 of 1 weights .* without values: 0\.weight"):
+        report = opendelta.load(tmp_path, nn.Sequential(nn.Embedding(9, 8)), strict=False)
+    assert (report.same, report.unread) == ([], ["0.weight"])
+    assert str(report).endswith("; the values of 1 of 1 weights under them were not compared")
+
+
 @pytest.mark.covers("UncheckedWarning")
 def test_quantised_weights_are_unchecked_with_a_warning(tmp_path):
     with warnings.catch_warnings():
@@ -118,7 +136,14 @@ def test_quantised_weights_are_unchecked_with_a_warning(tmp_path):
     delta.save_finetuned(tmp_path)
     delta.detach()
     with pytest.warns(UncheckedWarning, match=r"1 of 2 weights .* quantised .*: 1.weight"):
-        opendelta.load(tmp_path, model)
+        report = opendelta.load(tmp_path, model, strict=False)
+    assert (report.same, report.unread) == (["0.weight"], ["1.weight"])
+    plain = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))  # its second weight is not packed
+    plain.load_state_dict(
+        {k: v for k, v in model.state_dict().items() if k[0] == "0"}, strict=False
+    )
+    with pytest.warns(UncheckedWarning, match=r"1 of 2 weights .* quantised .*: 1.weight"):
+        opendelta.load(tmp_path, plain)
 
 
 def test_deltas_and_merging_do_not_change_it(saved, tmp_path):
@@ -163,10 +188,11 @@ def test_infinities_and_nothing_at_all_are_compared_too():
     model.bare.weight = nn.Parameter(torch.empty(8, 0))
     found = Backbone.of(model)
     given = fingerprint.take(found, ["linear", "bare"], ())
-    assert fingerprint.differences(found, given, ()) == ({}, [])
+    compared = fingerprint.compare(found, given, ())
+    assert (compared.differing, compared.same) == ({}, ["linear.weight", "bare.weight"])
     with torch.no_grad():
         model.linear.weight.fill_(float("nan"))
-    assert list(fingerprint.differences(found, given, ())[0]) == ["linear.weight"]
+    assert list(fingerprint.compare(found, given, ()).differing) == ["linear.weight"]
 
 
 # -------------------------------------------------------------------------------- what it costs
@@ -196,7 +222,7 @@ def test_it_reads_a_few_values_of_each_weight_of_a_model_of_a_billion():
     times = []
     for _ in range(3):
         start = time.process_time()
-        fingerprint.differences(found, fingerprint.take(found, names, ()), ())
+        fingerprint.compare(found, fingerprint.take(found, names, ()), ())
         times.append(time.process_time() - start)
     assert len(given) == 112
     assert min(times) < 0.05

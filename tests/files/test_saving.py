@@ -12,6 +12,7 @@ from support.nets import IDS, net, shake, untouched
 import opendelta
 from opendelta import AdapterModel, AutoDeltaConfig, AutoDeltaModel, LoraModel
 from opendelta._files.folder import write, write_tensors
+from opendelta.interop import legacy, peft
 
 pytestmark = pytest.mark.covers(
     "Delta.save_finetuned", "Delta.from_finetuned", "AutoDeltaModel", "DeltaLoadError"
@@ -91,6 +92,11 @@ def test_a_save_that_fails_leaves_no_folder_and_no_file(tmp_path):
     with pytest.raises(opendelta.DeltaError, match="Nothing was saved"):
         delta.save_finetuned(tmp_path / "old")
     assert not any((tmp_path / "old").iterdir())
+    delta.layers["linear"].lora_B = torch.nn.Parameter(torch.empty(8, 8, device="meta"))
+    for save in (delta.save_finetuned, lambda folder: peft.save(delta, folder)):
+        with pytest.raises(opendelta.DeltaError, match=r"1 tensors have no values.*lora_B"):
+            save(tmp_path / "new")
+        assert not (tmp_path / "new").exists()
 
 
 def test_loading_runs_no_pattern(saved):
@@ -136,6 +142,13 @@ def test_a_config_makes_the_same_delta_on_another_backbone(saved):
     assert third.config == delta.config
     with pytest.raises(opendelta.OptionError, match=r"takes a config or a dict, not list"):
         AutoDeltaModel.from_config([config], backbone_model=net())
+
+
+@pytest.mark.parametrize("name", [3, "", "a b", ["x"], "x" * 65, "\x1b[31m"])
+def test_a_new_name_that_is_none_is_refused(saved, name):
+    model = net()
+    with untouched(model), pytest.raises(opendelta.DeltaError, match="is no name for a delta: use"):
+        AutoDeltaModel.from_finetuned(saved[0], model, name=name)
 
 
 def test_a_second_delta_of_a_taken_name_gets_the_next_free_one(saved):
@@ -284,7 +297,8 @@ def test_a_report_tells_by_name_what_does_not_fit(saved):
     rewrite(folder, good)
     report = opendelta.load(folder, model, strict=False)
     assert report
-    assert report == opendelta.LoadReport(["lora"], saved_from="Net")
+    same = ["linear.weight", "bare.weight"]
+    assert report == opendelta.LoadReport(["lora"], saved_from="Net", same=same)
     assert str(report) == "loaded lora, saved from a Net"
     assert torch.equal(model(IDS), expected)
 
@@ -397,6 +411,57 @@ def test_swapped_arguments_are_said_to_be_swapped(saved):
     for load in (opendelta.load, AutoDeltaModel.from_finetuned, LoraModel.from_finetuned):
         with pytest.raises(opendelta.OptionError, match="the folder comes first, then the model"):
             load(net(), folder)
+
+
+class Odd(os.PathLike):
+    def __fspath__(self):
+        return b"folder"
+
+
+@pytest.mark.covers("Delta.save_finetuned", "Composition.save", "AutoDeltaConfig")
+@pytest.mark.parametrize("path", [3, None, b"folder", ["folder"], Odd(), ""])
+def test_a_path_that_is_none_is_refused_by_the_name_of_its_argument(path):
+    model = net()
+    delta = LoraModel(model, modified_modules=["linear"])
+    calls = {
+        "save_directory": [delta.save_finetuned],
+        "folder": [
+            opendelta.composition(model).save,
+            lambda given: opendelta.load(given, model),
+            lambda given: peft.save(delta, given),
+        ],
+        "finetuned_delta_path": [
+            AutoDeltaConfig.from_finetuned,
+            lambda given: AutoDeltaModel.from_finetuned(given, model),
+            lambda given: LoraModel.from_finetuned(given, model),
+        ],
+        "path": [lambda given: legacy.load_state_dict(model, given)],
+    }
+    kind = "empty" if path == "" else type(path).__name__
+    for argument, verbs in calls.items():
+        for verb in verbs:
+            with pytest.raises(
+                opendelta.OptionError, match=f"^{argument}=.* must be a path.*{kind}"
+            ):
+                verb(path)
+
+
+class Place(os.PathLike):
+    def __init__(self, path):
+        self.path = path
+
+    def __fspath__(self):
+        return str(self.path)
+
+
+def test_a_path_may_be_of_any_class_that_has_one(tmp_path):
+    delta = shake(LoraModel(net(), modified_modules=["linear"]))
+    delta.freeze_module()
+    delta.save_finetuned(Place(tmp_path))
+    for path in (tmp_path, str(tmp_path), Place(tmp_path)):
+        assert opendelta.load(path, net()).names == ["lora"]
+    with pytest.raises(opendelta.OptionError, match="repo_id=3 must be 'user/name'"):
+        delta.push_to_hub(3)
 
 
 def test_a_save_between_reading_the_config_and_the_weights_is_no_damage(saved, monkeypatch):

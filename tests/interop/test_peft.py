@@ -146,6 +146,16 @@ READ = {
     "embedding": ("llama", lambda: lora(target_modules=["embed_tokens"])),
     "regex": ("llama", lambda: lora(target_modules=r".*\.1\..*_proj")),
     "orthogonal": ("llama", lambda: lora(target_modules=LLAMA, init_lora_weights="orthogonal")),
+    "all-linear": ("llama", lambda: lora(target_modules="all-linear")),
+    "excluded": ("llama", lambda: lora(target_modules=LLAMA, exclude_modules=["0.mlp.down_proj"])),
+    "excluded-by-regex": (
+        "llama",
+        lambda: lora(target_modules=LLAMA, exclude_modules=r".*\.1\..*q_proj"),
+    ),
+    "layers-by-pattern": (
+        "llama",
+        lambda: lora(target_modules=LLAMA, layers_to_transform=0, layers_pattern="layers"),
+    ),
     "only-layer-1": ("llama", lambda: lora(target_modules=LLAMA, layers_to_transform=[1])),
     "ia3": (
         "llama",
@@ -567,6 +577,7 @@ def refused(folder, message, kind="llama"):
     with untouched(base), pytest.raises(opendelta.DeltaLoadError, match=message) as caught:
         opendelta.load(folder, base)
     assert str(folder) in str(caught.value)
+    return caught.value.details
 
 
 FIELDS = {
@@ -593,6 +604,76 @@ FIELDS = {
 def test_a_field_that_changes_the_computation_is_refused_by_name(adapter, field):
     edit(adapter, **{field: FIELDS[field]})
     refused(adapter, rf"adapter_config.json: {field}={re.escape(repr(FIELDS[field]))} ")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": ["q_proj"]},
+        {"target_modules": ["model.layers.0.self_attn.q_proj"]},
+        {"target_modules": r".*\.0\..*"},
+        {"target_modules": []},
+        {"exclude_modules": ["down_proj"]},
+        {"exclude_modules": r".*\.1\..*"},
+        {"layers_to_transform": 1},
+        {"layers_to_transform": [0], "layers_pattern": "layers"},
+        {"layers_to_transform": [0, 1], "layers_pattern": ["h"]},
+        {"modules_to_save": ["mlp"]},
+    ],
+)
+def test_tensors_that_peft_would_leave_out_are_refused(adapter, fields):
+    edit(adapter, **fields)
+    found = refused(adapter, "adapter_config.json does not select by target_modules and the like")
+    assert found.unexpected
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": 3},
+        {"target_modules": {"q_proj": 1}},
+        {"target_modules": ["q_proj", 3]},
+        {"exclude_modules": 3},
+        {"layers_to_transform": "all"},
+        {"layers_to_transform": [True]},
+        {"layers_pattern": "layers"},
+        {"layers_pattern": 3, "layers_to_transform": [0]},
+        {"corda_config": 3},
+        {"init_lora_weights": 1},
+        {"rank_pattern": {"q_proj": None}},
+        {"rank_pattern": {"nothing": 2.5}},
+        {"rank_pattern": {"nothing": True}},
+        {"alpha_pattern": {"nothing": "x"}},
+    ],
+)
+def test_a_field_of_another_form_than_peft_writes_is_refused_by_name(adapter, fields):
+    edit(adapter, **fields)
+    refused(adapter, rf"adapter_config.json: {next(iter(fields))}=")
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        ("llama", {"fan_in_fan_out": True}),
+        ("gpt2", {"fan_in_fan_out": False}),
+        ("llama", {"rank_pattern": {"nothing": 2}, "alpha_pattern": {"nothing": 2}}),
+        ("llama", {"alpha_pattern": {r".*\.1\..*": 2.5}, "init_lora_weights": "Gaussian"}),
+        ("llama", {"modules_to_save": ["of_another_model"]}),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to", "ignore:The following")
+def test_fields_that_peft_overlooks_or_mends_are_read_as_by_peft(kind, fields, tmp_path):
+    write(lora(target_modules=LLAMA if kind == "llama" else GPT2), tiny(kind), tmp_path)
+    edit(tmp_path, **fields)
+    theirs = peft.PeftModel.from_pretrained(tiny(kind), tmp_path).eval()
+    base = tiny(kind)
+    opendelta.load(tmp_path, base)
+    assert torch.allclose(run(base), run(theirs), atol=1e-5)
+
+
+def test_a_module_to_save_without_its_tensors_is_refused(adapter):
+    edit(adapter, modules_to_save=["lm_head"])
+    refused(adapter, "no tensors for 'lm_head', which modules_to_save selects")
 
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga"])
@@ -733,7 +814,8 @@ def test_normalisations_that_peft_tunes_and_we_do_not_are_refused(tmp_path):
 
 
 def test_tensors_must_be_those_of_this_model(adapter):
-    refused(adapter, "8 of 8 tensors of this LORA belong to nothing in GPT2LMHeadModel", "gpt2")
+    message = "8 of 8 tensors of this LORA belong to nothing in GPT2LMHeadModel"
+    assert len(refused(adapter, message, "gpt2").unexpected) == 8
     key = "base_model.model.model.layers.1.self_attn.q_proj"
     retensor(adapter, lambda tensors: tensors.pop(f"{key}.lora_A.weight"))
     refused(adapter, "missing: model.layers.1.self_attn.q_proj.deltas.lora.lora_A")

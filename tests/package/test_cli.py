@@ -136,11 +136,37 @@ def test_every_command_on_bad_input(folder, command):
     assert errors.count("\n") == 1
 
 
-def test_a_command_that_is_not_used_right_says_so():
-    code, out, errors = process(None, "plan", "my-model")
+MISUSED = {  # arguments: what the error says
+    "plan my-model": "give at least one --delta, such as --delta lora",
+    "plan": "Missing argument 'MODEL'",
+    "show": "Missing argument 'CHECKPOINT'",
+    "nope": "No such command 'nope'",
+    "show --nope x": "No such option: --nope",
+    "convert a b --to x": "'x' is not one of 'opendelta', 'peft'",
+    "demo --epochs 0": "Invalid value for '--epochs'",
+    "plan my-model --at attn.q": "--at 'attn.q' must stand after a --delta",
+    "plan my-model -d lora --at=": "--at '' names no place: give roles or names",
+    "plan my-model -d lora@": "--at '' names no place: give roles or names",
+    "plan my-model -d lora --at attn.q,": "--at '' names no place: give roles or names",
+    "plan my-model -d lora: ": "--option '' must be name=value",
+    "plan my-model -d lora -o lora_r=100000000000000000000": "no memory holds 100,000,000",
+    "tree my-model --class BertConfig": "of transformers, but of no model; nearest: BertModel",
+    "tree my-model --class Nope": "has no such model; give one such as BertForMaskedLM",
+    "tree wrong.json": "Field 'hidden_size' expected int, got str",
+    "tree \x1b[31m": r"no model '\x1b[31m': there is no such folder",
+}
+
+
+@pytest.mark.parametrize("words", MISUSED)
+def test_a_command_that_is_not_used_right_says_so_in_one_line(run, folder, words):
+    config = json.loads((folder / "my-model" / "config.json").read_text())
+    (folder / "wrong.json").write_text(json.dumps(config | {"hidden_size": "wide"}))
+    code, out, errors = run(*words.split())
     assert (code, out) == (2, "")
-    assert "give at least one --delta, such as --delta lora" in errors
-    assert "Traceback" not in errors
+    assert errors.startswith("opendelta: ")
+    assert MISUSED[words] in errors
+    assert errors.endswith("\n")
+    assert errors[:-1].isprintable()
 
 
 # --------------------------------------------------------------------------------- what they find
@@ -151,7 +177,6 @@ def test_verify_and_diff_fail_where_they_find_something(run):
     code, out, _ = run("verify", "damaged", "my-model", "--json")
     assert code == 1
     assert json.loads(out)["fits"] is False
-    assert run("verify", "my-lora", "another-model/config.json")[0] == 0  # no weights to compare
 
     code, out, _ = run("diff", "my-lora", "my-composition")
     assert code == 1
@@ -162,6 +187,35 @@ def test_verify_and_diff_fail_where_they_find_something(run):
     assert len(found["values"]) == 16
     assert not any(value for name, value in found.items() if name != "values")
     assert run("diff", "my-peft", "my-peft")[0] == 0
+
+
+def test_verify_says_of_which_weights_it_compared_the_values(run, folder):
+    alone = "only names and shapes were compared, and no values of the weights under them\n"
+    for checkpoint, model in (("my-lora", "another-model/config.json"), ("my-peft", "my-model")):
+        code, out, errors = run("verify", checkpoint, model)
+        assert (code, out, errors) == (0, f"{checkpoint} fits {model}: lora; {alone}", "")
+    shutil.copytree(folder / "my-lora", folder / "unread")
+    path = folder / "unread" / "config.json"
+    facts = json.loads(path.read_text())
+    first, *others = facts["fingerprint"].values()
+    first["values"] = None
+    path.write_text(json.dumps(facts))
+    some = "7 of 8 weights under them are those that they were trained on; of the others only names"
+    assert some in run("verify", "unread", "my-model")[1]
+    for other in others:
+        other["values"] = None
+    path.write_text(json.dumps(facts))
+    assert run("verify", "unread", "another-model") == (
+        0,
+        f"unread fits another-model: lora; {alone}",
+        "",
+    )
+    found = json.loads(run("verify", "unread", "another-model", "--json")[1])
+    assert (found["weights_compared"], len(found["unread"])) == (False, 8)
+    first["shape"] = [9, 9]
+    path.write_text(json.dumps(facts))
+    code, out, _ = run("verify", "unread", "my-model")
+    assert (code, "is [32, 32] instead of [9, 9]" in out) == (1, True)
 
 
 def test_a_merged_model_computes_what_the_deltas_did(run, folder):
@@ -219,6 +273,7 @@ def test_everything_is_data_too(run):
     }  # fmt: skip
     assert foreign["format"] == "PEFT"
     assert foreign["deltas"][0]["options"] == {"lora_alpha": 16, "r": 4}
+    assert fits.pop("unread") == []
     assert fits == {"fits": True, "problem": None, "deltas": ["lora"], "weights_compared": True}
 
 

@@ -1,5 +1,6 @@
 """Errors carry fields beside their text, and warnings point at the line of the user."""
 
+import json
 import pickle
 import runpy
 import textwrap
@@ -62,6 +63,49 @@ def test_a_site_error_says_which_module(attach, where):
     with pytest.raises(SiteError) as caught:
         attach(model)
     assert caught.value.where == where
+
+
+@pytest.mark.covers("SiteError")
+@pytest.mark.parametrize(
+    "attach",
+    [
+        lambda m: opendelta.AdapterModel(m, modified_modules=["0"], reads=True),
+        lambda m: LoraModel(m, modified_modules=["0"], reads=True),
+    ],
+)
+def test_a_site_error_of_a_weight_that_is_read_says_which_module(attach):
+    model = nn.Sequential(nn.Embedding(4, 4), nn.Linear(4, 4))
+    with pytest.raises(SiteError, match=r"folded weights can be|layers that fold") as caught:
+        attach(model)
+    assert caught.value.where == "0"
+
+
+@pytest.mark.covers("AddressError")
+def test_an_address_error_of_a_pattern_carries_it_wherever_it_is_found():
+    model = net()
+    LoraModel(model, modified_modules=["0", "2"])
+    wrong = {
+        "[r](": lambda given: LoraModel(model, modified_modules=[given]),
+        "[r].": opendelta.composition(model).explain,
+        "0": lambda given: LoraModel(model, modified_modules=[given], modules_to_save=[given]),
+    }
+    for pattern, verb in wrong.items():
+        with pytest.raises(AddressError) as caught:
+            verb(pattern)
+        assert caught.value.pattern == pattern
+
+
+@pytest.mark.covers("DeltaLoadError")
+def test_a_load_error_names_tensors_that_are_none_of_the_model(tmp_path):
+    saved(net(), tmp_path)
+    path = tmp_path / "config.json"
+    facts = json.loads(path.read_text())
+    frozen = [facts["deltas"][0] | {"frozen": ["0"]}]
+    for changes in ({"backbone_tensors": ["0"]}, {"deltas": frozen}):
+        path.write_text(json.dumps(facts | changes))
+        with pytest.raises(DeltaLoadError) as caught:
+            opendelta.load(tmp_path, net())
+        assert caught.value.details == {"unexpected": ["0"]}
 
 
 @pytest.mark.covers("DeltaLoadError")

@@ -37,6 +37,8 @@ with opendelta.route(net, ["lora", ["lora", "adapter"], None]) as routed:
     names: list[str] = routed.names
 report = opendelta.load("folder", net, strict=False)
 problem: str | None = report.problem
+opendelta.combine(net, {"a": 1.0}, "dare_ties", density=0.5)
+opendelta.combine(net, {"a": 1.0}, how="linaer")  # wrong: how
 LoraModel(net, lora_rank=4)  # wrong: lora_rank
 LoraModel(net, lora_r="four")  # wrong: int
 AdapterModel(net, lora_r=4)  # wrong: lora_r
@@ -44,13 +46,28 @@ LoraModel(net, init="zeros")  # wrong: init
 LoraModel(net, 8, 16, 0.0, ["query"], None, None, None, False, True)  # wrong: positional
 LoraModel(net).config.bottleneck_dim  # wrong: bottleneck_dim
 """
-WRONG = [n for n, line in enumerate(PROGRAM.splitlines(), 1) if "# wrong" in line]
+STAR = f"""\
+from torch import nn
+
+from opendelta import *
+
+names = [
+    {", ".join(opendelta.__all__)},
+]
+rank: int = LoraModel(nn.Linear(1, 1)).config.lora_r
+pattern: str | None = AddressError("no").pattern
+own_version()  # wrong: no public name
+"""
+WRONG = {
+    text: [n for n, line in enumerate(text.splitlines(), 1) if "# wrong" in line]
+    for text in (PROGRAM, STAR)
+}
 
 
-@pytest.fixture
-def program(tmp_path):
+@pytest.fixture(params=[PROGRAM, STAR], ids=["names", "star"])
+def program(request, tmp_path):
     path = tmp_path / "program.py"
-    path.write_text(PROGRAM)
+    path.write_text(request.param)
     return path
 
 
@@ -58,7 +75,7 @@ def test_mypy_finds_the_wrong_calls_and_no_others(program):
     command = [TOOLS / "mypy", "--no-incremental", "--show-error-codes", program]
     done = subprocess.run(command, capture_output=True, text=True, cwd=program.parent)
     errors = {int(n) for n in re.findall(r"^program.py:(\d+): error", done.stdout, re.MULTILINE)}
-    assert sorted(errors) == WRONG, done.stdout + done.stderr
+    assert sorted(errors) == WRONG[program.read_text()], done.stdout + done.stderr
 
 
 def test_pyright_finds_the_wrong_calls_and_no_others(program):
@@ -66,12 +83,13 @@ def test_pyright_finds_the_wrong_calls_and_no_others(program):
     done = subprocess.run(command, capture_output=True, text=True, cwd=program.parent)
     found = json.loads(done.stdout)["generalDiagnostics"]
     errors = {d["range"]["start"]["line"] + 1 for d in found if d["severity"] == "error"}
-    assert sorted(errors) == WRONG, done.stdout
+    assert sorted(errors) == WRONG[program.read_text()], done.stdout
 
 
 def test_the_stubs_are_those_of_the_configs():
-    message = "the options of a method changed: run `python tools/write_stubs.py`"
+    message = "a method or an error changed: run `python tools/write_stubs.py`"
     assert write_stubs.FILE.read_text(encoding="utf-8") == write_stubs.text(), message
+    assert write_stubs.PACKAGE.read_text(encoding="utf-8") == write_stubs.package(), message
 
 
 def test_every_file_of_a_method_is_imported_where_the_methods_are_listed():

@@ -139,7 +139,7 @@ def own_attacks():
             torch.full((2, 8), 1e300, dtype=torch.float64), "not finite in torch.float32"
         ),
         "rank_2_000_000": option(r"\[2, 8\] instead of \[2000000, 8\]", lora_r=2_000_000),
-        "rank_2_62": option("does not fit this Net: RuntimeError", lora_r=2**62),
+        "rank_2_62": option("no memory holds", lora_r=2**62),
         "rank_of_100_bits": option("an integer of more than 64 bits", lora_r=2**100),
         "rank_negative": option("lora_r=-1 must be at least 1", lora_r=-1),
         "rank_text": option("must be int, not str", lora_r="8"),

@@ -134,7 +134,8 @@ def _sorted(
     if unknown or not out:
         raise DeltaLoadError(
             f"{folder}: {len(unknown)} of {len(given)} tensors are none of an adapter called "
-            f"{shown(name)}: {shown(unknown[:3])}"
+            f"{shown(name)}: {shown(unknown[:3])}",
+            unexpected=unknown,
         )
     return out
 

@@ -14,7 +14,7 @@ from .._files import repeats_too_much
 from .terms import PATTERNS, PROJECTIONS, Adapter, conv_problem, norm_terms
 
 
-def _test_of(adapter: Adapter, name: str, pattern: Any, form: str = "{}") -> re.Pattern[str]:
+def matcher(adapter: Adapter, name: str, pattern: Any, form: str = "{}") -> re.Pattern[str]:
     """Put a regular expression of the JSON into `form`; refuse one that could run forever."""
     try:
         if repeats_too_much(pattern):
@@ -28,9 +28,12 @@ def _finish_patterns(adapter: Adapter) -> None:
     """Give each module the rank and alpha of the first pattern that fits the end of its name."""
     for name in PATTERNS:
         given = adapter.config.get(name) or {}
-        if not isinstance(given, dict):
-            raise adapter.refusal(name, "it must give patterns values")
-        tests = [(_test_of(adapter, name, k, r"(.*\.)?({})$"), v) for k, v in given.items()]
+        number = int if name == "rank_pattern" else int | float
+        if not isinstance(given, dict) or not all(
+            isinstance(value, number) and not isinstance(value, bool) for value in given.values()
+        ):
+            raise adapter.refusal(name, "it must give patterns numbers")
+        tests = [(matcher(adapter, name, k, r"(.*\.)?({})$"), v) for k, v in given.items()]
         values = {
             where: next((value for test, value in tests if test.match(where)), None)
             for where in adapter.sites
@@ -52,7 +55,7 @@ def _matrix(tensor: Tensor) -> Tensor:
 def _finish_ia3(adapter: Adapter) -> None:
     given = adapter.config.get("feedforward_modules") or []
     if isinstance(given, str):
-        test = _test_of(adapter, "feedforward_modules", given)
+        test = matcher(adapter, "feedforward_modules", given)
         before = [where for where in adapter.sites if test.fullmatch(where)]
     elif isinstance(given, list) and all(isinstance(end, str) for end in given):
         before = [where for where in adapter.sites if where.endswith(tuple(given))]

@@ -16,6 +16,7 @@ from ...names import ancestors
 from .._draft import CONFIG, fact, has_values
 from .._files import read_json, read_safetensors
 from .methods import FINISH
+from .targets import check_owned, check_selection
 from .terms import (
     FREE,
     METHODS,
@@ -66,10 +67,11 @@ def translate(folder: Path, model: nn.Module) -> tuple[dict[str, Any], dict[str,
     if not adapter.sites:
         raise adapter.error(f"{WEIGHTS} holds no tensor of a {method.peft_type}")
     adapter.sort()
-    _check_complete(adapter)
     finish = FINISH.get(adapter.name)
     if finish is not None:
         finish(adapter)
+    check_selection(adapter)
+    check_owned(adapter)
     return _facts(adapter), adapter.tensors()
 
 
@@ -113,6 +115,8 @@ def _check_fields(adapter: Adapter) -> None:
         if name not in known and value and not (name == "bias" and value == "none"):
             why = WHY.get(name, "no delta of opendelta does that")
             raise adapter.refusal(name, f"{why}. Load it with PEFT")
+        if name.endswith("_config") and value is not None and not isinstance(value, dict):
+            raise adapter.refusal(name, "it must be an object")
     start = config.get("init_lora_weights") if adapter.name == "lora" else None
     if isinstance(start, str) and start.lower().startswith(MUTATING):
         raise adapter.refusal(
@@ -122,7 +126,9 @@ def _check_fields(adapter: Adapter) -> None:
             "path_initial_model_for_weight_conversion=<the adapter before training>), or put the "
             "changed weights into the model, and true into this field",
         )
-    if start not in STARTS:
+    if isinstance(start, str):
+        start = start.lower()
+    if not any(start is known or (start == known and isinstance(start, str)) for known in STARTS):
         raise adapter.refusal("init_lora_weights", "no such start is known; load it with PEFT")
     owned = config.get("modules_to_save") or []
     if not isinstance(owned, list) or not all(isinstance(n, str) and n for n in owned):
@@ -155,7 +161,8 @@ def _sort_tensors(adapter: Adapter, given: dict[str, Tensor]) -> None:
         raise adapter.error(
             f"{len(unknown)} of {len(given)} tensors of this {adapter.method.peft_type} belong to "
             f"nothing in {type(adapter.backbone.model).__name__}: {listed(unknown)}"
-            f"; load it on the model that it was trained on"
+            f"; load it on the model that it was trained on",
+            unexpected=unknown,
         )
     adapter.options["modules_to_save"] = [name for name in names if name in owners] or None
 
@@ -185,7 +192,12 @@ def _is_of_backbone(adapter: Adapter, name: str, tensor: Tensor) -> bool:
     raise adapter.error(
         f"it brings another weight {list(tensor.shape)} for {where!r}, which has "
         f"{list(own.shape)} here: the vocabulary was resized, or the embeddings were trained; put "
-        f"{name!r} of {WEIGHTS} into the model first"
+        f"{name!r} of {WEIGHTS} into the model first",
+        **(
+            {}
+            if own.shape == tensor.shape
+            else {"misshaped": {name: (list(tensor.shape), list(own.shape))}}
+        ),
     )
 
 
@@ -206,28 +218,3 @@ def _embedder_of(adapter: Adapter) -> str:
             f"{type(adapter.backbone.model).__name__} has {len(names)}: {names}"
         )
     return names[0]
-
-
-def _check_complete(adapter: Adapter) -> None:
-    """Raise if a module that target_modules lists has no tensors: the file is incomplete."""
-    config = adapter.config
-    targets = config.get("target_modules")
-    less = any(config.get(n) for n in ("layers_to_transform", "exclude_modules"))
-    if not isinstance(targets, list) or less:
-        return
-    missing, seen = [], {id(adapter.backbone.modules[name]) for name in adapter.sites}
-    for name, module in adapter.backbone.modules.items():
-        parts = name.split(".")
-        ends = {".".join(parts[i:]) for i in range(len(parts))}
-        kept = any(f".{m}." in f".{name}." for m in config.get("modules_to_save") or ())
-        if (
-            not kept
-            and ends & {t for t in targets if isinstance(t, str)}
-            and id(module) not in seen
-        ):
-            missing.append(name)
-    if missing:
-        raise adapter.error(
-            f"{WEIGHTS} has no tensors for {len(missing)} modules that target_modules selects: "
-            f"{listed(missing)}"
-        )

@@ -16,7 +16,7 @@ from ..._backbone import copying
 from ..._backbone.backbone import Backbone
 from ..._deltas.base import BaseDelta
 from ..._files import folder as files
-from ..._files.reading import read_start
+from ..._files.reading import as_path, read_start
 from ..._layers.base import Acts
 from ..._modules.kinds import TransposedLinear, kind_of
 from ..._modules.tensors import full
@@ -58,7 +58,7 @@ def save(delta: BaseDelta, folder: str | os.PathLike) -> None:
             f"peft.save takes a delta, not a {type(delta).__name__}: a folder of PEFT's holds just "
             "one. Name it: peft.save(composition(model)['name'], folder)"
         )
-    path, backbone = Path(folder), Backbone.of(delta.backbone_model)
+    path, backbone = as_path(folder, "folder"), Backbone.of(delta.backbone_model)
     _check_free(path)
     _check_writable(delta, backbone)
     names, owned = _owned_by_peft(delta, backbone)
@@ -75,6 +75,7 @@ def save(delta: BaseDelta, folder: str | os.PathLike) -> None:
     }  # fmt: skip
     tensors = {**_tensors(delta, backbone), **owned}
     whole = {key: full(tensor.detach()) for key, tensor in tensors.items()}
+    files.check_values(whole)
     path.mkdir(parents=True, exist_ok=True)
     with files.locked(path):  # at any moment there is the old adapter, none, or the new one
         (path / CONFIG).unlink(missing_ok=True)
