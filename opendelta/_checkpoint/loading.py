@@ -77,10 +77,7 @@ def load(
     if name is not None:
         check_name(name)
     with uncollected(), opened(path, model) as source:
-        if expected is not None:
-            _check_type(path, source.configs, expected)
-        if wanted is not None:
-            check_options(path, source.configs[0], wanted)
+        _check_wanted(path, source.configs, expected, wanted)
         backbone, facts, given = Backbone.of(model, samples), source.facts, source.tensors
         made_for = source.saved_from or "model"
         unfit = f"{path}, saved from a {made_for}, does not fit this {type(model).__name__}"
@@ -91,9 +88,9 @@ def load(
         brought = _brought(path, facts, own)
         compare({k: t for state in (*states, brought) for k, t in state.items()}, given, str(path))
         _check_frozen(path, entries)
-        compared = (
-            _check_backbone(path, backbone, facts, deltas) if check_backbone else Comparison()
-        )
+        compared = Comparison()
+        if check_backbone:
+            compared = _check_backbone(path, backbone, facts, deltas)
         source.verify()
         new = dict(tensors.values(brought, given, str(path), own))
         for (fact, delta), state in zip(entries, states, strict=True):
@@ -117,8 +114,7 @@ def refill(folder: str | os.PathLike, delta: BaseDelta) -> None:
     path, backbone = Path(folder), Backbone.of(delta.backbone_model)
     delta.record.require_apart("cannot load")
     with opened(path, backbone.model) as source:
-        _check_type(path, source.configs, type(delta))
-        check_options(path, source.configs[0], delta.config)
+        _check_wanted(path, source.configs, type(delta), delta.config)
         facts, own = source.facts, backbone.tensors()
         brought = {key: own[key] for key in facts["backbone_tensors"] if key in own}
         source.verify()
@@ -126,7 +122,20 @@ def refill(folder: str | os.PathLike, delta: BaseDelta) -> None:
         tensors.copy_into(into, source.tensors, str(path))
 
 
-def check_options(path: Path, saved: DeltaConfig, config: DeltaConfig) -> None:
+def _check_wanted(
+    path: Path,
+    configs: Sequence[DeltaConfig],
+    expected: type[BaseDelta] | None,
+    wanted: DeltaConfig | None,
+) -> None:
+    """Raise unless a folder holds what is asked for; see `load`."""
+    if expected is not None:
+        _check_type(path, configs, expected)
+    if wanted is not None:
+        _check_options(path, configs[0], wanted)
+
+
+def _check_options(path: Path, saved: DeltaConfig, config: DeltaConfig) -> None:
     """Raise unless the method's own options are the same, where no names of modules are in them."""
     own = {field.name: field for field in dataclasses.fields(saved) if field.name not in COMMON}
     for name, field in own.items():

@@ -189,15 +189,12 @@ def _is_of_backbone(adapter: Adapter, name: str, tensor: Tensor) -> bool:
         return False
     if has_values(own, tensor):
         return True
+    sizes = list(tensor.shape), list(own.shape)
     raise adapter.error(
-        f"it brings another weight {list(tensor.shape)} for {where!r}, which has "
-        f"{list(own.shape)} here: the vocabulary was resized, or the embeddings were trained; put "
+        f"it brings another weight {sizes[0]} for {where!r}, which has {sizes[1]} here: the "
+        "vocabulary was resized, or the embeddings were trained; put "
         f"{name!r} of {WEIGHTS} into the model first",
-        **(
-            {}
-            if own.shape == tensor.shape
-            else {"misshaped": {name: (list(tensor.shape), list(own.shape))}}
-        ),
+        misshaped={} if sizes[0] == sizes[1] else {name: sizes},
     )
 
 

@@ -1,0 +1,9 @@
+"""Read checkpoints of OpenDelta 0.3: a folder of one delta, or a state dict of several deltas.
+
+Both are pickles. Only tensors are unpickled.
+"""
+
+from .folder import config_of, recognises, translate
+from .states import load_state_dict
+
+__all__ = ["config_of", "load_state_dict", "recognises", "translate"]
