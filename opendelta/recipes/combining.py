@@ -5,19 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
 from .._backbone.backbone import Backbone
+from .._deltas.choosing import choose
+from .._deltas.committing import commit
+from .._deltas.making import make
 from .._deltas.order import free_name, known_records
+from .._deltas.placing import place
 from .._handles.composition import composition
 from .._layers.base import Acts, DeltaLayer
 from .._modules import tensors
 from .._modules.kinds import kind_of
 from ..errors import OptionError, SiteError, nearest, shown
-from ..methods.lora import LoraLayer, LoraModel
+from ..methods.lora import LoraConfig, LoraLayer, LoraModel
 
 EXACT = 1e-5  # relative; float32 gives about 1e-6
 How = Literal["linear", "cat", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
@@ -276,8 +280,7 @@ def _as_lora(
     """Return a LoRA with these factors, attached and disabled."""
     names = list(factors)
     largest = max(ranks.values())
-    delta = LoraModel(
-        model,
+    config = LoraConfig(
         modified_modules=names,
         lora_r=largest,
         lora_alpha=float(largest),
@@ -285,14 +288,13 @@ def _as_lora(
         alpha_pattern={w: float(r) for w, r in ranks.items() if r != largest} or None,
         name=name,
     )
-    try:
-        with torch.no_grad():
-            for where, (A, B) in factors.items():
-                layer: Any = delta.layers[where]
-                layer.lora_A.copy_(A)
-                layer.lora_B.copy_(B)
-        delta.disable()
-    except BaseException:  # Ctrl-C, too
-        delta.detach()
-        raise
-    return delta
+    backbone = Backbone.of(model)
+    delta = make(backbone, choose(backbone, LoraModel, config))
+    with torch.no_grad():
+        for where, (A, B) in factors.items():
+            layer: Any = delta.layers[where]
+            layer.lora_A.copy_(A)
+            layer.lora_B.copy_(B)
+    delta.record.enabled = False
+    commit(place(backbone, delta))
+    return cast(LoraModel, delta)

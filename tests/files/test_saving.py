@@ -424,7 +424,7 @@ def test_a_path_that_is_none_is_refused_by_the_name_of_its_argument(path):
     model = net()
     delta = LoraModel(model, modified_modules=["linear"])
     calls = {
-        "save_directory": [delta.save_finetuned],
+        "finetuned_delta_path": [delta.save_finetuned],
         "folder": [
             opendelta.composition(model).save,
             lambda given: opendelta.load(given, model),
