@@ -25,7 +25,9 @@ def bert():
     return transformers.BertForMaskedLM(transformers.BertConfig(vocab_size=3000, **sizes)).eval()
 
 
-@pytest.mark.parametrize(("page", "printing"), [("compositions", 9), ("saving", 2)])
+@pytest.mark.parametrize(
+    ("page", "printing"), [("compositions", 9), ("saving", 2), ("from_opendelta", 5)]
+)
 def test_the_examples_run_and_print_what_the_page_says(
     page, printing, tmp_path, monkeypatch, capsys
 ):

@@ -424,13 +424,13 @@ def test_a_path_that_is_none_is_refused_by_the_name_of_its_argument(path):
     model = net()
     delta = LoraModel(model, modified_modules=["linear"])
     calls = {
-        "finetuned_delta_path": [delta.save_finetuned],
         "folder": [
             opendelta.composition(model).save,
             lambda given: opendelta.load(given, model),
             lambda given: peft.save(delta, given),
         ],
         "finetuned_delta_path": [
+            delta.save_finetuned,
             AutoDeltaConfig.from_finetuned,
             lambda given: AutoDeltaModel.from_finetuned(given, model),
             lambda given: LoraModel.from_finetuned(given, model),
