@@ -62,6 +62,24 @@ def replaced(delta_type: str, options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name not in names}
 
 
+def check_loading(given: Mapping[str, Any]) -> None:
+    """Raise for arguments that OpenDelta 0.3's `from_finetuned` had, and for unknown ones.
+
+    Raises:
+        OptionError: an argument is unknown, or asks for what is not here.
+    """
+    for name, value in given.items():
+        if name != "state_dict":
+            raise OptionError(
+                f"from_finetuned has no argument {name!r}; it loads the options that were saved"
+            )
+        if value is not None:
+            raise OptionError(
+                "from_finetuned(state_dict=...): load the folder, then give these tensors to "
+                "delta.load_state_dict(state, strict=False)"
+            )
+
+
 # Arguments of 0.3's save_finetuned: {name: values that ask for what happens here}.
 SAVING = {"save_config": (True,), "state_dict": (None,), "save_function": (None, torch.save)}
 FOR_DELTACENTER = (

@@ -137,6 +137,7 @@ class Delta(AsModule):
         check_hash: bool = True,
         check_backbone: bool = True,
         sample_inputs: Samples | None = None,
+        **former_options: Any,
     ) -> AnyDelta:
         """Put a delta that `save_finetuned` wrote on `backbone_model`.
 
@@ -151,11 +152,14 @@ class Delta(AsModule):
                 trained on. A few values are compared.
             check_hash: OpenDelta 0.3's name for `check_backbone`; both must be true for the check.
             sample_inputs: inputs of the backbone, to find sizes by; see `Delta`.
+            former_options: arguments of OpenDelta 0.3.
 
         Raises:
             DeltaLoadError: the folder holds another method or other options, is damaged, or does
                 not fit.
+            OptionError: an argument is unknown, or is not available.
         """
+        former.check_loading(former_options)
         path = hub.folder_of(
             finetuned_delta_path,
             local_files_only,

@@ -371,6 +371,10 @@ def test_saving_and_loading_take_the_arguments_of_0_3(tmp_path, monkeypatch):
     model = roberta()
     with untouched(model), pytest.raises(DeltaLoadError, match="saved with lora_r=2, not 8"):
         LoraModel.from_finetuned("here", model, delta_config=LoraConfig())
+    for wrong, words in (({"state_dict": {}}, "then give these"), ({"lora_r": 3}, "'lora_r'")):
+        with untouched(model), pytest.raises(OptionError, match=f"from_finetuned.*{words}"):
+            LoraModel.from_finetuned("here", model, **wrong)
+    LoraModel.from_finetuned("here", model, state_dict=None).detach()
     for wrong in ({"state_dict": {}}, {"save_config": False}):
         with pytest.raises(OptionError, match=f"save_finetuned.{min(wrong)}="):
             delta.save_finetuned("nowhere", **wrong)
