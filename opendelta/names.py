@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 SLOT = "deltas"  # the child of a site that holds its delta layers
+NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a step that is a number, as of a block
 WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
@@ -38,6 +40,16 @@ def ancestors(name: str) -> Iterator[str]:
     while name:
         yield name
         name = name.rpartition(".")[0]
+
+
+def unnumbered(name: str) -> str:
+    """Return a full name with "#" in the place of its first number: equal for alike blocks.
+
+    Example:
+        >>> unnumbered("layers.11.experts.3.up")
+        'layers.#.experts.3.up'
+    """
+    return NUMBER.sub("#", name, count=1)
 
 
 def unwrapped(name: str) -> str:

@@ -21,7 +21,7 @@ from .._modules.kinds import KINDS, Kind, Norm, kind_of
 from .._modules.tensors import is_lazy
 from .._sites import swap
 from .._sites.stack import check_name
-from ..errors import AddressError, SiteError, quoted
+from ..errors import AddressError, OptionError, SiteError, quoted
 from ..names import ancestors, parent
 from .base import BaseDelta
 from .options import DeltaConfig
@@ -77,6 +77,11 @@ def as_chosen(backbone: Backbone, method: type[BaseDelta], config: DeltaConfig) 
 
 def _free_name(backbone: Backbone, config: DeltaConfig) -> tuple[str, list[Record]]:
     """Return the name for a new delta, and all deltas of the backbone."""
+    if config.interactive_modify:
+        raise OptionError(
+            f"{type(config).__name__}: interactive_modify={config.interactive_modify!r} lets a user "
+            "pick the modules when a delta is attached, so they are not known here; leave it out"
+        )
     check_root(backbone)
     known = known_records(backbone)
     taken = [record.name for record in known]
