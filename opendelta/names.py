@@ -42,6 +42,19 @@ def ancestors(name: str) -> Iterator[str]:
         name = name.rpartition(".")[0]
 
 
+def tails(name: str) -> Iterator[str]:
+    """Yield `name` itself, then its last steps: each time without the first step.
+
+    Example:
+        >>> list(tails("encoder.layer.0"))
+        ['encoder.layer.0', 'layer.0', '0']
+    """
+    yield name
+    while "." in name:
+        name = name.partition(".")[2]
+        yield name
+
+
 def unnumbered(name: str) -> str:
     """Return a full name with "#" in the place of its first number: equal for alike blocks.
 

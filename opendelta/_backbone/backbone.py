@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .._layers.base import Acts, DeltaLayer
 from .._layers.record import Record
+from .._layers.site import Heads, Widths
 from .._modules.calls import has_forward
 from .._modules.devices import device_and_dtype, is_meta
 from .._sites.stack import Stack
@@ -29,12 +30,18 @@ class Backbone:
             entries.
         stacks: {full name of the site: its stack}; each stack has one entry.
         samples: the user's inputs for a run on shapes: a mapping, a sequence or a tensor; or None.
+        widths: {full name of a module: its widths}, as far as runs on shapes have found them.
+        heads: {full name of a module: its attention heads}, likewise.
+        roles: {full name of a module: (its role, the reason)}; None: not looked for yet.
     """
 
     model: nn.Module
     modules: dict[str, nn.Module] = field(default_factory=dict)
     stacks: dict[str, Stack] = field(default_factory=dict)
     samples: Any = None
+    widths: dict[str, Widths] = field(default_factory=dict)
+    heads: dict[str, Heads] = field(default_factory=dict)
+    roles: dict[str, tuple[str, str]] | None = None
     _computing: dict[str, tuple[torch.device, torch.dtype]] = field(default_factory=dict)
 
     @classmethod
@@ -55,6 +62,11 @@ class Backbone:
                 elif child is not None:
                     todo.append((f"{start}{key}", child))
         return backbone
+
+    def bare(self) -> Backbone:
+        """Return the same backbone without planned deltas; the two share all that runs find."""
+        stacks = Backbone.of(self.model).stacks
+        return replace(self, stacks=stacks)
 
     # ------------------------------------------------------------------------------- its modules
     @cached_property

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from torch import Tensor, nn
 
 from ..errors import AddressError, nearest
-from ..names import ancestors, last
+from ..names import ancestors, last, tails
 from .backbone import Backbone
 
 
@@ -113,11 +113,14 @@ def select(
         return []
     names = list(names)
     tests = {pattern: compile_pattern(pattern) for pattern in patterns}
+    plain = {pattern for pattern in patterns if not pattern.startswith("[r]")}
+    regular = [(pattern, test) for pattern, test in tests.items() if pattern not in plain]
     used: set[str] = set()
     chosen = []
     for name in names:
-        ends = list(ancestors(name)) if inside else [name]
-        hits = {pattern for pattern, test in tests.items() if any(test(end) for end in ends)}
+        around = list(ancestors(name)) if inside else [name]
+        hits = plain & {tail for each in around for tail in tails(each)}
+        hits |= {pattern for pattern, test in regular if any(test(a) for a in around)}
         used |= hits
         if hits:
             chosen.append(name)

@@ -79,8 +79,8 @@ def _free_name(backbone: Backbone, config: DeltaConfig) -> tuple[str, list[Recor
     """Return the name for a new delta, and all deltas of the backbone."""
     if config.interactive_modify:
         raise OptionError(
-            f"{type(config).__name__}: interactive_modify={config.interactive_modify!r} lets a user "
-            "pick the modules when a delta is attached, so they are not known here; leave it out"
+            f"{type(config).__name__}: interactive_modify={config.interactive_modify!r} opens a "
+            "page when a delta is made; here there is no page: leave it out"
         )
     check_root(backbone)
     known = known_records(backbone)
@@ -310,7 +310,7 @@ def _some_of(
     if patterns is None:
         if not field.metadata["modules"]:
             return None
-        known = roles.roles(backbone.model, _override(config))
+        known = roles.roles_of(backbone, _override(config))
         return [name for name in modified if known.get(name) in field.metadata["modules"]] or None
     if isinstance(patterns, dict):
         values: dict[str, Any] = {}

@@ -62,7 +62,5 @@ def pick(
                 delta.detach()
             raise
 
-    picked = session.pick(
-        model, start, attach, port=port, browser=browser, samples=sample_inputs
-    )
+    picked = session.pick(model, start, attach, port=port, browser=browser, samples=sample_inputs)
     return [] if picked is None else made

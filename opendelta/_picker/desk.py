@@ -22,7 +22,7 @@ from .._show.explaining import explain
 from .._show.tables import size
 from .._verbs import plan_report
 from .._verbs.plan_report import Plan
-from .._verbs.planning import Planner
+from .._verbs.planning import Planner, known_roles
 from ..errors import AddressError, DeltaError, OptionError
 from ..names import unnumbered
 from . import writing
@@ -53,10 +53,11 @@ class Desk:
         samples: Samples | None = None,
         called: str = "",
     ) -> None:
-        self.samples, self.start, self.only = samples, start, only
+        self.start, self.only = start, only
         self.backbone = Backbone.of(model, samples)
-        self.planner = Planner(self.backbone)
-        self.writer = writing.Writer(self.backbone, self.planner.roles)
+        self.roles = known_roles(self.backbone)  # found once: each `bare` shares them
+        self.planner = Planner(self.backbone.bare())
+        self.writer = writing.Writer(self.backbone, self.roles)
         self.called = called or str(getattr(model, "name_or_path", "") or "MODEL")
         self.reasons: dict[str, str | None] = {}
         self.verbs: dict[str, Callable[[Body], Body]] = {
@@ -85,7 +86,7 @@ class Desk:
         return {
             "model": type(model).__name__,
             "parameters": sum(p.numel() for p in self.backbone.model.parameters()),
-            "tree": outline(self.backbone, self.planner.roles),
+            "tree": outline(self.backbone, self.roles),
             "methods": forms(),
             "deltas": [self._shown(config) for config in self.start],
             "only": self.only,
@@ -97,7 +98,7 @@ class Desk:
         text = str(body["text"])
         ways: list[Body] = []
         reason = ""
-        known = list(dict.fromkeys(self.planner.roles.values()))
+        known = list(dict.fromkeys(self.roles.values()))
         for role in dict.fromkeys([text, *[r for r in known if r.startswith(text)][:MOST]]):
             try:
                 names = roles.with_roles(self.backbone, [role])
@@ -143,7 +144,7 @@ class Desk:
 
     def plan(self, body: Body) -> Body:
         """Return the plan of all deltas on the page, and the lines that do the same."""
-        self.planner = Planner(Backbone.of(self.backbone.model, self.samples))
+        self.planner = Planner(self.backbone.bare())
         told: list[Body] = []
         configs: list[DeltaConfig] = []
         for wanted in body["deltas"]:
@@ -206,7 +207,7 @@ class Desk:
         places = None
         if (config.modified_modules, config.exclude_modules) != (None, None):
             cls = method(config.delta_type)
-            config = choose(Backbone.of(self.backbone.model), cls, config).config
+            config = choose(self.backbone, cls, config).config
             places = config.modified_modules
         given = dataclasses.asdict(config)
         options = {name: value for name, value in given.items() if name not in BY_TREE}
@@ -222,5 +223,5 @@ def _figures(plan: Plan) -> list[Body]:
          "note": f"{plan.trainable_share:.3%} train once the backbone is frozen"},
         {"label": "Memory to train", "figure": size(plan.memory.total),
          "note": "values, gradients and optimizer; activations come on top"},
-        {"label": "FLOPs per token", "figure": per_token, "note": "more in a forward"},
+        {"label": "FLOPs per token", "figure": per_token, "note": "added to a forward"},
     ]  # fmt: skip

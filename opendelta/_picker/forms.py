@@ -14,7 +14,7 @@ from .._deltas.registry import METHODS
 from .._modules.kinds import KINDS
 
 BY_TREE = ("modified_modules", "exclude_modules", "common_structure", "interactive_modify")
-MEANING = re.compile(r"^    (\w+): (.*(?:\n(?:     +.*)?$)*)", re.M)
+MEANING = re.compile(r"^    (\w+(?:, \w+)*): (.*(?:\n(?:     +.*)?$)*)", re.M)
 ENTRIES = {bool: "flag", int: "whole", float: "number", str: "text"}
 
 
@@ -43,7 +43,7 @@ def _entry(
     config_class: type[DeltaConfig], field: dataclasses.Field, meaning: str
 ) -> dict[str, Any]:
     """Return an option: the kind of its input, and all that the input shows."""
-    hint = hints_of(config_class)[field.name]  # type: ignore[index]
+    hint = hints_of(config_class)[field.name]  # type: ignore[arg-type]
     parts = [part for part in typing.get_args(hint) or (hint,) if part is not type(None)]
     kind, choices = "json", list(field.metadata.get("choices", ()))
     if parts == [bool] and hint is not bool:
@@ -69,6 +69,6 @@ def _meanings(config_class: type) -> dict[str, str]:
     found: dict[str, str] = {}
     for cls in reversed(config_class.__mro__):
         _, _, attributes = inspect.cleandoc(cls.__doc__ or "").partition("\nAttributes:\n")
-        for name, text in MEANING.findall(attributes):
-            found[name] = " ".join(text.split())
+        for names, text in MEANING.findall(attributes):
+            found |= dict.fromkeys(names.split(", "), " ".join(text.split()))
     return found

@@ -19,9 +19,7 @@ def outline(backbone: Backbone, roles: Mapping[str, str]) -> dict[str, Any]:
     return _line(backbone, roles, root, "")
 
 
-def _line(
-    backbone: Backbone, roles: Mapping[str, str], node: Node, where: str
-) -> dict[str, Any]:
+def _line(backbone: Backbone, roles: Mapping[str, str], node: Node, where: str) -> dict[str, Any]:
     """Return one line; `where` is the full name of the first module that it stands for."""
     module = backbone.modules[where]
     kind = kind_of(module)

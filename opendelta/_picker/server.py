@@ -26,7 +26,12 @@ LARGEST = 8 * 2**20  # bytes of a body: 10,000 long names for each of several de
 BEAT = 0.1  # seconds between two looks at a page that is open
 LAST_WORDS = 2.0  # seconds for the answers that are on their way at the end
 PAGE = Path(__file__).with_name("page")
-TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
+TYPES = {
+    ".html": "text/html",
+    ".css": "text/css",
+    ".js": "text/javascript",
+    ".svg": "image/svg+xml",
+}
 HEADERS = {
     "Cache-Control": "no-store",
     "Content-Security-Policy": (

@@ -1,4 +1,4 @@
-"""One session: open the page, answer it in the thread that asked for it, and take what is picked."""
+"""One session: open the page, answer its questions, and return what it submits."""
 
 from __future__ import annotations
 

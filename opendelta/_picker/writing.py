@@ -20,7 +20,7 @@ from .._deltas.choosing import choose
 from .._deltas.options import DeltaConfig, changed_options
 from .._deltas.registry import method
 from ..errors import AddressError, DeltaError
-from ..names import NUMBER, unnumbered
+from ..names import NUMBER, tails, unnumbered
 
 WIDTH = 88  # of a line of Python; a longer one is broken
 MANY = 8  # patterns; more are not looked up as roles
@@ -37,9 +37,8 @@ class Writer:
         self.backbone, self.known = backbone, known
         self.ends: dict[str, list[str]] = {}
         for name in backbone.modules:
-            steps = name.split(".")
-            for start in range(len(steps)):
-                self.ends.setdefault(".".join(steps[start:]), []).append(name)
+            for end in tails(name):
+                self.ends.setdefault(end, []).append(name)
 
     def config(self, config: DeltaConfig, places: Sequence[str]) -> DeltaConfig:
         """Return `config` with these modules, written in the shortest of the ways that work.
@@ -68,7 +67,9 @@ class Writer:
         if by_role and None not in by_role and len(by_role) < len(ends):
             yield {"modified_modules": by_role, "common_structure": True}
         yield {"modified_modules": ends}
-        yield {"modified_modules": [f"[r]^{re.escape(name)}" if name else "root" for name in places]}
+        yield {
+            "modified_modules": [f"[r]^{re.escape(name)}" if name else "root" for name in places]
+        }
 
     def _names(self, places: Sequence[str]) -> list[str]:
         """Return ends of names and regular expressions that select the places and no more."""
@@ -105,11 +106,9 @@ class Writer:
 
 def _ends(name: str) -> Iterator[str]:
     """Yield the ends of a full name, the shortest first, that start with no number; then it all."""
-    steps = name.split(".")
-    for start in range(len(steps) - 1, 0, -1):
-        if not steps[start].isdecimal():
-            yield ".".join(steps[start:])
-    yield name
+    whole, *rest = tails(name)
+    yield from (end for end in reversed(rest) if not end.partition(".")[0].isdecimal())
+    yield whole
 
 
 def _as_set(places: Sequence[str], paired: bool) -> set[Any]:
@@ -117,7 +116,7 @@ def _as_set(places: Sequence[str], paired: bool) -> set[Any]:
 
 
 def _joined(ends: Sequence[str]) -> list[str]:
-    """Join ends that differ in their first number to one regular expression, at the first's place."""
+    """Join ends that differ in their first number to one regular expression."""
     alike: dict[str, list[str]] = {}
     for end in ends:
         alike.setdefault(unnumbered(end), []).append(end)
@@ -142,11 +141,11 @@ def _numbers(numbers: Collection[str]) -> str:
     for before, own in units.items():
         tens.setdefault(_digits(own), []).append(before)
     parts = []
-    for digits, before in tens.items():
-        single = [int(b) for b in before if len(b) == 1]
-        more = f"{_digits(single)}{'?' * ('' in before)}{digits}"
-        parts += [more] if single else []
-        parts += [f"{b}{digits}" for b in before if len(b) > 1 or not (b or single)]
+    for digits, starts in tens.items():
+        single = [int(start) for start in starts if len(start) == 1]
+        if single:
+            parts.append(f"{_digits(single)}{'?' * ('' in starts)}{digits}")
+        parts += [f"{s}{digits}" for s in starts if len(s) > 1 or not (s or single)]
     return parts[0] if len(parts) == 1 else f"(?:{'|'.join(parts)})"
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from .._backbone.backbone import Backbone
 from .._backbone.inputs import Samples
-from .._backbone.roles import roles
+from .._backbone.roles import roles_of
 from .._deltas.base import BaseDelta
 from .._deltas.choosing import choose
 from .._deltas.making import make, tied
@@ -100,7 +100,7 @@ class Planner:
 
     def __init__(self, backbone: Backbone, optimizer_states: int = 2) -> None:
         self.backbone, self.optimizer_states = backbone, optimizer_states
-        self.roles = known_roles(backbone.model)
+        self.roles = known_roles(backbone)
         self.deltas: list[PlannedDelta] = []
         self.flops: dict[Any, Flops | None] = {}
 
@@ -208,10 +208,10 @@ class Planner:
         ]
 
 
-def known_roles(model: nn.Module) -> dict[str, str]:
+def known_roles(backbone: Backbone) -> dict[str, str]:
     """Return {full name of a module: its role}; empty if the structure cannot be read."""
     try:
-        return roles(model)
+        return roles_of(backbone)
     except DeltaError:  # a structure that cannot be read has no roles
         return {}
 

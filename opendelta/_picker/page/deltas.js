@@ -8,6 +8,7 @@ export function drawDeltas(page) {
   const focused = document.activeElement?.dataset.focus;
   list.replaceChildren(...page.deltas.map((delta, index) => item(page, delta, index)));
   document.getElementById("add").hidden = page.only;
+  document.getElementById("order").hidden = page.deltas.length < 2;
   if (focused) list.querySelector(`[data-focus="${focused}"]:not(:disabled)`)?.focus();
 }
 
@@ -66,7 +67,7 @@ function item(page, delta, index) {
 
 function summary(told) {
   if (told.error) return "does not fit";
-  if (told.modules === undefined) return "";
+  if (told.modules === undefined) return "being planned";
   return `${told.modules.toLocaleString("en")} modules, ${told.parameters.toLocaleString("en")} parameters`;
 }
 

@@ -36,13 +36,16 @@ class Page {
     this.listen();
     drawForm(this);
     this.changed();
-    this.tree.choose(this.tree.at);
+    this.tree.draw();
   }
 
   listen() {
     at("add-delta").addEventListener("click", () => this.append(at("new").value));
     at("submit").addEventListener("click", () => this.submit());
-    at("cancel").addEventListener("click", () => ask("cancel"));
+    at("cancel").addEventListener("click", () => {
+      at("cancel").disabled = true;
+      ask("cancel");
+    });
     at("copy").addEventListener("click", () => this.copy());
     for (const tab of ["python", "words"])
       at(`tab-${tab}`).addEventListener("click", () => this.show(tab));
@@ -157,7 +160,11 @@ class Page {
       const step = this.method(delta.type).paired ? 2 : 1;
       const map = new Map();
       for (let i = 0; i < places.length; i += step) map.set(places[i], places[i + step - 1]);
-      Object.assign(delta, { seen: places, map });
+      const around = new Set();
+      for (const name of map.keys())
+        for (let end = name.lastIndexOf("."); end > 0; end = name.lastIndexOf(".", end - 1))
+          around.add(name.slice(0, end));
+      Object.assign(delta, { seen: places, map, around });
     }
     return delta.map;
   }
@@ -175,12 +182,20 @@ class Page {
     return count === 0 ? "false" : count === names.length ? "true" : "mixed";
   }
 
-  marks(names) {
-    return this.deltas
-      .filter((delta) => delta !== this.current && this.state(names, delta) !== "false")
-      .map((delta) =>
-        make("span", { class: `mark mark-${delta.colour}` }, this.told(delta).name ?? delta.type),
+  // The other deltas on a line; of a closed line also the deltas inside it.
+  marks(names, closed) {
+    const mark = (delta, inside) =>
+      make(
+        "span",
+        { class: `mark mark-${delta.colour}${inside ? " inside" : ""}`, title: inside ? "inside" : null },
+        this.told(delta).name ?? delta.type,
       );
+    return this.deltas.flatMap((delta) => {
+      if (delta !== this.current && this.state(names, delta) !== "false") return [mark(delta, false)];
+      this.pairs(delta);
+      const inside = closed && names.some((name) => delta.around.has(name));
+      return inside ? [mark(delta, true)] : [];
+    });
   }
 
   toggle(names) {
@@ -325,7 +340,9 @@ class Page {
     this.show(this.tab);
     drawDeltas(this);
     drawRemarks(this);
-    this.tree.draw();
+    if (this.opened) this.tree.draw();
+    else this.tree.reveal(this.current ? [...this.pairs(this.current).keys()] : []);
+    this.opened = true;
     this.chosen(this.tree.lines[this.tree.at]);
   }
 
@@ -367,7 +384,7 @@ class Page {
         make("span", { class: "type" }, line.node.type),
         line.node.role ? make("span", { class: "role" }, line.node.role) : "",
       ),
-      why ? make("p", { class: "wrong" }, why) : "",
+      why ? make("p", { class: "hint" }, why) : "",
       make("p", { class: "formula" }, make("code", { id: "formula" }), make("span", { id: "steps", class: "quiet" })),
       make(
         "p",

@@ -36,26 +36,21 @@ export class Tree {
     this.box.addEventListener("click", (event) => this.click(event));
     this.box.addEventListener("scroll", () => this.draw());
     new ResizeObserver(() => this.draw()).observe(this.box);
-    this.openFirst();
+    this.flatten();
   }
 
-  // Open the lines from the root down to the first list of blocks.
-  openFirst() {
-    let line = this.line(this.root, null, this.root.names);
-    for (let depth = 0; depth < 8; depth++) {
-      this.open.add(line.key);
-      const inner = line.node.children.find((node) => node.names.length > 1);
-      const next = inner ?? most(line.node.children);
-      if (!next) break;
-      line = this.line(next, line, next.names);
-      if (inner) {
-        this.open.add(line.key);
-        const widest = most(next.children);
-        if (widest) this.open.add(this.line(widest, line, widest.names).key);
-        break;
-      }
+  // Open what is around these modules, and choose the first of them; without any, the largest.
+  reveal(names) {
+    const hits = this.linesWith(names);
+    let line = hits[0]?.line ?? this.line(this.root, null, this.root.names);
+    while (!hits.length && line.node.children.length) {
+      const node = line.node.children.reduce((best, each) => (weight(each) > weight(best) ? each : best));
+      line = this.line(node, line, node.names);
     }
+    for (const each of [line, ...hits.map((hit) => hit.line)])
+      for (let around = each.above; around; around = around.above) this.open.add(around.key);
     this.flatten();
+    this.choose(this.lines.findIndex((each) => each.key === line.key));
   }
 
   line(node, above, names) {
@@ -183,9 +178,9 @@ export class Tree {
       make("span", { class: "name" }, line.steps.length ? spell(line.names) : "root"),
       names.length > 1 ? make("span", { class: "times" }, `× ${names.length}`) : "",
       make("span", { class: "type" }, node.type),
-      why && !opens ? make("span", { class: "why" }, why) : "",
+      why && !opens ? make("span", { class: "why" }, why.replace(/^.*?\) (?=cannot)/, "")) : "",
       make("span", { class: "gap" }),
-      ...this.picks.marks(names),
+      ...this.picks.marks(names, opens && !this.isOpen(line)),
       ...node.carries.map((name) =>
         make("span", { class: "mark", title: "on the model already" }, name),
       ),
@@ -273,10 +268,6 @@ export class Tree {
     } else return;
     event.preventDefault();
   }
-}
-
-function most(nodes) {
-  return nodes.reduce((best, node) => (node.children.length && (!best || weight(node) > weight(best)) ? node : best), null);
 }
 
 function weight(node) {
