@@ -100,7 +100,7 @@ class Plan:
     def memory(self) -> Memory:
         """Return the bytes for training all deltas, without activations."""
         parts = [dataclasses.astuple(delta.memory) for delta in self.deltas]
-        return Memory(*map(sum, zip(*parts, strict=True)))
+        return Memory(*map(sum, zip((0, 0, 0), *parts, strict=True)))
 
     @property
     def flops(self) -> Flops | None:

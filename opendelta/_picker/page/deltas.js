@@ -168,7 +168,7 @@ function field(page, delta, option) {
   Object.entries({ id, "aria-describedby": `${id}-meaning` }).forEach((pair) =>
     input.setAttribute(...pair),
   );
-  input.addEventListener("input", () => {
+  input.addEventListener(option.kind === "choice" ? "change" : "input", () => {
     let given;
     try {
       given = read[option.kind](input, option);

@@ -468,7 +468,7 @@ const ENDS = {
 };
 
 function over(how) {
-  sessionStorage.removeItem(KEPT);
+  if (how !== "lost") sessionStorage.removeItem(KEPT); // a page that is loaded again is lost too
   for (const part of document.querySelectorAll("header, main, footer")) part.inert = true;
   at("ended").hidden = false;
   at("ended-text").textContent = ENDS[how] ?? how;
