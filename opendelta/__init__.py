@@ -11,6 +11,7 @@ from ._handles.auto import AutoDeltaConfig, AutoDeltaModel
 from ._handles.composition import Composition, composition
 from ._handles.delta import Delta
 from ._handles.load import LoadReport, load
+from ._handles.picking import pick
 from ._handles.route import route
 from ._layers.base import DeltaLayer
 from ._layers.forms import BranchLayer, InputLayer, OutputLayer, WeightLayer
@@ -55,6 +56,7 @@ __all__ = [
     "load",
     "mam",
     "option",
+    "pick",
     "plan",
     "roles",
     "route",

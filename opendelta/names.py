@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 SLOT = "deltas"  # the child of a site that holds its delta layers
+NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a step that is a number, as of a block
 WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
@@ -48,6 +50,29 @@ def ancestors(name: str) -> Iterator[str]:
     while name:
         yield name
         name = name.rpartition(".")[0]
+
+
+def tails(name: str) -> Iterator[str]:
+    """Yield `name` itself, then its last steps: each time without the first step.
+
+    Example:
+        >>> list(tails("encoder.layer.0"))
+        ['encoder.layer.0', 'layer.0', '0']
+    """
+    yield name
+    while "." in name:
+        name = name.partition(".")[2]
+        yield name
+
+
+def unnumbered(name: str) -> str:
+    """Return a full name with "#" in the place of its first number: equal for alike blocks.
+
+    Example:
+        >>> unnumbered("layers.11.experts.3.up")
+        'layers.#.experts.3.up'
+    """
+    return NUMBER.sub("#", name, count=1)
 
 
 def unwrapped(name: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .._layers.base import Acts, DeltaLayer
 from .._layers.record import Record
+from .._layers.site import Heads, Widths
 from .._modules.calls import has_forward
 from .._modules.devices import device_and_dtype, is_meta
 from .._sites.stack import Stack
@@ -47,6 +48,9 @@ class Backbone:
         samples: the user's inputs for a run on shapes: a mapping, a sequence or a tensor; or None.
         read: {facts of a module: names of its children whose weight it reads and that it does not
             call}, as far as somebody asked.
+        widths: {full name of a module: its widths}, as far as runs on shapes have found them.
+        heads: {full name of a module: its attention heads}, likewise.
+        roles: {full name of a module: (its role, the reason)}; None: not looked for yet.
     """
 
     model: nn.Module
@@ -54,6 +58,9 @@ class Backbone:
     stacks: dict[str, Stack] = field(default_factory=dict)
     samples: Any = None
     read: dict[tuple, set[str]] = field(default_factory=dict)
+    widths: dict[str, Widths] = field(default_factory=dict)
+    heads: dict[str, Heads] = field(default_factory=dict)
+    roles: dict[str, tuple[str, str]] | None = None
     _computing: dict[str, tuple[torch.device, torch.dtype]] = field(default_factory=dict)
 
     @classmethod
@@ -79,6 +86,11 @@ class Backbone:
                 elif child is not None:
                     todo.append((f"{start}{key}", child))
         return backbone
+
+    def bare(self) -> Backbone:
+        """Return the same backbone without planned deltas; the two share all that runs find."""
+        stacks = Backbone.of(self.model).stacks
+        return replace(self, stacks=stacks)
 
     # ------------------------------------------------------------------------------- its modules
     @cached_property

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from torch import Tensor, nn
 
 from ..errors import AddressError, UnusedWarning, nearest, warn
-from ..names import ancestors, last
+from ..names import ancestors, last, tails
 from .backbone import Backbone
 
 
@@ -151,11 +151,14 @@ def _hits(
 ) -> tuple[list[str], list[str]]:
     """Return the names that any of `patterns` selects, and the patterns that select none."""
     tests = {pattern: compile_pattern(pattern) for pattern in patterns}
+    plain = {pattern for pattern in patterns if not pattern.startswith("[r]")}
+    regular = [(pattern, test) for pattern, test in tests.items() if pattern not in plain]
     used: set[str] = set()
     chosen = []
     for name in names if tests else ():
-        ends = list(ancestors(name)) if inside else [name]
-        hits = {pattern for pattern, test in tests.items() if any(test(end) for end in ends)}
+        around = list(ancestors(name)) if inside else [name]
+        hits = plain & {tail for each in around for tail in tails(each)}
+        hits |= {pattern for pattern, test in regular if any(test(a) for a in around)}
         used |= hits
         if hits:
             chosen.append(name)

@@ -199,7 +199,7 @@ def widths(backbone: Backbone, names: Sequence[str]) -> dict[str, Widths]:
     Raises:
         SiteError: no run reached a module.
     """
-    found: dict[str, Widths] = {}
+    found = backbone.widths
     for name in names:
         if isinstance(module := backbone.modules[name], nn.MultiheadAttention):
             found[name] = Widths(module.embed_dim, module.embed_dim)
@@ -232,10 +232,12 @@ def attention_heads(backbone: Backbone, names: Sequence[str]) -> dict[str, Heads
     Raises:
         SiteError: no run reached a module.
     """
-    prefix.register()
-    with prefix.observing({name: backbone.modules[name] for name in names}) as heads:
-        _observe(backbone, names, lambda *_: None, "number of heads", prefix.show)
-    return heads
+    if wanted := [name for name in names if name not in backbone.heads]:
+        prefix.register()
+        with prefix.observing({name: backbone.modules[name] for name in wanted}) as heads:
+            _observe(backbone, wanted, lambda *_: None, "number of heads", prefix.show)
+        backbone.heads.update(heads)
+    return backbone.heads
 
 
 class _Enough(BaseException):

@@ -30,7 +30,7 @@ from .._modules.kinds import KINDS, Kind, Norm, kind_of
 from .._modules.tensors import is_lazy
 from .._sites import swap
 from .._sites.stack import check_name
-from ..errors import AddressError, SiteError, quoted
+from ..errors import AddressError, OptionError, SiteError, quoted
 from ..names import SLOT, ancestors, is_inside, parent
 from .base import BaseDelta
 from .options import DeltaConfig
@@ -93,6 +93,11 @@ def as_chosen(
 
 def _free_name(backbone: Backbone, config: DeltaConfig, known: Iterable[Record]) -> str:
     """Return the name for a new delta beside the known ones; raise if it is taken."""
+    if config.interactive_modify:
+        raise OptionError(
+            f"{type(config).__name__}: interactive_modify={config.interactive_modify!r} opens a "
+            "page when a delta is made; here there is no page: leave it out"
+        )
     taken = [record.name for record in known]
     name = free_name(config.delta_type, taken) if config.name is None else config.name
     check_name(name)
@@ -333,7 +338,7 @@ def _some_of(
     if patterns is None:
         if not field.metadata["modules"]:
             return None
-        known = roles.roles(backbone.model, _override(config))
+        known = roles.roles_of(backbone, _override(config))
         return [name for name in modified if known.get(name) in field.metadata["modules"]] or None
     if isinstance(patterns, dict):
         values: dict[str, Any] = {}

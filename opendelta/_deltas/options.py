@@ -100,7 +100,8 @@ class DeltaConfig:
         common_structure: True: `modified_modules` are roles such as "attn.q", as the defaults are;
             see `opendelta.roles`. {pattern: role}: the same, and the matching modules have these
             roles, as with `override` of `opendelta.roles`.
-        interactive_modify: OpenDelta 0.3's page for picking modules; not available.
+        interactive_modify: open a local page on which you pick the modules and the options; what
+            is given here is its start. A number: the port of the page. See `opendelta.pick`.
         modules_to_save: modules that the delta owns a copy of. The copy takes the module's place
             while the delta is attached and active; it is trained and saved with the delta.
         num_labels: number of labels of the head in modules_to_save. If the backbone has another
@@ -127,7 +128,7 @@ class DeltaConfig:
     exclude_modules: list[str] | None = None
     unfrozen_modules: list[str] | None = None
     common_structure: bool | dict[str, str | None] | None = None
-    interactive_modify: bool | int = False
+    interactive_modify: bool | int = option(False, minimum=0, below=2**16)
     modules_to_save: list[str] | None = None
     num_labels: int | None = option(None, minimum=1)
     name: str | None = None
@@ -136,7 +137,7 @@ class DeltaConfig:
     gate: bool = False
 
     def __post_init__(self) -> None:
-        hints = _hints(type(self))  # type: ignore[arg-type]  # any class can be hashed
+        hints = hints_of(type(self))  # type: ignore[arg-type]  # any class can be hashed
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             takes_list = not _fits(value, hints[field.name]) and "list" in str(hints[field.name])
@@ -146,11 +147,6 @@ class DeltaConfig:
                 value = None if value is None else str(value).removeprefix("torch.")
             setattr(self, field.name, value)
             self._check(field, value, hints[field.name])
-        if self.interactive_modify:
-            raise OptionError(
-                "interactive_modify is not available: opendelta.tree(model) prints all names; pass "
-                "those you want as modified_modules=[...]"
-            )
 
     def _check(self, field: dataclasses.Field, value: Any, hint: Any) -> None:
         where = f"{type(self).__name__}: {field.name}={shown(value)}"
@@ -298,6 +294,12 @@ class DeltaConfig:
         return found
 
 
+def changed_options(config: DeltaConfig) -> dict[str, Any]:
+    """Return the options of a config that differ from the method's defaults."""
+    default = vars(type(config)())
+    return {name: value for name, value in vars(config).items() if value != default[name]}
+
+
 COMMON = [field.name for field in dataclasses.fields(DeltaConfig)]
 
 
@@ -317,7 +319,7 @@ def as_scaling(what: str, number: Any) -> float:
 
 
 @functools.cache
-def _hints(config_class: type) -> dict[str, Any]:
+def hints_of(config_class: type) -> dict[str, Any]:
     """Return {option: its type} of a class of configs."""
     return typing.get_type_hints(config_class)
 

@@ -95,12 +95,19 @@ class Delta(AsModule):
         config = self.config_class.from_options({**given, **options})
         if not isinstance(backbone_model, nn.Module):
             raise OptionError(f"backbone_model must be a torch.nn.Module, not {backbone_model!r}")
-        backbone = Backbone.of(backbone_model, sample_inputs)
-        with uncollected():
-            choice = choose(backbone, type(self), config)
-            make(backbone, choice, into=self)
-            placed = place(backbone, self)
-            commit(placed)
+
+        def attach(config: DeltaConfig) -> None:
+            backbone = Backbone.of(backbone_model, sample_inputs)
+            with uncollected():
+                make(backbone, choose(backbone, type(self), config), into=self)
+                commit(place(backbone, self))
+
+        if config.interactive_modify:
+            from .._picker.session import pick_one  # start-up: it imports http.server
+
+            pick_one(backbone_model, config, attach, sample_inputs)
+        else:
+            attach(config)
 
     @classmethod
     def from_config(

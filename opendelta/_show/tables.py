@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import printable
+from ..names import unnumbered
 from .tree import spell
 
 if TYPE_CHECKING:  # rich is imported where something is drawn
@@ -32,7 +32,7 @@ def folded(names: Iterable[str]) -> list[str]:
     """Join full names of modules that differ only in their first number: `layers.0-11.fc2`."""
     together: dict[str, list[str]] = {}
     for name in names:
-        together.setdefault(re.sub(r"(?<![^.])\d+(?![^.])", "#", name, count=1), []).append(name)
+        together.setdefault(unnumbered(name), []).append(name)
     shown = []
     for pattern, own in together.items():
         index = next((i for i, step in enumerate(pattern.split(".")) if step == "#"), None)

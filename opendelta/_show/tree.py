@@ -72,6 +72,7 @@ class Node:
         notes: (text, style) of each mark and parameter behind the type.
         children: the lines beneath.
         look: a number that is equal for siblings that differ in their names only.
+        delta: the lines are of a delta, and of no module of the model.
     """
 
     names: list[str]
@@ -79,13 +80,19 @@ class Node:
     notes: list[Note]
     children: list[Node]
     look: int
+    delta: bool = False
 
 
 class Walk:
-    """One walk over a model, bottom up, in which equal subtrees get equal numbers."""
+    """One walk over a model, bottom up, in which equal subtrees get equal numbers.
 
-    def __init__(self, keep_non_params: bool) -> None:
-        self.keep_non_params = keep_non_params
+    Args:
+        keep_non_params: keep modules without parameters, such as dropout and activations.
+        only_numbered: join siblings only if their names are numbers, as those of blocks.
+    """
+
+    def __init__(self, keep_non_params: bool, only_numbered: bool = False) -> None:
+        self.keep_non_params, self.only_numbered = keep_non_params, only_numbered
         self.looks: dict[Hashable, int] = {}
 
     def node(
@@ -101,7 +108,8 @@ class Walk:
                 layers = {name: ly for name, ly in child.in_order() if not ly.watches}
             elif child is not None:
                 nodes.append(self.node(key, child, delta))
-        children = fold(n for n in nodes if self.keep_non_params or n.notes or n.children)
+        kept = (n for n in nodes if self.keep_non_params or n.notes or n.children)
+        children = fold(kept, self.only_numbered)
         for key, layer in layers.items():
             if layer.acts is Acts.BESIDE:
                 notes += beside(key, layer)
@@ -109,7 +117,7 @@ class Walk:
                 children.append(self.delta(key, layer))
         beneath = tuple((tuple(child.names), child.look) for child in children)
         look = self.looks.setdefault((type(module), tuple(notes), beneath), len(self.looks))
-        return Node([name], type(module).__name__, notes, children, look)
+        return Node([name], type(module).__name__, notes, children, look, delta)
 
     def delta(self, name: str, layer: DeltaLayer) -> Node:
         """Return the lines of a delta layer that are drawn beneath its module."""
@@ -143,11 +151,12 @@ def states(layer: DeltaLayer) -> list[str]:
     return [*scaled, *([] if record.active else ["disabled"])]
 
 
-def fold(nodes: Iterable[Node]) -> list[Node]:
+def fold(nodes: Iterable[Node], only_numbered: bool = False) -> list[Node]:
     """Join siblings that look the same to one node at the place of the first."""
-    folded: dict[int, Node] = {}
+    folded: dict[Hashable, Node] = {}
     for node in nodes:
-        first = folded.setdefault(node.look, node)
+        apart = only_numbered and not node.names[0].isdecimal()
+        first = folded.setdefault((node.look, node.names[0] if apart else None), node)
         if first is not node:
             first.names += node.names
     return list(folded.values())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from .._layers.costs import Flops
 from .._show.tables import SHOWN, as_text, cells, folded, plain_table, size
 from ..errors import listed, printable
+from ..names import unnumbered
 from .costs import Memory
 
 if TYPE_CHECKING:  # rich is imported where something is drawn
@@ -100,7 +100,7 @@ class Plan:
     def memory(self) -> Memory:
         """Return the bytes for training all deltas, without activations."""
         parts = [dataclasses.astuple(delta.memory) for delta in self.deltas]
-        return Memory(*map(sum, zip(*parts, strict=True)))
+        return Memory(*map(sum, zip((0, 0, 0), *parts, strict=True)))
 
     @property
     def flops(self) -> Flops | None:
@@ -149,9 +149,9 @@ def plan_table(plan: Plan) -> Iterator[RenderableType]:
             title = []
     yield table
     yield ""
-    yield from map(_line, _costs(plan))
+    yield from map(_line, costs(plan))
     for delta in plan.deltas:
-        yield from map(_line, _remarks(delta))
+        yield from map(_line, remarks(delta))
 
 
 def _line(text: str) -> Text:
@@ -164,7 +164,7 @@ def _line(text: str) -> Text:
 def _rows(delta: PlannedDelta) -> Iterator[tuple[str, ...]]:
     groups: dict[Any, list[PlannedModule]] = {}
     for module in delta.modules:
-        look = re.sub(r"(?<![^.])\d+(?![^.])", "#", module.name, count=1)
+        look = unnumbered(module.name)
         groups.setdefault((module.role, look, module.parameters, module.flops), []).append(module)
     for (role, _, parameters, flops), own in groups.items():
         flops_each = "?" if flops is None else f"{flops.per_token * len(own):,}"
@@ -172,7 +172,8 @@ def _rows(delta: PlannedDelta) -> Iterator[tuple[str, ...]]:
         yield role or "", *names, f"{len(own)}", f"{parameters * len(own):,}", flops_each
 
 
-def _costs(plan: Plan) -> Iterator[str]:
+def costs(plan: Plan) -> Iterator[str]:
+    """Yield the costs of a plan, a line each: "parameters: ...", "memory: ...", "FLOPs: ..."."""
     memory = plan.memory
     yield (
         f"parameters: {plan.added_parameters:,} more than {plan.total_parameters:,}; after "
@@ -199,7 +200,8 @@ def _flops(flops: Flops | None) -> str:
     )
 
 
-def _remarks(delta: PlannedDelta) -> Iterator[str]:
+def remarks(delta: PlannedDelta) -> Iterator[str]:
+    """Yield what is unusual about a delta, a line each, such as "lora is tied: ..."."""
     modules = delta.modules
     if delta.missed:
         yield f"{delta.name} leaves out: {len(delta.missed)} alike, {_some(delta.missed)}"

@@ -12,7 +12,7 @@ from torch import nn
 
 from .._backbone.backbone import Backbone
 from .._backbone.inputs import Samples
-from .._backbone.roles import roles
+from .._backbone.roles import roles_of
 from .._deltas.base import BaseDelta
 from .._deltas.choosing import choose
 from .._deltas.making import make, tied
@@ -66,16 +66,10 @@ def plan(
     if not isinstance(model, nn.Module):
         raise OptionError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     wanted = _checked(configs)
-    backbone = Backbone.of(model, sample_inputs)
-    planner = Planner(backbone, optimizer_states)
-    deltas = [planner.add(config) for config in wanted]
-    return Plan(
-        model=type(model).__name__,
-        deltas=deltas,
-        total_parameters=sum(p.numel() for p in model.parameters()),
-        added_parameters=sum(delta.parameters for delta in deltas),
-        trainable_parameters=planner.trainable(),
-    )
+    planner = Planner(Backbone.of(model, sample_inputs), optimizer_states)
+    for config in wanted:
+        planner.add(config)
+    return planner.plan()
 
 
 def _checked(configs: Any) -> list[DeltaConfig]:
@@ -95,12 +89,31 @@ def _checked(configs: Any) -> list[DeltaConfig]:
 
 
 class Planner:
-    """Plan one delta after another: put layers without memory on stacks that no module carries."""
+    """Plan one delta after another: put layers without memory on stacks that no module carries.
 
-    def __init__(self, backbone: Backbone, optimizer_states: int) -> None:
+    Attributes:
+        backbone: the model; it shows the planned deltas as attached.
+        optimizer_states: values that the optimizer keeps for each parameter.
+        roles: {full name of a module: its role}.
+        deltas: the planned deltas.
+    """
+
+    def __init__(self, backbone: Backbone, optimizer_states: int = 2) -> None:
         self.backbone, self.optimizer_states = backbone, optimizer_states
-        self.roles = _roles(backbone.model)
+        self.roles = known_roles(backbone)
+        self.deltas: list[PlannedDelta] = []
         self.flops: dict[Any, Flops | None] = {}
+
+    def plan(self) -> Plan:
+        """Return the plan of all deltas so far."""
+        model = self.backbone.model
+        return Plan(
+            model=type(model).__name__,
+            deltas=list(self.deltas),
+            total_parameters=sum(p.numel() for p in model.parameters()),
+            added_parameters=sum(delta.parameters for delta in self.deltas),
+            trainable_parameters=self._trainable(),
+        )
 
     def add(self, config: DeltaConfig) -> PlannedDelta:
         """Plan one delta on top of the deltas before it.
@@ -116,7 +129,7 @@ class Planner:
         reads = {where: each.weight_is_read for where, each in placed.placings.items()}
         placed.pretend()
         layers = delta.layers.values()
-        return PlannedDelta(
+        planned = PlannedDelta(
             name=delta.name,
             delta_type=delta.delta_type,
             options=delta.config.to_dict(),
@@ -127,8 +140,10 @@ class Planner:
             missed=self._missed(delta.modified_modules),
             warnings=[str(warning.message) for warning in caught],
         )
+        self.deltas.append(planned)
+        return planned
 
-    def trainable(self) -> int:
+    def _trainable(self) -> int:
         """Return the number of parameters that train after `freeze_module()`.
 
         They are the deltas' own, and the backbone's that `unfrozen_modules` names.
@@ -193,9 +208,10 @@ class Planner:
         ]
 
 
-def _roles(model: nn.Module) -> dict[str, str]:
+def known_roles(backbone: Backbone) -> dict[str, str]:
+    """Return {full name of a module: its role}; empty if the structure cannot be read."""
     try:
-        return roles(model)
+        return roles_of(backbone)
     except DeltaError:  # a structure that cannot be read has no roles
         return {}
 

@@ -40,7 +40,7 @@ def about(
 
 def app() -> Any:
     """Return the command with all its subcommands."""
-    from . import changing, looking  # start-up: they need typer, which may be missing; see `main`
+    from . import changing, looking, picking  # start-up: typer may be missing; see `main`
     from .requests import DeltasInOrder  # start-up: likewise
     from .training import demo  # start-up: likewise
 
@@ -50,6 +50,7 @@ def app() -> Any:
     command.callback()(about)
     command.command()(looking.tree)
     command.command(cls=DeltasInOrder)(looking.plan)
+    command.command(cls=DeltasInOrder)(picking.pick)
     others: list[Any] = [looking.explain, looking.show, looking.diff]
     for function in (*others, changing.merge, changing.convert, changing.verify, demo):
         command.command()(function)

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from .. import interop
 from .._checkpoint import hub
 from .._checkpoint.source import opened
-from .._deltas.registry import METHODS
+from .._deltas.options import changed_options
 from .._files.reading import check_link
 from ..errors import DeltaLoadError
 from ..interop import _files as others
 from ..names import SLOT, last
 
-SET_ELSEWHERE = ("modified_modules", "modules_to_save", "unfrozen_modules")
+SET_ELSEWHERE = ("modified_modules", "modules_to_save", "unfrozen_modules", "name")
 NO_OPTIONS = {  # fields of other libraries' files that `show` does not list as options
     "architecture", "auto_mapping", "backbone_checkpoint_name", "backbone_class", "backbone_hash",
     "base_model_name_or_path", "common_structure", "delta_type", "inference_mode",
@@ -83,7 +83,11 @@ def contents(given: str, values: bool = False) -> Contents:
                 "parameters": _count(shapes, fact["name"]),
                 "modules": config.modified_modules or [],
                 "modules_to_save": config.modules_to_save or [],
-                "options": changed_options(config),
+                "options": {
+                    name: value
+                    for name, value in changed_options(config).items()
+                    if name not in SET_ELSEWHERE
+                },
             }
             for fact, config in zip(facts["deltas"], source.configs, strict=True)
         ]
@@ -107,16 +111,6 @@ def _size(folder: Path) -> int:
         with contextlib.suppress(OSError):
             total += path.stat().st_size if path.is_file() else 0
     return total
-
-
-def changed_options(config: Any) -> dict[str, Any]:
-    """Return the options of a config that differ from the method's defaults."""
-    default = vars(METHODS[config.delta_type].config_class())
-    return {
-        name: value
-        for name, value in vars(config).items()
-        if value != default[name] and name not in (*SET_ELSEWHERE, "name")
-    }
 
 
 def _count(shapes: Mapping[str, list[int]], name: str) -> int:

@@ -27,6 +27,20 @@ Class = Annotated[
     typer.Option("--class", metavar="NAME", help="Class of the model, such as BertForMaskedLM."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Types = Annotated[
+    list[str] | None,
+    typer.Option("--delta", "-d", metavar="TYPE", help="Method, such as lora; repeat it."),
+]
+Options = Annotated[
+    list[str] | None,
+    typer.Option("--option", "-o", metavar="NAME=VALUE", help="Option of the --delta before."),
+]
+Places = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--at", "-a", metavar="PLACES", help="Roles or names of modules, for the --delta before."
+    ),
+]
 
 
 def console() -> Console:
@@ -77,23 +91,9 @@ def tree(
 
 def plan(
     model: Model,
-    delta: Annotated[
-        list[str] | None,
-        typer.Option("--delta", "-d", metavar="TYPE", help="Method, such as lora; repeat it."),
-    ] = None,
-    option: Annotated[
-        list[str] | None,
-        typer.Option("--option", "-o", metavar="NAME=VALUE", help="Option of the --delta before."),
-    ] = None,
-    at: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--at",
-            "-a",
-            metavar="PLACES",
-            help="Roles or names of modules, for the --delta before.",
-        ),
-    ] = None,
+    delta: Types = None,
+    option: Options = None,
+    at: Places = None,
     class_name: Class = None,
     json: AsJson = False,
 ) -> None:
@@ -109,15 +109,20 @@ def plan(
 
     Example: opendelta plan config.json --delta lora:lora_r=8,lora_alpha=32@attn.q,attn.v
     """
-    if option or at:
-        name, first = ("--option", option) if option else ("--at", at)
-        raise typer.BadParameter(f"{name} {first[0]!r} must stand after a --delta")  # type: ignore
-    if not delta:
+    wanted = requested(delta, option, at)
+    if not wanted:
         raise typer.BadParameter("give at least one --delta, such as --delta lora")
-    wanted = [requests.parse(text) for text in delta]
     built = models.without_weights(model, class_name)
     planned = opendelta.plan(built, [requests.config_for(built, each) for each in wanted])
     as_json(planned.to_dict()) if json else console().print(planned)
+
+
+def requested(delta: Types, option: Options, at: Places) -> list[requests.Request]:
+    """Return the deltas in the arguments; raise for an --option or --at before the first."""
+    if option or at:
+        name, first = ("--option", option) if option else ("--at", at)
+        raise typer.BadParameter(f"{name} {first[0]!r} must stand after a --delta")  # type: ignore
+    return [requests.parse(text) for text in delta or ()]
 
 
 def explain(

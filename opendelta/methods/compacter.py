@@ -32,7 +32,10 @@ class CompacterConfig(DeltaConfig):
         shared_W_phm: all layers of the same width share the B_i.
         factorized_phm_rule: A_i is a product of rank 1.
         kronecker_prod: ignored; OpenDelta 0.3 had it, and both of its values compute the same.
-        use_bias_up_sampler, use_bias_down_sampler: give the up or the down layer a bias.
+        phm_rank: rank of each B_i, if `factorized_phm`.
+        phm_init_range: size of the start of the A_i; see `phm_c_init`.
+        use_bias_up_sampler: give the up layer a bias.
+        use_bias_down_sampler: give the down layer a bias.
     """
 
     positional_first = True

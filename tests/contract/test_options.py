@@ -42,8 +42,8 @@ def test_every_option_error_says_what_was_given():
         AdapterModel(model, modified_modules=["linear"], non_linearity="gelu_nwe")
     with pytest.raises(opendelta.OptionError, match=r"no method 'lroa'; nearest: lora"):
         opendelta.AutoDeltaConfig.from_dict({"delta_type": "lroa"})
-    with pytest.raises(opendelta.OptionError, match=r"interactive_modify is not available"):
-        LoraModel(model, interactive_modify=True)
+    with pytest.raises(opendelta.OptionError, match=r"interactive_modify=-1 must be at least 0"):
+        LoraModel(model, interactive_modify=-1)
     with pytest.raises(opendelta.OptionError, match=r"must be a torch.nn.Module"):
         LoraModel("bert-base-cased")
 

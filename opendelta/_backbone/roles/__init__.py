@@ -93,18 +93,27 @@ def roles(
         'ff.w1'
         >>> opendelta.roles(model, override={"linear1": None}).get("layers.0.linear1")
     """
-    found = _decisions(Backbone.of(model), override)
-    return found if why else {name: role for name, (role, _) in found.items()}
+    backbone = Backbone.of(model)
+    return _decisions(backbone, override) if why else roles_of(backbone, override)
+
+
+def roles_of(
+    backbone: Backbone, override: Mapping[str, str | None] | None = None
+) -> dict[str, str]:
+    """Return {full name of a module: its role}; see `roles`."""
+    return {name: role for name, (role, _) in _decisions(backbone, override).items()}
 
 
 def _decisions(
     backbone: Backbone, override: Mapping[str, str | None] | None = None
 ) -> dict[str, Decision]:
-    decided = _in_blocks(Tree.of(backbone))
-    for name, reason in _embeddings(backbone).items():
-        decided[name] = "embeddings", reason
-    for name, reason in _heads(backbone).items():
-        decided[name] = "lm_head.proj", reason
+    if backbone.roles is None:
+        backbone.roles = _in_blocks(Tree.of(backbone))
+        for name, reason in _embeddings(backbone).items():
+            backbone.roles[name] = "embeddings", reason
+        for name, reason in _heads(backbone).items():
+            backbone.roles[name] = "lm_head.proj", reason
+    decided = dict(backbone.roles)
     for pattern, role in (override or {}).items():
         if role is not None and role not in ROLES:
             raise OptionError(
@@ -228,7 +237,7 @@ def with_roles(
     Raises:
         AddressError: no module has such a role.
     """
-    known = {name: role for name, (role, _) in _decisions(backbone, override).items()}
+    known = roles_of(backbone, override)
     chosen = set()
     missing = []
     for role in (w.replace("@", "") for w in wanted):

@@ -1,0 +1,462 @@
+"""The page in a real Chromium: picking, searching, the order, the end, keys, and large models."""
+
+import time
+
+import pytest
+import torch
+import transformers
+from support.browser import chromium
+from support.nets import net
+from torch import nn
+
+import opendelta
+from opendelta import AdapterConfig, LoraConfig
+
+pytestmark = [pytest.mark.covers("pick"), pytest.mark.slow]
+
+
+@pytest.fixture(scope="module")
+def browser():
+    opened = chromium()
+    yield opened
+    opened.quit()
+
+
+class Page:
+    """The page in a browser."""
+
+    def __init__(self, browser, address):
+        self.browser = browser
+        started = time.monotonic()
+        browser.get(address)
+        self.wait(lambda: self.all(".row") and self.text("#figures"))
+        self.opened_in = time.monotonic() - started
+
+    def all(self, selector):
+        return self.browser.find_elements("css selector", selector)
+
+    def one(self, selector):
+        return self.browser.find_element("css selector", selector)
+
+    def text(self, selector):
+        return self.one(selector).text
+
+    def wait(self, condition, seconds=15):
+        """Wait until a condition holds on a page that redraws itself meanwhile."""
+        from selenium.common.exceptions import StaleElementReferenceException
+
+        end = time.monotonic() + seconds
+        while True:
+            try:
+                if found := condition():
+                    return found
+            except StaleElementReferenceException:
+                pass
+            assert time.monotonic() < end, "the page did not come to this"
+            time.sleep(0.03)
+
+    def rows(self):
+        """{text of a row's name: the attributes of the row}, in one look at the page."""
+        return self.browser.execute_script(
+            "return Object.fromEntries([...document.querySelectorAll('.row')].map(row => "
+            "[row.querySelector('.name').textContent, {checked: row.getAttribute('aria-checked'), "
+            "expanded: row.getAttribute('aria-expanded'), title: row.title, "
+            "level: row.getAttribute('aria-level'), text: row.textContent, "
+            "label: row.getAttribute('aria-label'), at: row.classList.contains('at')}]))"
+        )
+
+    def click(self, name, part="name", shift=False):
+        """Click on a part of a row as a user does."""
+        from selenium.webdriver.common.action_chains import ActionChains
+        from selenium.webdriver.common.keys import Keys
+
+        self.wait(lambda: name in self.rows())
+        if part == "box":
+            self.wait(lambda: self.rows()[name]["checked"])
+        path = f"//*[@class='name' and text()='{name}']/ancestor::*[@role='treeitem']"
+
+        def act():
+            row = self.browser.find_element("xpath", path).find_element("class name", part)
+            actions = ActionChains(self.browser)
+            if shift:
+                actions.key_down(Keys.SHIFT)
+            actions.click(row)
+            if shift:
+                actions.key_up(Keys.SHIFT)
+            actions.perform()
+            return True
+
+        self.wait(act)
+
+    def press(self, *keys):
+        self.one("#tree").send_keys(*keys)
+
+    def names(self):
+        """The deltas on the page, in their order."""
+        return [e.text for e in self.all("#deltas strong")]
+
+    def python(self, line):
+        self.wait(lambda: line in self.text("#text"))
+
+
+@pytest.fixture
+def page(browser, picking):
+    """Open the page for a call that picks; `.picking` is the session."""
+
+    def opened(call):
+        running = picking(call)
+        page = Page(browser, running.address)
+        page.picking = running
+        return page
+
+    yield opened
+    noise = [entry for entry in browser.get_log("browser") if entry["source"] != "network"]
+    assert not noise
+
+
+def bert(blocks=4):
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64}
+    config = transformers.BertConfig(vocab_size=96, num_hidden_layers=blocks, **sizes)
+    with torch.device("meta"):
+        return transformers.BertForMaskedLM(config)
+
+
+def queries(*blocks):
+    return [f"bert.encoder.layer.{block}.attention.self.query" for block in blocks]
+
+
+def test_the_default_places_are_shown_with_their_plan_and_submitted(page):
+    model = bert()
+    shown = page(lambda: opendelta.pick(model))
+    rows = shown.rows()
+    assert {name for name, row in rows.items() if row["checked"] == "true"} == {"query", "value"}
+    assert rows["0-3"]["text"].startswith("0-3× 4BertLayer")
+    assert rows["query"]["label"].startswith("query, Linear, 4 modules, role attn.q, 32 to 32")
+    assert "4,096" in shown.text("#figures")
+    shown.python("LoraModel(model)")
+    shown.wait(lambda: shown.text("#formula") == "y = query(x) + lora(x)")
+    shown.one("#submit").click()
+    (delta,) = shown.picking.join()
+    assert len(delta.modified_modules) == 8
+    shown.wait(lambda: "Done" in shown.text("#ended"))
+
+
+def test_clicks_select_and_a_shift_click_selects_what_fits_in_between(page):
+    model = bert()
+    shown = page(lambda: opendelta.pick(model, LoraConfig(modified_modules=["query"])))
+    shown.click("query", "box")
+    shown.click("key", "box")
+    shown.python('LoraModel(model, modified_modules=["key"])')
+    shown.click("value", shift=True)  # from the key to the value
+    shown.python('LoraModel(model, modified_modules=["key", "value"])')
+    shown.click("query")
+    shown.click("dropout", shift=True)  # to a module on which no LoRA goes
+    shown.python('LoraModel(model, modified_modules=["query", "key", "value"])')
+    assert shown.rows()["dropout"]["checked"] is None
+    assert "cannot carry 'lora'" in shown.rows()["dropout"]["title"]
+    shown.one("#submit").click()
+    (delta,) = shown.picking.join()
+    assert len(delta.modified_modules) == 12
+
+
+def test_one_block_and_then_the_same_in_all_blocks(page):
+    model = bert()
+    shown = page(lambda: opendelta.pick(model, LoraConfig(modified_modules=["key"])))
+    shown.click("key", "box")
+    shown.click("0-3")
+    shown.press("u")
+    shown.click("2", "twist")
+    shown.click("attention", "twist")
+    shown.click("self", "twist")
+    shown.click("query", "box")
+    shown.python('LoraModel(model, modified_modules=["layer.2.attention.self.query"])')
+    button = "//button[text()='Select the same in all blocks']"
+    shown.wait(lambda: shown.browser.find_elements("xpath", button))
+    shown.browser.find_element("xpath", button).click()
+    shown.python('LoraModel(model, modified_modules=["query"])')
+    shown.one("#submit").click()
+    assert shown.picking.join()[0].modified_modules == queries(0, 1, 2, 3)
+
+
+def test_the_tree_works_by_keys_alone(page):
+    from selenium.webdriver.common.keys import Keys
+
+    model = bert()
+    shown = page(lambda: opendelta.pick(model, LoraConfig(modified_modules=["query"])))
+    at = lambda: next(n for n, row in shown.rows().items() if row["at"])  # noqa: E731
+    shown.press(Keys.ARROW_DOWN)
+    assert at() == "key"
+    shown.wait(lambda: shown.rows()["key"]["checked"] == "false")
+    shown.press(Keys.SPACE)
+    shown.python('["query", "key"]')
+    shown.press(Keys.SHIFT, Keys.ARROW_DOWN)
+    shown.python('["query", "key", "value"]')
+    shown.press(Keys.ARROW_UP, Keys.ARROW_UP, Keys.ENTER)
+    shown.python('["key", "value"]')
+    shown.press(Keys.ARROW_LEFT)
+    assert at() == "self"
+    shown.press(Keys.ARROW_LEFT)
+    assert shown.rows()["self"]["expanded"] == "false"
+    assert "query" not in shown.rows()
+    shown.press(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)
+    assert at() == "query"
+    shown.press(Keys.HOME)
+    assert at() == "root"
+    active = shown.one("#tree").get_attribute("aria-activedescendant")
+    assert shown.one(f"#{active}").get_attribute("aria-level") == "1"
+    shown.press("/")
+    assert shown.browser.switch_to.active_element.get_attribute("id") == "search"
+
+
+def test_a_search_shows_its_pattern_and_selects_what_it_finds(page):
+    model = bert()
+    shown = page(lambda: opendelta.pick(model, AdapterConfig(modified_modules=["query"])))
+    field = shown.one("#search")
+    field.send_keys("attn.k")
+    shown.wait(lambda: 'modified_modules=["attn.k"], common_structure=True' in shown.text("#found"))
+    assert "value" not in shown.rows()
+    assert shown.rows()["key"]["at"]
+    shown.one("#found button").click()
+    shown.python('modified_modules=["query", "key"]')
+    field.clear()
+    field.send_keys(r"[r]layer\.[01]\.output")
+    shown.wait(lambda: r"layer\\.[01]\\.output" in shown.text("#found"))
+    shown.one("#found button").click()
+    shown.python(r'"[r]layer\.[01]\.output"')
+    field.clear()
+    field.send_keys("qeury")
+    shown.wait(lambda: "nearest: 'query' (4 modules)" in shown.text("#found"))
+    field.clear()
+    field.send_keys("uer")
+    shown.wait(lambda: "part of a name" in shown.text("#ways"))
+    field.send_keys("\ue00c")  # Escape
+    shown.wait(lambda: "value" in shown.rows())
+    assert shown.one("#search").get_attribute("value") == ""
+
+
+def test_deltas_are_added_changed_moved_and_removed(page):
+    from selenium.webdriver.common.action_chains import ActionChains
+    from selenium.webdriver.common.keys import Keys
+
+    model = bert()
+    start = [LoraConfig(modified_modules=["query"]), AdapterConfig(modified_modules=["query"])]
+    shown = page(lambda: opendelta.pick(model, start))
+    shown.wait(lambda: shown.text("#formula") == "y = adapter(query(x) + lora(x))")
+    grips = shown.all(".grip")
+    actions = ActionChains(shown.browser).click_and_hold(grips[0])
+    actions.move_to_element(grips[1]).move_by_offset(2, 3).release().perform()
+    shown.wait(lambda: shown.names() == ["adapter", "lora"])
+    shown.wait(lambda: shown.text("#formula") == "y = adapter(query(x)) + lora(x)")
+    chosen = shown.all(".choose")[1]
+    ActionChains(shown.browser).click(chosen).perform()
+    shown.wait(lambda: shown.all("#deltas li")[1].get_attribute("aria-current") == "true")
+    active = shown.browser.switch_to.active_element
+    assert "lora" in active.text
+    ActionChains(shown.browser).key_down(Keys.ALT).send_keys(Keys.ARROW_UP).key_up(
+        Keys.ALT
+    ).perform()
+    shown.wait(lambda: shown.names() == ["lora", "adapter"])
+    shown.one("#new").send_keys("ia3")
+    shown.one("#add-delta").click()
+    shown.wait(lambda: shown.names() == ["lora", "adapter", "ia3"])
+    shown.python("IA3Model(model)")
+    shown.one('[aria-label="Remove adapter"]').click()
+    shown.wait(lambda: shown.names() == ["lora", "ia3"])
+    shown.one('[aria-label="Move up ia3"]').click()
+    shown.wait(lambda: shown.names() == ["ia3", "lora"])
+    shown.one("#submit").click()
+    assert [delta.name for delta in shown.picking.join()] == ["ia3", "lora"]
+
+
+def test_options_have_inputs_by_type_and_change_the_plan(page):
+    from selenium.webdriver.support.select import Select
+
+    model = bert()
+    shown = page(lambda: opendelta.pick(model, LoraConfig(modified_modules=["query"])))
+    assert "rank of the change." in shown.text("#option-lora_r-meaning")
+    rank = shown.one("#option-lora_r")
+    assert rank.get_attribute("type") == "number"
+    rank.clear()
+    rank.send_keys("2")
+    shown.python("lora_r=2)")
+    shown.wait(lambda: "512" in shown.text("#figures"))
+    rank.clear()
+    rank.send_keys("0")
+    shown.wait(lambda: "lora_r=0 must be at least 1" in shown.text("#remarks"))
+    rank.clear()
+    rank.send_keys("4")
+    shown.one("#option-use_dora").click()
+    Select(shown.one("#option-init")).select_by_visible_text("gaussian")
+    pattern = shown.one("#option-rank_pattern")
+    pattern.send_keys('{"layer.0.attention.self.query"')
+    assert pattern.get_attribute("aria-invalid") == "true"
+    pattern.send_keys(": 1}")
+    shown.one("#form summary").click()
+    shown.one("#option-name").send_keys("mine")
+    shown.wait(lambda: shown.names() == ["mine"])
+    shown.one("#submit").click()
+    (delta,) = shown.picking.join()
+    config = delta.config
+    assert (config.lora_r, config.use_dora, config.init) == (4, True, "gaussian")
+    assert (delta.name, config.rank_pattern) == ("mine", {queries(0)[0]: 1})
+
+
+def test_an_error_of_submit_is_shown_and_the_page_goes_on(page):
+    model = bert()
+    shown = page(lambda: opendelta.pick(model, LoraConfig(modified_modules=["query"])))
+    shown.click("query", "box")
+    shown.wait(lambda: "is an empty list" in shown.text("#remarks"))
+    shown.one("#submit").click()
+    shown.wait(lambda: "is an empty list" in shown.text("#problem"))
+    shown.click("query", "box")
+    shown.python('["query"]')
+    shown.one("#submit").click()
+    assert [delta.name for delta in shown.picking.join()] == ["lora"]
+
+
+def test_cancel_ends_the_page(page):
+    model = bert()
+    shown = page(lambda: opendelta.pick(model))
+    shown.one("#cancel").click()
+    assert shown.picking.join() == []
+    shown.wait(lambda: "cancelled" in shown.text("#ended"))
+    assert shown.one("main").get_attribute("inert")
+    opendelta.assert_pristine(model)
+
+
+def test_a_page_that_is_loaded_again_keeps_its_picks_and_a_closed_one_cancels(page):
+    model = bert()
+    shown = page(lambda: opendelta.pick(model))
+    shown.click("query", "box")
+    shown.python('["value"]')
+    shown.browser.refresh()
+    shown.wait(lambda: shown.all(".row"))
+    shown.python('["value"]')
+    shown.browser.get("about:blank")
+    assert shown.picking.join() == []
+
+
+def test_two_pages_at_once_and_the_first_that_submits_wins(page, browser):
+    model = bert()
+    shown = page(lambda: opendelta.pick(model))
+    first = browser.current_window_handle
+    browser.switch_to.new_window("tab")
+    other = Page(browser, shown.picking.address)
+    other.click("query", "box")
+    other.python('["value"]')
+    other.one("#submit").click()
+    (delta,) = shown.picking.join()
+    assert [name.rpartition(".")[2] for name in delta.modified_modules] == ["value"] * 4
+    browser.close()
+    browser.switch_to.window(first)
+    shown.wait(lambda: "Done" in shown.text("#ended"))
+
+
+def test_a_wrong_token_shows_no_page(browser, picking):
+    running = picking(lambda: opendelta.pick(net()))
+    browser.get(running.address.rstrip("/") + "x/")
+    assert "token in the address is wrong" in browser.page_source
+    browser.get_log("browser")
+
+
+def test_another_site_in_the_same_browser_can_do_nothing(page, browser):
+    model = bert()
+    shown = page(lambda: opendelta.pick(model))
+    address = shown.picking.address
+    shown.one("#submit")
+    browser.switch_to.new_window("tab")
+    browser.get("data:text/html,<p>another site</p>")
+    tried = browser.execute_async_script(
+        "const [address, done] = arguments; const told = [];"
+        "const body = JSON.stringify({deltas: []});"
+        "const say = (what) => told.push(what);"
+        "const post = (type, mode) => fetch(address + 'cancel',"
+        "  {method: 'POST', body, mode, headers: {'Content-Type': type}});"
+        "Promise.allSettled([post('text/plain', 'no-cors').then((r) => say(r.type)),"
+        "  post('application/json', 'cors').then(() => say('read'), () => say('refused'))])"
+        ".then(() => done(told))",
+        address,
+    )
+    assert "read" not in tried
+    assert shown.picking.thread.is_alive()
+    browser.get_log("browser")
+    browser.close()
+    browser.switch_to.window(browser.window_handles[0])
+
+
+def test_names_of_a_foreign_model_are_only_text(page):
+    evil = type("<img src=x onerror=alert(1)>", (nn.Linear,), {})
+    model = nn.ModuleDict({"<b onclick=alert(2)>": evil(4, 4), "a": nn.Linear(4, 4)})
+    start = LoraConfig(modified_modules=["a"], name="x")
+    shown = page(lambda: opendelta.pick(model, start))
+    assert "<b onclick=alert(2)>" in shown.rows()
+    shown.click("<b onclick=alert(2)>", "box")
+    shown.python("<b onclick=alert(2)>")
+    assert not shown.all("#tree img, #tree b, #module img, #module b")
+    assert "<img src=x" in shown.text("#tree")
+
+
+def test_a_branch_may_end_at_another_module_of_its_block(page):
+    from selenium.webdriver.support.select import Select
+
+    model = bert()
+    config = opendelta.ParallelAdapterConfig(modified_modules=["intermediate", "intermediate"])
+    shown = page(lambda: opendelta.pick(model, config))
+    ending = lambda: Select(shown.one("#ending")).first_selected_option.text  # noqa: E731
+    shown.wait(lambda: shown.all("#ending") and ending() == "intermediate")
+    shown.wait(lambda: Select(shown.one("#ending")).select_by_visible_text("output") is None)
+    shown.python('modified_modules=["intermediate", r"[r]layer\\.[0-3]\\.output"]')
+    shown.one("#submit").click()
+    (delta,) = shown.picking.join()
+    layers = [f"bert.encoder.layer.{i}" for i in range(4)]
+    pairs = [f"{layer}.{part}" for layer in layers for part in ("intermediate", "output")]
+    assert delta.modified_modules == pairs
+
+
+def test_a_narrow_window_and_a_dark_one_show_all_that_matters(picking):
+    for width, dark in ((390, False), (1280, True)):
+        browser = chromium(width, 844, dark)
+        try:
+            running = picking(lambda: opendelta.pick(bert()))
+            shown = Page(browser, running.address)
+            wide = browser.execute_script("return document.documentElement.scrollWidth")
+            assert wide <= width
+            for part in ("#search", "#tree", "#deltas", "#form", "#figures", "#text", "#submit"):
+                assert shown.one(part).is_displayed(), part
+            style = "return getComputedStyle(document.body).backgroundColor"
+            ground = browser.execute_script(style)
+            assert (sum(map(int, ground[4:-1].split(","))) < 200) == dark
+        finally:
+            browser.quit()
+        assert running.join() == []
+
+
+def test_a_model_of_seventy_billion_parameters_opens_in_two_seconds(page):
+    config = transformers.LlamaConfig(
+        hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
+        num_key_value_heads=8, vocab_size=128256,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(config)
+    shown = page(lambda: opendelta.pick(model))
+    assert shown.opened_in < 2
+    assert "70,553,706,496 parameters" in shown.text("#model")
+    assert shown.rows()["q_proj"]["text"].startswith("q_proj× 80Linear")
+
+
+def test_a_thousand_modules_that_differ_are_drawn_only_where_one_looks(page):
+    from selenium.webdriver.common.keys import Keys
+
+    blocks = {f"block_{i}": nn.Linear(4, 4 + i % 7) for i in range(1000)}
+    with torch.device("meta"):
+        model = nn.ModuleDict({name: nn.Sequential(each) for name, each in blocks.items()})
+    shown = page(lambda: opendelta.pick(model, LoraConfig(modified_modules=["block_0.0"])))
+    assert len(shown.all(".row")) < 60
+    shown.press(Keys.END)
+    shown.wait(lambda: "block_999" in shown.rows())
+    assert len(shown.all(".row")) < 60
+    assert shown.rows()["block_999"]["at"]
+    shown.one("#search").send_keys("block_500.0")
+    shown.wait(lambda: shown.all("#found button"))
+    shown.one("#found button").click()
+    shown.python('["block_0.0", "block_500.0"]')
