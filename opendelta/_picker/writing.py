@@ -49,8 +49,8 @@ class Writer:
         found = method(config.delta_type)
         paired = found.layer_for(config).paired
         if not paired:
-            chosen = {*places}
-            places = [name for name in self.backbone.modules if name in chosen]
+            wanted = {*places}
+            places = [name for name in self.backbone.modules if name in wanted]
         for given in self._ways(places, paired):
             written = dataclasses.replace(config, **given)
             try:
