@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import threading
 
 import methods_table
 import numpy as np
@@ -10,8 +11,10 @@ import pytest
 import torch
 import transformers
 from support import ROOT
+from support.picking import Picking
 
 import opendelta
+from opendelta._picker import session
 
 DOCS = ROOT / "docs"
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.M | re.S)
@@ -43,6 +46,26 @@ def test_the_examples_run_and_print_what_the_page_says(
             assert code.strip() == printed.strip()
             printed, compared = "", compared + 1
     assert compared == printing
+
+
+def test_the_examples_in_the_page_of_the_picker_run_and_submit_what_the_page_shows(
+    monkeypatch, capsys
+):
+    def submit(address, browser):
+        page = Picking.__new__(Picking)
+        page.address = address
+        submitting = lambda: page.ask("submit", {"deltas": page.ask("open")["deltas"]})  # noqa: E731
+        threading.Thread(target=submitting, daemon=True).start()
+
+    monkeypatch.setattr(session, "_announce", submit)
+    names, printed = {"model": bert()}, []
+    for language, code in PRINTED.findall((DOCS / "picker.md").read_text()):
+        if language == "python":
+            exec(compile(code, "picker.md", "exec"), names)
+            printed.append(capsys.readouterr().out)
+        else:
+            assert code == printed.pop()
+    assert not printed
 
 
 def test_the_example_in_the_page_of_other_libraries_runs(tmp_path, capsys):

@@ -111,6 +111,7 @@ def test_every_command_on_good_input(folder, command):
 
 
 BAD = {  # command: arguments, what the error says
+    "pick": (["my-model", "--delta", "lorra"], "no method 'lorra'; nearest: lora"),
     "tree": (["empty"], "empty has no config.json, so it is no folder of a model"),
     "plan": (["my-model", "--delta", "lorra"], "no method 'lorra'; nearest: lora"),
     "explain": (["empty", "my-model"], "no delta in 'empty': config.json is missing"),

@@ -289,6 +289,9 @@ def test_an_error_of_one_delta_leaves_the_plan_of_the_others():
     assert "lora_r=0 must be at least 1" in second["error"]
     assert third["modules"] == 36
     assert "IA3Model" in told["python"]
+    none = desk().answer("plan", {"deltas": [wire("lora", [])]})
+    assert [each["figure"] for each in none["figures"]] == ["0", "0 B", "0"]
+    assert none["python"] == none["words"] == ""
     assert "LoraModel" not in told["python"]
 
 
