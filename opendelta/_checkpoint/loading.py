@@ -219,7 +219,10 @@ def _made_one(
 def _brought(path: Path, facts: dict[str, Any], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return those of the backbone's tensors whose values the file brings along."""
     if strangers := [key for key in facts["backbone_tensors"] if key not in own]:
-        raise DeltaLoadError(f"{path}: backbone_tensors names {strangers[0]!r}, which is no tensor")
+        raise DeltaLoadError(
+            f"{path}: backbone_tensors names {strangers[0]!r}, which is no tensor",
+            unexpected=strangers,
+        )
     return {key: own[key] for key in facts["backbone_tensors"]}
 
 

@@ -230,7 +230,8 @@ def test_a_config_has_files_and_json_of_its_own(tmp_path):
 # ----------------------------------------------------------------------- the delta as a module
 @pytest.mark.covers(
     "Delta.children", "Delta.named_children", "Delta.modules", "Delta.named_modules",
-    "Delta.training", "Delta.delta_modules", "Delta.to", "Delta.cpu", "Delta.find_module",
+    "Delta.training", "Delta.delta_modules", "Delta.to", "Delta.cpu", "Delta.cuda",
+    "Delta.find_module",
     "Delta.trainable_parameters", "Delta.num_trainable_parameters", "Delta.num_total_parameters",
     "Delta.trainable_parameters_names", "Delta.frozen_parameters_names", "Delta.stat",
 )  # fmt: skip
@@ -252,6 +253,9 @@ def test_a_delta_answers_as_the_module_that_it_was():
         delta.to("float31")
     with pytest.raises(DeltaError, match="move the backbone"):
         delta.to("meta")
+    if not torch.cuda.is_available():
+        with pytest.raises((AssertionError, RuntimeError), match="CUDA|NVIDIA"):
+            delta.cuda()
     assert (delta.lora_r, delta.lora_alpha) == (2, 16)
     with pytest.raises(AttributeError, match="no attribute 'lora_rank'"):
         _ = delta.lora_rank

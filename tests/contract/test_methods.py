@@ -285,8 +285,9 @@ def test_its_signature_is_its_config(method):
     assert sorted(p.name for p in options) == sorted(method.config_class.option_names())
     by_position = [p.name for p in options if p.kind is p.POSITIONAL_OR_KEYWORD]
     assert by_position == method.config_class.positional_names()
+    config = method.config_class.from_options({})
     for parameter in options:
-        assert getattr(method.config_class(), parameter.name) == parameter.default
+        assert getattr(config, parameter.name) == parameter.default
 
 
 def test_its_options_survive_json(method):
