@@ -254,7 +254,7 @@ def test_a_delta_answers_as_the_module_that_it_was():
     with pytest.raises(DeltaError, match="move the backbone"):
         delta.to("meta")
     if not torch.cuda.is_available():
-        with pytest.raises((AssertionError, RuntimeError), match="CUDA|NVIDIA"):
+        with pytest.raises((AssertionError, RuntimeError), match=r"CUDA|NVIDIA"):
             delta.cuda()
     assert (delta.lora_r, delta.lora_alpha) == (2, 16)
     with pytest.raises(AttributeError, match="no attribute 'lora_rank'"):
