@@ -68,8 +68,10 @@ class Backbone:
         """Walk over the modules of `model` once.
 
         Raises:
-            OptionError: `samples` are no inputs.
+            OptionError: `model` is no module, or `samples` are no inputs.
         """
+        if not isinstance(model, nn.Module):
+            raise OptionError(f"model must be a torch.nn.Module, not {reprlib.repr(model)}")
         check_inputs("sample_inputs", samples)
         backbone = cls(model, samples=samples)
         seen: set[int] = set()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .._modules import wrappers
 from .._sites import swap
@@ -22,6 +22,9 @@ def plain_copy(backbone: Backbone, name: str, memo: dict[int, Any]) -> nn.Module
     """
     placeholder = nn.Module()
     memo = {**memo, **{id(stack): placeholder for stack in backbone.stacks.values()}}
+    for part in backbone.modules[name].modules():  # the old weight_norm holds what it computed
+        held = [v for v in part.__dict__.values() if isinstance(v, Tensor) and not v.is_leaf]
+        memo.update({id(tensor): tensor.detach().clone() for tensor in held})
     copied = copy.deepcopy(backbone.modules[name], memo)
     for part in copied.modules():
         if part._modules.get(SLOT) is placeholder:

@@ -43,7 +43,9 @@ def compile_pattern(pattern: str) -> Callable[[str], bool]:
 
 
 def as_list(patterns: str | Sequence[str] | None) -> list[str]:
-    """Return one pattern, several patterns, or None, as a list."""
+    """Return one pattern, several patterns, or None, as a list; raise if it is something else."""
+    if not isinstance(patterns, str | Iterable | None):
+        raise AddressError(f"names must be a text or a list of texts, not {patterns!r}")
     return [patterns] if isinstance(patterns, str) else list(patterns or ())
 
 

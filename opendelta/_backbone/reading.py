@@ -23,6 +23,7 @@ from .backbone import Backbone
 ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD")
 LOOK = ""
 ALL = {"parameters", "named_parameters", "state_dict", "get_parameter"}
+RAW = {*ALL, "_parameters"}
 LOOKS = {"dtype", "device", "shape", "size", "requires_grad", "is_meta", "ndim"}  # no values
 
 
@@ -100,15 +101,20 @@ def _held_aside(backbone: Backbone) -> set[int]:
 def read_beside(backbone: Backbone, names: Iterable[str]) -> dict[str, set[str] | None]:
     """Return {module: the ones of "weight" and "bias" that other code computes with}.
 
-    A module is left out if it shows its deltas to other code. If no run on shapes tells, and the
-    code of the module around reads the weight or bias by name, its value is None.
+    A module that shows its deltas to other code is there only if code computes with its weight or
+    bias and has them otherwise, as from `named_parameters`. If no run on shapes tells, and the code
+    of the module around reads the weight or bias by name, its value is None.
     """
-    asked = [n for n in names if not swap.weight_is_read(backbone.modules[n], False)]
-    suspects = _suspects(backbone, asked)
+    names = list(names)
+    shown = {n for n in names if swap.weight_is_read(backbone.modules[n], False)}
+    suspects = _suspects(backbone, [n for n in names if n not in shown])
+    suspects += [n for n in shown if _may_read_raw(backbone, n)]
     whole = watching.of_backbone(backbone, suspects) if suspects else None
     found: dict[str, set[str] | None] = {}
     for name in suspects:
         watch, own = whole, name
+        if name in shown and watch is None:
+            continue
         if watch is None or not (name in watch.called or name in {n for n, _ in watch.read}):
             watch, own = watching.of_part(backbone, parent(name), [last(name)]), last(name)
         if watch is not None:
@@ -116,6 +122,12 @@ def read_beside(backbone: Backbone, names: Iterable[str]) -> dict[str, set[str] 
         elif last(name) in _may_read(_class_of(backbone.modules[parent(name)])):
             found[name] = None
     return found
+
+
+def _may_read_raw(backbone: Backbone, where: str) -> bool:
+    """True if code around a module asks for its parameters otherwise than by attribute."""
+    around = [_class_of(m) for m in [*backbone.chain(where)][1:]]
+    return any(RAW & {*code.co_names} for cls in around for code in _codes(cls))
 
 
 @functools.cache

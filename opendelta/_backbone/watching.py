@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 
 from .._modules import trials
+from .._sites.stack import stack_of
 from ..errors import SiteError
+from ..names import parent
 from . import inputs, shapes
 from .backbone import Backbone
 
@@ -28,11 +31,12 @@ class Watch(TorchDispatchMode):
 
     Args:
         modules: {name: module}.
+        around: the modules around these, which may do something else in training, or in evaluation.
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+    def __init__(self, modules: Mapping[str, nn.Module], around: Iterable[nn.Module]) -> None:
         super().__init__()
-        self.modules, self.called = modules, set[str]()
+        self.modules, self.around, self.called = modules, list(around), set[str]()
         self.read: set[tuple[str, str]] = set()
         self.running: list[str] = []
         self.owners: dict[int, tuple[str, str]] = {}
@@ -61,6 +65,7 @@ class Watch(TorchDispatchMode):
         """Watch the next run of `root`, by forwards on the instances; the caller takes them off."""
         for name, module in self.modules.items():
             module.__dict__["forward"] = self._noting(name, module.forward)
+        stacks = {n: s for n, m in self.modules.items() if (s := stack_of(m)) is not None}
         inner = root.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -70,14 +75,37 @@ class Watch(TorchDispatchMode):
                 for key, parameter in module._parameters.items()
                 if parameter is not None and key in ("weight", "bias")
             }
-            with self:
-                return inner(*args, **kwargs)
+            for name, stack in stacks.items():  # what a module shows as its weight is no read of it
+                stack.__dict__["fold"] = self._noting(name, stack.fold, call=False)
+            try:
+                with self:
+                    output = inner(*args, **kwargs)
+                    with contextlib.suppress(Exception), self._in_the_other_mode():
+                        inner(*args, **kwargs)
+                return output
+            finally:
+                for stack in stacks.values():
+                    stack.__dict__.pop("fold", None)
 
         root.__dict__["forward"] = forward
 
-    def _noting(self, name: str, inner: Callable[..., Any]) -> Callable[..., Any]:
+    @contextlib.contextmanager
+    def _in_the_other_mode(self) -> Iterator[None]:
+        """Let the modules around be in training if they are in evaluation, and the other way."""
+        modes = [module.training for module in self.around]
+        try:
+            for module, mode in zip(self.around, modes, strict=True):
+                module.training = not mode
+            yield
+        finally:
+            for module, mode in zip(self.around, modes, strict=True):
+                module.training = mode
+
+    def _noting(
+        self, name: str, inner: Callable[..., Any], call: bool = True
+    ) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            self.called.add(name)
+            self.called |= {name} if call else set()
             self.running.append(name)
             try:
                 return inner(*args, **kwargs)
@@ -114,7 +142,7 @@ def of_part(backbone: Backbone, around: str, names: list[str]) -> Watch | None:
         with torch.no_grad():
             try:
                 made = trials.on_meta(backbone.modules[around])
-                watch = Watch({name: made.get_submodule(name) for name in names})
+                watch = Watch({name: made.get_submodule(name) for name in names}, [made])
                 watch.plant(made)
                 args, kwargs = tree_map_only(Tensor, lambda t: t.to("meta"), (args, kwargs))
                 made.forward(*args, **kwargs)
@@ -126,7 +154,8 @@ def of_part(backbone: Backbone, around: str, names: list[str]) -> Watch | None:
 
 def of_backbone(backbone: Backbone, names: list[str]) -> Watch | None:
     """Watch modules while the backbone runs on shapes; None: it runs on no known inputs."""
-    watch = Watch({name: backbone.modules[name] for name in names})
+    around = {parent(name): backbone.modules[parent(name)] for name in names}
+    watch = Watch({name: backbone.modules[name] for name in names}, around.values())
     try:
         shapes.dry_run(backbone, lambda _: None, watch.plant, watch.has_seen_all)
     except SiteError:

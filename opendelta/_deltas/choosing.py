@@ -35,6 +35,7 @@ from ..names import SLOT, ancestors, is_inside, parent
 from .base import BaseDelta
 from .options import DeltaConfig
 from .order import check_root, free_name, known_records
+from .registry import method
 
 Config = TypeVar("Config", bound=DeltaConfig)
 
@@ -439,8 +440,10 @@ def check_kind(
         advice = f" Inside it there are {', '.join(map(repr, fitting[:4]))}"
     elif linear := [n for n in inner if "linear" in _kinds(backbone, n)]:
         advice = f" Other methods, such as LoRA, take {', '.join(map(repr, linear[:4]))} inside it"
+    usual = method(config.delta_type).layer_class
+    variant = "" if layer_class is usual else f" as {layer_class.__name__}, for these options"
     raise SiteError(
         f"{quoted(name)} ({type(backbone.modules[name]).__name__}) cannot carry "
-        f"{config.delta_type!r}, which takes: {takes}.{advice}",
+        f"{config.delta_type!r}{variant}, which takes: {takes}.{advice}",
         where=name,
     )

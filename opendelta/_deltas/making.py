@@ -98,6 +98,7 @@ def _layers(backbone: Backbone, choice: Choice, values: Values) -> dict[str, Del
             raise OptionError(
                 f"{layer_class.__name__}.__init__ must set self.{unset[0]}, which its forward reads"
             )
+        layer.check_made()
         if layer_class.any_axis and site.axis != -1:
             layer.__dict__["axis"] = site.axis
         if config.gate:
@@ -140,6 +141,7 @@ def materialise(
             of their own; None if there are no values for it.
     """
     for name, module in layer.named_modules(prefix=prefix.removesuffix(".")):
+        left = False
         for own in (module._parameters, module._buffers):
             for key, tensor in own.items():
                 if tensor is None or not tensor.is_meta:
@@ -147,9 +149,10 @@ def materialise(
                 new = value_of(f"{name}.{key}")
                 if new is None:  # empty_like is slow here: for meta tensors it runs in Python
                     new = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+                    left = True
                 new, is_parameter = new.to(device), own is module._parameters
                 own[key] = nn.Parameter(new, tensor.requires_grad) if is_parameter else new
-        if hasattr(type(module), "seed"):
+        if left and hasattr(type(module), "seed"):
             module.seed()
 
 

@@ -353,6 +353,13 @@ class DeltaLayer(nn.Module):
 
         return costs.around(module, run, width, reads, dtype)
 
+    def check_made(self) -> None:
+        """Raise if a layer that was made is not what its class promises.
+
+        Raises:
+            OptionError: it is not; the text is for the author of the method.
+        """
+
     def fit(
         self, module: nn.Module, device: torch.device, computes: torch.dtype, asked: str | None
     ) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .._modules import calls
 from .._modules.fitting import Needs
 from .._modules.kinds import Kind
-from ..errors import SiteError
+from ..errors import OptionError, SiteError
 from . import low_rank
 from .base import Acts, DeltaLayer, Handover, Params, times, towards
 from .costs import Flops
@@ -108,6 +108,20 @@ class WeightLayer(DeltaLayer):
     def factors(self) -> tuple[Tensor, Tensor, float] | None:
         """Return A [rank, in_features], B [out_features, rank] and s of D = s B A, or None."""
         return None
+
+    def check_made(self) -> None:
+        given = self.factors() if type(self).factors is not WeightLayer.factors else None
+        if given is None:
+            return
+        sizes = [getattr(part, "ndim", 0) for part in given]
+        fits = sizes[:2] == [2, 2] and sizes[2:] == [0]
+        wanted = self.kind.in_features, self.kind.out_features
+        if not fits or (given[0].size(1), given[1].size(0)) != wanted:
+            raise OptionError(
+                f"{type(self).__name__}.factors must return A [rank, {wanted[0]}], "
+                f"B [{wanted[1]}, rank] and a number s, with D = s B A, not "
+                f"{[list(getattr(part, 'shape', ())) or type(part).__name__ for part in given]}"
+            )
 
     def low_rank(self) -> LowRank | None:
         """Return the factors with the current scale and dropout, or None."""

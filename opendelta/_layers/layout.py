@@ -47,7 +47,8 @@ class Layout:
     def filled(self, prompt: Tensor, embeds: Tensor) -> Tensor:
         """Return the rows [batch, slots, width] of `prompt` and of `embeds` in their slots."""
         prompt = prompt.expand(embeds.size(0), -1, -1)
-        every = torch.cat([prompt, embeds, torch.zeros_like(embeds[:, :1])], 1)
+        with torch.autocast(embeds.device.type, enabled=False):  # it joins no float16 with bfloat16
+            every = torch.cat([prompt, embeds, torch.zeros_like(embeds[:, :1])], 1)
         rows = torch.where(self.filler, self.length + self.count, self.row)
         index = torch.where(self.taken, self.length + self.next, rows)
         return every.gather(1, index[..., None].expand(-1, -1, embeds.size(-1)))

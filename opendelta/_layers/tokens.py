@@ -130,6 +130,11 @@ class Documents:
     def _cut(self, value: Any, rows: slice | Tensor) -> Any:
         return value if value is None or value.size(0) != self.batch else value[rows]
 
+    def says_less_than(self, around: Documents) -> bool:
+        """True if a call around this one, of as many rows and tokens, alone has a mask or ids."""
+        same = (self.batch, self.length) == (around.batch, around.length)
+        return same and self.plain and self.mask is None and self.positions is None
+
     def _seen(self) -> Tensor:
         """Return booleans [batch or 1, length], false for padding."""
         if self.mask is None:
@@ -321,6 +326,9 @@ def noted(
     if tokens is None or tokens.ndim < 2:
         return None
     documents = Documents(given, tokens.size(0), tokens.size(1), tokens.device)
+    around = _running.documents
+    if around is not None and documents.says_less_than(around):
+        return around
     documents.check(last, where)
     return documents
 
@@ -343,7 +351,8 @@ class Tokens:
         """Return booleans [batch or 1, length]: true for the `first` and the `last` tokens.
 
         Args:
-            h: the module's output [batch, length, width].
+            h: the module's output [batch, length, width], or [length, width] of a single row, for
+                which the result is [length].
             args, kwargs: the arguments of the module's call.
 
         Raises:
@@ -361,7 +370,8 @@ class Tokens:
                 f"{documents.length} tokens, which does not show the tokens: choose "
                 f"{_block(self.where)}or all tokens, first=None and last=None"
             )
-        return documents.chosen(first, last).to(h.device)
+        chosen = documents.chosen(first, last).to(h.device)
+        return chosen[0] if h.ndim == 2 else chosen
 
     def _check_bare(self, args: tuple, kwargs: dict[str, Any]) -> None:
         """Raise if there may be padding or earlier tokens in a call that no `Notes` saw."""
@@ -397,6 +407,9 @@ def notes_for(
 ) -> dict[str, DeltaLayer]:
     """Return `Notes` for the innermost module with token ids around each layer in `made`.
 
+    And for the outermost one: RWKV's, for example, takes a mask and does not hand it on. That of an
+    encoder-decoder says nothing of its decoder's tokens.
+
     Raises:
         SiteError: the modules around a layer put the tokens before the rows.
     """
@@ -410,7 +423,9 @@ def notes_for(
                     "are [length, batch, width]: choose all tokens, first=None and last=None",
                     where=name,
                 )
-        around = next((o for o in outer if set(arguments(modules[o])) >= READS), None)
-        if around is not None and around not in made:
-            found[around] = Notes(modules[around], around, last)
+        takes = [o for o in outer if set(arguments(modules[o])) >= READS]
+        for around in dict.fromkeys((*takes[:1], *takes[-1:])):
+            two = around != takes[0] and "decoder_input_ids" in arguments(modules[around])
+            if around not in made and not two:
+                found[around] = Notes(modules[around], around, last)
     return found

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import math
 from collections.abc import Callable, Iterator
+from inspect import Parameter
 from typing import Any
 
 import torch
@@ -53,10 +55,14 @@ def factor_of(module: nn.Module, forward: Callable[..., Any]) -> float | None:
         return None
     if isinstance(kind, Norm):
         return 1.0
+    if _takes_more(forward):
+        return None
     factors = []
     try:
-        for module.training in {False, was_training}:
+        for module.training in (False, True):
             with torch.random.fork_rng(devices=[]), _in_full_precision(module):
+                if module.training > was_training and _is_random(module, forward, kind):
+                    continue  # as dropout is: nobody expects a merge to keep it
                 torch.manual_seed(0)
                 factors.append(_of(module, forward, kind))
         return factors[0] if len({*factors}) == 1 else None
@@ -64,6 +70,18 @@ def factor_of(module: nn.Module, forward: Callable[..., Any]) -> float | None:
         return None
     finally:
         module.training = was_training
+
+
+def _takes_more(forward: Callable[..., Any]) -> bool:
+    """True if a forward has arguments besides its input, whose values in a call are not known."""
+    named = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
+    return sum(p.kind in named for p in inspect.signature(forward).parameters.values()) > 2
+
+
+def _is_random(module: nn.Module, forward: Callable[..., Any], kind: Kind) -> bool:
+    """True if a forward gives another output each time."""
+    x = next(_inputs(module, kind))
+    return not torch.equal(forward(module, x), forward(module, x))
 
 
 @contextlib.contextmanager

@@ -72,7 +72,10 @@ def factor_of(where: str, module: nn.Module, run: list[Named]) -> float:
     refused = [name for name, layer in run if factor is None or layer.sees_module]
     if factor == 1 or not refused:
         return factor  # type: ignore[return-value]
-    why = "has a forward of its own, and does not compute its weight times the input plus its bias"
+    why = (
+        "has a forward of its own, and does not compute, from its input alone and in training too, "
+        "its weight times the input plus its bias"
+    )
     if factor is not None:
         why = f"multiplies its weight by {factor:.3g}, which layers that look at the weight miss"
     raise SiteError(

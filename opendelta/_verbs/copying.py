@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from torch import nn
@@ -16,7 +17,7 @@ from .._layers.owned import convert_like
 from .._modules import tensors
 from .._sites import merged
 from .._sites.stack import Stack, Step
-from ..errors import DeltaError
+from ..errors import DeltaError, SiteError
 from . import merging
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -80,6 +81,8 @@ def to_backbone(model: Module) -> Module:
         run = [(n, ly) for n, ly in run if ly.acts.in_the_weights]
         stand_ins = [own for name, own in _stand_ins(stack) if (where, name) not in silent]
         if stand_ins:
+            _check_unread_copy(where, backbone.modules[where], stand_ins[-1], read)
+        if stand_ins:
             _put(copied, where, copy.deepcopy(stand_ins[-1]))
         if run:
             step = Step(dict(run))
@@ -92,6 +95,23 @@ def to_backbone(model: Module) -> Module:
     if model.training:
         copied.train()
     return copied
+
+
+def _check_unread_copy(
+    where: str, module: nn.Module, copied: nn.Module, read: Mapping[str, set[str] | None]
+) -> None:
+    """Raise if code around a module reads a parameter of which the delta owns another one."""
+    keys = read.get(where, set())
+    keys = {"weight", "bias"} if keys is None else keys
+    own = module._parameters
+    if any(copied._parameters.get(key) is not own.get(key) for key in keys):
+        raise SiteError(
+            f"{where!r} ({type(module).__name__}): other code reads its {' and '.join(keys)} "
+            "besides calling it, and computes with the backbone's; in a plain model it would "
+            "compute with those of the copy in modules_to_save. Attach the delta with reads=True, "
+            "so that the copy acts on both, and train it",
+            where=where,
+        )
 
 
 def _stand_ins(stack: Stack) -> list[tuple[str, nn.Module]]:

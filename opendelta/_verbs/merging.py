@@ -224,6 +224,14 @@ def check_unread(where: str, module: nn.Module, step: Step, read: set[str] | Non
     plain = all(map(is_plain, [p for p in module._parameters.values() if p is not None]))
     if not changed or (read is None and not plain):
         return
+    if swap.weight_is_read(module, False):
+        raise SiteError(
+            f"{where!r} ({type(module).__name__}): {', '.join(step.layers)} cannot be merged: "
+            f"other code computes with its {' and '.join(changed)} and has them otherwise than by "
+            "the attribute, as from named_parameters(), where reads=True does not act. Let the "
+            "delta act unmerged",
+            where=where,
+        )
     told = "reads" if read is not None else "may read (no run on shapes tells)"
     raise SiteError(
         f"{where!r} ({type(module).__name__}): {', '.join(step.layers)} cannot be merged: other "

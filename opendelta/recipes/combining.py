@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
 from .._backbone.backbone import Backbone
+from .._deltas.base import BaseDelta
 from .._deltas.choosing import choose
 from .._deltas.committing import commit
 from .._deltas.making import make
@@ -51,7 +53,7 @@ class Combination:
 
 def combine(
     model: nn.Module,
-    weights: Mapping[str, float],
+    weights: Mapping[Any, float],
     how: How = "linear",
     *,
     rank: int | None = None,
@@ -66,7 +68,7 @@ def combine(
     other deltas stay as they are. Its `combination` has the rank and error for each module.
 
     Args:
-        weights: {name of a delta: its weight}, positive or negative.
+        weights: {a delta or its name: its weight}, positive or negative.
         how: "linear": the sum. "cat": the sum, by low-rank factors side by side; refused if that is
             not exact. "svd": the nearest change of `rank`. "ties" (arXiv:2306.01708): keep the
             share `density` of largest values of each change, elect a sign for each entry, and
@@ -91,7 +93,9 @@ def combine(
         >>> opendelta.combine(model, {"a": 0.7, "b": -0.3}).name
         'a_b'
     """
-    _check_options(weights, how, rank, density)
+    if isinstance(weights, Mapping):
+        weights = {n.name if isinstance(n, BaseDelta) else n: w for n, w in weights.items()}
+    _check_options(weights, how, rank, density, seed)
     backbone = Backbone.of(model)
     all_of = composition(model)
     chosen = {n: (all_of[n], float(weight)) for n, weight in weights.items()}
@@ -118,8 +122,16 @@ def _joined(backbone: Backbone, names: list[str]) -> str:
 
 
 def _check_options(
-    weights: Mapping[str, float], how: str, rank: int | None, density: float | None
+    weights: Mapping[str, float], how: str, rank: Any, density: Any, seed: Any
 ) -> None:
+    for option, value, kind in (
+        ("rank", rank, int),
+        ("density", density, Real),
+        ("seed", seed, int),
+    ):
+        if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+            kinds = "a number" if kind is Real else "a whole number"
+            raise OptionError(f"combine({option}={shown(value)}) must be {kinds}")
     if not isinstance(weights, Mapping):
         raise OptionError(
             "combine: weights must be a mapping {name of a delta: its weight}, not "
