@@ -2,6 +2,9 @@
 
 # ruff: noqa: F403, F405, RUF022
 
+from importlib import import_module as _import_module
+from typing import Any as _Any
+
 from ._backbone.counting import statistics
 from ._backbone.roles import roles
 from ._deltas.first_forward import unreached
@@ -30,6 +33,13 @@ __version__ = own_version()
 DeltaBase, BaseDeltaConfig = Delta, DeltaConfig  # their names in OpenDelta 0.3
 # Python finds the module paths of OpenDelta 0.3 there, such as opendelta.auto_delta.
 __path__.append(f"{__path__[0]}/_compat")
+
+
+def __getattr__(name: str) -> _Any:
+    if name in ("CommonStructureMap", "SaveLoadMixin", "logging"):  # names of OpenDelta 0.3
+        return _import_module(f"{__name__}.top").find(name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "AutoDeltaConfig",

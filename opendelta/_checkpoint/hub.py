@@ -38,6 +38,9 @@ def folder_of(
         DeltaLoadError: there is no such folder here, and no such name on the hub.
     """
     order = ", or 'user/name' on the hub; the folder comes first, then the model"
+    inside = options.get("cache_dir")
+    if inside is not None and isinstance(path, str) and Path(inside, path).is_dir():
+        return Path(inside, path)
     folder = as_path(path, argument, hint=order)
     named = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path))
     with readable(folder):

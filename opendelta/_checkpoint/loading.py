@@ -43,6 +43,12 @@ from .fingerprint import Comparison
 from .parts import copied, replaced
 from .source import Source, opened
 
+# Options that only say how a delta starts.
+STARTS = {
+    "token_init", "tokenizer", "init_range", "init", "low_rank_w_init", "phm_c_init",
+    "phm_init_range", "hypercomplex_nonlinearity", "d_initial",
+}  # fmt: skip
+
 
 @lasting()
 def load(
@@ -140,7 +146,7 @@ def _check_options(path: Path, saved: DeltaConfig, config: DeltaConfig) -> None:
     own = {field.name: field for field in dataclasses.fields(saved) if field.name not in COMMON}
     for name, field in own.items():
         then, now = getattr(saved, name), getattr(config, name)
-        if "modules" not in field.metadata and then != now:
+        if "modules" not in field.metadata and name not in STARTS and then != now:
             raise DeltaLoadError(f"{path} was saved with {name}={shown(then)}, not {shown(now)}")
 
 

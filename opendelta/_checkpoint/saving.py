@@ -108,7 +108,9 @@ def _facts(delta: BaseDelta) -> dict[str, Any]:
 def _backbone_part(backbone: Backbone, deltas: Sequence[BaseDelta]) -> dict[str, Tensor]:
     """Return the backbone tensors to save with the deltas; warn of other trainable tensors."""
     own = backbone.tensors()
-    around = {n for d in deltas for n in (*d.unfrozen_modules, *d.record.shared.excluded)}
+    around = {
+        n for d in deltas for n in (*(d.config.unfrozen_modules or ()), *d.record.shared.excluded)
+    }
     named = {n: t for n, t in own.items() if around and around & {"", *ancestors(n)}}
     known = set(map(id, named.values()))
     others = {id(p): p for p in own.values() if p.requires_grad and id(p) not in known}

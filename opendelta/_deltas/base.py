@@ -88,8 +88,11 @@ class BaseDelta:
 
     @property
     def unfrozen_modules(self) -> list[str]:
-        """Return the backbone modules that stay trainable and are saved with the delta."""
-        return list(self.config.unfrozen_modules or ())
+        """Return "deltas" and the backbone modules that train and are saved with the delta.
+
+        It is what `freeze_module(exclude=...)` takes.
+        """
+        return [SLOT, *(self.config.unfrozen_modules or ())]
 
     @property
     def attached(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +29,7 @@ class Former:
 FORMER = {
     "backend": Former(
         ("hf", None),
-        "a backbone of BMTrain is not supported; shard a plain one with FSDP2 or DeepSpeed ZeRO",
+        "only 'hf' is known, a plain model, which FSDP2 or DeepSpeed ZeRO may shard; no BMTrain",
     ),
     "default_exclude_modules": Former((None, ["lm_head"]), "use exclude_modules"),
     "bottleneck_dim": Former(
@@ -60,6 +60,11 @@ def replaced(delta_type: str, options: Mapping[str, Any]) -> dict[str, Any]:
         if options[name] not in old.as_here:
             raise OptionError(f"{delta_type!r}: {name}={shown(options[name])}: {old.instead}")
     return {name: value for name, value in options.items() if name not in names}
+
+
+def check_former(delta_type: str, names: Iterable[str], values: Iterable[Any]) -> None:
+    """Raise unless these former options of a method ask for what happens here."""
+    replaced(delta_type, dict(zip(names, values, strict=True)))
 
 
 def check_loading(given: Mapping[str, Any]) -> None:

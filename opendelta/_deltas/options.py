@@ -246,6 +246,8 @@ class DeltaConfig:
                 + "".join(f"; {n!r} is near {', '.join(near[n])}" for n in others if near[n]),
                 UnusedWarning,
             )
+        if ABOUT & options.keys():  # there null is the default
+            options = {name: value for name, value in options.items() if value is not None}
         defaults = {f.name: f.default for f in dataclasses.fields(cls)}
         given = {name: value for name, value in options.items() if name in names}
         return cls.from_options({**defaults, **given, **changes})
@@ -254,9 +256,17 @@ class DeltaConfig:
         """Return `delta_type` and all options by name, for JSON."""
         return {"delta_type": self.delta_type, **dataclasses.asdict(self)}
 
-    def to_json_string(self) -> str:
-        """Return `to_dict` as JSON."""
-        return json.dumps(self.to_dict(), indent=2) + "\n"
+    def to_json_string(self, use_diff: bool = False) -> str:
+        """Return `to_dict` as JSON.
+
+        Args:
+            use_diff: only `delta_type` and the options that differ from the method's defaults.
+        """
+        given = self.to_dict()
+        if use_diff:
+            changed = changed_options(self)
+            given = {key: given[key] for key in given if key == "delta_type" or key in changed}
+        return json.dumps(given, indent=2) + "\n"
 
     def update(self, options: Mapping[str, Any]) -> None:
         """Set options by name: all of them, or none if one is unknown or wrong.

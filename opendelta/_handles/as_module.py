@@ -139,13 +139,21 @@ class AsModule(BaseDelta):
         refill(path, self)
 
 
-def module_statistics(module: nn.Module) -> dict[str, float]:
-    """Return the counts and shares of the parameters of `module`, and CUDA memory in GiB."""
-    counts, devices = statistics(module), range(torch.cuda.device_count())
+def module_statistics(module: nn.Module | BaseDelta) -> dict[str, float]:
+    """Return the counts and shares of a module's or a delta's parameters, and CUDA memory in GiB.
+
+    Of a delta all parameters are a delta's.
+    """
+    every, devices = list(module.parameters()), range(torch.cuda.device_count())
+    total = sum(parameter.numel() for parameter in every)
+    trained = sum(parameter.numel() for parameter in every if parameter.requires_grad)
+    own = total if isinstance(module, BaseDelta) else statistics(module).delta_parameters
     return {
-        **dataclasses.asdict(counts),
-        "trainable_ratio": counts.trainable_ratio,
-        "delta_ratio": counts.delta_ratio,
+        "total_parameters": total,
+        "trainable_parameters": trained,
+        "trainable_ratio": trained / max(1, total),
+        "delta_parameters": own,
+        "delta_ratio": own / max(1, total),
         "cudamem": sum(torch.cuda.memory_allocated(device) for device in devices) / 2**30,
         "maxcudamem": sum(torch.cuda.max_memory_allocated(device) for device in devices) / 2**30,
     }

@@ -73,6 +73,8 @@ class AutoDeltaConfig:
         )
         with undamaged(folder):
             options = read_options(folder)
+            if options is None and legacy.holds_options(folder):
+                options = legacy.options_in(folder)
         if options is not None:
             return cls.from_dict(options)
         reader = interop.reader_of(folder)

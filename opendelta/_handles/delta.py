@@ -137,6 +137,7 @@ class Delta(AsModule):
         backbone_model: nn.Module,
         delta_config: DeltaConfig | None = None,
         cache_dir: str | os.PathLike | None = None,
+        state_dict: None = None,
         *,
         name: str | None = None,
         local_files_only: bool = False,
@@ -151,7 +152,9 @@ class Delta(AsModule):
         Args:
             finetuned_delta_path: the folder, or "user/name" on the hub.
             delta_config: the options that the delta must have been saved with. None: any.
-            cache_dir: the folder for downloads. None: that of huggingface_hub.
+            cache_dir: a folder that may hold the folder, and gets downloads. None: that of
+                huggingface_hub.
+            state_dict: None, as OpenDelta 0.3 had it; see `load_state_dict`.
             name: the delta's new name. None: its saved name, or the next free one.
             local_files_only: use only files that were downloaded before.
             force_download: download again what was downloaded before.
@@ -166,7 +169,7 @@ class Delta(AsModule):
                 not fit.
             OptionError: an argument is unknown, or is not available.
         """
-        former.check_loading(former_options)
+        former.check_loading({"state_dict": state_dict, **former_options})
         path = hub.folder_of(
             finetuned_delta_path,
             local_files_only,
@@ -415,6 +418,8 @@ class Delta(AsModule):
     def save_finetuned(
         self,
         finetuned_delta_path: str | os.PathLike = "./delta_checkpoints/",
+        save_config: bool = True,
+        *,
         push_to_hub: bool | str = False,
         **former_options: Any,
     ) -> None:
@@ -426,6 +431,7 @@ class Delta(AsModule):
 
         Args:
             finetuned_delta_path: the folder; it is made if need be.
+            save_config: True, as OpenDelta 0.3 had it; a folder always has its config.
             push_to_hub: save the delta on the hub too, in the repository "user/name". True: in the
                 user's repository with the folder's name. See the method `push_to_hub`.
             former_options: arguments of OpenDelta 0.3; those for DeltaCenter are ignored.
@@ -436,7 +442,7 @@ class Delta(AsModule):
         Raises:
             OptionError: an argument is unknown. If `push_to_dc` is true, the delta is saved first.
         """
-        unsent = former.check_saving(former_options)
+        unsent = former.check_saving({"save_config": save_config, **former_options})
         saving.save([self], finetuned_delta_path, "finetuned_delta_path")
         if unsent:
             raise OptionError(f"{self.name!r} is saved in {finetuned_delta_path}, but {unsent}")

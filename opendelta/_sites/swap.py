@@ -178,9 +178,10 @@ def check_has_forward(where: str, module: nn.Module) -> None:
         return
     first = next(iter(module._modules), "")
     item = rf"r'[r]{last(where)}\.\d+'" if first.isdecimal() else repr(join(where, first))
+    advice = f"modules inside it, such as {item}" if first else "others"
     raise SiteError(
         f"{quoted(where)} ({type(module).__name__}) is never called, having no forward; choose "
-        f"modules inside it, such as {item}",
+        f"{advice}",
         where=where,
     )
 

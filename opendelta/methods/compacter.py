@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
 
+from .._deltas.former import check_former
 from ..author import GLOROT, Delta, DeltaConfig, OutputLayer, Site, activation, option
 from ._hypercomplex import HypercomplexLinear, SharedParts
 
@@ -36,6 +37,7 @@ class CompacterConfig(DeltaConfig):
         phm_init_range: size of the start of the A_i; see `phm_c_init`.
         use_bias_up_sampler: give the up layer a bias.
         use_bias_down_sampler: give the down layer a bias.
+        bottleneck_dim, sequential: ignored; OpenDelta 0.3 had them.
     """
 
     positional_first = True
@@ -55,6 +57,12 @@ class CompacterConfig(DeltaConfig):
     kronecker_prod: bool | None = None
     use_bias_up_sampler: bool = True
     use_bias_down_sampler: bool = True
+    bottleneck_dim: InitVar[int | None] = None
+    sequential: InitVar[bool | None] = None
+
+    def __post_init__(self, *former: Any) -> None:
+        check_former("compacter", ("bottleneck_dim", "sequential"), former)
+        super().__post_init__()
 
     def hidden(self, width: int) -> int:
         """Return the number of units of the hidden layer."""

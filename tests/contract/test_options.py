@@ -112,7 +112,7 @@ def test_options_by_position_have_the_order_of_opendelta_0_3(name):
 def test_options_by_position_reach_their_names():
     delta = opendelta.LoraModel(_net(), 2, 4, 0.1, ["0"], ["2"])
     assert vars(delta.config).items() >= {"lora_r": 2, "lora_alpha": 4, "lora_dropout": 0.1}.items()
-    assert (delta.modified_modules, delta.unfrozen_modules) == (["0"], ["2"])
+    assert (delta.modified_modules, delta.unfrozen_modules) == (["0"], ["deltas", "2"])
     with pytest.raises(opendelta.OptionError, match=r"at most 8 options by position"):
         opendelta.LoraModel(_net(), 2, 4, 0.1, ["0"], None, None, None, False, True)
 

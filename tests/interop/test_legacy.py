@@ -168,8 +168,13 @@ def test_the_config_of_a_folder_of_0_3_is_read():
     config = AutoDeltaConfig.from_finetuned(GOLDEN / "bert_lora_default" / "delta")
     assert (config.delta_type, config.lora_r, config.lora_alpha) == ("lora", 8, 16)
     model = backbone("bert_lora_default")
-    delta = AutoDeltaModel.from_config(config, model)
+    with pytest.warns(opendelta.UnusedWarning, match="exclude_modules.*'lm_head'"):
+        delta = AutoDeltaModel.from_config(config, model)
     assert len(delta.modified_modules) == 4
+    other = backbone("gpt2_bitfit_default")
+    folder = GOLDEN / "gpt2_bitfit_default" / "delta"
+    delta = AutoDeltaModel.from_config(AutoDeltaConfig.from_finetuned(folder), other)
+    assert "lm_head" not in delta.modified_modules
 
 
 def test_another_method_is_refused_by_name():

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from opendelta._backbone.counting import statistics
+from opendelta._deltas.base import BaseDelta
 from opendelta._handles.as_module import module_statistics
 
 __all__ = [
@@ -14,23 +14,25 @@ __all__ = [
 ]  # fmt: skip
 
 
-def num_total_parameters(module: nn.Module) -> int:
-    """Count the parameters of `module`."""
-    return statistics(module).total_parameters
+def num_total_parameters(module: nn.Module | BaseDelta) -> int:
+    """Count the parameters of a module, or of a delta."""
+    return int(module_statistics(module)["total_parameters"])
 
 
-def num_trainable_parameters(module: nn.Module) -> int:
-    """Count the parameters of `module` that train."""
-    return statistics(module).trainable_parameters
+def num_trainable_parameters(module: nn.Module | BaseDelta) -> int:
+    """Count the parameters that train of a module, or of a delta."""
+    return int(module_statistics(module)["trainable_parameters"])
 
 
-def num_delta_parameters(module: nn.Module) -> int:
-    """Count the parameters of the deltas on `module`."""
-    return statistics(module).delta_parameters
+def num_delta_parameters(module: nn.Module | BaseDelta) -> int:
+    """Count the parameters of the deltas on a module, or of a delta."""
+    return int(module_statistics(module)["delta_parameters"])
 
 
-def inspect_module_statistics(module: nn.Module, verbose: bool = True) -> dict[str, float]:
-    """Return the counts and shares of the parameters of `module`, and CUDA memory in GiB.
+def inspect_module_statistics(
+    module: nn.Module | BaseDelta, verbose: bool = True
+) -> dict[str, float]:
+    """Return the counts and shares of the parameters of a module or a delta, and CUDA memory.
 
     Args:
         verbose: print them too.

@@ -3,7 +3,10 @@
 import re
 from collections.abc import Sequence
 
-__all__ = ["endswith_in", "is_child_key", "substring_in", "superstring_in"]
+__all__ = [
+    "endswith_in", "endswith_in_normal", "endswith_in_regex", "is_child_key", "substring_in",
+    "substring_in_normal", "substring_in_regex", "superstring_in",
+]  # fmt: skip
 
 
 def _steps(name: str) -> tuple[str, ...]:
@@ -40,3 +43,7 @@ def substring_in(str_a: str, list_b: Sequence[str | re.Pattern[str]]) -> bool:
 
 def _is(text: str, wanted: str | re.Pattern[str]) -> bool:
     return text == wanted if isinstance(wanted, str) else wanted.fullmatch(text) is not None
+
+
+endswith_in_normal = endswith_in_regex = endswith_in
+substring_in_normal = substring_in_regex = substring_in

@@ -3,7 +3,14 @@
 Both are pickles. Only tensors are unpickled.
 """
 
-from .folder import config_of, recognises, translate
+from .folder import config_of, holds_options, options_in, recognises, translate
 from .states import load_state_dict
 
-__all__ = ["config_of", "load_state_dict", "recognises", "translate"]
+__all__ = [
+    "config_of",
+    "holds_options",
+    "load_state_dict",
+    "options_in",
+    "recognises",
+    "translate",
+]

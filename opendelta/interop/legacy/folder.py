@@ -37,6 +37,19 @@ def recognises(folder: Path) -> bool:
     return "delta_type" in given and "format" not in given
 
 
+def holds_options(folder: Path) -> bool:
+    """True if OpenDelta 0.3 wrote a config without weights into `folder`."""
+    if not (folder / CONFIG).is_file() or (folder / WEIGHTS).is_file():
+        return False
+    given = read_json(folder / CONFIG)
+    return "delta_type" in given and "format" not in given
+
+
+def options_in(folder: Path) -> dict[str, Any]:
+    """Return the options of such a config."""
+    return read_json(folder / CONFIG)
+
+
 def config_of(folder: Path) -> DeltaConfig:
     """Return the config of the delta that OpenDelta 0.3 saved in `folder`.
 
@@ -50,7 +63,9 @@ def config_of(folder: Path) -> DeltaConfig:
             config["modified_modules"] = list(
                 dict.fromkeys(name for part in sites for name in part)
             )
-        return _config(folder, config)
+        found = _config(folder, config)
+        found.update({name: config.get(name) for name in ("exclude_modules", "unfrozen_modules")})
+        return found
 
 
 def translate(folder: Path, model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -10,13 +10,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..._backbone.backbone import Backbone
+from ..._backbone.backbone import Backbone, attached_records
 from ..._deltas.base import BaseDelta
 from ..._deltas.order import handle_of, known_records
-from ..._deltas.state_dict import TRANSLATORS
+from ..._deltas.state_dict import TRANSLATORS, all_inside
 from ..._files.reading import as_path, undamaged
 from ..._files.tensors import copy_into
 from ...errors import DeltaLoadError, OptionError, listed, shown
+from ...names import parent
 from .._draft import has_values, named
 from .._files import read_pickle
 from .content import KEY, NETWORK, PROMPT, Content, content_of, own_names
@@ -59,6 +60,7 @@ def _matched(
     into: dict[str, Tensor] = {}
     given: dict[str, Tensor] = {}
     for delta in deltas:
+        _check_prompt(content, delta)
         into |= delta.state_dict()
         given |= _of_delta(delta, backbone, content, counts)
     unused = {
@@ -75,26 +77,51 @@ def _matched(
 def _renamed(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
     """Give the tensors of deltas in a state dict of OpenDelta 0.3 the names that they have here.
 
-    Plain biases of its BitFit are the backbone's, and stay so.
+    Plain biases of its BitFit are the backbone's, and stay so where the module has a bias.
 
     Raises:
-        DeltaLoadError: the model has no delta for some of them.
+        DeltaLoadError: the model has no delta for some of them, or one with other results.
     """
-    if not any(expression.fullmatch(k) for k in state for expression in (KEY, NETWORK, PROMPT)):
+    theirs = any(e.fullmatch(key) for key in state for e in (KEY, NETWORK, PROMPT))
+    inside = all_inside(model)
+    if not theirs and inside is not None and all(r.config.delta_type != "bitfit" for r in inside):
         return state
     backbone = Backbone.of(model)
     content, counts = content_of(state), defaultdict[tuple[str, str], int](int)
-    others, content.others = content.others, {}
+    biases = {k for k in content.others if k.endswith(".bias") and _has_none(backbone, k)}
+    if not theirs and not biases:
+        return state
+    others = {key: value for key, value in content.others.items() if key not in biases}
+    content.others = {key: content.others[key] for key in biases}
     given: dict[str, Tensor] = {}
-    for record in known_records(backbone):
-        given |= _of_delta(handle_of(backbone, record), backbone, content, counts)
+    for record in attached_records(model):
+        delta = handle_of(backbone, record)
+        _check_prompt(content, delta)
+        given |= _of_delta(delta, backbone, content, counts)
     if left := [f"{n} ({kind})" for (kind, _), part in content.sites.items() for n in part]:
         raise DeltaLoadError(
             f"the state dict is OpenDelta 0.3's, and this {type(model).__name__} has no "
             f"delta for {listed(left)}: attach the same deltas in the same order, with these names "
             "as modified_modules"
         )
-    return {**others, **given}
+    return {**others, **content.others, **given}
+
+
+def _has_none(backbone: Backbone, key: str) -> bool:
+    """True if `key` is the bias of a module that has no bias."""
+    module = backbone.modules.get(parent(key))
+    return module is not None and module._parameters.get("bias") is None
+
+
+def _check_prompt(content: Content, delta: BaseDelta) -> None:
+    """Raise if a prompt of 0.3, which stays in the output, is for a delta that takes it out."""
+    if content.prompt is None or delta.delta_type != "soft_prompt":
+        return
+    if any(getattr(layer, "strip", False) for layer in delta.layers.values()):
+        raise DeltaLoadError(
+            f"OpenDelta 0.3 left prompts in the output, and {delta.name!r} takes its own out: make "
+            "it by SoftPromptModel(..., strip=False)"
+        )
 
 
 TRANSLATORS.append(_renamed)
