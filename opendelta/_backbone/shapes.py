@@ -85,7 +85,9 @@ def _run(
             except SiteError:
                 raise
             except Exception as error:  # a model's forward may raise anything
-                failure = failure or error
+                if failure is None:  # without the frames, which hold this one and a new delta
+                    failure = error.with_traceback(None)
+                    failure.__cause__ = failure.__context__ = None
                 continue
             look(output)
             return

@@ -225,7 +225,12 @@ def test_what_is_no_model_and_what_is_no_list_is_refused_by_name():
         LoraModel(model, modified_modules=["0"], use_dora=True)
 
 
-def test_factors_of_a_method_from_elsewhere_have_three_parts():
+def test_factors_of_a_method_from_elsewhere_have_three_parts(monkeypatch):
+    methods = opendelta._deltas.registry.METHODS
+    for name in ("factors_1", "factors_2", "factors_3"):  # they are gone after the test
+        monkeypatch.setitem(methods, name, None)
+        del methods[name]
+    names = iter(("factors_1", "factors_2", "factors_3"))
     from opendelta.author import WeightLayer
 
     def method(order):
@@ -243,8 +248,7 @@ def test_factors_of_a_method_from_elsewhere_have_three_parts():
         class Config(opendelta.DeltaConfig):
             pass
 
-        name = f"factors_{len(opendelta._deltas.registry.METHODS)}"
-        parts = {"delta_type": name, "config_class": Config, "layer_class": Factors}
+        parts = {"delta_type": next(names), "config_class": Config, "layer_class": Factors}
         return type("FactorsModel", (opendelta.Delta,), {**parts, "default_modified_modules": ()})
 
     for order in (lambda A, B: (A, B), lambda A, B: (B, A, 1.0)):
