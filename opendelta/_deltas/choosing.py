@@ -22,20 +22,19 @@ from .._backbone.patterns import (
     select_known,
     select_modules,
 )
-from .._layers import labels, prefix, prompt
+from .._layers import labels
 from .._layers.base import Acts, DeltaLayer
 from .._layers.record import Record
 from .._modules import fitting
-from .._modules.kinds import KINDS, Kind, Norm, kind_of
-from .._modules.tensors import is_lazy
+from .._modules.kinds import kind_of
 from .._sites import swap
 from .._sites.stack import check_name
-from ..errors import AddressError, OptionError, SiteError, quoted
+from ..errors import AddressError, OptionError, SiteError
 from ..names import SLOT, ancestors, is_inside, parent
 from .base import BaseDelta
 from .options import DeltaConfig
 from .order import check_root, free_name, known_records
-from .registry import method
+from .taking import is_empty, kinds_of
 
 Config = TypeVar("Config", bound=DeltaConfig)
 
@@ -257,7 +256,7 @@ def fitting_inside(
     """
     if not layer_class.inside:
         return names
-    fitting = {name for name in backbone.modules if _kinds(backbone, name) & {*layer_class.kinds}}
+    fitting = {name for name in backbone.modules if kinds_of(backbone, name) & {*layer_class.kinds}}
     expanded = []
     for name in names:
         within = [n for n in backbone.modules if n in fitting and is_inside(n, name)]
@@ -304,27 +303,12 @@ def _acting_at(backbone: Backbone, name: str, layer_class: type[DeltaLayer]) -> 
     acts on the module around, if its kind fits. None: the layer acts on neither.
     """
     module = backbone.modules[name]
-    if _is_empty(kind_of(module)) or misfit(module, layer_class, layer_class.acts) is not None:
+    if is_empty(kind_of(module)) or misfit(module, layer_class, layer_class.acts) is not None:
         return None
     read = swap.weight_is_read(module, reading.weight_is_read(backbone, name))
     if not read or layer_class.can_fold_on(module):
         return name
-    return parent(name) if _kinds(backbone, parent(name)) & {*layer_class.kinds} else None
-
-
-def _kinds(backbone: Backbone, name: str) -> set[str]:
-    """Return the kinds of the module `name`, as in `KINDS`: from the table of kinds or "other".
-
-    It may be "attention" or "stack" too.
-    """
-    module = backbone.modules[name]
-    kind = kind_of(module)
-    kinds = {"other" if kind is None else kind.name}
-    if prefix.is_attention(module):
-        kinds.add("attention")
-    if set(prompt.arguments(module)) >= prompt.TAKES:
-        kinds |= {"stack"} if prompt.embedders(backbone.modules).get(name) is False else set()
-    return kinds
+    return parent(name) if kinds_of(backbone, parent(name)) & {*layer_class.kinds} else None
 
 
 def _some_of(
@@ -388,62 +372,3 @@ def take_literally(backbone: Backbone, config: Config) -> Config:
 def _names(backbone: Backbone) -> list[str]:
     """Return the full names of all modules, parameters and persistent buffers of the backbone."""
     return [*backbone.modules, *backbone.tensors()]
-
-
-def _is_empty(kind: Kind | None) -> bool:
-    """True if a module of this kind has no inputs or no outputs."""
-    if kind is None:
-        return False
-    return 0 in kind.channels or (kind.in_features == 0 and not isinstance(kind, Norm))
-
-
-def _check_parameters(name: str, module: nn.Module) -> None:
-    """Raise if the module's own parameters have no shape yet, or are complex."""
-    for parameter in module._parameters.values():
-        problem = None
-        if is_lazy(parameter):
-            problem = "gets its sizes in its first forward: run the model once, then attach"
-        elif parameter is not None and parameter.is_complex():
-            problem = "has complex weights, for which no delta is defined; choose other modules"
-        if problem is not None:
-            raise SiteError(f"{quoted(name)} ({type(module).__name__}) {problem}", where=name)
-
-
-def check_kind(
-    backbone: Backbone,
-    name: str,
-    kind: Kind | None,
-    config: DeltaConfig,
-    layer_class: type[DeltaLayer],
-) -> None:
-    """Raise unless the layer takes the module `name`, which has this kind."""
-    _check_parameters(name, backbone.modules[name])
-    wanted = {*layer_class.kinds}
-    if isinstance(kind, Norm) and kind.axis != -1 and not layer_class.any_axis:
-        raise SiteError(
-            f"{quoted(name)} ({type(backbone.modules[name]).__name__}) normalises axis {kind.axis} "
-            f"of its input, and {config.delta_type!r} acts on the last axis; choose other modules",
-            where=name,
-        )
-    if _is_empty(kind):
-        raise SiteError(
-            f"{quoted(name)} ({type(backbone.modules[name]).__name__}) has a size of 0, on which "
-            f"{config.delta_type!r} has nothing to change; choose other modules",
-            where=name,
-        )
-    if (kind is not None and kind.name in wanted) or _kinds(backbone, name) & wanted:
-        return
-    takes = "; ".join(KINDS[k] for k in layer_class.kinds)
-    inner = [n for n in backbone.modules if is_inside(n, name)]
-    advice = ""
-    if fitting := [n for n in inner if _kinds(backbone, n) & (wanted - {"other"})]:
-        advice = f" Inside it there are {', '.join(map(repr, fitting[:4]))}"
-    elif linear := [n for n in inner if "linear" in _kinds(backbone, n)]:
-        advice = f" Other methods, such as LoRA, take {', '.join(map(repr, linear[:4]))} inside it"
-    usual = method(config.delta_type).layer_class
-    variant = "" if layer_class is usual else f" as {layer_class.__name__}, for these options"
-    raise SiteError(
-        f"{quoted(name)} ({type(backbone.modules[name]).__name__}) cannot carry "
-        f"{config.delta_type!r}{variant}, which takes: {takes}.{advice}",
-        where=name,
-    )

@@ -26,10 +26,11 @@ from .._sites import swap
 from .._sites.stack import acting_on
 from ..errors import LostGradientWarning, OptionError, SiteError, TiedWeightWarning, warn
 from ..names import SLOT
-from . import choosing, resizing
+from . import resizing
 from .base import BaseDelta
 from .choosing import Choice
 from .options import DeltaConfig
+from .taking import check_kind
 
 # Where the values of layers come from. "new": the layers set their start values. "saved": a file
 # will give them, and until then they have no memory. "never": the layers are only looked at.
@@ -189,7 +190,7 @@ def _sites(
     for name, kind in kinds.items():
         module = backbone.modules[name]
         swap.check_has_forward(name, module)
-        choosing.check_kind(backbone, name, kind, config, layer_class)
+        check_kind(backbone, name, kind, config, layer_class)
         device, computes = backbone.device_and_dtype_of(name)
         device = device if values == "new" else torch.device("meta")
         of_widths, of_heads = (lambda n: widths()[n]), (lambda n: heads()[n])

@@ -15,6 +15,7 @@ from .making import make
 from .options import DeltaConfig
 from .order import check_root, known_records
 from .placing import place
+from .taking import check_kind
 
 
 def why_not(
@@ -37,7 +38,7 @@ def why_not(
     try:
         check_root(backbone)
         swap.check_has_forward(name, backbone.modules[name])
-        choosing.check_kind(backbone, name, kind, alone, layer_class)
+        check_kind(backbone, name, kind, alone, layer_class)
         if kind is not None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")

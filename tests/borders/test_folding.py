@@ -1,10 +1,8 @@
 """Layers fold only where the module's forward is known, or found to be t (W x) + b."""
 
-import math
-
 import pytest
 import torch
-from support.nets import shake
+from support.nets import Scaled, shake
 from torch import nn
 
 import opendelta
@@ -14,18 +12,6 @@ from opendelta._modules.kinds import kind_of
 from opendelta._modules.probing import factor_of, is_known
 
 pytestmark = [pytest.mark.covers("Composition.merge", "Composition.to_backbone")]
-
-
-class Scaled(nn.Module):
-    """W x / sqrt(d): CPM-Bee's linear layer, written by hand."""
-
-    def __init__(self, width, out):
-        super().__init__()
-        self.in_features, self.out_features = width, out
-        self.weight = nn.Parameter(torch.randn(out, width))
-
-    def forward(self, x):
-        return nn.functional.linear(x, self.weight) / math.sqrt(self.in_features)
 
 
 class Same(nn.Linear):

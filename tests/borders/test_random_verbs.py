@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from support.nets import shake
+from support.nets import Scaled, shake
 from torch import nn
 
 import opendelta
@@ -22,18 +22,6 @@ pytestmark = pytest.mark.covers(
     "Composition.merge", "Composition.to_backbone", "Composition.only", "Composition.reorder",
     "Composition.save", "Delta.attach", "Delta.detach", "Delta.disabled", "Delta.scale", "load",
 )  # fmt: skip
-
-
-class Scaled(nn.Module):
-    """A linear layer of a user: W x / sqrt(d)."""
-
-    def __init__(self, width, out):
-        super().__init__()
-        self.in_features, self.out_features = width, out
-        self.weight = nn.Parameter(torch.randn(out, width))
-
-    def forward(self, x):
-        return F.linear(x, self.weight) / math.sqrt(self.in_features)
 
 
 class Net(nn.Module):

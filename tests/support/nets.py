@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import io
+import math
 import pickle
 
 import torch
@@ -175,3 +176,15 @@ def replica_of(model, factor=None):
             own = tensor if factor is None or tensor is None else tensor.detach() * factor
             setattr(replica, key, own)
     return copies[model]
+
+
+class Scaled(nn.Module):
+    """W x / sqrt(d): CPM-Bee's linear layer, written by hand."""
+
+    def __init__(self, width, out):
+        super().__init__()
+        self.in_features, self.out_features = width, out
+        self.weight = nn.Parameter(torch.randn(out, width))
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight) / math.sqrt(self.in_features)

@@ -1,0 +1,89 @@
+"""Which modules a layer takes: by their kinds, sizes and parameters."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .._backbone.backbone import Backbone
+from .._layers import prefix, prompt
+from .._layers.base import DeltaLayer
+from .._modules.kinds import KINDS, Kind, Norm, kind_of
+from .._modules.tensors import is_lazy
+from ..errors import SiteError, quoted
+from ..names import is_inside
+from .options import DeltaConfig
+from .registry import method
+
+
+def kinds_of(backbone: Backbone, name: str) -> set[str]:
+    """Return the kinds of the module `name`, as in `KINDS`: from the table of kinds or "other".
+
+    It may be "attention" or "stack" too.
+    """
+    module = backbone.modules[name]
+    kind = kind_of(module)
+    kinds = {"other" if kind is None else kind.name}
+    if prefix.is_attention(module):
+        kinds.add("attention")
+    if set(prompt.arguments(module)) >= prompt.TAKES:
+        kinds |= {"stack"} if prompt.embedders(backbone.modules).get(name) is False else set()
+    return kinds
+
+
+def is_empty(kind: Kind | None) -> bool:
+    """True if a module of this kind has no inputs or no outputs."""
+    if kind is None:
+        return False
+    return 0 in kind.channels or (kind.in_features == 0 and not isinstance(kind, Norm))
+
+
+def _check_parameters(name: str, module: nn.Module) -> None:
+    """Raise if the module's own parameters have no shape yet, or are complex."""
+    for parameter in module._parameters.values():
+        problem = None
+        if is_lazy(parameter):
+            problem = "gets its sizes in its first forward: run the model once, then attach"
+        elif parameter is not None and parameter.is_complex():
+            problem = "has complex weights, for which no delta is defined; choose other modules"
+        if problem is not None:
+            raise SiteError(f"{quoted(name)} ({type(module).__name__}) {problem}", where=name)
+
+
+def check_kind(
+    backbone: Backbone,
+    name: str,
+    kind: Kind | None,
+    config: DeltaConfig,
+    layer_class: type[DeltaLayer],
+) -> None:
+    """Raise unless the layer takes the module `name`, which has this kind."""
+    _check_parameters(name, backbone.modules[name])
+    wanted = {*layer_class.kinds}
+    if isinstance(kind, Norm) and kind.axis != -1 and not layer_class.any_axis:
+        raise SiteError(
+            f"{quoted(name)} ({type(backbone.modules[name]).__name__}) normalises axis {kind.axis} "
+            f"of its input, and {config.delta_type!r} acts on the last axis; choose other modules",
+            where=name,
+        )
+    if is_empty(kind):
+        raise SiteError(
+            f"{quoted(name)} ({type(backbone.modules[name]).__name__}) has a size of 0, on which "
+            f"{config.delta_type!r} has nothing to change; choose other modules",
+            where=name,
+        )
+    if (kind is not None and kind.name in wanted) or kinds_of(backbone, name) & wanted:
+        return
+    takes = "; ".join(KINDS[k] for k in layer_class.kinds)
+    inner = [n for n in backbone.modules if is_inside(n, name)]
+    advice = ""
+    if fitting := [n for n in inner if kinds_of(backbone, n) & (wanted - {"other"})]:
+        advice = f" Inside it there are {', '.join(map(repr, fitting[:4]))}"
+    elif linear := [n for n in inner if "linear" in kinds_of(backbone, n)]:
+        advice = f" Other methods, such as LoRA, take {', '.join(map(repr, linear[:4]))} inside it"
+    usual = method(config.delta_type).layer_class
+    variant = "" if layer_class is usual else f" as {layer_class.__name__}, for these options"
+    raise SiteError(
+        f"{quoted(name)} ({type(backbone.modules[name]).__name__}) cannot carry "
+        f"{config.delta_type!r}{variant}, which takes: {takes}.{advice}",
+        where=name,
+    )
