@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from .._deltas.base import BaseDelta
+from .._files import folder as files
 from .._files.folder import OWN, own_version
 from .._files.reading import as_path, readable
 from .._show.tree import tree
 from ..errors import DeltaLoadError, OptionError, printable, reason, shown
+from .pretrained import DELTAS
 from .saving import save
 
 FILES = ("*.json", "*.safetensors", "*.bin")
@@ -27,7 +29,8 @@ def folder_of(
 ) -> Path:
     """Return the local folder of `path`: the path itself, or the download of "user/name".
 
-    A text that starts with "./", "../", "/" or "~" is a path, and no name on the hub.
+    A text that starts with "./", "../", "/" or "~" is a path, and no name on the hub. Where
+    `save_pretrained` has put deltas beside a model, the result is the folder of the deltas.
 
     Args:
         argument: the name of the argument that is `path`, for messages.
@@ -37,6 +40,15 @@ def folder_of(
         OptionError: `path` is neither a path nor a name.
         DeltaLoadError: there is no such folder here, and no such name on the hub.
     """
+    folder = _folder_of(path, local_files_only, argument, **options)
+    with readable(folder):
+        inside = not files.is_ours(folder) and files.is_ours(folder / DELTAS)
+    return folder / DELTAS if inside else folder
+
+
+def _folder_of(
+    path: str | os.PathLike, local_files_only: bool, argument: str, **options: Any
+) -> Path:
     order = ", or 'user/name' on the hub; the folder comes first, then the model"
     inside = options.get("cache_dir")
     if inside is not None and isinstance(path, str) and Path(inside, path).is_dir():

@@ -8,7 +8,7 @@ from .._backbone import sharding
 from .._backbone.backbone import Backbone
 from .._layers import recomputing, selection
 from .._layers.base import DeltaLayer
-from .._layers.record import Record, of_now
+from .._layers.record import WHOLE, Record, of_now
 from .._modules.tensors import lasting
 from .._sites import compile_limit, swap
 from ..errors import to_the_end
@@ -17,7 +17,9 @@ from .first_forward import unwatch_forward, watch_forward
 from .freezing import restore
 from .order import renumber
 from .placing import Placed
+from .pretrained import unwatch_saving, watch_saving
 from .state_dict import unwatch_state, watch_state
+from .state_loading import unwatch_loading, watch_loading
 
 
 @lasting()
@@ -62,6 +64,8 @@ def _announce(placed: Placed) -> None:
     recomputing.keep(of_now)
     watch_forward(backbone)
     watch_state(backbone, record.shared)
+    watch_loading(backbone.model)
+    watch_saving(backbone, record.shared)
     HANDLES.add(delta)
 
 
@@ -79,7 +83,14 @@ def _take_off(backbone: Backbone, record: Record) -> None:
     shared = record.shared
     shared.records = [other for other in shared.records if other is not record]
     if not any(len(stack) for stack in backbone.stacks.values()):
-        unwatch_state(backbone)
-        unwatch_forward(backbone)
+        unwatch(backbone)
         restore(backbone, shared)
-        shared.only_trainable = False
+        shared.in_state_dict = WHOLE
+
+
+def unwatch(backbone: Backbone) -> None:
+    """Take away what watches a model that carries deltas, and stands for its methods."""
+    unwatch_state(backbone)
+    unwatch_loading(backbone.model)
+    unwatch_saving(backbone)
+    unwatch_forward(backbone)

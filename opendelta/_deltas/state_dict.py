@@ -2,123 +2,147 @@
 
 from __future__ import annotations
 
+import copy
 import sys
-from collections.abc import Callable, Iterator
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 from torch import nn
 
 from .._backbone.backbone import Backbone
 from .._layers import record as records
-from .._layers.record import Record, Shared
+from .._layers.record import PICKLED, TRAINED, Record, Shared
 from .._sites.stack import stack_of
 from ..errors import UnsavedWarning, warn
 from ..names import SLOT, ancestors, dotted, join
 from .buffers import named, trains_in_place
 
-# Functions of a model and a state dict of another library: they return one with our names of the
-# deltas' tensors, or the same object if there are none. `interop`, above, adds them.
-TRANSLATORS: list[Callable[[nn.Module, dict[str, Any]], dict[str, Any]]] = []
+# True while `save_pretrained` writes a plain backbone: no state dict has deltas, or lacks a tensor.
+PLAIN: ContextVar[bool] = ContextVar("plain", default=False)
+MARK = "opendelta"  # a key in the metadata of a state dict: the dict lacks what does not train
 
 
-class LoadHook:
-    """Runs before `load_state_dict()` of a backbone that carries deltas: it translates names."""
+class BackboneState(OrderedDict[str, Any]):
+    """A state dict that is whole, and that lacks frozen tensors of the backbone once it is pickled.
 
-    def __call__(
-        self, module: nn.Module, state: dict[str, Any], prefix: str, *_: Any, **__: Any
-    ) -> None:
-        inside = {key: value for key, value in state.items() if key.startswith(prefix)}
-        own = {key.removeprefix(prefix): value for key, value in inside.items()}
-        for translate in TRANSLATORS:
-            new = translate(module, own)
-            if new is not own:
-                for key in inside:
-                    del state[key]
-                state.update({f"{prefix}{key}": value for key, value in new.items()})
-                return
+    So `torch.save(model.state_dict(), file)` writes a small file, a plain `OrderedDict`. Copies
+    are whole.
+    """
+
+    def __init__(self, state: OrderedDict[str, Any], frozen: Iterable[str] = ()) -> None:
+        self.frozen: set[str] = set()
+        super().__init__(state)
+        self._metadata = getattr(state, "_metadata", OrderedDict())
+        self.frozen = set(frozen)
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self.frozen.discard(key)  # what a user puts in is pickled
+        super().__setitem__(key, value)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        small = OrderedDict((key, self[key]) for key in self if key not in self.frozen)
+        of_root = {**self._metadata.get("", {}), **({MARK: TRAINED} if self.frozen else {})}
+        small._metadata = OrderedDict({**self._metadata, "": of_root})  # type: ignore[attr-defined]
+        return small.__reduce_ex__(protocol)
+
+    def copy(self) -> BackboneState:
+        return BackboneState(self, self.frozen)
+
+    __copy__ = copy
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BackboneState:
+        twin = OrderedDict((key, copy.deepcopy(value, memo)) for key, value in self.items())
+        twin._metadata = copy.deepcopy(self._metadata, memo)  # type: ignore[attr-defined]
+        return BackboneState(twin, self.frozen)
 
 
 class StateDictHook:
-    """Runs after `state_dict()` of a backbone that carries deltas.
+    """Runs after `state_dict()` of a backbone that carries deltas, or of a model inside it.
 
-    After `freeze_module(set_state_dict=True)` it keeps only tensors that train, buffers of what
-    trains, and the deltas' tensors. If transformers' `save_pretrained` asked for the state, it
-    warns that the deltas will be lost.
+    On the backbone it leaves out what does not train, as `freeze_module(set_state_dict=...)` asked.
+    In `save_pretrained` it leaves out the deltas.
     """
+
+    _from_public_api = False  # so that torch takes the dict that it returns
 
     def __init__(self, shared: Shared, on_root: bool) -> None:
         self.shared, self.on_root = shared, on_root
 
-    def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, _meta: Any) -> None:
-        slotted = _slots(module, prefix)
-        deltas = {key for key in state if key.startswith(slotted)}
-        if self.shared.only_trainable:
-            trains = {f"{prefix}{name}" for name in self._trained(module)}
-            for key in [k for k in state if k.startswith(prefix)]:
-                if key not in trains and key not in deltas:
-                    del state[key]
-        if deltas and _for_save_pretrained():
+    def __call__(
+        self, module: nn.Module, state: OrderedDict[str, Any], prefix: str, metadata: dict[str, Any]
+    ) -> BackboneState | None:
+        if PLAIN.get():
+            for key in delta_keys(module, state, prefix):
+                del state[key]
+            return None
+        if not self.on_root:
+            return None
+        small = self.shared.in_state_dict
+        if small == TRAINED:
+            for key in frozen(module, state, prefix):
+                del state[key]
+                metadata[MARK] = TRAINED
+        if _for_save_pretrained() and (deltas := delta_keys(module, state, prefix)):
             warn(
-                f"{self._written(module, len(deltas))}, and from_pretrained will drop the deltas. "
-                f"Save a delta with delta.save_finetuned(folder); {_plain_advice(module)}",
+                f"save_pretrained of a model around this {type(module).__name__} writes "
+                f"{len(deltas)} delta tensors into its file, and from_pretrained will drop them. "
+                "Save the deltas with composition(model).save(folder)",
                 UnsavedWarning,
             )
+        if small == PICKLED and not prefix:
+            return BackboneState(state, frozen(module, state, prefix))
+        return None
 
-    def _trained(self, module: nn.Module) -> Iterator[str]:
-        """Yield the names of the parameters that train, and of the buffers beside them."""
-        kept = named(self.shared.records) if self.on_root else set()
-        for name, part in module.named_modules(remove_duplicate=False):
-            yield from (join(name, k) for k, p in part._parameters.items() if _trains(p))
-            trains = trains_in_place(part)
-            buffers = [join(name, key) for key in part._buffers]
-            yield from (key for key in buffers if trains or kept & {"", *ancestors(key)})
 
-    def _written(self, module: nn.Module, deltas: int) -> str:
-        """Return a text about the tensors that save_pretrained writes into the file."""
-        name = type(module).__name__
-        if not self.shared.only_trainable:
-            return f"save_pretrained writes the backbone and {deltas} delta tensors of {name}"
-        return (
-            f"save_pretrained writes {deltas} delta tensors and what else trains of {name}: the "
-            "backbone is not in the file, as freeze_module(set_state_dict=True) asked"
-        )
+def frozen(backbone: nn.Module, state: Iterable[str], prefix: str = "") -> list[str]:
+    """Return the keys in `state`, of `backbone`, of what does not train and is no delta's."""
+    kept = {f"{prefix}{name}" for name in _trained(backbone)}
+    kept.update(delta_keys(backbone, state, prefix))
+    return [key for key in state if key.startswith(prefix) and key not in kept]
+
+
+def _trained(backbone: nn.Module) -> Iterator[str]:
+    """Yield the names of the parameters that train, and of the buffers beside them."""
+    hook = state_hook(backbone)
+    kept = named(hook.shared.records) if hook is not None else set()
+    for name, part in backbone.named_modules(remove_duplicate=False):
+        yield from (join(name, k) for k, p in part._parameters.items() if _trains(p))
+        trains = trains_in_place(part)
+        buffers = [join(name, key) for key in part._buffers]
+        yield from (key for key in buffers if trains or kept & {"", *ancestors(key)})
 
 
 def _trains(parameter: nn.Parameter | None) -> bool:
     return parameter is not None and parameter.requires_grad
 
 
-def _plain_advice(module: nn.Module) -> str:
-    """Return the advice how to save a plain model instead."""
-    stacks = (stack_of(child) for child in module.modules())
-    if any(stack is not None and stack.merged() for stack in stacks):
-        return (
-            "they are merged into the weights: to save the plain model with them in it, save "
-            "composition(model).to_backbone()"
-        )
-    return "to save the plain backbone, detach the deltas first"
-
-
-def _slots(module: nn.Module, prefix: str) -> tuple[str, ...]:
-    """Return the prefixes of all delta keys under `module`."""
-    return tuple(
+def delta_keys(module: nn.Module, state: Iterable[str], prefix: str = "") -> set[str]:
+    """Return the keys in `state` of the tensors of all deltas under `module`."""
+    slots = tuple(
         prefix + dotted(join(name, SLOT))
         for name, child in module.named_modules(remove_duplicate=False)
         if stack_of(child) is not None
     )
+    return {key for key in state if key.startswith(slots)}
 
 
 def _for_save_pretrained() -> bool:
-    """True if transformers' save_pretrained asked for the state, except for Trainer's checkpoints.
+    """True in a `save_pretrained` that is not ours, but for a checkpoint that Trainer reads back.
 
     `resume_from_checkpoint` and `load_best_model_at_end` restore the deltas of such checkpoints.
     """
-    names = set()
+    names = {frame.f_code.co_name for frame in frames()}
+    return "save_pretrained" in names and "_save_checkpoint" not in names
+
+
+def frames() -> Iterator[Any]:
+    """Yield the frames of the calls that are running, the last call first."""
     frame = sys._getframe(1)
     while frame is not None:
-        names.add(frame.f_code.co_name)
+        yield frame
         frame = frame.f_back  # type: ignore[assignment]
-    return "save_pretrained" in names and "_save_checkpoint" not in names
 
 
 def state_hook(module: nn.Module) -> StateDictHook | None:
@@ -143,17 +167,15 @@ def all_inside(model: nn.Module) -> list[Record] | None:
 
 
 def watch_state(backbone: Backbone, shared: Shared) -> None:
-    """Put the hook on the backbone, and on transformers models inside it if it is none itself."""
-    wanted = [backbone.model]
-    if not hasattr(backbone.model, "save_pretrained"):
-        outer = [n for n, module in backbone.modules.items() if hasattr(module, "save_pretrained")]
-        wanted += [backbone.modules[n] for n in outer if not (set(ancestors(n)) - {n}) & set(outer)]
-    for module in wanted:
+    """Put the hook on the backbone, and on the models in it that have a `save_pretrained`."""
+    for module in (backbone.model, *saveable(backbone)):
         if state_hook(module) is None:
-            hook = StateDictHook(shared, module is backbone.model)
-            module.register_state_dict_post_hook(hook)
-    if not any(_is_load_hook(hook) for hook in _load_hooks(backbone.model).values()):
-        backbone.model.register_load_state_dict_pre_hook(LoadHook())
+            module._register_state_dict_hook(StateDictHook(shared, module is backbone.model))
+
+
+def saveable(backbone: Backbone) -> list[nn.Module]:
+    """Return the modules of the backbone, itself too, that have a `save_pretrained`."""
+    return [m for m in backbone.modules.values() if hasattr(type(m), "save_pretrained")]
 
 
 def unwatch_state(backbone: Backbone) -> None:
@@ -162,15 +184,3 @@ def unwatch_state(backbone: Backbone) -> None:
         hooks = module._state_dict_hooks
         for key in [k for k, hook in hooks.items() if isinstance(hook, StateDictHook)]:
             del hooks[key]
-    before = _load_hooks(backbone.model)
-    for key in [k for k, hook in before.items() if _is_load_hook(hook)]:
-        del before[key]
-
-
-def _load_hooks(module: nn.Module) -> dict[int, Any]:
-    return module._load_state_dict_pre_hooks
-
-
-def _is_load_hook(hook: Any) -> bool:
-    """True for torch's wrapper around a `LoadHook`."""
-    return isinstance(getattr(hook, "hook", None), LoadHook)

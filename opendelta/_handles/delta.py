@@ -29,6 +29,7 @@ from .._deltas.order import check_root, known_records, move, neighbour
 from .._deltas.placing import check_sizes, place
 from .._deltas.registry import register
 from .._files.tensors import copy_into
+from .._layers.record import PICKLED, TRAINED, WHOLE
 from .._layers.selection import OpenBlock
 from .._show.tree import log
 from ..errors import DeltaError, DeltaLoadError, OptionError, to_the_end
@@ -284,7 +285,7 @@ class Delta(AsModule):
         self,
         module: nn.Module | None = None,
         exclude: Sequence[str] | str | None = ("deltas",),
-        set_state_dict: bool = True,
+        set_state_dict: bool | None = None,
     ) -> None:
         """Freeze the parameters of the backbone, or of one module, except the excluded ones.
 
@@ -295,8 +296,11 @@ class Delta(AsModule):
             module: a module of the backbone. None: the whole backbone.
             exclude: names or patterns of parameters, modules or deltas; `"deltas"` means all
                 deltas. Excluded parameters are left as they are.
-            set_state_dict: let `state_dict()` of the backbone hold only tensors that train, and the
-                deltas, until the last delta is detached. False: let it hold all tensors.
+            set_state_dict: what `state_dict()` of the backbone holds until the last delta is
+                detached. None: all tensors, and what `torch.save` or pickle writes of it only the
+                deltas and what trains. True: only these. False: all tensors, in a file too. A
+                state dict that lacks frozen tensors loads on a model of the same kind, with
+                `strict=True` too; what it lacks stays as it is.
 
         Warns:
             UnsavedWarning: frozen normalisations keep statistics, as BatchNorm does, that move in
@@ -312,7 +316,7 @@ class Delta(AsModule):
 
         def apply() -> None:
             freeze(backbone, shared, module, as_list(exclude), unfrozen)
-            shared.only_trainable = set_state_dict
+            shared.in_state_dict = {None: PICKLED, True: TRAINED, False: WHOLE}[set_state_dict]
 
         to_the_end(apply)
         warn_of_untrained(backbone, "is frozen")

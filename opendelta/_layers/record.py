@@ -17,6 +17,8 @@ from torch import Tensor
 from ..errors import DeltaError
 from . import selection
 
+WHOLE, TRAINED, PICKLED = "whole", "trained", "pickled"
+
 
 @dataclass(eq=False)
 class Shared:
@@ -26,13 +28,14 @@ class Shared:
         frozen: names of the backbone's parameters that `freeze_module` froze.
         excluded: names of the parameters and buffers that its `exclude` named; they are saved with
             a delta.
-        only_trainable: `state_dict()` of the backbone holds only tensors that train.
+        in_state_dict: what `state_dict()` of the backbone holds: `WHOLE`, all tensors; `TRAINED`,
+            those of the deltas and those that train; `PICKLED`, all, and once it is pickled those.
         records: the attached deltas, in no order.
     """
 
     frozen: set[str] = field(default_factory=set)
     excluded: set[str] = field(default_factory=set)
-    only_trainable: bool = False
+    in_state_dict: str = WHOLE
     records: list[Record] = field(default_factory=list)
 
     def __post_init__(self) -> None:

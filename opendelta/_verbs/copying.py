@@ -11,7 +11,7 @@ from torch import nn
 from .._backbone import reading
 from .._backbone.backbone import Backbone
 from .._backbone.copying import plain_copy
-from .._deltas import first_forward, state_dict
+from .._deltas.committing import unwatch
 from .._layers import labels
 from .._layers.owned import convert_like
 from .._modules import tensors
@@ -59,9 +59,7 @@ def shared_copy(model: Module) -> Module:
     for module in backbone.modules.values():
         memo.update({id(b): b for b in module._buffers.values() if b is not None})
     copied: Any = plain_copy(backbone, "", memo)
-    fresh = Backbone.of(copied)
-    state_dict.unwatch_state(fresh)
-    first_forward.unwatch_forward(fresh)
+    unwatch(Backbone.of(copied))
     return copied
 
 

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._deltas import state_dict
 from .._deltas.first_forward import FirstForward
+from .._deltas.pretrained import SavePretrained
+from .._deltas.state_dict import StateDictHook
 from .._modules.tensors import held_in
 from .._sites.stack import stack_of
 from .._sites.swap import plain_class
@@ -80,7 +81,10 @@ def assert_pristine(model: nn.Module, like: dict[str, dict[str, Any]] | None = N
         if plain_class(module) is not None:
             raise PristineError(f"{_described(name, module)} still has the class of a site")
         hooks = [*module._state_dict_hooks.values(), *module._forward_hooks.values()]
-        if left := [h for h in hooks if isinstance(h, state_dict.StateDictHook | FirstForward)]:
+        hooks += module.__dict__.values()
+        if left := [
+            h for h in hooks if isinstance(h, StateDictHook | FirstForward | SavePretrained)
+        ]:
             raise PristineError(f"{_described(name, module)} still has the hook {left[0]!r}")
     if like is None:
         return

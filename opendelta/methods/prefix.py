@@ -64,7 +64,9 @@ class PrefixLayer(Base):
 
     def keys_and_values(self) -> tuple[Tensor, Tensor]:
         if self.reparameterize:
-            hidden = self.shared().to(self.key.weight.device)
+            hidden = self.shared()
+            if not self.key.weight.is_meta:  # offloaded, as by accelerate, which moves it
+                hidden = hidden.to(self.key.weight.device)
             both = self.key(hidden), self.value(hidden)
         else:
             both = self.past_key, self.past_value

@@ -42,7 +42,7 @@ OF_CONFIGS = {  # where those of the config are others
     "ParallelAdapterModel": {"scaled": 1.0},
 }
 VERBS = {
-    "freeze_module": {"module": None, "set_state_dict": True},
+    "freeze_module": {"module": None},
     "log": {"module": None, "delta_ratio": True, "trainable_ratio": True, "visualization": True},
     "save_finetuned": {"finetuned_delta_path": "./delta_checkpoints/"},
     "from_finetuned": {
@@ -59,6 +59,7 @@ OTHERS = {
     "push_to_dc=True": "`push_to_dc` was on",
     "default_exclude_modules=['lm_head']": "default_exclude_modules",
     "dtype of the backbone": '`dtype="backbone"` is 0.3\'s',
+    "set_state_dict=True": "`set_state_dict=True` is 0.3's",
     "strip=False": "`strip=False`",
     "BitFit's norms": "embeddings' norm of BERT",
     "ParallelAdapter's attention of T5": "0.3's T5",

@@ -165,7 +165,7 @@ def test_the_state_dict_holds_just_what_trains_until_the_last_detach(model, lora
 
 def test_the_filter_is_kept_in_mind_while_no_delta_is_attached(model, lora):
     lora.detach()
-    lora.freeze_module()
+    lora.freeze_module(set_state_dict=True)
     lora.attach()
     assert set(model.state_dict()) == trainable(model)
 
@@ -174,9 +174,10 @@ def test_the_filter_can_be_left_out_and_taken_back(model, lora):
     everything = set(model.state_dict())
     lora.freeze_module(set_state_dict=False)
     assert set(model.state_dict()) == everything
-    lora.freeze_module()
+    lora.freeze_module(set_state_dict=True)
     assert set(model.state_dict()) == trainable(model)
-    lora.freeze_module(set_state_dict=False)
+    lora.freeze_module()
+    assert set(model.state_dict()) == everything
     assert set(model.state_dict()) == everything
 
 
@@ -195,7 +196,7 @@ def test_the_filtered_state_dict_is_0_3_s_way_of_saving(model, lora):
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_a_copy_has_a_filter_of_its_own(model, lora, copied):
-    lora.freeze_module()
+    lora.freeze_module(set_state_dict=True)
     twin = copied(model)
     assert set(twin.state_dict()) == trainable(model)
     opendelta.composition(twin)["lora"].detach()

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from support.models import FIVE, build, detach, logits, put_deltas, token_ids
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import opendelta
-from opendelta import UnsavedWarning
 
 pytestmark = pytest.mark.covers("Delta.freeze_module")
 
@@ -126,7 +126,7 @@ class KeepsValues(TrainerCallback):
 
 
 @filtered_or_not
-def test_the_best_model_at_the_end_has_the_deltas_of_that_step(only_trainable, tmp_path):
+def test_the_best_model_at_the_end_has_the_deltas_of_that_step(only_trainable, tmp_path, caplog):
     model, deltas = prepared(only_trainable=only_trainable)
     run = trainer(
         model,
@@ -142,7 +142,11 @@ def test_the_best_model_at_the_end_has_the_deltas_of_that_step(only_trainable, t
     )
     kept = KeepsValues(deltas)
     run.add_callback(kept)
-    run.train()
+    with caplog.at_level("WARNING", logger="transformers.trainer"):
+        transformers.logging.enable_propagation()
+        run.train()
+        transformers.logging.disable_propagation()
+    assert "missing keys" not in caplog.text
     best = run.state.best_global_step
     assert best < 3
     assert_same(values(deltas), kept.at_step[best])
@@ -161,12 +165,36 @@ def test_a_filtered_checkpoint_holds_the_deltas_alone_and_another_one_everything
         assert bool(backbone) != only_trainable
 
 
-@pytest.mark.covers("UnsavedWarning")
-def test_saving_the_model_by_hand_warns(tmp_path):
+@pytest.mark.covers("load")
+def test_a_saved_model_is_the_plain_one_and_has_its_deltas_beside_it(tmp_path):
     model, _ = prepared()
     run = trainer(model, tmp_path)
-    with pytest.warns(UnsavedWarning, match="save_finetuned"):
-        run.save_model(str(tmp_path / "saved"))
+    run.train()
+    run.save_model(str(tmp_path / "saved"))
+    plain, report = type(model).from_pretrained(tmp_path / "saved", output_loading_info=True)
+    assert not any(report.values())
+    assert torch.equal(logits(plain.eval()), logits(build("bert")))
+    opendelta.load(tmp_path / "saved", plain)
+    assert torch.equal(logits(plain.eval()), logits(model.eval()))
+
+
+@pytest.mark.covers("load")
+@filtered_or_not
+def test_a_checkpoint_is_read_by_load_and_never_as_a_model_without_its_backbone(
+    only_trainable, tmp_path
+):
+    model, _ = prepared(only_trainable=only_trainable)
+    trainer(model, tmp_path, save_strategy="steps", save_steps=2).train()
+    folder = tmp_path / "checkpoint-2"
+    again = build("bert")
+    opendelta.load(folder, again)
+    assert torch.equal(logits(again.eval()), logits(model.eval()))
+    if only_trainable:
+        with pytest.raises(OSError, match="the-backbone-is-not-in-this-checkpoint"):
+            type(model).from_pretrained(folder)
+    else:
+        plain = type(model).from_pretrained(folder)
+        assert torch.equal(logits(plain.eval()), logits(build("bert")))
 
 
 def test_training_in_mixed_precision_keeps_float32_deltas_and_lets_them_go(tmp_path):

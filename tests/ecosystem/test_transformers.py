@@ -312,36 +312,22 @@ def test_generate_uses_the_deltas_in_every_step(name):
 
 
 # ------------------------------------------------------------------------------- saving and loading
-@pytest.mark.covers("UnsavedWarning")
+@pytest.mark.covers("load")
 @five_models
-def test_save_pretrained_while_attached_warns_and_keeps_the_backbone_exact(name, tmp_path):
+def test_save_pretrained_writes_the_plain_model_and_the_deltas_beside_it(name, tmp_path):
     model = build(name)
     plain = logits(model)
     put_deltas(model, name)
-    with pytest.warns(UnsavedWarning, match="writes the backbone and .*detach"):
-        model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
 
     # the class of a site stands for the plain one
     reloaded, report = type(model).from_pretrained(tmp_path, output_loading_info=True)
-    assert not report["missing_keys"]
+    assert not any(report.values())
     assert torch.equal(logits(reloaded.eval()), plain)
     opendelta.assert_pristine(reloaded)
     assert reloaded.config.architectures == [type(build(name)).__name__]
-
-
-@pytest.mark.covers("UnsavedWarning")
-def test_save_pretrained_says_how_to_save_what_is_merged_and_that_the_backbone_is_left_out(
-    tmp_path,
-):
-    model = build("bert")
-    delta = LoraModel(model)
-    opendelta.composition(model).merge()
-    with pytest.warns(UnsavedWarning, match=r"save composition\(model\)\.to_backbone\(\)$"):
-        model.save_pretrained(tmp_path / "merged")
-    opendelta.composition(model).unmerge()
-    delta.freeze_module(set_state_dict=True)
-    with pytest.warns(UnsavedWarning, match="the backbone is not in the file"):
-        model.save_pretrained(tmp_path / "filtered")
+    opendelta.load(tmp_path, reloaded)
+    assert torch.equal(logits(reloaded), logits(model))
 
 
 def test_save_pretrained_after_detaching_writes_the_plain_backbone_without_a_word(tmp_path):
@@ -550,11 +536,23 @@ def test_deltas_find_their_places_in_a_transformers_model_inside_two_user_module
     assert torch.equal(model(token_ids()), plain)
 
 
-def test_save_pretrained_of_a_model_inside_user_modules_warns_too(tmp_path):
+@pytest.mark.covers("load")
+def test_save_pretrained_of_a_model_inside_user_modules_keeps_all_deltas(tmp_path):
     model = Outer(build("bert"))
-    LoraModel(model, modified_modules=["query"])
-    with pytest.warns(UnsavedWarning):
-        model.body.transformer.save_pretrained(tmp_path)
+    shake(LoraModel(model, modified_modules=["query"]))
+    model.body.transformer.save_pretrained(tmp_path)
+    plain = Outer(type(build("bert")).from_pretrained(tmp_path).eval())
+    plain.load_state_dict({k: v for k, v in model.state_dict().items() if k in plain.state_dict()})
+    opendelta.load(tmp_path, plain)
+    assert torch.equal(plain(token_ids()), model(token_ids()))
+
+
+@pytest.mark.covers("UnsavedWarning")
+def test_save_pretrained_of_a_model_around_the_backbone_warns(tmp_path):
+    model = build("bert")
+    LoraModel(model.bert, modified_modules=["query"])
+    with pytest.warns(UnsavedWarning, match=r"around this BertModel .*composition\(model\)\.save"):
+        model.save_pretrained(tmp_path)
 
 
 def test_deltas_of_wrapped_models_are_attached_through_the_same_module():

@@ -8,7 +8,6 @@ import warnings
 
 import pytest
 import torch
-import transformers
 from support.models import by_hand
 from torch import nn
 
@@ -239,17 +238,6 @@ def test_a_warning_of_the_first_forward_points_at_the_users_line(tmp_path):
     LoraModel(model, modified_modules=["inner"])
     names = {"model": model, "x": torch.ones(1, 4)}
     assert warned_at("\n\n\nmodel(x)\n", tmp_path, **names) == (True, 4)
-
-
-@pytest.mark.covers("UnsavedWarning")
-def test_a_warning_of_save_pretrained_points_at_the_users_line(tmp_path):
-    config = transformers.BertConfig(
-        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, vocab_size=9
-    )
-    model = transformers.BertModel(config)
-    LoraModel(model)
-    names = {"model": model, "folder": tmp_path / "model"}
-    assert warned_at("\nmodel.save_pretrained(folder)\n", tmp_path, **names) == (True, 2)
 
 
 @pytest.mark.covers("UnusedWarning")

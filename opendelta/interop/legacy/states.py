@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from ..._backbone.backbone import Backbone, attached_records
 from ..._deltas.base import BaseDelta
 from ..._deltas.order import handle_of, known_records
-from ..._deltas.state_dict import TRANSLATORS, all_inside
+from ..._deltas.state_dict import all_inside
+from ..._deltas.state_loading import TRANSLATORS
 from ..._files.reading import as_path, undamaged
 from ..._files.tensors import copy_into
 from ...errors import DeltaLoadError, OptionError, listed, shown

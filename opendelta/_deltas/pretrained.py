@@ -1,0 +1,151 @@
+"""`save_pretrained` of a backbone with deltas: the plain backbone, and the deltas beside it."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import sys
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .._backbone.backbone import Backbone
+from .._layers.record import WHOLE, Shared
+from ..errors import OptionError
+from .state_dict import PLAIN, delta_keys, frames, frozen, saveable
+
+METHOD = "save_pretrained"
+DELTAS = "deltas"  # the folder of the deltas inside the folder of the backbone
+NO_BACKBONE = "the-backbone-is-not-in-this-checkpoint-of-its-deltas.safetensors"
+# Functions that save the deltas of a backbone into a folder; they are told if some of the
+# backbone's tensors that train are in no other file. The rooms above add one.
+WRITERS: list[Callable[[nn.Module, Path, bool], None]] = []
+
+
+class SavePretrained:
+    """Stands for the method `save_pretrained` on a model that carries deltas.
+
+    It writes the plain model, as the method does, and the deltas of the whole backbone into the
+    folder `deltas` beside it. For a checkpoint of transformers' Trainer it writes what Trainer will
+    load: the state dict with the deltas in it, which is small if `freeze_module` was told so.
+    """
+
+    def __init__(self, model: nn.Module, backbone: nn.Module, shared: Shared) -> None:
+        # Weak, since a circle would keep the memory of a model that its user deletes.
+        self.model, self.backbone = weakref.ref(model), weakref.ref(backbone)
+        self.shared = shared
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"model": self.model(), "backbone": self.backbone(), "shared": self.shared}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("__signature__", "__wrapped__", "__name__", "__qualname__"):
+            return getattr(self._method, name)
+        raise AttributeError(name)
+
+    @property
+    def _method(self) -> Callable[..., Any]:
+        model = self.model()
+        assert model is not None
+        return getattr(type(model), METHOD).__get__(model)
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        """Save the model and its deltas; the arguments are those of the method.
+
+        Raises:
+            DeltaError: a delta is merged. Nothing is written then.
+            OptionError: `push_to_hub=True`, which would not send the deltas.
+        """
+        method, model, backbone = self._method, self.model(), self.backbone()
+        if PLAIN.get():  # in the call for a model around this one
+            return method(*args, **options)
+        assert model is not None
+        assert backbone is not None
+        call = inspect.signature(method).bind(*args, **options)
+        given = call.arguments
+        folder = Path(os.fspath(next(iter(given.values()))))
+        for record in self.shared.records:
+            record.require_apart(f"{METHOD} writes a plain model: cannot save")
+        if given.get("push_to_hub"):
+            raise OptionError(
+                f"{METHOD}(push_to_hub=True) would send the plain {type(model).__name__} without "
+                "its deltas: use model.push_to_hub(name), or send the folder afterwards by "
+                "huggingface_hub.upload_folder"
+            )
+        resumable = _is_checkpoint_of(model)
+        small = resumable and self.shared.in_state_dict != WHOLE
+        if given.get("is_main_process", True):
+            for write in WRITERS:
+                write(backbone, folder / DELTAS, small)
+        if not resumable:
+            with _plain():
+                if (state := given.get("state_dict")) is not None:
+                    given["state_dict"] = _whole(model, state)
+                return method(*call.args, **call.kwargs)
+        state = model.state_dict() if given.get("state_dict") is None else given["state_dict"]
+        left_out = set(frozen(model, state)) if small else set()
+        given["state_dict"] = {key: state[key] for key in state if key not in left_out}
+        given["save_original_format"] = False  # Trainer loads the names that the model has
+        result = method(*call.args, **call.kwargs)
+        if small:
+            _refuse_as_model(folder / "config.json")
+        return result
+
+
+def _refuse_as_model(config: Path) -> None:
+    """Let `from_pretrained` look for a file of weights that is not there.
+
+    It would initialise the backbone, which the checkpoint lacks, at random.
+    """
+    if config.is_file():
+        facts = json.loads(config.read_text(encoding="utf-8"))
+        facts["transformers_weights"] = NO_BACKBONE
+        config.write_text(json.dumps(facts, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def _plain() -> Iterator[None]:
+    token = PLAIN.set(True)
+    try:
+        yield
+    finally:
+        PLAIN.reset(token)
+
+
+def _whole(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a state dict of the plain `model`: without deltas, and with what it lacks."""
+    deltas = delta_keys(model, state)
+    given = {key: value for key, value in state.items() if key not in deltas}
+    return {**model.state_dict(), **given}
+
+
+def _is_checkpoint_of(model: nn.Module) -> bool:
+    """True while transformers' Trainer saves a checkpoint of `model`, from which it can resume."""
+    transformers = sys.modules.get("transformers")
+    if transformers is None or not isinstance(model, transformers.PreTrainedModel):
+        return False
+    trainers = (f.f_locals.get("self") for f in frames() if f.f_code.co_name == "_save_checkpoint")
+    trained = (getattr(trainer, "model", None) for trainer in trainers)
+    return any(model is getattr(each, "_orig_mod", each) for each in trained)
+
+
+def watch_saving(backbone: Backbone, shared: Shared) -> None:
+    """Let the models of the backbone that have a `save_pretrained` save their deltas too."""
+    for model in saveable(backbone):
+        if METHOD not in model.__dict__:
+            model.__dict__[METHOD] = SavePretrained(model, backbone.model, shared)
+
+
+def unwatch_saving(backbone: Backbone) -> None:
+    """Give the models their own `save_pretrained` back."""
+    for model in saveable(backbone):
+        if isinstance(model.__dict__.get(METHOD), SavePretrained):
+            del model.__dict__[METHOD]
