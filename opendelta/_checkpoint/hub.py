@@ -143,7 +143,7 @@ def push(
         raise OptionError(f"repo_id={shown(repo_id)} must be 'user/name' or 'name' on the hub")
     api = huggingface_hub.HfApi(token=token)
     with tempfile.TemporaryDirectory() as folder:
-        save(deltas, folder)
+        save(deltas, folder, public=True)
         address = api.create_repo(repo_id, private=private, exist_ok=True)
         Path(folder, "README.md").write_text(card(deltas, address.repo_id), encoding="utf-8")
         api.upload_folder(

@@ -10,10 +10,11 @@ from torch import nn
 
 from .._backbone.backbone import Backbone
 from .._deltas.order import attached_once, handles_of
-from .._deltas.pretrained import DELTAS, WRITERS
+from .._deltas.pretrained import DELTAS, NO_BACKBONE, WRITERS
 from .._deltas.state_dict import delta_keys, frames
 from .._deltas.state_loading import TRANSLATORS
 from .._files import folder as files
+from .._files.reading import read_json
 from ..errors import UnsavedWarning
 from .saving import save
 from .source import opened
@@ -45,6 +46,15 @@ def _of_checkpoint(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
     with opened(folder, model) as source:
         source.verify()
         return {**state, **{name: stored.read() for name, stored in source.tensors.items()}}
+
+
+def has_model(folder: Path) -> bool:
+    """True if the folder of deltas `folder` lies beside a whole model of transformers."""
+    config = folder.parent / "config.json"
+    if folder.name != DELTAS or not config.is_file():
+        return False
+    facts = read_json(config)
+    return "model_type" in facts and facts.get("transformers_weights") != NO_BACKBONE
 
 
 WRITERS.append(_write)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import interop
 from .._backbone.backbone import Backbone
@@ -26,11 +26,17 @@ from .source import MOST_DELTAS
 
 
 @making.uncollected()
-def save(deltas: Sequence[BaseDelta], folder: str | os.PathLike, argument: str = "folder") -> None:
+def save(
+    deltas: Sequence[BaseDelta],
+    folder: str | os.PathLike,
+    argument: str = "folder",
+    public: bool = False,
+) -> None:
     """Write deltas of one backbone into `folder`, in this order, with all their state.
 
     Args:
         argument: the name of the argument that is `folder`, for messages.
+        public: others will read it: leave out where on this machine the backbone lies.
     """
     path = as_path(folder, argument)
     _check_free(path)
@@ -49,6 +55,7 @@ def save(deltas: Sequence[BaseDelta], folder: str | os.PathLike, argument: str =
         "opendelta_version": files.own_version(),
         "backbone_class": type(backbone.model).__name__,
         "backbone_config": fingerprint.described(backbone.model),
+        **_source_of(backbone.model, public),
         "backbone_tensors": sorted(brought),
         "fingerprint": fingerprint.take(
             backbone,
@@ -59,6 +66,19 @@ def save(deltas: Sequence[BaseDelta], folder: str | os.PathLike, argument: str =
     }
     _check_finite(backbone, whole, deltas)
     files.write(path, config, whole)
+
+
+def _source_of(model: nn.Module, public: bool) -> dict[str, Any]:
+    """Return where a transformers model came from, and the names of its labels, if known."""
+    config = model.__dict__.get("config")
+    path, labels = getattr(config, "_name_or_path", ""), getattr(config, "id2label", None)
+    found: dict[str, Any] = {}
+    if path and not (public and os.path.exists(path)):
+        found["backbone_path"] = path
+    usual = {number: f"LABEL_{number}" for number in range(2)}
+    if labels and labels != usual and sorted(labels) == list(range(len(labels))):
+        found["backbone_labels"] = [str(labels[number]) for number in range(len(labels))]
+    return found
 
 
 def _check_free(folder: Path) -> None:

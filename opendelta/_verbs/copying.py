@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from torch import nn
@@ -49,18 +49,28 @@ def shared_copy(model: Module) -> Module:
     backbone = Backbone.of(model)
     for record in backbone.records():
         record.require_apart("cannot share the weights under")
-    memo: dict[int, Any] = {}
-    for parameter in backbone.parameters().values():
-        if tensors.is_plain(parameter):
-            shared = nn.Parameter(parameter.detach(), parameter.requires_grad)
-            memo[id(parameter)] = shared
-        else:
-            memo[id(parameter)] = parameter
-    for module in backbone.modules.values():
-        memo.update({id(b): b for b in module._buffers.values() if b is not None})
-    copied: Any = plain_copy(backbone, "", memo)
+    copied: Any = plain_copy(backbone, "", shared_tensors(backbone.modules.values()))
     unwatch(Backbone.of(copied))
     return copied
+
+
+def shared_tensors(modules: Iterable[nn.Module], frozen: bool = False) -> dict[int, Any]:
+    """Return {id of a tensor of `modules`: what stands for it in a copy over the same memory}.
+
+    Args:
+        frozen: let no parameter train. Quantised and sharded ones are the same objects in a copy.
+    """
+    memo: dict[int, Any] = {}
+    for module in modules:
+        for parameter in module._parameters.values():
+            if id(parameter) in memo or parameter is None:
+                continue
+            shared: Any = parameter
+            if tensors.is_plain(parameter):
+                shared = nn.Parameter(parameter.detach(), parameter.requires_grad and not frozen)
+            memo[id(parameter)] = shared
+        memo.update({id(b): b for b in module._buffers.values() if b is not None})
+    return memo
 
 
 @tensors.lasting()
