@@ -28,7 +28,7 @@ from ._verbs.pristine import assert_pristine, snapshot
 from ._verbs.training_check import CheckReport, check
 from .errors import *
 from .methods import *
-from .recipes import Combination, adapter_drop, combine, mam, unipelt
+from .recipes import Combination, adapter_drop, combine, mam, optimizer_groups, unipelt
 
 __version__ = own_version()
 DeltaBase, BaseDeltaConfig = Delta, DeltaConfig  # their names in OpenDelta 0.3
@@ -67,6 +67,7 @@ __all__ = [
     "from_pretrained",
     "load",
     "mam",
+    "optimizer_groups",
     "option",
     "pick",
     "plan",

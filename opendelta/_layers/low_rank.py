@@ -16,6 +16,7 @@ from torch.utils import checkpoint
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from .._modules.calls import first_input
+from ..errors import DeltaError
 
 ENABLED = True  # False: compute each layer's own equation, for tests to compare with
 Call = Callable[..., Tensor]
@@ -189,8 +190,8 @@ def _mask(x: Tensor, part: Segment) -> Tensor:
 class _AddLowRank(torch.autograd.Function):
     """y + B A x for several pairs, with a gradient written by hand.
 
-    For the gradient it keeps the factors, and x and A x if a factor trains. It copies neither x nor
-    factors. Dropout masks are drawn again from their seeds.
+    For the gradient it keeps the factors, x if an A trains, and A x if a factor trains. It copies
+    neither x nor factors. Dropout masks are drawn again from their seeds.
     """
 
     @staticmethod
@@ -206,8 +207,10 @@ class _AddLowRank(torch.autograd.Function):
         A, B = factors[: len(scales)], factors[len(scales) :]
         ctx.scales, ctx.segments = scales, segments
         h = _down(x, A, segments)
-        inner = (x, h) if any(ctx.needs_input_grad[5:]) else (None, None)
-        ctx.save_for_backward(*inner, *factors)
+        trained = ctx.needs_input_grad[5:]
+        ctx.save_for_backward(
+            x if any(trained[: len(A)]) else None, h if any(trained) else None, *factors
+        )
         scaled, up = _scaled(h, scales, A), _cat(B, 1).t()
         if not in_place:
             return torch.addmm(y, scaled, up)
@@ -221,6 +224,11 @@ class _AddLowRank(torch.autograd.Function):
         A, B = factors[:count], factors[count:]
         if x is None:
             x = _shape_only(g, A[0])
+            if h is not None and torch.is_grad_enabled():
+                raise DeltaError(
+                    "a second derivative (create_graph=True) through a LoRA whose A is frozen "
+                    "needs the input, which is not kept: make the LoRA without freeze_A"
+                )
         elif torch.is_grad_enabled():  # a second derivative needs the graph of h
             h = _down(x, A, ctx.segments)
         wanted = ctx.needs_input_grad[1:2] + ctx.needs_input_grad[5:]

@@ -21,7 +21,7 @@ from .._layers.base import Acts, DeltaLayer, Params
 from .._layers.record import check_same
 from .._layers.selection import CURRENT, OpenBlock, Selection, in_context, within
 from .._modules import tensors
-from ..errors import SiteError, to_the_end
+from ..errors import DeltaError, SiteError, to_the_end
 from ..names import SLOT
 from . import runs
 from .marks import Mark
@@ -108,6 +108,12 @@ class Stack(nn.ModuleDict):
     def forward(self, input: Any) -> Any:
         """Return `input`: modules such as Sequential call all their children."""
         return input
+
+    def __prepare_scriptable__(self) -> None:  # torch.jit.script asks each module for it
+        raise DeltaError(
+            "torch.jit.script cannot compile a model that carries deltas: torch.export.export can, "
+            "and composition(model).to_backbone() gives a plain model that has them in its weights"
+        )
 
     def in_order(self) -> list[tuple[str, DeltaLayer]]:
         """Return (name of the delta, layer) of each layer, the innermost first."""

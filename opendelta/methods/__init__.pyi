@@ -326,6 +326,7 @@ class LoraModel(Delta):
         use_rslora: bool = False,
         use_dora: bool = False,
         init: Literal["kaiming", "gaussian", "pissa", "olora"] = "kaiming",
+        freeze_A: bool = False,
         rank_pattern: dict[str, int] | None = None,
         alpha_pattern: dict[str, float] | None = None,
         modules_to_save: str | Sequence[str] | None = None,

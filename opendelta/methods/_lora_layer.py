@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._layers.starts import START, start
-from ..author import DeltaConfig, Site, WeightLayer, option
+from ..author import DeltaConfig, Site, SiteError, WeightLayer, option
 
 
 @dataclass
@@ -27,6 +27,7 @@ class LoraConfig(DeltaConfig):
         init: how A and B start. "kaiming" or "gaussian": A is random, B is 0. "pissa"
             (arXiv:2404.02948) or "olora" (arXiv:2406.01775): A0 and B0 come from the weight. The
             change is then B A - B0 A0, so that it is 0 at the start too.
+        freeze_A: train B only, which keeps no input for the gradient. arXiv:2308.03303 (LoRA-FA).
         rank_pattern: {pattern: rank} for some of the modules, by the addressing rules.
         alpha_pattern: {pattern: alpha} for some of the modules.
     """
@@ -42,6 +43,7 @@ class LoraConfig(DeltaConfig):
     use_rslora: bool = False
     use_dora: bool = False
     init: str = option("kaiming", choices=START)
+    freeze_A: bool = False
     rank_pattern: dict[str, int] | None = option(None, minimum=1, modules=())
     alpha_pattern: dict[str, float] | None = option(None, modules=())
 
@@ -61,6 +63,14 @@ class LoraLayer(WeightLayer):
         self.lora_A = site.parameter(rank, site.in_features)
         self.lora_B = site.parameter(site.out_features, rank)
         start(self, site, config.init)
+        if config.freeze_A:
+            if site.kind.takes_ids:
+                raise SiteError(
+                    f"{site.name!r}: freeze_A is not for embeddings, whose A starts as 0",
+                    where=site.name,
+                )
+            A = self._parameters.pop("lora_A")
+            self.register_buffer("lora_A", A.detach())  # type: ignore[union-attr]
 
     @property
     def grows(self) -> bool:  # type: ignore[override]

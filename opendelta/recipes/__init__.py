@@ -4,6 +4,7 @@ It imports `methods` and all rooms below; the package itself, `demo` and `cli` m
 """
 
 from .combining import Combination, combine
+from .optimizing import optimizer_groups
 from .presets import adapter_drop, mam, unipelt
 
-__all__ = ["Combination", "adapter_drop", "combine", "mam", "unipelt"]
+__all__ = ["Combination", "adapter_drop", "combine", "mam", "optimizer_groups", "unipelt"]

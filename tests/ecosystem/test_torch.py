@@ -39,6 +39,16 @@ def test_export_keeps_the_deltas_and_the_keys(strict):
     assert program.state_dict.keys() == model.state_dict().keys()
 
 
+def test_jit_script_is_refused_by_one_line_that_names_what_works():
+    model = tower()
+    LoraModel(model, modified_modules=["fc"])
+    with (
+        pytest.warns(DeprecationWarning, match=r"torch\.jit\.script"),
+        pytest.raises(opendelta.DeltaError, match=r"torch\.export\.export can, .*to_backbone\(\)"),
+    ):
+        torch.jit.script(model)
+
+
 def test_jit_trace_keeps_the_deltas():
     model, x = tower(), vectors(2, 8)
     put_deltas_on_tower(model)
