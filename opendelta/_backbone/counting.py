@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from .._modules.tensors import size
 from .backbone import Backbone
 
 
@@ -33,7 +34,7 @@ def statistics(model: nn.Module) -> Statistics:
     parameters = list(model.parameters())
     deltas = Backbone.of(model).delta_parameters()
     return Statistics(
-        total_parameters=sum(p.numel() for p in parameters),
-        trainable_parameters=sum(p.numel() for p in parameters if p.requires_grad),
-        delta_parameters=sum(p.numel() for p in {id(p): p for p in deltas.values()}.values()),
+        total_parameters=sum(size(p) for p in parameters),
+        trainable_parameters=sum(size(p) for p in parameters if p.requires_grad),
+        delta_parameters=sum(size(p) for p in {id(p): p for p in deltas.values()}.values()),
     )

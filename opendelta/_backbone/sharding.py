@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from .._modules.tensors import is_sharded
+from .._modules.tensors import is_dtensor, is_sharded, shape
 from ..errors import SiteError
 from .backbone import Backbone
 
@@ -144,7 +144,7 @@ def check_copy(backbone: Backbone, name: str) -> None:
     if sharded or _group_around(backbone, name) is not None:
         raise SiteError(
             f"modules_to_save={name!r}: the module is sharded, and a copy of its shards would not "
-            "run; make the delta before fully_shard",
+            "run; make the delta before the model is sharded",
             where=name,
         )
 
@@ -193,7 +193,7 @@ def _check_parallel(backbone: Backbone, where: str, group: Any) -> None:
     module, mesh = backbone.modules[where], None if group is None else group.mesh_info.mesh
     advice = "Choose a module that is not split, such as the block around it"
     for name, parameter in module._parameters.items():
-        if is_sharded(parameter) and parameter.device_mesh != mesh:
+        if is_dtensor(parameter) and parameter.device_mesh != mesh:
             raise SiteError(
                 f"{where}.{name} is split by tensor parallelism ({parameter.placements}): a delta "
                 f"there would see a slice. {advice}",
@@ -231,14 +231,14 @@ def _group_around(backbone: Backbone, where: str) -> Any:
 
 
 def _has_shards(layer: nn.Module) -> bool:
-    return any(map(is_sharded, layer.parameters()))
+    return any(map(is_dtensor, layer.parameters()))
 
 
 def _meshes(backbone: Backbone, group: Any) -> list[Any]:
     """Return the meshes of all ranks that share the model, in the same order on each rank."""
     meshes = [] if group is None else [group.mesh_info.mesh]
     for module in backbone.modules.values():
-        sharded = filter(is_sharded, module._parameters.values())
+        sharded = filter(is_dtensor, module._parameters.values())
         meshes += [parameter.device_mesh for parameter in sharded]
     return list(dict.fromkeys(meshes))
 
@@ -281,10 +281,10 @@ def whole(root: nn.Module) -> Iterator[None]:
             hooks = (module._forward_pre_hooks, module._forward_hooks)
             kept += [(table, dict(table)) for table in (module._parameters, *hooks)]
             for name, parameter in module._parameters.items():
-                if is_sharded(parameter):
+                if parameter is not None and is_sharded(parameter):
                     module._parameters[name] = _stand_in(parameter)
             for table in hooks:
-                for key in [key for key, hook in table.items() if _is_fsdp(hook)]:
+                for key in [key for key, hook in table.items() if _gathers(hook)]:
                     del table[key]
             if _is_parallel(module):
                 kept.append((module.__dict__, dict(module.__dict__)))
@@ -299,8 +299,8 @@ def whole(root: nn.Module) -> Iterator[None]:
 def _stand_in(parameter: Tensor) -> nn.Parameter:
     """Return a parameter like `parameter`, of full shape, with one element of memory."""
     one = torch.empty((), dtype=parameter.dtype, device=parameter.device)
-    return nn.Parameter(one.expand(parameter.shape), requires_grad=False)
+    return nn.Parameter(one.expand(shape(parameter)), requires_grad=False)
 
 
-def _is_fsdp(hook: Callable[..., Any]) -> bool:
-    return getattr(hook, "__module__", "").startswith("torch.distributed.fsdp")
+def _gathers(hook: Callable[..., Any]) -> bool:
+    return getattr(hook, "__module__", "").startswith(("torch.distributed.fsdp", "deepspeed"))

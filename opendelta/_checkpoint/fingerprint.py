@@ -19,7 +19,6 @@ from torch import Tensor
 
 from .._backbone.backbone import Backbone
 from .._modules import tensors
-from .._modules.tensors import is_sharded
 from .._sites import merged
 from ..errors import shown
 from ..names import ancestors, is_inside, join
@@ -64,7 +63,7 @@ def take(backbone: Backbone, names: Collection[str], without: Collection[str]) -
         values, text = _values(tensor), None
         if values is not None:
             text = base64.b64encode(struct.pack(f"<{len(values)}f", *values)).decode()
-        prints[name] = {"shape": list(tensor.shape), "values": text}
+        prints[name] = {"shape": list(tensors.shape(tensor)), "values": text}
     return prints
 
 
@@ -96,10 +95,10 @@ def compare(backbone: Backbone, given: dict[str, Any], without: Collection[str])
         if tensor is None:
             found.differing[name] = "is missing"
             continue
-        values, shape = _values(tensor), facts["shape"]
+        values, shape, own = _values(tensor), facts["shape"], list(tensors.shape(tensor))
         read = values is not None and facts["values"] is not None
-        if list(tensor.shape) != shape and (read or not _is_packed(tensor, shape)):
-            found.differing[name] = f"is {list(tensor.shape)} instead of {shown(shape)}"
+        if own != shape and (read or not _is_packed(tensor, shape)):
+            found.differing[name] = f"is {own} instead of {shown(shape)}"
         elif values is None or facts["values"] is None:
             found.unread.append(name)
         elif not (distance := _distance(values, _decoded(facts["values"]))) <= TOLERANCE:
@@ -166,8 +165,9 @@ def _weights(
 
 def _values(tensor: Any) -> list[float] | None:
     """Return some values of a tensor; its size decides the places. None if it is unreadable."""
+    tensor = tensors.full(tensor)
     plain = tensors.is_plain(tensor) or (type(tensor) is Tensor and tensors.is_dense(tensor))
-    if is_sharded(tensor) or not plain or tensor.is_meta:
+    if not plain or tensor.is_meta:
         return None
     if not tensor.numel():
         return []

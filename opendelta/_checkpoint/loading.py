@@ -119,6 +119,7 @@ def refill(folder: str | os.PathLike, delta: BaseDelta) -> None:
     """
     path, backbone = Path(folder), Backbone.of(delta.backbone_model)
     delta.record.require_apart("cannot load")
+    delta.require_whole("cannot load values into")
     with opened(path, backbone.model) as source:
         _check_wanted(path, source.configs, type(delta), delta.config)
         facts, own = source.facts, backbone.tensors()

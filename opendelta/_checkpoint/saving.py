@@ -48,8 +48,8 @@ def save(
     backbone = Backbone.of(deltas[0].backbone_model)
     backbone.require_unrouted("cannot save")
     brought = _backbone_part(backbone, deltas)
-    tensors = {**brought, **{k: t for delta in deltas for k, t in delta.state_dict().items()}}
-    whole = {name: full(tensor.detach()) for name, tensor in tensors.items()}
+    tensors = {**brought, **{k: t for delta in deltas for k, t in delta.tensors().items()}}
+    whole = {name: full(tensor).detach() for name, tensor in tensors.items()}
     files.check_values(whole)
     config = {
         "opendelta_version": files.own_version(),

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from .._backbone.backbone import attached_records
 from .._layers.base import DeltaLayer
 from .._layers.record import Record
+from .._modules.tensors import is_partitioned, size
 from .._sites.stack import check_name
-from ..errors import OptionError, shown
+from ..errors import DeltaError, OptionError, shown
 from ..names import SLOT, dotted, join
 from .options import DeltaConfig, as_scaling
 
@@ -56,7 +57,7 @@ class BaseDelta:
     def __repr__(self) -> str:
         if not hasattr(self, "record"):
             return f"{type(self).__name__}(refused)"
-        count = sum(p.numel() for p in self.parameters())
+        count = sum(size(p) for p in self.parameters())
         modules = sum(not layer.watches for layer in self.layers.values())
         trains = any(p.requires_grad for p in self.parameters())
         state = ["attached" if self.attached else "detached"]
@@ -167,9 +168,26 @@ class BaseDelta:
         Args:
             named: the delta's name in the full names. None: its own name.
         """
+        return {name: tensor.detach() for name, tensor in self.tensors(named).items()}
+
+    def require_whole(self, verb: str) -> None:
+        """Raise if DeepSpeed has spread the delta's tensors over the processes.
+
+        Args:
+            verb: the start of the message, such as "cannot load values into".
+        """
+        if any(map(is_partitioned, self.parameters())):
+            raise DeltaError(
+                f"{verb} {self.name!r}: its tensors are spread over processes (ZeRO-3); do it "
+                "before deepspeed.initialize, or load DeepSpeed's own checkpoint"
+            )
+
+    def tensors(self, named: str | None = None) -> dict[str, Tensor]:
+        """Return the delta's tensors themselves, by the names that `state_dict` gives them."""
         state: dict[str, Tensor] = {}
         for where, layer in self.layers.items():
-            layer.state_dict(destination=state, prefix=self.prefix(where, named))
+            prefix = self.prefix(where, named)
+            layer.state_dict(destination=state, prefix=prefix, keep_vars=True)
         return state
 
 

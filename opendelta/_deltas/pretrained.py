@@ -16,7 +16,8 @@ from torch import nn
 
 from .._backbone.backbone import Backbone
 from .._layers.record import WHOLE, Shared
-from ..errors import OptionError
+from .._modules.tensors import is_partitioned
+from ..errors import DeltaError, OptionError
 from .state_dict import PLAIN, delta_keys, frames, frozen, saveable
 
 METHOD = "save_pretrained"
@@ -62,6 +63,7 @@ class SavePretrained:
 
         Raises:
             DeltaError: a delta is merged. Nothing is written then.
+            DeltaError: the weights are spread over processes, and no state dict is given.
             OptionError: `push_to_hub=True`, which would not send the deltas.
         """
         method, model, backbone = self._method, self.model(), self.backbone()
@@ -79,6 +81,13 @@ class SavePretrained:
                 f"{METHOD}(push_to_hub=True) would send the plain {type(model).__name__} without "
                 "its deltas: use model.push_to_hub(name), or send the folder afterwards by "
                 "huggingface_hub.upload_folder"
+            )
+        if given.get("state_dict") is None and any(map(is_partitioned, model.parameters())):
+            raise DeltaError(
+                f"the weights of this {type(model).__name__} are spread over processes (ZeRO-3), "
+                f"so that {METHOD} would write empty ones: call trainer.save_model(), or give it "
+                "state_dict=accelerator.get_state_dict(engine). composition(model).save(folder) "
+                "writes the deltas"
             )
         resumable = _is_checkpoint_of(model)
         small = resumable and self.shared.in_state_dict != WHOLE

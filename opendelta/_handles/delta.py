@@ -391,6 +391,7 @@ class Delta(AsModule):
                 Nothing is copied then.
         """
         self.record.require_apart("cannot load")
+        self.require_whole("cannot load values into")
         own, source = self.state_dict(), f"state_dict of {self.name!r}"
         if not strict:
             both = own.keys() & state.keys()

@@ -39,7 +39,27 @@ def stored_params(module: nn.Module) -> dict[str, Tensor]:
     return {name: t for name in ("weight", "bias") if (t := stored(module, name)) is not None}
 
 
-def is_sharded(tensor: Tensor | None) -> TypeGuard[DTensor]:
+def is_sharded(tensor: Tensor | None) -> bool:
+    """True if `tensor` has its values spread over several processes."""
+    return is_dtensor(tensor) or is_partitioned(tensor)
+
+
+def is_partitioned(tensor: Any) -> bool:
+    """True if DeepSpeed's ZeRO-3 keeps the values of `tensor`: it is empty but for a while."""
+    return hasattr(tensor, "ds_numel")
+
+
+def size(tensor: Tensor) -> int:
+    """Return the number of values of `tensor`, also while it is partitioned."""
+    return getattr(tensor, "ds_numel", None) or tensor.numel()
+
+
+def shape(tensor: Tensor) -> torch.Size:
+    """Return the shape of `tensor`, also while it is partitioned."""
+    return getattr(tensor, "ds_shape", None) or tensor.shape
+
+
+def is_dtensor(tensor: Tensor | None) -> TypeGuard[DTensor]:
     """True if `tensor` is a DTensor, as made by FSDP2 and tensor parallelism."""
     if type(tensor) in (Tensor, nn.Parameter) or not torch.distributed.is_available():
         return False
@@ -53,15 +73,20 @@ FLOATS = (torch.float32, *HALVES, torch.float64)
 
 
 def full(tensor: Tensor) -> Tensor:
-    """Return `tensor` as a whole; a collective call if it is sharded."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor
+    """Return the values of `tensor` as a whole; a collective call if it is sharded."""
+    if is_partitioned(tensor):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([tensor]):
+            return tensor.detach().clone()
+    return tensor.full_tensor() if is_dtensor(tensor) else tensor
 
 
 def spread(tensor: Tensor, like: Tensor) -> Tensor:
     """Return `tensor`, which each rank has as a whole, in the same shards as `like`."""
     from torch.distributed.tensor import distribute_tensor
 
-    if not is_sharded(like):
+    if not is_dtensor(like):
         return tensor
     mesh, placements = like.device_mesh, like.placements
     return distribute_tensor(tensor.to(like.device), mesh, placements, src_data_rank=None)
@@ -78,7 +103,7 @@ def is_finite(tensor: Tensor, usual: Tensor | None = None) -> bool:
         return True
     if usual is None or usual.is_meta or usual.shape != tensor.shape:
         return False
-    whole = full(usual.detach()).to(tensor)
+    whole = full(usual).detach().to(tensor)
     return bool((torch.isfinite(tensor) | (tensor == whole)).all())
 
 
@@ -212,14 +237,14 @@ def put_back(module: nn.Module, key: str, kept: Any) -> None:
 
 def in_parts(tensor: Tensor) -> bool:
     """True if several tensors hold the values, as in a sparse layout and in torchao's."""
-    whole = is_sharded(tensor) or not hasattr(tensor, "__tensor_flatten__")
+    whole = is_dtensor(tensor) or not hasattr(tensor, "__tensor_flatten__")
     return not (whole and is_dense(tensor)) or tensor.is_quantized
 
 
 def held_in(tensor: Tensor) -> list[Any]:
     """Return the plain tensors and the settings that hold the values of a tensor of any sort."""
     tensor = tensor.detach()
-    if is_sharded(tensor):
+    if is_dtensor(tensor):
         return [tensor.to_local()]
     if hasattr(tensor, "__tensor_flatten__"):  # torchao's, and nested tensors
         names, settings = tensor.__tensor_flatten__()

@@ -19,7 +19,8 @@ from .._layers import labels, low_rank, tokens
 from .._layers.base import Acts, DeltaLayer
 from .._layers.low_rank import LowRank
 from .._modules import arithmetic, calls
-from ..errors import SiteError, quoted
+from .._modules.tensors import is_sharded
+from ..errors import DeltaError, SiteError, quoted
 from .rows import Groups, Handovers, Rows, ShapeError, SharedCall, cut, joined
 from .runs import KeptFactors, pairs
 from .stack import Stack, acting_on
@@ -68,6 +69,35 @@ class Routed:
         if heads:
             self._check_labels(heads, labels.count_of(module))
 
+    def _idle(self, stack: Stack) -> list[Tensor]:
+        """Return the parameters of layers that train, and that no row of this process takes.
+
+        The other processes of DistributedDataParallel and FSDP2 may wait for their gradients.
+
+        Raises:
+            DeltaError: they are sharded apart from the module, and not gathered.
+        """
+        distributed = torch.distributed
+        if not torch.is_grad_enabled() or not distributed.is_available():
+            return []
+        if not distributed.is_initialized() or distributed.get_world_size() < 2:
+            return []
+        found: list[Tensor] = []
+        for layer in stack.values():
+            if any(self.rows.takers(layer.record.name)):
+                continue
+            shared = layer.shared.parameters() if layer.shared is not None else ()
+            own = [p for p in (*layer.parameters(), *shared) if p.requires_grad]
+            if any(map(is_sharded, own)):
+                raise DeltaError(
+                    f"route(): {layer.record.name!r} trains, is sharded apart from "
+                    f"{quoted(self.where)}, and no row of this process takes it: other processes "
+                    "would wait for its gradients. Attach it before fully_shard, or let a row of "
+                    "each process take it"
+                )
+            found += own
+        return found
+
     def _check_labels(self, heads: list[DeltaLayer], own: int | None) -> None:
         counts = [own] * len(self.rows.names)
         for layer in heads:  # the last one decides
@@ -93,6 +123,26 @@ class Routed:
         **kwargs: Any,
     ) -> Any:
         """Run `call`, the forward of `module`, with each row's own layers around it."""
+        idle = self._idle(stack)
+        out = self._run(stack, acting, call, module, raw, args, kwargs)
+        if not idle:
+            return out
+
+        def add_nothing(h: Tensor) -> Tensor:  # with gradients of 0
+            return h + torch.stack([p.flatten()[:0].sum().to(h) for p in idle]).sum()
+
+        return calls.change_hidden(out, calls.hidden(out).size(-1), add_nothing)
+
+    def _run(
+        self,
+        stack: Stack,
+        acting: list[DeltaLayer],
+        call: Callable[..., Any],
+        module: nn.Module,
+        raw: bool,
+        args: Any,
+        kwargs: Any,
+    ) -> Any:
         if not (acting := computing(acting)):
             return call(*args, **kwargs)
         x = next((x for x in calls.every(Tensor, [args, kwargs]) if x.ndim), None)

@@ -24,7 +24,7 @@ from .._deltas import buffers
 from .._deltas.first_forward import unreached_in
 from .._layers.dtypes import BACKBONE, dtype_for
 from .._modules.calls import every
-from .._modules.tensors import HALVES, is_sharded, lasting
+from .._modules.tensors import HALVES, is_sharded, lasting, size
 from ..errors import DeltaError, listed
 from ..names import SLOT, join, parent
 
@@ -204,8 +204,8 @@ def check(
         narrow=_narrow(backbone),
         moving=[name for name in moving if backbone.modules[name].training],
         mixed_modes=_mixed_modes(backbone),
-        trainable_parameters=sum(p.numel() for p in trainable.values()),
-        total_parameters=sum(p.numel() for p in plain.parameters()),
+        trainable_parameters=sum(size(p) for p in trainable.values()),
+        total_parameters=sum(size(p) for p in plain.parameters()),
         all_train=all(p.requires_grad for p in backbone.parameters().values()),
         not_checked=not_checked,
     )

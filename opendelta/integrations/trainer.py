@@ -76,5 +76,5 @@ class DeltaCallback(TrainerCallback):
 @torch.no_grad()
 def norm(delta: Delta) -> float:
     """Return the Euclidean norm of all parameters of a delta, as one vector."""
-    squares = [full(p.detach()).double().square().sum().item() for p in delta.parameters()]
+    squares = [full(p).detach().double().square().sum().item() for p in delta.parameters()]
     return sum(squares) ** 0.5

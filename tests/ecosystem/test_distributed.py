@@ -317,7 +317,7 @@ def test_modules_to_save_are_made_before_sharding(mesh: DeviceMesh) -> None:
 
     model = shard(network(), mesh, "leaf-wise")
     for name in ("blocks.0", "blocks.0.q", "head"):
-        with pytest.raises(SiteError, match="make the delta before fully_shard"):
+        with pytest.raises(SiteError, match="make the delta before the model is sharded"):
             LoraModel(model, modified_modules=["blocks.1.q"], modules_to_save=[name])
     opendelta.assert_pristine(model)
 

@@ -14,9 +14,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -28,11 +33,11 @@ from opendelta import (
     AdapterModel,
     CompacterModel,
     Delta,
+    DeltaError,
     IA3Model,
     LoraModel,
     ParallelAdapterModel,
     SiteError,
-    UncheckedWarning,
     VeraModel,
 )
 
@@ -434,14 +439,99 @@ def fsdp_saves_and_loads_a_delta(pair: Pair, attached: str) -> None:
     lora.save_finetuned(folder)
 
     plain = network()
-    with pytest.warns(UncheckedWarning, match="being sharded"):
-        loaded = LoraModel.from_finetuned(folder, plain)
+    loaded = LoraModel.from_finetuned(folder, plain)  # the values of the weights are compared
     assert_on_both(values([loaded]), values([lora]))
     sharded = shard(network(), pair.mesh)
-    with pytest.warns(UncheckedWarning, match="being sharded"):
-        again = LoraModel.from_finetuned(folder, sharded)
+    again = LoraModel.from_finetuned(folder, sharded)
     assert all(isinstance(parameter, DTensor) for parameter in again.parameters())
     torch.testing.assert_close(output(sharded), output(plain))
+    other = network()
+    for parameter in other.parameters():
+        parameter.data.mul_(1.5)
+    with pytest.raises(opendelta.DeltaLoadError, match="differ"):
+        LoraModel.from_finetuned(folder, shard(other, pair.mesh))
+
+
+@check(["before", "after"])
+def fsdp_state_dicts_go_through_torch_s_checkpoints(pair: Pair, attached: str) -> None:
+    def prepared() -> tuple[Net, list[Delta]]:
+        model = network()
+        if attached == "after":
+            shard(model, pair.mesh)
+        deltas = put_deltas(model)
+        deltas[0].freeze_module()
+        if attached == "before":
+            shard(model, pair.mesh)
+        return model, deltas
+
+    (model, deltas), (fresh, _) = prepared(), prepared()
+    randomise(deltas)
+    for ignore in (False, True):
+        options = StateDictOptions(ignore_frozen_params=ignore, strict=not ignore)
+        state = get_model_state_dict(model, options=options)
+        dcp.save({"model": state}, checkpoint_id=pair.folder / f"{attached}-{ignore}")
+        empty = get_model_state_dict(fresh, options=options)
+        dcp.load({"model": empty}, checkpoint_id=pair.folder / f"{attached}-{ignore}")
+        set_model_state_dict(fresh, empty, options=options)
+        torch.testing.assert_close(output(fresh), output(model))
+        for parameter in parameters(list(opendelta.composition(fresh))):
+            parameter.detach().zero_()
+
+
+def routed_alone(inputs: Sequence[Tensor]) -> dict[str, Tensor]:
+    """What one process trains where the rows of each rank take another delta."""
+    model = network()
+    deltas = two_loras(model)
+    rows = [name for name, part in zip("ab", inputs, strict=True) for _ in part]
+    for _ in range(3):
+        with opendelta.route(model, rows):
+            model(torch.cat(list(inputs))).pow(2).sum().mul(0.5).backward()
+        step(deltas)
+    return values(deltas)
+
+
+def two_loras(model: nn.Module) -> list[Delta]:
+    made = [LoraModel(model, modified_modules=["q"], lora_r=2, name=name) for name in "ab"]
+    deltas = randomise(made)
+    deltas[0].freeze_module()
+    return deltas
+
+
+def step(deltas: Iterable[Delta]) -> None:
+    for parameter in parameters(deltas):
+        if parameter.grad is not None:
+            parameter.data.add_(parameter.grad, alpha=-0.01)
+            parameter.grad = None
+
+
+@check(["ddp", "unused", "fsdp"])
+def each_rank_routes_to_a_delta_of_its_own(pair: Pair, how: str) -> None:
+    model = network()
+    deltas = two_loras(model)
+    if how == "fsdp":
+        run: nn.Module = shard(model, pair.mesh)
+    else:
+        run = DistributedDataParallel(model, find_unused_parameters=how == "unused")
+    mine = pair.inputs[0]
+    for _ in range(3):
+        with opendelta.route(model, ["ab"[pair.rank]] * len(mine)):
+            run(mine).pow(2).sum().backward()
+        step(deltas)
+    assert_on_both(values(deltas), routed_alone([batch(0), batch(1)]), atol=1e-5)
+
+
+@check()
+def fsdp_refuses_to_route_around_a_delta_that_is_sharded_apart(pair: Pair) -> None:
+    model = shard(network(), pair.mesh)
+    two_loras(model)
+    mine, other = "ab"[pair.rank], "ba"[pair.rank]
+    with (
+        pytest.raises(DeltaError, match=f"'{other}' trains, is sharded apart .*before fully_shard"),
+        opendelta.route(model, [mine] * 6),
+    ):
+        model(batch(0))
+    with torch.no_grad(), opendelta.route(model, [["a", "b"]] * 6):
+        model(batch(0))
 
 
 @check()

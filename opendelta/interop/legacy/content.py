@@ -107,7 +107,7 @@ def _change(backbone: Backbone, where: str, own: dict[str, Tensor]) -> Tensor:
         base = stored_params(module).get("bias") if module is not None else None
         whole = own["whole"]
         if base is not None and base.shape == whole.shape and not base.is_meta:
-            whole = whole.float() - full(base.detach()).cpu().float()
+            whole = whole.float() - full(base).detach().cpu().float()
         change = change + whole
     return change
 

@@ -153,7 +153,7 @@ def norm_terms(backbone: Backbone, where: str) -> tuple[float | None, dict[str, 
         offsets = [
             o for o in (0.0, 1.0) if torch.allclose((o + 1) * outs[0], o * outs[1], atol=1e-2)
         ]
-    values = {n: full(t.detach()).cpu().double() for n, t in base.items()}
+    values = {n: full(t).detach().cpu().double() for n, t in base.items()}
     return (offsets[0] if offsets else None), values
 
 

@@ -74,7 +74,7 @@ def save(delta: BaseDelta, folder: str | os.PathLike) -> None:
         **_config_of(delta, backbone),
     }  # fmt: skip
     tensors = {**_tensors(delta, backbone), **owned}
-    whole = {key: full(tensor.detach()) for key, tensor in tensors.items()}
+    whole = {key: full(tensor).detach() for key, tensor in tensors.items()}
     files.check_values(whole)
     path.mkdir(parents=True, exist_ok=True)
     with files.locked(path):  # at any moment there is the old adapter, none, or the new one
@@ -283,8 +283,8 @@ def _of_norm(delta: BaseDelta, backbone: Backbone, where: str) -> dict[str, Tens
             f"{delta.name!r} cannot be written for PEFT: {where!r} "
             f"({type(backbone.modules[where]).__name__}) does not scale by its weight"
         )
-    scale = full(layer.scale.detach()).cpu().double()
+    scale = full(layer.scale).detach().cpu().double()
     own = {"weight": scale * (base["weight"] + offset) - offset}
     if layer.bias is not None:
-        own["bias"] = scale * base["bias"] + full(layer.bias.detach()).cpu().double()
+        own["bias"] = scale * base["bias"] + full(layer.bias).detach().cpu().double()
     return {f"ln_tuning_layers.{n}": tensor.type_as(layer.scale) for n, tensor in own.items()}
