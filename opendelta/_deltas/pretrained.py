@@ -74,21 +74,7 @@ class SavePretrained:
         call = inspect.signature(method).bind(*args, **options)
         given = call.arguments
         folder = Path(os.fspath(next(iter(given.values()))))
-        for record in self.shared.records:
-            record.require_apart(f"{METHOD} writes a plain model: cannot save")
-        if given.get("push_to_hub"):
-            raise OptionError(
-                f"{METHOD}(push_to_hub=True) would send the plain {type(model).__name__} without "
-                "its deltas: use model.push_to_hub(name), or send the folder afterwards by "
-                "huggingface_hub.upload_folder"
-            )
-        if given.get("state_dict") is None and any(map(is_partitioned, model.parameters())):
-            raise DeltaError(
-                f"the weights of this {type(model).__name__} are spread over processes (ZeRO-3), "
-                f"so that {METHOD} would write empty ones: call trainer.save_model(), or give it "
-                "state_dict=accelerator.get_state_dict(engine). composition(model).save(folder) "
-                "writes the deltas"
-            )
+        self._check(model, given)
         resumable = _is_checkpoint_of(model)
         small = resumable and self.shared.in_state_dict != WHOLE
         if given.get("is_main_process", True):
@@ -107,6 +93,28 @@ class SavePretrained:
         if small:
             _refuse_as_model(folder / "config.json")
         return result
+
+    def _check(self, model: nn.Module, given: Mapping[str, Any]) -> None:
+        """Raise if the folder would not hold a plain model and its deltas.
+
+        Args:
+            given: the arguments of the method by name.
+        """
+        for record in self.shared.records:
+            record.require_apart(f"{METHOD} writes a plain model: cannot save")
+        if given.get("push_to_hub"):
+            raise OptionError(
+                f"{METHOD}(push_to_hub=True) would send the plain {type(model).__name__} without "
+                "its deltas: use model.push_to_hub(name), or send the folder afterwards by "
+                "huggingface_hub.upload_folder"
+            )
+        if given.get("state_dict") is None and any(map(is_partitioned, model.parameters())):
+            raise DeltaError(
+                f"the weights of this {type(model).__name__} are spread over processes (ZeRO-3), "
+                f"so that {METHOD} would write empty ones: call trainer.save_model(), or give it "
+                "state_dict=accelerator.get_state_dict(engine). composition(model).save(folder) "
+                "writes the deltas"
+            )
 
 
 def _refuse_as_model(config: Path) -> None:
