@@ -408,7 +408,7 @@ def test_no_default_place_is_lost_where_they_were_never_known(page):
     shown.one("#search").send_keys("key")
     shown.wait(lambda: shown.all("#found button"))
     shown.one("#found button").click()
-    shown.wait(lambda: shown.text("#unfit") or "not known yet" in shown.text("#said"))
+    shown.wait(lambda: "The default places are not known yet" in shown.text("#said"))
     shown.one("#option-lora_r").send_keys("\ue003", "4")
     shown.python("LoraModel(model, lora_r=4)")
 
@@ -419,6 +419,14 @@ def test_a_search_whose_modules_do_not_fit_says_so(page):
     shown.wait(lambda: shown.all("#found button"))
     shown.one("#found button").click()
     shown.wait(lambda: shown.text("#unfit") == "lora goes on none of these")
+    shown.python("LoraModel(model)")
+    shown.one("#option-lora_r").send_keys("e")
+    shown.wait(lambda: "is no number" in shown.text("#option-lora_r-error"))
+    shown.one("#search").clear()
+    shown.one("#search").send_keys("decoder")
+    shown.wait(lambda: shown.all("#found button") and "decoder" in shown.text("#found"))
+    shown.one("#found button").click()
+    shown.wait(lambda: "Where lora goes is not known yet" in shown.text("#unfit"))
 
 
 def test_each_choice_is_spelt_out_and_the_one_that_was_given_is_chosen(page):

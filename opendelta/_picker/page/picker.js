@@ -214,7 +214,7 @@ class Page {
     if (!this.knows(delta)) return;
     if (this.state(names) !== "true") {
       if (this.why(names[0]) === null) this.add(names);
-      else this.say(this.why(names[0]) ?? "");
+      else this.say(this.refusal([names[0]]));
       return;
     }
     const map = new Map(this.pairs(delta));
@@ -233,8 +233,7 @@ class Page {
     if (!this.knows(this.current)) return;
     const { type, options } = this.current;
     const reply = await ask("alike", { delta: { type, options }, names });
-    const none = `${type} does not go on it: ${this.why(names[0])}`;
-    if (reply.error || !reply.names.length) this.say(reply.error ?? none);
+    if (reply.error || !reply.names.length) this.say(reply.error ?? this.refusal([names[0]]));
     else this.add(reply.names);
   }
 
@@ -251,6 +250,15 @@ class Page {
     if (!this.current) return undefined;
     if (this.asked.has(name)) return this.asked.get(name);
     return this.last?.type === this.current.type ? this.last.reasons.get(name) : undefined;
+  }
+
+  // What to say where none of these modules can be picked.
+  refusal(names) {
+    const { type } = this.current;
+    const reasons = names.map((name) => this.why(name));
+    if (reasons.length === 1 && reasons[0]) return reasons[0];
+    if (!reasons.includes(undefined)) return `${type} goes on none of these`;
+    return `Where ${type} goes is not known yet: ${this.told(this.current).error ?? "being planned"}`;
   }
 
   async need(names, wait = false) {
@@ -322,10 +330,12 @@ class Page {
   }
 
   async pickFound(names) {
+    if (!this.knows(this.current)) return;
     const hits = this.tree.linesWith(names);
-    await this.need(hits.map(({ own }) => own[0]), true);
+    const firsts = hits.map(({ own }) => own[0]);
+    await this.need(firsts, true);
     const fitting = hits.filter(({ own }) => this.why(own[0]) === null);
-    at("unfit").textContent = fitting.length ? "" : `${this.current?.type ?? "no delta"} goes on none of these`;
+    at("unfit").textContent = fitting.length ? "" : this.refusal(firsts);
     if (fitting.length) this.add(fitting.flatMap(({ own }) => own));
   }
 
