@@ -100,8 +100,9 @@ class DeltaConfig:
         common_structure: True: `modified_modules` are roles such as "attn.q", as the defaults are;
             see `opendelta.roles`. {pattern: role}: the same, and the matching modules have these
             roles, as with `override` of `opendelta.roles`.
-        interactive_modify: open a local page on which you pick the modules and the options; what
-            is given here is its start. A number: the port of the page. See `opendelta.pick`.
+        interactive_modify: open a local page on which you pick the modules and the options; the
+            options here are its start, and `modified_modules` is refused. A number: the port of
+            the page. See `opendelta.pick`.
         modules_to_save: modules that the delta owns a copy of. The copy takes the module's place
             while the delta is attached and active; it is trained and saved with the delta.
         num_labels: number of labels of the head in modules_to_save. If the backbone has another
@@ -304,9 +305,13 @@ class DeltaConfig:
         return found
 
 
-def changed_options(config: DeltaConfig) -> dict[str, Any]:
-    """Return the options of a config that differ from the method's defaults."""
-    default = vars(type(config)())
+def changed_options(config: DeltaConfig, **defaults: Any) -> dict[str, Any]:
+    """Return the options of a config that differ from its defaults.
+
+    Args:
+        defaults: those that are others where the options go, such as `class_defaults`.
+    """
+    default = vars(type(config)(**defaults))
     return {name: value for name, value in vars(config).items() if value != default[name]}
 
 

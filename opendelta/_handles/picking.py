@@ -9,6 +9,7 @@ from torch import nn
 from .._backbone.inputs import Samples
 from .._deltas.options import DeltaConfig
 from .._deltas.registry import method
+from .._verbs.planning import as_configs
 from .auto import AutoDeltaModel
 from .delta import Delta
 
@@ -38,6 +39,7 @@ def pick(
         The new deltas in their order. It is empty if picking was cancelled.
 
     Raises:
+        OptionError: an argument is of another kind.
         DeltaError: the port is taken, or `configs` do not fit the model.
 
     Example:
@@ -47,8 +49,7 @@ def pick(
     """
     from .._picker import session  # start-up: it imports http.server
 
-    given = [method("lora").config_class()] if configs is None else configs
-    start = [given] if isinstance(given, DeltaConfig) else list(given)
+    start = as_configs("pick", method("lora").config_class() if configs is None else configs)
     made: list[Delta] = []
 
     def attach(picked: list[DeltaConfig]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -21,17 +20,18 @@ from .._deltas.registry import method
 from .._show.explaining import explain
 from .._show.tables import size
 from .._verbs import plan_report
-from .._verbs.plan_report import Plan
+from .._verbs.plan_report import Plan, PlannedDelta
 from .._verbs.planning import Planner, known_roles
-from ..errors import AddressError, DeltaError, OptionError
+from ..errors import AddressError, DeltaError, OptionError, shown
 from ..names import unnumbered
 from . import writing
-from .forms import BY_TREE, forms
+from .forms import config_of, filled, forms
 from .outline import outline
 
 MOST = 6  # roles in an answer to a search
 
 Body = dict[str, Any]
+Planned = tuple[Planner, list[Body], list[DeltaConfig]]
 
 
 class Desk:
@@ -42,7 +42,7 @@ class Desk:
         start: the deltas that the page shows first.
         only: the page has one delta, whose method stays.
         samples: inputs of the model, to find sizes by.
-        called: the word for MODEL in words of the command line.
+        called: the words for MODEL and its class on the command line.
     """
 
     def __init__(
@@ -51,14 +51,14 @@ class Desk:
         start: Sequence[DeltaConfig],
         only: bool = False,
         samples: Samples | None = None,
-        called: str = "",
+        called: Sequence[str] = (),
     ) -> None:
-        self.start, self.only = start, only
+        self.start, self.only, self.sampled = start, only, samples is not None
         self.backbone = Backbone.of(model, samples)
         self.roles = known_roles(self.backbone)  # found once: each `bare` shares them
-        self.planner = Planner(self.backbone.bare())
         self.writer = writing.Writer(self.backbone, self.roles)
-        self.called = called or str(getattr(model, "name_or_path", "") or "MODEL")
+        self.called = called or _called(model)
+        self.planned: dict[str, Planned] = {}  # the last plan, by the deltas it is of
         self.reasons: dict[str, str | None] = {}
         self.verbs: dict[str, Callable[[Body], Body]] = {
             "open": self.open, "search": self.search, "alike": self.alike, "fits": self.fits,
@@ -123,18 +123,21 @@ class Desk:
         return {"ways": list(fresh.values()), "reason": "" if ways else reason}
 
     def alike(self, body: Body) -> Body:
-        """Return the modules that have the same names as some modules in other blocks."""
-        looks = {unnumbered(name) for name in body["names"]}
-        return {"names": [n for n in self.backbone.modules if unnumbered(n) in looks]}
+        """Return the modules named as some others in other blocks, of their class, that fit."""
+        modules = self.backbone.modules
+        self._check(body["names"])
+        looks = {(unnumbered(name), type(modules[name]).__name__) for name in body["names"]}
+        names = [n for n, m in modules.items() if (unnumbered(n), type(m).__name__) in looks]
+        reasons = self.fits({**body, "names": names})["reasons"]
+        return {"names": [name for name in names if reasons[name] is None]}
 
     def fits(self, body: Body) -> Body:
         """Return {full name: why the delta cannot go on the module, or None} for some modules."""
         config = self._config({**body["delta"], "places": None})
         asked = json.dumps(config.to_dict())
         found = {}
+        self._check(body["names"])
         for name in body["names"]:
-            if name not in self.backbone.modules:
-                raise DeltaError(f"there is no module {name!r}")
             key = f"{asked} {name}"
             if key not in self.reasons:
                 cls = method(config.delta_type)
@@ -144,38 +147,27 @@ class Desk:
 
     def plan(self, body: Body) -> Body:
         """Return the plan of all deltas on the page, and the lines that do the same."""
-        self.planner = Planner(self.backbone.bare())
-        told: list[Body] = []
-        configs: list[DeltaConfig] = []
-        for wanted in body["deltas"]:
-            try:
-                config = self._config(wanted)
-                planned = self.planner.add(config)
-            except DeltaError as error:
-                told.append({"error": str(error)})
-                continue
-            configs.append(config)
-            chosen = planned.options["modified_modules"]
-            told.append({
-                "name": planned.name,
-                "places": chosen,
-                "modules": len(planned.modules),
-                "parameters": planned.parameters,
-                "remarks": list(plan_report.remarks(planned)),
-            })  # fmt: skip
-        plan = self.planner.plan()
+        planner, told, configs = self._planned(body)
+        plan = planner.plan()
         return {
             "deltas": told,
             "figures": _figures(plan),
             "costs": list(plan_report.costs(plan)),
-            "python": writing.python(configs),
-            "words": writing.words(self.backbone, self.called, configs) if configs else "",
+            **self.texts(configs),
         }
 
     def explain(self, body: Body) -> Body:
-        """Return the formula of a module with the deltas of the last plan."""
-        told = explain(self.planner.backbone, body["name"])
+        """Return the formula of a module with the deltas on the page."""
+        planner, _, _ = self._planned(body)
+        told = explain(planner.backbone, body["name"])
         return {"module": told.module, "formula": told.formula, "steps": told.steps}
+
+    def texts(self, configs: list[DeltaConfig]) -> dict[str, str]:
+        """Return the lines of Python and the words of the command line for these configs."""
+        return {
+            "python": writing.python(configs, self.sampled),
+            "words": writing.words(self.backbone, self.called, configs),
+        }
 
     def configs(self, body: Body) -> list[DeltaConfig]:
         """Return the configs of all deltas on the page, in order.
@@ -183,24 +175,54 @@ class Desk:
         Raises:
             DeltaError: there is none, or one is wrong.
         """
-        if not body["deltas"]:
+        deltas = _deltas(body)
+        if not deltas:
             raise OptionError("there is no delta on the page: add one, or cancel")
-        return [self._config(wanted) for wanted in body["deltas"]]
+        configs = [self._config(wanted) for wanted in deltas]
+        own = self.start[0].delta_type if self.only else ""
+        if self.only and [config.delta_type for config in configs] != [own]:
+            raise OptionError(f"this page is for one delta, of the method {own!r}")
+        return configs
+
+    def _planned(self, body: Body) -> Planned:
+        """Plan the deltas in a question, unless the last question had the same."""
+        deltas = _deltas(body)
+        asked = json.dumps(deltas)
+        if asked not in self.planned:
+            planner, told, configs = Planner(self.backbone.bare()), [], []
+            for wanted in deltas:
+                try:
+                    config = self._config(wanted)
+                    told.append(_told(planner.add(config)))
+                    configs.append(config)
+                except DeltaError as error:
+                    told.append({"error": str(error)})
+            self.planned = {asked: (planner, told, configs)}
+        return self.planned[asked]
 
     def _config(self, wanted: Body) -> DeltaConfig:
         """Return the config of a delta on the page: {"type": ..., "options": ..., "places": ...}.
 
         Its places are full names; None: the method's default places.
         """
-        config_class = method(wanted["type"]).config_class
-        config = config_class.from_dict(wanted["options"])
-        places = wanted["places"]
+        found, places = method(wanted["type"]), wanted["places"]
+        config = config_of(found.config_class, wanted["options"])
         if places is None:
             return config
-        for name in places:
-            if name not in self.backbone.modules:
-                raise DeltaError(f"there is no module {name!r}")
+        self._check(places)
+        if not places:
+            raise OptionError(
+                "no module is selected: select some in the tree, or take the default places"
+            )
+        if found.layer_for(config).paired and len(places) % 2:
+            raise DeltaError(f"{wanted['type']!r} takes pairs of modules: one has no end")
         return self.writer.config(config, places)
+
+    def _check(self, names: Sequence[Any]) -> None:
+        """Raise unless each is the full name of a module."""
+        for name in names:
+            if not isinstance(name, str) or name not in self.backbone.modules:
+                raise DeltaError(f"there is no module {shown(name)}")
 
     def _shown(self, config: DeltaConfig) -> Body:
         """Return a delta for the page, with full names in the place of patterns and roles."""
@@ -209,9 +231,43 @@ class Desk:
             cls = method(config.delta_type)
             config = choose(self.backbone, cls, config).config
             places = config.modified_modules
-        given = dataclasses.asdict(config)
-        options = {name: value for name, value in given.items() if name not in BY_TREE}
-        return {"type": config.delta_type, "options": options, "places": places}
+        return {"type": config.delta_type, "options": filled(config), "places": places}
+
+
+def _deltas(body: Body) -> list[Body]:
+    """Return the deltas in a question.
+
+    Raises:
+        DeltaError: they are of another form.
+    """
+    deltas = body.get("deltas")
+    for delta in deltas if isinstance(deltas, list) else [None]:
+        match delta:
+            case {"type": str(), "options": dict(), "places": None | list()}:
+                continue
+        raise DeltaError(
+            f"deltas must be a list of {{type, options, places}}, not {shown(delta or deltas)}"
+        )
+    return deltas or []
+
+
+def _told(planned: PlannedDelta) -> Body:
+    return {
+        "name": planned.name,
+        "places": planned.options["modified_modules"],
+        "modules": len(planned.modules),
+        "parameters": planned.parameters,
+        "remarks": list(plan_report.remarks(planned)),
+    }
+
+
+def _called(model: nn.Module) -> list[str]:
+    """Return the words for MODEL, and for its class if the command would make another."""
+    name, cls = str(getattr(model, "name_or_path", "")), type(model)
+    saved = getattr(getattr(model, "config", None), "architectures", None) or ()
+    if not name:
+        return ["MODEL"]
+    return [name] if cls.__name__ in saved else [name, "--class", cls.__name__]
 
 
 def _figures(plan: Plan) -> list[Body]:

@@ -1,7 +1,7 @@
 """Serve the page on the loopback address to those who have its token. It knows nothing of models.
 
 Each request is checked: the token in its path, its Host, the Origin and the size of what it posts.
-A page keeps a stream of events open, by which the server knows that the page is there.
+The pages of a browser keep one stream of events open, by which the server knows that one is there.
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import hmac
 import json
+import math
 import re
 import secrets
 import select
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from ..errors import DeltaError
 
 LARGEST = 8 * 2**20  # bytes of a body: 10,000 long names for each of several deltas
 BEAT = 0.1  # seconds between two looks at a page that is open
+GRACE = 3.0  # seconds for a page that is loaded again, or for another to be opened
+PATIENCE = 60.0  # seconds for a connection that broke; ask.js has the same
 LAST_WORDS = 2.0  # seconds for the answers that are on their way at the end
 PAGE = Path(__file__).with_name("page")
 TYPES = {
@@ -47,11 +50,11 @@ Answer = Callable[[str, dict[str, Any]], dict[str, Any]]  # takes a verb and a b
 
 
 class Refused(Exception):
-    """A request that gets no answer: a status of HTTP, and the reason."""
+    """A request that gets no answer: a status of HTTP, the reason, and more headers."""
 
-    def __init__(self, status: int, reason: str) -> None:
+    def __init__(self, status: int, reason: str, headers: Mapping[str, str] = HEADERS) -> None:
         super().__init__(reason)
-        self.status, self.reason = status, reason
+        self.status, self.reason, self.headers = status, reason, headers
 
 
 class Server(ThreadingHTTPServer):
@@ -82,7 +85,7 @@ class Server(ThreadingHTTPServer):
         self.files = {path.name: path for path in PAGE.iterdir() if path.suffix in TYPES}
         self.ended, self.end = threading.Event(), ""
         self._lock, self._open, self._busy = threading.Lock(), 0, 0
-        self._left: float | None = None
+        self._left, self._until = -math.inf, math.inf
 
     def __enter__(self) -> Server:
         threading.Thread(target=self.serve_forever, args=(BEAT,), daemon=True).start()
@@ -112,7 +115,7 @@ class Server(ThreadingHTTPServer):
 
     @contextlib.contextmanager
     def open_page(self) -> Iterator[None]:
-        """Count a page as open inside a `with` block."""
+        """Count the pages of a browser as open inside a `with` block."""
         with self._lock:
             self._open += 1
         try:
@@ -120,12 +123,22 @@ class Server(ThreadingHTTPServer):
         finally:
             with self._lock:
                 self._open -= 1
-                self._left = time.monotonic()
+                now = time.monotonic()
+                self._until = now + (GRACE if now - self._left < GRACE else PATIENCE)
 
-    def alone_for(self) -> float:
-        """Return the seconds since the last page was closed; 0 if one is open, or none was yet."""
+    def heard(self, leaves: bool = False) -> None:
+        """Note that a page has asked for something, or has said that it leaves."""
         with self._lock:
-            return 0 if self._open or self._left is None else time.monotonic() - self._left
+            now = time.monotonic()
+            if leaves:
+                self._left = now
+            if self._until < math.inf:
+                self._until = now + GRACE if leaves else max(self._until, now + GRACE)
+
+    def is_alone(self) -> bool:
+        """True if all pages were closed, or have been silent for long; False if none was open."""
+        with self._lock:
+            return not self._open and time.monotonic() > self._until
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -156,7 +169,9 @@ class Handler(BaseHTTPRequestHandler):
             verb = self._checked()
             if self._only("Origin") not in [f"http://{host}" for host in self.server.hosts]:
                 raise Refused(403, "this Origin may not ask")
-            answer = self.server.answer(verb, self._body())
+            body = self._body()
+            self.server.heard(leaves=verb == "leave")
+            answer = {} if verb == "leave" else self.server.answer(verb, body)
             self._send(200, json.dumps(answer).encode(), "application/json")
 
     @contextlib.contextmanager
@@ -166,7 +181,7 @@ class Handler(BaseHTTPRequestHandler):
                 yield
             except Refused as refused:
                 reason = json.dumps({"error": refused.reason}).encode()
-                self._send(refused.status, reason, "application/json")
+                self._send(refused.status, reason, "application/json", refused.headers)
                 self.close_connection = True
 
     def _only(self, name: str) -> str:
@@ -178,14 +193,17 @@ class Handler(BaseHTTPRequestHandler):
         """Return what the path asks for, behind the token.
 
         Raises:
-            Refused: the Host is another, or the token is.
+            Refused: the Host is another, or the token is, or the address has lost its last slash.
         """
         if self._only("Host") not in self.server.hosts:
             raise Refused(403, "this Host is not served")
-        _, token, *rest = f"{self.path}/".split("/", 2)
+        token, slash, name = self.path.partition("?")[0].removeprefix("/").partition("/")
         if not hmac.compare_digest(token.encode(), self.server.token.encode()):
             raise Refused(403, "the token in the address is wrong; open the address as printed")
-        return rest[0].removesuffix("/")
+        if not slash:
+            raise Refused(308, "the address ends with a slash", {"Location": f"{token}/"})
+        self.server.heard()
+        return name
 
     def _body(self) -> dict[str, Any]:
         length = self._only("Content-Length")
@@ -203,9 +221,9 @@ class Handler(BaseHTTPRequestHandler):
             raise Refused(400, "the body is no JSON object")
         return body
 
-    def _send(self, status: int, body: bytes, kind: str) -> None:
+    def _send(self, status: int, body: bytes, kind: str, more: Mapping[str, str] = HEADERS) -> None:
         self.send_response(status)
-        for name, value in HEADERS.items():
+        for name, value in {**HEADERS, **more}.items():
             self.send_header(name, value)
         self.send_header("Content-Type", f"{kind}; charset=utf-8")
         self.send_header("Content-Length", str(len(body)))

@@ -16,12 +16,10 @@ from torch import nn
 
 from .._backbone.inputs import Samples
 from .._deltas.options import DeltaConfig
-from ..errors import DeltaError, OptionError, printable
-from . import writing
+from ..errors import DeltaError, OptionError, printable, shown
 from .desk import Desk
 from .server import BEAT, Refused, Server
 
-GRACE = 3.0  # seconds for a page that is loaded again, or for another to be opened
 Job = tuple[str, dict[str, Any], "Future[dict[str, Any]]"]
 
 
@@ -49,7 +47,7 @@ def pick(
     port: int = 0,
     browser: bool = True,
     samples: Samples | None = None,
-    called: str = "",
+    called: Sequence[str] = (),
 ) -> Picked | None:
     """Open the page, and return what is picked; None if picking is cancelled.
 
@@ -64,13 +62,16 @@ def pick(
         port: 0: any free port.
         browser: open a browser. False: only print the address.
         samples: inputs of the model, to find sizes by.
-        called: the word for MODEL in words of the command line.
+        called: the words for MODEL and its class on the command line.
 
     Raises:
+        OptionError: `model` is none, or `port` is none.
         DeltaError: the port is taken, or the start is wrong.
     """
     if not isinstance(model, nn.Module):
         raise OptionError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    if type(port) is not int or not 0 <= port < 2**16:
+        raise OptionError(f"port={shown(port)} must be a whole number from 0 to {2**16 - 1}")
     desk = Desk(model, start, only, samples, called)
     desk.open({})
     jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
@@ -100,6 +101,12 @@ def pick_one(
         DeltaError: picking was cancelled.
     """
     asked = config.interactive_modify
+    if config.modified_modules is not None:
+        raise OptionError(
+            f"{type(config).__name__}: interactive_modify={asked!r} lets you pick the modules, and "
+            f"modified_modules={shown(config.modified_modules)} names them: give one of the two. "
+            "opendelta.pick(model, config) opens a page that starts with the modules of a config"
+        )
     start = dataclasses.replace(config, interactive_modify=False)
     port = 0 if asked is True else int(asked)
     finish: Any = lambda configs: attach(configs[0])  # noqa: E731
@@ -115,7 +122,7 @@ def _work(
 ) -> Picked | None:
     """Answer the pages until one submits or cancels, or all are closed, or Ctrl-C."""
     with contextlib.suppress(KeyboardInterrupt):
-        while server.alone_for() < GRACE:
+        while not server.is_alone():
             try:
                 verb, body, future = jobs.get(timeout=BEAT)
             except queue.Empty:
@@ -147,9 +154,9 @@ def _submitted(
     desk: Desk, body: dict[str, Any], finish: Callable[[list[DeltaConfig]], Any]
 ) -> Picked:
     configs = desk.configs(body)
-    words = writing.words(desk.backbone, desk.called, configs)
+    texts = desk.texts(configs)
     finish(configs)
-    return Picked(configs, writing.python(configs), words)
+    return Picked(configs, **texts)
 
 
 @contextlib.contextmanager

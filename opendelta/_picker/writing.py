@@ -164,8 +164,12 @@ def _digits(digits: Any) -> str:
     return text if len(text) == 1 else f"[{text}]"
 
 
-def python(configs: Sequence[DeltaConfig]) -> str:
-    """Return the lines of Python that attach deltas with these configs to `model`."""
+def python(configs: Sequence[DeltaConfig], sampled: bool = False) -> str:
+    """Return the lines of Python that attach deltas with these configs to `model`.
+
+    Args:
+        sampled: sizes are found by `sample_inputs`.
+    """
     if not configs:
         return ""
     classes = [method(config.delta_type) for config in configs]
@@ -175,9 +179,11 @@ def python(configs: Sequence[DeltaConfig]) -> str:
         lines.append(f"from {module} import {', '.join(names)}")
     lines.append("")
     for cls, config in zip(classes, configs, strict=True):
-        given = [f"{name}={_code(value)}" for name, value in changed_options(config).items()]
-        one = f"{cls.__name__}({', '.join(['model', *given])})"
-        broken = [f"{cls.__name__}(", *(f"    {each}," for each in ["model", *given]), ")"]
+        changed = changed_options(config, **config.class_defaults)
+        given = ["model", *(f"{name}={_code(value)}" for name, value in changed.items())]
+        given += ["sample_inputs=sample_inputs"] * sampled
+        one = f"{cls.__name__}({', '.join(given)})"
+        broken = [f"{cls.__name__}(", *(f"    {each}," for each in given), ")"]
         lines += [one] if len(one) <= WIDTH else broken
     return "\n".join(lines)
 
@@ -199,9 +205,15 @@ def _code(value: Any) -> str:
     return f'r"{value}"' if raw else json.dumps(value, ensure_ascii=False)
 
 
-def words(backbone: Backbone, model: str, configs: Sequence[DeltaConfig]) -> str:
-    """Return the words of the command that plans deltas with these configs on MODEL."""
-    line = ["opendelta", "plan", model]
+def words(backbone: Backbone, model: Sequence[str], configs: Sequence[DeltaConfig]) -> str:
+    """Return the words of the command that plans deltas with these configs.
+
+    Args:
+        model: the words for MODEL and its class.
+    """
+    if not configs:
+        return ""
+    line = ["opendelta", "plan", *model]
     for config in configs:
         line += ["--delta", config.delta_type]
         given = changed_options(config)

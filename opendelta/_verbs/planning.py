@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -65,26 +65,30 @@ def plan(
     """
     if not isinstance(model, nn.Module):
         raise OptionError(f"model must be a torch.nn.Module, not {type(model).__name__}")
-    wanted = _checked(configs)
+    wanted = as_configs("plan", configs)
+    if not wanted:
+        raise OptionError("plan needs at least one config, such as LoraConfig(...)")
     planner = Planner(Backbone.of(model, sample_inputs), optimizer_states)
     for config in wanted:
         planner.add(config)
     return planner.plan()
 
 
-def _checked(configs: Any) -> list[DeltaConfig]:
-    """Return the configs in the argument of `plan` as a list; raise if it holds anything else."""
-    several = isinstance(configs, Iterable) and not isinstance(configs, str)
+def as_configs(verb: str, configs: Any) -> list[DeltaConfig]:
+    """Return the configs in the argument of a verb as a list.
+
+    Raises:
+        OptionError: it holds anything else.
+    """
+    several = isinstance(configs, Iterable) and not isinstance(configs, str | Mapping)
     wanted = list(configs) if several else [configs]
     for config in wanted:
         if isinstance(config, type):
             made = config.config_class if issubclass(config, BaseDelta) else config
             name = made.__name__ if issubclass(made, DeltaConfig) else "LoraConfig"
-            raise OptionError(f"plan takes configs such as {name}(...), not {config.__name__}")
+            raise OptionError(f"{verb} takes configs such as {name}(...), not {config.__name__}")
         if not isinstance(config, DeltaConfig):
-            raise OptionError(f"plan takes configs such as LoraConfig(...), not {shown(config)}")
-    if not wanted:
-        raise OptionError("plan needs at least one config, such as LoraConfig(...)")
+            raise OptionError(f"{verb} takes configs such as LoraConfig(...), not {shown(config)}")
     return wanted
 
 

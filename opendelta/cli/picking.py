@@ -47,7 +47,8 @@ def pick(
     def plan(configs: list[opendelta.DeltaConfig]) -> None:
         opendelta.plan(built, configs)
 
-    picked = session.pick(built, start, plan, port=port, browser=browser, called=model)
+    called = [model] if class_name is None else [model, "--class", class_name]
+    picked = session.pick(built, start, plan, port=port, browser=browser, called=called)
     if picked is None:
         print("opendelta: picking was cancelled", file=sys.stderr)
         raise typer.Exit(1)

@@ -91,6 +91,23 @@ class Page:
     def press(self, *keys):
         self.one("#tree").send_keys(*keys)
 
+    def enter(self, label):
+        """Press Enter on a button."""
+        from selenium.webdriver.common.action_chains import ActionChains
+
+        script = (
+            "for (const each of document.querySelectorAll('button'))"
+            " if ([each.textContent, each.ariaLabel].includes(arguments[0]))"
+            " return each.focus(), document.activeElement === each"
+        )
+        self.wait(lambda: self.browser.execute_script(script, label))
+        ActionChains(self.browser).send_keys("\ue007").perform()
+
+    def focus(self):
+        """What has the focus: its text or its id."""
+        active = self.browser.switch_to.active_element
+        return active.text or active.get_attribute("id")
+
     def names(self):
         """The deltas on the page, in their order."""
         return [e.text for e in self.all("#deltas strong")]
@@ -176,6 +193,48 @@ def test_one_block_and_then_the_same_in_all_blocks(page):
     shown.python('LoraModel(model, modified_modules=["query"])')
     shown.one("#submit").click()
     assert shown.picking.join()[0].modified_modules == queries(0, 1, 2, 3)
+
+
+def test_blocks_that_were_taken_apart_are_folded_from_one_of_them(page):
+    shown = page(lambda: opendelta.pick(bert(), LoraConfig(modified_modules=["query"])))
+    shown.click("0-3")
+    shown.press("U")
+    shown.wait(lambda: "2" in shown.rows())
+    shown.click("2")
+    assert shown.text("#module").endswith("Fold these blocks")
+    shown.press("u")
+    rows = shown.rows()
+    assert "2" not in rows
+    assert rows["0-3"]["at"]
+    shown.click("key")
+    shown.wait(lambda: shown.rows()["key"]["checked"])
+    shown.press("A")
+    shown.python('["query", "key"]')
+
+
+def test_the_focus_stays_where_one_works(page):
+    start = [LoraConfig(modified_modules=["query"]), AdapterConfig(modified_modules=["query"])]
+    shown = page(lambda: opendelta.pick(bert(), start))
+    shown.click("key")
+    shown.enter("Select")
+    shown.python('["query", "key"]')
+    shown.wait(lambda: shown.focus() == "Take out")
+    shown.enter("Take out")
+    shown.wait(lambda: shown.focus() == "Select")
+    for name in ("Default places", "Select none"):
+        shown.enter(name)
+        shown.wait(lambda name=name: shown.focus() == name)
+    shown.enter("Move down lora")
+    shown.wait(lambda: shown.focus().startswith("lora"))
+    shown.enter("Remove lora")
+    shown.wait(lambda: shown.focus().startswith("adapter"))
+    shown.enter("Remove adapter")
+    shown.wait(lambda: shown.focus() == "Add")
+    shown.enter("Add")
+    shown.click("0-3")
+    shown.press("u")
+    shown.enter("Fold these blocks")
+    shown.wait(lambda: shown.focus() == "Show blocks one by one")
 
 
 def test_the_tree_works_by_keys_alone(page):
@@ -275,22 +334,26 @@ def test_options_have_inputs_by_type_and_change_the_plan(page):
     shown = page(lambda: opendelta.pick(model, LoraConfig(modified_modules=["query"])))
     assert "rank of the change." in shown.text("#option-lora_r-meaning")
     rank = shown.one("#option-lora_r")
-    assert rank.get_attribute("type") == "number"
     rank.clear()
     rank.send_keys("2")
     shown.python("lora_r=2)")
     shown.wait(lambda: "512" in shown.text("#figures"))
     rank.clear()
     rank.send_keys("0")
-    shown.wait(lambda: "lora_r=0 must be at least 1" in shown.text("#remarks"))
+    shown.wait(lambda: "lora_r=0 must be at least 1" in shown.text("#option-lora_r-error"))
+    assert "lora_r=0 must be at least 1" in shown.text("#said")
+    assert rank.get_attribute("aria-describedby").split()[0] == "option-lora_r-error"
+    assert rank.get_attribute("aria-invalid") == "true"
     rank.clear()
     rank.send_keys("4")
     shown.one("#option-use_dora").click()
     Select(shown.one("#option-init")).select_by_visible_text("gaussian")
     pattern = shown.one("#option-rank_pattern")
     pattern.send_keys('{"layer.0.attention.self.query"')
-    assert pattern.get_attribute("aria-invalid") == "true"
+    shown.wait(lambda: "is no JSON" in shown.text("#option-rank_pattern-error"))
+    assert rank.get_attribute("aria-invalid") == "false"
     pattern.send_keys(": 1}")
+    shown.wait(lambda: pattern.get_attribute("aria-invalid") == "false")
     shown.one("#form summary").click()
     shown.one("#option-name").send_keys("mine")
     shown.wait(lambda: shown.names() == ["mine"])
@@ -301,13 +364,89 @@ def test_options_have_inputs_by_type_and_change_the_plan(page):
     assert (delta.name, config.rank_pattern) == ("mine", {queries(0)[0]: 1})
 
 
+def test_what_cannot_be_read_is_said_at_its_field_and_is_not_submitted(page):
+    model = bert()
+    start = [LoraConfig(modified_modules=["query"]), AdapterConfig(modified_modules=["query"])]
+    shown = page(lambda: opendelta.pick(model, start))
+    shown.one("#option-lora_r").clear()
+    shown.one("#option-lora_r").send_keys("1e")
+    shown.wait(lambda: "lora_r='1e' is no number" in shown.text("#option-lora_r-error"))
+    shown.all(".choose")[1].click()
+    shown.one("#submit").click()  # while another delta is shown
+    shown.wait(lambda: "lora_r='1e' is no number" in shown.text("#problem"))
+    shown.browser.refresh()
+    shown.wait(lambda: shown.all(".row") and "1e" in shown.text("#option-lora_r-error"))
+    assert shown.one("#option-lora_r").get_attribute("value") == "1e"
+    shown.one("#option-lora_r").send_keys("\ue003" * 2, "3")  # Backspace
+    shown.python("lora_r=3")
+    shown.one("#submit").click()
+    assert [getattr(delta.config, "lora_r", 0) for delta in shown.picking.join()] == [3, 0]
+
+
+def test_the_default_places_stay_picked_while_an_option_is_wrong(page):
+    shown = page(lambda: opendelta.pick(bert()))
+    shown.python("LoraModel(model)")
+    dropout = shown.one("#option-lora_dropout")
+    dropout.clear()
+    dropout.send_keys("1")
+    shown.wait(lambda: "must be below 1" in shown.text("#option-lora_dropout-error"))
+    assert shown.rows()["query"]["checked"] == "true"
+    shown.click("key", "box")
+    dropout.send_keys("\ue003", "0.1")
+    shown.python('modified_modules=["query", "key", "value"], lora_dropout=0.1')
+    shown.browser.refresh()
+    shown.python('["query", "key", "value"]')
+
+
+def test_no_default_place_is_lost_where_they_were_never_known(page):
+    shown = page(lambda: opendelta.pick(bert()))
+    shown.one("#option-lora_r").clear()
+    shown.one("#option-lora_r").send_keys("0")
+    shown.wait(lambda: "at least 1" in shown.text("#option-lora_r-error"))
+    shown.browser.refresh()
+    shown.wait(lambda: shown.all(".row") and "at least 1" in shown.text("#option-lora_r-error"))
+    shown.one("#search").send_keys("key")
+    shown.wait(lambda: shown.all("#found button"))
+    shown.one("#found button").click()
+    shown.wait(lambda: "The default places are not known yet" in shown.text("#said"))
+    shown.one("#option-lora_r").send_keys("\ue003", "4")
+    shown.python("LoraModel(model, lora_r=4)")
+
+
+def test_a_search_whose_modules_do_not_fit_says_so(page):
+    shown = page(lambda: opendelta.pick(bert()))
+    shown.one("#search").send_keys("LayerNorm")
+    shown.wait(lambda: shown.all("#found button"))
+    shown.one("#found button").click()
+    shown.wait(lambda: shown.text("#unfit") == "lora goes on none of these")
+    shown.python("LoraModel(model)")
+    shown.one("#option-lora_r").send_keys("e")
+    shown.wait(lambda: "is no number" in shown.text("#option-lora_r-error"))
+    shown.one("#search").clear()
+    shown.one("#search").send_keys("decoder")
+    shown.wait(lambda: shown.all("#found button") and "decoder" in shown.text("#found"))
+    shown.one("#found button").click()
+    shown.wait(lambda: "Where lora goes is not known yet" in shown.text("#unfit"))
+
+
+def test_each_choice_is_spelt_out_and_the_one_that_was_given_is_chosen(page):
+    from selenium.webdriver.support.select import Select
+
+    config = opendelta.SoftPromptConfig(other_expand_ids={"attention_mask": 1}, token_init=False)
+    shown = page(lambda: opendelta.pick(bert(), config))
+    choices = Select(shown.one("#option-other_expand_ids"))
+    spelt = ["none", "{}", '{"attention_mask":1}', '{"attention_mask":1,"token_type_ids":0}']
+    assert [each.text for each in choices.options] == spelt
+    assert choices.first_selected_option.text == spelt[2]
+
+
 def test_an_error_of_submit_is_shown_and_the_page_goes_on(page):
     model = bert()
     shown = page(lambda: opendelta.pick(model, LoraConfig(modified_modules=["query"])))
     shown.click("query", "box")
-    shown.wait(lambda: "is an empty list" in shown.text("#remarks"))
+    shown.wait(lambda: "no module is selected" in shown.text("#remarks"))
     shown.one("#submit").click()
-    shown.wait(lambda: "is an empty list" in shown.text("#problem"))
+    shown.wait(lambda: "no module is selected" in shown.text("#problem"))
     shown.click("query", "box")
     shown.python('["query"]')
     shown.one("#submit").click()
@@ -344,12 +483,35 @@ def test_two_pages_at_once_and_the_first_that_submits_wins(page, browser):
     other = Page(browser, shown.picking.address)
     other.click("query", "box")
     other.python('["value"]')
+    browser.switch_to.window(first)
+    shown.click("value")  # its formula is that of its own page
+    shown.click("query")
+    shown.wait(lambda: shown.text("#formula") == "y = query(x) + lora(x)")
+    browser.switch_to.window(browser.window_handles[1])
     other.one("#submit").click()
     (delta,) = shown.picking.join()
     assert [name.rpartition(".")[2] for name in delta.modified_modules] == ["value"] * 4
     browser.close()
     browser.switch_to.window(first)
     shown.wait(lambda: "Done" in shown.text("#ended"))
+
+
+def test_eight_pages_at_once_all_work(page, browser):
+    shown = page(lambda: opendelta.pick(bert()))
+    first = browser.current_window_handle
+    for _ in range(7):
+        browser.switch_to.new_window("tab")
+        other = Page(browser, shown.picking.address)
+    other.click("query", "box")
+    other.python('["value"]')
+    while len(browser.window_handles) > 2:
+        browser.close()
+        browser.switch_to.window(browser.window_handles[-1])
+    assert shown.picking.thread.is_alive()
+    browser.close()
+    browser.switch_to.window(first)
+    shown.one("#submit").click()
+    assert len(shown.picking.join()) == 1
 
 
 def test_a_wrong_token_shows_no_page(browser, picking):
@@ -413,9 +575,24 @@ def test_a_branch_may_end_at_another_module_of_its_block(page):
     assert delta.modified_modules == pairs
 
 
-def test_a_narrow_window_and_a_dark_one_show_all_that_matters(picking):
-    for width, dark in ((390, False), (1280, True)):
-        browser = chromium(width, 844, dark)
+def contrast(browser, selector):
+    """The contrast of the border of a part with its own ground."""
+    colours = browser.execute_script(
+        "const style = getComputedStyle(document.querySelector(arguments[0]));"
+        "return [style.borderTopColor, style.backgroundColor]",
+        selector,
+    )
+    light = []
+    for colour in colours:
+        parts = [int(part) / 255 for part in colour[4:-1].split(",")]
+        linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+        light.append(0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2] + 0.05)
+    return max(light) / min(light)
+
+
+def test_windows_of_any_size_and_a_dark_one_show_all_that_matters(picking):
+    for width, height, dark in ((390, 844, False), (910, 430, False), (1280, 844, True)):
+        browser = chromium(width, height, dark)
         try:
             running = picking(lambda: opendelta.pick(bert()))
             shown = Page(browser, running.address)
@@ -423,12 +600,16 @@ def test_a_narrow_window_and_a_dark_one_show_all_that_matters(picking):
             assert wide <= width
             for part in ("#search", "#tree", "#deltas", "#form", "#figures", "#text", "#submit"):
                 assert shown.one(part).is_displayed(), part
+            assert shown.one("#tree").size["height"] >= 140
+            for part in ("#search", "#option-lora_r", "#option-init", "#copy"):
+                assert contrast(browser, part) >= 3, part
             style = "return getComputedStyle(document.body).backgroundColor"
             ground = browser.execute_script(style)
             assert (sum(map(int, ground[4:-1].split(","))) < 200) == dark
+            browser.get("about:blank")
+            assert running.join() == []
         finally:
             browser.quit()
-        assert running.join() == []
 
 
 def test_a_model_of_seventy_billion_parameters_opens_in_two_seconds(page):

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shlex
 import time
 
@@ -80,7 +81,7 @@ def test_a_form_has_each_option_with_its_meaning_kind_and_limits():
     options = {option["name"]: option for option in forms["lora"]["options"]}
     rank = options["lora_r"]
     assert rank["meaning"] == "rank of the change."
-    assert (rank["kind"], rank["default"], rank["minimum"], rank["own"]) == ("whole", 8, 1, True)
+    assert (rank["kind"], rank["default"], rank["minimum"], rank["own"]) == ("whole", "8", 1, True)
     kinds = {name: option["kind"] for name, option in options.items()}
     assert {kinds[n] for n in ("lora_alpha", "lora_dropout")} == {"number"}
     assert (kinds["use_dora"], kinds["init"], kinds["name"]) == ("flag", "choice", "text")
@@ -149,6 +150,73 @@ def test_any_places_come_back_from_the_written_ones_in_python_and_at_the_prompt(
         assert sorted(plan.deltas[0].options["modified_modules"]) == sorted(places), told["words"]
 
 
+@pytest.mark.parametrize("method", sorted(opendelta._deltas.registry.METHODS))
+@pytest.mark.parametrize("of_class", [False, True])
+def test_the_lines_of_python_have_the_defaults_of_the_class(method, of_class):
+    cls = opendelta._deltas.registry.METHODS[method]
+    if not cls.__module__.startswith("opendelta."):
+        return
+    config = cls.config_class.from_options({}) if of_class else cls.config_class()
+    made = []
+    names = {"model": None, cls.__name__: lambda _, **given: made.append(given)}
+    exec(writing.python([config]).partition("\n\n")[2], names)
+    assert cls.config_class.from_options(made[0]) == config
+
+
+def test_the_lines_of_python_have_the_sample_inputs_that_the_page_was_given():
+    model = net()
+    asked = Desk(model, [], samples=torch.zeros(1, 3, dtype=torch.long))
+    told = asked.answer("plan", {"deltas": [wire("lora", ["linear"])]})
+    assert told["python"].endswith("sample_inputs=sample_inputs)")
+
+
+def test_the_words_name_a_class_that_the_command_would_not_take_by_itself():
+    model = bert(1)
+    model.name_or_path, model.config.architectures = "some/bert", ["BertForMaskedLM"]
+    words = desk(model).answer("plan", {"deltas": [wire("lora")]})["words"]
+    assert words == "opendelta plan some/bert --delta lora"
+    model.config.architectures = ["BertModel"]
+    words = desk(model).answer("plan", {"deltas": [wire("lora")]})["words"]
+    assert words == "opendelta plan some/bert --class BertForMaskedLM --delta lora"
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        opendelta.FourierFTConfig(random_loc_seed=2**63 - 1),
+        opendelta.VeraConfig(projection_prng_key=2**53 + 1),
+        LoraConfig(rank_pattern={"query": 2}, lora_alpha=1e-05),
+        opendelta.SoftPromptConfig(token_init="a text"),
+    ],
+)
+def test_a_page_that_is_submitted_untouched_brings_back_each_value(config):
+    asked = desk(None, config)
+    text = json.dumps(asked.answer("open", {})["deltas"])
+    numbers = [float(n) for n in re.findall(r"(?<![\w.\"])-?\d+(?=[,}\]])", text)]
+    assert all(abs(number) < 2**53 for number in numbers)  # which JavaScript has exactly
+    assert asked.configs({"deltas": json.loads(text)}) == [config]
+
+
+@pytest.mark.parametrize(
+    ("option", "typed", "error"),
+    [
+        ("rank_pattern", "{query: 2}", "rank_pattern='{query: 2}' is no JSON: Expecting property"),
+        ("rank_pattern", "[" * 100_000, "is no JSON"),
+        ("lora_r", "1e", "lora_r='1e' is no number"),
+        ("lora_r", "1.5", "lora_r=1.5 must be int, not float"),
+        ("lora_alpha", "nan", "lora_alpha=nan must be"),
+        ("modified_modules", ["query"], "modified_modules=['query']: the form has no such option"),
+        ("interactive_modify", True, "interactive_modify=True: the form has no such option"),
+    ],
+)
+def test_a_value_that_cannot_be_read_is_refused_by_the_plan_and_by_submit(option, typed, error):
+    given = {"deltas": [wire("lora", **{option: typed})]}
+    asked = desk()
+    assert error in asked.answer("plan", given)["deltas"][0]["error"]
+    with pytest.raises(opendelta.OptionError, match=re.escape(error)):
+        asked.configs(given)
+
+
 def test_the_lines_of_python_attach_the_deltas():
     deltas = [
         wire("lora", query(1, 2), lora_r=4, rank_pattern={"layer.1.attention.self.query": 2}),
@@ -171,7 +239,7 @@ def test_the_lines_of_python_attach_the_deltas():
 @pytest.mark.parametrize("value", ["plain", "True", "5", "a,b", "line\nbreak", 'a"b', "ü", ""])
 def test_every_text_comes_back_from_the_words_of_the_command_line(value):
     config = opendelta.AdapterConfig(non_linearity=value)
-    line = shlex.split(writing.words(Backbone.of(net()), "a b", [config]))
+    line = shlex.split(writing.words(Backbone.of(net()), ["a b"], [config]))
     assert line[:3] == ["opendelta", "plan", "a b"]
     (text,) = [w for w in requests.gathered(line[3:]) if w != "--delta"]
     assert requests.parse(text).options == {"non_linearity": value}
@@ -221,7 +289,13 @@ def test_a_search_that_finds_nothing_says_what_is_near():
 
 
 def test_the_same_in_all_blocks():
-    assert desk().answer("alike", {"names": query(3)})["names"] == query(*range(12))
+    given = {"delta": wire("lora"), "names": query(3)}
+    assert desk().answer("alike", given)["names"] == query(*range(12))
+    parts = nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 4)
+    alike = lambda d, n: desk(nn.Sequential(*parts)).answer("alike", {"delta": d, "names": [n]})  # noqa: E731
+    assert alike(wire("lora"), "0")["names"] == ["0", "2", "4"]
+    assert alike(wire("bitfit"), "3")["names"] == ["3"]
+    assert alike(wire("lora"), "1")["names"] == []
 
 
 # ---------------------------------------------------------------------------------- what fits
@@ -273,11 +347,10 @@ def test_the_plan_is_that_of_the_library_and_the_formula_shows_the_order():
     assert told["figures"][0]["figure"] == f"{plan.added_parameters:,}"
     assert told["figures"][2]["figure"] == f"{plan.flops.per_token:,}"
     assert " ".join(told["costs"]) in " ".join(str(plan).split())
-    formula = asked.answer("explain", {"name": query(0)[0]})["formula"]
-    assert formula == "y = adapter(query(x) + lora(x))"
-    asked.answer("plan", {"deltas": deltas[::-1]})
-    formula = asked.answer("explain", {"name": query(0)[0]})["formula"]
-    assert formula == "y = adapter(query(x)) + lora(x)"
+    ask = lambda given: asked.answer("explain", {"name": query(0)[0], "deltas": given})  # noqa: E731
+    assert ask(deltas)["formula"] == "y = adapter(query(x) + lora(x))"
+    asked.answer("plan", {"deltas": []})  # of another page
+    assert ask(deltas[::-1])["formula"] == "y = adapter(query(x)) + lora(x)"
 
 
 def test_an_error_of_one_delta_leaves_the_plan_of_the_others():
@@ -285,7 +358,7 @@ def test_an_error_of_one_delta_leaves_the_plan_of_the_others():
         "plan", {"deltas": [wire("lora", []), wire("lora", lora_r=0), wire("ia3")]}
     )
     first, second, third = told["deltas"]
-    assert "modified_modules is an empty list" in first["error"]
+    assert first["error"].startswith("no module is selected: select some in the tree")
     assert "lora_r=0 must be at least 1" in second["error"]
     assert third["modules"] == 36
     assert "IA3Model" in told["python"]
@@ -302,7 +375,7 @@ def test_nothing_of_the_model_changes():
         asked.answer("plan", {"deltas": asked.answer("open", {})["deltas"]})
         asked.answer("plan", {"deltas": [wire("adapter", ["attention", "pair"])]})
         asked.answer("fits", {"delta": wire("prefix"), "names": ["attention"]})
-        asked.answer("explain", {"name": "attention"})
+        asked.answer("explain", {"name": "attention", "deltas": [wire("adapter", ["attention"])]})
     opendelta.assert_pristine(model)
 
 
@@ -312,7 +385,7 @@ def test_the_page_starts_with_what_is_given():
     )
     (delta,) = desk(None, given).answer("open", {})["deltas"]
     assert delta["places"] == query(*range(1, 12))
-    assert delta["options"]["lora_r"] == 2
+    assert delta["options"]["lora_r"] == "2"
     told = desk().answer("plan", {"deltas": [delta]})
     assert told["deltas"][0]["places"] == query(*range(1, 12))
     assert "common_structure" not in told["python"]

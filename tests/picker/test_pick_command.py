@@ -61,6 +61,14 @@ def test_it_prints_the_lines_of_python_and_the_words_that_plan_the_same(pick, fo
     )
 
 
+def test_the_words_keep_the_class_that_the_command_was_given(pick, folder, capsys):
+    page = pick("--class", "BertModel")
+    page.ask("submit", {"deltas": [wire("lora")]})
+    assert page.join() == 0
+    words = f"# opendelta plan {folder} --class BertModel --delta lora\n"
+    assert capsys.readouterr().out.endswith(words)
+
+
 def test_as_json_it_prints_configs_that_come_back(pick, capsys):
     page = pick("--json")
     page.ask("submit", {"deltas": [wire("lora"), wire("adapter", None, bottleneck_dim=3)]})

@@ -1,12 +1,14 @@
 """The page's server answers nobody but its own page: token, Host, Origin, sizes, headers."""
 
 import http.client
+import re
 import socket
 import time
 from urllib.parse import urlsplit
 
 import pytest
 from support.nets import net
+from support.picking import wire
 
 import opendelta
 from opendelta._picker import server, session
@@ -114,12 +116,28 @@ def test_a_body_that_is_no_question_is_refused(page, body, headers, status):
         ("nothing", {}), ("__init__", {}), ("plan", {}), ("plan", {"deltas": 3}),
         ("plan", {"deltas": [{}]}), ("plan", {"deltas": ["x"]}), ("fits", {"names": []}),
         ("submit", {}), ("search", {}), ("explain", {"name": ["x"]}), ("alike", {"names": [3]}),
+        ("submit", {"deltas": 3}), ("submit", {"deltas": [{"type": "lora"}]}),
+        ("submit", {"deltas": [wire("lora", 3)]}), ("submit", {"deltas": [wire("lora", [3])]}),
+        ("submit", {"deltas": [wire("lora", [["linear"]])]}), ("submit", {"deltas": [wire(["x"])]}),
+        ("submit", {"deltas": [wire("parallel_adapter", ["linear"])]}),
+        ("submit", {"deltas": [{"type": "lora", "options": [], "places": None}]}),
+        ("submit", {"deltas": [wire("lora", ["linear"], interactive_modify=True)]}),
     ],
 )  # fmt: skip
 def test_a_question_of_another_form_is_an_error_on_the_page(page, verb, body):
     answer = page.ask(verb, body)
     assert answer["error"]
+    assert not re.match("[A-Z][A-Za-z]*Error", answer["error"])
     assert page.ask("open")["model"] == "Net"
+
+
+def test_the_address_works_without_its_last_slash_and_with_a_query(page):
+    at = page.address.removesuffix("/")
+    status, _ = page.request("GET", "", at=at)
+    token = at.rpartition("/")[2]
+    assert (status, page.headers["Location"]) == (308, f"{token}/")
+    for path in ("?x", "?a=b/c", "picker.js?1"):
+        assert page.request("GET", path)[0] == 200
 
 
 @pytest.mark.parametrize("path", ["../server.py", "%2e%2e/server.py", "page/index.html", "x"])

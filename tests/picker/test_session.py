@@ -16,7 +16,7 @@ from torch import nn
 
 import opendelta
 from opendelta import AdapterConfig, AdapterModel, LoraConfig, LoraModel, OptionError
-from opendelta._picker import session
+from opendelta._picker import server, session
 
 pytestmark = pytest.mark.covers("pick", "DeltaConfig.interactive_modify")
 
@@ -100,17 +100,33 @@ def test_of_two_pages_the_first_that_submits_wins_and_the_other_is_told(picking)
 
 
 def test_when_the_last_page_is_closed_picking_is_cancelled(picking, monkeypatch):
-    monkeypatch.setattr(session, "GRACE", 0.5)
+    monkeypatch.setattr(server, "GRACE", 0.5)
     page = picking(lambda: opendelta.pick(net()))
     time.sleep(0.8)  # before the first page is opened nothing is cancelled
     one, other = open_page(page), open_page(page)
+    page.ask("leave")
     one.close()
     time.sleep(0.8)
     assert page.thread.is_alive()
+    page.ask("leave")
     other.close()
     again = open_page(page)  # loaded again within the grace
     time.sleep(0.8)
     assert page.thread.is_alive()
+    again.close()
+    page.ask("leave")
+    assert page.join() == []
+
+
+def test_a_connection_that_breaks_ends_nothing_until_it_is_broken_for_long(picking, monkeypatch):
+    monkeypatch.setattr(server, "GRACE", 0.2)
+    monkeypatch.setattr(server, "PATIENCE", 2.0)
+    page = picking(lambda: opendelta.pick(net()))
+    open_page(page).close()
+    time.sleep(1)
+    again = open_page(page)
+    time.sleep(2.5)
+    assert page.ask("open")["model"] == "Net"
     again.close()
     assert page.join() == []
 
@@ -153,7 +169,7 @@ def test_deltas_that_are_there_stay_beneath(picking):
     assert page.ask("open")["carries"] == ["lora"]
     deltas = [wire("lora", ["linear"])]
     assert page.ask("plan", {"deltas": deltas})["deltas"][0]["name"] == "lora_1"
-    formula = page.ask("explain", {"name": "linear"})["formula"]
+    formula = page.ask("explain", {"name": "linear", "deltas": deltas})["formula"]
     assert formula == "y = linear(x) + lora(x) + lora_1(x)"
     page.ask("submit", {"deltas": deltas})
     assert [delta.name for delta in page.join()] == ["lora_1"]
@@ -165,6 +181,29 @@ def test_a_model_that_is_none_and_a_wrong_start_are_refused():
         opendelta.pick("roberta-base")
     with pytest.raises(opendelta.AddressError, match="no module matches 'lienar'"):
         opendelta.pick(net(), LoraConfig(modified_modules=["lienar"]))
+
+
+@pytest.mark.parametrize(
+    "configs", ["lora", LoraConfig, LoraModel, 0, [1], [LoraConfig], {"delta_type": "lora"}, net()]
+)
+def test_configs_of_another_kind_are_refused_before_a_page_is_opened(configs):
+    with pytest.raises(OptionError, match=r"pick takes configs such as LoraConfig\(...\), not"):
+        opendelta.pick(net(), configs)
+
+
+@pytest.mark.parametrize("port", [-1, 2**16, 70_000, "8888", 1.5, True, None])
+def test_a_port_of_another_kind_is_refused(port):
+    with pytest.raises(OptionError, match="must be a whole number from 0 to 65535"):
+        opendelta.pick(net(), port=port)
+
+
+def test_a_page_for_one_delta_takes_one_of_its_method(picking):
+    page = picking(lambda: LoraModel(net(), interactive_modify=True))
+    for deltas in ([wire("adapter", ["linear"])], [wire("lora", ["linear"])] * 2):
+        error = page.ask("submit", {"deltas": deltas})["error"]
+        assert error == "this page is for one delta, of the method 'lora'"
+    assert page.ask("submit", {"deltas": [wire("lora", ["linear"])]}) == {}
+    assert page.join().modified_modules == ["linear"]
 
 
 # -------------------------------------------------------------------------- interactive_modify
@@ -190,16 +229,22 @@ def test_every_constructor_opens_the_page_and_is_the_delta_that_is_picked(pickin
 
 def test_the_page_of_a_constructor_starts_with_its_options(picking):
     model = net()
-    page = picking(
-        lambda: LoraModel(model, 4, modified_modules=["linear", "bare"], interactive_modify=True)
-    )
+    page = picking(lambda: LoraModel(model, 4, exclude_modules=["linear"], interactive_modify=True))
     (delta,) = page.ask("open")["deltas"]
-    assert (delta["places"], delta["options"]["lora_r"]) == (["linear", "bare"], 4)
+    assert "linear" not in delta["places"]
+    assert delta["options"]["lora_r"] == "4"
     page.ask("submit", {"deltas": [{**delta, "places": ["bare"]}]})
     made = page.join()
     assert made.modified_modules == ["bare"]
     out = model(torch.zeros(1, 3, dtype=torch.long))
     assert out.shape == (1, 3, 3)
+
+
+def test_places_and_the_page_to_pick_them_on_exclude_each_other():
+    model = net()
+    with pytest.raises(OptionError, match=r"interactive_modify=True .* give one of the two"):
+        LoraModel(model, modified_modules=["linear"], interactive_modify=True)
+    opendelta.assert_pristine(model)
 
 
 def test_a_cancelled_constructor_raises_and_attaches_nothing(picking):
@@ -228,7 +273,8 @@ def test_a_dry_run_opens_no_page():
 
 
 def test_a_config_that_asks_for_the_page_opens_it(picking):
-    model, config = net(), LoraConfig(modified_modules=["linear"], interactive_modify=True)
+    model, config = net(), LoraConfig(lora_r=2, interactive_modify=True)
     page = picking(lambda: opendelta.AutoDeltaModel.from_config(config, model))
-    page.ask("submit", {"deltas": page.ask("open")["deltas"]})
-    assert page.join().modified_modules == ["linear"]
+    (delta,) = page.ask("open")["deltas"]
+    page.ask("submit", {"deltas": [{**delta, "places": ["linear"]}]})
+    assert (page.join().modified_modules, page.result.config.lora_r) == (["linear"], 2)

@@ -1,12 +1,16 @@
 // Ask the server: questions by POST, and one stream that tells how the session ended.
 
-export async function ask(verb, body = {}) {
+const PATIENCE = 60_000; // of the server, with a connection that broke
+const RETRY = 1_000;
+
+export async function ask(verb, body = {}, more = {}) {
   let reply;
   try {
     reply = await fetch(verb, {
       method: "POST",
       headers: { "Content-Type": "application/json" },
       body: JSON.stringify(body),
+      ...more,
     });
   } catch {
     return { error: "opendelta does not answer: has the session ended?" };
@@ -16,20 +20,29 @@ export async function ask(verb, body = {}) {
 
 // Call `over` with "submitted", "cancelled" or "lost" when the session has ended.
 export function watch(over) {
-  const stream = new EventSource("events");
-  let failures = 0;
-  stream.onopen = () => (failures = 0);
-  stream.addEventListener("end", (event) => {
-    stream.close();
-    over(JSON.parse(event.data));
-  });
-  stream.onerror = () => {
-    failures += 1;
-    if (stream.readyState === EventSource.CLOSED || failures > 1) {
-      stream.close();
-      over("lost");
-    }
+  addEventListener("pagehide", () => ask("leave", {}, { keepalive: true }));
+  if (!globalThis.SharedWorker) return stream(over);
+  const worker = new SharedWorker("worker.js", { type: "module" });
+  worker.port.onmessage = (event) => over(event.data);
+}
+
+export function stream(over) {
+  let broken = null; // since when
+  const open = () => {
+    const events = new EventSource("events");
+    events.onopen = () => (broken = null);
+    events.addEventListener("end", (event) => {
+      events.close();
+      over(JSON.parse(event.data));
+    });
+    events.onerror = () => {
+      events.close();
+      broken ??= Date.now();
+      if (Date.now() - broken > PATIENCE) over("lost");
+      else setTimeout(open, RETRY);
+    };
   };
+  open();
 }
 
 // Run `action` once the calls have paused; while one runs, later calls wait for its end.
@@ -57,6 +70,14 @@ export function settled(action, pause) {
     clearTimeout(timer);
     timer = setTimeout(run, pause);
   };
+}
+
+// Replace what is in a box. The focus stays on the part with the same `data-focus`, else it goes to
+// what `other` returns.
+export function redraw(box, other, ...children) {
+  const held = box.contains(document.activeElement) && document.activeElement.dataset.focus;
+  box.replaceChildren(...children);
+  if (held) (box.querySelector(`[data-focus="${held}"]:not(:disabled)`) ?? other(held)).focus();
 }
 
 // Make an element; texts come from models of others, so they are only ever set as text.

@@ -1,15 +1,17 @@
 // The list of deltas, whose order can be dragged or moved by keys, and the form of the current one.
 
-import { make } from "./ask.js";
+import { make, redraw } from "./ask.js";
 
 // `page` has the deltas, the current one, and what to do when one changes; see picker.js.
 export function drawDeltas(page) {
   const list = document.getElementById("deltas");
-  const focused = document.activeElement?.dataset.focus;
-  list.replaceChildren(...page.deltas.map((delta, index) => item(page, delta, index)));
+  const nearest = (held) =>
+    list.querySelector(`[data-focus="choose-${held.split("-").at(-1)}"]`) ??
+    list.querySelector('[aria-pressed="true"]') ??
+    document.getElementById("add-delta");
+  redraw(list, nearest, ...page.deltas.map((delta, index) => item(page, delta, index)));
   document.getElementById("add").hidden = page.only;
   document.getElementById("order").hidden = page.deltas.length < 2;
-  if (focused) list.querySelector(`[data-focus="${focused}"]:not(:disabled)`)?.focus();
 }
 
 function item(page, delta, index) {
@@ -129,8 +131,14 @@ export function drawRemarks(page) {
   const delta = page.current;
   if (!delta) return;
   const told = page.told(delta);
-  document.getElementById("remarks").replaceChildren(
-    told.error ? make("p", { class: "wrong" }, told.error) : "",
+  const box = document.getElementById("remarks");
+  const atFields = page
+    .method(delta.type)
+    .options.filter((option) => markField(option, told.error ?? "")).length;
+  redraw(
+    box,
+    () => box.querySelector("button"),
+    told.error && !atFields ? make("p", { class: "wrong" }, told.error) : "",
     ...(told.remarks ?? []).map((remark) => make("p", { class: "remark" }, remark)),
     make(
       "div",
@@ -139,14 +147,30 @@ export function drawRemarks(page) {
         "button",
         {
           type: "button",
+          "data-focus": "default",
           "aria-pressed": String(delta.places === null),
           onclick: () => page.place(delta, null),
         },
         "Default places",
       ),
-      make("button", { type: "button", onclick: () => page.place(delta, []) }, "Select none"),
+      make(
+        "button",
+        { type: "button", "data-focus": "none", onclick: () => page.place(delta, []) },
+        "Select none",
+      ),
     ),
   );
+}
+
+// Show an error at the field of an option if the error names it; return whether it does.
+function markField(option, error) {
+  const input = document.getElementById(`option-${option.name}`);
+  const named = new RegExp(`(^|[^\\w.])${option.name}=`).test(error);
+  const shown = document.getElementById(`${input.id}-error`);
+  if (shown.textContent !== (named ? error : "")) shown.textContent = named ? error : "";
+  input.setAttribute("aria-invalid", String(named));
+  if (named && input.closest("details")) input.closest("details").open = true;
+  return named;
 }
 
 function chooser(page, delta) {
@@ -164,19 +188,11 @@ function field(page, delta, option) {
   const id = `option-${option.name}`;
   const value = option.name in delta.options ? delta.options[option.name] : option.default;
   const changed = JSON.stringify(value) !== JSON.stringify(option.default);
-  const input = inputs[option.kind](option, value);
-  Object.entries({ id, "aria-describedby": `${id}-meaning` }).forEach((pair) =>
-    input.setAttribute(...pair),
-  );
+  const input = (inputs[option.kind] ?? typed)(option, value);
+  input.id = id;
+  input.setAttribute("aria-describedby", `${id}-error ${id}-meaning`);
   input.addEventListener(option.kind === "choice" ? "change" : "input", () => {
-    let given;
-    try {
-      given = read[option.kind](input, option);
-      input.removeAttribute("aria-invalid");
-    } catch {
-      input.setAttribute("aria-invalid", "true");
-      return;
-    }
+    const given = (read[option.kind] ?? readText)(input, option);
     const same = JSON.stringify(given) === JSON.stringify(option.default);
     label.classList.toggle("changed", !same);
     page.set(delta, option.name, given);
@@ -187,6 +203,7 @@ function field(page, delta, option) {
     { class: `field ${option.kind}` },
     label,
     input,
+    make("p", { class: "wrong", id: `${id}-error` }),
     make("p", { class: "hint", id: `${id}-meaning` }, `${option.meaning} ${limits(option)}`.trim()),
   );
 }
@@ -199,62 +216,53 @@ function limits(option) {
   if (option.kind === "lines") parts.push("one a line");
   if (option.kind === "json") parts.push("as JSON");
   const known = option.kind === "flag" || option.kind === "choice" || option.default === null;
-  if (!known) parts.push(`default ${JSON.stringify(option.default)}`);
+  const text = option.kind === "text" ? JSON.stringify(option.default) : option.default;
+  if (!known) parts.push(`default ${text}`);
   return parts.length ? `(${parts.join(", ")})` : "";
 }
 
-function number(option, value, step) {
+// What is typed goes to the server as text, which reads it: numbers stay exact, errors have words.
+function typed(option, value) {
   return make("input", {
-    type: "number",
-    step,
-    min: option.minimum,
-    value: value === null ? "" : String(value),
-    placeholder: option.default === null ? "none" : String(option.default),
+    type: "text",
+    inputmode: { whole: "numeric", number: "decimal" }[option.kind],
+    spellcheck: "false",
+    autocomplete: "off",
+    value: value ?? "",
+    placeholder: option.default ?? "none",
   });
 }
 
 const inputs = {
   flag: (option, value) => make("input", { type: "checkbox", checked: value === true }),
-  whole: (option, value) => number(option, value, option.multiple_of ?? 1),
-  number: (option, value) => number(option, value, "any"),
-  text: (option, value) =>
-    make("input", { type: "text", spellcheck: "false", value: value ?? "", placeholder: "none" }),
   lines: (option, value) => {
     const area = make("textarea", { rows: 2, spellcheck: "false", placeholder: "none" });
     area.value = (value ?? []).join("\n");
     return area;
   },
-  json: (option, value) =>
-    make("input", {
-      type: "text",
-      spellcheck: "false",
-      value: value === null ? "" : JSON.stringify(value),
-      placeholder: "none",
-    }),
   choice: (option, value) =>
     make(
       "select",
       {},
       ...option.choices.map((choice, index) =>
-        make("option", { value: index, selected: choice === value }, choice === null ? "none" : String(choice)),
+        make(
+          "option",
+          { value: index, selected: JSON.stringify(choice) === JSON.stringify(value) },
+          choice === null ? "none" : typeof choice === "string" ? choice : JSON.stringify(choice),
+        ),
       ),
     ),
 };
 
 const read = {
   flag: (input) => input.checked,
-  whole: (input, option) => readNumber(input, option),
-  number: (input, option) => readNumber(input, option),
-  text: (input, option) => (input.value === "" ? option.default : input.value),
   lines: (input) => {
     const lines = input.value.split("\n").map((line) => line.trim()).filter(Boolean);
     return lines.length ? lines : null;
   },
-  json: (input, option) => (input.value === "" ? option.default : JSON.parse(input.value)),
   choice: (input, option) => option.choices[+input.value],
 };
 
-function readNumber(input, option) {
-  if (input.validity.badInput) throw new Error("no number");
-  return input.value === "" ? option.default : Number(input.value);
+function readText(input, option) {
+  return input.value === "" ? option.default : input.value;
 }

@@ -1,6 +1,6 @@
 // The state of the page: deltas in their order, their picks, and the plan of them.
 
-import { ask, make, settled, watch } from "./ask.js";
+import { ask, make, redraw, settled, watch } from "./ask.js";
 import { drawDeltas, drawForm, drawRemarks } from "./deltas.js";
 import { Tree, spell } from "./tree.js";
 
@@ -70,7 +70,8 @@ class Page {
   // ------------------------------------------------------------------------------- the deltas
   fresh(delta) {
     const id = this.count++;
-    return { ...delta, places: delta.places && [...delta.places], id, colour: id % COLOURS };
+    const places = delta.places && [...delta.places];
+    return { ...delta, places, defaults: null, id, colour: id % COLOURS };
   }
 
   method(type) {
@@ -115,7 +116,8 @@ class Page {
     const known = new Set(this.method(type).options.map((option) => option.name));
     const paired = this.method(type).paired !== this.method(delta.type).paired;
     for (const name of Object.keys(delta.options)) if (!known.has(name)) delete delta.options[name];
-    Object.assign(delta, { type, places: paired ? null : delta.places });
+    Object.assign(delta, { type, places: paired ? null : delta.places, defaults: null });
+    this.plans.delete(delta.id);
     drawForm(this);
     at("method").focus();
     this.changed();
@@ -155,7 +157,7 @@ class Page {
   // -------------------------------------------------------------------------------- the picks
   // {start: end} of a delta's modules; the end is the start unless the method takes pairs.
   pairs(delta) {
-    const places = delta.places ?? this.told(delta).places ?? [];
+    const places = delta.places ?? delta.defaults ?? [];
     if (delta.seen !== places) {
       const step = this.method(delta.type).paired ? 2 : 1;
       const map = new Map();
@@ -167,6 +169,15 @@ class Page {
       Object.assign(delta, { seen: places, map, around });
     }
     return delta.map;
+  }
+
+  // A pick changes the default places, so they must be known; they stay known while an option is
+  // wrong.
+  knows(delta) {
+    if (!delta) this.say("There is no delta: add one");
+    else if (!delta.places && !delta.defaults)
+      this.say(`The default places are not known yet: ${this.told(delta).error ?? "being planned"}`);
+    return Boolean(delta?.places ?? delta?.defaults);
   }
 
   setPairs(delta, map) {
@@ -200,10 +211,10 @@ class Page {
 
   toggle(names) {
     const delta = this.current;
-    if (!delta) return;
+    if (!this.knows(delta)) return;
     if (this.state(names) !== "true") {
       if (this.why(names[0]) === null) this.add(names);
-      else this.say(this.why(names[0]) ?? "");
+      else this.say(this.refusal([names[0]]));
       return;
     }
     const map = new Map(this.pairs(delta));
@@ -212,15 +223,18 @@ class Page {
   }
 
   add(names) {
-    if (!this.current) return;
+    if (!this.knows(this.current)) return;
     const map = new Map(this.pairs(this.current));
     names.forEach((name) => map.has(name) || map.set(name, name));
     this.setPairs(this.current, map);
   }
 
   async alike(names) {
-    const reply = await ask("alike", { names });
-    if (!reply.error && this.why(names[0]) === null) this.add(reply.names);
+    if (!this.knows(this.current)) return;
+    const { type, options } = this.current;
+    const reply = await ask("alike", { delta: { type, options }, names });
+    if (reply.error || !reply.names.length) this.say(reply.error ?? this.refusal([names[0]]));
+    else this.add(reply.names);
   }
 
   // ------------------------------------------------------------------- why a method does not go
@@ -236,6 +250,15 @@ class Page {
     if (!this.current) return undefined;
     if (this.asked.has(name)) return this.asked.get(name);
     return this.last?.type === this.current.type ? this.last.reasons.get(name) : undefined;
+  }
+
+  // What to say where none of these modules can be picked.
+  refusal(names) {
+    const { type } = this.current;
+    const reasons = names.map((name) => this.why(name));
+    if (reasons.length === 1 && reasons[0]) return reasons[0];
+    if (!reasons.includes(undefined)) return `${type} goes on none of these`;
+    return `Where ${type} goes is not known yet: ${this.told(this.current).error ?? "being planned"}`;
   }
 
   async need(names, wait = false) {
@@ -302,24 +325,33 @@ class Page {
     at("found").replaceChildren(
       select,
       make("code", {}, `modified_modules=[${JSON.stringify(way.place)}]${role}`),
+      make("span", { id: "unfit", class: "wrong" }),
     );
   }
 
   async pickFound(names) {
+    if (!this.knows(this.current)) return;
     const hits = this.tree.linesWith(names);
-    await this.need(hits.map(({ own }) => own[0]), true);
+    const firsts = hits.map(({ own }) => own[0]);
+    await this.need(firsts, true);
     const fitting = hits.filter(({ own }) => this.why(own[0]) === null);
+    at("unfit").textContent = fitting.length ? "" : this.refusal(firsts);
     if (fitting.length) this.add(fitting.flatMap(({ own }) => own));
-    else this.say(`${this.current?.type ?? "no delta"} goes on none of these`);
   }
 
   // --------------------------------------------------------------------------------- the plan
   async plan() {
     const deltas = [...this.deltas];
-    const reply = await ask("plan", { deltas: this.wire() });
+    const wire = this.wire();
+    const reply = await ask("plan", { deltas: wire });
     at("problem").textContent = reply.error ?? "";
     if (reply.error) return;
-    deltas.forEach((delta, index) => this.plans.set(delta.id, reply.deltas[index]));
+    deltas.forEach((delta, index) => {
+      const told = reply.deltas[index];
+      this.plans.set(delta.id, told);
+      const { type, places } = wire[index];
+      if (told.places && !places && type === delta.type) delta.defaults = told.places;
+    });
     this.text = { python: reply.python, words: reply.words };
     at("figures").replaceChildren(
       ...reply.figures.map(({ label, figure, note }, index) =>
@@ -331,11 +363,13 @@ class Page {
         ),
       ),
     );
-    const errors = reply.deltas.filter((told) => told.error).length;
-    const count = this.deltas.length - errors;
+    const wrong = deltas.filter((delta) => this.told(delta).error);
+    const count = deltas.length - wrong.length;
     this.say(
-      `Plan of ${count} delta${count === 1 ? "" : "s"}: ${reply.figures[0].figure} parameters` +
-        (errors ? `; ${errors} cannot be attached as it is` : ""),
+      [
+        ...wrong.map((delta) => `${delta.type} does not fit: ${this.told(delta).error}`),
+        `Plan of ${count} delta${count === 1 ? "" : "s"}: ${reply.figures[0].figure} parameters`,
+      ].join("; "),
     );
     this.show(this.tab);
     drawDeltas(this);
@@ -374,9 +408,12 @@ class Page {
     const why = this.why(names[0]);
     const state = this.state(names);
     const full = line.steps.map(spell).join(".");
-    const button = (text, action) => make("button", { type: "button", onclick: action }, text);
+    const button = (focus, text, action) =>
+      make("button", { type: "button", "data-focus": focus, onclick: action }, text);
     const several = this.tree.lines.length > 1 && /(^|\.)\d+(\.|$)/.test(names[0]);
-    at("module").replaceChildren(
+    redraw(
+      at("module"),
+      () => at("tree"),
       make(
         "p",
         { class: "where" },
@@ -390,21 +427,22 @@ class Page {
         "p",
         { class: "actions" },
         why === null || state !== "false"
-          ? button(state === "true" ? "Take out" : "Select", () => this.toggle(names))
+          ? button("toggle", state === "true" ? "Take out" : "Select", () => this.toggle(names))
           : "",
         several && names.length === 1 && why === null
-          ? button("Select the same in all blocks", () => this.alike(names))
+          ? button("alike", "Select the same in all blocks", () => this.alike(names))
           : "",
-        line.names.length > 1
+        line.node.names.length > 1
           ? button(
-              this.tree.apart.has(line.key) ? "Fold these blocks" : "Show blocks one by one",
-              () => this.tree.fold(line, !this.tree.apart.has(line.key)),
+              "fold",
+              this.tree.apart.has(this.tree.whole(line).key) ? "Fold these blocks" : "Show blocks one by one",
+              () => this.tree.fold(line),
             )
           : "",
         this.ending(line, names, state),
       ),
     );
-    const reply = await ask("explain", { name: names[0] });
+    const reply = await ask("explain", { name: names[0], deltas: this.wire() });
     if (reply.error || !at("formula")) return;
     if (this.tree.lines[this.tree.at]?.key !== line.key) return;
     at("formula").textContent = reply.formula;
@@ -430,6 +468,7 @@ class Page {
       "select",
       {
         id: "ending",
+        "data-focus": "ending",
         onchange: (event) => {
           const chosen = this.tree.namesOf(ends[+event.target.value]);
           const map = new Map(this.pairs(delta));
@@ -454,6 +493,7 @@ class Page {
     const reply = await ask("submit", { deltas: this.wire() });
     at("submit").disabled = false;
     at("problem").textContent = reply.error ?? "";
+    if (reply.error) this.say("");
   }
 
   say(text) {

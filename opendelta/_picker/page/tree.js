@@ -209,11 +209,18 @@ export class Tree {
     this.flatten();
   }
 
-  fold(line, apart) {
-    if (apart) this.apart.add(line.key);
-    else this.apart.delete(line.key);
-    this.open.add(line.key);
+  // The line of all blocks that look like those of a line.
+  whole(line) {
+    return this.line(line.node, line.above, line.node.names);
+  }
+
+  // Show blocks one by one, or fold them again.
+  fold(line) {
+    const { key } = this.whole(line);
+    if (!this.apart.delete(key)) this.apart.add(key);
+    this.open.add(key);
     this.flatten();
+    this.choose(this.lines.findIndex((each) => each.key === key));
   }
 
   async range(index) {
@@ -246,6 +253,7 @@ export class Tree {
     const page = Math.floor(this.box.clientHeight / this.height) - 1;
     const moves = { ArrowDown: 1, ArrowUp: -1, PageDown: page, PageUp: -page };
     const ends = { Home: -this.lines.length, End: this.lines.length };
+    const letter = event.key.toLowerCase();
     if (event.ctrlKey || event.metaKey || event.altKey) return;
     if (event.key in moves || event.key in ends) {
       const to = Math.max(0, Math.min(this.at + (moves[event.key] ?? ends[event.key]), this.lines.length - 1));
@@ -259,10 +267,10 @@ export class Tree {
       else this.choose(this.lines.findLastIndex((l, i) => i < this.at && l.shown < this.lines[this.at].shown));
     } else if (event.key === " " || event.key === "Enter") {
       this.picks.toggle(this.namesOf(line));
-    } else if (event.key === "a") {
+    } else if (letter === "a") {
       this.picks.alike(this.namesOf(line));
-    } else if (event.key === "u" && line.names.length > 1) {
-      this.fold(line, !this.apart.has(line.key));
+    } else if (letter === "u" && line.node.names.length > 1) {
+      this.fold(line);
     } else if (event.key === "/") {
       document.getElementById("search").focus();
     } else return;
