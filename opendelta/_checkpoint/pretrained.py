@@ -30,7 +30,7 @@ def _write(model: nn.Module, folder: Path, alone: bool) -> None:
     with warnings.catch_warnings():
         if not alone:
             warnings.simplefilter("ignore", UnsavedWarning)
-        save(deltas, folder)
+        save(deltas, folder, public=not alone)  # the model beside them may be sent to a hub
 
 
 def _of_checkpoint(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:

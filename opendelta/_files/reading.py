@@ -170,10 +170,12 @@ def _problem(value: Any, longest: int) -> str | None:
 def check_link(path: Path) -> None:
     """Raise if a file is a link out of its folder.
 
-    A link in the cache of the hub, from snapshots/ to blobs/, is allowed.
+    A link in the cache of the hub, from inside <repository>/snapshots/<commit>/ to
+    <repository>/blobs/, is allowed.
     """
-    folder = path.parent.resolve()
-    if not path.is_symlink() or path.resolve().parent == folder:
+    folder, target = path.parent.resolve(), path.resolve().parent
+    if not path.is_symlink() or target == folder:
         return
-    if path.resolve().parent != folder.parent.parent / "blobs":
+    snapshots = target.parent / "snapshots"
+    if target.name != "blobs" or snapshots not in folder.parents or snapshots == folder:
         raise DeltaLoadError(f"{path} is a link out of its folder, to {path.resolve()}")

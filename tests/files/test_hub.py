@@ -47,7 +47,7 @@ def test_what_is_pushed_loads_by_its_name(pushed):
     seen, _, private, address = pushed
     assert seen["address"] == f"{address}/ada/german"
     assert private == {"ada/german"}
-    assert [seen[key] for key in seen if key.startswith("equal")] == [True] * 4
+    assert [seen[key] for key in seen if key.startswith("equal")] == [True] * 6
     assert seen["rank"] == 2
 
 

@@ -9,6 +9,7 @@ import torch
 
 import opendelta
 from opendelta import AdapterModel, AutoDeltaConfig, AutoDeltaModel, LoraModel
+from support.models import build, logits
 from support.nets import IDS, net, shake
 
 
@@ -44,6 +45,12 @@ def main(root):
         lora.push_to_hub("ada/german", token="hf_of_eve")
     except OSError as error:
         seen["wrong token"] = type(error).__name__
+    whole = build("llama").eval()
+    shake(LoraModel(whole)).freeze_module()
+    whole.push_to_hub("ada/whole")
+    plain = type(whole).from_pretrained("ada/whole").eval()
+    seen["equal plain"] = torch.equal(logits(plain), logits(build("llama").eval()))
+    seen["equal whole"] = torch.equal(logits(opendelta.from_pretrained("ada/whole")), logits(whole))
     print(json.dumps(seen))
 
 
