@@ -189,8 +189,11 @@ def test_arguments_of_a_function():
 def test_tests_of_dotted_names():
     from opendelta.utils.name_based_addressing import (
         endswith_in,
+        endswith_in_normal,
+        endswith_in_regex,
         is_child_key,
         substring_in,
+        substring_in_regex,
         superstring_in,
     )
 
@@ -200,6 +203,12 @@ def test_tests_of_dotted_names():
     assert not endswith_in(name, ["1.attention", "tention"])
     assert endswith_in(name, [re.compile(r"\d+\.attention")])
     assert not endswith_in(name, [re.compile(r"[0-5]\.attention")])
+    assert endswith_in("a.0.b", [r"[r]\d\.b"])
+    assert not endswith_in("a.0.b", [r"[r]\d", r"[r]a\.\d", r"\d\.b"])
+    assert endswith_in_regex("a.0.b", [r"\d\.b"])
+    assert not endswith_in_regex("a.10.b", [r"\d\.b"])
+    assert endswith_in_normal("a.0.b", ["0.b"])
+    assert substring_in_regex("a.0.b", [r"a\.\d"])
     assert is_child_key(name, ["encoder.layer"])
     assert not is_child_key(name, ["encoder.lay"])
     assert substring_in(name, ["layer.11"])

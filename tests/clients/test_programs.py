@@ -203,6 +203,33 @@ def test_a_config_that_0_3_saved_is_read(tmp_path):
     assert [n.rpartition(".")[2] for n in delta.modified_modules] == ["query", "value"] * 2
 
 
+def test_a_role_of_0_3_that_no_module_plays_is_left_out():
+    saved = {
+        "delta_type": "bitfit", "exclude_modules": ["lm_head"], "opendelta_version": "0.3.0",
+        "modified_modules": ["attn@", "ff@", "layer_norm@", "lm_head@.proj@"],
+        "common_structure": True,
+    }  # fmt: skip
+    model = roberta().roberta
+    with pytest.warns(UnusedWarning) as caught:
+        delta = AutoDeltaModel.from_config(AutoDeltaConfig.from_dict(saved), model)
+    assert [str(each.message).split(": ")[0] for each in caught] == [
+        "modified_modules", "exclude_modules"
+    ]  # fmt: skip
+    default = opendelta.BitFitModel(roberta().roberta)
+    assert delta.modified_modules == default.modified_modules
+    with pytest.raises(opendelta.AddressError, match=r"the role 'lm_head\.proj'"):
+        LoraModel(model, modified_modules=["lm_head@.proj@"], common_structure=True)
+    with pytest.raises(opendelta.AddressError, match=r"the role 'lm_head\.proj'"):
+        LoraModel(model, modified_modules=["attn", "lm_head.proj"], common_structure=True)
+
+
+def test_cross_attention_has_its_name_of_0_3():
+    sizes = {"d_model": 16, "d_kv": 4, "num_heads": 4, "d_ff": 16, "num_layers": 1}
+    model = transformers.T5Model(transformers.T5Config(vocab_size=9, **sizes))
+    there = LoraModel(model, modified_modules=["crossattn@.q@"], common_structure=True)
+    assert there.modified_modules == ["decoder.block.0.layer.1.EncDecAttention.q"]
+
+
 @pytest.mark.covers("DeltaConfig", "AutoDeltaConfig")
 def test_a_config_has_files_and_json_of_its_own(tmp_path):
     config = LoraConfig(lora_r=4, modified_modules=["query"])

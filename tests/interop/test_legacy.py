@@ -287,7 +287,8 @@ def test_a_reparameterised_prefix_of_0_3_gives_the_prefixes_that_its_network_com
     places = [{"modified_modules": ["attn@"], "common_structure": True}]
     if deltas == 2:
         places = [{"modified_modules": ["layer.0.attention"]}]
-        places += [{"modified_modules": ["attention"], "exclude_modules": ["bert.encoder.layer.0"]}]
+        other = {"modified_modules": ["attention"], "exclude_modules": ["bert.encoder.layer.0"]}
+        places.append(other)
     by_network = [
         written(tmp_path / f"network{i}", {**facts, **place, "reparameterize": True}, tensors)
         for i, place in enumerate(places)

@@ -138,8 +138,8 @@ def _config(folder: Path, config: dict[str, Any]) -> DeltaConfig:
         raise DeltaLoadError(
             f"{folder / CONFIG}: {pattern!r} repeats too much; write names of modules"
         )
-    if wanted is not None:  # 0.3 put an @ into names that it found by a role
-        options["modified_modules"] = [pattern.replace("@", "") for pattern in as_list(wanted)]
+    if wanted is not None:
+        options["modified_modules"] = wanted
         options["common_structure"] = bool(config.get("common_structure")) or None
     options["exclude_modules"] = config.get("exclude_modules")
     try:
