@@ -168,8 +168,9 @@ def test_names_of_the_package_itself():
 
     assert opendelta.CommonStructureMap is CommonStructureMap
     assert opendelta.logging.get_logger().name == "opendelta"
-    with pytest.raises(ImportError, match=r"opendelta.SaveLoadMixin of OpenDelta 0.3 is gone"):
-        _ = opendelta.SaveLoadMixin
+    for name in ("SaveLoadMixin", "set_axis_order", "global_setting", "GlobalSetting"):
+        with pytest.raises(ImportError, match=rf"opendelta\.{name} of OpenDelta 0.3 is gone: "):
+            getattr(opendelta, name)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = opendelta.nothing
     from opendelta.utils.name_based_addressing import endswith_in_normal

@@ -253,7 +253,7 @@ def written(folder, facts, tensors):
 
 
 def network_and_prefixes(layers, width=32):
-    """A network of 0.3 for so many layers, and the keys and values [2 layers, 3, width] it gives."""
+    """A network of 0.3 for so many layers, and the keys and values [2 layers, 3, width] of it."""
     network = {
         "wte.weight": torch.randn(3, 8),
         "control_trans.0.weight": torch.randn(5, 8),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from ..._backbone.patterns import as_list, compile_pattern
 from ..._deltas import choosing, former
 from ..._deltas.options import DeltaConfig
 from ..._deltas.registry import method
-from ..._files.reading import check_link, undamaged
+from ..._files.reading import as_path, check_link, undamaged
 from ...errors import AddressError, DeltaError, DeltaLoadError, OptionError, listed
 from ...names import ancestors, parent
 from .._draft import fact, named
@@ -38,6 +39,12 @@ def recognises(folder: Path) -> bool:
         return False
     given = read_json(folder / CONFIG)
     return "delta_type" in given and "format" not in given
+
+
+def bare_checkpoint(folder: str | os.PathLike) -> Path | None:
+    """Return the file in `folder` if OpenDelta 0.3 wrote it without a config; else None."""
+    file = as_path(folder, "path") / WEIGHTS
+    return file if file.is_file() and not file.with_name(CONFIG).exists() else None
 
 
 def holds_options(folder: Path) -> bool:
