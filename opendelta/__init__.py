@@ -32,12 +32,17 @@ from .recipes import Combination, adapter_drop, combine, mam, optimizer_groups, 
 
 __version__ = own_version()
 DeltaBase, BaseDeltaConfig = Delta, DeltaConfig  # their names in OpenDelta 0.3
+CommonStructureMap: _Any  # found on demand, as the other names of OpenDelta 0.3 are
+_OF_03 = (
+    "CommonStructureMap", "GlobalSetting", "SaveLoadMixin", "global_setting", "logging",
+    "set_axis_order",
+)  # fmt: skip
 # Python finds the module paths of OpenDelta 0.3 there, such as opendelta.auto_delta.
 __path__.append(f"{__path__[0]}/_compat")
 
 
 def __getattr__(name: str) -> _Any:
-    if name in ("CommonStructureMap", "SaveLoadMixin", "logging"):  # names of OpenDelta 0.3
+    if name in _OF_03:
         return _import_module(f"{__name__}.top").find(name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
@@ -45,11 +50,14 @@ def __getattr__(name: str) -> _Any:
 __all__ = [
     "AutoDeltaConfig",
     "AutoDeltaModel",
+    "BaseDeltaConfig",
     "BranchLayer",
     "CheckReport",
     "Combination",
+    "CommonStructureMap",
     "Composition",
     "Delta",
+    "DeltaBase",
     "DeltaConfig",
     "DeltaLayer",
     "InputLayer",

@@ -7,7 +7,12 @@ __all__ = ["AutoDeltaConfig", "AutoDeltaModel"]
 __getattr__ = refuses(
     __name__,
     dict.fromkeys(
-        ["DELTA_CONFIG_MAPPING", "DELTA_MODEL_MAPPING", "LAZY_CONFIG_MAPPING"],
+        [
+            "DELTA_CONFIG_MAPPING",
+            "DELTA_MODEL_MAPPING",
+            "LAZY_CONFIG_MAPPING",
+            "LAZY_DELTA_MAPPING",
+        ],
         "AutoDeltaConfig.from_dict and AutoDeltaModel.from_config know all methods",
     ),
 )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ..errors import OptionError, UnusedWarning, listed, nearest, shown, warn
+from ..errors import DeltaLoadError, OptionError, UnusedWarning, listed, nearest, shown, warn
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,48 @@ def replaced(delta_type: str, options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name not in names}
 
 
+def by_position(names: list[str], given: Sequence[Any]) -> list[str]:
+    """Return the options by position, with "backend" where it is given: behind the common options.
+
+    Args:
+        given: the values by position.
+    """
+    place = names.index("interactive_modify") + 1 if "interactive_modify" in names else len(names)
+    is_backend = any(value is None or isinstance(value, str) for value in given[place : place + 1])
+    return [*names[:place], *["backend"] * is_backend, *names[place:]]
+
+
 def check_former(delta_type: str, names: Iterable[str], values: Iterable[Any]) -> None:
     """Raise unless these former options of a method ask for what happens here."""
     replaced(delta_type, dict(zip(names, values, strict=True)))
+
+
+def check_checkpoint(verb: str, given: Mapping[str, tuple[Any, Any]]) -> None:
+    """Raise unless OpenDelta 0.3's arguments of a checkpoint ask for what happens here.
+
+    Args:
+        given: {argument: (its value, the value that does)}.
+    """
+    for name, (value, as_here) in given.items():
+        if value is not None and value is not as_here:
+            raise OptionError(
+                f"{verb}({name}={shown(value)}): a delta writes and reads files of its own, for "
+                "its own backbone: leave it out"
+            )
+
+
+def check_state(source: str, state: Mapping[str, Any]) -> None:
+    """Raise if a state dict is that of a delta of OpenDelta 0.3, which lacks names of modules.
+
+    Raises:
+        DeltaLoadError: it is.
+    """
+    if number := next((key for key in state if key.startswith("delta_modules.")), None):
+        raise DeltaLoadError(
+            f"{source}: OpenDelta 0.3 numbered the layers of a delta, as in {number!r}, so which "
+            "modules they are for is not known: in 0.3 save the delta by save_finetuned, or "
+            "model.state_dict(), which both load here"
+        )
 
 
 def check_loading(given: Mapping[str, Any]) -> None:
@@ -85,16 +124,19 @@ def check_loading(given: Mapping[str, Any]) -> None:
             )
 
 
-# Arguments of 0.3's save_finetuned: {name: values that ask for what happens here}.
+# Arguments of 0.3's save_finetuned, in its order: {name: values that ask for what happens here}.
 SAVING = {"save_config": (True,), "state_dict": (None,), "save_function": (None, torch.save)}
 FOR_DELTACENTER = (
-    "push_to_dc", "delay_push", "center_args", "center_args_pool", "list_tags", "dict_tags",
-    "test_result",
+    "push_to_dc", "center_args", "center_args_pool", "list_tags", "dict_tags", "delay_push",
+    "test_result", "usage",
 )  # fmt: skip
 
 
-def check_saving(given: Mapping[str, Any]) -> str:
+def check_saving(by_position: Sequence[Any], by_name: Mapping[str, Any]) -> str:
     """Check arguments that OpenDelta 0.3's `save_finetuned` had.
+
+    Args:
+        by_position: those after the folder.
 
     Returns:
         A text that says why the delta cannot be sent to DeltaCenter if that is asked for, else "".
@@ -105,8 +147,12 @@ def check_saving(given: Mapping[str, Any]) -> str:
     Raises:
         OptionError: an argument is unknown, or asks for what is not here.
     """
+    names = [*SAVING, *FOR_DELTACENTER]
+    if len(by_position) > len(names):
+        raise OptionError(f"save_finetuned takes a folder and {len(names)} others by position")
+    given = {**dict(zip(names, by_position, strict=False)), **by_name}
     for name, value in given.items():
-        if name not in FOR_DELTACENTER and name not in SAVING:
+        if name not in names:
             near = nearest(name, ["finetuned_delta_path", "push_to_hub", *SAVING])
             raise OptionError(
                 f"save_finetuned has no argument {name!r}"

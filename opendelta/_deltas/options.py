@@ -87,9 +87,10 @@ def option(
 class DeltaConfig:
     """The options of each delta. A method adds its own options in a subclass.
 
-    Options after `_: KW_ONLY` are given by name only. `positional` and `positional_first` are for
-    methods that take `modified_modules` and the like in another order in OpenDelta 0.3, and
-    `class_defaults` for options whose default there is another in the delta's class.
+    Options after `_: KW_ONLY` are given by name only. `positional` is for methods that take
+    `modified_modules` and the like in another order in OpenDelta 0.3, `positional_first` for those
+    that take them first, and then all options, and `class_defaults` for options whose default there
+    is another in the delta's class.
 
     Attributes:
         modified_modules: the modules that get a layer: ends of names, or `[r]` and a regular
@@ -120,6 +121,7 @@ class DeltaConfig:
 
     delta_type: ClassVar[str] = ""
     reader: ClassVar[Callable[..., DeltaConfig]]  # AutoDeltaConfig.from_finetuned, from the top
+    backbone_class = backbone_checkpoint_name = backbone_hash = None  # as in 0.3, if not set
     class_defaults: ClassVar[Mapping[str, Any]] = {}
     positional: ClassVar[tuple[str, ...]] = POSITIONAL
     positional_first: ClassVar[bool] = False
@@ -180,8 +182,10 @@ class DeltaConfig:
             given: the values by position, for a method whose order depends on them.
         """
         fields = dataclasses.fields(cls)
-        own = [f.name for f in fields if f.name not in COMMON and not f.kw_only]
-        return [*cls.positional, *own] if cls.positional_first else [*own, *cls.positional]
+        own = [f for f in fields if f.name not in COMMON]
+        if cls.positional_first:
+            return [*cls.positional, *(f.name for f in own)]
+        return [*(f.name for f in own if not f.kw_only), *cls.positional]
 
     @classmethod
     def check_names(cls, given: typing.Iterable[str]) -> None:

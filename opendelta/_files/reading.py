@@ -177,5 +177,5 @@ def check_link(path: Path) -> None:
     if not path.is_symlink() or target == folder:
         return
     snapshots = target.parent / "snapshots"
-    if target.name != "blobs" or snapshots not in folder.parents or snapshots == folder:
+    if target.name != "blobs" or snapshots not in folder.parents:
         raise DeltaLoadError(f"{path} is a link out of its folder, to {path.resolve()}")

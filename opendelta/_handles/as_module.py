@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import torch
@@ -12,11 +13,23 @@ from torch import nn
 
 from .._backbone.counting import statistics
 from .._checkpoint.loading import refill
+from .._deltas import former
 from .._deltas.base import BaseDelta
 from .._deltas.registry import METHOD_OF_03, OWN_METHOD
 from ..errors import DeltaError
+from ..interop import legacy
 
 AnyDelta = TypeVar("AnyDelta", bound=BaseDelta)
+CASTS = {"half": "float16", "bfloat16": "bfloat16", "float": "float32", "double": "float64"}
+GONE = {
+    "backend": "it is 'hf'",
+    "create_config_from_model": "the options are delta.config",
+    "default_exclude_modules": "there are none; use exclude_modules",
+    "default_unfrozen_modules": "use delta.unfrozen_modules",
+    "find_key": "use delta.modified_modules, or opendelta.plan before",
+    "set_active_state_dict": "use delta.freeze_module(set_state_dict=True)",
+    "structure_mapping": "use opendelta.roles(model)",
+}
 
 
 class AsModule(BaseDelta):
@@ -33,7 +46,10 @@ class AsModule(BaseDelta):
                 return getattr(record.config, name)
             if name in ("_modules", "_parameters"):  # a Trainer takes it for a model
                 self()
+            if name in CASTS:
+                return functools.partial(self.to, CASTS[name])  # type: ignore[attr-defined]
             hint = f"; {OWN_METHOD}" if name in METHOD_OF_03 else ""
+            hint = f", as in OpenDelta 0.3; {GONE[name]}" if name in GONE else hint
             raise AttributeError(
                 f"{type(self).__name__!r} object has no attribute {name!r}{hint}",
                 name=name,
@@ -82,6 +98,26 @@ class AsModule(BaseDelta):
         """Yield the layers and the modules inside them."""
         return (module for _, module in self.named_modules())
 
+    def apply(self: AnyDelta, fn: Callable[[nn.Module], Any]) -> AnyDelta:
+        """Call a function with each layer and each module inside it."""
+        for layer in self.layers.values():
+            layer.apply(fn)
+        return self
+
+    def named_buffers(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield (full name, buffer) of the layers and of the modules inside them."""
+        for where, layer in self.layers.items():
+            yield from layer.named_buffers(prefix=self.prefix(where).removesuffix("."))
+
+    def buffers(self) -> Iterator[torch.Tensor]:
+        """Yield the buffers of the layers and of the modules inside them."""
+        return (buffer for _, buffer in self.named_buffers())
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients of the delta's parameters, or set them to zero."""
+        for layer in self.layers.values():
+            layer.zero_grad(set_to_none)
+
     def cuda(self: AnyDelta, device: int | torch.device | None = None) -> AnyDelta:
         """Move the delta's tensors to a CUDA device; see `to`."""
         return self.to("cuda" if device is None else torch.device("cuda", device))  # type: ignore[attr-defined, arg-type]
@@ -126,17 +162,45 @@ class AsModule(BaseDelta):
         return [name for name, parameter in of.named_parameters() if not parameter.requires_grad]
 
     # -------------------------------------------------------------------- its files
-    def save_checkpoint(self, path: str | os.PathLike = "./delta_checkpoints/") -> None:
-        """Save the delta; the same as `save_finetuned`."""
+    def save_checkpoint(
+        self,
+        path: str | os.PathLike = "./delta_checkpoints/",
+        save_func: Any = torch.save,
+        backbone_model: nn.Module | None = None,
+    ) -> None:
+        """Save the delta; the same as `save_finetuned`.
+
+        Args:
+            save_func, backbone_model: as OpenDelta 0.3 had them; only these values are possible,
+                and the delta's own backbone.
+        """
+        own = {"backbone_model": (backbone_model, self.backbone_model)}
+        former.check_checkpoint("save_checkpoint", {"save_func": (save_func, torch.save), **own})
         self.save_finetuned(path)  # type: ignore[attr-defined]
 
-    def load_checkpoint(self, path: str | os.PathLike) -> None:
+    def load_checkpoint(
+        self,
+        path: str | os.PathLike,
+        load_func: Any = torch.load,
+        backbone_model: nn.Module | None = None,
+    ) -> None:
         """Copy the values of the delta that `save_finetuned` or OpenDelta 0.3 wrote into this one.
+
+        A folder of 0.3's own `save_checkpoint` has no config: it gives all deltas on the backbone
+        their values.
+
+        Args:
+            load_func, backbone_model: as for `save_checkpoint`.
 
         Raises:
             DeltaLoadError: the folder holds another delta, or its tensors do not fit.
         """
-        refill(path, self)
+        own = {"backbone_model": (backbone_model, self.backbone_model)}
+        former.check_checkpoint("load_checkpoint", {"load_func": (load_func, torch.load), **own})
+        if (file := legacy.bare_checkpoint(path)) is not None:
+            legacy.load_state_dict(self.backbone_model, file)
+        else:
+            refill(path, self)
 
 
 def module_statistics(module: nn.Module | BaseDelta) -> dict[str, float]:

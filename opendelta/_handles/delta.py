@@ -79,7 +79,7 @@ class Delta(AsModule):
         sample_inputs: Samples | None = None,
         **options: Any,
     ) -> None:
-        names = self.config_class.positional_names(args)
+        names = former.by_position(self.config_class.positional_names(args), args)
         if len(args) > len(names):
             raise OptionError(
                 f"{type(self).__name__} takes at most {len(names)} options by position; give "
@@ -393,6 +393,7 @@ class Delta(AsModule):
         self.record.require_apart("cannot load")
         self.require_whole("cannot load values into")
         own, source = self.state_dict(), f"state_dict of {self.name!r}"
+        former.check_state(source, state)
         if not strict:
             both = own.keys() & state.keys()
             if not both:
@@ -423,8 +424,7 @@ class Delta(AsModule):
     def save_finetuned(
         self,
         finetuned_delta_path: str | os.PathLike = "./delta_checkpoints/",
-        save_config: bool = True,
-        *,
+        *former_values: Any,
         push_to_hub: bool | str = False,
         **former_options: Any,
     ) -> None:
@@ -436,10 +436,10 @@ class Delta(AsModule):
 
         Args:
             finetuned_delta_path: the folder; it is made if need be.
-            save_config: True, as OpenDelta 0.3 had it; a folder always has its config.
             push_to_hub: save the delta on the hub too, in the repository "user/name". True: in the
                 user's repository with the folder's name. See the method `push_to_hub`.
-            former_options: arguments of OpenDelta 0.3; those for DeltaCenter are ignored.
+            former_values, former_options: arguments of OpenDelta 0.3, by position and by name;
+                those for DeltaCenter are ignored.
 
         Warns:
             UnusedWarning: arguments for DeltaCenter were given, which is closed.
@@ -447,7 +447,7 @@ class Delta(AsModule):
         Raises:
             OptionError: an argument is unknown. If `push_to_dc` is true, the delta is saved first.
         """
-        unsent = former.check_saving({"save_config": save_config, **former_options})
+        unsent = former.check_saving(former_values, former_options)
         saving.save([self], finetuned_delta_path, "finetuned_delta_path")
         if unsent:
             raise OptionError(f"{self.name!r} is saved in {finetuned_delta_path}, but {unsent}")

@@ -75,5 +75,8 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
 
 
 def repeats_too_much(pattern: str) -> bool:
-    """True if a regular expression could run forever: a repeated group, or over 3 repetitions."""
-    return bool(re.search(r"\)[*+{]", pattern)) or len(re.findall(r"[*+{]", pattern)) > 3
+    """True if a regular expression could run forever: a repeated group, or over 3 repetitions.
+
+    A repeated group of one sign, such as (\\d)+, is no more than the sign repeated.
+    """
+    return bool(re.search(r"(?<!\(\\\w)\)[*+{]", pattern)) or len(re.findall(r"[*+{]", pattern)) > 3

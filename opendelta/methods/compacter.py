@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import InitVar, dataclass
+from dataclasses import KW_ONLY, InitVar, dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -42,6 +42,7 @@ class CompacterConfig(DeltaConfig):
 
     positional_first = True
     class_defaults = MappingProxyType({"non_linearity": "gelu_new"})
+    _: KW_ONLY
     reduction_factor: int = option(16, minimum=1)
     non_linearity: str = "relu"
     phm_c_init: str = option("normal", choices=["normal", "uniform"])

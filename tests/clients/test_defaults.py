@@ -56,7 +56,6 @@ VERBS = {
 }  # fmt: skip
 # {default of 0.3.2 that is another here: words of the list}
 OTHERS = {
-    "push_to_dc=True": "`push_to_dc` was on",
     "default_exclude_modules=['lm_head']": "default_exclude_modules",
     "dtype of the backbone": '`dtype="backbone"` is 0.3\'s',
     "set_state_dict=True": "`set_state_dict=True` is 0.3's",

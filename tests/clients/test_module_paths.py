@@ -72,6 +72,21 @@ def test_the_bases_have_their_names_of_0_3():
     assert issubclass(opendelta.LoraModel, DeltaBase)
 
 
+@pytest.mark.covers("BaseDeltaConfig", "CommonStructureMap", "DeltaBase")
+def test_names_are_found_where_0_3_happened_to_have_them():
+    found = {}
+    exec("from opendelta import *", found)
+    assert {"DeltaBase", "BaseDeltaConfig", "CommonStructureMap", "Visualization"} <= found.keys()
+    for module in HERE.keys() - {"delta_models", "utils.visualization"}:
+        names = "BaseDeltaConfig, DeltaBase, get_dtype, get_device, endswith_in"
+        exec(f"from opendelta.{module} import {names}")
+    from opendelta.basemodel import inspect_module_statistics
+    from opendelta.delta_configs import CONFIG_NAME
+
+    assert inspect_module_statistics is opendelta.utils.inspect.inspect_module_statistics
+    assert CONFIG_NAME == "config.json"
+
+
 @pytest.mark.parametrize("module", GONE)
 def test_a_module_without_counterpart_is_named_with_what_replaces_it(module):
     with pytest.raises(ImportError, match=r"opendelta\.[\w.]+ of OpenDelta 0.3 is gone: \w+"):
@@ -82,7 +97,13 @@ def test_a_module_without_counterpart_is_named_with_what_replaces_it(module):
     ("module", "name", "instead"),
     [
         ("auto_delta", "DELTA_MODEL_MAPPING", "from_config"),
+        ("auto_delta", "LAZY_DELTA_MAPPING", "from_config"),
+        ("delta_models.adapter", "Activations", "ACT2FN"),
+        ("delta_models.compacter", "PHMLinear", "CompacterLayer"),
+        ("delta_models.lora", "LoraArguments", "LoraConfig"),
         ("delta_models.lora", "LowRankLinear", "LoraLayer"),
+        ("utils.decorate", "fix", "inspect.signature"),
+        ("utils.logging", "enable_explicit_format", "get_logger"),
         ("delta_models.prefix", "PrefixLayerT5", "PrefixLayer"),
         ("utils.structure_mapping", "CoreMappings", r"opendelta\.roles"),
         ("utils.visualization", "ModuleTree", r"opendelta\.tree"),
@@ -189,8 +210,11 @@ def test_arguments_of_a_function():
 def test_tests_of_dotted_names():
     from opendelta.utils.name_based_addressing import (
         endswith_in,
+        endswith_in_normal,
+        endswith_in_regex,
         is_child_key,
         substring_in,
+        substring_in_regex,
         superstring_in,
     )
 
@@ -200,6 +224,12 @@ def test_tests_of_dotted_names():
     assert not endswith_in(name, ["1.attention", "tention"])
     assert endswith_in(name, [re.compile(r"\d+\.attention")])
     assert not endswith_in(name, [re.compile(r"[0-5]\.attention")])
+    assert endswith_in("a.0.b", [r"[r]\d\.b"])
+    assert not endswith_in("a.0.b", [r"[r]\d", r"[r]a\.\d", r"\d\.b"])
+    assert endswith_in_regex("a.0.b", [r"\d\.b"])
+    assert not endswith_in_regex("a.10.b", [r"\d\.b"])
+    assert endswith_in_normal("a.0.b", ["0.b"])
+    assert substring_in_regex("a.0.b", [r"a\.\d"])
     assert is_child_key(name, ["encoder.layer"])
     assert not is_child_key(name, ["encoder.lay"])
     assert substring_in(name, ["layer.11"])
@@ -215,23 +245,28 @@ def test_roles_are_the_common_structure():
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 9}
     model = transformers.BertModel(transformers.BertConfig(**sizes, intermediate_size=8))
     found = CommonStructureMap.load(model)
-    assert found.transform("encoder.layer.0.attention.self.query") == "attn.q"
-    assert found.transform("pooler") is None
-    assert found.transform("pooler", strict=False) == "pooler"
+    assert found.transform("encoder.layer.0.attention.self.query") == ("attn.q", None, None)
+    assert found.transform("pooler") == (None, None, None)
+    assert found.transform("pooler", strict=False) == ("pooler", None, None)
     assert found.mapping == opendelta.roles(model)
 
 
-def test_the_device_of_a_module():
-    from opendelta.utils.cuda import get_device, move_dict_to_cuda
+def test_the_device_and_the_dtype_of_a_module():
+    from opendelta.utils.cuda import get_device, get_dtype, move_dict_to_cuda
 
     assert get_device(nn.Linear(2, 2)) == torch.device("cpu")
     assert get_device(nn.ReLU()) is None
     assert get_device(nn.Parameter(torch.zeros(1))) == torch.device("cpu")
     both = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, device="meta"))
-    with pytest.raises(opendelta.OptionError, match="on several devices: cpu, meta"):
+    with pytest.raises(opendelta.OptionError, match="has several devices: cpu, meta"):
         get_device(both)
     with pytest.raises(opendelta.OptionError, match="not a list"):
         get_device([])
+    assert get_dtype(both) == get_dtype(nn.Parameter(torch.zeros(1))) == torch.float32
+    assert get_dtype(nn.ReLU()) is None
+    both[0].half()
+    with pytest.raises(opendelta.OptionError, match=r"dtypes: torch.float16, torch.float32"):
+        get_dtype(both)
     batch = {"x": torch.zeros(1), "inner": {"y": torch.zeros(1)}, "n": 3}
     moved = move_dict_to_cuda(batch, "meta")
     assert (moved["x"].is_meta, moved["inner"]["y"].is_meta, moved["n"]) == (True, True, 3)
@@ -248,5 +283,6 @@ def test_loggers():
         old.set_verbosity_info()
         assert old.get_logger().level == logging.INFO
         assert old.get_logger("mine", old.DEBUG).level == logging.DEBUG
+        assert old.get_logger("mine", verbosity="info").level == logging.INFO
     finally:
         old.set_verbosity(before)

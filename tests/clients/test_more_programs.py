@@ -77,6 +77,25 @@ def test_a_prompt_of_0_3_needs_a_delta_that_leaves_it_in_the_output(tmp_path):
     assert torch.equal(next(whole.parameters()), *state.values())
 
 
+@pytest.mark.covers("BitFitModel")
+@pytest.mark.parametrize(
+    ("kind", "head", "excluded", "layer"),
+    [
+        # 0.3.2's count in a layer: biases of attention, feed-forward and two norms
+        ("Bert", "SequenceClassification", ["embeddings"], 4 * 32 + 64 + 32 + 2 * 32),
+        ("Bert", "MaskedLM", ["embeddings", "cls"], 4 * 32 + 64 + 32 + 2 * 32),
+        ("DebertaV2", "SequenceClassification", ["embeddings", "intermediate"], 4 * 32 + 3 * 32),
+    ],
+)
+def test_what_is_excluded_for_the_biases_that_0_3_trained_by_default(kind, head, excluded, layer):
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+        intermediate_size=64,
+    )  # fmt: skip
+    delta = BitFitModel(getattr(transformers, f"{kind}For{head}")(config), exclude_modules=excluded)
+    assert sum(p.numel() for p in delta.parameters()) == 2 * layer
+
+
 @pytest.mark.covers("AutoDeltaConfig", "DeltaConfig.exclude_modules")
 def test_the_config_of_a_folder_of_0_3_keeps_what_is_excluded_and_unfrozen(tmp_path):
     given = {
@@ -168,8 +187,9 @@ def test_names_of_the_package_itself():
 
     assert opendelta.CommonStructureMap is CommonStructureMap
     assert opendelta.logging.get_logger().name == "opendelta"
-    with pytest.raises(ImportError, match=r"opendelta.SaveLoadMixin of OpenDelta 0.3 is gone"):
-        _ = opendelta.SaveLoadMixin
+    for name in ("SaveLoadMixin", "set_axis_order", "global_setting", "GlobalSetting"):
+        with pytest.raises(ImportError, match=rf"opendelta\.{name} of OpenDelta 0.3 is gone: "):
+            getattr(opendelta, name)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = opendelta.nothing
     from opendelta.utils.name_based_addressing import endswith_in_normal

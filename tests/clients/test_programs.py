@@ -49,8 +49,12 @@ def test_arguments_by_position_are_those_of_0_3():
     adapter = AdapterModel(roberta(), 12, "relu", ["attention"], ["0.attention"]).config
     assert (adapter.bottleneck_dim, adapter.non_linearity) == (12, "relu")
     assert adapter.modified_modules == ["roberta.encoder.layer.1.attention"]
-    compacter = CompacterModel(roberta(), ["query"], None, None, None, False, 4, "relu").config
-    assert (compacter.reduction_factor, compacter.non_linearity) == (4, "relu")
+    for backend in ((), ("hf",), (None,)):
+        given = ["query"], None, None, None, False, *backend, 4, "relu"
+        compacter = CompacterModel(roberta(), *given).config
+        assert (compacter.reduction_factor, compacter.non_linearity) == (4, "relu")
+    with pytest.raises(TypeError, match=r"CompacterConfig.* takes 1 positional argument"):
+        CompacterConfig(32)  # bottleneck_dim in 0.3
     pair = ["attention", "attention"]
     for scale in ((), (2.0,)):
         parallel = ParallelAdapterModel(roberta(), 12, "relu", *scale, pair).config
@@ -67,6 +71,23 @@ def test_hf_is_the_only_backend(cls):
         with untouched(model), pytest.raises(OptionError, match=rf"backend='{backend}': .*FSDP2"):
             cls(model, backend=backend)
     assert "backend" not in opendelta.LoraConfig.option_names()
+
+
+BY_POSITION = [
+    (LoraModel, (8, 16, 0.0)), (AdapterModel, (24, "relu")), (opendelta.BitFitModel, ()),
+    (opendelta.LowRankAdapterModel, (32, "relu", "glorot-uniform", 1)),
+    (ParallelAdapterModel, (24, "relu")), (ParallelAdapterModel, (24, "relu", 1.0)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("cls", "first"), BY_POSITION)
+def test_the_backend_comes_last_by_position(cls, first):
+    places = ["query"] * (1 + (cls is ParallelAdapterModel))
+    assert cls(roberta(), *first, places, None, None, None, False, "hf").modified_modules
+    with pytest.raises(OptionError, match="backend='bmt'"):
+        cls(roberta(), *first, places, None, None, None, False, "bmt")
+    with pytest.raises(OptionError, match="takes at most"):
+        cls(roberta(), *first, places, None, None, None, False, 7)
 
 
 def test_how_a_prompt_widens_other_inputs():
@@ -203,6 +224,33 @@ def test_a_config_that_0_3_saved_is_read(tmp_path):
     assert [n.rpartition(".")[2] for n in delta.modified_modules] == ["query", "value"] * 2
 
 
+def test_a_role_of_0_3_that_no_module_plays_is_left_out():
+    saved = {
+        "delta_type": "bitfit", "exclude_modules": ["lm_head"], "opendelta_version": "0.3.0",
+        "modified_modules": ["attn@", "ff@", "layer_norm@", "lm_head@.proj@"],
+        "common_structure": True,
+    }  # fmt: skip
+    model = roberta().roberta
+    with pytest.warns(UnusedWarning) as caught:
+        delta = AutoDeltaModel.from_config(AutoDeltaConfig.from_dict(saved), model)
+    assert [str(each.message).split(": ")[0] for each in caught] == [
+        "modified_modules", "exclude_modules"
+    ]  # fmt: skip
+    default = opendelta.BitFitModel(roberta().roberta)
+    assert delta.modified_modules == default.modified_modules
+    with pytest.raises(opendelta.AddressError, match=r"the role 'lm_head\.proj'"):
+        LoraModel(model, modified_modules=["lm_head@.proj@"], common_structure=True)
+    with pytest.raises(opendelta.AddressError, match=r"the role 'lm_head\.proj'"):
+        LoraModel(model, modified_modules=["attn", "lm_head.proj"], common_structure=True)
+
+
+def test_cross_attention_has_its_name_of_0_3():
+    sizes = {"d_model": 16, "d_kv": 4, "num_heads": 4, "d_ff": 16, "num_layers": 1}
+    model = transformers.T5Model(transformers.T5Config(vocab_size=9, **sizes))
+    there = LoraModel(model, modified_modules=["crossattn@.q@"], common_structure=True)
+    assert there.modified_modules == ["decoder.block.0.layer.1.EncDecAttention.q"]
+
+
 @pytest.mark.covers("DeltaConfig", "AutoDeltaConfig")
 def test_a_config_has_files_and_json_of_its_own(tmp_path):
     config = LoraConfig(lora_r=4, modified_modules=["query"])
@@ -231,7 +279,7 @@ def test_a_config_has_files_and_json_of_its_own(tmp_path):
 @pytest.mark.covers(
     "Delta.children", "Delta.named_children", "Delta.modules", "Delta.named_modules",
     "Delta.training", "Delta.delta_modules", "Delta.to", "Delta.cpu", "Delta.cuda",
-    "Delta.find_module",
+    "Delta.find_module", "Delta.apply", "Delta.buffers", "Delta.named_buffers", "Delta.zero_grad",
     "Delta.trainable_parameters", "Delta.num_trainable_parameters", "Delta.num_total_parameters",
     "Delta.trainable_parameters_names", "Delta.frozen_parameters_names", "Delta.stat",
 )  # fmt: skip
@@ -256,7 +304,27 @@ def test_a_delta_answers_as_the_module_that_it_was():
     if not torch.cuda.is_available():
         with pytest.raises((AssertionError, RuntimeError), match=r"CUDA|NVIDIA"):
             delta.cuda()
+    assert {p.dtype for p in delta.half().parameters()} == {torch.float16}
+    assert delta.bfloat16().config.dtype == "bfloat16"
+    assert delta.float().config.dtype == "float32"
+    seen = []
+    assert delta.apply(seen.append) is delta
+    assert set(seen) == set(own)
+    assert list(delta.buffers()) == list(dict(delta.named_buffers()).values()) == []
+    model(IDS).logits.sum().backward()
+    delta.zero_grad(set_to_none=False)
+    assert not any(p.grad.any() for p in delta.parameters())
+    delta.zero_grad()
+    assert all(p.grad is None for p in delta.parameters())
     assert (delta.lora_r, delta.lora_alpha) == (2, 16)
+    for name, instead in {
+        "find_key": "modified_modules", "structure_mapping": "opendelta.roles", "backend": "'hf'",
+        "default_exclude_modules": "exclude_modules", "default_unfrozen_modules": "unfrozen",
+        "create_config_from_model": "delta.config", "set_active_state_dict": "freeze_module",
+    }.items():  # fmt: skip
+        with pytest.raises(AttributeError, match=f"{name}', as in OpenDelta 0.3; .*{instead}"):
+            getattr(delta, name)
+    assert (delta.config.backbone_hash, LoraConfig().backbone_class) == (None, None)
     with pytest.raises(AttributeError, match="no attribute 'lora_rank'"):
         _ = delta.lora_rank
     assert not hasattr(delta, "lora_rank")
@@ -358,9 +426,14 @@ def test_saving_and_loading_take_the_arguments_of_0_3(tmp_path, monkeypatch):
     delta.save_finetuned()
     assert (tmp_path / "delta_checkpoints" / "config.json").is_file()
     delta.save_finetuned(finetuned_delta_path="here", push_to_dc=False)
-    for_center = {"center_args": {"name": "x"}, "list_tags": ["NLI"], "delay_push": True}
+    delta.save_finetuned("here", True, None, torch.save, False, {}, {}, [], {}, False, None, "")
+    with pytest.raises(OptionError, match="a folder and 11 others"):
+        delta.save_finetuned("here", True, None, torch.save, *[None] * 9)
+    with pytest.raises(OptionError, match="save_function=3"):
+        delta.save_finetuned("here", True, None, 3)
+    for_center = {"center_args": {"name": "x"}, "list_tags": ["NLI"], "usage": "from_finetuned"}
     with pytest.warns(
-        UnusedWarning, match="ignores center_args, list_tags, delay_push: DeltaCenter is closed"
+        UnusedWarning, match="ignores center_args, list_tags, usage: DeltaCenter is closed"
     ):
         delta.save_finetuned("here", push_to_dc=False, save_function=torch.save, **for_center)
     with pytest.raises(OptionError, match=r"saved in there, but push_to_dc=True: .*push_to_hub"):
@@ -405,6 +478,28 @@ def test_a_checkpoint_is_loaded_into_a_delta_that_is_there(tmp_path):
     with pytest.raises(DeltaLoadError, match="holds a 'lora'"):
         AdapterModel(roberta()).load_checkpoint(tmp_path)
     assert all(torch.equal(p, before[name]) for name, p in wider.named_parameters())
+    delta.save_checkpoint(tmp_path, save_func=torch.save, backbone_model=model)
+    same.load_checkpoint(tmp_path, load_func=torch.load, backbone_model=other)
+    with pytest.raises(OptionError, match=r"load_checkpoint\(load_func="):
+        same.load_checkpoint(tmp_path, json.load)
+    with pytest.raises(OptionError, match=r"save_checkpoint\(backbone_model="):
+        delta.save_checkpoint(tmp_path, torch.save, other)
+
+
+@pytest.mark.covers("Delta.load_checkpoint", "Delta.load_state_dict")
+def test_a_checkpoint_that_0_3_wrote_is_loaded_and_its_numbered_layers_are_refused(tmp_path):
+    model = roberta()
+    delta = LoraModel(model, lora_r=2, modified_modules=["0.attention.self.query"])
+    a, b = torch.randn(2, 32), torch.randn(32, 2)
+    key = "roberta.encoder.layer.0.attention.self.query.lora.lora_"
+    torch.save({f"{key}A": a, f"{key}B": b}, tmp_path / "pytorch_model.bin")
+    delta.load_checkpoint(tmp_path)
+    assert all(map(torch.equal, delta.parameters(), (a, b)))
+    numbered = {"delta_modules.0.lora_A": b.T, "delta_modules.0.lora_B": a.T}
+    for strict in (True, False):
+        with pytest.raises(DeltaLoadError, match=r"'delta_modules\.0\.lora_A'.*save_finetuned"):
+            delta.load_state_dict(numbered, strict=strict)
+    assert all(map(torch.equal, delta.parameters(), (a, b)))
 
 
 def test_a_state_dict_with_other_tensors_loads_if_it_need_not_fit():

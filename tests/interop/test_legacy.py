@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file
 from support.nets import untouched
@@ -124,12 +125,20 @@ def test_names_of_0_3_are_taken_in_a_module_around_and_refused_without_their_del
     ]  # no delta, no hook
 
 
-def test_a_pattern_of_0_3_is_not_run_but_read_from_the_tensors():
+def test_a_pattern_of_0_3_that_repeats_too_much_is_read_from_the_tensors(tmp_path):
     folder = GOLDEN / "roberta_lora_pattern" / "delta"
-    assert json.loads((folder / "config.json").read_text())["modified_modules"][0].startswith("[r]")
-    config = AutoDeltaConfig.from_finetuned(folder)
-    assert len(config.modified_modules) == 24
-    assert not any(name.startswith("[r]") for name in config.modified_modules)
+    config = json.loads((folder / "config.json").read_text())
+    assert AutoDeltaConfig.from_finetuned(folder).modified_modules == config["modified_modules"]
+    state = torch.load(folder / "pytorch_model.bin", weights_only=True)
+    slow = {
+        **config,
+        "modified_modules": [r"[r](\d|layer)+\.output.dense", "attention.output.dense"],
+    }
+    other = written(tmp_path / "slow", slow, state)
+    assert len(AutoDeltaConfig.from_finetuned(other).modified_modules) == 24
+    with pytest.warns(UncheckedWarning, match=r"what \[r\].* selects cannot be told"):
+        AutoDeltaModel.from_finetuned(other, model := backbone("roberta_lora_pattern"))
+    assert_same("roberta_lora_pattern", model)
 
 
 def test_a_prefix_of_0_3_loses_the_relative_positions_of_t5_and_ours_does_not():
@@ -243,12 +252,8 @@ def written(folder, facts, tensors):
     return folder
 
 
-@pytest.mark.covers(
-    "PrefixModel", "PrefixConfig.reparameterize", "PrefixConfig.embed_dim", "PrefixConfig.mid_dim"
-)
-def test_a_reparameterised_prefix_of_0_3_gives_the_prefixes_that_its_network_computes(tmp_path):
-    name, width, layers = "bert_lora_default", 32, 2
-    torch.manual_seed(3)
+def network_and_prefixes(layers, width=32):
+    """A network of 0.3 for so many layers, and the keys and values [2 layers, 3, width] of it."""
     network = {
         "wte.weight": torch.randn(3, 8),
         "control_trans.0.weight": torch.randn(5, 8),
@@ -256,36 +261,73 @@ def test_a_reparameterised_prefix_of_0_3_gives_the_prefixes_that_its_network_com
         "control_trans.2.weight": torch.randn(2 * layers * width, 5),
         "control_trans.2.bias": torch.randn(2 * layers * width),
     }
-    hidden = (
-        network["wte.weight"] @ network["control_trans.0.weight"].T
-        + network["control_trans.0.bias"]
-    ).tanh()
+    hidden = F.linear(*(network[f"{n}.weight"] for n in ("wte", "control_trans.0")))
+    hidden = (hidden + network["control_trans.0.bias"]).tanh()
     rows = hidden @ network["control_trans.2.weight"].T + network["control_trans.2.bias"]
-    parts = rows.view(3, 2 * layers, width).transpose(0, 1)
-    start = "bert.encoder.layer.{}.attention."
+    return network, rows.view(3, 2 * layers, width).transpose(0, 1)
+
+
+@pytest.mark.covers(
+    "PrefixModel", "PrefixConfig.reparameterize", "PrefixConfig.embed_dim", "PrefixConfig.mid_dim"
+)
+@pytest.mark.parametrize("deltas", [1, 2])
+def test_a_reparameterised_prefix_of_0_3_gives_the_prefixes_that_its_network_computes(
+    tmp_path, deltas
+):
+    name, start = "bert_lora_default", "bert.encoder.layer.{}.attention."
+    torch.manual_seed(3)
+    made = [network_and_prefixes(2 // deltas) for _ in range(deltas)]
+    parts = torch.cat([prefixes for _, prefixes in made])
+    tensors = {
+        start.format(i) + f"reparams.{key}": tensor
+        for i, (network, _) in enumerate(made)
+        for key, tensor in network.items()
+    }
     facts = {"delta_type": "prefix", "prefix_token_num": 3, "embed_dim": 8, "mid_dim": 5}
-    places = {"modified_modules": ["attn@"], "common_structure": True}
-    by_network = written(
-        tmp_path / "network",
-        {**facts, **places, "reparameterize": True},
-        {start.format(0) + f"reparams.{key}": tensor for key, tensor in network.items()},
-    )
+    places = [{"modified_modules": ["attn@"], "common_structure": True}]
+    if deltas == 2:
+        places = [{"modified_modules": ["layer.0.attention"]}]
+        other = {"modified_modules": ["attention"], "exclude_modules": ["bert.encoder.layer.0"]}
+        places.append(other)
+    by_network = [
+        written(tmp_path / f"network{i}", {**facts, **place, "reparameterize": True}, tensors)
+        for i, place in enumerate(places)
+    ]
     plain = written(
         tmp_path / "plain",
-        {**facts, **places, "reparameterize": False},
+        {**facts, "modified_modules": ["attention"], "reparameterize": False},
         {
             start.format(i) + f"prefix.past_{part}": parts[2 * i + j].clone()
-            for i in range(layers)
+            for i in range(2)
             for j, part in enumerate(("key", "value"))
         },
     )
     outs = []
-    for folder in (by_network, plain):
+    for folders in (by_network, [plain]):
         model = backbone(name)
-        AutoDeltaModel.from_finetuned(folder, model, check_hash=False)
+        for folder in folders:
+            AutoDeltaModel.from_finetuned(folder, model, check_hash=False)
         outs.append(both(name, model)[1])
     torch.testing.assert_close(*outs, atol=1e-5, rtol=0)
     assert not torch.allclose(outs[0], both(name, backbone(name))[1], atol=1e-2)
+
+
+@pytest.mark.covers("ParallelAdapterModel")
+def test_a_branch_of_0_3_starts_where_its_exclude_modules_let_it(tmp_path):
+    start = "bert.encoder.layer.1.intermediate"
+    shapes = {"down_proj": (4, 32), "up_proj": (32, 4)}
+    tensors = {f"{n}.weight": torch.randn(shape) for n, shape in shapes.items()}
+    tensors |= {f"{n}.bias": torch.randn(shape[0]) for n, shape in shapes.items()}
+    facts = {
+        "delta_type": "parallel_adapter", "bottleneck_dim": 4,
+        "modified_modules": ["intermediate", "output.dense"],
+        "exclude_modules": ["bert.encoder.layer.0", "bert.encoder.layer.1.att"],
+    }  # fmt: skip
+    given = {f"{start}.parallel_adapter.modulelist.{key}": t for key, t in tensors.items()}
+    folder = written(tmp_path / "parallel", facts, given)
+    delta = AutoDeltaModel.from_finetuned(folder, backbone("bert_lora_default"))
+    assert delta.modified_modules == [start, "bert.encoder.layer.1.output.dense"]
+    assert all(torch.equal(t, tensors[key]) for key, t in delta.layers[start].state_dict().items())
 
 
 @pytest.mark.covers("BitFitModel")
@@ -295,7 +337,11 @@ def test_biases_that_0_3_adds_behind_modules_and_trained_heads_load(tmp_path):
     head = {key: torch.randn_like(t) for key, t in model.classifier.state_dict().items()}
     folder = written(
         tmp_path / "bitfit",
-        {"delta_type": "bitfit", "modified_modules": ["attn"], "common_structure": True},
+        {
+            "delta_type": "bitfit",
+            "modified_modules": ["attn@", "layer_norm@", "lm_head@.proj@"],
+            "common_structure": True,
+        },
         {
             "bert.encoder.layer.0.output.LayerNorm.bitfit.bias": added,
             "bert.encoder.layer.0.attention.self.query.bias": whole,
@@ -310,3 +356,59 @@ def test_biases_that_0_3_adds_behind_modules_and_trained_heads_load(tmp_path):
         expected.classifier.load_state_dict(head)
     ours, by_hand = (both("bert_lora_default", m)[1] for m in (model, expected))
     torch.testing.assert_close(ours, by_hand, atol=1e-5, rtol=0)
+
+
+# ------------------------------------------- folders of several deltas that were on one backbone
+QUERY, VALUE = (f"bert.encoder.layer.{{}}.attention.self.{part}" for part in ("query", "value"))
+
+
+def by_hand(changes):
+    """The logits of a backbone with these matrices and biases added: {module: (matrix, bias)}."""
+    model = backbone("bert_lora_default")
+    with torch.no_grad():
+        for where, (matrix, bias) in changes.items():
+            module = model.get_submodule(where)
+            module.weight += matrix
+            module.bias += bias
+    return both("bert_lora_default", model)[1]
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+@pytest.mark.parametrize("roles", [False, True])
+def test_of_two_deltas_of_a_method_each_folder_gives_its_own(tmp_path, order, roles):
+    torch.manual_seed(0)
+    tensors, folders, changes = {}, [], {}
+    for part, rank in ((QUERY, 2), (VALUE, 3)):
+        for where in map(part.format, range(2)):
+            a, b = torch.randn(rank, 32), torch.randn(32, rank)
+            tensors |= {f"{where}.lora.lora_A": a, f"{where}.lora.lora_B": b}
+            changes[where] = (4 * rank / rank * b @ a, 0)
+    for part, rank in (("query", 2), ("value", 3)):
+        wanted = [f"attn@.{part[0]}@"] if roles else [rf"[r](\d)+\.attention.self.{part}"]
+        facts = {"lora_r": rank, "lora_alpha": 4 * rank, "exclude_modules": ["lm_head"]}
+        facts |= {"modified_modules": wanted, "common_structure": roles, "delta_type": "lora"}
+        folders.append(written(tmp_path / part, facts, tensors))
+    model = backbone("bert_lora_default")
+    deltas = [AutoDeltaModel.from_finetuned(folders[i], model) for i in order]
+    assert [len(delta.modified_modules) for delta in deltas] == [2, 2]
+    ours = both("bert_lora_default", model)[1]
+    torch.testing.assert_close(ours, by_hand(changes), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0)])
+def test_folders_of_a_composition_give_their_deltas_in_any_order(tmp_path, order):
+    torch.manual_seed(0)
+    where, first, second = (n.format(0) for n in (QUERY, QUERY, VALUE))
+    a, b, *whole = torch.randn(8, 32), torch.randn(32, 8), torch.randn(32), torch.randn(32)
+    biases = {f"{first}.bias": whole[0], f"{second}.bias": whole[1]}
+    tensors = {f"{where}.lora.lora_A": a, f"{where}.lora.lora_B": b, **biases}
+    given = [("lora", ["query"]), ("bitfit", ["query"]), ("bitfit", ["value"])]
+    model = backbone("bert_lora_default")
+    old = {n: model.get_submodule(n).bias.detach().clone() for n in (first, second)}
+    changes = {first: (2 * b @ a, whole[0] - old[first]), second: (0, whole[1] - old[second])}
+    for i in order:
+        facts = {"delta_type": given[i][0], "modified_modules": given[i][1]}
+        folder = written(tmp_path / str(i), facts, tensors)
+        AutoDeltaModel.from_finetuned(folder, model)
+    ours = both("bert_lora_default", model)[1]
+    torch.testing.assert_close(ours, by_hand(changes), atol=1e-5, rtol=0)

@@ -14,7 +14,7 @@ from ..._modules.kinds import Embedding, kind_of
 from ...errors import AddressError, OptionError, nearest
 from ...names import ancestors, join, last
 from ..backbone import Backbone
-from ..patterns import compile_pattern, no_match, repeated
+from ..patterns import compile_pattern, no_match, repeated, warn_unused
 from .blocks import Tree, units
 from .deciding import Decision, by_names, is_linear
 from .flow import is_norm
@@ -228,11 +228,15 @@ def with_roles(
     A fused projection is found by each role that it plays: GPT-2's `attn.qkv` is also its `attn.q`.
     The name of a sublayer, such as `attn`, means the module that holds all of the sublayer, or else
     its parts. `layer_norm` means each normalisation, `root` the backbone itself. `attn@.q@`, as
-    files of OpenDelta 0.3 have it, is the same as `attn.q`.
+    files of OpenDelta 0.3 have it, is the same as `attn.q`, and is left out where no module plays
+    it; its `crossattn` is `cross_attn`.
 
     Args:
         override: see `roles`.
         some: raise only if none of the roles is found.
+
+    Warns:
+        UnusedWarning: no module has such a role, and it is written as in 0.3.
 
     Raises:
         AddressError: no module has such a role.
@@ -240,7 +244,8 @@ def with_roles(
     known = roles_of(backbone, override)
     chosen = set()
     missing = []
-    for role in (w.replace("@", "") for w in wanted):
+    for text in wanted:
+        role = text.replace("@", "").replace("crossattn", "cross_attn")
         hits = {name for name, has in known.items() if _plays(has, role)}
         if role == "root":
             hits = {""}
@@ -249,10 +254,13 @@ def with_roles(
         elif "." not in role and role not in known.values():
             hits = set(_sublayers(backbone, known, role))
         if not hits:
-            missing.append(role)
+            missing.append((role, "@" in text))
         chosen |= hits
-    if missing and not (some and chosen):
-        raise _unknown(backbone, known, missing[0])
+    for role, of_03 in () if some and chosen else missing:
+        error = _unknown(backbone, known, role)
+        if not (of_03 and chosen):
+            raise error
+        warn_unused("modified_modules", error)
     return [name for name in backbone.modules if name in chosen]
 
 

@@ -5,5 +5,9 @@ from opendelta.methods.lora import LoraConfig, LoraModel
 
 __all__ = ["LoraConfig", "LoraModel"]
 __getattr__ = refuses(
-    __name__, {"LowRankLinear": "the layers of LoraModel are opendelta.methods.lora.LoraLayer"}
+    __name__,
+    {
+        "LoraArguments": "use LoraConfig",
+        "LowRankLinear": "the layers of LoraModel are opendelta.methods.lora.LoraLayer",
+    },
 )

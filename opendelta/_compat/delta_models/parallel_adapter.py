@@ -1,5 +1,6 @@
 """`opendelta.delta_models.parallel_adapter` of OpenDelta 0.3."""
 
+from opendelta._compat.gone import refuses
 from opendelta.methods.parallel_adapter import (
     ParallelAdapterConfig,
     ParallelAdapterLayer,
@@ -7,3 +8,4 @@ from opendelta.methods.parallel_adapter import (
 )
 
 __all__ = ["ParallelAdapterConfig", "ParallelAdapterLayer", "ParallelAdapterModel"]
+__getattr__ = refuses(__name__)

@@ -7,7 +7,7 @@ from torch import nn
 
 from opendelta.errors import OptionError
 
-__all__ = ["get_device", "move_dict_to_cuda"]
+__all__ = ["get_device", "get_dtype", "move_dict_to_cuda"]
 
 
 def get_device(module: nn.Module | nn.Parameter) -> torch.device | None:
@@ -16,20 +16,33 @@ def get_device(module: nn.Module | nn.Parameter) -> torch.device | None:
     Raises:
         OptionError: `module` is something else, or is on several devices.
     """
+    return _only(module, "device")
+
+
+def get_dtype(module: nn.Module | nn.Parameter) -> torch.dtype | None:
+    """Return the dtype of a parameter, or of all parameters of a module; None if it has none.
+
+    Raises:
+        OptionError: `module` is something else, or has several dtypes.
+    """
+    return _only(module, "dtype")
+
+
+def _only(module: nn.Module | nn.Parameter, what: str) -> Any:
+    """Return the one device or dtype of a module or parameter."""
     if isinstance(module, torch.Tensor):
-        return module.device
+        return getattr(module, what)
     if not isinstance(module, nn.Module):
         raise OptionError(
-            f"get_device takes a module or a parameter, not a {type(module).__name__}"
+            f"get_{what} takes a module or a parameter, not a {type(module).__name__}"
         )
-    devices = {parameter.device for parameter in module.parameters()}
-    if len(devices) > 1:
-        where = ", ".join(sorted(map(str, devices)))
+    found = {getattr(parameter, what) for parameter in module.parameters()}
+    if len(found) > 1:
         raise OptionError(
-            f"this {type(module).__name__} is on several devices: {where}; ask for the device of a "
-            "module inside it"
+            f"this {type(module).__name__} has several {what}s: "
+            f"{', '.join(sorted(map(str, found)))}; ask for the {what} of a module inside it"
         )
-    return devices.pop() if devices else None
+    return found.pop() if found else None
 
 
 def move_dict_to_cuda(dict_of_tensor: dict[str, Any], device: Any) -> dict[str, Any]:

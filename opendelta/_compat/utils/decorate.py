@@ -5,7 +5,10 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from opendelta._compat.gone import refuses
+
 __all__ = ["decorate"]
+__getattr__ = refuses(__name__, {"fix": "use inspect.signature(function).bind(*args, **kwargs)"})
 
 
 def decorate(

@@ -3,6 +3,8 @@
 import logging
 from logging import CRITICAL, DEBUG, ERROR, FATAL, INFO, NOTSET, WARN, WARNING
 
+from opendelta._compat.gone import refuses
+
 __all__ = [
     "CRITICAL", "DEBUG", "ERROR", "FATAL", "INFO", "NOTSET", "WARN", "WARNING", "get_logger",
     "get_verbosity", "set_verbosity", "set_verbosity_debug", "set_verbosity_error",
@@ -10,15 +12,29 @@ __all__ = [
 ]  # fmt: skip
 
 
-def get_logger(name: str | None = None, verbosity_level: int | None = None) -> logging.Logger:
+__getattr__ = refuses(
+    __name__,
+    dict.fromkeys(
+        [
+            "add_handler", "disable_default_handler", "disable_propagation",
+            "enable_default_handler", "enable_explicit_format", "enable_propagation",
+            "get_log_levels_dict", "remove_handler", "reset_format",
+        ],
+        "get_logger() is a logger of Python, whose handlers and levels are set as the module "
+        "logging of Python says",
+    ),
+)  # fmt: skip
+
+
+def get_logger(name: str | None = None, verbosity: str | int | None = None) -> logging.Logger:
     """Return the logger `name`. None: the library's.
 
     Args:
-        verbosity_level: the least level that it prints. None: as it is.
+        verbosity: the least level that it prints, such as "info" or `INFO`. None: as it is.
     """
     logger = logging.getLogger("opendelta" if name is None else name)
-    if verbosity_level is not None:
-        logger.setLevel(verbosity_level)
+    if verbosity is not None:
+        logger.setLevel(verbosity.upper() if isinstance(verbosity, str) else verbosity)
     return logger
 
 

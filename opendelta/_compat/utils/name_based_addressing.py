@@ -3,14 +3,13 @@
 import re
 from collections.abc import Sequence
 
+from opendelta._backbone.patterns import compile_pattern
+from opendelta.names import ancestors
+
 __all__ = [
     "endswith_in", "endswith_in_normal", "endswith_in_regex", "is_child_key", "substring_in",
     "substring_in_normal", "substring_in_regex", "superstring_in",
 ]  # fmt: skip
-
-
-def _steps(name: str) -> tuple[str, ...]:
-    return tuple(name.split("."))
 
 
 def superstring_in(str_a: str, list_b: Sequence[str]) -> bool:
@@ -20,30 +19,31 @@ def superstring_in(str_a: str, list_b: Sequence[str]) -> bool:
 
 def is_child_key(str_a: str, list_b: Sequence[str]) -> bool:
     """True if `str_a` is a name in `list_b`, or the name of something inside it."""
-    return any(str_a == name or str_a.startswith(f"{name}.") for name in list_b)
+    return not {*ancestors(str_a)}.isdisjoint(list_b)
 
 
 def endswith_in(str_a: str, list_b: Sequence[str | re.Pattern[str]]) -> bool:
-    """True if the last steps of the name `str_a` are in `list_b`, or match a pattern there."""
-    steps = _steps(str_a)
-    ends = [".".join(steps[start:]) for start in range(len(steps))]
-    return any(_is(end, wanted) for end in ends for wanted in list_b)
+    """True if the last steps of the name `str_a` are in `list_b`, or match a pattern there.
+
+    A pattern is `[r]` and a regular expression, or a compiled one.
+    """
+    texts = (wanted if isinstance(wanted, str) else f"[r]{wanted.pattern}" for wanted in list_b)
+    return any(compile_pattern(text)(str_a) for text in texts)
+
+
+def endswith_in_regex(str_a: str, list_b: Sequence[str]) -> bool:
+    """True if the last steps of the name `str_a` match a regular expression in `list_b`."""
+    return endswith_in(str_a, [f"[r]{text}" for text in list_b])
 
 
 def substring_in(str_a: str, list_b: Sequence[str | re.Pattern[str]]) -> bool:
     """True if any steps in a row of the name `str_a` are in `list_b`, or match a pattern there."""
-    steps = _steps(str_a)
-    parts = [
-        ".".join(steps[start:end])
-        for start in range(len(steps))
-        for end in range(start + 1, len(steps) + 1)
-    ]
-    return any(_is(part, wanted) for part in parts for wanted in list_b)
+    return any(endswith_in(start, list_b) for start in ancestors(str_a))
 
 
-def _is(text: str, wanted: str | re.Pattern[str]) -> bool:
-    return text == wanted if isinstance(wanted, str) else wanted.fullmatch(text) is not None
+def substring_in_regex(str_a: str, list_b: Sequence[str]) -> bool:
+    """True if any steps in a row of the name `str_a` match a regular expression in `list_b`."""
+    return substring_in(str_a, [f"[r]{text}" for text in list_b])
 
 
-endswith_in_normal = endswith_in_regex = endswith_in
-substring_in_normal = substring_in_regex = substring_in
+endswith_in_normal, substring_in_normal = endswith_in, substring_in

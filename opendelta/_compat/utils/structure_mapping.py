@@ -32,13 +32,17 @@ class CommonStructureMap:
         """Return the map of a model."""
         return cls(backbone_model)
 
-    def transform(self, org_key: str, strict: bool = True, warning: bool = False) -> str | None:
-        """Return the role of the module with the full name `org_key`.
+    def transform(
+        self, org_key: str, strict: bool = True, warning: bool = False
+    ) -> tuple[str | None, None, None]:
+        """Return the role of the module with the full name `org_key`, and two times None.
+
+        OpenDelta 0.3 returned three values; the last two were for modules that do not exist.
 
         Args:
-            strict: without a role return None. False: return `org_key`.
+            strict: without a role its place has None. False: `org_key`.
         """
-        return self.mapping.get(org_key, None if strict else org_key)
+        return self.mapping.get(org_key, None if strict else org_key), None, None
 
     def __repr__(self) -> str:
         return f"CommonStructureMap({self.mapping})"

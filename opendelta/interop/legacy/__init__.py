@@ -3,10 +3,11 @@
 Both are pickles. Only tensors are unpickled.
 """
 
-from .folder import config_of, holds_options, options_in, recognises, translate
+from .folder import bare_checkpoint, config_of, holds_options, options_in, recognises, translate
 from .states import load_state_dict
 
 __all__ = [
+    "bare_checkpoint",
     "config_of",
     "holds_options",
     "load_state_dict",

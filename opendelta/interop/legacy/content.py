@@ -6,6 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch import Tensor
 from ..._backbone.backbone import Backbone
 from ..._modules.tensors import full, stored_params
 from ...errors import DeltaLoadError
-from ...names import SLOT
+from ...names import SLOT, ancestors
 from .._draft import keys_and_values
 
 METHODS = {
@@ -30,7 +31,7 @@ OURS = rf"(?:.+\.)?{SLOT}\.(?:.+)"  # the name of a tensor here
 KEY = re.compile(
     rf"(?!{OURS})(?P<where>.+?)\.(?P<slot>{'|'.join(METHODS)})(?:_(?P<nth>\d+))?\.(?P<rest>.+)"
 )
-NETWORK = re.compile(r".+\.reparams(?:_\d+)?\.(?P<rest>.+)")
+NETWORK = re.compile(r"(?P<owner>(?P<where>.+)\.reparams(?:_\d+)?)\.(?P<rest>.+)")
 PROMPT = re.compile(r"(?:.+\.)?soft_prompt_layer\.soft_embeds")
 TOKENS = re.compile(r".+\.reparams(?:_\d+)?\.input_tokens")  # the numbers 0, 1, 2, ...
 RENAMED = {  # {our method: [(pattern in a 0.3 name, our text instead)]}
@@ -47,7 +48,8 @@ class Content:
     Attributes:
         sites: {(our name of a method, number of earlier layers of it on the same module): {full
             name of a module: {our name of a tensor: values}}}.
-        network: the network that computes the keys and values of prefixes.
+        networks: {start of the names of a network that computes prefixes: (the module that held it,
+            {the rest of a tensor's name: values})}.
         prompt: the rows of a soft prompt.
         others: the backbone's tensors.
     """
@@ -55,9 +57,20 @@ class Content:
     sites: dict[tuple[str, int], dict[str, dict[str, Tensor]]] = field(
         default_factory=lambda: defaultdict(lambda: defaultdict(dict))
     )
-    network: dict[str, Tensor] = field(default_factory=dict)
+    networks: dict[str, tuple[str, dict[str, Tensor]]] = field(default_factory=dict)
     prompt: Tensor | None = None
     others: dict[str, Tensor] = field(default_factory=dict)
+
+    def of(self, method: Any) -> list[dict[str, dict[str, Tensor]]]:
+        """Return the sites of a method: of the first layers on their modules, of the second, ..."""
+        return [part for (kind, _), part in sorted(self.sites.items()) if kind == method]
+
+    def take_network(self, wanted: Iterable[str]) -> dict[str, Tensor] | None:
+        """Take out the network that a module around one of `wanted` held; None if there is none."""
+        held_by = {around for where in wanted for around in ancestors(where)}
+        owners = (owner for owner, (where, _) in self.networks.items() if where in held_by)
+        owner = next(owners, None)
+        return None if owner is None else self.networks.pop(owner)[1]
 
 
 def content_of(given: dict[str, Tensor]) -> Content:
@@ -67,7 +80,8 @@ def content_of(given: dict[str, Tensor]) -> Content:
         if PROMPT.fullmatch(key):
             content.prompt = tensor
         elif (found := NETWORK.fullmatch(key)) and "." in found["rest"]:
-            content.network[found["rest"]] = tensor
+            network = content.networks.setdefault(found["owner"], (found["where"], {}))
+            network[1][found["rest"]] = tensor
         elif found := KEY.fullmatch(key):
             name, rest = METHODS[found["slot"]], found["rest"]
             for pattern, ours in RENAMED.get(name, ()):
@@ -91,8 +105,8 @@ def own_names(
         return {wanted[0]: {"soft_embeds": content.prompt}} if wanted else {}
     if name == "bitfit":
         return {where: {"bias": _change(backbone, where, own)} for where, own in sites.items()}
-    if name == "prefix" and content.network:
-        return _prefixes(backbone, content, wanted)
+    if name == "prefix" and (network := content.take_network(wanted)) is not None:
+        return _prefixes(backbone, network, wanted)
     if name == "prefix":
         around = {n: next(w for w in wanted if f"{w}.".startswith(f"{n}.")) for n in sites}
         return {around[n]: own for n, own in sites.items()}
@@ -113,10 +127,9 @@ def _change(backbone: Backbone, where: str, own: dict[str, Tensor]) -> Tensor:
 
 
 def _prefixes(
-    backbone: Backbone, content: Content, wanted: list[str]
+    backbone: Backbone, network: dict[str, Tensor], wanted: list[str]
 ) -> dict[str, dict[str, Tensor]]:
     """Split the network of all prefixes: a shared part, and the rows of its last layer for each."""
-    network = content.network
     try:
         last = [network.pop(f"control_trans.2.{end}") for end in ("weight", "bias")]
         shared = {
