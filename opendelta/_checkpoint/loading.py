@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .._backbone.backbone import Backbone
 from .._backbone.inputs import Samples
-from .._deltas.base import BaseDelta
+from .._deltas.base import BaseDelta, require_whole
 from .._deltas.choosing import as_chosen
 from .._deltas.committing import commit, take_off
 from .._deltas.making import make, materialise, uncollected
@@ -119,7 +119,7 @@ def refill(folder: str | os.PathLike, delta: BaseDelta) -> None:
     """
     path, backbone = Path(folder), Backbone.of(delta.backbone_model)
     delta.record.require_apart("cannot load")
-    delta.require_whole("cannot load values into")
+    require_whole(delta, "cannot load values into")
     with opened(path, backbone.model) as source:
         _check_wanted(path, source.configs, type(delta), delta.config)
         facts, own = source.facts, backbone.tensors()

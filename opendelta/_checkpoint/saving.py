@@ -13,7 +13,7 @@ from .. import interop
 from .._backbone.backbone import Backbone
 from .._backbone.heads import warn_of_untrained
 from .._deltas import making
-from .._deltas.base import BaseDelta
+from .._deltas.base import BaseDelta, tensors_of
 from .._files import folder as files
 from .._files.reading import as_path
 from .._modules.tensors import full, in_parts, is_finite
@@ -48,7 +48,7 @@ def save(
     backbone = Backbone.of(deltas[0].backbone_model)
     backbone.require_unrouted("cannot save")
     brought = _backbone_part(backbone, deltas)
-    tensors = {**brought, **{k: t for delta in deltas for k, t in delta.tensors().items()}}
+    tensors = {**brought, **{k: t for delta in deltas for k, t in tensors_of(delta).items()}}
     whole = {name: full(tensor).detach() for name, tensor in tensors.items()}
     files.check_values(whole)
     config = {

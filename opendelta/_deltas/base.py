@@ -168,27 +168,7 @@ class BaseDelta:
         Args:
             named: the delta's name in the full names. None: its own name.
         """
-        return {name: tensor.detach() for name, tensor in self.tensors(named).items()}
-
-    def require_whole(self, verb: str) -> None:
-        """Raise if DeepSpeed has spread the delta's tensors over the processes.
-
-        Args:
-            verb: the start of the message, such as "cannot load values into".
-        """
-        if any(map(is_partitioned, self.parameters())):
-            raise DeltaError(
-                f"{verb} {self.name!r}: its tensors are spread over processes (ZeRO-3); do it "
-                "before deepspeed.initialize, or load DeepSpeed's own checkpoint"
-            )
-
-    def tensors(self, named: str | None = None) -> dict[str, Tensor]:
-        """Return the delta's tensors themselves, by the names that `state_dict` gives them."""
-        state: dict[str, Tensor] = {}
-        for where, layer in self.layers.items():
-            prefix = self.prefix(where, named)
-            layer.state_dict(destination=state, prefix=prefix, keep_vars=True)
-        return state
+        return {name: tensor.detach() for name, tensor in tensors_of(self, named).items()}
 
 
 class Handles:
@@ -212,3 +192,25 @@ class Handles:
 
 
 HANDLES = Handles()
+
+
+def tensors_of(delta: BaseDelta, named: str | None = None) -> dict[str, Tensor]:
+    """Return a delta's tensors themselves, by the names that `state_dict` gives them."""
+    state: dict[str, Tensor] = {}
+    for where, layer in delta.layers.items():
+        prefix = delta.prefix(where, named)
+        layer.state_dict(destination=state, prefix=prefix, keep_vars=True)
+    return state
+
+
+def require_whole(delta: BaseDelta, verb: str) -> None:
+    """Raise if DeepSpeed has spread the delta's tensors over the processes.
+
+    Args:
+        verb: the start of the message, such as "cannot load values into".
+    """
+    if any(map(is_partitioned, delta.parameters())):
+        raise DeltaError(
+            f"{verb} {delta.name!r}: its tensors are spread over processes (ZeRO-3); do it before "
+            "deepspeed.initialize, or load DeepSpeed's own checkpoint"
+        )

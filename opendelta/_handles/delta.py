@@ -18,6 +18,7 @@ from .._backbone.inputs import Samples
 from .._backbone.patterns import as_list
 from .._checkpoint import hub, loading, saving
 from .._deltas import former
+from .._deltas.base import require_whole
 from .._deltas.buffers import warn_of_moving
 from .._deltas.choosing import choose
 from .._deltas.committing import commit, take_off
@@ -391,7 +392,7 @@ class Delta(AsModule):
                 Nothing is copied then.
         """
         self.record.require_apart("cannot load")
-        self.require_whole("cannot load values into")
+        require_whole(self, "cannot load values into")
         own, source = self.state_dict(), f"state_dict of {self.name!r}"
         former.check_state(source, state)
         if not strict:

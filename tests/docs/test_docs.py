@@ -99,7 +99,7 @@ def test_the_examples_in_the_page_of_methods_run():
     model = names["model"]
     ids = torch.randint(5, 3000, (2, 7))
     assert model(ids).logits.shape == (2, 7, 3000)
-    assert len(opendelta.composition(model).names) == 14
+    assert len(opendelta.composition(model).names) == 15
     assert opendelta.unreached(model) == []
 
 
@@ -108,7 +108,9 @@ FORMAT = (DOCS / "format.md").read_text()
 
 
 def test_the_page_of_the_format_names_every_key(tmp_path):
-    delta = opendelta.LoraModel(bert())
+    model = bert()
+    model.config._name_or_path, model.config.num_labels = "user/name", 3
+    delta = opendelta.LoraModel(model)
     delta.freeze_module()
     delta.scale = 0.5
     delta.save_finetuned(tmp_path)
