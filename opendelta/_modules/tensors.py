@@ -19,13 +19,24 @@ if TYPE_CHECKING:
 
 
 @contextlib.contextmanager
-def lasting() -> Iterator[None]:
-    """Make tensors that can train later, also inside `torch.inference_mode()`."""
-    if not torch.is_inference_mode_enabled():
+def lasting(exact: bool = True) -> Iterator[None]:
+    """Make tensors that can train later, also inside `torch.inference_mode()`.
+
+    Args:
+        exact: compute them in their own dtypes, also inside `torch.autocast`.
+    """
+    with contextlib.ExitStack() as modes:
+        if torch.is_inference_mode_enabled():
+            modes.enter_context(torch.inference_mode(False))
+            modes.enter_context(torch.no_grad())  # the former turns gradients on
+        if exact and torch._C._is_any_autocast_enabled():
+            modes.callback(torch.clear_autocast_cache)  # it may hold 16-bit copies of old values
+            for device in filter(torch.is_autocast_enabled, AUTOCAST):
+                modes.enter_context(torch.autocast(device, enabled=False))
         yield
-        return
-    with torch.inference_mode(False), torch.no_grad():  # the former turns gradients on
-        yield
+
+
+AUTOCAST = ("cpu", "cuda", "mps", "xpu", "hpu")
 
 
 def stored(module: nn.Module, name: str) -> Tensor | None:

@@ -17,7 +17,7 @@ from .._backbone import reading, shapes
 from .._backbone.backbone import Backbone
 from .._layers.base import Acts, DeltaLayer
 from .._layers.record import Record
-from .._modules.tensors import is_plain, is_sharded
+from .._modules.tensors import is_plain, is_sharded, lasting
 from .._sites import swap
 from .._sites.merged import Named, check_unchanged, factor_of, fold_into, undo
 from .._sites.stack import Stack, Step
@@ -242,6 +242,7 @@ def check_unread(where: str, module: nn.Module, step: Step, read: set[str] | Non
     )
 
 
+@lasting()
 def merge(backbone: Backbone, wanted: Collection[Record] | None = None) -> MergeReport:
     """Fold deltas into the weights; see `Composition.merge`."""
     backbone.require_unrouted("cannot merge")

@@ -51,6 +51,7 @@ class Combination:
         )
 
 
+@tensors.lasting()
 def combine(
     model: nn.Module,
     weights: Mapping[Any, float],
