@@ -14,12 +14,13 @@ from .._backbone.backbone import Backbone
 from .._backbone.heads import warn_of_untrained
 from .._deltas import making
 from .._deltas.base import BaseDelta
+from .._deltas.buffers import saved
 from .._files import folder as files
 from .._files.reading import as_path
 from .._modules.tensors import full, in_parts, is_finite
 from .._sites import merged
 from ..errors import DeltaError, UnsavedWarning, listed, warn
-from ..names import ancestors, last
+from ..names import last
 from . import fingerprint
 from .parts import copied, replaced
 from .source import MOST_DELTAS
@@ -107,13 +108,11 @@ def _facts(delta: BaseDelta) -> dict[str, Any]:
 
 def _backbone_part(backbone: Backbone, deltas: Sequence[BaseDelta]) -> dict[str, Tensor]:
     """Return the backbone tensors to save with the deltas; warn of other trainable tensors."""
-    own = backbone.tensors()
-    around = {
-        n for d in deltas for n in (*(d.config.unfrozen_modules or ()), *d.record.shared.excluded)
-    }
-    named = {n: t for n, t in own.items() if around and around & {"", *ancestors(n)}}
+    named = saved(backbone, [delta.record for delta in deltas])
     known = set(map(id, named.values()))
-    others = {id(p): p for p in own.values() if p.requires_grad and id(p) not in known}
+    others = {
+        id(p): p for p in backbone.tensors().values() if p.requires_grad and id(p) not in known
+    }
     if others and any(delta.attached for delta in deltas):
         warn(
             f"{len(others)} trainable parameters of the backbone "
