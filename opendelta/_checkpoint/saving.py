@@ -12,14 +12,15 @@ from torch import Tensor
 from .. import interop
 from .._backbone.backbone import Backbone
 from .._backbone.heads import warn_of_untrained
-from .._deltas import making
+from .._deltas import first_forward, making
 from .._deltas.base import BaseDelta
 from .._deltas.buffers import saved
 from .._files import folder as files
 from .._files.reading import as_path
+from .._layers.record import Record
 from .._modules.tensors import full, in_parts, is_finite
 from .._sites import merged
-from ..errors import DeltaError, UnsavedWarning, listed, warn
+from ..errors import DeltaError, UnreachedWarning, UnsavedWarning, listed, warn
 from ..names import last
 from . import fingerprint
 from .parts import copied, replaced
@@ -42,6 +43,7 @@ def save(deltas: Sequence[BaseDelta], folder: str | os.PathLike, argument: str =
         )
     backbone = Backbone.of(deltas[0].backbone_model)
     backbone.require_unrouted("cannot save")
+    _warn_of_replaced(backbone, [delta.record for delta in deltas])
     brought = _backbone_part(backbone, deltas)
     tensors = {**brought, **{k: t for delta in deltas for k, t in delta.state_dict().items()}}
     whole = {name: full(tensor.detach()) for name, tensor in tensors.items()}
@@ -104,6 +106,19 @@ def _facts(delta: BaseDelta) -> dict[str, Any]:
         "frozen": frozen,
         "options": options,
     }
+
+
+def _warn_of_replaced(backbone: Backbone, records: Sequence[Record]) -> None:
+    """Warn of layers that are in the file and act no longer, as their module was replaced."""
+    found = first_forward.replaced(backbone)
+    gone = [f"{where} ({record.name})" for record, where in found if record in records]
+    if gone:
+        warn(
+            f"{len(gone)} delta layers were on modules that others replaced since, and do not act: "
+            f"{listed(gone)}. The file holds them as they were; detach the delta and attach it "
+            "again, so that it acts on the new modules",
+            UnreachedWarning,
+        )
 
 
 def _backbone_part(backbone: Backbone, deltas: Sequence[BaseDelta]) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from torch import nn
 
 from .._backbone import reading, shapes
 from .._backbone.backbone import Backbone
+from .._deltas.first_forward import replaced
 from .._layers.base import Acts, DeltaLayer
 from .._layers.record import Record
 from .._modules.tensors import is_plain, is_sharded, lasting
@@ -187,6 +188,18 @@ def reached_by(backbone: Backbone) -> set[tuple[str, str]] | None:
     return reached
 
 
+def _check_in_place(backbone: Backbone, records: Collection[Record] | None = None) -> None:
+    """Raise if an active delta, one of `records`, left a site with the module that was there."""
+    for record, where in replaced(backbone):
+        if records is None or record in records:
+            raise SiteError(
+                f"{where!r}: {record.name!r} was on another module, which was replaced since, and "
+                "would be lost here. Put that module back; or detach the delta and attach it "
+                "again, so that it acts on the new one; or disable it",
+                where=where,
+            )
+
+
 def _check_acting(backbone: Backbone, runs: Mapping[str, Sequence[Named]]) -> None:
     """Raise if a layer does not act, because the module around reads the weight of its module.
 
@@ -246,6 +259,7 @@ def check_unread(where: str, module: nn.Module, step: Step, read: set[str] | Non
 def merge(backbone: Backbone, wanted: Collection[Record] | None = None) -> MergeReport:
     """Fold deltas into the weights; see `Composition.merge`."""
     backbone.require_unrouted("cannot merge")
+    _check_in_place(backbone, wanted)
     runs = _runs_to_merge(backbone, wanted)
     _check_acting(backbone, runs)
     read = reading.read_beside(backbone, runs)
@@ -280,8 +294,9 @@ def check_whole(backbone: Backbone) -> None:
     """Raise unless all active layers can be in the weights after a merge.
 
     Raises:
-        SiteError: an active layer does not fold; the message names the first.
+        SiteError: an active layer does not fold, or was lost; the message names the first.
     """
+    _check_in_place(backbone)
     users, runs = backbone.users(), {}
     for where, stack in backbone.stacks.items():
         for name, layer in stack.in_order():
