@@ -23,17 +23,24 @@ def unreached(model: nn.Module) -> list[str]:
 
 def unreached_in(backbone: Backbone) -> list[str]:
     """Return the layers of `unreached` for a known backbone."""
-    return [*_silent(backbone), *_lost_names(backbone)]
+    return _names(_silent(backbone), backbone)
 
 
-def _silent(backbone: Backbone, compiled: bool = True) -> list[str]:
-    """Return the active layers that have not run.
+def missed(backbone: Backbone) -> set[tuple[str, str]]:
+    """Return (site, delta) of the active layers that the last first forward has not reached."""
+    hooks = (hook for m in backbone.modules.values() for hook in m._forward_hooks.values())
+    waits = any(isinstance(hook, FirstForward) for hook in hooks)
+    return set() if waits else set(_silent(backbone, compiled=False))
+
+
+def _silent(backbone: Backbone, compiled: bool = True) -> list[tuple[str, str]]:
+    """Return (site, delta) of the active layers that have not run.
 
     Args:
         compiled: count layers in compiled code too.
     """
     return [
-        join(where, SLOT, name)
+        (where, name)
         for where, name, layer in backbone.delta_layers()
         if layer.computes and layer.record.active and name not in backbone.stacks[where].ran
         if not backbone.stacks[where].holds(name)
@@ -64,8 +71,10 @@ def _lost(backbone: Backbone) -> Iterator[tuple[Record, str]]:
                 yield record, name
 
 
-def _lost_names(backbone: Backbone) -> list[str]:
-    return [join(site, SLOT, record.name) for record, site in _lost(backbone)]
+def _names(silent: list[tuple[str, str]], backbone: Backbone) -> list[str]:
+    """Return the full names of silent layers, and of those that are lost."""
+    lost = [(site, record.name) for record, site in _lost(backbone)]
+    return [join(where, SLOT, name) for where, name in silent + lost]
 
 
 def replaced(backbone: Backbone) -> list[tuple[Record, str]]:
@@ -87,11 +96,11 @@ class FirstForward:
             return
         backbone = Backbone.of(model)
         unwatch_forward(backbone)
-        missed = [*_silent(backbone, compiled=False), *_lost_names(backbone)]
-        if missed:
-            shown = listed(missed)
+        unrun = _names(_silent(backbone, compiled=False), backbone)
+        if unrun:
+            shown = listed(unrun)
             warn(
-                f"{len(missed)} delta layers did not run in the first forward of "
+                f"{len(unrun)} delta layers did not run in the first forward of "
                 f"{type(model).__name__}: {shown}. If the parent reads the module's weight instead "
                 "of calling it, choose the parent, or pass reads=True; if the module was replaced "
                 "since, attach anew; if this forward skipped it (experts, layer drop), all is well",

@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from .._backbone import reading
 from .._backbone.backbone import Backbone
 from .._backbone.copying import plain_copy
 from .._deltas.committing import unwatch
@@ -72,7 +71,7 @@ def to_backbone(model: Module) -> Module:
     backbone = Backbone.of(model)
     backbone.require_unrouted("cannot make a plain model")
     merging.check_whole(backbone)
-    silent, read = _silent(backbone), reading.read_beside(backbone, backbone.stacks)
+    silent, read = _silent(backbone), merging.read_beside(backbone, backbone.stacks)
     copied = shared_copy(model)
     for where, stack in backbone.stacks.items():
         run = [(n, ly) for n, ly in stack.in_order() if ly.folds and ly.record.active]
