@@ -6,8 +6,8 @@ import dis
 import functools
 import inspect
 import sys
-from collections.abc import Iterable, Iterator
-from types import CodeType
+from collections.abc import Collection, Iterable, Iterator
+from types import CellType, CodeType, MethodType
 from typing import Any
 
 from torch import nn
@@ -16,21 +16,23 @@ from .._modules import trials
 from .._modules.calls import has_forward
 from .._sites import swap
 from .._sites.swap import plain_class
-from ..names import last, parent
+from ..names import join, last, parent
 from . import watching
 from .backbone import Backbone
 
 ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD")
 LOOK = ""
+TABLES = ("_modules", "_parameters", "_buffers")
 ALL = {"parameters", "named_parameters", "state_dict", "get_parameter"}
-RAW = {*ALL, "_parameters"}
+ANY = {*ALL, "forward"}  # a class's, as in `nn.Linear.forward(module, x)`
+RAW = {*ALL, "_parameters", "functional_call"}
 LOOKS = {"dtype", "device", "shape", "size", "requires_grad", "is_meta", "ndim"}  # no values
 
 
 def weight_is_read(backbone: Backbone, where: str) -> bool:
     """True if the module around reads the weight of the module `where`, and does not call it.
 
-    Its code is looked at. If it does both, in branches, say, the module around is run on shapes.
+    Its code is looked at. If it does both, in branches, say, a run on shapes tells.
     """
     if not where:
         return False
@@ -41,9 +43,11 @@ def weight_is_read(backbone: Backbone, where: str) -> bool:
         return name in read
     key = trials.facts(around)
     if key not in backbone.read:
-        watch = watching.of_part(backbone, parent(where), sorted(read & used & {*around._modules}))
+        both = sorted(read & used & {*around._modules})
+        watch = watching.of_children(backbone, [join(parent(where), each) for each in both])
         found = set() if watch is None else {n for n, k in watch.read if k == "weight"}
-        backbone.read[key] = found - (watch.called if watch is not None else set())
+        found -= set() if watch is None else watch.called
+        backbone.read[key] = set(map(last, found))
     return name in backbone.read[key]
 
 
@@ -64,62 +68,94 @@ def may_be_read(backbone: Backbone, where: str) -> bool:
     return _reads_unnamed(_class_of(around))
 
 
-def _suspects(backbone: Backbone, names: Iterable[str]) -> list[str]:
-    """Return the modules of `names` whose weight or bias other code may read, beside calling them.
+def suspects(backbone: Backbone, names: Iterable[str]) -> list[str]:
+    """Return the modules of `names` that other code may use otherwise than by calling them.
 
-    It may if its class's code reads a child of that name or asks for all parameters, or if some
-    module holds the module or its parameters in a list, say, or under another name.
+    It may if its class's code reads the weight or bias of a child of that name, asks for all
+    parameters or calls a class's forward, or if something else than the tables of a module holds
+    the module or its parameters. Of a module that shows its deltas, parameters alone count.
     """
-    aside = _held_aside(backbone)
+    names = list(names)
+    aside = _held_aside(backbone) if names else set()
     found = []
     for name in names:
         module = backbone.modules[name]
+        shown = swap.weight_is_read(module, False)
         reads = {r for m in [*backbone.chain(name)][1:] for r in _may_read(_class_of(m))}
-        held = aside & {id(module), *map(id, module._parameters.values())}
-        if held or reads & {last(name), *ALL} or may_be_read(backbone, name):
+        own = {id(parameter) for parameter in module._parameters.values()}
+        if shown:
+            suspect = bool(aside & own) or _may_read_raw(backbone, name)
+        else:
+            suspect = bool(aside & {id(module), *own} or reads & {last(name), *ANY})
+            suspect = suspect or may_be_read(backbone, name)
+        if suspect:
             found.append(name)
     return found
 
 
 def _held_aside(backbone: Backbone) -> set[int]:
-    """Return the ids of modules and parameters that modules hold beside their own tables."""
-    found = set()
-    for module in backbone.modules.values():
-        for key, value in module.__dict__.items():
-            if key in ("_modules", "_parameters", "_buffers"):
-                continue
-            items = value.values() if isinstance(value, dict) else value
-            several = isinstance(value, dict | list | tuple)
-            found |= {
-                id(item)
-                for item in (items if several else (value,))
-                if isinstance(item, nn.Module | nn.Parameter)
-            }
+    """Return the ids of modules and parameters that are held beside the modules' own tables.
+
+    Attributes, hooks and the methods of classes are looked into, with all that they hold.
+    """
+    modules = list(backbone.modules.values())
+    todo = [v for m in modules for key, v in m.__dict__.items() if key not in TABLES]
+    classes = {base for m in modules for base in type(m).__mro__}
+    todo += [v for cls in classes for v in vars(cls).values() if inspect.isfunction(v)]
+    found, seen = set[int](), set[int]()
+    while todo:
+        value = todo.pop()
+        if isinstance(value, nn.Module | nn.Parameter):
+            found.add(id(value))
+        elif id(value) not in seen:
+            seen.add(id(value))
+            todo += _held_in(value)
     return found
 
 
-def read_beside(backbone: Backbone, names: Iterable[str]) -> dict[str, set[str] | None]:
+def _held_in(value: Any) -> list[Any]:
+    """Return what a container, a callable or an object of somebody's own holds."""
+    if isinstance(value, dict):
+        return list(value.values())
+    if isinstance(value, list | tuple | set):
+        return list(value)
+    if isinstance(value, MethodType):
+        return [value.__self__, value.__func__]
+    if isinstance(value, functools.partial):
+        return [value.func, *value.args, *value.keywords.values()]
+    if inspect.isfunction(value):
+        cells = [c.cell_contents for c in value.__closure__ or () if c != CellType()]
+        around = [value.__globals__.get(name) for name in value.__code__.co_names]
+        return cells + [each for each in around if isinstance(each, nn.Module | nn.Parameter)]
+    foreign = type(value).__module__.partition(".")[0] not in ("builtins", "torch", "opendelta")
+    return list(vars(value).values()) if foreign and hasattr(value, "__dict__") else []
+
+
+def read_beside(
+    backbone: Backbone, names: Iterable[str], missed: Collection[str] = ()
+) -> dict[str, set[str] | None]:
     """Return {module: the ones of "weight" and "bias" that other code computes with}.
 
     A module that shows its deltas to other code is there only if code computes with its weight or
     bias and has them otherwise, as from `named_parameters`. If no run on shapes tells, and the code
     of the module around reads the weight or bias by name, its value is None.
+
+    Args:
+        missed: modules whose layers a forward has missed, which are watched too.
     """
     names = list(names)
-    shown = {n for n in names if swap.weight_is_read(backbone.modules[n], False)}
-    suspects = _suspects(backbone, [n for n in names if n not in shown])
-    suspects += [n for n in shown if _may_read_raw(backbone, n)]
-    whole = watching.of_backbone(backbone, suspects) if suspects else None
+    asked = suspects(backbone, names)
+    watched = list(dict.fromkeys([*asked, *(name for name in names if name in missed)]))
+    whole = watching.of_backbone(backbone, watched) if watched else None
     found: dict[str, set[str] | None] = {}
-    for name in suspects:
-        watch, own = whole, name
-        if name in shown and watch is None:
-            continue
-        if watch is None or not (name in watch.called or name in {n for n, _ in watch.read}):
-            watch, own = watching.of_part(backbone, parent(name), [last(name)]), last(name)
+    for name in watched:
+        watch = whole
+        alone = name in asked and not swap.weight_is_read(backbone.modules[name], False)
+        if alone and (watch is None or not watch.has_seen(name)):
+            watch = watching.of_part(backbone, [name])
         if watch is not None:
-            found[name] = {key for n, key in watch.read if n == own}
-        elif last(name) in _may_read(_class_of(backbone.modules[parent(name)])):
+            found[name] = {key for n, key in watch.read if n == name}
+        elif alone and last(name) in _may_read(_class_of(backbone.modules[parent(name)])):
             found[name] = None
     return found
 
@@ -127,7 +163,7 @@ def read_beside(backbone: Backbone, names: Iterable[str]) -> dict[str, set[str] 
 def _may_read_raw(backbone: Backbone, where: str) -> bool:
     """True if code around a module asks for its parameters otherwise than by attribute."""
     around = [_class_of(m) for m in [*backbone.chain(where)][1:]]
-    return any(RAW & {*code.co_names} for cls in around for code in _codes(cls))
+    return any(RAW & {*code.co_names} for cls in around for code in _codes(cls, True))
 
 
 @functools.cache
@@ -157,9 +193,9 @@ def _has_unnamed(steps: list[dis.Instruction]) -> bool:
 
 @functools.cache
 def _may_read(cls: Any) -> set[str]:
-    """Return the names of children whose weight or bias a class's code reads, and of `ALL`."""
-    own = {name for name, key in _chains(cls) if key in ("weight", "bias")}
-    return own.union(*(ALL & {*code.co_names} for code in _codes(cls)))
+    """Return the names of children whose weight or bias a class's code reads, and of `ANY`."""
+    own = {name for name, key in _chains(cls, True) if key in ("weight", "bias")}
+    return own.union(*(ANY & {*code.co_names} for code in _codes(cls, True)))
 
 
 @functools.cache
@@ -178,12 +214,12 @@ def _uses(cls: Any) -> tuple[set[str], set[str]]:
     return read, used
 
 
-def _chains(cls: Any) -> Iterator[tuple[str, str | None]]:
+def _chains(cls: Any, beneath: bool = False) -> Iterator[tuple[str, str | None]]:
     """Yield (attribute, attribute of that one or None) wherever a class's code reads an attribute.
 
     The second is `LOOK` if the code looks at a weight or a bias, and at none of its values.
     """
-    for code in _codes(cls):
+    for code in _codes(cls, beneath):
         steps = list(dis.get_instructions(code))
         for number, step in enumerate(steps[:-1]):
             if step.opname not in ATTRIBUTES:
@@ -199,17 +235,21 @@ def _chains(cls: Any) -> Iterator[tuple[str, str | None]]:
                 yield step.argval, after.argval
 
 
-def _codes(cls: Any) -> Iterator[CodeType]:
-    """Yield the code of a class's forward, of methods that it names, and of functions inside."""
-    methods = {
-        name: inspect.unwrap(value).__code__
-        for base in reversed(cls.__mro__)
-        for name, value in vars(base).items()
-        if base.__module__ != nn.Module.__module__ and hasattr(inspect.unwrap(value), "__code__")
-    }
-    todo = [methods.pop("forward")] if "forward" in methods else []
+def _codes(cls: Any, beneath: bool = False) -> Iterator[CodeType]:
+    """Yield the code of a class's forward, of methods that it names, and of functions inside.
+
+    Args:
+        beneath: methods that others override too, as `super()` may call them.
+    """
+    methods: dict[str, list[CodeType]] = {}
+    for base in cls.__mro__:
+        for name, value in vars(base).items():
+            if base.__module__ != nn.Module.__module__ and (beneath or name not in methods):
+                code = getattr(inspect.unwrap(value), "__code__", None)
+                methods.setdefault(name, []).extend([code] if code is not None else [])
+    todo = methods.pop("forward", [])
     while todo:
         code = todo.pop()
         yield code
         todo += [const for const in code.co_consts if isinstance(const, CodeType)]
-        todo += [methods.pop(name) for name in code.co_names if name in methods]
+        todo += [each for name in code.co_names for each in methods.pop(name, ())]

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_iter, tree_map_only
 from .._modules import trials
 from .._sites.stack import stack_of
 from ..errors import SiteError
-from ..names import parent
+from ..names import last, parent
 from . import inputs, shapes
 from .backbone import Backbone
 
@@ -39,6 +39,7 @@ class Watch(TorchDispatchMode):
         self.modules, self.around, self.called = modules, list(around), set[str]()
         self.read: set[tuple[str, str]] = set()
         self.running: list[str] = []
+        self.owned: dict[tuple[str, str], int] = {}
         self.owners: dict[int, tuple[str, str]] = {}
         self.views: list[Tensor] = []
 
@@ -59,22 +60,27 @@ class Watch(TorchDispatchMode):
 
     def has_seen_all(self) -> bool:
         """True if each module was called or read."""
-        return self.modules.keys() <= self.called | {name for name, _ in self.read}
+        return all(map(self.has_seen, self.modules))
+
+    def has_seen(self, name: str) -> bool:
+        """True if a module was called or read."""
+        return name in self.called or any(name == read for read, _ in self.read)
 
     def plant(self, root: nn.Module) -> None:
-        """Watch the next run of `root`, by forwards on the instances; the caller takes them off."""
+        """Watch the next call of `root`, by attributes of instances; the caller takes them off."""
         for name, module in self.modules.items():
             module.__dict__["forward"] = self._noting(name, module.forward)
         stacks = {n: s for n, m in self.modules.items() if (s := stack_of(m)) is not None}
-        inner = root.forward
+        inner = root._call_impl  # the forward and its hooks
 
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            self.owners = {
-                _memory(parameter): (name, key)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.owned = {
+                (name, key): _memory(parameter)
                 for name, module in self.modules.items()
                 for key, parameter in module._parameters.items()
                 if parameter is not None and key in ("weight", "bias")
             }
+            self.owners = {memory: owner for owner, memory in self.owned.items()}
             for name, stack in stacks.items():  # what a module shows as its weight is no read of it
                 stack.__dict__["fold"] = self._noting(name, stack.fold, call=False)
             try:
@@ -87,7 +93,7 @@ class Watch(TorchDispatchMode):
                 for stack in stacks.values():
                     stack.__dict__.pop("fold", None)
 
-        root.__dict__["forward"] = forward
+        root.__dict__.update(_call_impl=call, _compiled_call_impl=None)
 
     @contextlib.contextmanager
     def _in_the_other_mode(self) -> Iterator[None]:
@@ -101,11 +107,18 @@ class Watch(TorchDispatchMode):
             for module, mode in zip(self.around, modes, strict=True):
                 module.training = mode
 
+    def _lent(self, name: str, key: str) -> bool:
+        """True if a module runs with another weight or bias, as in `functional_call`."""
+        parameter = self.modules[name]._parameters.get(key)
+        return parameter is not None and _memory(parameter) != self.owned.get((name, key))
+
     def _noting(
         self, name: str, inner: Callable[..., Any], call: bool = True
     ) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            self.called |= {name} if call else set()
+            if call:
+                self.called.add(name)
+                self.read |= {(name, key) for key in ("weight", "bias") if self._lent(name, key)}
             self.running.append(name)
             try:
                 return inner(*args, **kwargs)
@@ -129,23 +142,34 @@ def _memory(tensor: Tensor) -> int:
         return id(tensor)
 
 
-def of_part(backbone: Backbone, around: str, names: list[str]) -> Watch | None:
-    """Watch children of the module `around` while it runs alone, on the meta device.
+def of_children(backbone: Backbone, names: list[str]) -> Watch | None:
+    """Watch children of one module, while it runs alone or the backbone runs on shapes.
+
+    The backbone comes first if its user gave inputs. None: no run reaches any of them.
+    """
+    ways = (of_backbone, of_part) if backbone.samples is not None else (of_part, of_backbone)
+    watches = (watch for way in ways if (watch := way(backbone, names)) is not None)
+    return next((watch for watch in watches if watch.called or watch.read), None)
+
+
+def of_part(backbone: Backbone, names: list[str]) -> Watch | None:
+    """Watch children of one module while it runs alone, on the meta device.
 
     Args:
-        names: the names of the children.
+        names: the full names of the children.
 
     Returns:
         None: it runs on none of the inputs that are known.
     """
-    for args, kwargs in inputs.of_module(backbone.modules[around]):
+    around = backbone.modules[parent(names[0])]
+    for args, kwargs in inputs.of_module(around):
         with torch.no_grad():
             try:
-                made = trials.on_meta(backbone.modules[around])
-                watch = Watch({name: made.get_submodule(name) for name in names}, [made])
+                made = trials.on_meta(around)
+                watch = Watch({name: made.get_submodule(last(name)) for name in names}, [made])
                 watch.plant(made)
                 args, kwargs = tree_map_only(Tensor, lambda t: t.to("meta"), (args, kwargs))
-                made.forward(*args, **kwargs)
+                made(*args, **kwargs)
             except Exception:  # a forward may raise anything
                 continue
             return watch

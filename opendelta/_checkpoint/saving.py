@@ -12,14 +12,16 @@ from torch import Tensor, nn
 from .. import interop
 from .._backbone.backbone import Backbone
 from .._backbone.heads import warn_of_untrained
-from .._deltas import making
+from .._deltas import first_forward, making
 from .._deltas.base import BaseDelta, tensors_of
+from .._deltas.buffers import saved
 from .._files import folder as files
 from .._files.reading import as_path
+from .._layers.record import Record
 from .._modules.tensors import full, in_parts, is_finite
 from .._sites import merged
-from ..errors import DeltaError, UnsavedWarning, listed, warn
-from ..names import ancestors, last
+from ..errors import DeltaError, UnreachedWarning, UnsavedWarning, listed, warn
+from ..names import last
 from . import fingerprint
 from .parts import copied, replaced
 from .source import MOST_DELTAS
@@ -47,6 +49,7 @@ def save(
         )
     backbone = Backbone.of(deltas[0].backbone_model)
     backbone.require_unrouted("cannot save")
+    _warn_of_replaced(backbone, [delta.record for delta in deltas])
     brought = _backbone_part(backbone, deltas)
     tensors = {**brought, **{k: t for delta in deltas for k, t in tensors_of(delta).items()}}
     whole = {name: full(tensor).detach() for name, tensor in tensors.items()}
@@ -125,15 +128,26 @@ def _facts(delta: BaseDelta) -> dict[str, Any]:
     }
 
 
+def _warn_of_replaced(backbone: Backbone, records: Sequence[Record]) -> None:
+    """Warn of layers that are in the file and act no longer, as their module was replaced."""
+    found = first_forward.replaced(backbone)
+    gone = [f"{where} ({record.name})" for record, where in found if record in records]
+    if gone:
+        warn(
+            f"{len(gone)} delta layers were on modules that others replaced since, and do not act: "
+            f"{listed(gone)}. The file holds them as they were; detach the delta and attach it "
+            "again, so that it acts on the new modules",
+            UnreachedWarning,
+        )
+
+
 def _backbone_part(backbone: Backbone, deltas: Sequence[BaseDelta]) -> dict[str, Tensor]:
     """Return the backbone tensors to save with the deltas; warn of other trainable tensors."""
-    own = backbone.tensors()
-    around = {
-        n for d in deltas for n in (*(d.config.unfrozen_modules or ()), *d.record.shared.excluded)
-    }
-    named = {n: t for n, t in own.items() if around and around & {"", *ancestors(n)}}
+    named = saved(backbone, [delta.record for delta in deltas])
     known = set(map(id, named.values()))
-    others = {id(p): p for p in own.values() if p.requires_grad and id(p) not in known}
+    others = {
+        id(p): p for p in backbone.tensors().values() if p.requires_grad and id(p) not in known
+    }
     if others and any(delta.attached for delta in deltas):
         warn(
             f"{len(others)} trainable parameters of the backbone "

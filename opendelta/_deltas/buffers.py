@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from .._backbone.backbone import Backbone
 from .._layers.record import Record
 from ..errors import UnsavedWarning, listed, warn
-from ..names import ancestors, join
+from ..names import ancestors, join, parent
 
 
 def trains_in_place(module: nn.Module) -> bool:
@@ -39,6 +39,19 @@ def named(records: list[Record]) -> set[str]:
     """Return the names of the backbone's modules and tensors that are saved with deltas."""
     of_configs = {name for r in records for name in r.config.unfrozen_modules or ()}
     return of_configs.union(*(record.shared.excluded for record in records))
+
+
+def saved(backbone: Backbone, records: list[Record]) -> dict[str, Tensor]:
+    """Return the backbone's tensors that are saved with deltas, and the buffers beside them."""
+    around, own = named(records), backbone.tensors()
+    parameters = backbone.parameters()
+    found = {name for name in own if around and around & {"", *ancestors(name)}}
+    beside = {parent(name) for name in found if name in parameters}
+    return {
+        name: tensor
+        for name, tensor in own.items()
+        if name in found or (name not in parameters and parent(name) in beside)
+    }
 
 
 def moving(backbone: Backbone, changed: Collection[str] = ()) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,8 +10,10 @@ from torch import nn
 
 from .._backbone.backbone import Backbone
 from .._backbone.shapes import PROBING
+from .._layers.record import Record
 from ..errors import UnreachedWarning, listed, warn
 from ..names import SLOT, join, unwrapped
+from .state_dict import state_hook
 
 
 def unreached(model: nn.Module) -> list[str]:
@@ -20,17 +23,24 @@ def unreached(model: nn.Module) -> list[str]:
 
 def unreached_in(backbone: Backbone) -> list[str]:
     """Return the layers of `unreached` for a known backbone."""
-    return [*_silent(backbone), *_lost(backbone)]
+    return _names(_silent(backbone), backbone)
 
 
-def _silent(backbone: Backbone, compiled: bool = True) -> list[str]:
-    """Return the active layers that have not run.
+def missed(backbone: Backbone) -> set[tuple[str, str]]:
+    """Return (site, delta) of the active layers that the last first forward has not reached."""
+    hooks = (hook for m in backbone.modules.values() for hook in m._forward_hooks.values())
+    waits = any(isinstance(hook, FirstForward) for hook in hooks)
+    return set() if waits else set(_silent(backbone, compiled=False))
+
+
+def _silent(backbone: Backbone, compiled: bool = True) -> list[tuple[str, str]]:
+    """Return (site, delta) of the active layers that have not run.
 
     Args:
         compiled: count layers in compiled code too.
     """
     return [
-        join(where, SLOT, name)
+        (where, name)
         for where, name, layer in backbone.delta_layers()
         if layer.computes and layer.record.active and name not in backbone.stacks[where].ran
         if not backbone.stacks[where].holds(name)
@@ -45,18 +55,36 @@ def _in_compiled(backbone: Backbone, where: str) -> bool:
     )
 
 
-def _lost(backbone: Backbone) -> list[str]:
-    """Return the layers that were lost because their module was replaced by another one."""
-    missing = []
-    for record, sites in backbone.sites().items():
-        own = [f".{unwrapped(where)}" for where in sites]
+def _lost(backbone: Backbone) -> Iterator[tuple[Record, str]]:
+    """Yield (delta, site) of the layers that left with their module, as another one replaced it."""
+    sites = backbone.sites()
+    for hook in map(state_hook, backbone.modules.values()):
+        if hook is not None and hook.on_root:
+            sites = {record: [] for record in hook.shared.records} | sites
+    for record in sorted(sites, key=lambda record: record.rank):
+        own = [f".{unwrapped(where)}" for where in sites[record]]
         if len(own) == len(record.sites):
             continue
         for name in sorted(record.sites):
             # The name is relative to the module that the delta was attached to.
             if not any(w.endswith(f".{name}") or f".{name}".endswith(w) for w in own):
-                missing.append(join(name, SLOT, record.name))
-    return missing
+                yield record, name
+
+
+def _names(silent: list[tuple[str, str]], backbone: Backbone) -> list[str]:
+    """Return the full names of silent layers, and of those that are lost."""
+    lost = [(site, record.name) for record, site in _lost(backbone)]
+    return [join(where, SLOT, name) for where, name in silent + lost]
+
+
+def replaced(backbone: Backbone) -> list[tuple[Record, str]]:
+    """Return (active delta, site) where another module has taken the place of the site."""
+    return [
+        (record, site)
+        for record, site in _lost(backbone)
+        if record.active
+        if any(f".{unwrapped(name)}".endswith(f".{site}") for name in backbone.modules)
+    ]
 
 
 class FirstForward:
@@ -68,11 +96,11 @@ class FirstForward:
             return
         backbone = Backbone.of(model)
         unwatch_forward(backbone)
-        missed = [*_silent(backbone, compiled=False), *_lost(backbone)]
-        if missed:
-            shown = listed(missed)
+        unrun = _names(_silent(backbone, compiled=False), backbone)
+        if unrun:
+            shown = listed(unrun)
             warn(
-                f"{len(missed)} delta layers did not run in the first forward of "
+                f"{len(unrun)} delta layers did not run in the first forward of "
                 f"{type(model).__name__}: {shown}. If the parent reads the module's weight instead "
                 "of calling it, choose the parent, or pass reads=True; if the module was replaced "
                 "since, attach anew; if this forward skipped it (experts, layer drop), all is well",

@@ -124,8 +124,14 @@ def _seed(layers: dict[str, DeltaLayer]) -> None:
     """Let modules fill the buffers that are made from a seed and not saved."""
     for layer in layers.values():
         for module in layer.modules():
-            if hasattr(type(module), "seed"):
-                module.seed()  # type: ignore[operator]
+            _fill(module)
+
+
+def _fill(module: Any) -> None:
+    """Let a module fill its buffers by its method `seed`, if it has one."""
+    if hasattr(type(module), "seed"):
+        with torch.device("cpu"):  # a default device of "meta" would give no values
+            module.seed()
 
 
 def materialise(
@@ -153,8 +159,8 @@ def materialise(
                     left = True
                 new, is_parameter = new.to(device), own is module._parameters
                 own[key] = nn.Parameter(new, tensor.requires_grad) if is_parameter else new
-        if left and hasattr(type(module), "seed"):
-            module.seed()
+        if left:
+            _fill(module)
 
 
 def _only_new(

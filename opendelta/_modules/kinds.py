@@ -249,7 +249,7 @@ def kind_of(module: nn.Module) -> Kind | None:
     if isinstance(module, nn.modules.conv._ConvNd):
         return _convolution(module)
     if isinstance(module, nn.LayerNorm | nn.RMSNorm):
-        return _norm(module, tuple(module.normalized_shape), True)
+        return _norm(module, tuple(module.normalized_shape), module.elementwise_affine)
     if _is_norm(module):
         return _norm(module, tuple(module._parameters["weight"].shape), False)  # type: ignore
     if hasattr(module, "nx") and hasattr(module, "nf"):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .devices import device_and_dtype
 from .kinds import Kind, Norm, kind_of
-from .tensors import in_full, is_plain
+from .tensors import in_full, is_plain, stored, stored_params
 
 # The forwards that compute what the table of kinds says, whatever subclass of module has them.
 KNOWN = {
@@ -29,6 +29,7 @@ ELSEWHERE = {  # (package, name of the forward) of libraries that may not be ins
     ("bitsandbytes", "Linear4bit.forward"),
     ("bitsandbytes", "Linear8bitLt.forward"),
 }
+LARGEST = 1e10  # of the inputs that are tried: what saturates does so below
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
@@ -51,20 +52,21 @@ def factor_of(module: nn.Module, forward: Callable[..., Any]) -> float | None:
     if is_known(forward):
         return 1.0
     kind, was_training = kind_of(module), module.training
-    if kind is None or "weight" not in module._parameters:
+    if kind is None or stored(module, "weight") is None:
         return None
     if isinstance(kind, Norm):
         return 1.0
     if _takes_more(forward):
         return None
-    factors = []
+    factors, dtype = [], device_and_dtype([module])[1]
+    largest = min(torch.finfo(dtype).max / 64, LARGEST)
     try:
         for module.training in (False, True):
             with torch.random.fork_rng(devices=[]), _in_full_precision(module):
                 if module.training > was_training and _is_random(module, forward, kind):
                     continue  # as dropout is: nobody expects a merge to keep it
                 torch.manual_seed(0)
-                factors.append(_of(module, forward, kind))
+                factors.append(_of(module, forward, kind, largest))
         return factors[0] if len({*factors}) == 1 else None
     except Exception:  # whatever a forward of somebody's own raises on such an input
         return None
@@ -96,11 +98,10 @@ def _in_full_precision(module: nn.Module) -> Iterator[None]:
         own.update(kept)
 
 
-def _of(module: nn.Module, forward: Callable[..., Any], kind: Kind) -> float | None:
-    matrix = kind.matrix(in_full(module, "weight"))
-    bias = in_full(module, "bias") if module._parameters.get("bias") is not None else None
+def _of(module: nn.Module, forward: Callable[..., Any], kind: Kind, largest: float) -> float | None:
+    matrix, bias = kind.matrix(in_full(module, "weight")), stored_params(module).get("bias")
     factors = []
-    for x in _inputs(module, kind):
+    for x in _inputs(module, kind, largest):
         out = forward(module, x)
         wide = x.to(matrix.dtype) if x.is_floating_point() else x
         plain = kind.product(wide, matrix)
@@ -120,10 +121,10 @@ def _rounded(factor: float) -> float:
     return 1.0 if math.isclose(factor, 1.0, rel_tol=1e-5) else factor
 
 
-def _inputs(module: nn.Module, kind: Kind) -> Iterator[Tensor]:
+def _inputs(module: nn.Module, kind: Kind, largest: float = 1.0) -> Iterator[Tensor]:
     """Yield inputs of several sizes and magnitudes, on which only such a module agrees."""
     device, dtype = device_and_dtype([module])
-    for length, size in ((2, 1.0), (3, 30.0), (2, 0.01), (17, 1.0)):
+    for length, size in ((2, 1.0), (3, 30.0), (2, 0.01), (17, 1.0), (2, largest)):
         x, _, _ = kind.example(length, dtype)
         if kind.takes_ids:
             yield torch.randint(kind.in_features, x.shape, device=device)
@@ -141,11 +142,11 @@ def acts_by_channel(module: nn.Module, forward: Callable[..., Any], key: str) ->
     """
     own: Any = module._parameters
     kind: Any = kind_of(module)
-    kept, bias = own[key], own.get("bias")
+    kept, bias = own[key], stored_params(module).get("bias")
     device, dtype = device_and_dtype([module])
     shape = kind.example(3, dtype)[0].shape
     x = torch.randn(shape, dtype=torch.float64).to(device, dtype)
-    by = torch.linspace(0.5, 1.5, kept.numel(), device=device).to(kept.dtype).view(kept.shape)
+    by = torch.linspace(0.5, 99.5, kept.numel(), device=device).to(kept.dtype).view(kept.shape)
     shift, each = 0 if bias is None else kind.per_channel(bias), kind.per_channel(by)
     try:
         plain = forward(module, x)

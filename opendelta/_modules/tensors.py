@@ -19,24 +19,44 @@ if TYPE_CHECKING:
 
 
 @contextlib.contextmanager
-def lasting() -> Iterator[None]:
-    """Make tensors that can train later, also inside `torch.inference_mode()`."""
-    if not torch.is_inference_mode_enabled():
+def lasting(exact: bool = True) -> Iterator[None]:
+    """Make tensors that can train later, also inside `torch.inference_mode()`.
+
+    Args:
+        exact: compute them in their own dtypes, also inside `torch.autocast`.
+    """
+    with contextlib.ExitStack() as modes:
+        if torch.is_inference_mode_enabled():
+            modes.enter_context(torch.inference_mode(False))
+            modes.enter_context(torch.no_grad())  # the former turns gradients on
+        if exact and torch._C._is_any_autocast_enabled():
+            modes.callback(torch.clear_autocast_cache)  # it may hold 16-bit copies of old values
+            for device in filter(torch.is_autocast_enabled, AUTOCAST):
+                modes.enter_context(torch.autocast(device, enabled=False))
         yield
-        return
-    with torch.inference_mode(False), torch.no_grad():  # the former turns gradients on
-        yield
+
+
+AUTOCAST = ("cpu", "cuda", "mps", "xpu", "hpu")
 
 
 def stored(module: nn.Module, name: str) -> Tensor | None:
-    """Return the stored parameter; on a DataParallel replica, the plain tensor in its place."""
-    own = module._parameters
-    return own[name] if name in own else module.__dict__.get(name)
+    """Return the stored parameter, or the buffer, attribute or property in its place, or None.
+
+    After pruning and on a DataParallel replica, it is an attribute; of a parametrization, a
+    property.
+    """
+    for table in (module._parameters, module._buffers, module.__dict__):
+        if name in table:
+            return table[name]
+    own = (vars(cls) for cls in type(module).__mro__)
+    found = next((table[name] for table in own if name in table and "_site_of" not in table), None)
+    return found.__get__(module) if isinstance(found, property) else None
 
 
 def stored_params(module: nn.Module) -> dict[str, Tensor]:
     """Return the stored weight and bias of `module` by name; a missing one is left out."""
-    return {name: t for name in ("weight", "bias") if (t := stored(module, name)) is not None}
+    found = {name: stored(module, name) for name in ("weight", "bias")}
+    return {name: tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}
 
 
 def is_sharded(tensor: Tensor | None) -> bool:
@@ -130,10 +150,10 @@ def in_full(module: nn.Module, key: str) -> Tensor:
     Raises:
         SiteError: its kind of quantisation is not known.
     """
-    parameter: Any = module._parameters.get(key)
+    parameter: Any = stored(module, key)
     if parameter is None:
-        raise SiteError(f"{type(module).__name__} has no {key} of its own as a parameter")
-    if is_plain(parameter):
+        raise SiteError(f"{type(module).__name__} has no {key}")
+    if is_plain(parameter) or type(parameter) is Tensor:
         return parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32))
     kind = type(parameter).__name__
     if kind == "Params4bit":
@@ -154,9 +174,12 @@ def in_full(module: nn.Module, key: str) -> Tensor:
 
 
 def params_in_full(module: nn.Module) -> dict[str, Tensor]:
-    """Return the weight and bias of a module by name, in at least float32; see `in_full`."""
-    own = module._parameters
-    return {k: in_full(module, k) for k in ("weight", "bias") if own.get(k) is not None}
+    """Return the weight and bias of a module by name, in at least float32; see `in_full`.
+
+    A weight that is no parameter of the module's own is left out.
+    """
+    given = {"weight": module._parameters.get("weight"), "bias": stored(module, "bias")}
+    return {key: in_full(module, key) for key, t in given.items() if isinstance(t, Tensor)}
 
 
 def kept(module: nn.Module, key: str) -> Any:

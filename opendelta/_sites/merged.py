@@ -79,8 +79,9 @@ def factor_of(where: str, module: nn.Module, run: list[Named]) -> float:
     if factor is not None:
         why = f"multiplies its weight by {factor:.3g}, which layers that look at the weight miss"
     raise SiteError(
-        f"{where!r} ({type(module).__name__}): {', '.join(refused)} cannot be merged: the module "
-        f"{why}, so no other weight computes the same. Let the delta act unmerged",
+        f"{where!r} ({type(module).__name__}): {', '.join(refused)} cannot be merged or "
+        f"combined: the module {why}, so no other weight computes the same. Let the delta act as "
+        "it is",
         where=where,
     )
 
@@ -111,8 +112,31 @@ def _new_values(
         kind: Any = layers[0].kind
         new = torch.empty_like(weight)
         return {"weight": (new, low_rank.add_to_weight(kind.matrix(weight), kind.matrix(new), run))}
+    exact, folded = folded_params(where, module, layers, factor)
+    changed = {key: tensor for key, tensor in folded.items() if tensor is not exact[key]}
+    if factor != 1 and "weight" in changed:
+        changed["weight"] = changed["weight"] / factor
+    own = module._parameters
+    for key in changed:
+        if own.get(key) is None:
+            raise _not_own(where, module, key)
+    rounded = {key: tensor.to(_float_of(own[key])) for key, tensor in changed.items()}
+    return {key: (tensor, [tensor]) for key, tensor in rounded.items()}
+
+
+def folded_params(
+    where: str, module: nn.Module, layers: list[Any], factor: float
+) -> tuple[Params, Params]:
+    """Return the weight and bias of a module as they act, and the same with layers folded in.
+
+    Args:
+        factor: the result of `factor_of`.
+
+    Raises:
+        SiteError: a layer needs a weight that is no parameter of the module's own.
+    """
     exact: Params = tensors.params_in_full(module)
-    if factor != 1:  # layers fold into the weight as it acts
+    if factor != 1:
         exact["weight"] = factor * exact["weight"]
     folded = exact
     try:
@@ -121,18 +145,17 @@ def _new_values(
     except KeyError as error:
         if error.args[0] not in {"weight", "bias"} - exact.keys():
             raise
-        raise SiteError(
-            f"{where!r} ({type(module).__name__}): its {error.args[0]} is no parameter of its own, "
-            "as of a parametrized module: remove the parametrization, or merge the deltas "
-            "elsewhere",
-            where=where,
-        ) from None
-    changed = {key: tensor for key, tensor in folded.items() if tensor is not exact[key]}
-    if factor != 1 and "weight" in changed:
-        changed["weight"] = changed["weight"] / factor
-    own = module._parameters
-    rounded = {key: tensor.to(_float_of(own[key])) for key, tensor in changed.items()}
-    return {key: (tensor, [tensor]) for key, tensor in rounded.items()}
+        raise _not_own(where, module, error.args[0]) from None
+    return exact, folded
+
+
+def _not_own(where: str, module: nn.Module, key: str) -> SiteError:
+    return SiteError(
+        f"{where!r} ({type(module).__name__}): its {key} is no parameter of its own, as of a "
+        "parametrized or pruned module, or is a buffer: make it one (such as by "
+        "remove_parametrizations), or let the delta act as it is",
+        where=where,
+    )
 
 
 def _folded(where: str, layer: DeltaLayer, params: Params) -> Params:

@@ -47,7 +47,8 @@ class KeptFactors:
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
         self.runs: dict[tuple, tuple[list[tuple[float, bool]], list[LowRank], int]] = {}
-        self.sources: dict[Tensor, Tensor] = {}  # {parameter: a copy of its values}
+        # {(layer, name of a parameter): (the parameter, a copy of its values)}
+        self.sources: dict[tuple[DeltaLayer, str], tuple[Tensor, Tensor]] = {}
         self.made: tuple[list[Any], Any] = [], None
         self.late = False
 
@@ -65,11 +66,11 @@ class KeptFactors:
                 return run, len(run)
             whole = [LowRank(*map(self._values, side_by_side(run)))] if run else run
             joined = acting[start : start + len(run)] if key not in self.runs else ()
-            for tensor in [p for layer in joined for p in layer.parameters()]:
-                if tensor not in self.sources:
-                    self.sources[tensor] = tensor.detach().clone()
+            for layer, name, p in [(ly, *own) for ly in joined for own in ly.named_parameters()]:
+                if (layer, name) not in self.sources:
+                    self.sources[layer, name] = p, p.detach().clone()
             self.runs[key] = states, whole, len(run)
-        if torch.is_grad_enabled() and any(p.requires_grad for p in self.sources):
+        if torch.is_grad_enabled() and any(p.requires_grad for p, _ in self.sources.values()):
             raise DeltaError(
                 "frozen() keeps copies of the deltas' tensors, which no gradient reaches: run the "
                 "model under torch.no_grad() inside it, or train outside of it"
@@ -92,8 +93,7 @@ class KeptFactors:
         """Drop the factors of a layer that is taken off."""
         self.late = self.changed()
         self.runs = {key: run for key, run in self.runs.items() if layer not in key}
-        for parameter in layer.parameters():
-            self.sources.pop(parameter, None)
+        self.sources = {key: kept for key, kept in self.sources.items() if key[0] is not layer}
         self.made = [], None
 
     def changed(self) -> bool:
@@ -101,7 +101,14 @@ class KeptFactors:
 
         The values are compared: torch counts no changes by fused optimizers and through `.data`.
         """
-        return self.late or any(not _same(p, copy) for p, copy in self.sources.items())
+        now = {
+            (layer, name): parameter
+            for layer in {layer for layer, _ in self.sources}
+            for name, parameter in layer.named_parameters()
+        }
+        return self.late or any(
+            key not in now or not _same(now[key], copy) for key, (_, copy) in self.sources.items()
+        )
 
     def _values(self, part: Any) -> Any:
         return part.detach().to(self.dtype) if isinstance(part, Tensor) else part

@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from .._backbone import reading
 from .._backbone.backbone import Backbone
 from .._backbone.copying import plain_copy
 from .._deltas.committing import unwatch
@@ -17,7 +16,7 @@ from .._layers.owned import convert_like
 from .._modules import tensors
 from .._sites import merged
 from .._sites.stack import Stack, Step
-from ..errors import DeltaError, SiteError
+from ..errors import SiteError
 from . import merging
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -82,7 +81,7 @@ def to_backbone(model: Module) -> Module:
     backbone = Backbone.of(model)
     backbone.require_unrouted("cannot make a plain model")
     merging.check_whole(backbone)
-    silent, read = _silent(backbone), reading.read_beside(backbone, backbone.stacks)
+    silent, read = _silent(backbone), merging.read_beside(backbone, backbone.stacks)
     copied = shared_copy(model)
     for where, stack in backbone.stacks.items():
         run = [(n, ly) for n, ly in stack.in_order() if ly.folds and ly.record.active]
@@ -91,7 +90,7 @@ def to_backbone(model: Module) -> Module:
         if stand_ins:
             _check_unread_copy(where, backbone.modules[where], stand_ins[-1], read)
         if stand_ins:
-            _put(copied, where, copy.deepcopy(stand_ins[-1]))
+            _become(copied.get_submodule(where), stand_ins[-1])
         if run:
             step = Step(dict(run))
             merged.fold_into(where, copied.get_submodule(where), run, step)
@@ -166,8 +165,9 @@ def _untie(backbone: Backbone, copied: Any) -> None:
             known.add(id(parameter))
 
 
-def _put(model: nn.Module, where: str, module: nn.Module) -> None:
-    if not where:
-        raise DeltaError("modules_to_save holds the whole model, which has no place to stand in")
-    parent, _, key = where.rpartition(".")
-    model.get_submodule(parent)._modules[key] = module
+def _become(module: nn.Module, other: nn.Module) -> None:
+    """Let `module` be a copy of `other`, for all that hold it, under whatever name."""
+    own = copy.deepcopy(other.__dict__, {id(other): module})
+    module.__dict__.clear()
+    module.__dict__.update(own)
+    module.__class__ = type(other)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,9 +15,10 @@ from torch import nn
 
 from .._backbone import reading, shapes
 from .._backbone.backbone import Backbone
+from .._deltas import first_forward
 from .._layers.base import Acts, DeltaLayer
 from .._layers.record import Record
-from .._modules.tensors import is_plain, is_sharded
+from .._modules.tensors import is_plain, is_sharded, lasting
 from .._sites import swap
 from .._sites.merged import Named, check_unchanged, factor_of, fold_into, undo
 from .._sites.stack import Stack, Step
@@ -187,11 +188,23 @@ def reached_by(backbone: Backbone) -> set[tuple[str, str]] | None:
     return reached
 
 
-def _check_acting(backbone: Backbone, runs: Mapping[str, Sequence[Named]]) -> None:
-    """Raise if a layer does not act, because the module around reads the weight of its module.
+def _check_in_place(backbone: Backbone, records: Collection[Record] | None = None) -> None:
+    """Raise if an active delta, one of `records`, left a site with the module that was there."""
+    for record, where in first_forward.replaced(backbone):
+        if records is None or record in records:
+            raise SiteError(
+                f"{where!r}: {record.name!r} was on another module, which was replaced since, and "
+                "would be lost here. Put that module back; or detach the delta and attach it "
+                "again, so that it acts on the new one; or disable it",
+                where=where,
+            )
 
-    Only layers that have not run, in modules whose code may do so, are looked at: by a run on
-    shapes.
+
+def _check_acting(backbone: Backbone, runs: Mapping[str, Sequence[Named]]) -> None:
+    """Raise if a layer may never act, because code uses its module otherwise than by calling it.
+
+    Only layers that have not run are looked at, by a run on shapes: in modules whose code may do
+    so, and, if no run is possible, where a forward has missed a module that something else holds.
     """
     silent = [
         (where, name)
@@ -199,18 +212,27 @@ def _check_acting(backbone: Backbone, runs: Mapping[str, Sequence[Named]]) -> No
         for name, _ in run
         if name not in backbone.stacks[where].ran
         and not swap.weight_is_read(backbone.modules[where], False)
-        and reading.may_be_read(backbone, where)
     ]
-    reached = (reached_by(backbone) or set()) if silent else set()
-    for where, name in silent:
-        if (where, name) not in reached:
+    unnamed = {where for where, _ in silent if reading.may_be_read(backbone, where)}
+    missed = first_forward.missed(backbone)
+    held = reading.suspects(backbone, [where for where, name in silent if (where, name) in missed])
+    asked = [(where, name) for where, name in silent if where in unnamed or where in held]
+    reached = reached_by(backbone) if asked else None
+    for where, name in asked:
+        if reached is None or (where in unnamed and (where, name) not in reached):
             raise SiteError(
                 f"{where!r} ({type(backbone.modules[where]).__name__}): {name!r} has not run, and "
-                "the code around may read the weight instead of calling the module: then a merge "
-                "would change what the model computes. Run the model once before; if it is read, "
-                f"attach with reads=True; or disable {name!r}",
+                "other code may use the module otherwise than by calling it: then a merge would "
+                "change what the model computes. Run the model on inputs that reach it; if its "
+                f"weight is read, attach with reads=True; or disable {name!r}",
                 where=where,
             )
+
+
+def read_beside(backbone: Backbone, names: Iterable[str]) -> dict[str, set[str] | None]:
+    """Return what other code reads of the sites `names`; see `reading.read_beside`."""
+    missed = {where for where, _ in first_forward.missed(backbone)}
+    return reading.read_beside(backbone, names, missed)
 
 
 def check_unread(where: str, module: nn.Module, step: Step, read: set[str] | None) -> None:
@@ -242,12 +264,14 @@ def check_unread(where: str, module: nn.Module, step: Step, read: set[str] | Non
     )
 
 
+@lasting()
 def merge(backbone: Backbone, wanted: Collection[Record] | None = None) -> MergeReport:
     """Fold deltas into the weights; see `Composition.merge`."""
     backbone.require_unrouted("cannot merge")
+    _check_in_place(backbone, wanted)
     runs = _runs_to_merge(backbone, wanted)
     _check_acting(backbone, runs)
-    read = reading.read_beside(backbone, runs)
+    read = read_beside(backbone, runs)
     report = MergeReport()
     steps = {where: Step(dict(run)) for where, run in runs.items()}
     try:
@@ -279,8 +303,9 @@ def check_whole(backbone: Backbone) -> None:
     """Raise unless all active layers can be in the weights after a merge.
 
     Raises:
-        SiteError: an active layer does not fold; the message names the first.
+        SiteError: an active layer does not fold, or was lost; the message names the first.
     """
+    _check_in_place(backbone)
     users, runs = backbone.users(), {}
     for where, stack in backbone.stacks.items():
         for name, layer in stack.in_order():

@@ -139,7 +139,7 @@ class CheckReport:
         ])  # fmt: skip
 
 
-@lasting()
+@lasting(exact=False)
 def check(
     model: nn.Module,
     batch: Samples | None = None,

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .._modules.tensors import stored
 from ..author import Delta, DeltaConfig, DeltaLayer, Params, Site, times
 
 
@@ -46,7 +47,7 @@ class BitFitLayer(DeltaLayer):
 
     @classmethod
     def can_fold_on(cls, module: nn.Module) -> bool:
-        return module._parameters.get("bias") is not None
+        return stored(module, "bias") is not None
 
     @property
     def folds(self) -> bool:

@@ -51,10 +51,10 @@ class LNTuningLayer(DeltaLayer):
         return super().folds and self.by_weight
 
     def fold(self, params: Params) -> Params:
-        folded = {"weight": params["weight"] * self.scale}
+        folded = {name: tensor * self.scale for name, tensor in params.items()}
         if self.bias is not None:
-            folded["bias"] = params["bias"] * self.scale + self.bias
-        return params | {name: tensor.type_as(params[name]) for name, tensor in folded.items()}
+            folded["bias"] = folded["bias"] + self.bias
+        return {name: tensor.type_as(params[name]) for name, tensor in folded.items()}
 
 
 class LNTuningModel(Delta):

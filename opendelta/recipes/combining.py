@@ -22,6 +22,7 @@ from .._handles.composition import composition
 from .._layers.base import Acts, DeltaLayer
 from .._modules import tensors
 from .._modules.kinds import kind_of
+from .._sites import merged
 from ..errors import OptionError, SiteError, nearest, shown
 from ..methods.lora import LoraConfig, LoraLayer, LoraModel
 
@@ -51,6 +52,7 @@ class Combination:
         )
 
 
+@tensors.lasting()
 def combine(
     model: nn.Module,
     weights: Mapping[Any, float],
@@ -179,11 +181,12 @@ def change_of(module: nn.Module, where: str, layer: DeltaLayer) -> Tensor:
     """Return the change of a module's weight matrix [out, in] by one layer, in at least float32.
 
     Raises:
-        SiteError: the layer changes the bias, too.
+        SiteError: the layer changes the bias, too; or the module has a forward of its own.
     """
     kind: Any = kind_of(module)
-    params = tensors.params_in_full(module)
-    folded = layer.fold(params)
+    named = [(layer.record.name, layer)]
+    factor = 1.0 if layer.acts is Acts.BESIDE else merged.factor_of(where, module, named)
+    params, folded = merged.folded_params(where, module, [layer], factor)
     if "bias" in params and not torch.equal(folded["bias"], params["bias"]):
         raise SiteError(
             f"{where!r}: {layer.record.name!r} ({type(layer).__name__}) changes the bias too, "

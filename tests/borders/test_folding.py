@@ -29,6 +29,16 @@ class Damped(nn.Linear):
         return 0.1 * super().forward(x)
 
 
+class Clamped(nn.Linear):
+    def forward(self, x):
+        return super().forward(x.clamp(-100, 100))
+
+
+class Saturates(nn.Linear):
+    def forward(self, x):
+        return torch.tanh(super().forward(x) / 5e4) * 5e4
+
+
 class Noisy(nn.Linear):
     def forward(self, x):
         return super().forward(x) + torch.randn_like(x)
@@ -108,7 +118,7 @@ def test_a_factor_is_found_in_every_dtype(dtype):
     assert factor_of(module, Scaled.forward) == pytest.approx(0.25, rel=1e-2)
 
 
-@pytest.mark.parametrize("own", [Activated, Damped, Noisy, OverRows, Fails])
+@pytest.mark.parametrize("own", [Activated, Damped, Clamped, Saturates, Noisy, OverRows, Fails])
 @pytest.mark.parametrize("verb", ["merge", "to_backbone"])
 def test_a_module_that_computes_something_else_is_refused_by_name(own, verb):
     model = nn.Sequential(nn.Linear(6, 6), own(6, 6))
@@ -132,9 +142,15 @@ class Reversed(nn.LayerNorm):
         return super().forward(x.flip(-1)).flip(-1)
 
 
+class Clipped(nn.LayerNorm):
+    def forward(self, x):
+        return super().forward(x).clamp(-20, 20)
+
+
+@pytest.mark.parametrize("own", [Reversed, Clipped])
 @pytest.mark.parametrize("cls", [BitFitModel, LNTuningModel])
-def test_a_norm_whose_parameters_act_otherwise_is_refused_by_name(cls):
-    model = nn.Sequential(Reversed(6))
+def test_a_norm_whose_parameters_act_otherwise_is_refused_by_name(cls, own):
+    model = nn.Sequential(own(6))
     shake(cls(model, modified_modules=["0"]))
     with pytest.raises(SiteError, match="does not act on each channel"):
         composed(model).merge()
@@ -148,6 +164,15 @@ def test_a_norm_whose_bias_acts_as_usual_folds():
     for cls in (BitFitModel, LNTuningModel):
         for off in merged_and_plain(Own(6), cls, X):
             assert off < 1e-5
+
+
+@pytest.mark.parametrize("verb", ["merge", "to_backbone"])
+@pytest.mark.parametrize("own", [nn.LayerNorm, nn.RMSNorm])
+def test_a_norm_without_a_weight_is_refused_by_name(own, verb):
+    model = nn.Sequential(own(6, elementwise_affine=False))
+    shake(LNTuningModel(model, modified_modules=["0"]))
+    with pytest.raises(SiteError, match=r"'0': 'ln_tuning' .*does not scale by its weight"):
+        getattr(composed(model), verb)()
 
 
 @pytest.mark.parametrize(
@@ -182,5 +207,5 @@ class ByLength(nn.Linear):
 def test_a_factor_that_changes_is_none(cls):
     model = nn.Sequential(cls(6, 4)).train()
     shake(LoraModel(model, modified_modules=["0"]))
-    with pytest.raises(SiteError, match=r"'0' .*: lora cannot be merged: .*own"):
+    with pytest.raises(SiteError, match=r"'0' .*: lora cannot be merged or combined: .*own"):
         composed(model).merge()

@@ -154,6 +154,50 @@ def test_roles_whose_modules_cannot_act_are_refused_together():
         )
 
 
+class ByAFlag(nn.Module):
+    """As timm's BEiT: a flag decides; a table of positions takes one length alone."""
+
+    def __init__(self, apart):
+        super().__init__()
+        self.apart = apart
+        self.qkv, self.bias = nn.Linear(6, 18, bias=False), nn.Parameter(torch.ones(18))
+        self.table = nn.Parameter(torch.zeros(5))
+
+    def forward(self, x):
+        if self.apart:
+            y = self.qkv(x) + self.bias
+        else:
+            y = F.linear(x, self.qkv.weight, self.bias)
+        q, k, v = y.chunk(3, -1)
+        return (q @ k.mT + self.table).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_a_flag_and_the_inputs_of_a_user_tell_what_is_read(apart):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 6), ByAFlag(apart)), torch.randn(2, 5, 6)
+    plain = model(x)
+    shake(LoraModel(model, modified_modules=["qkv"], sample_inputs=x))
+    assert is_reading(model[1].qkv) is not apart
+    changed = model(x)
+    assert not torch.allclose(changed, plain)
+    assert not opendelta.unreached(model)
+
+
+def test_where_a_part_does_not_run_the_whole_model_tells():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inp, self.attn = nn.Linear(4, 6), ByAFlag(False)
+
+        def forward(self, x):
+            return self.attn(self.inp(x).repeat(1, 5, 1)[:, :5])
+
+    model = Net()
+    LoraModel(model, modified_modules=["qkv"])
+    assert is_reading(model.attn.qkv)
+
+
 class Conv1D(nn.Module):
     """A linear layer of a user's own, with the names of transformers' Conv1D."""
 

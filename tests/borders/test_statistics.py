@@ -81,6 +81,24 @@ def test_statistics_that_a_file_holds_come_back_and_are_not_told(tmp_path, optio
 @pytest.mark.parametrize(
     "options",
     [
+        {"unfrozen_modules": ["1.0.bias"]},
+        {"exclude": ["deltas", "1.0.weight", "1.0.bias"]},
+        {"exclude": ["deltas", "1.0.bias"]},
+    ],
+)
+def test_statistics_beside_a_parameter_that_a_file_holds_are_in_it(tmp_path, options):
+    model = net()
+    delta = attached(model, **options)
+    expected = trained(model)
+    delta.save_finetuned(tmp_path)
+    fresh = net()
+    opendelta.load(tmp_path, fresh)
+    assert torch.equal(fresh.eval()(X), expected)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
         {"unfrozen_modules": ["1.0"]},
         {"unfrozen_modules": ["1"]},
         {"exclude": ["deltas", "1"]},

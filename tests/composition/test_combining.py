@@ -1,11 +1,16 @@
 """Arithmetic between deltas: true sums of weight changes, and how near an approximation is."""
 
+from collections import OrderedDict
+from functools import partial
+
 import peft
 import pytest
 import torch
 from support.models import build, logits
 from support.nets import IDS, net, put, shake
 from torch import nn
+from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
+from torch.nn.utils.prune import random_unstructured
 
 import opendelta
 from opendelta import AdapterModel, BitFitModel, IA3Model, LokrModel, LoraModel, OFTModel, combine
@@ -14,6 +19,9 @@ from opendelta._deltas.registry import METHODS
 pytestmark = pytest.mark.covers("combine", "Combination")
 
 SUMMABLE = ["lora", "vera", "loha", "lokr", "fourierft", "oft"]
+
+
+DoraModel = partial(LoraModel, use_dora=True)
 
 
 def change(model, delta, where):
@@ -193,6 +201,66 @@ def test_what_is_no_change_of_a_weight_alone_is_refused():
     with pytest.raises(opendelta.SiteError, match=r"how='cat' .* 'lokr' \(LokrLayer\) has none"):
         combine(model, {"lora": 1.0, "lokr": 1.0}, how="cat")
     assert opendelta.composition(model).names == before
+
+
+class Third(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) / 3
+
+
+class ThirdOfAnImage(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x) / 3
+
+
+class Positive(nn.Linear):
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+SCALED = [
+    *((Third(6, 6, bias=False), name) for name in (*SUMMABLE, "ia3", "hra")),
+    *((ThirdOfAnImage(2, 3, 1, bias=False), name) for name in ("lora", "loha")),
+    *((Positive(6, 6), name) for name in ("lora", "loha", "vera")),
+]
+
+
+@pytest.mark.parametrize(("module", "name"), SCALED)
+def test_a_module_with_a_forward_of_its_own_computes_the_same_with_the_sum(module, name):
+    model = nn.Sequential(module)
+    one = shake(put(METHODS[name], model, "0"))
+    x = torch.randn(2, 2, 5, 6)
+    before = model(x)
+    new = combine(model, {one: 1.0})
+    new.enable()
+    with opendelta.composition(model).only(new):
+        torch.testing.assert_close(model(x), before, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("cls", "method"),
+    [
+        *((Positive, method) for method in (IA3Model, OFTModel, DoraModel)),
+        *((cls, DoraModel) for cls in (Third, ThirdOfAnImage)),
+    ],
+)
+def test_a_change_of_what_such_a_module_computes_is_refused_by_name(cls, method):
+    model = nn.Sequential(cls(6, 6, 1, bias=False) if cls is ThirdOfAnImage else cls(6, 6, False))
+    one = shake(method(model, modified_modules=["0"]))
+    before = opendelta.snapshot(model)
+    with pytest.raises(opendelta.SiteError, match=rf"'0' \({cls.__name__}\): {one.name} "):
+        combine(model, {one: 1.0})
+    assert opendelta.snapshot(model) == before
+
+
+@pytest.mark.parametrize("name", [*SUMMABLE, "ia3", "hra"])
+@pytest.mark.parametrize("hold", [weight_norm, spectral_norm, orthogonal, random_unstructured])
+def test_a_weight_that_is_no_parameter_is_refused_by_name(hold, name):
+    further = {"name": "weight", "amount": 3} if hold is random_unstructured else {}
+    model = nn.Sequential(OrderedDict(fc=hold(nn.Linear(6, 6, bias=False), **further)))
+    one = shake(put(METHODS[name], model, "fc"))
+    with pytest.raises(opendelta.SiteError, match=r"'fc' .*its weight is no parameter of its own"):
+        combine(model, {one: 1.0})
 
 
 @pytest.mark.parametrize(

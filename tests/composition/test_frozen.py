@@ -8,6 +8,7 @@ import torch
 from support.counting import Counted, each_by_itself, loras, one_linear
 from support.models import vectors
 from support.nets import shake
+from torch import nn
 
 import opendelta
 from opendelta import LoraModel, composition
@@ -92,6 +93,37 @@ def by_another_tensor(parameters):
 def by_another_dtype(parameters):
     for parameter in parameters:
         parameter.data = parameter.data.float()
+
+
+def by_loading(layer):
+    values = {name: p + 1 for name, p in layer.state_dict().items()}
+    layer.load_state_dict(values, assign=True)
+
+
+def by_another_parameter(layer):
+    layer.lora_A = nn.Parameter(layer.lora_A + 1)
+
+
+def by_the_table(layer):
+    layer._parameters["lora_B"] = nn.Parameter(layer.lora_B + 1)
+
+
+def by_none(layer):
+    del layer.lora_A
+
+
+@pytest.mark.parametrize("change", [by_loading, by_another_parameter, by_the_table, by_none])
+def test_frozen_notices_parameters_that_take_the_place_of_others(change):
+    model, x = one_linear(), vectors(3, 16).double()
+    (delta,) = loras(model, 1, lora_r=2)
+
+    def change_inside():
+        with torch.no_grad(), composition(model).frozen():
+            model(x)
+            change(delta.layers["0"])
+
+    with pytest.raises(opendelta.DeltaError, match="changed inside frozen"):
+        change_inside()
 
 
 @pytest.mark.parametrize(

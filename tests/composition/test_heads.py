@@ -1,10 +1,12 @@
 """modules_to_save: the delta owns a copy of a module, which acts in the module's place."""
 
 import copy
+from collections import OrderedDict
 
 import pytest
 import torch
 from support.nets import IDS, net, shake, untouched
+from torch import nn
 
 import opendelta
 from opendelta import AdapterModel, AutoDeltaModel, LoraModel
@@ -157,6 +159,58 @@ def test_a_module_of_two_names_is_owned_once():
     model.same = model.head
     delta = LoraModel(model, modified_modules=["linear"], modules_to_save=["head", "same"])
     assert list(delta.layers) == ["linear", "head"]
+
+
+class Twice(nn.Module):
+    """A module under two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = self.b = nn.Linear(6, 6)
+
+    def forward(self, x):
+        return self.b(self.a(x).relu())
+
+
+class Thrice(nn.Module):
+    """A list that repeats a block."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Sequential(nn.Linear(6, 6), nn.ReLU())] * 3)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class Aside(nn.Module):
+    """The module is called through a list of the author's own."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(6, 6)
+        self.kept = [self.a]
+
+    def forward(self, x):
+        return self.kept[0](x)
+
+
+@pytest.mark.covers("Composition.to_backbone")
+@pytest.mark.parametrize(
+    ("make", "name", "others"),
+    [(Twice, "a", ["b"]), (Thrice, "layers.0", ["layers.1", "layers.2"]), (Aside, "a", [])],
+)
+def test_a_plain_model_has_the_copy_wherever_the_module_was(make, name, others):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(OrderedDict(part=make(), out=nn.Linear(6, 6))), torch.randn(2, 6)
+    shake(LoraModel(model, modified_modules=["out"], modules_to_save=[name]))
+    plain = opendelta.composition(model).to_backbone()
+    torch.testing.assert_close(plain(x), model(x))
+    opendelta.assert_pristine(plain)
+    part = plain.part
+    assert all(part.get_submodule(other) is part.get_submodule(name) for other in others)
 
 
 def test_a_returning_head_follows_its_module_to_another_dtype():

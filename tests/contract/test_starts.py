@@ -1,5 +1,6 @@
 """Where the tensors of a new delta start, by the options that decide it."""
 
+import copy
 import math
 
 import pytest
@@ -7,7 +8,15 @@ import torch
 from support.models import build
 from torch import nn
 
-from opendelta import CompacterModel, LoraModel, LowRankAdapterModel, SoftPromptModel, VeraModel
+import opendelta
+from opendelta import (
+    CompacterModel,
+    FourierFTModel,
+    LoraModel,
+    LowRankAdapterModel,
+    SoftPromptModel,
+    VeraModel,
+)
 
 
 def wide():
@@ -80,3 +89,21 @@ def test_a_soft_prompt_that_starts_at_random_is_uniform_in_its_range():
     delta = SoftPromptModel(build("gpt2"), soft_token_num=40, token_init=False, init_range=0.2)
     (prompt,) = delta.parameters()
     assert_uniform(prompt.detach(), 0.2)
+
+
+@pytest.mark.parametrize("method", [VeraModel, FourierFTModel])
+def test_a_default_device_without_values_changes_no_start(method, tmp_path):
+    buffers = []
+    for default in ("cpu", "meta"):
+        model = nn.Sequential(nn.Linear(4, 4))
+        other = copy.deepcopy(model)
+        with torch.device(default):
+            delta = method(model, modified_modules=["0"])
+            delta.freeze_module()
+            delta.save_finetuned(tmp_path)
+            loaded = opendelta.load(tmp_path, other)
+        buffers += [dict(d.layers["0"].named_buffers()) for d in (delta, *loaded)]
+        assert all(p.device.type == "cpu" for p in delta.parameters())
+    for own in buffers[1:]:
+        for name, buffer in own.items():
+            assert torch.equal(buffer, buffers[0][name])

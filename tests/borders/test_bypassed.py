@@ -1,0 +1,237 @@
+"""A module that is used otherwise than by calling it gets no merge that would change its use."""
+
+import dataclasses
+import functools
+import warnings
+
+import pytest
+import torch
+from support.nets import shake
+from torch import nn
+from torch.func import functional_call
+from torch.nn import functional as F
+
+import opendelta
+from opendelta import LoraModel, SiteError, UnreachedWarning
+
+pytestmark = pytest.mark.covers("Composition.merge", "Composition.to_backbone", "unreached")
+
+X = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(0))
+VERBS = ["merge", "to_backbone"]
+
+
+class Around(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.q, self.out = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.keep(self.q)
+
+    def keep(self, q):
+        pass
+
+    def forward(self, x):
+        return self.out(self.use(x))
+
+
+class OfItsClass(Around):
+    def use(self, x):
+        return nn.Linear.forward(self.q, x)
+
+
+class BoundMethod(Around):
+    def keep(self, q):
+        self.project = q.forward
+
+    def use(self, x):
+        return self.project(x)
+
+
+class Partial(BoundMethod):
+    def keep(self, q):
+        self.project = functools.partial(nn.Linear.forward, q)
+
+
+class Helper:
+    def __init__(self, module):
+        self.module = module
+
+    def __call__(self, x):
+        return F.linear(x, self.module.weight)
+
+
+class AnObject(BoundMethod):
+    def keep(self, q):
+        self.project = Helper(q)
+
+
+@dataclasses.dataclass
+class Parts:
+    named: dict
+
+
+class ADataclass(Around):
+    def keep(self, q):
+        self.parts = Parts({"q": [q.weight]})
+
+    def use(self, x):
+        return x @ self.parts.named["q"][0]
+
+
+class AClosure(BoundMethod):
+    def keep(self, q):
+        self.project = lambda x: x @ q.weight
+
+
+class AHook(Around):
+    def keep(self, q):
+        self.out.register_forward_hook(lambda _module, _args, output: output @ q.weight)
+
+    def use(self, x):
+        return x
+
+
+class AHookOnTheWhole(AHook):
+    def keep(self, q):
+        self.register_forward_hook(lambda _module, _args, output: output @ q.weight)
+
+
+class InsideAFunction(Around):
+    def __init__(self):
+        super().__init__()
+        weight = self.q.weight
+
+        class Uses(nn.Module):
+            def forward(self, x):
+                return x @ weight
+
+        self.uses = Uses()
+
+    def use(self, x):
+        return self.uses(x)
+
+
+SILENT = [OfItsClass, BoundMethod, Partial, AnObject, ADataclass, AClosure, AHook]
+SILENT += [AHookOnTheWhole, InsideAFunction]
+
+
+class AndCalled:
+    def use(self, x):
+        return super().use(x) + self.q(x)
+
+
+BOTH = [type(f"{cls.__name__}AndCalled", (AndCalled, cls), {}) for cls in SILENT]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("ran", [True, False])
+@pytest.mark.parametrize("net", [*SILENT, *BOTH])
+def test_a_merge_that_would_change_its_use_is_refused(net, ran, verb):
+    model = net()
+    delta = shake(LoraModel(model, modified_modules=["q"]))
+    if ran:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UnreachedWarning)
+            model(X)
+    before = opendelta.snapshot(model)
+    with pytest.raises(SiteError, match=r"'q' \(Linear\): "):
+        getattr(opendelta.composition(model), verb)()
+    assert opendelta.snapshot(model) == before
+    delta.disable()
+    opendelta.composition(model).to_backbone()
+
+
+class OnNoShapes:
+    def forward(self, x):
+        if x.shape != (2, 3, 6):
+            raise ValueError("the input must be [2, 3, 6]")
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("net", SILENT)
+def test_what_a_forward_missed_is_refused_where_no_run_tells(net, verb):
+    model = type("OnNoShapes", (OnNoShapes, net), {})()
+    shake(LoraModel(model, modified_modules=["q"]))
+    with pytest.warns(UnreachedWarning):
+        model(X)
+    with pytest.raises(SiteError, match=r"'q' \(Linear\): 'lora' has not run, .*reach it"):
+        getattr(opendelta.composition(model), verb)()
+
+
+class Experts(nn.Module):
+    """No run on shapes finds out which of them run."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 6)])
+
+    def forward(self, x):
+        return self.experts[int(x.sum() < -1e9)](x)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_an_expert_that_a_forward_missed_is_merged(verb):
+    model = Experts()
+    shake(LoraModel(model, modified_modules=["0", "1"]))
+    with pytest.warns(UnreachedWarning):
+        before = model(X)
+    made = getattr(opendelta.composition(model), verb)()
+    torch.testing.assert_close((model if verb == "merge" else made)(X), before)
+
+
+class CalledAside(BoundMethod):
+    """What is held is called as it should be."""
+
+    def keep(self, q):
+        self.kept = [q]
+
+    def use(self, x):
+        return self.kept[0](x)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("ran", [True, False])
+def test_a_module_that_is_held_aside_and_called_is_merged(ran, verb):
+    model = CalledAside()
+    shake(LoraModel(model, modified_modules=["q"]))
+    before = model(X) if ran else None
+    made = getattr(opendelta.composition(model), verb)()
+    after = (model if verb == "merge" else made)(X)
+    assert before is None or torch.allclose(after, before, atol=1e-5)
+
+
+class InADict(CalledAside):
+    def keep(self, q):
+        self.kept = {"weight": q.weight}
+
+    def use(self, x):
+        return self.q(x) + x @ self.kept["weight"]
+
+
+class AsFunction(Around):
+    def use(self, x):
+        return functional_call(self.q, {"weight": 2 * self.q.weight}, (x,))
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("net", [InADict, ADataclass, InsideAFunction, AsFunction, *BOTH[4:5]])
+def test_a_weight_that_is_had_otherwise_than_shown_is_refused(net, verb):
+    model = net()
+    shake(LoraModel(model, modified_modules=["q"], reads=True))
+    before = opendelta.snapshot(model)
+    with pytest.raises(SiteError, match=r"'q' \(Linear\): .*where reads=True does not act"):
+        getattr(opendelta.composition(model), verb)()
+    assert opendelta.snapshot(model) == before
+
+
+def test_a_weight_that_is_lent_unchanged_is_merged():
+    class Same(Around):
+        def use(self, x):
+            return functional_call(self.q, {"weight": self.q._parameters["weight"]}, (x,))
+
+    model = Same()
+    shake(LoraModel(model, modified_modules=["q"]))
+    before = model(X)
+    opendelta.composition(model).merge()
+    torch.testing.assert_close(model(X), before)
