@@ -131,6 +131,10 @@ CLASSES = {
         "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
         "intermediate_size": 48,
     }),
+    "layoutlmv3": (T.LayoutLMv3Model, T.LayoutLMv3Config, {
+        **WIDE, "coordinate_size": 4, "shape_size": 8, "max_position_embeddings": 40,
+        "visual_embed": False,
+    }),
     "t5": (T.T5ForConditionalGeneration, T.T5Config, T5),
     "led": (T.LEDModel, T.LEDConfig, {
         "vocab_size": 60, "d_model": 32, "encoder_layers": 2, "decoder_layers": 1,
@@ -659,6 +663,12 @@ def test_ids_of_several_choices_and_models_without_an_embedding_are_refused():
     model = build("canine")
     with untouched(model), pytest.raises(SiteError, match="CanineModel has no one embedding of"):
         put(model)
+    model = build("layoutlmv3")
+    with untouched(model), pytest.raises(SiteError, match="LayoutLMv3Model asks for token ids, an"):
+        put(model)
+    model = build("layoutlmv3", has_relative_attention_bias=False)
+    put(model)
+    run(model, IDS)
 
 
 @pytest.mark.parametrize(
