@@ -249,6 +249,12 @@ def _attend(
     inner, prefixes = _function(name, module)
     if prefixes and kwargs.get("cache") is not None:
         raise SiteError(f"{type(module).__name__}: prefixes do not act with a paged cache")
+    if prefixes and attention_mask is not None and attention_mask.size(-1) < key.size(2):
+        raise SiteError(
+            f"{type(module).__name__}: its mask is for {attention_mask.size(-1)} keys, and it has "
+            f"{key.size(2)}, so the mask cannot be widened by a prefix: call it without a cache, "
+            "generate(use_cache=False), or without padding"
+        )
     causal = prefixes and name == "sdpa" and _is_causal(module, query, kwargs)
     if causal and attention_mask is None:
         # sdpa's own causal mask starts at the first key, and this key is now in the prefix

@@ -271,6 +271,17 @@ def test_a_prefix_refuses_a_mask_that_does_not_show_the_padding():
     near(together.logits[1, 3:], model(IDS[1:, 3:]).logits[0])
 
 
+def test_a_prefix_refuses_a_mask_for_other_keys_than_there_are():
+    model = build("minimax", layer_types=["linear_attention", "full_attention"])
+    prefix(model)
+    mask = torch.ones_like(IDS)
+    mask[1, :3] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 3}
+    with pytest.raises(SiteError, match="MiniMaxAttention: its mask is for 1 keys, and it has 9"):
+        model.generate(IDS, **options)
+    model.generate(IDS, use_cache=False, **options)
+
+
 IMAGES = {
     "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
     "image_size": 16, "patch_size": 8,
