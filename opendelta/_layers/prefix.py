@@ -249,12 +249,8 @@ def _attend(
     inner, prefixes = _function(name, module)
     if prefixes and kwargs.get("cache") is not None:
         raise SiteError(f"{type(module).__name__}: prefixes do not act with a paged cache")
-    if prefixes and attention_mask is not None and attention_mask.size(-1) < key.size(2):
-        raise SiteError(
-            f"{type(module).__name__}: its mask is for {attention_mask.size(-1)} keys, and it has "
-            f"{key.size(2)}, so the mask cannot be widened by a prefix: call it without a cache, "
-            "generate(use_cache=False), or without padding"
-        )
+    if prefixes and attention_mask is not None:
+        _check_mask(module, attention_mask, key)
     causal = prefixes and name == "sdpa" and _is_causal(module, query, kwargs)
     if causal and attention_mask is None:
         # sdpa's own causal mask starts at the first key, and this key is now in the prefix
@@ -287,6 +283,16 @@ def _function(name: str, module: nn.Module) -> tuple[Callable[..., Any], list[Pr
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     return ALL_ATTENTION_FUNCTIONS[name], prefixes
+
+
+def _check_mask(module: nn.Module, mask: Tensor, key: Tensor) -> None:
+    """Raise if a mask is for fewer keys than there are, as MiniMax gives with a cache."""
+    if mask.size(-1) < key.size(2):
+        raise SiteError(
+            f"{type(module).__name__}: its mask is for {mask.size(-1)} keys, and it has "
+            f"{key.size(2)}, so the mask cannot be widened by a prefix: call it without a cache, "
+            "generate(use_cache=False), or without padding"
+        )
 
 
 def _is_causal(module: nn.Module, query: Tensor, kwargs: dict[str, Any]) -> bool:
