@@ -38,12 +38,15 @@ class Comparison:
     Attributes:
         differing: {weight that differs: how}.
         same: the weights whose values were compared, and are the same.
-        unread: the weights of which only names and shapes were compared.
+        unread: the weights whose values were not compared.
     """
 
     differing: dict[str, str] = field(default_factory=dict)
     same: list[str] = field(default_factory=list)
     unread: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.differing) + len(self.same) + len(self.unread)
 
 
 def take(backbone: Backbone, names: Collection[str], without: Collection[str]) -> dict[str, Any]:
@@ -80,13 +83,16 @@ def described(model: Any) -> dict[str, Any]:
     }
 
 
-def compare(backbone: Backbone, given: dict[str, Any], without: Collection[str]) -> Comparison:
+def compare(
+    backbone: Backbone, given: dict[str, Any], names: Collection[str], without: Collection[str]
+) -> Comparison:
     """Compare the weights of a backbone with a fingerprint.
 
     Args:
-        without: as for `take`.
+        names, without: as for `take`.
     """
-    found = Comparison()
+    own = [name for name, _ in _weights(backbone, names, without)]
+    found = Comparison(unread=[name for name in own if name not in given])
     for name, facts in given.items():
         if without and {*without} & {*ancestors(name)}:
             continue

@@ -95,7 +95,7 @@ def load(
         compare({k: t for state in (*states, brought) for k, t in state.items()}, given, str(path))
         _check_frozen(path, entries)
         compared = Comparison()
-        if check_backbone:
+        if check_backbone and source.has_fingerprint:
             compared = _check_backbone(path, backbone, facts, deltas)
         source.verify()
         new = dict(tensors.values(brought, given, str(path), own))
@@ -337,13 +337,13 @@ def _check_backbone(
     path: Path, backbone: Backbone, facts: dict[str, Any], deltas: Sequence[BaseDelta]
 ) -> Comparison:
     """Compare the weights under the deltas with the fingerprint; raise if some differ."""
-    given = facts["fingerprint"]
+    names = list(dict.fromkeys(name for delta in deltas for name in delta.modified_modules))
     without = replaced(facts["backbone_tensors"], [delta.config for delta in deltas])
-    compared = fingerprint.compare(backbone, given, without)
+    compared = fingerprint.compare(backbone, facts["fingerprint"], names, without)
     if differ := compared.differing:
         first = listed(f"{name} {how}" for name, how in differ.items())
         raise DeltaLoadError(
-            f"{path} was saved from another backbone: of {len(given)} weights under its deltas "
+            f"{path} was saved from another backbone: of {len(compared)} weights under its deltas "
             f"{len(differ)} differ in this {type(backbone.model).__name__}: "
             f"{first} (relative norm; up to "
             f"{fingerprint.TOLERANCE} is rounding). If that is meant, pass check_backbone=False, "
@@ -359,7 +359,8 @@ def _warn_of_unchecked(path: Path, facts: dict[str, Any], compared: Comparison) 
         warn(f"{path}: {facts['unchecked']}", UncheckedWarning)
     if unread := compared.unread:
         warn(
-            f"{len(unread)} of {len(facts['fingerprint'])} weights under the deltas of {path} "
-            f"cannot be compared, being sharded, quantised or without values: {listed(unread)}",
+            f"{len(unread)} of {len(compared)} weights under the deltas of {path} cannot be "
+            "compared, being not in its fingerprint, sharded, quantised or without values: "
+            f"{listed(unread)}",
             UncheckedWarning,
         )

@@ -32,12 +32,14 @@ class Source:
         configs: the options of each delta.
         tensors: {full name: tensor}; the tensors of our own files stay on disk.
         verify: raises if the tensors have changed since they were saved.
+        has_fingerprint: the folder is ours, and says by what the backbone is known.
     """
 
     facts: dict[str, Any]
     configs: list[DeltaConfig]
     tensors: Mapping[str, Any]
     verify: Callable[[], None]
+    has_fingerprint: bool = True
 
     @property
     def saved_from(self) -> str | None:
@@ -65,7 +67,7 @@ def opened(path: Path, model: nn.Module) -> Iterator[Source]:
         with undamaged(path):
             facts, tensors = reader.translate(path, model)
         facts["fingerprint"] = {}
-        yield Source(facts, configs_of(path, facts), tensors, lambda: None)
+        yield Source(facts, configs_of(path, facts), tensors, lambda: None, has_fingerprint=False)
         return
     with files.open_folder(path) as (facts, weights, file):
         configs = configs_of(path / files.CONFIG, facts)

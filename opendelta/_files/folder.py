@@ -38,6 +38,7 @@ from .reading import (
 CONFIG = "config.json"
 FORMAT, SCHEMA = "opendelta", 1
 OPTIONS = "opendelta options"  # the format of a config without weights
+FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
 TRIES = 50  # how often to try to open the weights while other processes save
 WEIGHTS = "delta-{}.safetensors"
 OWN = WEIGHTS.format(16 * "[0-9a-f]")  # as a shell's pattern; other files are the user's
@@ -53,12 +54,32 @@ def own_version() -> str:
 
 
 # ------------------------------------------------------------------------------------------ writing
+@contextlib.contextmanager
+def writable(folder: Path) -> Iterator[None]:
+    """Turn errors of the file system inside into one that names `folder`.
+
+    Raises:
+        DeltaError: it cannot be made, or what is in the way cannot be read or replaced.
+        OSError: the disk is full.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL:
+            raise
+        raise DeltaError(
+            f"cannot write into {shown(str(folder))}: {error.strerror}; give another folder"
+        ) from None
+
+
 def check_folder(folder: Path) -> None:
     """Raise if `folder` is no folder, such as a pipe, or safetensors could read no file in it."""
     try:
         str(folder).encode()
     except UnicodeEncodeError:
         raise DeltaError(f"{folder} is no UTF-8, as safetensors asks; give another name") from None
+    if "\0" in str(folder):
+        raise DeltaError(f"{shown(str(folder))} holds a NUL, which no name of a file may hold")
     with readable(folder):
         there = folder.exists() or folder.is_symlink()
     if there and not folder.is_dir():
@@ -68,7 +89,7 @@ def check_folder(folder: Path) -> None:
 def check_free(folder: Path) -> None:
     """Raise if `folder` is a file, or holds a config that is not ours and would be lost."""
     check_folder(folder)
-    with contextlib.suppress(FileNotFoundError):
+    with writable(folder), contextlib.suppress(FileNotFoundError, NotADirectoryError):
         content = read_start(folder / CONFIG)
         try:
             given = json.loads(content)
@@ -100,15 +121,16 @@ def write(folder: Path, config: dict[str, Any], tensors: Mapping[str, Tensor]) -
         tensors: whole and detached, on any device.
 
     Raises:
-        DeltaError: the config or the header of the weights is larger than `open_folder` reads.
-        OSError: the disk is full, or cannot be written to. The folder is then as it was before.
+        DeltaError: the config or the header of the weights is larger than `open_folder` reads, or
+            `folder` cannot be written to. The folder is then as it was before.
+        OSError: the disk is full. The folder is then as it was before.
     """
     facts = {"format": FORMAT, "schema_version": SCHEMA, **config}
     lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in facts.items()]
     refused = f"what is to be saved in {folder}"
     if problem := excess(_text(lines, "0" * 64)):
         raise DeltaError(f"{refused} {problem}: save fewer deltas in one")
-    with _made(folder), locked(folder) as alone:
+    with writable(folder), _made(folder), locked(folder) as alone:
         old = [*folder.glob(OWN)]
         left = [path for path in folder.glob(".*.tmp") if TEMPORARY.fullmatch(path.name)]
         with _replacing(folder) as (new, put):
@@ -131,14 +153,15 @@ def write_options(folder: Path, options: Mapping[str, Any]) -> None:
     """Write the options of a delta, without weights, into `folder`, which is made if need be.
 
     Raises:
-        DeltaError: `folder` holds a saved delta, or a config that is not ours.
-        OSError: the disk is full, or cannot be written to.
+        DeltaError: `folder` holds a saved delta, or a config that is not ours, or it cannot be
+            written to.
+        OSError: the disk is full.
     """
     check_free(folder)
     if is_ours(folder):
         raise DeltaError(f"{folder} holds a saved delta; save a config into a folder of its own")
     text = json.dumps({"format": OPTIONS, **options}, indent=2)
-    with _made(folder):
+    with writable(folder), _made(folder):
         replace(folder / CONFIG, f"{text}\n".encode())
 
 

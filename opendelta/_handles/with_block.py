@@ -7,7 +7,7 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import Any, Generic, ParamSpec, TypeVar
 
-from ..errors import UnusedWarning, users_line, warn
+from ..errors import DeltaError, UnusedWarning, users_line, warn
 
 P = ParamSpec("P")
 Given = TypeVar("Given")
@@ -22,6 +22,7 @@ class WithBlock(contextlib.ContextDecorator, Generic[Given]):
     """
 
     entered = True  # torch.compile makes blocks without __init__
+    used = False
 
     def __init__(
         self, make: Callable[[], contextlib.AbstractContextManager[Given]], name: str
@@ -34,7 +35,12 @@ class WithBlock(contextlib.ContextDecorator, Generic[Given]):
         return WithBlock(self.make, self.name)
 
     def __enter__(self) -> Given:
-        self.entered = True
+        if self.used:
+            raise DeltaError(
+                f"this block of {self.name}() was entered before, and each is entered once: write "
+                f"`with ....{self.name}(...):` where you need it again"
+            )
+        self.entered = self.used = True
         return self.inner.__enter__()
 
     def __exit__(self, *error: Any) -> bool | None:

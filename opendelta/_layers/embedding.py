@@ -22,6 +22,8 @@ SCALES = {"FalconH1Model": "embedding_multiplier"} | dict.fromkeys(
      "Speech2TextDecoder"),
     "embed_scale",
 )  # fmt: skip
+# {class that asks for token ids beside embeddings: by which setting}
+NEEDS_IDS = {"LayoutLMv3Model": "has_relative_attention_bias"}
 TABLES = (
     "wpe", "embed_positions", "position_embeddings", "position_embedding", "pos_embed",
     "positions_embed",
@@ -32,8 +34,14 @@ def embedding_of(module: nn.Module) -> str:
     """Return the name inside `module` of its token embedding.
 
     Raises:
-        SiteError: it has no token embedding.
+        SiteError: it has no token embedding, or takes no embeddings in the place of token ids.
     """
+    setting = next(filter(None, (NEEDS_IDS.get(b.__name__) for b in type(module).__mro__)), None)
+    if setting is not None and getattr(module.config, setting):
+        raise SiteError(
+            f"{type(module).__name__} asks for token ids, and takes no embeddings in their place, "
+            f"with {setting}=True in its config"
+        )
     wanted = None
     if hasattr(module, "get_input_embeddings"):
         try:

@@ -27,7 +27,7 @@ from ..names import SLOT, ancestors
 from .base import Acts, DeltaLayer, Handover
 from .costs import Flops, counted
 from .site import Heads, Site
-from .tokens import EMBEDDED, arguments, named
+from .tokens import EMBEDDED, Documents, arguments, during, named, padding_of
 
 NAME = "opendelta|"  # before the name of transformers' own function
 SUPPORTED = ("eager", "sdpa")
@@ -37,8 +37,12 @@ observed: dict[int, Heads] | None = None  # {id(module): sizes} found by a run o
 
 def uses_interface(cls: type) -> bool:
     """True if modules of this class find their function in transformers' registry."""
+    return "get_interface" in _names_in_forward(cls)
+
+
+def _names_in_forward(cls: type) -> tuple[str, ...]:
     code = getattr(inspect.unwrap(cls.forward), "__code__", None)  # type: ignore[attr-defined]
-    return code is not None and "get_interface" in code.co_names
+    return () if code is None else code.co_names
 
 
 def is_attention(module: nn.Module) -> bool:
@@ -111,15 +115,21 @@ class PrefixLayer(DeltaLayer):
     ) -> dict[str, DeltaLayer]:
         around = {outer for name in made for outer in [*ancestors(name), ""]}
         return {
-            name: Places(modules[name]) for name in around
+            name: Places(modules[name], name) for name in around
             if {*arguments(modules[name])} >= {*EMBEDDED, "attention_mask", "position_ids"}
-            and _turns(modules[name])
+            and (_turns(modules[name]) or _makes_masks(modules[name]))
         }  # fmt: skip
 
 
 def _turns(module: nn.Module) -> bool:
     """True if queries and keys are turned by the position ids that the module is given."""
     return any("Rotary" in type(child).__name__ for child in module.children())
+
+
+def _makes_masks(module: nn.Module) -> bool:
+    """True if modules inside are given masks that do not show the padding: Gemma 3 with images."""
+    names = _names_in_forward(type(module))
+    return any(name.startswith("create_") and "_mask" in name for name in names)
 
 
 class Places(DeltaLayer):
@@ -130,14 +140,15 @@ class Places(DeltaLayer):
 
     Args:
         module: the model, which is not kept.
+        where: its full name.
     """
 
     acts = Acts.SERVES
     routes_itself = True
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, where: str) -> None:
         super().__init__()
-        self.arguments = arguments(module)
+        self.arguments, self.where, self.turns = arguments(module), where, _turns(module)
 
     @property
     def watches(self) -> bool:  # type: ignore[override]
@@ -147,9 +158,13 @@ class Places(DeltaLayer):
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         given = named(self.arguments, args, kwargs)
         tokens = next((given[name] for name in EMBEDDED if given.get(name) is not None), None)
-        mask: Any = given.get("attention_mask")
-        plain = isinstance(mask, Tensor) and mask.ndim == 2
-        if given.get("position_ids") is None and tokens is not None and plain:
+        if tokens is None or given.get("position_ids") is not None:
+            return call(**given)
+        if not self.turns:
+            documents = Documents(given, tokens.size(0), tokens.size(1), tokens.device)
+            return during(documents, call, **given)
+        mask = padding_of(given, tokens, self.where)
+        if mask is not None:
             padding = (mask.cumsum(-1) == 0).sum(-1, keepdim=True)
             places = torch.arange(mask.size(1), device=mask.device) - padding
             given["position_ids"] = places.clamp(min=0)[:, -tokens.size(1) :]
@@ -234,6 +249,8 @@ def _attend(
     inner, prefixes = _function(name, module)
     if prefixes and kwargs.get("cache") is not None:
         raise SiteError(f"{type(module).__name__}: prefixes do not act with a paged cache")
+    if prefixes and attention_mask is not None:
+        _check_mask(module, attention_mask, key)
     causal = prefixes and name == "sdpa" and _is_causal(module, query, kwargs)
     if causal and attention_mask is None:
         # sdpa's own causal mask starts at the first key, and this key is now in the prefix
@@ -266,6 +283,16 @@ def _function(name: str, module: nn.Module) -> tuple[Callable[..., Any], list[Pr
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     return ALL_ATTENTION_FUNCTIONS[name], prefixes
+
+
+def _check_mask(module: nn.Module, mask: Tensor, key: Tensor) -> None:
+    """Raise if a mask is for fewer keys than there are, as MiniMax gives with a cache."""
+    if mask.size(-1) < key.size(2):
+        raise SiteError(
+            f"{type(module).__name__}: its mask is for {mask.size(-1)} keys, and it has "
+            f"{key.size(2)}, so the mask cannot be widened by a prefix: call it without a cache, "
+            "generate(use_cache=False), or without padding"
+        )
 
 
 def _is_causal(module: nn.Module, query: Tensor, kwargs: dict[str, Any]) -> bool:

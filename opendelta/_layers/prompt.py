@@ -262,10 +262,38 @@ class PromptLayer(_WithPrompt):
                     f"for it and {length} more tokens; a cache that was filled with prompts of "
                     f"{prompts} must hold {mask.size(1) - length + prompts}"
                 )
+            self._check_began(mask, length)
             given["attention_mask"] = Layout(starts(mask), self.length).widened(mask, 1)
         if positions is not None:
+            if held and mask is None:
+                self._check_places(positions, held - prompts)
             given["position_ids"] = positions + self.length
         self._check_room(given, held + length, prompts)
+
+    def _check_began(self, mask: Tensor, length: int) -> None:
+        """Raise if a row begins after the cache: there its prompt stands before its padding."""
+        earlier, now = mask[:, :-length] != 0, mask[:, -length:] != 0
+        if not earlier.size(1) or torch.compiler.is_compiling():
+            return
+        begins = now.any(-1) & ~earlier.any(-1)
+        if begins.any():
+            self._refuse(
+                f"row {int(begins.nonzero()[0])} begins after {earlier.size(1)} columns of padding "
+                "that the cache holds, where its prompt does not stand next to its first token: "
+                "give more tokens at once (prefill_chunk_size=...), or rows of more alike lengths"
+            )
+
+    def _check_places(self, positions: Tensor, tokens: int) -> None:
+        """Raise unless rows without a mask go on where the `tokens` in the cache end."""
+        if positions.ndim > 2 or torch.compiler.is_compiling():  # those of images are no numbers
+            return
+        given = positions[:, 0]
+        if (given != tokens).any():
+            self._refuse(
+                f"the position ids begin at {int(given[given != tokens][0])}, and the cache holds "
+                f"{tokens} tokens and the prompt: a cache that generate() returned holds the "
+                "prompt too, do not pass it to another generate()"
+            )
 
     def _check_room(self, given: dict[str, Any], total: int, prompts: int) -> None:
         """Raise if a table of positions is too short.

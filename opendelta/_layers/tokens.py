@@ -23,6 +23,7 @@ from ..names import ancestors
 from ..names import last as last_step
 from . import recomputing
 from .base import Acts, DeltaLayer
+from .masks import agrees
 
 READS = {"input_ids", "attention_mask"}
 EMBEDDED = ("input_ids", "inputs_embeds")
@@ -111,6 +112,7 @@ class Documents:
         plain = mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)
         self.plain = plain and given.get("input_mask") is None  # XLNet's, true for padding
         self.mask = mask if self.plain else None
+        self.shown = mask
         self.held = earlier(given)
         self.noted = _noted(cache_in(given))
         self.several, self.continued = isinstance(self.positions, Tensor), self.held != 0
@@ -130,10 +132,17 @@ class Documents:
     def _cut(self, value: Any, rows: slice | Tensor) -> Any:
         return value if value is None or value.size(0) != self.batch else value[rows]
 
+    def hears(self, around: Documents | None) -> None:
+        """Take the mask of a call around this one, whose own says no more than who sees whom."""
+        if around is not None and not self.plain and around.plain and self._same(around):
+            self.plain, self.mask = True, around.mask
+
+    def _same(self, around: Documents) -> bool:
+        return (self.batch, self.length) == (around.batch, around.length)
+
     def says_less_than(self, around: Documents) -> bool:
         """True if a call around this one, of as many rows and tokens, alone has a mask or ids."""
-        same = (self.batch, self.length) == (around.batch, around.length)
-        return same and self.plain and self.mask is None and self.positions is None
+        return self._same(around) and self.plain and self.mask is None and self.positions is None
 
     def _seen(self) -> Tensor:
         """Return booleans [batch or 1, length], false for padding."""
@@ -174,7 +183,9 @@ class Documents:
 
     def check(self, last: bool, where: str) -> None:
         """Raise unless the call says enough about the first, and `last`, tokens of its rows."""
-        padding = self.plain or self.several
+        padding = self.plain or (
+            self.several and agrees(self.shown, self._number(self._seen()), self.held)
+        )
         if not padding or (self.continued and not self._before()):
             raise SiteError(
                 f"first= and last=: the call of {quoted(where)} does not say by its mask, position "
@@ -327,10 +338,35 @@ def noted(
         return None
     documents = Documents(given, tokens.size(0), tokens.size(1), tokens.device)
     around = _running.documents
+    documents.hears(around)
     if around is not None and documents.says_less_than(around):
         return around
     documents.check(last, where)
     return documents
+
+
+def padding_of(given: Mapping[str, Any], tokens: Tensor, where: str) -> Tensor | None:
+    """Return the mask [batch, keys] of a call, false for padding; None: there is no padding.
+
+    Args:
+        given: the arguments of the call by name.
+        where: the full name of the module.
+
+    Raises:
+        SiteError: neither the call nor one around it has such a mask, but another one.
+    """
+    mask = given.get("attention_mask")
+    if mask is None or (isinstance(mask, Tensor) and mask.ndim == 2):
+        return mask
+    documents = Documents(given, tokens.size(0), tokens.size(1), tokens.device)
+    documents.hears(_running.documents)
+    if not documents.plain:
+        raise SiteError(
+            f"prefixes: the mask that {quoted(where)} is given does not show which tokens are "
+            "padding: give position_ids too, or an attention_mask [batch, length] instead",
+            where=where,
+        )
+    return documents.mask
 
 
 class Tokens:

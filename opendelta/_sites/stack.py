@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -161,7 +162,7 @@ class Stack(nn.ModuleDict):
                 continue
             call = layer.around(call, module, acting[:index], raw and index == 0)
             index += 1
-        return call
+        return call if len(acting) <= FEW else functools.partial(_nested, call, module, acting)
 
     def fold(self, params: Params) -> Params:
         """Return `params` with all active layers folded in; a module's copy gives its own."""
@@ -199,6 +200,20 @@ class Stack(nn.ModuleDict):
         )
         if [name for name, _ in ordered] != list(self._modules):
             to_the_end(functools.partial(_refill, self._modules, ordered))
+
+
+def _nested(
+    call: Callable[..., Any], module: nn.Module, acting: list[DeltaLayer], /, *args: Any, **kw: Any
+) -> Any:
+    """Run `call`; say so if its layers lie deeper inside each other than Python goes."""
+    try:
+        return call(*args, **kw)
+    except RecursionError:
+        raise SiteError(
+            f"{len(acting)} deltas act on one {type(module).__name__}, the one around the other, "
+            f"and Python's limit of {sys.getrecursionlimit():,} calls is reached: let fewer act at "
+            "once, such as by composition(model).only(...), or call sys.setrecursionlimit"
+        ) from None
 
 
 def _within_call(
@@ -251,6 +266,7 @@ def _given(out: Any, *args: Any, **kwargs: Any) -> Any:
     return out
 
 
+FEW = 50  # so many layers are never too deep
 AFTER, BESIDE = Acts.AFTER, Acts.BESIDE
 # No delta has the name of an attribute. A further attribute would refuse folders that were saved.
 RESERVED = frozenset(dir(Stack()))

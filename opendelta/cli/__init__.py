@@ -6,6 +6,7 @@ Only `__main__` may import it.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 from typing import Annotated, Any
@@ -17,7 +18,8 @@ try:
     import typer
 except ModuleNotFoundError:  # an optional extra; `main` says so
     typer = None  # type: ignore[assignment]
-WRONG, BAD_INPUT = 1, 2  # exit codes: a command found a problem; a command could not run
+# exit codes: a command found a problem; it could not run; nobody reads what it prints
+WRONG, BAD_INPUT, UNREAD = 1, 2, 141
 
 
 def about(
@@ -62,13 +64,31 @@ def main() -> None:
     if typer is None:
         sys.exit("the command opendelta needs typer; install with: pip install 'opendelta[cli]'")
     warnings.showwarning = _note
-    for noisy in ("torchao", "torch.utils._pytree", "transformers", "huggingface_hub"):
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # it sets its level when it is imported
+    for noisy in ("torchao", "torch.utils._pytree", "transformers"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
-        sys.exit(app()(standalone_mode=False) or 0)
+        if sys.stdout is None:
+            raise DeltaError("standard output is closed, so there is nowhere to print")
+        code = _run()
+        sys.stdout.flush()
+        sys.exit(code)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left to print goes nowhere
+        sys.exit(UNREAD)
     except Exception as error:
         print(printable(f"opendelta: {_told(error)}"), file=sys.stderr)
         sys.exit(BAD_INPUT)
+
+
+def _run() -> int:
+    """Run the subcommand in sys.argv, and return its exit code."""
+    try:
+        return app()(standalone_mode=False) or 0
+    except SystemExit as stop:  # typer ends so where nobody reads
+        if isinstance(stop.__context__, BrokenPipeError):
+            raise stop.__context__ from None
+        raise
 
 
 def _told(error: Exception) -> str:

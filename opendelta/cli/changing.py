@@ -15,6 +15,7 @@ import typer
 import opendelta
 
 from .._checkpoint import hub
+from .._files.folder import check_folder, writable
 from ..errors import DeltaError, DeltaLoadError, UncheckedWarning
 from ..interop.peft import writing
 from . import contents as reading
@@ -99,16 +100,19 @@ def convert(
 
 
 def _check_new(out: Path) -> None:
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    check_folder(out)
+    if out.exists() and any(out.iterdir()):
         raise DeltaError(f"{out} exists and is not empty; give a new folder")
 
 
 @contextlib.contextmanager
 def _all_or_nothing(out: Path) -> Iterator[Path]:
     """Yield a folder to write into; rename it to `out` if no error is raised."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as around:
-        folder = Path(around) / "new"
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(writable(out))
+        out.parent.mkdir(parents=True, exist_ok=True)
+        around = tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.")
+        folder = Path(stack.enter_context(around)) / "new"
         yield folder
         if out.exists():
             out.rmdir()

@@ -91,7 +91,12 @@ def parse(text: str) -> Request:
             "--at '' names no place: give roles or names of modules, such as --at attn.q,attn.v; "
             "the model itself is 'root'"
         )
-    given = dict(map(_option, options))
+    pairs = list(map(_option, options))
+    given = dict(pairs)
+    if len(given) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise DeltaError(f"--option {twice}=... is given {names.count(twice)} times: give it once")
     method(found["type"]).config_class.check_names(given)
     return Request(found["type"], given, places)
 
@@ -118,6 +123,8 @@ def _option(text: str) -> tuple[str, Any]:
         return name, json.loads(value)
     except ValueError:
         return name, value
+    except RecursionError:
+        raise DeltaError(f"--option {name}=... has too many brackets inside each other") from None
 
 
 def config_for(model: nn.Module, request: Request) -> DeltaConfig:

@@ -180,6 +180,40 @@ def test_a_call_that_does_not_say_is_refused_by_name():
         model(IDS[:, :1], past_key_values=cache)
 
 
+SEEN = torch.ones(12, 12).tril().bool()
+HIDING = {
+    "itself": lambda mask: mask[:, None, None] & SEEN,
+    "padding": lambda mask: (mask[:, None, None] & SEEN) | torch.eye(12).bool(),
+    "additive": lambda mask: torch.where(mask[:, None, None] & SEEN, 0.0, -1e9),
+    "all": lambda mask: (seen := mask[:, None, None] & SEEN) | ~seen.any(-1, keepdim=True),
+}
+
+
+@pytest.mark.parametrize("left", [True, False])
+@pytest.mark.parametrize("form", HIDING)
+def test_position_ids_over_padding_are_refused_with_a_mask_of_who_sees_whom(form, left):
+    model = build("llama")
+    delta = put(model, last=1)
+    mask = torch.ones(1, 12, dtype=torch.bool)
+    mask[:, slice(5) if left else slice(7, None)] = False
+    batch = {"input_ids": IDS, "attention_mask": HIDING[form](mask)}
+    with pytest.raises(SiteError, match="does not say by its mask, position ids and cache"):
+        model(**batch, position_ids=torch.arange(12)[None])
+    places = (mask.cumsum(-1) - 1).clamp(min=0)
+    expected = row(5, 6, 11) if left else row(0, 1, 6)
+    found = changed(model, delta, **batch, position_ids=places)
+    assert [place for place in found if mask[place]] == expected
+
+
+def test_packed_documents_may_come_with_a_mask_of_who_sees_whom():
+    model = build("llama")
+    delta = put(model, last=1)
+    number = (PACKED["position_ids"] == 0).cumsum(-1)
+    mask = (number[:, None, :, None] == number[:, None, None]) & SEEN
+    found = changed(model, delta, input_ids=IDS, attention_mask=mask, **PACKED)
+    assert found == row(0, 1, 3, 4, 5, 8, 9, 10, 11)
+
+
 STATES = {
     "mamba": lambda: T.MambaForCausalLM(T.MambaConfig(state_size=4, **STATE)),
     "mamba2": lambda: T.Mamba2ForCausalLM(

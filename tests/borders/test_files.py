@@ -231,6 +231,33 @@ def test_saving_into_what_is_no_folder_is_refused(save, tmp_path):
 
 
 @POSIX
+@pytest.mark.parametrize("save", [lambda d, path: d.save_finetuned(path), peft.save])
+def test_saving_where_nothing_can_be_written_is_refused_in_one_line(save, tmp_path):
+    looped, mapped, taken = (tmp_path / name for name in ("looped", "mapped", "taken"))
+    for folder in (looped, mapped, taken):
+        folder.mkdir()
+    for name in ("config.json", "adapter_config.json"):
+        (looped / name).symlink_to(looped / name)
+        (mapped / name).symlink_to("/proc/self/mem")
+    delta = attached()
+    if save is not peft.save:
+        delta.save_finetuned(tmp_path / "other")
+        weights = next((tmp_path / "other").glob("*.safetensors")).name
+    else:
+        weights = "adapter_model.safetensors"
+    (taken / weights / "inside").mkdir(parents=True)
+    (tmp_path / "file").touch()
+    odd = [tmp_path / "file" / "x", f"{tmp_path}/a\0b", "/proc/x", "/sys/x"]
+    odd += [] if save is peft.save else [looped]  # PEFT's config is removed first, as a link too
+    for folder in (mapped, taken, *odd):
+        with pytest.raises(opendelta.DeltaError) as error:
+            save(delta, folder)
+        assert "\n" not in str(error.value)
+        assert ".tmp" not in str(error.value)
+    assert [path.name for path in taken.iterdir()] == [weights]
+
+
+@POSIX
 @pytest.mark.parametrize(
     "name",
     ["config.json", "adapter_config.json", "adapter_model.safetensors", "adapter_setup.json",

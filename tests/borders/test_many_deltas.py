@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 import opendelta
-from opendelta import DeltaError, DeltaLoadError, LoraModel
+from opendelta import DeltaError, DeltaLoadError, LoraModel, SiteError
+from opendelta._backbone.backbone import Backbone
+from opendelta._checkpoint import fingerprint
 from opendelta._checkpoint.saving import save
 from opendelta._files import folder as files
 
@@ -30,7 +32,8 @@ def written(folder, count):
     for n in range(count):
         tensors[f"0.deltas.d{n}.lora_A"] = torch.ones(1, 4)
         tensors[f"0.deltas.d{n}.lora_B"] = torch.full((4, 1), float(n))
-    rest = {"backbone_class": "Net", "backbone_tensors": [], "fingerprint": {}}
+    known = fingerprint.take(Backbone.of(net()), ["0"], ())
+    rest = {"backbone_class": "Net", "backbone_tensors": [], "fingerprint": known}
     files.write(folder, {**rest, "deltas": facts}, tensors)
     return folder
 
@@ -82,3 +85,28 @@ def test_more_deltas_are_refused_by_their_number(tmp_path):
     with pytest.raises(DeltaError, match="1,001 deltas are more than 1,000"):
         save([delta] * 1_001, tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+MANY = {
+    "lora": lambda model, n: opendelta.LoraModel(model, modified_modules=["0"], name=f"d{n}"),
+    "bitfit": lambda model, n: opendelta.BitFitModel(model, modified_modules=["0"], name=f"d{n}"),
+    "hra": lambda model, n: opendelta.HRAModel(model, modified_modules=["0"], r=2, name=f"d{n}"),
+    "ia3": lambda model, n: opendelta.IA3Model(
+        model, modified_modules=["0"], feedforward_modules=["0"], name=f"d{n}"
+    ),
+}
+
+
+@pytest.mark.parametrize("method", MANY)
+def test_deltas_that_lie_too_deep_inside_each_other_are_refused_by_their_number(method):
+    model, x = net(), torch.ones(1, 4)
+    expected = model(x)
+    for n in range(400):
+        MANY[method](model, n)
+    if method in ("hra", "ia3"):
+        with pytest.raises(SiteError, match="400 deltas act on one Linear, the one around the oth"):
+            model(x)
+        with opendelta.composition(model).only(*(f"d{n}" for n in range(80))):
+            torch.testing.assert_close(model(x), expected)
+    else:
+        torch.testing.assert_close(model(x), expected)

@@ -131,6 +131,10 @@ CLASSES = {
         "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
         "intermediate_size": 48,
     }),
+    "layoutlmv3": (T.LayoutLMv3Model, T.LayoutLMv3Config, {
+        **WIDE, "coordinate_size": 4, "shape_size": 8, "max_position_embeddings": 40,
+        "visual_embed": False,
+    }),
     "t5": (T.T5ForConditionalGeneration, T.T5Config, T5),
     "led": (T.LEDModel, T.LEDConfig, {
         "vocab_size": 60, "d_model": 32, "encoder_layers": 2, "decoder_layers": 1,
@@ -216,10 +220,9 @@ def test_a_decoder_attends_to_the_prompt_of_a_padded_encoder_row(left):
     near(together[1:], model(IDS[1:, tokens], decoder_input_ids=IDS[1:, :4]).logits)
 
 
-def prefix(model):
-    return shake(
-        PrefixModel(model, prefix_token_num=2, mid_dim=4, embed_dim=4, dtype="backbone"), scale=1.0
-    )
+def prefix(model, **options):
+    options = {"prefix_token_num": 2, "mid_dim": 4, "embed_dim": 4, "dtype": "backbone", **options}
+    return shake(PrefixModel(model, **options), scale=1.0)
 
 
 TURNED = ["llama", "mistral", "gemma3", "gpt_neox", "modernbert", "esm", "opt", "t5"]
@@ -254,6 +257,61 @@ def test_a_prefix_acts_on_padded_rows_after_a_cache_as_without(name):
     cache = model(IDS[:, :6], attention_mask=mask[:, :6], use_cache=True).past_key_values
     then = model(IDS[:, 6:], attention_mask=mask, past_key_values=cache).logits
     near(then[1], model(IDS[1:, 3:]).logits[0, -2:])
+
+
+def test_a_prefix_refuses_a_mask_that_does_not_show_the_padding():
+    model = build("llama").double()
+    prefix(model)
+    mask = torch.ones_like(IDS)
+    mask[1, :3] = 0
+    seen = mask[:, None, None].bool() & torch.ones(8, 8).tril().bool()
+    with pytest.raises(SiteError, match="the mask that 'model' is given does not show which tok"):
+        model(IDS, attention_mask=seen)
+    together = model(IDS, attention_mask=seen, position_ids=(mask.cumsum(-1) - 1).clamp(min=0))
+    near(together.logits[1, 3:], model(IDS[1:, 3:]).logits[0])
+
+
+def test_a_prefix_refuses_a_mask_for_other_keys_than_there_are():
+    model = build("minimax", layer_types=["linear_attention", "full_attention"])
+    prefix(model)
+    mask = torch.ones_like(IDS)
+    mask[1, :3] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 3}
+    with pytest.raises(SiteError, match="MiniMaxAttention: its mask is for 1 keys, and it has 9"):
+        model.generate(IDS, **options)
+    model.generate(IDS, use_cache=False, **options)
+
+
+IMAGES = {
+    "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "image_size": 16, "patch_size": 8,
+}  # fmt: skip
+
+
+def prefix_in_text(model):
+    return prefix(model, modified_modules=[r"[r]language_model.*self_attn$"])
+
+
+def loreft_in_text(model):
+    blocks = [r"[r]language_model\.layers\.\d+$"]
+    return shake(LoReftModel(model, modified_modules=blocks, first=1, last=1), scale=1.0)
+
+
+@pytest.mark.parametrize("positions", [False, True])
+@pytest.mark.parametrize("left", [True, False])
+@pytest.mark.parametrize("delta", [prefix_in_text, loreft_in_text])
+def test_padding_is_heard_of_through_a_model_that_makes_masks_of_its_own(delta, left, positions):
+    torch.manual_seed(0)
+    config = T.Gemma3Config(text_config=HEAD, vision_config=IMAGES, mm_tokens_per_image=4)
+    model = T.Gemma3ForConditionalGeneration(config).eval().double()
+    delta(model)
+    mask = torch.ones_like(IDS)
+    tokens = slice(3, None) if left else slice(5)
+    mask[1] = 0
+    mask[1, tokens] = 1
+    more = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)} if positions else {}
+    together = model(IDS, attention_mask=mask, **more).logits[1, tokens]
+    near(together, model(IDS[1:, tokens]).logits[0])
 
 
 # ------------------------------------------------------------------------- scales and numberings
@@ -465,6 +523,37 @@ def test_a_cache_that_holds_something_else_is_refused():
         model(IDS[:, :1], attention_mask=mask, past_key_values=cache)
 
 
+@pytest.mark.parametrize("positions", [False, True])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bloom", "mamba"])
+def test_a_row_that_begins_when_the_cache_holds_its_padding_is_refused(name, positions):
+    model = build(name)
+    put(model)
+    mask = torch.ones_like(IDS)
+    mask[1, :5] = 0
+    places = (mask.cumsum(-1) - 1).clamp(min=0)
+    more = [{"position_ids": p} for p in (places[:, :3], places[:, 3:])] if positions else [{}, {}]
+    if name == "bloom":
+        more = [{}, {}]
+    out = model(IDS[:, :3], attention_mask=mask[:, :3], use_cache=True, **more[0])
+    held = "cache_params" if name == "mamba" else "past_key_values"
+    with pytest.raises(SiteError, match="row 1 begins after 3 columns of padding that the cache"):
+        model(IDS[:, 3:], attention_mask=mask, **{held: out[held]}, **more[1])
+    if name == "llama":
+        with pytest.raises(SiteError, match="row 1 begins after 3 columns"):
+            model.generate(IDS, attention_mask=mask, prefill_chunk_size=3, max_new_tokens=2)
+        model.generate(IDS, attention_mask=mask, prefill_chunk_size=6, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("new", [0, 2, 5])
+def test_a_cache_of_generate_is_refused_by_another_generate(new):
+    model = build("llama")
+    put(model)
+    out = model.generate(IDS, max_new_tokens=4, return_dict_in_generate=True)
+    ids = torch.cat([out.sequences, IDS[:, :new]], 1)
+    with pytest.raises(SiteError, match=r"the position ids begin at \d+, and the cache holds 11 t"):
+        model.generate(ids, past_key_values=out.past_key_values, max_new_tokens=2)
+
+
 # ------------------------------------------------------------------------ values for each token
 def first_again(value):
     """`value` as if the prompt were written, with the values of the first token."""
@@ -585,6 +674,12 @@ def test_ids_of_several_choices_and_models_without_an_embedding_are_refused():
     model = build("canine")
     with untouched(model), pytest.raises(SiteError, match="CanineModel has no one embedding of"):
         put(model)
+    model = build("layoutlmv3")
+    with untouched(model), pytest.raises(SiteError, match="LayoutLMv3Model asks for token ids, an"):
+        put(model)
+    model = build("layoutlmv3", has_relative_attention_bias=False)
+    put(model)
+    run(model, IDS)
 
 
 @pytest.mark.parametrize(

@@ -155,6 +155,12 @@ def test_a_block_that_nobody_enters_is_told(model, lora, verb):
     assert told[0].filename == __file__
     with calls[verb]():
         pass
+    block, expected = calls[verb](), rf"this block of {verb}\(\) was entered before"
+    with block, pytest.raises(opendelta.DeltaError, match=expected), block:
+        pass
+    with pytest.raises(opendelta.DeltaError, match=expected), block:
+        pass
+    assert lora.active
 
 
 def test_a_block_is_a_decorator_too(model, lora):

@@ -106,6 +106,17 @@ def test_weights_without_values_are_unchecked_with_a_warning(saved):
         AutoDeltaModel.from_finetuned(saved, model)
 
 
+@pytest.mark.covers("UncheckedWarning")
+@pytest.mark.parametrize("kept", [0, 1, 3])
+def test_weights_that_the_fingerprint_lacks_are_unchecked_with_a_warning(saved, kept):
+    facts = json.loads((saved / "config.json").read_text())
+    facts["fingerprint"] = dict([*facts["fingerprint"].items()][:kept])
+    (saved / "config.json").write_text(json.dumps(facts))
+    with pytest.warns(UncheckedWarning, match=rf"{4 - kept} of 4 weights under the deltas"):
+        report = opendelta.load(saved, bert(), strict=False)
+    assert (len(report.same), len(report.unread)) == (kept, 4 - kept)
+
+
 @pytest.mark.covers("LoadReport")
 def test_a_fingerprint_without_values_has_shapes_which_are_compared(tmp_path):
     wide, narrow = (nn.Sequential(nn.Embedding(rows, 8)) for rows in (9, 7))

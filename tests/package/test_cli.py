@@ -151,6 +151,12 @@ MISUSED = {  # arguments: what the error says
     "plan my-model -d lora --at attn.q,": "--at '' names no place: give roles or names",
     "plan my-model -d lora: ": "--option '' must be name=value",
     "plan my-model -d lora -o lora_r=100000000000000000000": "no memory holds 100,000,000",
+    "plan my-model -d lora -o lora_r=8 -o lora_r=4": "--option lora_r=... is given 2 times",
+    "plan my-model -d lora:lora_r=8,lora_r=8": "--option lora_r=... is given 2 times",
+    f"plan my-model -d lora:lora_r={'[' * 100_000}": "lora_r=... has too many brackets inside",
+    "merge my-lora my-model my-lora/config.json/x": "cannot write into 'my-lora/config.json/x': F",
+    "merge my-lora my-model /proc/x": "cannot write into '/proc/x': No such file or directory; giv",
+    "convert my-peft /proc/x --to opendelta --model my-model": "cannot write into '/proc/x': No su",
     "tree my-model --class BertConfig": "of transformers, but of no model; nearest: BertModel",
     "tree my-model --class Nope": "has no such model; give one such as BertForMaskedLM",
     "tree wrong.json": "Field 'hidden_size' expected int, got str",
@@ -168,6 +174,30 @@ def test_a_command_that_is_not_used_right_says_so_in_one_line(run, folder, words
     assert MISUSED[words] in errors
     assert errors.endswith("\n")
     assert errors[:-1].isprintable()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="a shell of POSIX")
+def test_output_that_nobody_takes_is_said_by_the_exit_code(folder):
+    for command, ends in (
+        ("show my-lora | head -c 1; exit ${PIPESTATUS[0]}", (141, "")),
+        ("show my-lora >&-", (2, "opendelta: standard output is closed, so the")),
+    ):
+        done = subprocess.run(
+            ["bash", "-c", f"{sys.executable} -m opendelta {command}"],
+            capture_output=True, text=True, cwd=folder,
+        )  # fmt: skip
+        assert (done.returncode, done.stderr[:44]) == ends
+
+
+@pytest.mark.slow
+def test_a_name_that_the_hub_cannot_be_asked_for_is_one_line(folder):
+    script = "import socket; socket.getaddrinfo = None; from opendelta.cli import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", script, "show", "my/nothing"],
+        capture_output=True, text=True, cwd=folder, env={**os.environ, "HF_HUB_OFFLINE": "0"},
+    )  # fmt: skip
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
 
 
 # --------------------------------------------------------------------------------- what they find

@@ -76,8 +76,14 @@ def save(delta: BaseDelta, folder: str | os.PathLike) -> None:
     tensors = {**_tensors(delta, backbone), **owned}
     whole = {key: full(tensor).detach() for key, tensor in tensors.items()}
     files.check_values(whole)
-    path.mkdir(parents=True, exist_ok=True)
-    with files.locked(path):  # at any moment there is the old adapter, none, or the new one
+    with files.writable(path):
+        path.mkdir(parents=True, exist_ok=True)
+        _write(path, config, whole)
+
+
+def _write(path: Path, config: dict[str, Any], whole: dict[str, Tensor]) -> None:
+    """Replace the adapter in a folder: at any moment there is the old one, none, or the new one."""
+    with files.locked(path):
         (path / CONFIG).unlink(missing_ok=True)
         files.replace(path / WEIGHTS, whole)
         files.replace(path / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
@@ -91,8 +97,9 @@ def _check_free(folder: Path) -> None:
             "folder of its own"
         )
     path = folder / CONFIG
-    if path.exists() and b'"peft_type"' not in read_start(path):
-        raise DeltaError(f"{path} is not PEFT's; save into a folder of its own")
+    with files.writable(folder):
+        if path.exists() and b'"peft_type"' not in read_start(path):
+            raise DeltaError(f"{path} is not PEFT's; save into a folder of its own")
 
 
 def _check_writable(delta: BaseDelta, backbone: Backbone) -> None:

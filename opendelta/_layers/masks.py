@@ -1,0 +1,42 @@
+"""Masks of who sees whom, `[batch, heads, length, keys]`: do they hide padding in a document?"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+HIDDEN = -1000.0  # an additive mask hides what has less than this; biases of neighbours are small
+
+
+def agrees(mask: Any, number: Tensor, held: int | None) -> bool:
+    """False if a mask hides tokens of one document from themselves, or one from the next.
+
+    Then some of them are padding, of which the numbers say nothing.
+
+    Args:
+        mask: [batch or 1, heads or 1, length or 1, keys], boolean or additive, or a dict of such
+            masks of which some modules take the one and some the other; others are not looked at.
+        number: integers [batch or 1, length], which change where a document begins.
+        held: number of keys before those of these tokens; None: the last keys are theirs.
+    """
+    masks = [*mask.values()] if isinstance(mask, dict) else [mask]
+    known = all(isinstance(each, Tensor) and each.ndim == 4 for each in masks)
+    if not known or number.size(-1) < 2 or torch.compiler.is_compiling():
+        return True
+    linked = (_linked(each, held, number.size(-1)) for each in masks)
+    apart = number[:, 1:] != number[:, :-1]
+    return bool((apart | functools.reduce(torch.logical_or, linked)).all())
+
+
+def _linked(mask: Tensor, held: int | None, length: int) -> Tensor:
+    """Return booleans [batch or 1, length - 1]: neighbours see themselves and the one before."""
+    before = mask.size(-1) - length
+    before = max(before if held is None else min(held, before), 0)
+    sees = mask[..., before : before + length]
+    sees = (sees > HIDDEN) if sees.is_floating_point() else (sees != 0)
+    sees = sees.any(1).expand(-1, length, -1)
+    own = sees.diagonal(0, -2, -1)
+    return own[:, 1:] & own[:, :-1] & sees.diagonal(-1, -2, -1)
