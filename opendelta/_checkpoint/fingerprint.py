@@ -101,10 +101,10 @@ def compare(
         if tensor is None:
             found.differing[name] = "is missing"
             continue
-        values, shape, own = _values(tensor), facts["shape"], list(tensors.shape(tensor))
+        values, shape, here = _values(tensor), facts["shape"], list(tensors.shape(tensor))
         read = values is not None and facts["values"] is not None
-        if own != shape and (read or not _is_packed(tensor, shape)):
-            found.differing[name] = f"is {own} instead of {shown(shape)}"
+        if here != shape and (read or not _is_packed(tensor, shape)):
+            found.differing[name] = f"is {here} instead of {shown(shape)}"
         elif values is None or facts["values"] is None:
             found.unread.append(name)
         elif not (distance := _distance(values, _decoded(facts["values"]))) <= TOLERANCE:
