@@ -221,6 +221,11 @@ def _units(modules: Iterable[nn.Module]) -> list[Any]:
     return [module for module in modules if isinstance(module, FSDPModule)]
 
 
+def has_units(backbone: Backbone) -> bool:
+    """True if FSDP2 shards the model, or a part of it."""
+    return bool(_units(backbone.modules.values()))
+
+
 def _group_around(backbone: Backbone, where: str) -> Any:
     """Return the FSDP2 parameter group nearest to the module `where`; None outside of FSDP2."""
     units = _units(backbone.chain(where))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
+from .._backbone import sharding
 from .._backbone.backbone import Backbone
 from .._deltas.order import attached_by_name, attached_once
 from .._layers.selection import OpenBlock
@@ -80,9 +81,11 @@ def route(
     names = [frozenset(record.name for record in row) for row in taken]
     shared = Rows(names, frozenset(record.name for record in records), repeats)
     backbone = Backbone.of(model)
+    in_shards = sharding.has_units(backbone)
     around = {name for site in backbone.stacks for name in ("", *ancestors(site)) if name != site}
     routers = {
-        stack: Routed(where, shared, where in around) for where, stack in backbone.stacks.items()
+        stack: Routed(where, shared, where in around, in_shards)
+        for where, stack in backbone.stacks.items()
     }
     switches = {record: record in chosen for record in records}
     backbones = {record.shared for record in records}

@@ -36,10 +36,12 @@ class Routed:
         where: the full name of the site.
         rows: the deltas of each row; all sites of the model share it.
         holds_sites: there are other sites inside the site's module.
+        in_shards: FSDP2 shards the model.
     """
 
-    def __init__(self, where: str, rows: Rows, holds_sites: bool) -> None:
+    def __init__(self, where: str, rows: Rows, holds_sites: bool, in_shards: bool) -> None:
         self.where, self.rows, self.holds_sites = where, rows, holds_sites
+        self.in_shards = in_shards
 
     def check_alike(self, acting: Sequence[DeltaLayer]) -> None:
         """Raise unless each of these layers is taken by all rows, or by none."""
@@ -72,15 +74,16 @@ class Routed:
     def _idle(self, stack: Stack) -> list[Tensor]:
         """Return the parameters of layers that train, and that no row of this process takes.
 
-        The other processes of DistributedDataParallel and FSDP2 may wait for their gradients.
+        Under DistributedDataParallel (without `find_unused_parameters`) and FSDP2 the other
+        processes would wait for their gradients.
 
         Raises:
             DeltaError: they are sharded apart from the module, and not gathered.
         """
-        distributed = torch.distributed
-        if not torch.is_grad_enabled() or not distributed.is_available():
+        if not torch.is_grad_enabled() or not torch.distributed.is_available():
             return []
-        if not distributed.is_initialized() or distributed.get_world_size() < 2:
+        around: Any = torch.nn.parallel.DistributedDataParallel._active_ddp_module
+        if not self.in_shards and (around is None or around.find_unused_parameters):
             return []
         found: list[Tensor] = []
         for layer in stack.values():
