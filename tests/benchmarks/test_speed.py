@@ -146,7 +146,7 @@ def test_saving_and_loading_walk_the_module_tree_as_often_for_many_modules(monke
         save = walks(monkeypatch, model, lambda d=delta: d.save_finetuned(tmp_path))
         load = walks(monkeypatch, fresh, lambda m=fresh: opendelta.load(tmp_path, m))
         found[depth] = save, load
-    assert found[40][0] <= 1
+    assert found[40][0] < 1.5
     assert found[40][1] < 3
     assert found[40][1] <= found[4][1] + 0.2
 

@@ -34,7 +34,7 @@ def trained(model):
 
 def attached(model, exclude=("deltas",), **options):
     delta = LoraModel(model, modified_modules=["3"], **options)
-    delta.freeze_module(exclude=exclude)
+    delta.freeze_module(exclude=exclude, set_state_dict=True)
     return delta
 
 

@@ -16,7 +16,7 @@ HERE = Path(__file__).parent
 def test_an_engine_trains_saves_and_resumes_as_a_plain_loop_does(stage, when, tmp_path):
     paths = os.pathsep.join(map(str, [HERE.parent, HERE.parents[1]]))
     done = subprocess.run(
-        [sys.executable, str(HERE / "deepspeed_script.py"), str(stage), when, str(tmp_path)],
+        [sys.executable, str(HERE.parent / "support" / "deepspeed_worker.py"), str(stage), when, str(tmp_path)],
         env={**os.environ, "PYTHONPATH": paths, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
