@@ -8,10 +8,10 @@ from pathlib import Path
 import deepspeed
 import pytest
 import torch
-from support.models import build, logits, token_ids
 
 import opendelta
 from opendelta import AdapterModel, DeltaError, LoraModel, SiteError
+from support.models import build, logits, token_ids
 
 stage, when, folder = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
 config = {

@@ -9,14 +9,15 @@ from pathlib import Path
 import pytest
 
 pytestmark = [pytest.mark.covers("*Model", "load", "check"), pytest.mark.distributed]
-HERE = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
+WORKER = TESTS / "support" / "deepspeed_worker.py"
 
 
 @pytest.mark.parametrize(("stage", "when"), [(2, "before"), (3, "before"), (3, "after")])
 def test_an_engine_trains_saves_and_resumes_as_a_plain_loop_does(stage, when, tmp_path):
-    paths = os.pathsep.join(map(str, [HERE.parent, HERE.parents[1]]))
+    paths = os.pathsep.join(map(str, [TESTS, TESTS.parent]))
     done = subprocess.run(
-        [sys.executable, str(HERE.parent / "support" / "deepspeed_worker.py"), str(stage), when, str(tmp_path)],
+        [sys.executable, str(WORKER), str(stage), when, str(tmp_path)],
         env={**os.environ, "PYTHONPATH": paths, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
