@@ -16,8 +16,9 @@ demo: .venv/.demo  ## Train, save and share small deltas on a small real model
 test: .venv/.dev  ## Run the whole test suite; extra pytest arguments through ARGS='-k lora'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(ARGS)
 
+# The tools warn of much that is theirs, so that warnings are no errors here.
 tools: .venv-tools/.done  ## Run the tests that drive Lightning, DeepSpeed, TRL, Ray and other tools
-	OMP_NUM_THREADS=1 .venv-tools/bin/python -m pytest -n 2 tests/tools $(ARGS)
+	OMP_NUM_THREADS=1 .venv-tools/bin/python -m pytest -n 2 -W default tests/tools $(ARGS)
 
 bench: .venv/.dev  ## Run all benchmarks, in about ten minutes; rewrites benchmarks/RESULTS.md
 	$(BIN)/python benchmarks/run.py $(ARGS)
