@@ -1,4 +1,4 @@
-"""Trains deltas on an engine of DeepSpeed in this one process; `tools/test_deepspeed.py` runs it."""
+"""Trains deltas on an engine of DeepSpeed, alone; `tools/test_deepspeed.py` runs it."""
 
 import json
 import os
