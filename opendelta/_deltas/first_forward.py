@@ -57,10 +57,10 @@ def _in_compiled(backbone: Backbone, where: str) -> bool:
 
 def _lost(backbone: Backbone) -> Iterator[tuple[Record, str]]:
     """Yield (delta, site) of the layers that left with their module, as another one replaced it."""
-    sites = backbone.sites()
-    for hook in map(state_hook, backbone.modules.values()):
-        if hook is not None and hook.on_root:
-            sites = {record: [] for record in hook.shared.records} | sites
+    hooks = filter(None, map(state_hook, backbone.modules.values()))
+    sites = {r: list[str]() for hook in hooks if hook.on_root for r in hook.shared.records}
+    for where, _, layer in backbone.delta_layers():
+        sites.setdefault(layer.record, []).append(where)
     for record in sorted(sites, key=lambda record: record.rank):
         own = [f".{unwrapped(where)}" for where in sites[record]]
         if len(own) == len(record.sites):
