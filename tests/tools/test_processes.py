@@ -53,14 +53,20 @@ accelerator.end_training()
 """
 
 
-def trained_alone():
-    """The model that one process trains on all rows."""
+def prepared():
+    """A model with the same deltas in each process, and an optimizer of what trains."""
     model = build("llama")
     torch.manual_seed(3)
     lora = LoraModel(model)
     opendelta.AdapterModel(model)
     lora.freeze_module()
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return model, torch.optim.SGD(trained, lr=0.5)
+
+
+def trained_alone():
+    """The model that one process trains on all rows."""
+    model, optimizer = prepared()
     for _ in range(3):
         rows = token_ids(rows=4)
         model(input_ids=rows, labels=rows).loss.backward()
@@ -101,12 +107,7 @@ def loop(given):
     """What each worker of Ray Train runs."""
     import ray.train.torch as prepare
 
-    model = build("llama")
-    torch.manual_seed(3)
-    lora = LoraModel(model)
-    opendelta.AdapterModel(model)
-    lora.freeze_module()
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    model, optimizer = prepared()
     wrapped = prepare.prepare_model(model)
     context = train.get_context()
     for _ in range(3):
