@@ -1,4 +1,4 @@
-"""Default places in every architecture of transformers: a table, and docs/architectures.md.
+"""Default places in all architectures of transformers: a table, docs/reference/architectures.md.
 
 Each model that `AutoModel.from_config` can build is built on the meta device, without weights, from
 its default configuration. Its repeated blocks are cut to two of each kind; then its roles are read,
@@ -7,7 +7,7 @@ and the default of each of four methods is attached.
 Examples:
     python benchmarks/architectures.py
     python benchmarks/architectures.py --only bert,llama --json architectures.json
-    python benchmarks/architectures.py --write    # rewrites docs/architectures.md
+    python benchmarks/architectures.py --write    # rewrites docs/reference/architectures.md
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from opendelta.names import ancestors
 
 HERE = Path(__file__).parent
 COVERED = HERE / "architectures.txt"
-PAGE = HERE.parent / "docs" / "architectures.md"
+PAGE = HERE.parent / "docs" / "reference" / "architectures.md"
 METHODS = {
     "LoRA": opendelta.LoraModel,
     "Adapter": opendelta.AdapterModel,
@@ -226,7 +226,7 @@ def short(cell: str) -> str:
 
 
 def page(results: list[Result]) -> str:
-    """docs/architectures.md."""
+    """The text of docs/reference/architectures.md."""
     built = [r for r in results if not r.unbuilt]
     read = [r for r in built if r.readable]
     lines = [
@@ -277,7 +277,7 @@ def main() -> int:
     parser.add_argument("--only", help="model types, with commas between them")
     parser.add_argument("--workers", type=int, default=2, choices=[1, 2])
     parser.add_argument("--json", type=Path, help="write the results into this file")
-    parser.add_argument("--write", action="store_true", help="rewrite docs/architectures.md")
+    parser.add_argument("--write", action="store_true", help="rewrite the page")
     options = parser.parse_args()
     names = options.only.split(",") if options.only else sorted(MODEL_MAPPING_NAMES)
     start = time.perf_counter()

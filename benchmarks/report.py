@@ -1,4 +1,4 @@
-"""Writes what the benchmarks found: RESULTS.md, the chart, and the section of README.md."""
+"""Writes what the benchmarks found: RESULTS.md, the chart, and a short table in README.md."""
 
 from __future__ import annotations
 
@@ -55,11 +55,12 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def short_table(rows: list[Row]) -> str:
-    """The rows that both libraries have, in Markdown."""
+def short_table(results: dict[str, Any]) -> str:
+    """The first row of each benchmark that both libraries have, in Markdown."""
     lines = ["| lower is better | | opendelta | PEFT | unit |", "|---|---|--:|--:|---|"]
-    for row in rows:
-        if row.peft is not None:
+    for found in results["benchmarks"]:
+        row = next((r for r in rows_of({"benchmarks": [found]}) if r.peft is not None), None)
+        if row is not None and row.peft is not None:
             ours, theirs = spell(row.opendelta), spell(row.peft)
             ours = f"**{ours}**" if row.opendelta < row.peft else ours
             lines.append(f"| {row.name} | {row.case} | {ours} | {theirs} | {row.unit} |")
@@ -93,7 +94,8 @@ def results_page(results: dict[str, Any]) -> str:
         f"{results['machine']['opendelta']}. {met} of {len(asked)} musts are met."
     )
     return (
-        f"# Results\n\n{start}\n{table(rows)}\n{wrapped(HOW)}{peak_memory(rows)}\n"
+        f"# Results\n\n{start}\n![opendelta and PEFT, side by side](results.svg)\n\n"
+        f"{table(rows)}\n{wrapped(HOW)}{peak_memory(rows)}\n"
         f"{misses(rows)}"
         f"Each runs alone; `--help` lists the options:\n\n```sh\n{commands}\n```\n"
     )
@@ -126,14 +128,14 @@ def peak_memory(rows: list[Row]) -> str:
 
 def readme_section(results: dict[str, Any]) -> str:
     """What stands between the markers in README.md."""
+    dates = sorted(each["machine"]["date"][:10] for each in results["benchmarks"])
+    days = " to ".join(dict.fromkeys((dates[0], dates[-1])))
     end = wrapped(
-        f"`make bench` writes this, last on {results['machine']['date'][:10]}: {machine(results)}. "
-        f"{UNITS} Ratios are medians over interleaved rounds in one process; [RESULTS.md]"
-        "(benchmarks/RESULTS.md) says how, and what each figure was to be. Each script runs alone: "
-        "`python benchmarks/forward.py --layers 3 --k 8`."
+        f"`make bench` writes this; measured {days}: the first row of each "
+        f"benchmark that both libraries have. {UNITS} [RESULTS.md](benchmarks/RESULTS.md) has "
+        "all rows, a chart, the machine, what each figure was to be, and how it was measured."
     )
-    picture = "![opendelta and PEFT, side by side](benchmarks/results.svg)"
-    return f"{picture}\n\n{short_table(rows_of(results))}\n{end}"
+    return f"{short_table(results)}\n{end}"
 
 
 def wrapped(text: str) -> str:

@@ -25,8 +25,8 @@ import harness
 import report
 
 SCRIPTS = (
-    "attach", "forward", "routing", "mixed", "stack", "training", "saved_bytes", "switching",
-    "loading", "saving", "merging", "recompiles", "import_time",
+    "attach", "forward", "routing", "mixed", "stack", "training", "gating", "saved_bytes",
+    "switching", "loading", "saving", "merging", "recompiles", "import_time",
 )  # fmt: skip
 README = report.ROOT / "README.md"
 

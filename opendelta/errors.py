@@ -21,6 +21,7 @@ __all__ = [
     "LostGradientWarning",
     "OptionError",
     "PristineError",
+    "SharedDeltaWarning",
     "SiteError",
     "TiedWeightWarning",
     "UncheckedWarning",
@@ -34,6 +35,14 @@ __all__ = [
 class DeltaError(ValueError):
     """Base of all errors of opendelta. The model is as it was before the call.
 
+    Cause:
+        What was asked for is not possible, such as a name that two deltas would have, or merging
+        while rows are routed. The kinds below say more.
+
+    Cure:
+        Do what the text says last. Catch `DeltaError` to catch every error of opendelta. It is a
+        `ValueError`.
+
     Its text is one line of at most 2,000 characters, whatever a file or a name in it holds.
     """
 
@@ -43,6 +52,14 @@ class DeltaError(ValueError):
 
 class AddressError(DeltaError):
     """A pattern or a name that selects no module.
+
+    Cause:
+        The model has no module of that name. Names are ends of full names in whole steps; after
+        `[r]` stands a regular expression, and with `common_structure=True` a role.
+
+    Cure:
+        Take one of the names in `nearest`. `opendelta.tree(model)` prints all names, and
+        `opendelta.roles(model)` all roles.
 
     Attributes:
         pattern: the pattern or name; None if several select nothing together.
@@ -67,11 +84,28 @@ class AddressError(DeltaError):
 
 
 class OptionError(DeltaError, TypeError):
-    """An option that a method does not have, or a value that it does not take."""
+    """An option that a method does not have, or a value that it does not take.
+
+    Cause:
+        The option is misspelt or another library's, or its value is outside of its limits, or does
+        not fit the sizes of a module.
+
+    Cure:
+        The text names the nearest options, or the limit. The reference lists all options of each
+        method. It is a `TypeError` too.
+    """
 
 
 class SiteError(DeltaError):
     """A module that cannot carry this delta layer.
+
+    Cause:
+        The method does not go on modules of this kind, the module's sizes cannot be found, or its
+        code does with the weight what the layer cannot follow.
+
+    Cure:
+        Choose other modules by `modified_modules`, or leave this one out by `exclude_modules`. If
+        sizes are unknown, pass `sample_inputs`.
 
     Attributes:
         where: the full name of the module; None if it is not known, as inside a forward.
@@ -120,6 +154,15 @@ class Mismatch(Mapping[str, Any]):
 class DeltaLoadError(DeltaError):
     """A checkpoint that does not fit or is damaged, or a folder that is no checkpoint.
 
+    Cause:
+        The backbone is another one or has other values, the file was changed, or the folder was
+        written by a library that is not known.
+
+    Cure:
+        Load onto the backbone that the delta was trained on. `opendelta.load(folder, model,
+        strict=False)` reports all that does not fit, and `check_backbone=False` accepts other
+        values of the backbone.
+
     Attributes:
         details: the tensors that do not fit, sorted by their problem.
     """
@@ -130,46 +173,143 @@ class DeltaLoadError(DeltaError):
 
 
 class CompileLimitError(DeltaError, RuntimeError):
-    """A compiled model met more sets of active deltas than torch.compile keeps graphs for."""
+    """A compiled model met more sets of active deltas than torch.compile keeps graphs for.
+
+    Cause:
+        `torch.compile` compiles a graph for each set of deltas that acts, and keeps eight.
+
+    Cure:
+        Set the option of `torch._dynamo.config` that the text names to as many as there are sets.
+        It is a `RuntimeError` too.
+    """
 
 
 class PristineError(DeltaError, AssertionError):
-    """A trace of a delta is left on a backbone."""
+    """A trace of a delta is left on a backbone.
+
+    Cause:
+        `assert_pristine` found a module, a hook, a class or a value that is not as it was: a delta
+        is attached still, or the backbone was trained.
+
+    Cure:
+        Detach every delta, with `unmerge()` before it where something is merged. It is an
+        `AssertionError` too.
+    """
 
 
 class DeltaWarning(UserWarning):
-    """Base of all warnings of opendelta."""
+    """Base of all warnings of opendelta.
+
+    Cause:
+        The program runs on, and may not do what was meant. The kinds below say more.
+
+    Cure:
+        Do what the text says last. `warnings.filterwarnings("error",
+        category=opendelta.DeltaWarning)` makes errors of all of them.
+    """
 
 
 class UntrainedWarning(DeltaWarning):
-    """A head that is frozen with the values of its start."""
+    """A head that is frozen with the values of its start.
+
+    Cause:
+        A new head was made at random when the backbone was loaded, and `freeze_module` froze it. It
+        is in no file, and each process makes another one.
+
+    Cure:
+        Train it with the deltas: name it in `freeze_module(exclude=["deltas", ...])`, or in
+        `modules_to_save=[...]` when you make the delta.
+    """
 
 
 class UnreachedWarning(DeltaWarning):
-    """An active delta layer that did not run in a whole forward of the backbone."""
+    """An active delta layer that did not run in a whole forward of the backbone.
+
+    Cause:
+        Code around the module reads its weight instead of calling it, the module was replaced after
+        attaching, or this forward skipped it, as experts are skipped.
+
+    Cure:
+        Choose the module around it, or pass `reads=True`; after a replacement, detach and attach
+        again. For skipped modules nothing is wrong.
+    """
 
 
 class LostGradientWarning(DeltaWarning):
-    """A quantised module that passes no gradient on to the modules before it."""
+    """Gradients that do not reach what trains.
+
+    Cause:
+        The kernel of a quantised module has no backward, as where activations are quantised too, so
+        that deltas on earlier modules get no gradients. Or a loss of the weights that `watching`
+        shows was asked for, and they have no graph, as after a forward in `torch.no_grad()`, or in
+        activation checkpointing with `use_reentrant=True`.
+
+    Cure:
+        Quantise by a kind that quantises weights only, or put deltas only on modules after it. For
+        blocks, checkpoint with `use_reentrant=False`.
+    """
 
 
 class UnsavedWarning(DeltaWarning):
-    """Trained tensors that are not saved in a file, or not read from it."""
+    """Trained tensors that are not saved in a file, or not read from it.
+
+    Cause:
+        Parameters of the backbone train but belong to no delta, a frozen BatchNorm moves its
+        statistics, another library's saving leaves deltas out, or a head in a folder has no place
+        in this model.
+
+    Cure:
+        Call `freeze_module()`, name what belongs to a delta in `freeze_module(exclude=[...])` or
+        `modules_to_save=[...]`, and save with `composition(model).save(folder)`.
+    """
 
 
 class UncheckedWarning(DeltaWarning):
-    """Weights of a backbone that cannot be compared with the weights at the training of a delta."""
+    """Weights of a backbone that cannot be compared with the weights at the training of a delta.
+
+    Cause:
+        The weights are sharded, quantised or on the meta device, or the folder, as OpenDelta 0.3
+        wrote it, holds no values to compare.
+
+    Cure:
+        Make sure yourself that it is the right backbone. Where its weights have values, `opendelta
+        verify` compares them.
+    """
 
 
 class TiedWeightWarning(DeltaWarning):
-    """A delta on one module whose weight other modules use too."""
+    """A delta on one module whose weight other modules use too.
+
+    Cause:
+        The weight is tied, as that of the embeddings and the head of a language model. The delta
+        changes one use of it.
+
+    Cure:
+        If one use was meant, nothing is wrong. Else put a delta on each of the modules.
+    """
+
+
+class SharedDeltaWarning(DeltaWarning):
+    """Two blocks that act hold one delta, so its change is made twice.
+
+    Cause:
+        A delta is named in the `deltas` of two blocks, and both are active.
+
+    Cure:
+        Disable one of the blocks, or choose one by `composition(model).only(...)`.
+    """
 
 
 class UnusedWarning(DeltaWarning):
     """Something that was given and has no effect.
 
-    A name that matches nothing, a key of a dict that is no option, or a `with` block that was
-    made and never entered.
+    Cause:
+        A name that matches nothing, a key of a dict that is no option, or a `with` block that was
+        made and never entered.
+
+    Cure:
+        Correct the name, of which the text says the nearest, or leave it out; write `with` before
+        the call.
     """
 
 

@@ -1,4 +1,4 @@
-"""Write the table of methods into docs/methods.md; `--check` only says whether it is true."""
+"""Write the table into docs/reference/methods.md; `--check` only says whether it is true."""
 
 import re
 import sys
@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 import transformers
+from marked import replaced
 
 import opendelta
 from opendelta._deltas.registry import METHODS
 
-PAGE = Path(__file__).parent.parent / "docs" / "methods.md"
-START, END = "<!-- table: start -->\n", "<!-- table: end -->\n"
+PAGE = Path(__file__).parent.parent / "docs" / "reference" / "methods.md"
 KINDS = {
     "linear": "linear",
     "embedding": "embedding",
@@ -44,15 +44,15 @@ def row(name: str, method: type[opendelta.Delta]) -> str:
     kinds = ", ".join(KINDS[kind] for kind in method.layer_class.kinds)
     return (
         f"| `{name}` | `{method.__name__}` | [{number}](https://arxiv.org/abs/{number}) | "
-        f"{count:,} | {modules} | {folds} | {kinds} |\n"
+        f"{count:,} | {modules} | {folds} | {method.default_learning_rate:g} | {kinds} |\n"
     )
 
 
 def table() -> str:
     """The whole table."""
     head = (
-        "| type | class | paper | parameters on bert-base | modules | folds | goes on |\n"
-        "|---|---|---|--:|--:|---|---|\n"
+        "| type | class | paper | parameters on bert-base | modules | folds | rate | goes on |\n"
+        "|---|---|---|--:|--:|---|--:|---|\n"
     )
     own = {n: m for n, m in sorted(METHODS.items()) if m.__module__.startswith("opendelta.")}
     return head + "".join(row(name, method) for name, method in own.items())
@@ -60,8 +60,7 @@ def table() -> str:
 
 def page(text: str) -> str:
     """The page with the table as it should be."""
-    before, rest = text.split(START)
-    return before + START + table() + END + rest.split(END)[1]
+    return replaced(text, "table", table())
 
 
 if __name__ == "__main__":

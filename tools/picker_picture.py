@@ -1,4 +1,4 @@
-"""Write docs/picker.png: the page of `opendelta pick` on a small BERT, in Debian's Chromium.
+"""Write docs/how-to/picker.png: the page of `opendelta pick` on a small BERT, in Debian's Chromium.
 
 python tools/picker_picture.py [FILE [WIDTH HEIGHT [dark]]]
 """
@@ -44,4 +44,5 @@ def picture(file: Path, width: int, height: int, dark: bool) -> None:
 if __name__ == "__main__":
     given = sys.argv[1:]
     size = (int(given[1]), int(given[2])) if len(given) > 2 else (1280, 800)
-    picture(Path(given[0]) if given else ROOT / "docs" / "picker.png", *size, "dark" in given)
+    file = Path(given[0]) if given else ROOT / "docs" / "how-to" / "picker.png"
+    picture(file, *size, "dark" in given)

@@ -17,31 +17,41 @@ import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
+from marked import replaced
+
 import opendelta
 
 TESTS = Path(__file__).parent.parent / "tests"
 PAGE = TESTS / "README.md"
-START, END = "<!-- table: start -->\n", "<!-- table: end -->\n"
 
 
 def public_names() -> dict[str, list[str]]:
     """{heading: public names, members as `Delta.attach`, options as `LoraConfig.lora_r`}."""
-    common = opendelta.DeltaConfig.option_names()
-    methods: list[str] = []
-    for name in opendelta.methods.__all__:
-        methods.append(name)
-        if name.endswith("Config"):
-            fields = dataclasses.fields(getattr(opendelta, name))
-            methods += [f"{name}.{field.name}" for field in fields if field.name not in common]
-    others = {*opendelta.errors.__all__, *opendelta.methods.__all__}
+    common = [*opendelta.DeltaConfig.option_names(), "deltas"]
+    own = {
+        room: _with_options(room.__all__, common) for room in (opendelta.methods, opendelta.blocks)
+    }
+    others = {*opendelta.errors.__all__, *opendelta.methods.__all__, *opendelta.blocks.__all__}
     return {
         "Functions and classes": [name for name in opendelta.__all__ if name not in others],
         "Members of `Delta`": members(opendelta.Delta),
         "Members of `Composition`": members(opendelta.Composition),
-        "Options of every delta": [f"DeltaConfig.{name}" for name in common],
-        "Methods and their own options": methods,
+        "Options of every delta": [f"DeltaConfig.{name}" for name in common[:-1]],
+        "Methods and their own options": own[opendelta.methods],
+        "Blocks and their own options": own[opendelta.blocks],
         "Errors and warnings": list(opendelta.errors.__all__),
     }
+
+
+def _with_options(names: list[str], common: list[str]) -> list[str]:
+    """The names, and the options of each Config among them that are not in `common`."""
+    found: list[str] = []
+    for name in names:
+        found.append(name)
+        if name.endswith("Config"):
+            fields = dataclasses.fields(getattr(opendelta, name))
+            found += [f"{name}.{field.name}" for field in fields if field.name not in common]
+    return found
 
 
 def members(cls: type) -> list[str]:
@@ -94,8 +104,7 @@ def tables() -> str:
 
 def page(text: str) -> str:
     """The page with the tables as they should be."""
-    before, rest = text.split(START)
-    return before + START + tables() + END + rest.split(END)[1]
+    return replaced(text, "table", tables())
 
 
 if __name__ == "__main__":

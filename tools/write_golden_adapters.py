@@ -21,6 +21,7 @@ from adapters import (
     CompacterPlusPlusConfig,
     DoRAConfig,
     DoubleSeqBnConfig,
+    DynamicAdapterFusionConfig,
     IA3Config,
     LoRAConfig,
     MAMConfig,
@@ -28,6 +29,7 @@ from adapters import (
     PrefixTuningConfig,
     SeqBnConfig,
 )
+from adapters.composition import Fuse
 from safetensors.torch import save_file
 
 ROOT = Path(__file__).parent.parent / "tests" / "interop" / "golden_adapters"
@@ -96,6 +98,23 @@ SPECIAL = {  # of some
         "dora": lambda: DoRAConfig(r=2, alpha=2),
     },
 }
+FUSIONS = {  # {case: (the method of each adapter, its options, those of the fusion)}
+    "bert": {
+        "seq_bn": (SeqBnConfig, {}, {}),
+        "double_seq_bn": (
+            DoubleSeqBnConfig,
+            {},
+            {"query_before_ln": True, "value_before_softmax": False},
+        ),
+        "static": (SeqBnConfig, {"leave_out": [0]}, {"value": False, "residual_before": True}),
+        "compacter": (CompacterConfig, {"phm_dim": 2}, {}),
+        "par_bn": (ParBnConfig, {}, {}),
+    },
+    "roberta": {},
+    "gpt2": {"seq_bn": (SeqBnConfig, {}, {})},
+    "t5": {"double_seq_bn": (DoubleSeqBnConfig, {}, {})},
+    "llama": {"seq_bn": (SeqBnConfig, {}, {})},
+}
 PICKLED = ("prefix", "prefix_flat", "mam", "layer_norm")  # not possible as safetensors
 
 
@@ -135,6 +154,24 @@ def write(kind, case, model, config, safe, head=False):
     return logits_of(model.eval(), kind)
 
 
+def write_fusion(kind, case, model, method, own, options):
+    """Fuse three adapters on `model`, save each and the fusion side by side, return the logits."""
+    folder, safe = f"{kind}/fused/{case}", case != "seq_bn"
+    os.makedirs(folder)
+    for name in "abc":
+        model.add_adapter(name, config=method(**SMALL, **own))
+    model.add_adapter_fusion(["a", "b", "c"], {**DynamicAdapterFusionConfig().to_dict(), **options})
+    if case == "static":  # the library saves this one along, as its name starts with the same
+        model.add_adapter_fusion(["a", "b", "c", "a"], "static")
+    model.active_adapters = Fuse("a", "b", "c")
+    shake(model, [".a.", ".b.", ".c.", ".a,b,c"])
+    for name in "abc":
+        model.save_adapter(f"{folder}/{name}", name, with_head=False, use_safetensors=safe)
+    head = "a,b,c" in getattr(model, "heads", ())
+    model.save_adapter_fusion(f"{folder}/fusion", "a,b,c", with_head=head, use_safetensors=safe)
+    return logits_of(model.eval(), kind)
+
+
 def main():
     """Write all backbones and all cases."""
     for kind in BACKBONES:
@@ -165,10 +202,20 @@ def main():
             flex = adapters.AutoAdapterModel.from_pretrained(f"{kind}/backbone").eval()
             flex.add_classification_head("task", num_labels=4)
             tensors["logits.flex_head"] = write(kind, "flex_head", flex, LoRAConfig(r=2), safe=True)
+            flex = adapters.AutoAdapterModel.from_pretrained(f"{kind}/backbone").eval()
+            flex.add_classification_head("a,b,c", num_labels=4)
+            tensors["fused.flex_head"] = write_fusion(kind, "flex_head", flex, SeqBnConfig, {}, {})
+        for case, given in FUSIONS[kind].items():
+            model = fresh()
+            adapters.init(model)
+            tensors[f"fused.{case}"] = write_fusion(kind, case, model, *given)
         save_file(tensors, ROOT / kind / "io.safetensors")
-        index[kind] = {"model_class": cls.__name__, "cases": sorted(
-            k.removeprefix("logits.") for k in tensors if k.startswith("logits.")
-        )}  # fmt: skip
+        named = lambda start, given=tensors: sorted(  # noqa: E731
+            key.removeprefix(start) for key in given if key.startswith(start)
+        )
+        index[kind] = {
+            "model_class": cls.__name__, "cases": named("logits."), "fused": named("fused."),
+        }  # fmt: skip
     (ROOT / "index.json").write_text(json.dumps(index, indent=1) + "\n")
 
 

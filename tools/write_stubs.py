@@ -1,7 +1,8 @@
-"""Write what editors and type checkers read: the methods' signatures, and the list of names.
+"""Write what editors and type checkers read: the signatures of methods and blocks, and all names.
 
-The signatures, `opendelta/methods/__init__.pyi`, are made from the configs, so that an option is
-written once. The end of `opendelta/__init__.py` lists the names of errors and methods:
+The signatures, `__init__.pyi` of `opendelta/methods` and `opendelta/blocks`, are made from the
+configs, so that an option is written once. The end of `opendelta/__init__.py` lists the names of
+errors, blocks and methods:
 
     python tools/write_stubs.py
 """
@@ -11,55 +12,58 @@ import inspect
 import json
 import textwrap
 from pathlib import Path
+from types import ModuleType
 
 import opendelta
-from opendelta import errors, methods
+from opendelta import blocks, errors, methods
 
 PACKAGE = Path(opendelta.__file__)
 MARK = "# Written by tools/write_stubs.py: "
-FILE = Path(methods.__file__).with_suffix(".pyi")
+FILES = {Path(room.__file__ or "").with_suffix(".pyi"): room for room in (methods, blocks)}
 HEAD = """\
-# Written by tools/write_stubs.py: the signatures of the methods, made from their configs.
+# Written by tools/write_stubs.py: the signatures, made from the configs.
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from ..author import Delta
+from ..author import {base}
 """
 # A config's own types are those after it has turned what it was given into one form.
 GIVEN = {
     "list[str] | None": "str | Sequence[str] | None",
+    "deltas": "Sequence[str | Delta] | None",
     "dtype": "str | torch.dtype | None",
 }
 
 SAMPLES = "Mapping[str, Any] | Sequence[Any] | torch.Tensor | None"  # of sample_inputs
 
 
-def text() -> str:
-    """The whole stub."""
-    models = [getattr(methods, name) for name in methods.__all__ if name.endswith("Model")]
+def text(room: ModuleType) -> str:
+    """The whole stub of the methods or the blocks."""
+    models = [getattr(room, name) for name in room.__all__ if name.endswith("Model")]
     configs = sorted(
         f"from .{model.config_class.__module__.rpartition('.')[2]} import "
         f"{model.config_class.__name__} as {model.config_class.__name__}"
         for model in models
     )
-    names = ["__all__ = [", *(f'    "{name}",' for name in methods.__all__), "]"]
-    return "\n".join([HEAD + "\n".join(configs), "", *names, "", *map(_class, models)])
+    names = ["__all__ = [", *(f'    "{name}",' for name in room.__all__), "]"]
+    head = HEAD.replace("{base}", ", ".join(sorted({"Delta", models[0].__base__.__name__})))
+    return "\n".join([head + "\n".join(configs), "", *names, "", *map(_class, models)])
 
 
 def package() -> str:
-    """The whole `opendelta/__init__.py`, whose end names the errors and the methods."""
+    """The whole `opendelta/__init__.py`, whose end names the errors, blocks and methods."""
     before, mark, rest = PACKAGE.read_text(encoding="utf-8").partition(MARK)
-    names = ", ".join(f'"{name}"' for name in (*errors.__all__, *methods.__all__))
+    names = ", ".join(f'"{name}"' for name in (*errors.__all__, *blocks.__all__, *methods.__all__))
     lines = textwrap.fill(names, 96, initial_indent="    ", subsequent_indent="    ")
     comment = rest.partition("\n")[0]
     return f"{before}{mark}{comment}\n__all__ += [\n{lines},\n]  # fmt: skip\n"
 
 
 def _class(model: type[opendelta.Delta]) -> str:
-    lines = [f"class {model.__name__}(Delta):"]
+    lines = [f"class {model.__name__}({model.__base__.__name__}):"]
     own = [name for name in vars(model) if name in vars(model).get("__annotations__", {})]
     lines += [f"    {name}: {vars(model)['__annotations__'][name]}" for name in own]
     lines += ["    def __init__(", "        self,", "        backbone_model: nn.Module,"]
@@ -90,5 +94,6 @@ def _type(field: dataclasses.Field) -> str:
 
 
 if __name__ == "__main__":
-    FILE.write_text(text(), encoding="utf-8")
+    for file, room in FILES.items():
+        file.write_text(text(room), encoding="utf-8")
     PACKAGE.write_text(package(), encoding="utf-8")

@@ -219,6 +219,10 @@ class Backbone:
             ):
                 over: Any = stack[name]  # type: ignore[index]
                 ranks = order.index(layer.record), order.index(over.record)
+                if layer.record.name in over.record.config.children:
+                    over.record.require_apart(f"cannot put {layer.record.name!r} into")
+                if name in layer.record.config.children:
+                    over.record.require_apart(f"cannot let {layer.record.name!r} combine")
                 if layer.acts is Acts.INSTEAD or (
                     ranks[0] < ranks[1] and {layer.acts, over.acts} != {Acts.BESIDE}
                 ):

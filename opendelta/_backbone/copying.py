@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .._modules import wrappers
 from .._sites import swap
+from ..errors import SiteError, quoted
 from ..names import SLOT
 from .backbone import Backbone
 
@@ -19,7 +20,19 @@ def plain_copy(backbone: Backbone, name: str, memo: dict[int, Any]) -> nn.Module
     Args:
         name: the module's full name.
         memo: {id of an object: the object in its place in the copy}, as `copy.deepcopy` takes it.
+
+    Raises:
+        SiteError: a copy would run a module of the backbone.
     """
+    parts = {id(part) for part in backbone.modules[name].modules()}
+    for where, module in backbone.modules.items():
+        if id(module) in parts and wrappers.closes_over(module, parts):
+            raise SiteError(
+                f"{quoted(where)} ({type(module).__name__}) had its forward replaced by "
+                f"{module.__dict__['forward']!r}, which keeps the module: a copy would run this "
+                "one, with its deltas. Copy before that replacement, or remove it",
+                where=where,
+            )
     placeholder = nn.Module()
     memo = {**memo, **{id(stack): placeholder for stack in backbone.stacks.values()}}
     for part in backbone.modules[name].modules():  # the old weight_norm holds what it computed

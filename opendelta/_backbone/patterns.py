@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
-from ..errors import AddressError, UnusedWarning, nearest, warn
+from ..errors import AddressError, UnusedWarning, listed, nearest, warn
 from ..names import ancestors, last, tails
 from .backbone import Backbone
 
@@ -71,12 +71,12 @@ def no_match(
     parts = 1 if pattern.startswith("[r]") else pattern.count(".") + 1
     ends = Counter(".".join(name.split(".")[-parts:]) for name in names if name)
     near = nearest(pattern.removeprefix("[r]"), (end for end in ends if not end.isdigit()))
-    found = "nearest:"
-    if not near and isinstance(where, nn.Module):
-        found, ends = "none is near; there are", _matrices(where)
+    found, known = "nearest:", Backbone.of(where).modules if isinstance(where, nn.Module) else {}
+    if not near and known:
+        found, ends = "none is near; there are", _matrices(known)
         near = [end for end, _ in ends.most_common(2)]
     hints = ", ".join(f"{end!r} ({ends[end]} {what}{'s' * (ends[end] > 1)})" for end in near)
-    blocks = repeated(dict(where.named_modules())) if isinstance(where, nn.Module) else ""
+    blocks = repeated(known)
     is_plain = re.fullmatch(r"[\w.-]*|\[r\].*", pattern)
     return AddressError(
         f"no {what} matches {pattern!r} in {type(where).__name__}; "
@@ -88,11 +88,11 @@ def no_match(
     )
 
 
-def _matrices(model: nn.Module) -> Counter[str]:
+def _matrices(modules: Mapping[str, nn.Module]) -> Counter[str]:
     """Count the modules with a weight matrix by the last step of their names, except numbers."""
     ends = (
         last(name)
-        for name, module in model.named_modules()
+        for name, module in modules.items()
         if isinstance(weight := module._parameters.get("weight"), Tensor) and weight.ndim == 2
     )
     return Counter(end for end in ends if end and not end.isdigit())
@@ -212,6 +212,22 @@ def leave_out(backbone: Backbone, names: Sequence[str], excluded: Sequence[str])
     return list(once.values())
 
 
+def only_one(pattern: str, names: Sequence[str]) -> str:
+    """Return the name that `pattern` selects; raise if it selects several.
+
+    Raises:
+        AddressError: it selects several.
+    """
+    if len(names) > 1:
+        raise AddressError(
+            f"{pattern!r} selects {len(names)} modules: {listed(names, 4)}"
+            "; give the full name of one",
+            pattern=pattern,
+            nearest=names,
+        )
+    return names[0]
+
+
 def literal(
     known: Iterable[str], names: Sequence[str], where: object, what: str = "module"
 ) -> None:
@@ -223,4 +239,19 @@ def literal(
     known = set(known)
     for name in names:
         if name not in known:
-            raise no_match(name, known, where, what)
+            raise _of_a_part(name, known, where, what) or no_match(name, known, where, what)
+
+
+def _of_a_part(name: str, known: set[str], where: object, what: str) -> AddressError | None:
+    """Return the error for a name in a part of the model, or in a model that this is a part of."""
+    inner = sorted(full.removesuffix(f".{name}") for full in known if full.endswith(f".{name}"))
+    rests = {each: name[len(each) + 1 :] for each in ancestors(name)}
+    outer = [each for each, rest in rests.items() if rest and rest in known]
+    kind = type(where).__name__
+    if inner:
+        told = f"its part {inner[0]!r} has one: use model.{inner[0]} instead of the model"
+    elif outer:
+        told = f"without {outer[0]!r} it has: use a model whose {outer[0]!r} is such a {kind}"
+    else:
+        return None
+    return AddressError(f"no {what} is named {name!r} in {kind}, but {told}", pattern=name)

@@ -81,16 +81,20 @@ def suspects(backbone: Backbone, names: Iterable[str]) -> list[str]:
     for name in names:
         module = backbone.modules[name]
         shown = swap.weight_is_read(module, False)
-        reads = {r for m in [*backbone.chain(name)][1:] for r in _may_read(_class_of(m))}
         own = {id(parameter) for parameter in module._parameters.values()}
         if shown:
             suspect = bool(aside & own) or _may_read_raw(backbone, name)
         else:
-            suspect = bool(aside & {id(module), *own} or reads & {last(name), *ANY})
-            suspect = suspect or may_be_read(backbone, name)
+            suspect = bool(aside & {id(module), *own}) or code_may_read(backbone, name)
         if suspect:
             found.append(name)
     return found
+
+
+def code_may_read(backbone: Backbone, where: str) -> bool:
+    """True if code of the classes around a module may use it otherwise than by calling it."""
+    reads = {r for m in [*backbone.chain(where)][1:] for r in _may_read(_class_of(m))}
+    return bool(reads & {last(where), *ANY}) or may_be_read(backbone, where)
 
 
 def _held_aside(backbone: Backbone) -> set[int]:
@@ -162,8 +166,19 @@ def read_beside(
 
 def _may_read_raw(backbone: Backbone, where: str) -> bool:
     """True if code around a module asks for its parameters otherwise than by attribute."""
-    around = [_class_of(m) for m in [*backbone.chain(where)][1:]]
-    return any(RAW & {*code.co_names} for cls in around for code in _codes(cls, True))
+    return any(RAW & _words(_class_of(m)) for m in [*backbone.chain(where)][1:])
+
+
+def gets_parameters(backbone: Backbone, where: str) -> bool:
+    """True if code around a module uses `get_parameter`, which refuses a weight with deltas."""
+    return any("get_parameter" in _words(_class_of(m)) for m in [*backbone.chain(where)][1:])
+
+
+@functools.cache
+def _words(cls: Any) -> set[str]:
+    """Return the names and the texts in a class's code."""
+    codes = list(_codes(cls, True))
+    return {word for code in codes for word in (*code.co_names, *map(str, code.co_consts))}
 
 
 @functools.cache

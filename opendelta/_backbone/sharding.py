@@ -12,7 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from .._modules.tensors import is_dtensor, is_sharded, shape
+from .._layers.base import Acts, DeltaLayer
+from .._modules.kinds import Kind, kind_of
+from .._modules.tensors import is_dtensor, is_sharded, shape, stored
+from .._sites.split import Split
 from ..errors import SiteError
 from .backbone import Backbone
 
@@ -24,10 +27,12 @@ class Ranks:
     Attributes:
         meshes: the device meshes over which parameters of the model are spread.
         group: the FSDP2 parameter group by which a layer is sharded, or None.
+        split: how they share the module in tensor parallelism; None: the model is not so split.
     """
 
     meshes: list[Any]
     group: Any
+    split: Split | None
 
 
 def settle(backbone: Backbone) -> None:
@@ -40,7 +45,7 @@ def settle(backbone: Backbone) -> None:
         unit.reshard()
 
 
-def group_of(backbone: Backbone, where: str, reads: bool, layer: nn.Module) -> Ranks | None:
+def group_of(backbone: Backbone, where: str, reads: bool, layer: DeltaLayer) -> Ranks | None:
     """Return the ranks that share the module `where`; None if this process has it alone.
 
     Args:
@@ -48,14 +53,14 @@ def group_of(backbone: Backbone, where: str, reads: bool, layer: nn.Module) -> R
         layer: the layer that will go there.
 
     Raises:
-        SiteError: the layer would diverge between ranks, or see only a slice of its input.
+        SiteError: the layer would diverge between ranks, or cannot act on a split module.
     """
     if not _distributed():
         return None
     settle(backbone)
     _check_wrappers(backbone, where)
     group = _group_around(backbone, where)
-    _check_parallel(backbone, where, group)
+    split = _split(backbone, where, group, reads, layer)
     if reads and group is not None and (layer is None or not _has_shards(layer)):
         raise SiteError(
             f"{where!r}: its parent reads .weight, which is sharded; attach before fully_shard, so "
@@ -63,7 +68,9 @@ def group_of(backbone: Backbone, where: str, reads: bool, layer: nn.Module) -> R
             where=where,
         )
     meshes = _meshes(backbone, group)
-    return Ranks(meshes, group) if meshes else None
+    if group is None and meshes and split is None:
+        split = Split()
+    return Ranks(meshes, group, split) if meshes else None
 
 
 def shard(layer: nn.Module, ranks: Ranks) -> None:
@@ -189,22 +196,64 @@ def check_synchronised(backbone: Backbone, new: Sequence[nn.Parameter]) -> None:
             )
 
 
-def _check_parallel(backbone: Backbone, where: str, group: Any) -> None:
+def _split(
+    backbone: Backbone, where: str, group: Any, reads: bool, layer: DeltaLayer
+) -> Split | None:
+    """Return how tensor parallelism splits the module `where`; None: it does not.
+
+    Raises:
+        SiteError: the layer cannot act there.
+    """
     module, mesh = backbone.modules[where], None if group is None else group.mesh_info.mesh
-    advice = "Choose a module that is not split, such as the block around it"
-    for name, parameter in module._parameters.items():
-        if is_dtensor(parameter) and parameter.device_mesh != mesh:
-            raise SiteError(
-                f"{where}.{name} is split by tensor parallelism ({parameter.placements}): a delta "
-                f"there would see a slice. {advice}",
-                where=where,
-            )
-    if _is_parallel(module):
+
+    def parts(part: nn.Module) -> list[Any]:
+        return [p for p in part._parameters.values() if is_dtensor(p) and p.device_mesh != mesh]
+
+    split, why = None, None
+    if layer.acts is Acts.WITHIN and any(map(parts, module.modules())):
+        why = f"{type(layer).__name__} acts among its parts, of which a rank has some"
+    elif (own := parts(module)) or _is_parallel(module):
+        split = _understood(module, own)
+        why = _misfit(module, split, reads, layer)
+        why = why if group is None else "FSDP2 shards it too, so attach before fully_shard"
+    if why is not None:
         raise SiteError(
-            f"the forward of {where!r} is replaced by tensor parallelism: a delta there would see "
-            f"a slice or a partial sum. {advice}",
+            f"{where!r} ({type(module).__name__}) is split by tensor parallelism: {why}. Choose a "
+            "module that is not split, such as the block around it, or another method",
             where=where,
         )
+    return split
+
+
+def _understood(module: nn.Module, own: list[Any]) -> Split | None:
+    """Return how the parameters `own` of `module` are split; None: in no way that is known."""
+    from torch.distributed.tensor import Replicate, Shard
+
+    if any(p.device_mesh.ndim > 1 or type(p.placements[0]) not in (Shard, Replicate) for p in own):
+        return None
+    kind, weight = kind_of(module), module._parameters.get("weight")
+    if kind is None or not is_dtensor(weight):
+        return None
+    layout: Any = weight.placements[0]
+    if type(kind) is Kind and layout.is_shard():
+        axis = layout.dim % weight.ndim
+        return Split(weight.device_mesh, axis, (kind.in_features, kind.out_features))
+    return None if _is_parallel(module) and not kind.takes_ids else Split()
+
+
+def _misfit(module: nn.Module, split: Split | None, reads: bool, layer: DeltaLayer) -> str | None:
+    """Return why a layer cannot act on a split module; None: it can."""
+    kind = type(layer).__name__
+    if split is None:
+        return f"{kind} would see a slice or a partial sum"
+    if reads:
+        return "its parent reads .weight, which would show no change"
+    if layer.sees_module:
+        return f"{kind} needs the whole weight"
+    adds = layer.acts in (Acts.BEFORE, Acts.BESIDE) and layer.gate is None
+    if _is_parallel(module) and split.axis == 1 and not adds and stored(module, "bias") is not None:
+        return f"its bias is added after {kind} has seen the output"
+    return None
 
 
 def _is_parallel(module: nn.Module) -> bool:
@@ -219,6 +268,16 @@ def _units(modules: Iterable[nn.Module]) -> list[Any]:
     from torch.distributed.fsdp import FSDPModule
 
     return [module for module in modules if isinstance(module, FSDPModule)]
+
+
+def own_class(model: nn.Module) -> type:
+    """Return the class of a model; the one that its author wrote, if FSDP2 put another before."""
+    classes = type(model).__mro__
+    if _units([model]):
+        from torch.distributed.fsdp import FSDPModule
+
+        return classes[classes.index(FSDPModule) + 1]
+    return classes[0]
 
 
 def has_units(backbone: Backbone) -> bool:
@@ -308,4 +367,5 @@ def _stand_in(parameter: Tensor) -> nn.Parameter:
 
 
 def _gathers(hook: Callable[..., Any]) -> bool:
-    return getattr(hook, "__module__", "").startswith(("torch.distributed.fsdp", "deepspeed"))
+    theirs = ("torch.distributed.fsdp", "torch.distributed.tensor", "deepspeed")
+    return (getattr(hook, "__module__", None) or "").startswith(theirs)

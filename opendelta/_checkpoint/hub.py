@@ -15,7 +15,7 @@ from .._files.folder import OWN, own_version
 from .._files.reading import as_path, readable
 from .._show.tree import tree
 from ..errors import DeltaLoadError, OptionError, printable, reason, shown
-from .pretrained import DELTAS
+from .pretrained import DELTAS, check_beside
 from .saving import save
 
 FILES = ("*.json", "*.safetensors", "*.bin")
@@ -38,12 +38,16 @@ def folder_of(
 
     Raises:
         OptionError: `path` is neither a path nor a name.
-        DeltaLoadError: there is no such folder here, and no such name on the hub.
+        DeltaLoadError: there is no such folder here, and no such name on the hub; or the model in
+            it was saved without the deltas beside it.
     """
     folder = _folder_of(path, local_files_only, argument, **options)
     with readable(folder):
         inside = not files.is_ours(folder) and files.is_ours(folder / DELTAS)
-    return folder / DELTAS if inside else folder
+    if not inside:
+        return folder
+    check_beside(folder / DELTAS)
+    return folder / DELTAS
 
 
 def _folder_of(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .._backbone.backbone import Backbone
 from .._backbone.inputs import Samples
 from .._deltas.base import BaseDelta, require_whole
+from .._deltas.blocks import BlockConfig
 from .._deltas.choosing import as_chosen
 from .._deltas.committing import commit, take_off
 from .._deltas.making import make, materialise, uncollected
@@ -59,6 +60,7 @@ def load(
     check_backbone: bool = True,
     samples: Samples | None = None,
     wanted: DeltaConfig | None = None,
+    absent: Sequence[str] = (),
 ) -> tuple[list[BaseDelta], Source, Comparison]:
     """Put the deltas in `folder` on `model`, after the deltas that are on it.
 
@@ -70,6 +72,7 @@ def load(
         check_backbone: compare a few values of the weights under the deltas with the saved values.
         samples: inputs of the model, to find sizes by.
         wanted: the options that the first delta must have been saved with. None: any.
+        absent: full names of modules; what the folder holds on them and inside them is left out.
 
     Returns:
         The deltas, the source that the folder holds, and the compared weights of the backbone.
@@ -82,7 +85,7 @@ def load(
         raise OptionError(f"backbone_model must be a torch.nn.Module, not {model!r}")
     if name is not None:
         check_name(name)
-    with uncollected(), opened(path, model) as source:
+    with uncollected(), opened(path, model, absent) as source:
         _check_wanted(path, source.configs, expected, wanted)
         backbone, facts, given = Backbone.of(model, samples), source.facts, source.tensors
         made_for = source.saved_from or "model"
@@ -94,9 +97,8 @@ def load(
         brought = _brought(path, facts, own)
         compare({k: t for state in (*states, brought) for k, t in state.items()}, given, str(path))
         _check_frozen(path, entries)
-        compared = Comparison()
-        if check_backbone and source.has_fingerprint:
-            compared = _check_backbone(path, backbone, facts, deltas)
+        known = check_backbone and source.has_fingerprint
+        compared = _check_backbone(path, backbone, facts, deltas) if known else Comparison()
         source.verify()
         new = dict(tensors.values(brought, given, str(path), own))
         for (fact, delta), state in zip(entries, states, strict=True):
@@ -152,12 +154,13 @@ def _check_options(path: Path, saved: DeltaConfig, config: DeltaConfig) -> None:
 
 
 def _check_type(path: Path, configs: Sequence[DeltaConfig], expected: type[BaseDelta]) -> None:
-    if len(configs) != 1:
+    outer = _in_no_block(configs)
+    if len(outer) != 1:
         raise DeltaLoadError(
-            f"{path} holds {len(configs)} deltas: {', '.join(str(c.name) for c in configs)}; use "
+            f"{path} holds {len(outer)} deltas: {', '.join(str(c.name) for c in outer)}; use "
             "opendelta.load(folder, model)"
         )
-    cls = method(configs[0].delta_type)
+    cls = method(outer[0].delta_type)
     if not issubclass(cls, expected):
         raise DeltaLoadError(
             f"{path} holds a {cls.delta_type!r}, which {expected.__name__} is not; use "
@@ -191,15 +194,50 @@ def _made(
     taken = {record.name for record in known}
     first = known[-1].rank + 1 if known else 0
     deltas: list[BaseDelta] = []
+    outer = _in_no_block(source.configs)
+    new: dict[str, str] = {}
     for fact, config in zip(source.facts["deltas"], source.configs, strict=True):
-        config.name = name or free_name(fact["name"], taken)
+        asked = name if config in outer else None
+        new[fact["name"]] = config.name = asked or free_name(fact["name"], taken)
         taken.add(config.name)
+    _rename_children(path, source.configs, new, {record.name for record in backbone.records()})
+    for fact, config in zip(source.facts["deltas"], source.configs, strict=True):
         brought = [*(config.unfrozen_modules or ()), *source.facts["backbone_tensors"]]
         config.unfrozen_modules = list(dict.fromkeys(brought)) or None
         delta = _made_one(path, unfit, fact, config, backbone, known)
         delta.record.rank, delta.record.enabled = first + len(deltas), fact["active"]
         deltas.append(delta)
     return deltas
+
+
+def _in_no_block(configs: Sequence[DeltaConfig]) -> list[DeltaConfig]:
+    """Return the deltas of a folder that no block in it combines."""
+    named = {name for config in configs for name in config.children}
+    return [config for config in configs if config.name not in named]
+
+
+def _rename_children(
+    path: Path, configs: Sequence[DeltaConfig], new: Mapping[str, str], attached: set[str]
+) -> None:
+    """Give blocks the new names of the deltas in them.
+
+    Args:
+        new: {name in the file: name on the model}.
+        attached: the names of the deltas that are on the model.
+
+    Raises:
+        DeltaLoadError: a delta is neither in the file nor on the model.
+    """
+    for config in configs:
+        for name in config.children:
+            if name not in new and name not in attached:
+                raise DeltaLoadError(
+                    f"{path}: the block {config.name!r} combines {name!r}, which is neither in the "
+                    "folder nor attached to the model: attach it first, or save the block with all "
+                    "that is in it, by save_finetuned() of the block or of the composition"
+                )
+        if isinstance(config, BlockConfig):
+            config.deltas = [new.get(name, name) for name in config.children]
 
 
 def _made_one(

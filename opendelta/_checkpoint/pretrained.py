@@ -10,12 +10,12 @@ from torch import nn
 
 from .._backbone.backbone import Backbone
 from .._deltas.order import attached_once, handles_of
-from .._deltas.pretrained import DELTAS, NO_BACKBONE, WRITERS
+from .._deltas.pretrained import DELTAS, NO_BACKBONE, WITH_DELTAS, WRITERS
 from .._deltas.state_dict import delta_keys, frames
 from .._deltas.state_loading import TRANSLATORS
 from .._files import folder as files
 from .._files.reading import read_json
-from ..errors import UnsavedWarning
+from ..errors import DeltaLoadError, UnsavedWarning
 from .saving import save
 from .source import opened
 
@@ -55,6 +55,16 @@ def has_model(folder: Path) -> bool:
         return False
     facts = read_json(config)
     return "model_type" in facts and facts.get("transformers_weights") != NO_BACKBONE
+
+
+def check_beside(folder: Path) -> None:
+    """Raise if the model beside the folder of deltas `folder` was saved without them, later."""
+    if has_model(folder) and not (folder.parent / WITH_DELTAS).is_file():
+        raise DeltaLoadError(
+            f"the model in {folder.parent} was saved without the deltas beside it, after them: its "
+            f"weights may hold them. Remove {folder}; or, if they belong on this model: "
+            f"opendelta.load({str(folder)!r}, model)"
+        )
 
 
 WRITERS.append(_write)

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import interop
+from .._backbone import sharding
 from .._backbone.backbone import Backbone
 from .._backbone.heads import warn_of_untrained
 from .._deltas import first_forward, making
@@ -49,6 +50,7 @@ def save(
         )
     backbone = Backbone.of(deltas[0].backbone_model)
     backbone.require_unrouted("cannot save")
+    _check_children(deltas)
     _warn_of_replaced(backbone, [delta.record for delta in deltas])
     brought = _backbone_part(backbone, deltas)
     tensors = {**brought, **{k: t for delta in deltas for k, t in tensors_of(delta).items()}}
@@ -56,7 +58,7 @@ def save(
     files.check_values(whole)
     config = {
         "opendelta_version": files.own_version(),
-        "backbone_class": type(backbone.model).__name__,
+        "backbone_class": sharding.own_class(backbone.model).__name__,
         "backbone_config": fingerprint.described(backbone.model),
         **_source_of(backbone.model, public),
         "backbone_tensors": sorted(brought),
@@ -65,10 +67,22 @@ def save(
             list(dict.fromkeys(name for delta in deltas for name in delta.modified_modules)),
             replaced(brought, [delta.config for delta in deltas]),
         ),
-        "deltas": [_facts(delta) for delta in deltas],
+        "deltas": [facts_of(delta) for delta in deltas],
     }
     _check_finite(backbone, whole, deltas)
     files.write(path, config, whole)
+
+
+def _check_children(deltas: Sequence[BaseDelta]) -> None:
+    """Raise if a block combines a delta that is not saved with it: nobody could load it."""
+    names = [delta.name for delta in deltas]
+    for delta in deltas:
+        if gone := [name for name in delta.config.children if name not in names]:
+            raise DeltaError(
+                f"cannot save the block {delta.name!r}: it combines {gone[0]!r}, which is not "
+                "attached. Attach it, and disable it if it should not act; or make a block without "
+                "it"
+            )
 
 
 def _source_of(model: nn.Module, public: bool) -> dict[str, Any]:
@@ -112,7 +126,7 @@ def _check_finite(
         )
 
 
-def _facts(delta: BaseDelta) -> dict[str, Any]:
+def facts_of(delta: BaseDelta) -> dict[str, Any]:
     """Return a delta as JSON: its type, name, switches and resolved options."""
     options = {option: getattr(delta.config, option) for option in delta.config.option_names()}
     del options["name"]

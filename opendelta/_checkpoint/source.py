@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from .._files import folder as files
 from .._files.reading import undamaged
 from .._files.tensors import Stored
 from ..errors import DeltaLoadError, OptionError, shown
+from ..names import ancestors
 from . import fingerprint
 
 MOST_DELTAS = 1_000  # in a folder; more of them would take longer than a second to load
@@ -54,10 +56,47 @@ class Source:
         both = [key for key in now if key in then]
         return {key: (then[key], now[key]) for key in both if then[key] != now[key]}
 
+    def without(self, absent: Sequence[str], path: Path) -> Source:
+        """Return the contents without what is on the modules `absent`, and inside them.
+
+        Raises:
+            DeltaLoadError: there is nothing on one of them, or nothing else.
+        """
+        if not absent:
+            return self
+        for name in absent:
+            if not any(name in ancestors(key) for key in self.tensors):
+                raise DeltaLoadError(f"absent={name!r}: {path} holds nothing on a module {name!r}")
+        gone = {*absent}
+
+        def rest(values: Any) -> Any:
+            if not isinstance(values, list | dict):
+                return values
+            left = [v for v in values if not (isinstance(v, str) and gone & {*ancestors(v)})]
+            return {key: values[key] for key in left} if isinstance(values, dict) else left
+
+        facts, configs = [], []
+        for fact, config in zip(self.facts["deltas"], self.configs, strict=True):
+            config = dataclasses.replace(config)
+            for name in config.option_names():
+                setattr(config, name, rest(getattr(config, name)))
+            if config.modified_modules or config.modules_to_save:
+                facts.append({**fact, "frozen": rest(fact["frozen"])})
+                configs.append(config)
+        if not facts:
+            raise DeltaLoadError(f"{path} holds deltas on {shown(list(absent))} only")
+        parts = {key: rest(self.facts[key]) for key in ("fingerprint", "backbone_tensors")}
+        tensors = {key: self.tensors[key] for key in rest(list(self.tensors))}
+        facts_now = {**self.facts, **parts, "deltas": facts}
+        return dataclasses.replace(self, facts=facts_now, configs=configs, tensors=tensors)
+
 
 @contextlib.contextmanager
-def opened(path: Path, model: nn.Module) -> Iterator[Source]:
+def opened(path: Path, model: nn.Module, absent: Sequence[str] = ()) -> Iterator[Source]:
     """Open the folder at `path`, ours or another library's, for deltas on `model`.
+
+    Args:
+        absent: modules to leave out; see `Source.without`.
 
     Raises:
         DeltaLoadError: the folder is damaged, or holds no delta.
@@ -67,13 +106,14 @@ def opened(path: Path, model: nn.Module) -> Iterator[Source]:
         with undamaged(path):
             facts, tensors = reader.translate(path, model)
         facts["fingerprint"] = {}
-        yield Source(facts, configs_of(path, facts), tensors, lambda: None, has_fingerprint=False)
+        theirs = Source(facts, configs_of(path, facts), tensors, lambda: None, False)
+        yield theirs.without(absent, path)
         return
     with files.open_folder(path) as (facts, weights, file):
         configs = configs_of(path / files.CONFIG, facts)
         stored = {key: Stored(weights, key) for key in weights.keys()}  # noqa: SIM118
         verify = functools.partial(files.check_digest, path, facts, file)
-        yield Source(facts, configs, stored, verify)
+        yield Source(facts, configs, stored, verify).without(absent, path)
 
 
 def configs_of(where: Path, facts: dict[str, Any]) -> list[DeltaConfig]:
@@ -120,9 +160,13 @@ def _config(where: Path, fact: Any) -> DeltaConfig:
         )
     try:
         options = {**fact["options"], "name": fact["name"]}
-        return method(fact["delta_type"]).config_class.from_options(options)
+        config = method(fact["delta_type"]).config_class.from_options(options)
     except OptionError as error:
         raise DeltaLoadError(f"{where}: {error}") from None
+    for name, value in options.items():
+        if isinstance(value, str) and isinstance(getattr(config, name, None), list):
+            raise DeltaLoadError(f"{where}: {name}={shown(value)} must be a list")
+    return config
 
 
 def _patterns(values: Iterable[Any]) -> Iterator[str]:

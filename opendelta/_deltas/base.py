@@ -26,6 +26,8 @@ class BaseDelta:
         config_class: the class of its options.
         layer_class: the class of its layers.
         default_modified_modules: the roles that get a layer by default.
+        default_learning_rate: what `optimizer_groups` trains it at. Of a method that sets none,
+            and was not measured, it is 1e-3.
         backbone_model: the model that it was made for.
         layers: {full name of the site: layer}, attached or not.
         record: name, rank, activity and resolved options, shared with the layers.
@@ -35,6 +37,7 @@ class BaseDelta:
     config_class: ClassVar[type[DeltaConfig]]
     layer_class: ClassVar[type[DeltaLayer]]
     default_modified_modules: ClassVar[Sequence[str]]
+    default_learning_rate: ClassVar[float] = 1e-3
 
     backbone_model: nn.Module
     layers: dict[str, DeltaLayer]

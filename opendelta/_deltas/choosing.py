@@ -32,6 +32,7 @@ from .._sites.stack import check_name
 from ..errors import AddressError, OptionError, SiteError
 from ..names import SLOT, ancestors, is_inside, parent
 from .base import BaseDelta
+from .blocks import sites_of_children
 from .options import DeltaConfig
 from .order import check_root, free_name, known_records
 from .taking import is_empty, kinds_of
@@ -124,16 +125,18 @@ def resolve(
         AddressError: a pattern or a role selects nothing, or exclusions leave nothing.
     """
     wanted = list(defaults) if config.modified_modules is None else config.modified_modules
-    if not wanted:
+    if not wanted and not (layer_class.is_block and config.modified_modules is None):
         raise AddressError("modified_modules is an empty list; None selects the default places")
     select_all = _selection(config, layer_class)
     by_role = select_all is not _by_name
-    if layer_class.paired:
+    if layer_class.is_block:
+        modified = _at_children(backbone, config, select_all)
+    elif layer_class.paired:
         modified = _pairs(backbone, wanted, select_all, as_list(config.exclude_modules))
     else:
         names = fitting_inside(backbone, select_all(backbone, wanted), layer_class, by_role)
         modified = leave_out(backbone, names, as_list(config.exclude_modules))
-    if by_role:
+    if by_role and not layer_class.is_block:
         modified = _acting_sites(backbone, modified, wanted, layer_class)
     owned = _owned(backbone, as_list(config.modules_to_save))
     _check_apart(modified, owned)
@@ -153,6 +156,29 @@ def resolve(
         unfrozen_modules=unfrozen or None,
         **some,
     )
+
+
+def _at_children(
+    backbone: Backbone,
+    config: DeltaConfig,
+    select_all: Callable[[Backbone, Sequence[str]], list[str]],
+) -> list[str]:
+    """Return the sites of the deltas that a block combines: all, or those that the names select.
+
+    Raises:
+        AddressError: none is left.
+    """
+    sites = sites_of_children(backbone, config.children)
+    if config.modified_modules is not None:
+        chosen = {*select_all(backbone, config.modified_modules)}
+        sites = [name for name in sites if name in chosen]
+    sites = leave_out(backbone, sites, as_list(config.exclude_modules)) if sites else sites
+    if not sites:
+        raise AddressError(
+            f"modified_modules={config.modified_modules}: none of {list(config.children)} acts "
+            "on such a module"
+        )
+    return sites
 
 
 def _unfrozen(backbone: Backbone, config: DeltaConfig) -> list[str]:

@@ -18,6 +18,7 @@ from .freezing import restore
 from .order import renumber
 from .placing import Placed
 from .pretrained import unwatch_saving, watch_saving
+from .quantised import unwatch_quantised, watch_quantised
 from .state_dict import unwatch_state, watch_state
 from .state_loading import unwatch_loading, watch_loading
 
@@ -34,7 +35,10 @@ def commit(placed: Placed) -> None:
             if ranks is not None:
                 sharding.shard(layer, ranks)
             _mark(layer)
-            backbone.stacks[where] = swap.add(module, delta.name, layer, placing.weight_is_read)
+            split = None if ranks is None else ranks.split
+            backbone.stacks[where] = swap.add(
+                module, delta.name, layer, placing.weight_is_read, split
+            )
         _announce(placed)
     except BaseException:  # Ctrl-C, too
         take_off(Backbone.of(backbone.model), delta)
@@ -59,6 +63,7 @@ def _announce(placed: Placed) -> None:
         record.shared = others[0].shared
     renumber(backbone, placed.order, placed.placings)
     record.shared.records.append(record)
+    record.left = None
     selection.join(record)
     compile_limit.watch_limit()
     recomputing.keep(of_now)
@@ -66,6 +71,7 @@ def _announce(placed: Placed) -> None:
     watch_state(backbone, record.shared)
     watch_loading(backbone.model)
     watch_saving(backbone, record.shared)
+    watch_quantised(backbone)
     HANDLES.add(delta)
 
 
@@ -80,6 +86,7 @@ def _take_off(backbone: Backbone, record: Record) -> None:
             swap.remove(backbone.modules[where], name)
     for where in backbone.stacks:
         swap.clear(backbone.modules[where])
+    selection.leave(record)
     shared = record.shared
     shared.records = [other for other in shared.records if other is not record]
     if not any(len(stack) for stack in backbone.stacks.values()):
@@ -93,4 +100,5 @@ def unwatch(backbone: Backbone) -> None:
     unwatch_state(backbone)
     unwatch_loading(backbone.model)
     unwatch_saving(backbone)
+    unwatch_quantised(backbone)
     unwatch_forward(backbone)

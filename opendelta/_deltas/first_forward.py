@@ -96,14 +96,18 @@ class FirstForward:
             return
         backbone = Backbone.of(model)
         unwatch_forward(backbone)
-        unrun = _names(_silent(backbone, compiled=False), backbone)
+        silent = _silent(backbone, compiled=False)
+        for where, name in silent:
+            backbone.stacks[where][name].__dict__["missed"] = True
+        unrun = _names(silent, backbone)
         if unrun:
             shown = listed(unrun)
             warn(
                 f"{len(unrun)} delta layers did not run in the first forward of "
-                f"{type(model).__name__}: {shown}. If the parent reads the module's weight instead "
-                "of calling it, choose the parent, or pass reads=True; if the module was replaced "
-                "since, attach anew; if this forward skipped it (experts, layer drop), all is well",
+                f"{type(model).__name__}: {shown}. If other code, such as a loss of TRL's, reads "
+                "the module's weight instead of calling it, attach with reads=True, or choose the "
+                "parent; if the module was replaced since, attach anew; if this forward skipped it "
+                "(experts, layer drop), all is well",
                 UnreachedWarning,
             )
 

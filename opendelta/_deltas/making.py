@@ -15,22 +15,23 @@ from .._backbone import copying, shapes, sharding
 from .._backbone.backbone import Backbone
 from .._layers import labels
 from .._layers.base import Acts, DeltaLayer
+from .._layers.bound import arranged
 from .._layers.dtypes import dtype_for
 from .._layers.gate import Gate
 from .._layers.owned import OwnedModule, SharedTensors, convert
 from .._layers.record import Record, Shared
 from .._layers.site import Heads, Site, Widths
-from .._modules.kinds import kind_of
-from .._modules.tensors import in_parts, lasting
+from .._modules.kinds import is_packed, kind_of
+from .._modules.tensors import TENSOR_CLASSES, in_parts, lasting
 from .._sites import swap
 from .._sites.stack import acting_on
 from ..errors import LostGradientWarning, OptionError, SiteError, TiedWeightWarning, warn
-from ..names import SLOT
+from ..names import SLOT, join
 from . import resizing
 from .base import BaseDelta
 from .choosing import Choice
 from .options import DeltaConfig
-from .taking import check_kind
+from .taking import check_copies, check_kind, sizes_for
 
 # Where the values of layers come from. "new": the layers set their start values. "saved": a file
 # will give them, and until then they have no memory. "never": the layers are only looked at.
@@ -73,8 +74,9 @@ def make(
     rank, shared = (known[-1].rank + 1, known[0].shared) if known else (0, Shared())
     delta.record = Record(choice.name, choice.config, rank, shared, tuple(delta.layers))
     delta.backbone_model = backbone.model
-    for layer in delta.layers.values():
+    for name, layer in delta.layers.items():
         layer.record = delta.record
+        layer.__dict__["made_for"] = sizes_for(backbone, name, layer)
     return delta
 
 
@@ -83,18 +85,17 @@ def _layers(backbone: Backbone, choice: Choice, values: Values) -> dict[str, Del
     config, layer_class = choice.config, choice.layer_class
     make_shared = choice.method.shared_for(config)
     sharding.settle(backbone)
-    sites = _sites(backbone, config, layer_class, values)
+    sites = _sites(backbone, choice, values)
     starts = {n: s for n, s in sites.items() if s.end is not None or not layer_class.paired}
     _warn_of_lost_gradients(backbone)
     if layer_class.can_fold():
         _warn_if_tied(backbone, list(sites), config.delta_type)
     needed = layer_class.check_written()
     shared = make_shared(list(starts.values()), config) if make_shared is not None else None
-    new: Any = layer_class  # a method's layer takes a site and its config
     made: dict[str, DeltaLayer] = {}
     for name, site in starts.items():
         site.shared = shared
-        layer = made[name] = new(site, config)
+        layer = made[name] = _new_layer(layer_class, site, config)
         if unset := [attribute for attribute in needed if not hasattr(layer, attribute)]:
             raise OptionError(
                 f"{layer_class.__name__}.__init__ must set self.{unset[0]}, which its forward reads"
@@ -118,6 +119,19 @@ def _layers(backbone: Backbone, choice: Choice, values: Values) -> dict[str, Del
     if values == "new":
         _seed(made)
     return made
+
+
+def _new_layer(layer_class: type[DeltaLayer], site: Site, config: DeltaConfig) -> DeltaLayer:
+    """Make one layer; raise if its class leaves out what all layers have."""
+    layer: Any = layer_class.__new__(layer_class)
+    try:
+        layer.__init__(site, config)  # a method's layer takes a site and its config
+    except AttributeError:
+        if "gate" in vars(layer):
+            raise
+    if "gate" not in vars(layer):
+        raise OptionError(f"{layer_class.__name__}.__init__ must call super().__init__() first")
+    return layer
 
 
 def _seed(layers: dict[str, DeltaLayer]) -> None:
@@ -176,10 +190,9 @@ def _only_new(
     return more
 
 
-def _sites(
-    backbone: Backbone, config: DeltaConfig, layer_class: type[DeltaLayer], values: Values
-) -> dict[str, Site]:
+def _sites(backbone: Backbone, choice: Choice, values: Values) -> dict[str, Site]:
     """Return the `Site` of each modified module by full name."""
+    config, layer_class = choice.config, choice.layer_class
     names = config.modified_modules or []
     kinds = {name: kind_of(backbone.modules[name]) for name in names}
     unknown = [name for name in names if kinds[name] is None]
@@ -204,7 +217,8 @@ def _sites(
         dtype = dtype_for(config.dtype, computes)
         site = Site(name, module, kind, device, dtype, of_widths, of_heads, new)
         if (stack := backbone.stacks.get(name)) is not None:
-            site.beneath = acting_on(stack)
+            check_copies(backbone, choice.name, name)
+            site.beneath = arranged(acting_on(stack))
         sites[name] = site
     if layer_class.paired:
         for start, end in zip(names[::2], names[1::2], strict=True):
@@ -233,8 +247,9 @@ def _owned(backbone: Backbone, config: DeltaConfig, values: Values) -> dict[str,
     more: dict[str, DeltaLayer] = {}
     count = config.num_labels
     if count is not None and count != labels.count_of(backbone.model):
+        heads = [n for n, own in copied.items() if labels.is_head(own, backbone.model)]
         copied = {name: labels.resized(own, backbone.model, count) for name, own in copied.items()}
-        more[""] = labels.LabelsLayer(backbone.model, count)
+        more[""] = labels.LabelsLayer(backbone.model, count, heads)
     return {**{name: OwnedModule(module) for name, module in copied.items()}, **more}
 
 
@@ -244,6 +259,8 @@ def _own_copy(backbone: Backbone, name: str, config: DeltaConfig, values: Values
         sharding.check_copy(backbone, name)
     own = backbone.modules[name].named_parameters()
     _check_copies(name, (k for k, p in own if SLOT not in k.split(".") and in_parts(p)))
+    inside = backbone.modules[name].named_modules()
+    _check_copies(name, (join(where, "weight") for where, m in inside if is_packed(m)))
     memo: dict[int, Any] = {}
     for parameter in backbone.modules[name].parameters() if values != "new" else ():
         memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), False)
@@ -267,25 +284,35 @@ def _check_copies(name: str, odd: Iterable[str]) -> None:
 
 
 def _warn_of_lost_gradients(backbone: Backbone) -> None:
-    """Warn if a kind of torchao's weights passes no gradient on.
+    """Warn if a kind of quantised weights passes no gradient on.
 
     Dynamic-activation kinds, for example, pass none. One module of each kind of weight is tried.
     """
     tried: dict[type, str] = {}
     for name, module in backbone.modules.items():
+        if name in backbone.stacks:  # a delta's own gradient would hide the loss
+            continue
         weight = dict(module._parameters.items()).get("weight")
-        plain = name not in backbone.stacks  # a delta's own gradient would hide the loss
-        if plain and type(weight).__module__.startswith("torchao"):
+        if is_packed(module):
+            tried.setdefault(type(module), name)
+        elif type(weight).__module__.startswith(TENSOR_CLASSES):
             tried.setdefault(type(weight), name)
     for name in tried.values():
         module, kind = backbone.modules[name], kind_of(backbone.modules[name])
-        if kind is None or not isinstance(weight := module._parameters["weight"], torch.Tensor):
+        if kind is None:
             continue
-        x = torch.zeros(2, kind.in_features, device=weight.device, dtype=weight.dtype)
-        with torch.enable_grad():
-            out = module(x.requires_grad_())
-            ends = [out.sum()] if out.requires_grad else []
-            passed = torch.autograd.grad(ends, x, allow_unused=True)[0] if ends else None
+        device, dtype = backbone.device_and_dtype_of(name)
+        x = torch.zeros(2, kind.in_features, device=device, dtype=dtype)
+        was_training, module.training = module.training, True  # some pass gradients on only then
+        try:
+            with torch.enable_grad():
+                out = module(x.requires_grad_())
+                ends = [out.sum()] if out.requires_grad else []
+                passed = torch.autograd.grad(ends, x, allow_unused=True)[0] if ends else None
+        except Exception:  # a kernel that has no backward, or none on this device
+            passed = None
+        finally:
+            module.training = was_training
         if passed is None:
             warn(
                 f"{name!r} is quantised so that no gradient passes through it: deltas on modules "

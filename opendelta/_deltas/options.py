@@ -143,9 +143,9 @@ class DeltaConfig:
         hints = hints_of(type(self))  # type: ignore[arg-type]  # any class can be hashed
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            takes_list = not _fits(value, hints[field.name]) and "list" in str(hints[field.name])
-            if isinstance(value, str | tuple) and takes_list:
-                value = [value] if isinstance(value, str) else list(value)
+            plain = _plain([value] if isinstance(value, str) else value)
+            if not _fits(value, hints[field.name]) and _fits(plain, hints[field.name]):
+                value = plain
             if field.name == "dtype":
                 value = None if value is None else str(value).removeprefix("torch.")
             setattr(self, field.name, value)
@@ -167,6 +167,11 @@ class DeltaConfig:
                 raise OptionError(f"{where} must be a multiple of {limits['multiple_of']}")
             if "float" in str(hint) and isinstance(number, int | float):
                 as_scaling(where, number)
+
+    @property
+    def children(self) -> Sequence[str]:
+        """Return the names of the deltas that a block combines; other deltas have none."""
+        return ()
 
     @classmethod
     def option_names(cls) -> list[str]:
@@ -335,6 +340,13 @@ def as_scaling(what: str, number: Any) -> float:
     if not real or not abs(number) <= LARGEST:
         raise OptionError(f"{what} must be a number between {-LARGEST:g} and {LARGEST:g}")
     return float(number)
+
+
+def _plain(value: Any) -> Any:
+    """Return numpy's and torch's numbers as Python's, and several values as a list."""
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 @functools.cache

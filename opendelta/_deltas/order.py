@@ -69,10 +69,14 @@ def neighbour(
     for record in others:
         if record.name == other or record is getattr(other, "record", None):
             return record
-    name = getattr(other, "name", other)
+    name, names = getattr(other, "name", other), [record.name for record in others]
     raise DeltaError(
-        f"{delta.name!r} cannot stand next to {name!r}: the other deltas of this "
-        f"{type(delta.backbone_model).__name__} are {[record.name for record in others]}"
+        f"{delta.name!r} cannot stand next to {name!r}: "
+        + (
+            stranger(delta.backbone_model, name)
+            if name in names
+            else f"the other deltas of this {type(delta.backbone_model).__name__} are {names}"
+        )
     )
 
 
@@ -209,10 +213,12 @@ def _new_handle(backbone: Backbone, record: Record, own: list[tuple[str, DeltaLa
     cls = method(record.config.delta_type)
     handle = cls.__new__(cls)
     handle.backbone_model, handle.record = backbone.modules[prefix], record
-    layers = {w[len(prefix) + 1 if prefix else 0 :]: layer for w, layer in own}
-    numbers = {name: number for number, name in enumerate(record.sites)}
-    ordered = sorted(layers, key=lambda where: numbers[unwrapped(where)])
-    handle.layers = {where: layers[where] for where in ordered}
+    names = {
+        unwrapped(name): name for name in record.sites
+    }  # others may have wrapped modules since
+    inside = len(prefix) + 1 if prefix else 0
+    layers = {names[unwrapped(where[inside:])]: layer for where, layer in own}
+    handle.layers = {name: layers[name] for name in record.sites if name in layers}
     HANDLES.add(handle)
     return handle
 
@@ -240,7 +246,7 @@ def attached_by_name(
     """Return the records of attached deltas, given by names or handles.
 
     Args:
-        names: several names or handles, or one name.
+        names: several names or handles, or one name. A name may have a handle's `record`.
         among: the attached deltas.
 
     Raises:
@@ -252,27 +258,31 @@ def attached_by_name(
         if not isinstance(given, str | BaseDelta):
             raise DeltaError(f"{given!r} must be a delta or the name of one, by itself")
         name = given.name if isinstance(given, BaseDelta) else given
-        if name not in records or (
-            isinstance(given, BaseDelta) and given.record is not records[name]
-        ):
-            raise DeltaError(_not_attached(model, given, records))
+        record = getattr(given, "record", None)
+        if name not in records or record not in (None, records[name]):
+            raise DeltaError(_not_attached(model, name, record, records))
         chosen.append(records[name])
     return chosen
 
 
-def _not_attached(model: nn.Module, given: str | BaseDelta, attached: Collection[str]) -> str:
+def stranger(model: nn.Module, name: str) -> str:
+    """Return the message that a handle is that of another model's delta."""
+    return (
+        f"this {name!r} is a delta of another model, such as the one that this "
+        f"{type(model).__name__} is a copy of: give its name, or the handle "
+        f"composition(model)[{name!r}]"
+    )
+
+
+def _not_attached(
+    model: nn.Module, name: str, given: Record | None, attached: Collection[str]
+) -> str:
     """Return the message that no such delta is attached, with advice."""
-    name = given.name if isinstance(given, BaseDelta) else given
-    if isinstance(given, BaseDelta) and name in attached:
-        return (
-            f"this {name!r} is a delta of another model, such as the one that this "
-            f"{type(model).__name__} is a copy of: give its name, or the handle "
-            f"composition(model)[{name!r}]"
-        )
+    if given is not None and name in attached:
+        return stranger(model, name)
     text = f"no delta {name!r} is attached to {type(model).__name__}; "
     for record in known_records(Backbone.of(model)):
-        own = not isinstance(given, BaseDelta) or given.record is record
-        if own and record.name == name and name not in attached:
+        if given in (None, record) and record.name == name and name not in attached:
             return f"{text}it is detached: call attach() of it first"
     near = nearest(name, attached)
     return f"{text}attached are {list(attached)}" + (f"; nearest: {near[0]!r}" if near else "")

@@ -5,12 +5,11 @@ The model stays as it is; only `committing` touches it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import nn
 
 from .._backbone import reading, sharding
 from .._backbone.backbone import Backbone
@@ -18,14 +17,15 @@ from .._backbone.patterns import no_match
 from .._layers.base import Acts, DeltaLayer
 from .._layers.record import Record
 from .._modules import wrappers
-from .._modules.kinds import Kind, kind_of
 from .._sites import swap
 from .._sites.stack import Stack, stack_of
 from ..errors import SiteError
-from ..names import ancestors, is_inside
+from ..names import ancestors
 from .base import BaseDelta
+from .blocks import check_blocks
 from .choosing import misfit
 from .order import order_with
+from .taking import check_copies
 
 
 class Placing(NamedTuple):
@@ -89,9 +89,10 @@ def place(
     backbone.require_unrouted(f"cannot attach {delta.name!r}")
     sharding.check_synchronised(backbone, list(delta.parameters()))
     _check_owned(backbone, delta.layers)
+    check_blocks(backbone, delta)
     for where, layer in delta.layers.items():
         if where in backbone.stacks and where in backbone.modules:
-            _check_sizes(backbone, delta.name, where, layer)
+            check_copies(backbone, delta.name, where, layer)
     placings = {}
     for where, layer in delta.layers.items():
         if where not in backbone.modules:
@@ -117,6 +118,13 @@ def _placing(backbone: Backbone, delta: BaseDelta, where: str, layer: DeltaLayer
     asked = asked or reading.weight_is_read(backbone, where)
     asked = asked or (isinstance(stack, PretendedStack) and stack.weight_is_read)
     is_read = swap.weight_is_read(module, asked)
+    if is_read and reading.gets_parameters(backbone, where):
+        raise SiteError(
+            f"{where!r} ({type(module).__name__}): the code around it calls get_parameter, which "
+            "takes no weight with a delta in it, such as it would show (reads=True); let that "
+            "code read the attribute .weight, or choose other modules",
+            where=where,
+        )
     swap.check(where, module, delta.name, layer, is_read, stack)
     passes_on = layer.hands_over and layer.handover is not None
     why = None if passes_on else misfit(module, type(layer), layer.acts)
@@ -128,24 +136,6 @@ def _placing(backbone: Backbone, delta: BaseDelta, where: str, layer: DeltaLayer
         )
     ranks = sharding.group_of(backbone, where, is_read, layer)
     return Placing(is_read, ranks, *backbone.device_and_dtype_of(where))
-
-
-def check_sizes(backbone: Backbone, layers: Mapping[str, DeltaLayer]) -> None:
-    """Raise if a module has another size than when its layer was made, as after a resize."""
-    for where, layer in layers.items():
-        made_for = getattr(layer, "kind", None)
-        if isinstance(made_for, Kind) and where in backbone.modules:
-            now = kind_of(backbone.modules[where])
-            if now is None or _sizes(now) != _sizes(made_for):
-                raise SiteError(
-                    f"{where!r}: the module has other sizes than when the layer was made: "
-                    f"{_sizes(now)} instead of {_sizes(made_for)} (in, out); make a new delta",
-                    where=where,
-                )
-
-
-def _sizes(kind: Kind | None) -> tuple[int, int] | None:
-    return None if kind is None else (kind.in_features, kind.out_features)
 
 
 class PretendedStack(Stack):
@@ -162,33 +152,6 @@ class PretendedStack(Stack):
             self._modules.update(before._modules)
             self.steps = before.steps
         self._modules[name] = layer
-
-
-def _check_sizes(backbone: Backbone, name: str, where: str, new: DeltaLayer) -> None:
-    """Raise if a delta's own copy of a module has other sizes than the layers on the module.
-
-    So it is with a copy of a head for another number of labels.
-    """
-    both = [*backbone.stacks[where].in_order(), (name, new)]
-    copies = [(owner, layer.stand_in) for owner, layer in both if layer.stand_in is not None]
-    if not copies:
-        return
-    module = backbone.modules[where]
-    parts = [m for n, m in backbone.modules.items() if n == where or is_inside(n, where)]
-    for owner, own in copies:
-        others = [n for n, layer in both if layer.acts.in_the_weights]
-        if others and _shapes(own.modules()) != _shapes(parts):
-            raise SiteError(
-                f"{where!r} ({type(module).__name__}): {owner!r} puts its own copy in its place, "
-                f"with other sizes (num_labels) than {others[0]!r} on it was made for; put "
-                f"{others[0]!r} on other modules, or give it a copy of its own (modules_to_save)",
-                where=where,
-            )
-
-
-def _shapes(modules: Iterable[nn.Module]) -> list[torch.Size]:
-    parameters = [p for module in modules for p in module._parameters.values()]
-    return [parameter.shape for parameter in parameters if parameter is not None]
 
 
 def _check_owned(backbone: Backbone, layers: Mapping[str, DeltaLayer]) -> None:

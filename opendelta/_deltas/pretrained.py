@@ -12,16 +12,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save_file
 from torch import nn
 
 from .._backbone.backbone import Backbone
 from .._layers.record import WHOLE, Shared
-from .._modules.tensors import is_partitioned
-from ..errors import DeltaError, OptionError
+from .._layers.selection import OpenBlock
+from .._modules.tensors import gathered, is_partitioned, is_sharded
+from ..errors import DeltaError, OptionError, listed
 from .state_dict import PLAIN, delta_keys, frames, frozen, saveable
 
 METHOD = "save_pretrained"
 DELTAS = "deltas"  # the folder of the deltas inside the folder of the backbone
+# An empty file beside a model that was saved with its deltas. Saving any model there removes it, as
+# transformers removes old shards of a model by their names.
+WITH_DELTAS = "model-with-deltas-00001-of-00001.safetensors"
 NO_BACKBONE = "the-backbone-is-not-in-this-checkpoint-of-its-deltas.safetensors"
 # Functions that save the deltas of a backbone into a folder; they are told if some of the
 # backbone's tensors that train are in no other file. The rooms above add one.
@@ -63,7 +68,7 @@ class SavePretrained:
 
         Raises:
             DeltaError: a delta is merged. Nothing is written then.
-            DeltaError: the weights are spread over processes, and no state dict is given.
+            DeltaError: the weights are spread over processes, and no state dict holds them.
             OptionError: `push_to_hub=True`, which would not send the deltas.
         """
         method, model, backbone = self._method, self.model(), self.backbone()
@@ -77,22 +82,32 @@ class SavePretrained:
         self._check(model, given)
         resumable = _is_checkpoint_of(model)
         small = resumable and self.shared.in_state_dict != WHOLE
-        if given.get("is_main_process", True):
-            for write in WRITERS:
-                write(backbone, folder / DELTAS, small)
+        writes, state = given.get("is_main_process", True), given.get("state_dict")
+        if state is not None and not resumable:
+            given["state_dict"] = _whole(model, state)
+        if writes:
+            with gathered(model, state):
+                for write in WRITERS:
+                    write(backbone, folder / DELTAS, small)
+        with OpenBlock(backbones=[self.shared]):  # the model shows its own config
+            result = self._save(model, call, resumable)
+        if small:
+            _refuse_as_model(folder / "config.json")
+        elif writes:
+            save_file({}, folder / WITH_DELTAS)
+        return result
+
+    def _save(self, model: nn.Module, call: inspect.BoundArguments, resumable: bool) -> Any:
+        """Call the method for the plain model, or for a checkpoint to resume from."""
         if not resumable:
             with _plain():
-                if (state := given.get("state_dict")) is not None:
-                    given["state_dict"] = _whole(model, state)
-                return method(*call.args, **call.kwargs)
+                return self._method(*call.args, **call.kwargs)
+        given, small = call.arguments, self.shared.in_state_dict != WHOLE
         state = model.state_dict() if given.get("state_dict") is None else given["state_dict"]
         left_out = set(frozen(model, state)) if small else set()
         given["state_dict"] = {key: state[key] for key in state if key not in left_out}
         given["save_original_format"] = False  # Trainer loads the names that the model has
-        result = method(*call.args, **call.kwargs)
-        if small:
-            _refuse_as_model(folder / "config.json")
-        return result
+        return self._method(*call.args, **call.kwargs)
 
     def _check(self, model: nn.Module, given: Mapping[str, Any]) -> None:
         """Raise if the folder would not hold a plain model and its deltas.
@@ -138,10 +153,24 @@ def _plain() -> Iterator[None]:
 
 
 def _whole(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a state dict of the plain `model`: without deltas, and with what it lacks."""
+    """Return a state dict of the plain `model`: without deltas, and with what it lacks.
+
+    Raises:
+        DeltaError: it lacks weights of which this process has a part only.
+    """
     deltas = delta_keys(model, state)
     given = {key: value for key, value in state.items() if key not in deltas}
-    return {**model.state_dict(), **given}
+    with _plain():
+        own = model.state_dict()
+    lacking = [key for key, tensor in own.items() if key not in given and is_sharded(tensor)]
+    if lacking and not any(map(is_sharded, given.values())):
+        raise DeltaError(
+            f"{METHOD} writes a plain {type(model).__name__}, and the state dict lacks weights "
+            f"that are spread over processes: {listed(lacking)}. freeze_module(set_state_dict=True)"
+            " leaves them out; freeze_module() does not. composition(model).save(folder) writes "
+            "the deltas"
+        )
+    return {**own, **given}
 
 
 def _is_checkpoint_of(model: nn.Module) -> bool:

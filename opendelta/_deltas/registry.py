@@ -11,13 +11,14 @@ from .base import BaseDelta
 from .options import COMMON, DeltaConfig
 
 METHODS: dict[str, type[BaseDelta]] = {}
+BLOCKS: dict[str, type[BaseDelta]] = {}  # those that combine other deltas
 METHOD_OF_03 = {  # what a method of OpenDelta 0.3 wrote or called
     "update_module", "insert_sequential_module", "insert_parallel_module", "replace_module",
     "modify_module", "mark_as_delta", "add_all_delta_to_backbone", "_pseudo_data_to_instantiate",
 }  # fmt: skip
 OWN_METHOD = (
     "OpenDelta 0.3 wrote a method so; here a method is a config and a layer class, and the library "
-    "inserts the layers: see 'Add a method' in CONTRIBUTING.md"
+    "inserts the layers: see docs/how-to/write_a_method.md"
 )
 
 
@@ -27,14 +28,15 @@ def method(delta_type: str) -> type[BaseDelta]:
     Raises:
         OptionError: no class is.
     """
-    if not isinstance(delta_type, str) or delta_type not in METHODS:
-        near = nearest(str(delta_type), METHODS)
-        hint = f"nearest: {', '.join(near)}" if near else f"known: {', '.join(sorted(METHODS))}"
+    known = {**METHODS, **BLOCKS}
+    if not isinstance(delta_type, str) or delta_type not in known:
+        near = nearest(str(delta_type), known)
+        hint = f"nearest: {', '.join(near)}" if near else f"known: {', '.join(sorted(known))}"
         raise OptionError(
             f"no method {shown(delta_type)}; {hint}. A method from elsewhere is known once the "
             "module that defines it is imported"
         )
-    return METHODS[delta_type]
+    return known[delta_type]
 
 
 def register(cls: type[BaseDelta]) -> None:
@@ -46,7 +48,8 @@ def register(cls: type[BaseDelta]) -> None:
     if old := METHOD_OF_03 & vars(cls).keys():
         raise OptionError(f"{cls.__name__}.{min(old)}: {OWN_METHOD}")
     needs = {"delta_type": str, "config_class": type, "layer_class": type}
-    for name, kind in {**needs, "default_modified_modules": tuple}.items():
+    needs |= {"default_modified_modules": tuple, "default_learning_rate": float}
+    for name, kind in needs.items():
         value = getattr(cls, name, None)
         if not isinstance(value, kind):
             raise OptionError(f"{cls.__name__}.{name} must be a {kind.__name__}, not {value!r}")
@@ -56,7 +59,7 @@ def register(cls: type[BaseDelta]) -> None:
         )
     cls.layer_class.check_written()
     _check_options(cls.config_class)
-    other = METHODS.get(cls.delta_type, cls)
+    other = {**METHODS, **BLOCKS}.get(cls.delta_type, cls)
     if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
         raise OptionError(
             f"{cls.__name__}: delta_type {cls.delta_type!r} is that of "
@@ -67,7 +70,7 @@ def register(cls: type[BaseDelta]) -> None:
         name = f"{cls.__name__}Config"
         cls.config_class = dataclasses.dataclass(type(name, (cls.config_class,), {}))
     cls.config_class.delta_type = cls.delta_type
-    METHODS[cls.delta_type] = cls
+    (BLOCKS if cls.layer_class.is_block else METHODS)[cls.delta_type] = cls
 
 
 def _check_options(config_class: type[DeltaConfig]) -> None:

@@ -20,6 +20,7 @@ from .._sites import swap
 from .._sites.stack import stack_of
 from ..errors import DeltaError, quoted
 from .base import HANDLES
+from .taking import sizes_for
 
 
 def embeddings_of(model: nn.Module) -> dict[str, nn.Module]:
@@ -130,11 +131,12 @@ def _put_on(model: nn.Module, head: nn.Module, taken: Taken, anew: bool) -> None
     """
     if not taken.layers:
         return
-    where = next(name for name, module in Backbone.of(model).modules.items() if module is head)
+    backbone = Backbone.of(model)
+    where = next(name for name, module in backbone.modules.items() if module is head)
     head.train(taken.training)
     beneath: list[DeltaLayer] = []
     for name, layer in taken.layers:
-        own = _grown(where, layer, head, beneath) if anew else layer
+        own = _grown(backbone, where, layer, beneath) if anew else layer
         swap.add(head, name, own, taken.reads).ran.add(name)
         beneath.append(own)
         for handle in HANDLES:
@@ -145,12 +147,13 @@ def _put_on(model: nn.Module, head: nn.Module, taken: Taken, anew: bool) -> None
 @lasting()
 @torch.no_grad()
 def _grown(
-    where: str, layer: DeltaLayer, module: nn.Module, beneath: list[DeltaLayer]
+    backbone: Backbone, where: str, layer: DeltaLayer, beneath: list[DeltaLayer]
 ) -> DeltaLayer:
-    """Return a layer like `layer` for a module with more or fewer outputs.
+    """Return a layer like `layer` for the module `where`, with more or fewer outputs.
 
     The first rows of its tensors are those of `layer`; the rest are as at the start.
     """
+    module = backbone.modules[where]
     first, make = next(iter(layer.parameters())), cast(Any, type(layer))
     site = Site(
         where, module, kind_of(module), first.device, first.dtype, _unknown, _unknown,
@@ -158,12 +161,13 @@ def _grown(
     )  # fmt: skip
     made: DeltaLayer = make(site, layer.record.config)
     made.record, made.gate = layer.record, layer.gate
+    made.__dict__["made_for"] = sizes_for(backbone, where, made)
     made.train(layer.training)
-    old = dict(layer.named_parameters())
-    for name, parameter in made.named_parameters():
-        rows = min(len(parameter), len(old[name]))
-        parameter[:rows] = old[name][:rows]
-        parameter.requires_grad_(old[name].requires_grad)
+    old = {**dict(layer.named_parameters()), **dict(layer.named_buffers())}
+    for name, tensor in (*made.named_parameters(), *made.named_buffers()):
+        rows = min(len(tensor), len(old[name]))
+        tensor[:rows] = old[name][:rows]
+        tensor.requires_grad_(old[name].requires_grad)
     return made
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
@@ -21,7 +21,9 @@ from .buffers import named, trains_in_place
 
 # True while `save_pretrained` writes a plain backbone: no state dict has deltas, or lacks a tensor.
 PLAIN: ContextVar[bool] = ContextVar("plain", default=False)
-MARK = "opendelta"  # a key in the metadata of a state dict: the dict lacks what does not train
+MARK = "opendelta"  # in the metadata of a state dict that lacks what does not train: its keys
+DCP = "_get_model_state_dict"  # by which torch takes a model's state dict for its checkpoints
+PEFT = "get_peft_model_state_dict"  # by which PEFT takes its own tensors out of a state dict
 
 
 class BackboneState(OrderedDict[str, Any]):
@@ -43,7 +45,7 @@ class BackboneState(OrderedDict[str, Any]):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         small = OrderedDict((key, self[key]) for key in self if key not in self.frozen)
-        of_root = {**self._metadata.get("", {}), **({MARK: TRAINED} if self.frozen else {})}
+        of_root = {**self._metadata.get("", {}), **({MARK: list(small)} if self.frozen else {})}
         small._metadata = OrderedDict({**self._metadata, "": of_root})  # type: ignore[attr-defined]
         return small.__reduce_ex__(protocol)
 
@@ -80,15 +82,23 @@ class StateDictHook:
         if not self.on_root:
             return None
         small = self.shared.in_state_dict
-        if small == TRAINED:
-            for key in frozen(module, state, prefix):
+        if small == TRAINED and not _torch_leaves_out():
+            left_out = frozen(module, state, prefix)
+            for key in left_out:
                 del state[key]
-                metadata[MARK] = TRAINED
-        if _for_save_pretrained() and (deltas := delta_keys(module, state, prefix)):
+            if left_out:
+                inside = [key for key in state if key.startswith(prefix)]
+                metadata[MARK] = [key.removeprefix(prefix) for key in inside]
+        callers = {frame.f_code.co_name for frame in frames()}
+        if _for_save_pretrained(callers) and (deltas := delta_keys(module, state, prefix)):
+            fate = (
+                f"writes {len(deltas)} delta tensors into its file, and from_pretrained drops them"
+            )
+            if PEFT in callers:
+                fate = f"leaves out {len(deltas)} delta tensors"
             warn(
-                f"save_pretrained of a model around this {type(module).__name__} writes "
-                f"{len(deltas)} delta tensors into its file, and from_pretrained will drop them. "
-                "Save the deltas with composition(model).save(folder)",
+                f"save_pretrained of a model around this {type(module).__name__} {fate}. Save the "
+                "deltas with composition(model).save(folder)",
                 UnsavedWarning,
             )
         if small == PICKLED and not prefix:
@@ -128,13 +138,18 @@ def delta_keys(module: nn.Module, state: Iterable[str], prefix: str = "") -> set
     return {key for key in state if key.startswith(slots)}
 
 
-def _for_save_pretrained() -> bool:
+def _for_save_pretrained(callers: Collection[str]) -> bool:
     """True in a `save_pretrained` that is not ours, but for a checkpoint that Trainer reads back.
 
     `resume_from_checkpoint` and `load_best_model_at_end` restore the deltas of such checkpoints.
     """
-    names = {frame.f_code.co_name for frame in frames()}
-    return "save_pretrained" in names and "_save_checkpoint" not in names
+    return "save_pretrained" in callers and "_save_checkpoint" not in callers
+
+
+def _torch_leaves_out() -> bool:
+    """True in torch's `get_model_state_dict`, if it takes out itself what is frozen."""
+    infos = (frame.f_locals.get("info") for frame in frames() if frame.f_code.co_name == DCP)
+    return any(getattr(info, "ignore_frozen_params", False) for info in infos)
 
 
 def frames() -> Iterator[Any]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+from itertools import zip_longest
+
+import torch
 from torch import nn
 
 from .._backbone.backbone import Backbone
 from .._layers import prefix, prompt
-from .._layers.base import DeltaLayer
+from .._layers.base import Acts, DeltaLayer
 from .._modules.kinds import KINDS, Kind, Norm, kind_of
 from .._modules.tensors import is_lazy
 from ..errors import SiteError, quoted
@@ -87,3 +91,66 @@ def check_kind(
         f"{config.delta_type!r}{variant}, which takes: {takes}.{advice}",
         where=name,
     )
+
+
+# ------------------------------------------------------------------------------------------- sizes
+def sizes_for(backbone: Backbone, where: str, layer: DeltaLayer) -> tuple[tuple[int, int], ...]:
+    """Return (in, out) of the module `where`, if its kind tells, on which the layer depends.
+
+    For a copy, it is all modules inside too. What acts on the output of an embedding does not
+    depend on the number of indices.
+    """
+    parts = _parts(backbone, where) if layer.stand_in is not None else [backbone.modules[where]]
+    kinds = [kind for part in parts if (kind := kind_of(part)) is not None]
+    after = layer.acts is Acts.AFTER
+    return tuple((0 if k.takes_ids and after else k.in_features, k.out_features) for k in kinds)
+
+
+def check_sizes(backbone: Backbone, layers: Mapping[str, DeltaLayer]) -> None:
+    """Raise if a module has another size than when its layer was made, as after a resize."""
+    for where, layer in layers.items():
+        if not layer.made_for or where not in backbone.modules:
+            continue
+        for was, now in zip_longest(layer.made_for, sizes_for(backbone, where, layer)):
+            if was != now:
+                raise SiteError(
+                    f"{quoted(where)}: the module has other sizes than when the layer was made: "
+                    f"{now} instead of {was} (in, out); make a new delta",
+                    where=where,
+                )
+
+
+def check_copies(backbone: Backbone, name: str, where: str, new: DeltaLayer | None = None) -> None:
+    """Raise if a delta's own copy of a module has other sizes than the layers on the module.
+
+    So it is with a copy of a head for another number of labels.
+
+    Args:
+        name: a delta that the module is to carry, too.
+        new: its layer; None: a layer of its method, which is not made yet.
+    """
+    both = backbone.stacks[where].in_order() + ([] if new is None else [(name, new)])
+    copies = [(owner, layer.stand_in) for owner, layer in both if layer.stand_in is not None]
+    if not copies:
+        return
+    others = [n for n, layer in both if layer.acts.in_the_weights] + [name] * (new is None)
+    parts = _shapes(_parts(backbone, where))
+    for owner, own in copies:
+        if others and _shapes(own.modules()) != parts:
+            raise SiteError(
+                f"{where!r} ({type(backbone.modules[where]).__name__}): {owner!r} puts its own "
+                f"copy in its place, with other sizes (num_labels) than {others[0]!r} on it was "
+                f"made for; put {others[0]!r} on other modules, or give it a copy of its own "
+                "(modules_to_save)",
+                where=where,
+            )
+
+
+def _parts(backbone: Backbone, where: str) -> list[nn.Module]:
+    """Return the module `where` and all modules inside it, without the layers on them."""
+    return [m for n, m in backbone.modules.items() if n == where or is_inside(n, where)]
+
+
+def _shapes(modules: Iterable[nn.Module]) -> list[torch.Size]:
+    parameters = [p for module in modules for p in module._parameters.values()]
+    return [parameter.shape for parameter in parameters if parameter is not None]

@@ -309,9 +309,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     file = folder / CONFIG
     if not file.exists():
         what = f"{CONFIG} is missing" if folder.exists() else "there is no such folder"
+        inside = sorted({repr(each.parent.name) for each in folder.glob("*/*config.json")})
         raise DeltaLoadError(
-            f"no delta in {str(folder)!r}: {what}. Give the folder that "
-            "save_finetuned or composition(model).save wrote, or 'user/name' for one on the hub"
+            f"no delta in {str(folder)!r}: {what}. Give the folder that save_finetuned or "
+            "composition(model).save wrote, or 'user/name' for one on the hub"
+            + (f"; the folders {listed(inside)} in it may hold one each" if inside else "")
         )
     given = read_json(file)
     if isinstance(given, dict) and given.get("format") == OPTIONS:

@@ -171,8 +171,9 @@ class AsModule(BaseDelta):
         """Save the delta; the same as `save_finetuned`.
 
         Args:
-            save_func, backbone_model: as OpenDelta 0.3 had them; only these values are possible,
-                and the delta's own backbone.
+            path: the folder; it is made if need be.
+            save_func: as OpenDelta 0.3 had it; only this value is possible.
+            backbone_model: as OpenDelta 0.3 had it; only the delta's own backbone is possible.
         """
         own = {"backbone_model": (backbone_model, self.backbone_model)}
         former.check_checkpoint("save_checkpoint", {"save_func": (save_func, torch.save), **own})
@@ -190,7 +191,9 @@ class AsModule(BaseDelta):
         their values.
 
         Args:
-            load_func, backbone_model: as for `save_checkpoint`.
+            path: the folder.
+            load_func: as OpenDelta 0.3 had it; only this value is possible.
+            backbone_model: as OpenDelta 0.3 had it; only the delta's own backbone is possible.
 
         Raises:
             DeltaLoadError: the folder holds another delta, or its tensors do not fit.

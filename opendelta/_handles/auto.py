@@ -59,7 +59,9 @@ class AutoDeltaConfig:
 
         Args:
             finetuned_delta_path: the folder, or "user/name" on the hub.
-            cache_dir, local_files_only, force_download: as for `AutoDeltaModel.from_finetuned`.
+            cache_dir: as for `AutoDeltaModel.from_finetuned`.
+            local_files_only: as for `AutoDeltaModel.from_finetuned`.
+            force_download: as for `AutoDeltaModel.from_finetuned`.
 
         Raises:
             DeltaLoadError: the folder is damaged, holds several deltas, or is another library's.

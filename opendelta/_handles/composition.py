@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from .._backbone.backbone import Backbone
 from .._checkpoint import hub, saving
 from .._deltas import state_dict
+from .._deltas.blocks import with_children
 from .._deltas.order import attached_by_name, attached_once, handle_of, handles_of, rerank
+from .._layers import runs
 from .._layers.selection import OpenBlock
-from .._show.explaining import Explanation, explain
-from .._sites import runs
+from .._show.explaining import Explanation, deltas_table, explain
+from .._show.notebooks import InNotebooks
 from .._verbs import merging
 from .._verbs.copying import to_backbone
 from .._verbs.merging import MergeReport
@@ -23,10 +25,13 @@ from ..errors import DeltaError
 from .delta import Delta
 from .with_block import with_block
 
+if TYPE_CHECKING:  # rich is imported where something is drawn
+    from rich.console import Console, ConsoleOptions, RenderResult
+
 Model = TypeVar("Model", bound=nn.Module)
 
 
-class Composition(Generic[Model]):
+class Composition(InNotebooks, Generic[Model]):
     """The attached deltas of a backbone, in the order in which they act; disabled ones too.
 
     It is a view: it always shows the model as it is now.
@@ -55,12 +60,15 @@ class Composition(Generic[Model]):
         records = attached_once(self.model)
         return any(name.record is r if isinstance(name, Delta) else name == r.name for r in records)
 
-    def __getitem__(self, name: str) -> Delta:
+    def __getitem__(self, name: str | Delta) -> Delta:
         (record,) = attached_by_name(self.model, [name], attached_once(self.model))
         return cast(Delta, handle_of(Backbone.of(self.model), record))
 
     def __repr__(self) -> str:
         return f"composition of {type(self.model).__name__}: {self.names}"
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield deltas_table(Backbone.of(self.model))
 
     def reorder(self, names: Iterable[str | Delta]) -> None:
         """Let the attached deltas act in this order.
@@ -90,6 +98,8 @@ class Composition(Generic[Model]):
     def only(self, *names: str | Delta) -> Iterator[Composition[Model]]:
         """Let only these deltas act inside a `with` block; without names, the plain backbone.
 
+        A block (`FuseModel` and others) that is named without any delta in it brings all of them.
+
         The block belongs to the thread and task that enters it; others see nothing of it. A thread
         that is started inside has the block with a copy of the context:
         `Thread(target=contextvars.copy_context().run, args=(model.generate, ids))`. Activation
@@ -98,7 +108,7 @@ class Composition(Generic[Model]):
         """
         known = state_dict.all_inside(self.model)
         records = attached_once(self.model) if known is None else known
-        chosen = attached_by_name(self.model, names, records)
+        chosen = with_children(attached_by_name(self.model, names, records), records)
         switches = {record: record in chosen for record in records}
         for record, active in switches.items():
             if record.merged and active != record.active:

@@ -26,14 +26,16 @@ from .._deltas.converting import carry, convert, is_dtype
 from .._deltas.freezing import freeze
 from .._deltas.making import make, uncollected
 from .._deltas.options import DeltaConfig
-from .._deltas.order import check_root, known_records, move, neighbour
-from .._deltas.placing import check_sizes, place
+from .._deltas.order import attached_by_name, check_root, known_records, move, neighbour
+from .._deltas.placing import place
 from .._deltas.registry import register
+from .._deltas.taking import check_sizes
 from .._files.tensors import copy_into
 from .._layers.record import PICKLED, TRAINED, WHOLE
 from .._layers.selection import OpenBlock
 from .._show.tree import log
 from ..errors import DeltaError, DeltaLoadError, OptionError, to_the_end
+from ..names import SLOT, join
 from .as_module import AsModule
 from .with_block import with_block
 
@@ -44,23 +46,26 @@ BY_POSITION, BY_NAME = Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY
 class Delta(AsModule):
     """The base class of all methods: `LoraModel(model)` puts a delta on `model`, and is its handle.
 
-    A method sets the four class attributes; all other code is here. The arguments of the class are
-    the backbone, the fields of its config, and `sample_inputs`: the arguments of the backbone's
-    forward, by keyword in a mapping, by position in a sequence, or one tensor. By a run on them,
-    on shapes alone, sizes are found that the classes of modules do not tell. None: such inputs are
-    found by themselves.
+    A method sets the first four class attributes, and the fifth once its learning rate is measured;
+    all other code is here. The arguments of the class are the backbone, the fields of its config,
+    and `sample_inputs`: the arguments of the backbone's forward, by keyword in a mapping, by
+    position in a sequence, or one tensor. By a run on them, on shapes alone, sizes are found that
+    the classes of modules do not tell. None: such inputs are found by themselves.
 
     Attributes:
         delta_type: the method's name in files.
         config_class: the class of its options.
         layer_class: the class of its layers.
         default_modified_modules: the roles that get a layer by default.
+        default_learning_rate: what `optimizer_groups` trains it at; 1e-3 if the method sets none.
         backbone_model: the model that it was made for.
         layers: {full name of the site: layer}, attached or not.
         record: name, rank, activity and resolved options, shared with the layers.
     """
 
-    def __init_subclass__(cls) -> None:
+    def __init_subclass__(cls, abstract: bool = False) -> None:
+        if abstract:
+            return
         register(cls)
         fields = {field.name: field for field in dataclasses.fields(cls.config_class)}
         defaults = {name: field.default for name, field in fields.items()}
@@ -183,7 +188,8 @@ class Delta(AsModule):
         loaded, *_ = loading.load(
             path, backbone_model, name, cls, checked, sample_inputs, delta_config
         )
-        return cast(AnyDelta, loaded[0])
+        inside = {name for delta in loaded for name in delta.config.children}
+        return cast(AnyDelta, next(delta for delta in loaded if delta.name not in inside))
 
     # ------------------------------------------------------- attaching, detaching
     def attach(
@@ -285,7 +291,7 @@ class Delta(AsModule):
     def freeze_module(
         self,
         module: nn.Module | None = None,
-        exclude: Sequence[str] | str | None = ("deltas",),
+        exclude: Sequence[str | Delta] | str | Delta | None = ("deltas",),
         set_state_dict: bool | None = None,
     ) -> None:
         """Freeze the parameters of the backbone, or of one module, except the excluded ones.
@@ -295,8 +301,8 @@ class Delta(AsModule):
 
         Args:
             module: a module of the backbone. None: the whole backbone.
-            exclude: names or patterns of parameters, modules or deltas; `"deltas"` means all
-                deltas. Excluded parameters are left as they are.
+            exclude: names or patterns of parameters, modules or deltas, or handles; `"deltas"`
+                means all deltas. Excluded parameters are left as they are.
             set_state_dict: what `state_dict()` of the backbone holds until the last delta is
                 detached. None: all tensors, and what `torch.save` or pickle writes of it only the
                 deltas and what trains. True: only these. False: all tensors, in a file too. A
@@ -310,13 +316,19 @@ class Delta(AsModule):
 
         Raises:
             AddressError: none of the names selects anything. Nothing is frozen then.
+            DeltaError: a handle is not that of an attached delta.
         """
         backbone = Backbone.of(self.backbone_model)
+        given: Any = [exclude] if isinstance(exclude, Delta) else exclude
+        spared: list[Any] = [*as_list(given)]
+        handles = [each for each in spared if isinstance(each, Delta)]
+        attached_by_name(backbone.model, handles, backbone.records())
+        spared = [join(SLOT, e.name) if isinstance(e, Delta) else e for e in spared]
         shared = self.record.shared
         unfrozen = {n for r in known_records(backbone) for n in r.config.unfrozen_modules or ()}
 
         def apply() -> None:
-            freeze(backbone, shared, module, as_list(exclude), unfrozen)
+            freeze(backbone, shared, module, spared, unfrozen)
             shared.in_state_dict = {None: PICKLED, True: TRAINED, False: WHOLE}[set_state_dict]
 
         to_the_end(apply)
@@ -439,8 +451,8 @@ class Delta(AsModule):
             finetuned_delta_path: the folder; it is made if need be.
             push_to_hub: save the delta on the hub too, in the repository "user/name". True: in the
                 user's repository with the folder's name. See the method `push_to_hub`.
-            former_values, former_options: arguments of OpenDelta 0.3, by position and by name;
-                those for DeltaCenter are ignored.
+            *former_values: arguments of OpenDelta 0.3 by position.
+            **former_options: arguments of OpenDelta 0.3 by name. Those for DeltaCenter are ignored.
 
         Warns:
             UnusedWarning: arguments for DeltaCenter were given, which is closed.
@@ -449,7 +461,7 @@ class Delta(AsModule):
             OptionError: an argument is unknown. If `push_to_dc` is true, the delta is saved first.
         """
         unsent = former.check_saving(former_values, former_options)
-        saving.save([self], finetuned_delta_path, "finetuned_delta_path")
+        saving.save(self._to_save(), finetuned_delta_path, "finetuned_delta_path")
         if unsent:
             raise OptionError(f"{self.name!r} is saved in {finetuned_delta_path}, but {unsent}")
         if push_to_hub:
@@ -470,4 +482,7 @@ class Delta(AsModule):
             DeltaError: values are not finite.
             huggingface_hub.errors.HfHubHTTPError: the hub refuses, or is out of reach.
         """
-        return hub.push([self], repo_id, private, token)
+        return hub.push(self._to_save(), repo_id, private, token)
+
+    def _to_save(self) -> list[Delta]:
+        return [self]

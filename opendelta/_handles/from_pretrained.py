@@ -10,9 +10,9 @@ from torch import nn
 
 from .. import interop
 from .._checkpoint import hub
-from .._checkpoint.pretrained import has_model
+from .._checkpoint.pretrained import check_beside, has_model
 from .._checkpoint.source import opened
-from ..errors import DeltaLoadError, reason
+from ..errors import DeltaLoadError, OptionError, reason, shown
 from .load import load
 
 
@@ -40,6 +40,7 @@ def from_pretrained(
         options: options of the model's own `from_pretrained`, such as `dtype` and `device_map`.
 
     Raises:
+        OptionError: `backbone` is a model instead of its name.
         DeltaLoadError: the folder is damaged, does not say what its backbone is, the backbone is
             not to be had, or the deltas do not fit.
 
@@ -54,11 +55,19 @@ def from_pretrained(
         >>> opendelta.composition(again).names
         ['lora']
     """
+    if not isinstance(backbone, str | os.PathLike | None):
+        raise OptionError(
+            f"backbone={shown(type(backbone).__name__)} must be a folder or a name on the hub; for "
+            "a model that is loaded: opendelta.load(folder, model)"
+        )
     path = hub.folder_of(folder, local_files_only)
     facts = _facts_of(path)
     asked = backbone is not None or download_backbone
+    beside = backbone is None and has_model(path)
+    if beside:
+        check_beside(path)
     if backbone is None:
-        backbone = path.parent if has_model(path) else facts.get("backbone_path")
+        backbone = path.parent if beside else facts.get("backbone_path")
     if not backbone:
         raise DeltaLoadError(
             f"{folder} does not say what model its deltas are for"
@@ -66,7 +75,7 @@ def from_pretrained(
             + ": give it, as in from_pretrained(folder, backbone='user/name')"
         )
     options["local_files_only"] = local_files_only or not asked
-    model = _built(str(backbone), facts, asked, options)
+    model = _built(str(backbone), facts, asked, beside, options)
     load(path, model, check_backbone=check_backbone)
     return model.eval()
 
@@ -79,7 +88,9 @@ def _facts_of(path: Path) -> dict[str, Any]:
         return source.facts
 
 
-def _built(name: str, facts: dict[str, Any], asked: bool, options: dict[str, Any]) -> nn.Module:
+def _built(
+    name: str, facts: dict[str, Any], asked: bool, beside: bool, options: dict[str, Any]
+) -> nn.Module:
     try:
         import transformers
     except ModuleNotFoundError:
@@ -92,6 +103,8 @@ def _built(name: str, facts: dict[str, Any], asked: bool, options: dict[str, Any
             name, local_files_only=options["local_files_only"]
         )
         cls = _class_of(transformers, facts.get("backbone_class"), config)
+        if beside:
+            _check_whole(name, cls.__name__, config.architectures)
         if labels := facts.get("backbone_labels"):
             of_labels = {name: number for number, name in enumerate(labels)}
             options = {"id2label": dict(enumerate(labels)), "label2id": of_labels, **options}
@@ -101,6 +114,15 @@ def _built(name: str, facts: dict[str, Any], asked: bool, options: dict[str, Any
         raise DeltaLoadError(
             f"the backbone {name!r} cannot be loaded from this machine{hint}: {reason(error)}"
         ) from None
+
+
+def _check_whole(name: str, wanted: str, found: list[str] | None) -> None:
+    """Raise if the model beside deltas is not the one that they are on, but a part of it."""
+    if found and wanted not in found:
+        raise DeltaLoadError(
+            f"{name} holds a {' or '.join(found)}, and the deltas are on a {wanted}: what that has "
+            f"more is in no file. Save the whole {wanted}, or name a model: pass backbone="
+        )
 
 
 def _class_of(transformers: Any, wanted: str | None, config: Any) -> Any:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, overload
 
 from .._backbone.inputs import Samples
 from .._checkpoint import hub, loading
+from .._show.notebooks import InNotebooks
 from ..errors import DeltaLoadError, printable
 from .composition import Composition, Model
 
 
 @dataclass(frozen=True)
-class LoadReport:
+class LoadReport(InNotebooks):
     """The result of `load(..., strict=False)`; true if the deltas are on the model.
 
     If tensors do not fit, the fields from `missing` on name them, as `DeltaLoadError.details` does.
@@ -67,6 +69,7 @@ def load(
     check_backbone: bool = True,
     local_files_only: bool = False,
     sample_inputs: Samples | None = None,
+    absent: Sequence[str] = (),
     strict: Literal[True] = True,
 ) -> Composition[Model]: ...
 
@@ -79,6 +82,7 @@ def load(
     check_backbone: bool = True,
     local_files_only: bool = False,
     sample_inputs: Samples | None = None,
+    absent: Sequence[str] = (),
     strict: Literal[False],
 ) -> LoadReport: ...
 
@@ -91,6 +95,7 @@ def load(
     check_backbone: bool = True,
     local_files_only: bool = False,
     sample_inputs: Samples | None = None,
+    absent: Sequence[str] = (),
     strict: bool,
 ) -> Composition[Model] | LoadReport: ...
 
@@ -102,6 +107,7 @@ def load(
     check_backbone: bool = True,
     local_files_only: bool = False,
     sample_inputs: Samples | None = None,
+    absent: Sequence[str] = (),
     strict: bool = True,
 ) -> Composition[Model] | LoadReport:
     """Put the deltas that `composition(...).save` or `save_finetuned` wrote on `model`.
@@ -116,6 +122,8 @@ def load(
             trained on. A few values of each weight are compared.
         local_files_only: use only files that were downloaded from the hub before.
         sample_inputs: inputs of the model, to find sizes by; see `Delta`.
+        absent: full names of modules that the folder has deltas on and `model` lacks, being another
+            stage of a pipeline. What is on them and inside them is left out.
         strict: if False, return a report instead of raising.
 
     Raises:
@@ -124,7 +132,7 @@ def load(
     try:
         path = hub.folder_of(folder, local_files_only)
         loaded, source, compared = loading.load(
-            path, model, check_backbone=check_backbone, samples=sample_inputs
+            path, model, check_backbone=check_backbone, samples=sample_inputs, absent=absent
         )
     except DeltaLoadError as error:
         if strict:

@@ -25,6 +25,7 @@ from .record import Record
 Params = dict[str, Tensor]
 Call = Callable[..., Any]
 X = "\0"  # the input in a formula
+WITHIN = "\1"  # where the names of layers inside the module go in a formula
 
 
 class Handover(threading.local):
@@ -110,8 +111,13 @@ class DeltaLayer(nn.Module):
             must set it again.
         runs_as_factors: its equation is y = f(x) + s B A x with its `factors`, beside a linear
             module.
+        in_parts: its change is one of the weight of a linear module, computed in no other way, so
+            that each of several ranks may add a part of it.
         gate_width: width of the gate's input; None: the width of the module's input or output.
         identity: true if it changes nothing at the start.
+        is_block: it combines other deltas by a rule: see `BlockLayer`.
+        enters: what it adds goes into the module, which it may run more than once. A block in which
+            all do so adds to the input.
         why_not: for messages, why a layer with a `fold` may not fold.
         computes: False for a layer that only holds tensors or facts.
         watches: it has no place in what users are shown: it only watches over its module.
@@ -125,6 +131,8 @@ class DeltaLayer(nn.Module):
         any_axis: it can be put on a normalisation whose width is not on the last axis. A subclass
             with its own forward must set it again.
         axis: the axis of the width of the module's output; the library sets it.
+        missed: a forward of the whole model did not reach it.
+        made_for: sizes of the module for which it was made; the library sets it.
         labels: number of labels of the model while it acts; None: it changes no labels.
         handover: passes a value to or from another site; None: it passes none.
         hands_over: it puts a value into its `handover`; another layer takes the value.
@@ -140,8 +148,11 @@ class DeltaLayer(nn.Module):
     gates_itself: ClassVar[bool] = False
     scales: ClassVar[bool] = False
     runs_as_factors: bool = False
+    in_parts: bool = False
     gate_width: int | None = None
     identity: ClassVar[bool] = True
+    is_block: ClassVar[bool] = False
+    enters: ClassVar[bool] = False
     why_not: ClassVar[str] = ""
     computes: ClassVar[bool] = True
     watches: ClassVar[bool] = False
@@ -153,6 +164,8 @@ class DeltaLayer(nn.Module):
     resizer: Call | None = None
     any_axis: ClassVar[bool] = False
     axis: int = -1
+    missed: bool = False
+    made_for: tuple[tuple[int, int], ...] = ()
     labels: int | None = None
     handover: Handover | None = None
     hands_over: ClassVar[bool] = False
@@ -272,6 +285,17 @@ class DeltaLayer(nn.Module):
         """Return what a layer that acts on the output needs of it."""
         return "hidden" if "other" in cls.kinds else "channels"
 
+    @property
+    def joins_blocks(self) -> bool:
+        """True if it acts inside a block that names its delta; else it acts by itself, as ever."""
+        passes_on = self.hands_over and self.handover is not None
+        return self.acts not in (Acts.INSTEAD, Acts.SERVES) and not passes_on
+
+    @property
+    def shows_in_weight(self) -> bool:
+        """True if it acts where other code reads the module's weight instead of calling it."""
+        return self.folds
+
     def folds_as(self) -> Any:
         """Return the `LowRank` whose product is all that `fold` adds to the weight, or None."""
         return None
@@ -299,6 +323,10 @@ class DeltaLayer(nn.Module):
             return call(*args, **kwargs)
         return self.resizer(call, model, *args, **kwargs)
 
+    def shows(self, module: nn.Module) -> bool:
+        """True if `module` shows the layer's config now; for layers that `shows_config`."""
+        return self.record.active
+
     def shown_config(self, config: Any) -> Any:
         """Return the transformers config that the module shows instead of its own."""
         return config
@@ -315,6 +343,8 @@ class DeltaLayer(nn.Module):
         """
         if self.sees_module:
             call = InnerCall(call, module, acting, raw)
+        elif self.enters and (handing := handing_over(acting)):
+            call = _repeatable(call, handing)
         if self.gate is not None and not self.gates_itself:
             return functools.partial(_gated, self, call)
         return functools.partial(self, call)
@@ -424,6 +454,26 @@ class InnerCall:
         return params_beneath(self.module, self.beneath)
 
 
+def handing_over(layers: Sequence[Any]) -> list[Any]:
+    """Return those of these layers, and of those in blocks among them, that have a handover."""
+    flat = [layer for each in layers for layer in (each.flat() if each.is_block else [each])]
+    return [layer for layer in flat if layer.handover is not None]
+
+
+def _repeatable(call: Call, handing: Sequence[Any]) -> Call:
+    """Return `call`, in which branches that end there add the same each time it runs."""
+    first: list[Any] = []
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if not first:
+            first.extend(layer.handover.value for layer in handing)
+        for layer, value in zip(handing, first, strict=True):
+            layer.handover.put(value)
+        return call(*args, **kwargs)
+
+    return run
+
+
 def params_beneath(module: nn.Module, beneath: Sequence[DeltaLayer]) -> Params:
     """Return weight and bias of a module, or of a copy in its place, with layers folded in.
 
@@ -472,14 +522,14 @@ def _gated(layer: DeltaLayer, call: Call, *args: Any, **kwargs: Any) -> Any:
             mixed = plain_x + gate(x) * (changed - plain_x)
             new, options = calls.replace_input(new, options, mixed)
         out = call(*new, **options)
-        plain.append(calls.hidden(out))
+        plain.append(calls.changed_in(out))
         return out
 
     beneath: Any = inner
     if isinstance(call, InnerCall):
         beneath = InnerCall(inner, call.module, call.beneath)
     out = layer(beneath, *args, **kwargs)
-    before, after = plain[0], calls.hidden(out)
+    before, after = plain[0], calls.changed_in(out)
     if after is before:
         return out
     mixed = before + gate(x if gate.on_input else before) * (after - before)

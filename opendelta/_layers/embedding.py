@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -10,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from .._modules.kinds import kind_of
-from .._modules.tensors import stored
+from .._modules.tensors import full, stored
 from ..errors import OptionError, SiteError, quoted
 from ..names import last
 from .site import Site
+from .tokens import arguments_of
 
 COUNT = "create_position_ids_from_input_ids", "make_positions"
 # {class: its attribute that multiplies the embeddings of token ids, and not embeddings given}
@@ -42,6 +45,12 @@ def embedding_of(module: nn.Module) -> str:
             f"{type(module).__name__} asks for token ids, and takes no embeddings in their place, "
             f"with {setting}=True in its config"
         )
+    asking = next((m for m in module.modules() if _asks_for_ids(type(m))), None)
+    if asking is not None:
+        raise SiteError(
+            f"{type(module).__name__} asks for token ids, and takes no embeddings in their place: "
+            f"{type(asking).__name__} inside it computes with them beside the hidden states"
+        )
     wanted = None
     if hasattr(module, "get_input_embeddings"):
         try:
@@ -52,6 +61,18 @@ def embedding_of(module: nn.Module) -> str:
         if part is wanted or (wanted is None and isinstance(part, nn.Embedding)):
             return name
     raise SiteError(f"{type(module).__name__} has no embedding of tokens inside")
+
+
+_cache: Any = functools.cache  # Any: its annotation allows no class as argument
+
+
+@_cache
+def _asks_for_ids(cls: Any) -> bool:
+    """True if a class's forward cannot do without token ids beside hidden states."""
+    if not {"hidden_states", "input_ids"} <= {*arguments_of(cls)}:
+        return False
+    given = inspect.signature(cls.forward).parameters
+    return given["input_ids"].default is inspect.Parameter.empty
 
 
 def rows_of(site: Site, embedding: str, config: Any, length: int) -> Tensor:
@@ -85,7 +106,7 @@ def rows_of(site: Site, embedding: str, config: Any, length: int) -> Tensor:
         return torch.empty(length, kind.out_features, device="meta")
     index = torch.tensor([ids[i % len(ids)] for i in range(length)])
     weight: Any = stored(table, "weight")
-    rows = weight.detach()[index.to(weight.device)] * kind.scale * scale_of(site.module)
+    rows = full(weight).detach()[index.to(weight.device)] * kind.scale * scale_of(site.module)
     return rows.to(site.device, site.dtype)
 
 

@@ -73,7 +73,7 @@ class WeightLayer(DeltaLayer):
     """y = f(x) + D x; a subclass writes `delta_weight`.
 
     It may also write `factors`, if D is a product of two matrices, or `product`: then D is not
-    built. Consecutive layers with `factors` run as one pair of products; see `_sites/runs.py`.
+    built. Consecutive layers with `factors` run as one pair of products; see `_layers/runs.py`.
 
     Attributes:
         kind: the module's row in the table of kinds.
@@ -95,6 +95,7 @@ class WeightLayer(DeltaLayer):
             kind=kind,
             dropout=0.0 if kind.takes_ids else dropout,
             runs_as_factors=common and kind.is_product,
+            in_parts=cls.forward is WeightLayer.forward and kind.is_product,
         )
 
     @classmethod
@@ -193,7 +194,7 @@ class BranchLayer(DeltaLayer):
         branch = branch if self.gate is None else self.gate(x) * branch
         if self.handover is None:
             out = call(*args, **kwargs)
-            return calls.change_hidden(out, self.width, lambda h: h + branch.type_as(h))
+            return calls.change_hidden(out, self.width, lambda h: joined(self, h, branch))
         self.handover.put(branch)
         return call(*args, **kwargs)
 
@@ -209,6 +210,17 @@ class BranchLayer(DeltaLayer):
                 layer.handover = Handover()
                 ends[end] = BranchEnd(layer.width, layer.handover, start)
         return ends
+
+
+def joined(layer: DeltaLayer, h: Tensor, branch: Tensor) -> Tensor:
+    """Return h + the result of a layer's branch; raise if torch would stretch one of them."""
+    if h.shape != branch.shape:
+        raise SiteError(
+            f"{layer.record.name!r}: its branch gives {list(branch.shape)}, and the output that it "
+            f"is added to is {list(h.shape)}: choose modules between which rows and tokens stay as "
+            "they are, such as a block's feed-forward"
+        )
+    return h + branch.type_as(h)
 
 
 class BranchEnd(OutputLayer):
@@ -231,7 +243,7 @@ class BranchEnd(OutputLayer):
                 f"{self.record.name!r}: the branch from {self.start!r} ends here, but "
                 f"{self.start!r} did not run first; pair modules that run in that order"
             )
-        return h + branch.type_as(h)
+        return joined(self, h, branch)
 
     def flops(self, module: nn.Module) -> Flops:
         """Return 0: the branch is counted at its start."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,8 @@ from torch import nn
 
 from ..errors import OptionError
 from ..names import SLOT
-from .base import Passive
+from .base import Acts, Passive
+from .record import Record
 
 
 def count_of(model: nn.Module) -> int | None:
@@ -31,6 +32,11 @@ def head_of(module: nn.Module, labels: int | None) -> str | None:
     return names[-1] if names else None
 
 
+def is_head(module: nn.Module, model: nn.Module) -> bool:
+    """True if a copy of one of the model's modules holds its head."""
+    return head_of(module, count_of(model)) is not None
+
+
 def check(model: nn.Module, owned: Mapping[str, nn.Module], labels: int | None) -> int | None:
     """Return the number of labels of a delta's head; None if the delta owns no head.
 
@@ -46,10 +52,17 @@ def check(model: nn.Module, owned: Mapping[str, nn.Module], labels: int | None) 
         return labels or before
     if labels is None:
         return None
+    kind = type(model).__name__
+    if before is None:
+        raise OptionError(
+            f"num_labels={labels}: {kind} has no config.num_labels that says how many outputs its "
+            "classifier has, so none can be replaced: set model.config with num_labels, or make "
+            "the model with the classifier that you want"
+        )
     raise OptionError(
         f"num_labels={labels}: modules_to_save={list(owned) or None} holds no linear layer with "
-        f"the {before or 'unknown'} outputs that {type(model).__name__} has labels, so there "
-        "is none to replace: name the classifier in it"
+        f"the {before} outputs that {kind} has labels, so there is none to replace: name the "
+        "classifier in it"
     )
 
 
@@ -88,10 +101,17 @@ class LabelsLayer(Passive):
 
     shows_config = True
 
-    def __init__(self, model: nn.Module, count: int) -> None:
+    def __init__(self, model: nn.Module, count: int, heads: Sequence[str]) -> None:
         super().__init__()
         self.count = self.labels = count
+        self.heads = list(heads)  # the full names of the modules in whose place the delta's act
         self.view: Any = _view_of(model.__dict__["config"], count)
+
+    def shows(self, module: nn.Module) -> bool:
+        """True if the layer acts, and no later delta's copy is in the place of its head."""
+        return self.record.active and all(
+            _owner(module.get_submodule(name)) in (self.record, None) for name in self.heads
+        )
 
     def shown_config(self, config: Any) -> Any:
         """Return a view of the model's config with the layer's labels."""
@@ -152,11 +172,20 @@ def _plain_config(base: Any, state: dict[str, Any]) -> Any:
 
 # ------------------------------------------------------------------- the labels that a model shows
 def _acting(module: nn.Module) -> LabelsLayer | None:
-    """Return the last active LabelsLayer on `module`, or None."""
-    stack = module._modules.get(SLOT)
-    layers: list[Any] = [] if stack is None else list(stack._modules.values())
-    acting = [each for each in layers if isinstance(each, LabelsLayer) and each.record.active]
+    """Return the last LabelsLayer that `module` shows, or None."""
+    acting = [e for e in _layers(module) if isinstance(e, LabelsLayer) and e.shows(module)]
     return acting[-1] if acting else None
+
+
+def _owner(module: nn.Module) -> Record | None:
+    """Return the last active delta whose copy acts in the place of `module`, or None."""
+    records = [e.record for e in _layers(module) if e.acts is Acts.INSTEAD and e.record.active]
+    return records[-1] if records else None
+
+
+def _layers(module: nn.Module) -> list[Any]:
+    stack = module._modules.get(SLOT)
+    return [] if stack is None else list(stack._modules.values())
 
 
 def showing_count() -> property:

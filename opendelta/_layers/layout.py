@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .._modules import calls
 from ..errors import SiteError
+from .documents import latest
 
 
 class Layout:
@@ -42,7 +43,7 @@ class Layout:
         self.taken = taken == 1
         self.next = taken.cumsum(-1) - taken  # the token of the slot, or the next one after it
         self.filler = self.next == self.count
-        self.row = slots - 1 - torch.where(self.taken, slots, -1).cummax(-1).values
+        self.row = slots - 1 - latest(self.taken)
 
     def filled(self, prompt: Tensor, embeds: Tensor) -> Tensor:
         """Return the rows [batch, slots, width] of `prompt` and of `embeds` in their slots."""

@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 from torch.utils import checkpoint
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from .._modules.arithmetic import widened
 from .._modules.calls import first_input
 from ..errors import DeltaError
 
@@ -51,18 +52,22 @@ class Segment(NamedTuple):
     seed: int | None = None
 
 
-def side_by_side(run: Sequence[LowRank]) -> LowRank:
-    """Join pairs to one pair that computes their sum; its dropout is the dropout of the first."""
+def side_by_side(run: Sequence[LowRank], dtype: torch.dtype) -> LowRank:
+    """Join pairs to one pair that computes their sum; its dropout is the dropout of the first.
+
+    Args:
+        dtype: the dtype of the input. Different scales go into B, in no narrower dtype.
+    """
     if len(run) == 1:
         return run[0]
     scale = run[0].scale
     A, B = [pair.A for pair in run], [pair.B for pair in run]
     if isinstance(scale, Tensor) or [pair for pair in run if pair.scale != scale]:
-        B, scale = [pair.scale * pair.B for pair in run], 1.0
+        B, scale = [pair.scale * widened(pair.B, dtype) for pair in run], 1.0
     return LowRank(torch.cat(A), torch.cat(B, 1), scale, run[0].dropout)
 
 
-def _cat(tensors: Sequence[Tensor], axis: int) -> Tensor:
+def joined(tensors: Sequence[Tensor], axis: int) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tuple(tensors), axis)
 
 
@@ -104,8 +109,8 @@ def add(call: Call, run: Sequence[LowRank], raw: bool, *args: Any, **kwargs: Any
         factors = [like(pair.A, x) for pair in run] + [like(pair.B, x) for pair in run]
         y = _AddLowRank.apply(y, flat, in_place, scales, _segments(rates, True), *factors)
     else:
-        A, B, scale, _ = side_by_side(run)
-        h = _narrow(flat, like(A, x).t())
+        A, B, scale, _ = side_by_side(run, x.dtype)
+        h = narrow(flat, like(A, x).t())
         y = (y.addmm_ if raw else y.addmm)(h, like(B, x).t(), alpha=scale)
     return _shaped(y, x)
 
@@ -143,7 +148,7 @@ def like(tensor: Tensor, x: Tensor) -> Tensor:
 def _composed(out: Tensor, x: Tensor, run: Sequence[LowRank]) -> Tensor:
     """Compute the sum by torch's own operations, which torch can compile and transform."""
     for part in _segments([pair.dropout for pair in run], False):
-        whole = side_by_side(run[part.start : part.end])
+        whole = side_by_side(run[part.start : part.end], x.dtype)
         dropped = F.dropout(x, part.dropout) if part.dropout else x
         change = F.linear(F.linear(dropped, like(whole.A, x)), like(whole.B, x))
         out = out + (whole.scale * change).type_as(out)
@@ -152,11 +157,11 @@ def _composed(out: Tensor, x: Tensor, run: Sequence[LowRank]) -> Tensor:
 
 def _down(x: Tensor, A: Sequence[Tensor], segments: Sequence[Segment]) -> Tensor:
     """Return all A_i x side by side [tokens, all ranks], each layer with its own dropout."""
-    parts = [(_dropped(x, part), _cat(A[part.start : part.end], 0)) for part in segments]
-    return _cat([_narrow(dropped, whole.t()) for dropped, whole in parts], 1)
+    parts = [(_dropped(x, part), joined(A[part.start : part.end], 0)) for part in segments]
+    return joined([narrow(dropped, whole.t()) for dropped, whole in parts], 1)
 
 
-def _narrow(a: Tensor, b: Tensor) -> Tensor:
+def narrow(a: Tensor, b: Tensor) -> Tensor:
     """Return a @ b for a narrow b: on CPUs few columns take up to ten times as long as few rows."""
     if a.is_cpu and a.size(0) >= 64 and 1 < b.size(1) < 16:
         return (b.t() @ a.t()).t()
@@ -211,7 +216,7 @@ class _AddLowRank(torch.autograd.Function):
         ctx.save_for_backward(
             x if any(trained[: len(A)]) else None, h if any(trained) else None, *factors
         )
-        scaled, up = _scaled(h, scales, A), _cat(B, 1).t()
+        scaled, up = _scaled(h, scales, A), joined(B, 1).t()
         if not in_place:
             return torch.addmm(y, scaled, up)
         ctx.mark_dirty(y)
@@ -265,20 +270,20 @@ def _gradients(
         g_B = [
             part if scale == 1 else part * scale
             for part, scale in zip(
-                _narrow(g.t(), h).contiguous().split(ranks, 1), scales, strict=True
+                narrow(g.t(), h).contiguous().split(ranks, 1), scales, strict=True
             )
         ]
-    g_h = _scaled(_narrow(g, _cat(B, 1)), scales, A).split(ranks, 1)
+    g_h = _scaled(narrow(g, joined(B, 1)), scales, A).split(ranks, 1)
     g_x = None
     for part in segments:
         these = slice(part.start, part.end)
-        own = _cat(g_h[these], 1)
+        own = joined(g_h[these], 1)
         mask = _mask(x, part) if part.dropout else None
         if any(of_A[these]):
             dropped = x if mask is None else x * mask
             g_A[these] = (own.t() @ dropped).split(ranks[these], 0)
         if of_x:
-            more = own @ _cat(A[these], 0)
+            more = own @ joined(A[these], 0)
             more = more if mask is None else more.mul_(mask)
             g_x = more if g_x is None else g_x + more
     return [g_x, *g_A, *g_B]
@@ -375,7 +380,8 @@ def add_to_weight(old: Tensor, new: Tensor, run: Sequence[LowRank]) -> Iterator[
         old: W [out_features, in_features].
     """
     wide = torch.promote_types(old.dtype, torch.float32)
-    A, B, scale, _ = side_by_side([p._replace(A=p.A.to(wide), B=p.B.to(wide)) for p in run])
+    A, B, scale, _ = side_by_side(run, wide)
+    A, B = A.to(wide), B.to(wide)
     if not old.is_contiguous():  # stored as (in, out): work on the transposed matrices
         old, new, A, B = old.t(), new.t(), B.t(), A.t()
     rows = len(old)

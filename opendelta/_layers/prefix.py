@@ -26,8 +26,9 @@ from ..errors import SiteError
 from ..names import SLOT, ancestors
 from .base import Acts, DeltaLayer, Handover
 from .costs import Flops, counted
+from .documents import Documents
 from .site import Heads, Site
-from .tokens import EMBEDDED, Documents, arguments, during, named, padding_of
+from .tokens import EMBEDDED, arguments, during, named, padding_of, running
 
 NAME = "opendelta|"  # before the name of transformers' own function
 SUPPORTED = ("eager", "sdpa")
@@ -105,31 +106,48 @@ class PrefixLayer(DeltaLayer):
         raise NotImplementedError
 
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        logit = None
         if self.gate is not None:
-            self.open.put(F.logsigmoid(self.gate.logit(_hidden_states(args, kwargs))))
-        return call(*args, **kwargs)
+            logit = F.logsigmoid(self.gate.logit(_hidden_states(args, kwargs)))
+        outer = self.open.value  # two blocks may hold it, the one inside the other
+        self.open.put((logit,))
+        try:
+            return call(*args, **kwargs)
+        finally:
+            self.open.put(outer)
 
     @classmethod
     def companions(
         cls, made: Mapping[str, DeltaLayer], modules: Mapping[str, nn.Module], config: Any
     ) -> dict[str, DeltaLayer]:
-        around = {outer for name in made for outer in [*ancestors(name), ""]}
+        known = {*EMBEDDED, "attention_mask", "position_ids"}
+        takes = [
+            [outer for outer in [*ancestors(name), ""] if {*arguments(modules[outer])} >= known]
+            for name in made
+        ]
+        around = {outer for outers in takes for outer in outers}
+        turning = {outer for outer in around if _turns(modules[outer])}
+        turning |= {own[0] for name, own in zip(made, takes, strict=True)
+                    if own and _turns(modules[name])}  # fmt: skip
         return {
-            name: Places(modules[name], name) for name in around
-            if {*arguments(modules[name])} >= {*EMBEDDED, "attention_mask", "position_ids"}
-            and (_turns(modules[name]) or _makes_masks(modules[name]))
-        }  # fmt: skip
+            outer: Places(modules[outer], outer, outer in turning)
+            for outer in around
+            if outer in turning or _makes_them(modules[outer])
+        }
 
 
 def _turns(module: nn.Module) -> bool:
-    """True if queries and keys are turned by the position ids that the module is given."""
+    """True if a child turns queries and keys by position ids; Moshi's is in each attention."""
     return any("Rotary" in type(child).__name__ for child in module.children())
 
 
-def _makes_masks(module: nn.Module) -> bool:
-    """True if modules inside are given masks that do not show the padding: Gemma 3 with images."""
+def _makes_them(module: nn.Module) -> bool:
+    """True if modules inside are given masks or position ids that do not show the padding.
+
+    Gemma 3 with images makes such masks, and Fuyu such position ids.
+    """
     names = _names_in_forward(type(module))
-    return any(name.startswith("create_") and "_mask" in name for name in names)
+    return "arange" in names or any(n.startswith("create_") and "_mask" in n for n in names)
 
 
 class Places(DeltaLayer):
@@ -141,14 +159,16 @@ class Places(DeltaLayer):
     Args:
         module: the model, which is not kept.
         where: its full name.
+        turns: modules inside turn by the position ids that the model is given; else the model only
+            makes them, or masks, for a model inside.
     """
 
     acts = Acts.SERVES
     routes_itself = True
 
-    def __init__(self, module: nn.Module, where: str) -> None:
+    def __init__(self, module: nn.Module, where: str, turns: bool) -> None:
         super().__init__()
-        self.arguments, self.where, self.turns = arguments(module), where, _turns(module)
+        self.arguments, self.where, self.turns = arguments(module), where, turns
 
     @property
     def watches(self) -> bool:  # type: ignore[override]
@@ -158,7 +178,8 @@ class Places(DeltaLayer):
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         given = named(self.arguments, args, kwargs)
         tokens = next((given[name] for name in EMBEDDED if given.get(name) is not None), None)
-        if tokens is None or given.get("position_ids") is not None:
+        made = given.get("position_ids")  # by the user, or by a model around for this one
+        if tokens is None or (made is not None and not (self.turns and _is_made(made))):
             return call(**given)
         if not self.turns:
             documents = Documents(given, tokens.size(0), tokens.size(1), tokens.device)
@@ -166,9 +187,18 @@ class Places(DeltaLayer):
         mask = padding_of(given, tokens, self.where)
         if mask is not None:
             padding = (mask.cumsum(-1) == 0).sum(-1, keepdim=True)
-            places = torch.arange(mask.size(1), device=mask.device) - padding
-            given["position_ids"] = places.clamp(min=0)[:, -tokens.size(1) :]
+            counted = torch.arange(mask.size(1), device=mask.device)[-tokens.size(1) :]
+            places = (counted - padding).clamp(min=0)
+            if made is not None:
+                places = torch.where((made == counted).all(), places, made)
+            given["position_ids"] = places
         return call(**given)
+
+
+def _is_made(positions: Tensor) -> bool:
+    """True if a model around was given no position ids, and made such as no image needs."""
+    around = running()
+    return around is not None and around.unnumbered and positions.ndim == 2
 
 
 def _hidden_states(args: tuple, kwargs: dict[str, Any]) -> Tensor:
@@ -258,7 +288,7 @@ def _attend(
         attention_mask = torch.ones(shape, dtype=torch.bool, device=query.device).tril()[None, None]
     for layer in prefixes:
         keys, values = layer.keys_and_values()
-        logit = layer.open.take()
+        (logit,) = layer.open.value
         router: Any = module._modules[SLOT].routed  # type: ignore[union-attr]
         if router is not None:
             logit = router.opened(layer, logit, key)
@@ -274,10 +304,10 @@ def _attend(
 
 
 def _function(name: str, module: nn.Module) -> tuple[Callable[..., Any], list[PrefixLayer]]:
-    """Return transformers' own function, and the active prefixes in the order of the stack."""
+    """Return transformers' own function, and the prefixes around this call, in their order."""
     stack: Any = module._modules.get(SLOT)
     on_it = () if stack is None else stack._modules.values()
-    prefixes = [ly for ly in on_it if isinstance(ly, PrefixLayer) and ly.record.active]
+    prefixes = [ly for ly in on_it if isinstance(ly, PrefixLayer) and ly.open.value is not None]
     if name == "eager":
         return (prefixes[0].eager if prefixes else eager_function(type(module))), prefixes
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS

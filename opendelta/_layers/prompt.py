@@ -20,10 +20,11 @@ from ..errors import SiteError
 from ..names import is_inside, parent
 from .base import Acts, DeltaLayer, Handover
 from .costs import Flops
+from .documents import Documents, cache_in
 from .embedding import embedding_of, numbered, numbering, room, scale_of
 from .layout import Layout, check_positions, starts, strip
 from .site import Site
-from .tokens import EMBEDDED, Documents, arguments, cache_in, named, noting
+from .tokens import EMBEDDED, arguments, named, noting
 
 TAKES = {"input_ids", "inputs_embeds", "attention_mask"}
 STATES = "encoder_hidden_states"

@@ -7,7 +7,7 @@ a whole, independent composition.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,6 +66,9 @@ class Record:
             compile the code again for each value.
         merged: the merges that hold its layers, one for each module.
         frozen: full names of the delta's parameters that `freeze_module` froze.
+        watched: what notes the weights of a block inside `watching()` of this thread and task, else
+            None.
+        left: the open blocks in which it was detached; None: it is attached, or never was.
     """
 
     name: str
@@ -80,10 +83,12 @@ class Record:
     )
     merged: set[Any] = field(default_factory=set)
     frozen: set[str] = field(default_factory=set)
+    left: Collection[Any] | None = None
+    watched = selection.in_context(lambda _, own: selection.CURRENT.get().watchers.get(own.shared))
     active = selection.in_context(lambda _, own: selection.CURRENT.get().acts(own))
 
     def __getstate__(self) -> dict[str, Any]:  # a copy acts as here, in all threads
-        return {**self.__dict__, "enabled": self.active}
+        return {**self.__dict__, "enabled": self.active, "left": None}
 
     def switch(self, active: bool) -> None:
         """Let the layers act or not: inside the open block that chooses, or else everywhere.
@@ -116,6 +121,33 @@ class Record:
                 f"{verb} {self.name!r}: it is merged into the weights of {len(self.merged)} "
                 "modules; call composition(model).unmerge() first"
             )
+
+
+class Weighed:
+    """A record as some rows of a batch see it: its scale has a further factor."""
+
+    def __init__(self, record: Record, weight: float) -> None:
+        self.record, self.weight = record, weight
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.record, name)
+
+    @property
+    def scale(self) -> float:
+        """Return the factor of the change that the layers make."""
+        return self.record.scale * self.weight
+
+    @property
+    def scale_tensor(self) -> Tensor:
+        """Return it as a tensor."""
+        return self.record.scale_tensor * self.weight
+
+
+def weighed(layer: Any, weight: float) -> Any:
+    """Return a layer over the same tensors as `layer` whose change is multiplied by `weight`."""
+    twin = object.__new__(type(layer))
+    twin.__dict__.update(layer.__dict__, record=Weighed(layer.record, weight))
+    return twin
 
 
 def _state(record: Record, chosen: selection.Selection) -> tuple:

@@ -11,6 +11,11 @@ from collections.abc import Callable, Collection, Mapping
 from contextvars import ContextVar, Token
 from typing import Any
 
+import torch
+
+from ..errors import DeltaError, listed
+from .seen import Seen
+
 
 class OpenBlock:
     """One `with` block of `only()` or the like, and its choices.
@@ -22,6 +27,7 @@ class OpenBlock:
         active: {record of a delta: the delta acts}.
         routers: {stack: its router}.
         factors: {stack: its joined factors}.
+        watchers: {`Shared` of a backbone: what notes the weights of its blocks}.
         backbones: the `Shared` of backbones on which no other delta acts, such as one that another
             thread attaches.
     """
@@ -32,9 +38,10 @@ class OpenBlock:
         routers: Mapping[Any, Any] | None = None,
         factors: Mapping[Any, Any] | None = None,
         backbones: Collection[Any] = (),
+        watchers: Mapping[Any, Any] | None = None,
     ) -> None:
         self.active, self.backbones = active or {}, backbones
-        self.routers, self.factors = routers or {}, factors or {}
+        self.routers, self.factors, self.watchers = routers or {}, factors or {}, watchers or {}
         self.key: Any = self  # a block with other choices in its place has the same
         self.holders: list[weakref.ref[Selection]] = []  # selections that hold the block
 
@@ -44,16 +51,15 @@ class OpenBlock:
 
     def switched(self, record: Any, active: bool) -> OpenBlock:
         """Return a block in this one's place in which the delta acts or does not."""
-        twin = OpenBlock(
-            {**self.active, record: active}, self.routers, self.factors, self.backbones
-        )
+        active_now = {**self.active, record: active}
+        twin = OpenBlock(active_now, self.routers, self.factors, self.backbones, self.watchers)
         twin.key, twin.holders = self.key, self.holders
         return twin
 
     def __enter__(self) -> None:
         self.token = _select((*CURRENT.get().blocks, self))
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, error: Any, *_: Any) -> None:
         left = CURRENT.get().without(self)
         try:
             CURRENT.reset(self.token)
@@ -63,6 +69,22 @@ class OpenBlock:
                     selection.take(selection.without(self))
         if CURRENT.get().blocks != left:
             _select(left)
+        if error is None:
+            self._check_there()
+
+    def _check_there(self) -> None:
+        """Raise if what the block lets act was detached elsewhere while the block was open."""
+        gone = [
+            record.name
+            for record, active in self.active.items()
+            if active and record.left is not None and self.key not in record.left
+        ]
+        if gone:
+            raise DeltaError(
+                f"{listed(gone)} was detached outside of this block, by another thread or task, "
+                "while the block chose it: what ran in the block may lack it. Detach a delta when "
+                "no request that uses it is under way"
+            )
 
 
 class Selection:
@@ -70,8 +92,8 @@ class Selection:
 
     Attributes:
         blocks: the open blocks, in the order in which they began.
-        active, routers, factors: the choices of all blocks. A delta that is not in `active` may
-            have been attached since: see `acts`.
+        active, routers, factors, watchers: the choices of all blocks. A delta that is not in
+            `active` may have been attached since: see `acts`.
         then: while a forward runs again, {record: its state in the first run}; else None.
     """
 
@@ -85,11 +107,14 @@ class Selection:
         active: dict[Any, bool] = {}
         routers: dict[Any, Any] = {}
         factors: dict[Any, Any] = {}
+        watchers: dict[Any, Any] = {}
         for block in blocks:
             outer = {r: a for r, a in active.items() if r.shared not in block.backbones}
             active = {**outer, **block.active}
             routers, factors = {**routers, **block.routers}, {**factors, **block.factors}
+            watchers = {**watchers, **block.watchers}
         self.blocks, self.active, self.routers, self.factors = blocks, active, routers, factors
+        self.watchers = watchers
 
     def acts(self, record: Any) -> bool:
         """True if the delta acts."""
@@ -112,6 +137,11 @@ def _select(blocks: tuple[OpenBlock, ...]) -> Token[Selection]:
     for block in blocks:
         block.holders.append(weakref.ref(selection, block.holders.remove))
     return CURRENT.set(selection)
+
+
+def leave(record: Any) -> None:
+    """A delta leaves its model: keep in which open blocks it does."""
+    record.left = weakref.WeakSet(block.key for block in CURRENT.get().blocks)
 
 
 def switch(record: Any, active: bool) -> bool:
@@ -138,11 +168,15 @@ def within(
     """Return `function`, with just these blocks open while it runs, in whatever thread.
 
     Args:
-        then: see `Selection`.
+        then: see `Selection`. A run with gradients is then the second one, for a backward.
     """
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        selection = Selection(blocks)
+        own = blocks
+        if then is not None and torch.is_grad_enabled():  # it runs again: nobody sees its weights
+            unseen = {shared: Seen() for block in blocks for shared in block.watchers}
+            own = (*blocks, OpenBlock(watchers=unseen))
+        selection = Selection(own)
         selection.then = then
         token = CURRENT.set(selection)
         try:

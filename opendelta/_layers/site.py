@@ -99,6 +99,11 @@ class Site:
         return -1 if self.known_kind is None else self.known_kind.axis
 
     @property
+    def takes_ids(self) -> bool:
+        """True if the module is an embedding: its input are token ids, no hidden states."""
+        return self.known_kind is not None and self.known_kind.takes_ids
+
+    @property
     def in_features(self) -> int:
         """Return the number of columns of the module's weight matrix."""
         return self.kind.in_features
@@ -120,7 +125,7 @@ class Site:
         if known is None:
             width = self.widths_of(self.name).input
         else:
-            width = None if known.takes_ids else known.in_features or known.out_features
+            width = None if self.takes_ids else known.in_features or known.out_features
         if width is None:
             raise SiteError(
                 f"{self.name!r} ({type(self.module).__name__}) takes no hidden states [..., width] "

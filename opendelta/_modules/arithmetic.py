@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -17,6 +18,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         weight = weight.to(x.dtype)
         bias = None if bias is None else bias.to(x.dtype)
     return F.linear(x, weight, bias)
+
+
+def widened(tensor: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return `tensor` in a dtype that holds all values of its own dtype and of `dtype`."""
+    wide = torch.promote_types(tensor.dtype, dtype)
+    return tensor if tensor.dtype == wide else tensor.to(wide)
 
 
 class Linear(nn.Linear):

@@ -34,9 +34,9 @@ def replace_input(args: tuple, kwargs: dict[str, Any], new: Tensor) -> tuple[tup
     return args, {**kwargs, next(iter(kwargs)): new}
 
 
-def _is_hidden(value: Any, width: int | None) -> bool:
-    """True if `value` is a floating tensor [..., width] of two or more axes; None: any width."""
-    if not isinstance(value, Tensor) or not value.is_floating_point() or value.ndim < 2:
+def _is_hidden(value: Any, width: int | None, axes: int = 2) -> bool:
+    """True if `value` is a floating tensor [..., width] of `axes` or more; None: any width."""
+    if not isinstance(value, Tensor) or not value.is_floating_point() or value.ndim < axes:
         return False
     return width is None or value.size(-1) == width  # a nested tensor has no shape
 
@@ -59,7 +59,7 @@ def hidden_key(output: Any, width: int | None = None) -> Any:
     else:
         items = list(enumerate(output)) if isinstance(output, tuple | list) else []
     for key, value in items:
-        if _is_hidden(value, width):
+        if _is_hidden(value, width, axes=1 if key is None else 2):
             return key
     raise SiteError(
         f"no floating tensor [..., {'width' if width is None else width}] in the module's output, "
@@ -68,9 +68,14 @@ def hidden_key(output: Any, width: int | None = None) -> Any:
 
 
 def hidden(output: Any) -> Tensor:
-    """Return the hidden states in an output: its first floating tensor of two or more axes."""
+    """Return the hidden states in an output: a tensor, or its first floating one of two axes."""
     key = hidden_key(output)
     return output if key is None else output[key]
+
+
+def changed_in(output: Any) -> Tensor:
+    """Return what `change_hidden` changes in an output: all of a tensor, however few its axes."""
+    return output if isinstance(output, Tensor) else hidden(output)
 
 
 def every(kind: type[Any], value: Any) -> Iterator[Any]:
@@ -134,3 +139,19 @@ def joined(parts: Sequence[Any], join: Callable[[Sequence[Any]], Any]) -> Any:
     if isinstance(first, tuple | list):
         return like(first, [joined(each, join) for each in zip(*parts, strict=True)])
     return join(parts)
+
+
+def same(one: Any, other: Any) -> bool:
+    """True if two calls have the same objects as arguments, also in tuples, lists and mappings."""
+    if isinstance(one, dict):
+        known = isinstance(other, dict) and one.keys() == other.keys()
+        return known and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, tuple | list):
+        known = isinstance(other, tuple | list) and len(one) == len(other)
+        return known and all(same(a, b) for a, b in zip(one, other, strict=True))
+    return one is other
+
+
+def fresh(output: Any) -> Any:
+    """Return an output whose hidden states may be replaced: a ModelOutput is changed in place."""
+    return copy.copy(output) if isinstance(output, dict) and type(output) is not dict else output

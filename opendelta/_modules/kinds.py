@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..names import SLOT
-from .arithmetic import linear
+from .arithmetic import linear, widened
 from .tensors import stored
 from .trials import axes_after
 
@@ -104,7 +104,7 @@ class Embedding(TransposedLinear):
     scale: float = 1.0  # factor of the output, as in the embeddings of BART and Gemma
 
     def low_rank(self, x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        return linear(F.embedding(x, A.T, self.padding), B) * self.scale
+        return linear(widened(F.embedding(x, A.T, self.padding)), B) * self.scale
 
     def product(self, x: Tensor, matrix: Tensor) -> Tensor:
         return F.embedding(x, matrix.T, self.padding) * self.scale
@@ -263,6 +263,20 @@ def kind_of(module: nn.Module) -> Kind | None:
         if weight is not None and tuple(weight.shape) == sizes[::-1]:
             return Kind(sizes[0], sizes[1])
     return None
+
+
+def is_packed(module: nn.Module) -> bool:
+    """True if a linear module holds its weight in tensors of other names, as HQQ's and GPTQ's do.
+
+    Its values are then unknown; the sizes are those of the table.
+    """
+    own = dict(module._parameters.items())  # a ScriptModule has no get
+    if own.get("weight") is not None or {*dict(module._modules.items())} - {SLOT}:
+        return False
+    if not {*own, *dict(module._buffers.items())} - {"weight", "bias"}:
+        return False
+    kind = kind_of(module)
+    return kind is not None and kind.is_product and not isinstance(stored(module, "weight"), Tensor)
 
 
 def raw_forward(base: type[nn.Module]) -> Callable[..., Tensor] | None:

@@ -35,7 +35,7 @@ TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, tor
 
 def is_known(forward: Callable[..., Any]) -> bool:
     """True if a class's forward computes what the table of kinds says, with factor 1."""
-    package = getattr(forward, "__module__", "").partition(".")[0]
+    package = (getattr(forward, "__module__", None) or "").partition(".")[0]
     return forward in KNOWN or (package, getattr(forward, "__qualname__", "")) in ELSEWHERE
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from ..errors import SiteError
+from ..names import unwrapped
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -92,8 +95,34 @@ HALVES = (torch.bfloat16, torch.float16)
 FLOATS = (torch.float32, *HALVES, torch.float64)
 
 
+# While set: the whole values of sharded tensors by id, for one process that acts alone.
+GATHERED: ContextVar[dict[int, Tensor] | None] = ContextVar("gathered", default=None)
+
+
+@contextlib.contextmanager
+def gathered(module: nn.Module, state: Mapping[str, Any] | None) -> Iterator[None]:
+    """Let `full` take what a state dict of `module` holds as a whole, and wait for no process.
+
+    None, or a state dict of shards: `full` is a collective call, as it is elsewhere.
+    """
+    own = itertools.chain(module.named_parameters(), module.named_buffers())
+    pieces = {unwrapped(name): tensor for name, tensor in own if is_sharded(tensor)}
+    known = {id(pieces[name]): state[name] for name in pieces.keys() & (state or {}).keys()}  # type: ignore
+    alone = known and not any(map(is_sharded, known.values()))
+    token = GATHERED.set(known if alone else None)
+    try:
+        yield
+    finally:
+        GATHERED.reset(token)
+
+
 def full(tensor: Tensor) -> Tensor:
-    """Return the values of `tensor` as a whole; a collective call if it is sharded."""
+    """Return the values of `tensor` as a whole; a collective call if it is sharded.
+
+    In `gathered`, a sharded tensor that is not in the state dict has no values.
+    """
+    if (known := GATHERED.get()) is not None and is_sharded(tensor):
+        return known.get(id(tensor), torch.empty(shape(tensor), device="meta"))
     if is_partitioned(tensor):
         import deepspeed
 
@@ -168,7 +197,7 @@ def in_full(module: nn.Module, key: str) -> Tensor:
         if scales is not None:
             rows = parameter.data if rows is None else rows
             return rows.float() * scales.float()[:, None] / 127
-    if hasattr(parameter, "dequantize") and type(parameter).__module__.startswith("torchao"):
+    if hasattr(parameter, "dequantize") and type(parameter).__module__.startswith(TENSOR_CLASSES):
         return parameter.dequantize().float()
     raise _unknown(module, key, parameter)
 
@@ -212,6 +241,9 @@ def replace(module: nn.Module, key: str, tensor: Tensor) -> None:
     module._parameters[key] = new
 
 
+TENSOR_CLASSES = ("torchao", "optimum.quanto")  # packages whose weights are tensors of own classes
+
+
 def _requantised(module: nn.Module, key: str, parameter: Any, tensor: Tensor) -> Any:
     kind, device = type(parameter).__name__, parameter.device
     if kind == "Params4bit":
@@ -240,6 +272,12 @@ def _requantised(module: nn.Module, key: str, parameter: Any, tensor: Tensor) ->
             activation_quantization=parameter.activation_quantization,
         )
         return nn.Parameter(made, requires_grad=False)
+    if type(parameter).__module__.startswith("optimum.quanto"):
+        module._parameters[key] = nn.Parameter(tensor.to(parameter.dtype), requires_grad=False)
+        try:
+            return nn.Parameter(module.qweight, requires_grad=False)  # type: ignore[arg-type]
+        finally:
+            module._parameters[key] = parameter
     raise _unknown(module, key, parameter)
 
 

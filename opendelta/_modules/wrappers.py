@@ -9,7 +9,7 @@ wrapper must change too.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -38,7 +38,7 @@ def _held(module: nn.Module) -> Iterator[tuple[Any, Setter]]:
                 content = cell.cell_contents
             except ValueError:  # a cell that is still empty
                 continue
-            if isinstance(content, FunctionType | MethodType | functools.partial):
+            if isinstance(content, FunctionType | MethodType | functools.partial | nn.Module):
                 todo.append((content, functools.partial(setattr, cell, "cell_contents")))
 
 
@@ -55,6 +55,19 @@ def holders(module: nn.Module) -> list[Setter]:
 def hides_forward(module: nn.Module) -> bool:
     """True if a wrapper on the instance would keep a forward of the class from ever running."""
     return "forward" in module.__dict__ and not holders(module)
+
+
+def closes_over(module: nn.Module, modules: Collection[int]) -> bool:
+    """True if a function on the instance keeps, in a closure, one of `modules` or its method.
+
+    A deep copy of `module` has the same function, and runs the old module.
+
+    Args:
+        modules: ids of modules.
+    """
+    own = [id(value) for key, value in module.__dict__.items() if key in ATTRIBUTES]
+    kept = [value for value, _ in _held(module) if id(value) not in own]
+    return any(id(getattr(value, "__self__", value)) in modules for value in kept)
 
 
 def set_class(module: nn.Module, cls: type[nn.Module]) -> None:

@@ -11,6 +11,7 @@ from ..names import unnumbered
 from .tree import spell
 
 if TYPE_CHECKING:  # rich is imported where something is drawn
+    from rich.segment import Segment
     from rich.table import Table
     from rich.text import Text
 
@@ -20,12 +21,16 @@ SHOWN = 4  # names in a list; more are left out
 
 def as_text(what: Any) -> str:
     """Return the text that rich prints on a terminal of `WIDTH` columns, without colours."""
+    lines = ("".join(text for text, *_ in line).rstrip() for line in lines_of(what))
+    return "\n".join(lines).rstrip("\n")
+
+
+def lines_of(what: Any) -> list[list[Segment]]:
+    """Return the lines that rich prints on a terminal of `WIDTH` columns, in pieces with styles."""
     from rich.console import Console
 
     console = Console(file=io.StringIO(), width=WIDTH)
-    with console.capture() as capture:
-        console.print(what)
-    return "\n".join(line.rstrip() for line in capture.get().rstrip("\n").split("\n"))
+    return console.render_lines(what, pad=False)
 
 
 def folded(names: Iterable[str]) -> list[str]:
@@ -66,12 +71,14 @@ def plain_table(title: str | None = None, *headings: str) -> Table:
     from rich import box
     from rich.table import Table
 
-    return Table(
-        *headings,
-        title=title,
+    table = Table(
+        title=cells(title)[0] if title else None,
         title_justify="left",
         title_style="bold",
         box=box.SIMPLE_HEAD,
         show_edge=False,
         pad_edge=False,
     )
+    for heading in cells(*headings):
+        table.add_column(heading)
+    return table

@@ -145,10 +145,13 @@ def beside(name: str, layer: DeltaLayer) -> Iterator[Note]:
 
 
 def states(layer: DeltaLayer) -> list[str]:
-    """Return the unusual states of a delta layer: its scale if it is not 1, and "disabled"."""
+    """Return the unusual states of a delta layer: what a block combines, its scale if it is not 1,
+    and "disabled"."""
     record = layer.record
     scaled = [f"scale {record.scale:g}"] if record.scale != 1 and layer.scales else []
-    return [*scaled, *([] if record.active else ["disabled"])]
+    children = record.config.children
+    combines = [f"combines {', '.join(children)}"] if children else []
+    return [*combines, *scaled, *([] if record.active else ["disabled"])]
 
 
 def fold(nodes: Iterable[Node], only_numbered: bool = False) -> list[Node]:
@@ -176,7 +179,8 @@ def spell(names: Iterable[str]) -> str:
     runs: list[list[str]] = []
     for name in names:
         last = runs[-1][-1] if runs else ""
-        if last.isdecimal() and last == str(int(last)) and name == str(int(last) + 1):
+        short = len(last) < 19 and len(name) < 19  # Python reads no number of thousands of digits
+        if short and last.isdecimal() and last == str(int(last)) and name == str(int(last) + 1):
             runs[-1].append(name)
         else:
             runs.append([name])
@@ -357,8 +361,10 @@ class Visualization:
         Args:
             rootname: the name of the model in the first line.
             keep_non_params: show modules without parameters too, such as dropout and activations.
-            expand_params, common_structure, mapping, only_common: OpenDelta 0.3 had them; not
-                available.
+            expand_params: OpenDelta 0.3 had it; not available.
+            common_structure: OpenDelta 0.3 had it; not available.
+            mapping: OpenDelta 0.3 had it; not available.
+            only_common: OpenDelta 0.3 had it; not available.
             printTree: if False, print nothing and return the tree.
 
         Raises:

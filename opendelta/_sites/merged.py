@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from .._layers import low_rank
-from .._layers.base import DeltaLayer, Params
+from .._layers.base import Acts, DeltaLayer, Params
 from .._layers.low_rank import LowRank
 from .._modules import probing, tensors, trials
-from .._modules.kinds import Norm, kind_of
+from .._modules.kinds import Norm, is_packed, kind_of
 from ..errors import DeltaError, SiteError
 from . import marks
 from .stack import Stack, Step, stack_of
@@ -66,7 +66,15 @@ def factor_of(where: str, module: nn.Module, run: list[Named]) -> float:
 
     Raises:
         SiteError: the module computes something else, so no weight holds the layers.
+        SiteError: its weight is packed.
     """
+    if is_packed(module):
+        raise SiteError(
+            f"{where!r} ({type(module).__name__}) keeps its weight packed in tensors of its own, "
+            "and no other can be put there; merge into the model in full precision, then quantise "
+            "it, or let the delta act as it is",
+            where=where,
+        )
     bare = trials.bare(module, plain_class(module))
     factor = probing.factor_of(bare, type(bare).forward)
     refused = [name for name, layer in run if factor is None or layer.sees_module]
@@ -147,6 +155,26 @@ def folded_params(
             raise
         raise _not_own(where, module, error.args[0]) from None
     return exact, folded
+
+
+@torch.no_grad()
+def change_of(where: str, module: nn.Module, layer: Any) -> tuple[Tensor, bool]:
+    """Return the change of a module's weight by one layer alone, and if it changes the bias too.
+
+    The change is [out, in], or of the form of a normalisation's weight, in at least float32.
+
+    Raises:
+        SiteError: the weight cannot be read, or the module has a forward of its own.
+    """
+    kind: Any = kind_of(module)
+    factor = 1.0
+    if layer.acts is not Acts.BESIDE:
+        factor = factor_of(where, module, [(layer.record.name, layer)])
+    params, folded = folded_params(where, module, [layer], factor)
+    biased = "bias" in params and not torch.equal(folded["bias"], params["bias"])
+    if "weight" not in params:  # no parameter of the module's own, and `layer` did not need it
+        return torch.zeros_like(kind.matrix(tensors.stored_params(module)["weight"])), biased
+    return kind.matrix(folded["weight"]) - kind.matrix(params["weight"]), biased
 
 
 def _not_own(where: str, module: nn.Module, key: str) -> SiteError:

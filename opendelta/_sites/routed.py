@@ -7,6 +7,7 @@ added by a single batched product."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 from collections.abc import Callable, Sequence
@@ -17,12 +18,14 @@ from torch import Tensor, nn
 
 from .._layers import labels, low_rank, tokens
 from .._layers.base import Acts, DeltaLayer
+from .._layers.bound import Bound
 from .._layers.low_rank import LowRank
+from .._layers.runs import KeptFactors, pairs
 from .._modules import arithmetic, calls
 from .._modules.tensors import is_sharded
 from ..errors import DeltaError, SiteError, quoted
+from .blocks import has_blocks, in_place, watcher_of
 from .rows import Groups, Handovers, Rows, ShapeError, SharedCall, cut, joined
-from .runs import KeptFactors, pairs
 from .stack import Stack, acting_on
 
 EXPERTS = re.compile(r"(^|\.)experts\.")  # an expert sees some tokens of all rows
@@ -60,7 +63,13 @@ class Routed:
     def check(self, stack: Stack, module: nn.Module) -> None:
         """Raise if the stack has layers that cannot act on some rows alone."""
         acting = acting_on(stack)
+        blocks = {name: ly.record.name for ly in acting for name in ly.record.config.children}
         for layer in acting:
+            if layer.acts is Acts.WITHIN and layer.record.name in blocks:
+                inside = f"in the block {blocks[layer.record.name]!r}"
+                self.check_common(layer, f"acts {inside}")
+                for other in computing(acting):
+                    self.check_common(other, f"acts beside {layer.record.name!r} {inside}")
             if EXPERTS.search(self.where):
                 self.check_common(layer, "sees some tokens of all rows, mixed")
             if layer.for_all_rows is not None:
@@ -102,7 +111,7 @@ class Routed:
         return found
 
     def _check_labels(self, heads: list[DeltaLayer], own: int | None) -> None:
-        counts = [own] * len(self.rows.names)
+        counts = [own] * len(self.rows.taken)
         for layer in heads:  # the last one decides
             takes = self.rows.takers(layer.record.name)
             counts = [layer.labels if t else n for t, n in zip(takes, counts, strict=True)]
@@ -154,30 +163,32 @@ class Routed:
             raise SiteError(what, where=self.where)
         grouped = self.rows.groups(acting, x, self.where)
         if len(grouped.groups) == 1:
-            path = [acting[index] for index in grouped.groups[0].path]
+            path = self.rows.layers(acting, grouped.groups[0])
             return stack.onion(path, call, module, raw)(*args, **kwargs)
-        runs, whole = _runs(stack, acting, grouped, x), []
+        if has_blocks(stack) and (block := _as_one(stack, acting, grouped, x)) is not None:
+            return block.around(call, module, (), raw)(*args, **kwargs)
+        paths = [self.rows.layers(acting, group) for group in grouped.groups]
+        runs, whole = _runs(stack, paths, grouped, x), []
         if runs is not None:
             out = call(*args, **kwargs)
             if type(out) is Tensor and out.dtype == x.dtype and out.is_contiguous():
                 return add_rows(out, x, raw, grouped, runs, stack.frozen)
             whole.append(out)
-        within: list[Any] = [layer for layer in acting if layer.routes_itself]
+        within = _for_themselves(acting)
         if within:  # these layers take all rows at once; see `opened`
             call = stack.onion(within, call, module, raw)
             if len(within) == len(acting):
                 return call(*args, **kwargs)
-        call = tokens.of_now(call)
-        once = SharedCall(call, (args, kwargs), len(grouped.of_row), whole)
-        why = "has other deltas inside" if self.holds_sites else ""
-        why = "has a prefix inside" if within else why
-        paths = [[acting[index] for index in group.path] for group in grouped.groups]
+        once = SharedCall(tokens.of_now(call), (args, kwargs), len(grouped.of_row), whole)
+        inside = "a prefix" if within else "other deltas" if self.holds_sites else ""
+        why = f"has {inside} inside" if inside else ""
         paths = [[layer for layer in path if layer not in within] for path in paths]
         around = functools.partial(stack.onion, module=module, raw=False)
-        return self._in_groups(around, grouped, paths, once, why)
+        return self._in_groups(stack, around, grouped, paths, once, why)
 
     def _in_groups(
         self,
+        stack: Stack,
         around: Callable[[list[DeltaLayer], Callable[..., Any]], Callable[..., Any]],
         grouped: Groups,
         paths: list[list[DeltaLayer]],
@@ -192,15 +203,26 @@ class Routed:
             whole: why the module cannot run on the rows of one group alone; "" if it can.
         """
         cells, parts = Handovers([layer for path in paths for layer in path]), []
+        seen, weighings = watcher_of(stack), []
+        others = once.has_other_rows()
         for group, path in zip(grouped.groups, paths, strict=True):
-            given = cut(once.given, once.batch, group.rows)
+            alone = any(layer.acts in (Acts.BEFORE, Acts.INSTEAD) for layer in path)
+            rows = slice(None) if alone and others else group.rows
+            given = cut(once.given, once.batch, rows)
             if path and path[0].acts is Acts.INSTEAD:
                 self._check_alone(path[0], given, "")
             check = functools.partial(self._check_alone, path[0] if path else None, given, whole)
-            inner = functools.partial(once.for_rows, group.rows, given, check)
-            cells.open(group.rows)
-            parts.append(tokens.on_rows(group.rows, around(path, inner), *given[0], **given[1]))
-            cells.close(group.rows, once.batch)
+            leave = all(layer.acts in (Acts.AFTER, Acts.BESIDE) for layer in path)
+            inner = functools.partial(once.for_rows, rows, None if leave else given, check)
+            cells.open(rows)
+            with contextlib.nullcontext() if seen is None else seen.group(stack) as weighed:
+                out = tokens.on_rows(rows, around(path, inner), *given[0], **given[1])
+            parts.append(out if rows is group.rows else cut(out, once.batch, group.rows))
+            cells.close(rows, group.rows, once.batch)
+            if weighed is not None:
+                weighings.append((rows, group.rows, weighed))
+        if seen is not None:
+            seen.put(stack, weighings, once.batch, calls.hidden(parts[0]).ndim)
         cells.leave()
         try:
             return joined(parts, grouped)
@@ -254,31 +276,52 @@ def computing(acting: list[DeltaLayer]) -> list[DeltaLayer]:
     return [layer for layer in acting if layer.computes]
 
 
+def _as_one(stack: Stack, acting: list[DeltaLayer], grouped: Groups, x: Tensor) -> Bound | None:
+    """Return a block that takes all rows at once, each with its own children.
+
+    The result is None unless the block is all that acts on the module, its rule is a weighted sum
+    of low-rank products, and all rows that take one of its children take the block.
+    """
+    runs = in_place(stack, acting)
+    if len(runs) != 1 or not runs[0].is_block or not low_rank.is_eager(x):
+        return None
+    block: Bound = runs[0]
+    if not block.is_product:
+        return None
+    places = {layer: place for place, layer in enumerate(acting)}
+    takes: list[list[bool]] = []
+    for group in grouped.groups:
+        weights = dict(group.path)
+        takes.append([places[child] in weights for _, child in block.children])
+        alone = any(takes[-1]) and places[block.layer] not in weights
+        if alone or any(weight != 1 for weight in weights.values()):
+            return None
+    each = torch.tensor([takes[number] for number in grouped.of_row], device=x.device)
+    return block.for_rows(each.view(x.size(0), *[1] * (x.ndim - 2), -1))
+
+
+def _for_themselves(acting: list[DeltaLayer]) -> list[DeltaLayer]:
+    """Return the layers that find by themselves the rows that take them, and are in no block."""
+    named = {name for layer in acting for name in layer.record.config.children}
+    return [ly for ly in acting if ly.routes_itself and ly.record.name not in named]
+
+
 def _runs(
-    stack: Stack, acting: list[DeltaLayer], grouped: Groups, x: Tensor
+    stack: Stack, paths: list[list[DeltaLayer]], grouped: Groups, x: Tensor
 ) -> list[LowRank | None] | None:
-    """Return the factors of each group as one pair, or None for a group without layers.
+    """Return the factors of each group's layers as one pair, or None for a group without layers.
 
     The result is None if `add_rows` cannot compute all layers of the site.
     """
     if not low_rank.is_eager(x):
         return None
     kept = stack.frozen
-    each = pairs(acting, 0) if kept is None else []
-    if kept is None and len(each) < len(acting):
-        return None
     found: list[LowRank | None] = []
-    for group in grouped.groups:
-        path = group.path
-        if kept is not None and path:
-            run, count = kept.run([acting[index] for index in path], 0)
-            if count < len(path) or len(run) > 1:
-                return None
-            pair: LowRank | None = run[0]
-        elif len(path) > 1:
-            pair = low_rank.side_by_side([each[index] for index in path])
-        else:
-            pair = each[path[0]] if path else None
+    for path in paths:
+        run, count = (pairs(path, 0), len(path)) if kept is None else kept.run(path, 0)
+        if count < len(path) or (len(run) > 1 if kept is not None else len(run) < len(path)):
+            return None
+        pair = low_rank.side_by_side(run, x.dtype) if run else None
         if pair is not None and pair.dropout:
             return None
         found.append(pair)
@@ -286,8 +329,8 @@ def _runs(
 
 
 def _alike(runs: Sequence[LowRank | None], grouped: Groups) -> bool:
-    """True if all factors have one rank and scale, and there are more groups than half the rows."""
-    sizes = {(pair.A.size(0), pair.scale) for pair in runs if pair is not None}
+    """True if all factors have one rank, and there are more groups than half the rows."""
+    sizes = {pair.A.size(0) for pair in runs if pair is not None}
     return len(sizes) == 1 and 2 * len(runs) > len(grouped.of_row)
 
 
@@ -336,4 +379,8 @@ def _stacked(pairs: Sequence[LowRank | None]) -> tuple[Tensor, Tensor, float]:
         nothing = known._replace(A=known.A.detach(), B=torch.zeros_like(known.B.detach()))
     each = [nothing if pair is None else pair for pair in pairs]
     A, B = torch.stack([pair.A for pair in each]), torch.stack([pair.B for pair in each])
-    return A, B, known.scale
+    if all(pair.scale == known.scale for pair in each):
+        return A, B, known.scale
+    wide = torch.promote_types(B.dtype, torch.float32)
+    scales = torch.tensor([pair.scale for pair in each], dtype=wide, device=B.device)
+    return A, B * scales[:, None, None], 1.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .._layers.base import DeltaLayer
+from .._layers.record import weighed
 from .._modules import calls
 from ..errors import SiteError, quoted
 
@@ -22,12 +23,12 @@ class Group:
     """The rows of a batch that take the same layers of a site.
 
     Attributes:
-        path: indices of these layers among the acting layers.
+        path: for each of these layers its index among the acting layers, and its weight.
         rows: the rows' indices in the batch.
         count: number of rows.
     """
 
-    path: tuple[int, ...]
+    path: tuple[tuple[int, float], ...]
     rows: slice | Tensor
     count: int
 
@@ -52,18 +53,36 @@ class Rows:
     """The deltas that each row of a batch takes, and the groups of rows; all sites share it.
 
     Args:
-        names: for each row the names of the deltas that it takes.
+        taken: for each row {name of a delta that it takes: weight of the delta's change}.
         known: the names of all deltas that rows can choose; other deltas act on all rows.
-        repeats: number of successive rows in a batch that each entry of `names` may stand for.
+        repeats: number of successive rows in a batch that each entry of `taken` may stand for.
     """
 
-    def __init__(self, names: list[frozenset[str]], known: frozenset[str], repeats: int) -> None:
-        self.names, self.known, self.repeats = names, known, repeats
+    def __init__(
+        self, taken: Sequence[Mapping[str, float]], known: frozenset[str], repeats: int
+    ) -> None:
+        self.taken, self.known, self.repeats = taken, known, repeats
         self.found: dict[tuple, Groups] = {}
+        self.twins: dict[tuple[DeltaLayer, float], DeltaLayer] = {}
 
     def takers(self, name: str) -> list[bool]:
         """Return for each row if it takes the delta, provided that the delta acts."""
-        return [name in row or name not in self.known for row in self.names]
+        return [name in row or name not in self.known for row in self.taken]
+
+    def layers(self, acting: Sequence[DeltaLayer], group: Group) -> list[DeltaLayer]:
+        """Return the layers that a group takes, with its weights."""
+        return [
+            acting[index] if weight == 1 else self._twin(acting[index], weight)
+            for index, weight in group.path
+        ]
+
+    def _twin(self, layer: DeltaLayer, weight: float) -> DeltaLayer:
+        """Return a layer over the same tensors whose change has a weight."""
+        twin = self.twins.get((layer, weight))
+        if twin is None:
+            twin = self.twins[layer, weight] = weighed(layer, weight)
+        twin.__dict__["training"] = layer.training
+        return twin
 
     def groups(self, acting: Sequence[DeltaLayer], x: Tensor, where: str) -> Groups:
         """Return the rows of `x`, grouped by the acting layers that they take.
@@ -85,10 +104,10 @@ class Rows:
     def _grouped(
         self, names: Sequence[str], batch: int, device: torch.device, where: str
     ) -> Groups:
-        times = 1 if batch == len(self.names) else self.repeats
-        if times * len(self.names) != batch:
-            wanted = f"{len(self.names)} rows" + f" x {self.repeats}" * (self.repeats > 1)
-            whole, rest = divmod(batch, len(self.names))
+        times = 1 if batch == len(self.taken) else self.repeats
+        if times * len(self.taken) != batch:
+            wanted = f"{len(self.taken)} rows" + f" x {self.repeats}" * (self.repeats > 1)
+            whole, rest = divmod(batch, len(self.taken))
             beams = "For generate() with beams, or several sequences a row, give "
             raise SiteError(
                 f"route() was given {wanted}, but the input of {quoted(where)} has {batch} on its "
@@ -97,10 +116,12 @@ class Rows:
                 + "If they are not there, leave that module out of the deltas by exclude_modules=",
                 where=where,
             )
-        paths: dict[tuple[int, ...], list[int]] = {}
+        paths: dict[tuple[tuple[int, float], ...], list[int]] = {}
         takers = [self.takers(name) for name in names]
-        for index in range(len(self.names)):
-            path = tuple(i for i, taken in enumerate(takers) if taken[index])
+        for index, weights in enumerate(self.taken):
+            path = tuple(
+                (i, weights.get(names[i], 1.0)) for i, taken in enumerate(takers) if taken[index]
+            )
             paths.setdefault(path, []).extend(range(index * times, (index + 1) * times))
         groups: list[Group] = []
         of_row = [0] * batch
@@ -159,21 +180,11 @@ def _together(grouped: Groups, parts: Sequence[Any]) -> Any:
 
 
 # ------------------------------------------------------------------------------- calls and branches
-def _same(one: Any, other: Any) -> bool:
-    """True if two calls have the same objects as arguments, also in tuples, lists and mappings."""
-    if isinstance(one, dict):
-        known = isinstance(other, dict) and one.keys() == other.keys()
-        return known and all(_same(one[key], other[key]) for key in one)
-    if isinstance(one, tuple | list):
-        known = isinstance(other, tuple | list) and len(one) == len(other)
-        return known and all(_same(a, b) for a, b in zip(one, other, strict=True))
-    return one is other
-
-
 class SharedCall:
     """The forward of a module beneath the layers of each group: one run for all rows.
 
-    If a layer changes the input, the module runs on the rows of this layer's group alone.
+    If a layer changes the input, the module runs once more, on the rows of this layer's group
+    alone where it is known which tensors have rows.
 
     Args:
         given: the arguments and keyword arguments for all rows.
@@ -186,10 +197,18 @@ class SharedCall:
     ) -> None:
         self.call, self.given, self.batch, self.whole = call, given, batch, whole
 
+    def has_other_rows(self) -> bool:
+        """True if it is not known of some tensor if its first axis is the rows.
+
+        The length of the rows, or a number of heads, may be the number of rows too.
+        """
+        given = [x for x in calls.every(Tensor, list(self.given)) if x.ndim]
+        return any(x is not given[0] and x.size(0) == self.batch for x in given)
+
     def for_rows(
         self,
         rows: slice | Tensor,
-        given: tuple,
+        given: tuple | None,
         check: Callable[[], None],
         /,
         *args: Any,
@@ -198,11 +217,12 @@ class SharedCall:
         """Return the module's output for the rows of a group.
 
         Args:
-            given: the arguments and keyword arguments for these rows, before the layers.
+            given: the arguments and keyword arguments for these rows, before the layers. None: no
+                layer changes them, though a hook may have made other objects of them.
             check: raises if the module cannot run on these rows alone.
             args, kwargs: the arguments after the group's layers changed them.
         """
-        if not _same((args, kwargs), given):
+        if given is not None and not calls.same((args, kwargs), given):
             check()
             return self.call(*args, **kwargs)
         if not self.whole:
@@ -232,14 +252,14 @@ class Handovers:
             if value is not None:
                 cell.put(value[rows])
 
-    def close(self, rows: slice | Tensor, batch: int) -> None:
-        """Keep the rows that the layers of a group pass to other sites."""
+    def close(self, ran: slice | Tensor, rows: slice | Tensor, batch: int) -> None:
+        """Keep the rows that the layers of a group, which ran on `ran`, pass to other sites."""
         for index, cell in enumerate(self.cells):
             value = cell.take()
             if value is not None and self.held[index] is None:
                 if self.new[index] is None:
                     self.new[index] = value.new_zeros(batch, *value.shape[1:])
-                self.new[index][rows] = value  # type: ignore[index]
+                self.new[index][rows] = value if ran is rows else value[rows]  # type: ignore[index]
 
     def leave(self) -> None:
         """Pass the rows of all groups to other sites; rows without a branch are 0."""

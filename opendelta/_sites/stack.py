@@ -17,16 +17,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from .._layers import low_rank
+from .._layers import low_rank, runs
 from .._layers.base import Acts, DeltaLayer, Params
+from .._layers.bound import arranged
 from .._layers.record import check_same
 from .._layers.selection import CURRENT, OpenBlock, Selection, in_context, within
 from .._modules import tensors
 from ..errors import DeltaError, SiteError, to_the_end
 from ..names import SLOT
-from . import runs
+from .blocks import has_blocks, in_place, note_blocks
 from .marks import Mark
 
+MERGED = "_extra_state"  # the end of the key of what says which layers are merged
 LONGEST_NAME = 64
 NAME = re.compile(rf"[A-Za-z0-9_-]{{1,{LONGEST_NAME}}}")
 
@@ -69,7 +71,9 @@ class Stack(nn.ModuleDict):
 
     def __init__(self) -> None:
         super().__init__()
-        self.__dict__.update(ran=set(), steps=[])  # not by nn.Module.__setattr__, which is slow
+        # not by nn.Module.__setattr__, which is slow
+        self.__dict__.update(ran=set(), steps=[])
+        note_blocks(self)
         self.register_forward_pre_hook(_step_aside)
 
     def _acting(self, selection: Selection, ran: set[str]) -> list[DeltaLayer]:
@@ -106,6 +110,17 @@ class Stack(nn.ModuleDict):
         """Return the names of the layers that are merged into the weights, the innermost first."""
         return [name for step in self.steps for name in step.layers]
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Add a tensor that says which layers are merged.
+
+        Its key is torch's for what is no parameter and no buffer, so that tools let it through.
+        torch.export, which takes its tensors with `keep_vars`, would not.
+        """
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.steps and not keep_vars:
+            mark = merge_mark(self)
+            destination[prefix + MERGED] = torch.tensor(mark, dtype=torch.uint8, device="cpu")
+
     def forward(self, input: Any) -> Any:
         """Return `input`: modules such as Sequential call all their children."""
         return input
@@ -128,11 +143,7 @@ class Stack(nn.ModuleDict):
         Args:
             raw: `call` is the forward of a Linear or Conv1D.
         """
-        if torch.compiler.is_compiling():  # a note would add a guard to the graph
-            acting, router = acting_on(self), self.routed
-        else:
-            selection = CURRENT.get()
-            acting, router = self._acting(selection, self.ran), selection.routers.get(self)
+        acting, router = now(self)
         if router is not None:
             return functools.partial(router.run, self, acting, call, module, raw)
         return self.onion(acting, call, module, raw)
@@ -144,13 +155,16 @@ class Stack(nn.ModuleDict):
         index = 0
         # compiled code must not depend on the kept factors
         kept = None if torch.compiler.is_compiling() else self.frozen
+        combines = has_blocks(self)
+        if combines:
+            acting = in_place(self, acting)
         while index < len(acting):
             layer = acting[index]
             if kept is None:
                 run = runs.pairs(acting, index)
                 count = len(run)
             else:
-                run, count = kept.run(acting, index)
+                run, count = kept.run(_plain(acting, index) if combines else acting, index)
             if run:
                 call = functools.partial(low_rank.add, call, run, raw and index == 0)
                 index += count
@@ -170,7 +184,7 @@ class Stack(nn.ModuleDict):
         acting = acting_on(self) if compiling else self._acting(CURRENT.get(), self.ran)
         if self.routed is not None:
             self.routed.check_alike(acting)
-        for layer in acting:
+        for layer in arranged(acting) if has_blocks(self) else acting:
             if layer.stand_in is None:
                 params = layer.fold(params)
             else:
@@ -235,15 +249,30 @@ def acting_on(stack: Stack) -> list[DeltaLayer]:
     return stack._acting(CURRENT.get(), set())
 
 
+def now(stack: Stack) -> tuple[list[DeltaLayer], Any]:
+    """Return the layers that act in this call, and the `Routed` of its rows or None."""
+    if torch.compiler.is_compiling():  # a note would add a guard to the graph
+        return acting_on(stack), stack.routed
+    selection = CURRENT.get()
+    return stack._acting(selection, stack.ran), selection.routers.get(stack)
+
+
 def _in_turn(acting: list[DeltaLayer], start: int) -> int:
     """Count the layers from `start` on that only change or add to the output of those beneath."""
     count = 0
     for layer in acting[start:]:
         alone = layer.sees_module or layer.runs_as_factors or layer.handover is not None
+        alone = alone or layer.is_block
         if alone or layer.acts not in (AFTER, BESIDE):
             break
         count += 1
     return count
+
+
+def _plain(acting: list[Any], start: int) -> list[Any]:
+    """Return the layers up to the first block from `start` on."""
+    stop = next((i for i in range(start, len(acting)) if acting[i].is_block), len(acting))
+    return acting[:stop]
 
 
 def _run_in_turn(
@@ -269,7 +298,7 @@ def _given(out: Any, *args: Any, **kwargs: Any) -> Any:
 FEW = 50  # so many layers are never too deep
 AFTER, BESIDE = Acts.AFTER, Acts.BESIDE
 # No delta has the name of an attribute. A further attribute would refuse folders that were saved.
-RESERVED = frozenset(dir(Stack()))
+RESERVED = frozenset(name for name in dir(Stack()) if NAME.fullmatch(name))
 
 
 def stack_of(module: nn.Module) -> Stack | None:
@@ -277,6 +306,11 @@ def stack_of(module: nn.Module) -> Stack | None:
     children = module._modules
     child = children[SLOT] if SLOT in children else None  # noqa: SIM401  a ScriptModule has no get
     return child if isinstance(child, Stack) else None
+
+
+def merge_mark(stack: Stack) -> list[int]:
+    """Return the values of the tensor in a state dict that says which layers are merged."""
+    return list(", ".join(stack.merged()).encode())
 
 
 def check_name(name: str) -> None:

@@ -6,7 +6,9 @@ When the last layer leaves, the class and the child leave too.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import torch
@@ -18,9 +20,12 @@ from .._modules import calls, kinds, tensors, wrappers
 from ..errors import SiteError, quoted
 from ..names import SLOT, join, last
 from . import compile_limit, nested
+from .blocks import note_blocks
+from .split import Split, divide
 from .stack import Stack, acting_on, stack_of
 
 _cache: Any = functools.cache  # Any: its annotation allows no class of a module as argument
+FUSES = "torch.nn.utils.fusion"  # its functions write new weights into a copy of a module
 
 
 def _reading(name: str) -> property:
@@ -45,9 +50,9 @@ def _showing_config() -> property:
 
     def read(self: nn.Module) -> Any:
         config, stack = self.__dict__["config"], stack_of(self)
-        showing = [layer for layer in stack.values() if layer.shows_config] if stack else []
-        acting = [layer for layer in showing if layer.record.active]
-        return acting[-1].shown_config(config) if acting else config
+        layers = [layer for layer in stack.values() if layer.shows_config] if stack else []
+        showing = [layer for layer in layers if layer.shows(self)]
+        return showing[-1].shown_config(config) if showing else config
 
     def write(self: nn.Module, value: Any) -> None:
         self.__dict__["config"] = value
@@ -67,6 +72,30 @@ def _resizing(base: Any) -> Callable[..., Any]:
         return call(*args, **kwargs)
 
     return resize_token_embeddings
+
+
+def _registering(base: type[nn.Module]) -> Callable[..., None]:
+    """Return the method by which torch's tensor parallelism gives a module parts of its weight."""
+
+    def register_parameter(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        stack, before = stack_of(self), self._parameters.get(name)
+        if stack and tensors.is_dtensor(param) and not tensors.is_dtensor(before):
+            raise SiteError(
+                f"{', '.join(stack)} on this {base.__name__} cannot be split with it: call "
+                "detach(), parallelize the model, then attach()"
+            )
+        base.register_parameter(self, name, param)
+
+    return register_parameter
+
+
+def _check_unfused(base: type, copier: FrameType | None) -> None:
+    """Raise if the code that copies a site would write new weights under the deltas."""
+    if copier is not None and copier.f_globals.get("__name__") == FUSES:
+        raise SiteError(
+            f"{FUSES} would write new weights into a copy of this {base.__name__}, under its "
+            "deltas: fuse a plain model, composition(model).to_backbone()"
+        )
 
 
 @_cache
@@ -97,9 +126,8 @@ def site_class(base: type[nn.Module], reads: bool = False) -> type[nn.Module]:
         reads: `.weight` and `.bias` show the folded values, for a parent that reads them instead of
             calling the module.
     """
-    raw = kinds.raw_forward(base)
+    raw: Any = kinds.raw_forward(base)
     plain, is_raw = (raw if reads else base.forward), raw is not None
-    assert plain is not None
 
     # It is in the class body, because transformers' checkpointing layers look there. It is wrapped,
     # because Trainer and generate() read its signature. It does not use super(), because other code
@@ -115,11 +143,13 @@ def site_class(base: type[nn.Module], reads: bool = False) -> type[nn.Module]:
         return call(*args, **kwargs)
 
     def __reduce_ex__(self: nn.Module, protocol: object) -> tuple:
+        _check_unfused(base, sys._getframe(1).f_back)
         state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
         return _unpickle, (base, reads), state
 
     body: dict[str, Any] = {
         "forward": forward,
+        "register_parameter": _registering(base),
         "__reduce_ex__": __reduce_ex__,
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
@@ -238,7 +268,9 @@ def _check_reads(
     """Raise if `module` cannot show its weight with the layers of `stack` and the new one."""
     acting = [*(stack.in_order() if stack is not None else ()), new]
     for each, other in acting:
-        if not other.folds and (other.stand_in is None or not shows_weight(other.stand_in)):
+        if not other.shows_in_weight and (
+            other.stand_in is None or not shows_weight(other.stand_in)
+        ):
             raise SiteError(
                 f"{here}: its parent reads .weight instead of calling it, so only layers that fold "
                 f"into the weight act there; {each!r} ({type(other).__name__}) does not. Choose "
@@ -265,10 +297,15 @@ def _check_reads(
         )
 
 
-def add(module: nn.Module, name: str, layer: DeltaLayer, reads: bool) -> Stack:
+def add(
+    module: nn.Module, name: str, layer: DeltaLayer, reads: bool, split: Split | None = None
+) -> Stack:
     """Put `layer` on the stack of `module` as the outermost layer; call `check` before.
 
     After an interrupted call, call `remove` and `clear`.
+
+    Args:
+        split: how the ranks share `module` in tensor parallelism; None: there is none.
     """
     stack, base = stack_of(module), plain_class(module)
     layer.train(module.training)
@@ -277,7 +314,10 @@ def add(module: nn.Module, name: str, layer: DeltaLayer, reads: bool) -> Stack:
         wrappers.set_class(module, site_class(type(module), reads))
     elif base is not None and reads != vars(type(module))["_site_reads"]:
         wrappers.set_class(module, site_class(base, reads))
+    if split is not None:
+        divide(stack, split)
     stack[name] = layer
+    note_blocks(stack)
     return stack
 
 
@@ -289,6 +329,7 @@ def remove(module: nn.Module, name: str) -> None:
             stack.frozen.forget(stack[name])  # type: ignore[arg-type]
         stack.ran.discard(name)
         del stack[name]
+        note_blocks(stack)
 
 
 def clear(module: nn.Module) -> None:

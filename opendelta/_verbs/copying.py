@@ -84,8 +84,7 @@ def to_backbone(model: Module) -> Module:
     silent, read = _silent(backbone), merging.read_beside(backbone, backbone.stacks)
     copied = shared_copy(model)
     for where, stack in backbone.stacks.items():
-        run = [(n, ly) for n, ly in stack.in_order() if ly.folds and ly.record.active]
-        run = [(n, ly) for n, ly in run if ly.acts.in_the_weights]
+        run = merging.run_of(stack)
         stand_ins = [own for name, own in _stand_ins(stack) if (where, name) not in silent]
         if stand_ins:
             _check_unread_copy(where, backbone.modules[where], stand_ins[-1], read)

@@ -19,14 +19,16 @@ from .._deltas import first_forward
 from .._layers.base import Acts, DeltaLayer
 from .._layers.record import Record
 from .._modules.tensors import is_plain, is_sharded, lasting
+from .._show.notebooks import InNotebooks
 from .._sites import swap
+from .._sites.blocks import has_blocks, in_block, unmerged
 from .._sites.merged import Named, check_unchanged, factor_of, fold_into, undo
 from .._sites.stack import Stack, Step
 from ..errors import SiteError, to_the_end
 
 
 @dataclass(frozen=True)
-class MergeReport:
+class MergeReport(InNotebooks):
     """The result of `merge`.
 
     Attributes:
@@ -55,14 +57,21 @@ def foldable_run(
 
     The innermost layer comes first.
     """
-    run: list[Named] = []
-    for name, layer in stack.in_order():
-        if name in stack.merged() or layer.acts is Acts.SERVES:
-            continue
-        if not layer.folds or not layer.record.active:
-            return run, (name, layer)
-        run.append((name, layer))
-    return run, None
+    layers = [(ly.record.name, ly) for ly in unmerged(stack) if ly.acts is not Acts.SERVES]
+    stops = (n for n, (_, ly) in enumerate(layers) if not (ly.folds and ly.record.active))
+    count = next(stops, len(layers))
+    while (shared := _shared(stack, layers, count)) is not None:
+        count = shared
+    return layers[:count], layers[count] if count < len(layers) else None
+
+
+def _shared(stack: Stack, layers: list[Named], count: int) -> int | None:
+    """Return which of the first `count` layers has a delta that a block after them has too."""
+    if not has_blocks(stack):
+        return None
+    after = {name for _, layer in layers[count:] for name in in_block(stack, layer)}
+    inside = enumerate(in_block(stack, layer) for _, layer in layers[:count])
+    return next((number for number, held in inside if after.intersection(held)), None)
 
 
 def _runs_to_merge(backbone: Backbone, wanted: Collection[Record] | None) -> dict[str, list[Named]]:
@@ -96,6 +105,12 @@ def _runs_to_merge(backbone: Backbone, wanted: Collection[Record] | None) -> dic
     return runs
 
 
+def run_of(stack: Stack) -> list[Named]:
+    """Return the layers that a plain model has in its weights, the innermost first."""
+    acting = [ly for ly in unmerged(stack) if ly.record.active]
+    return [(ly.record.name, ly) for ly in acting if ly.acts.in_the_weights]
+
+
 def _needed(
     where: str,
     stack: Stack,
@@ -107,7 +122,15 @@ def _needed(
     names = {name for name, layer in stack.in_order() if layer.record in wanted}
     names = {n for n in names if n not in stack.merged() and stack[n].acts is not Acts.SERVES}
     in_run = [name for name, _ in run]
+    held = {n: name for name, ly in (*run, *([stop] if stop else [])) for n in in_block(stack, ly)}
     for name in names - set(in_run):
+        block = held.get(name, name)
+        if block in names and block != name:
+            continue
+        if block != name:
+            raise SiteError(
+                f"{where!r}: {name!r} is in the block {block!r}: merge that", where=where
+            )
         assert stop is not None
         raise SiteError(_refusal(where, name, stack[name], *stop), where=where)  # type: ignore[arg-type]
     last = max((in_run.index(name) for name in names), default=-1)
@@ -126,20 +149,21 @@ def _refusal(where: str, name: str, layer: DeltaLayer, stop: str, blocker: Delta
     def what(which: DeltaLayer) -> str:
         if not which.record.active:
             return "is disabled: enable it, or detach it"
+        if which.folds:
+            return "shares a delta with a block that would not be merged: detach one of the two"
         return _unfolded(which)
 
     if name == stop:
-        return f"{where!r}: {name!r} {what(layer)}"
+        return f"{where!r}: {name!r} {what(blocker)}"
     return f"{where!r}: {name!r} stands on {stop!r}, which {what(blocker)}"
 
 
 def _unfolded(layer: DeltaLayer) -> str:
     """Return a text that the layer does not fold, with the reason if the class can fold."""
     why = "its gate goes by what it reads" if layer.gate is not None else layer.why_not
-    able = type(layer).can_fold()
-    return f"({type(layer).__name__}) does not fold into a weight" + f" ({why})" * (
-        able and why != ""
-    )
+    why = why if layer.is_block or type(layer).can_fold() else ""
+    kind = type(getattr(layer, "layer", layer)).__name__
+    return f"({kind}) does not fold into a weight" + f" ({why})" * (why != "")
 
 
 def _check_module(
@@ -206,12 +230,13 @@ def _check_acting(backbone: Backbone, runs: Mapping[str, Sequence[Named]]) -> No
     Only layers that have not run are looked at, by a run on shapes: in modules whose code may do
     so, and, if no run is possible, where a forward has missed a module that something else holds.
     """
+    called = {w: r for w, r in runs.items() if not swap.weight_is_read(backbone.modules[w], False)}
+    _check_missed(backbone, called)
     silent = [
         (where, name)
-        for where, run in runs.items()
+        for where, run in called.items()
         for name, _ in run
         if name not in backbone.stacks[where].ran
-        and not swap.weight_is_read(backbone.modules[where], False)
     ]
     unnamed = {where for where, _ in silent if reading.may_be_read(backbone, where)}
     missed = first_forward.missed(backbone)
@@ -227,6 +252,25 @@ def _check_acting(backbone: Backbone, runs: Mapping[str, Sequence[Named]]) -> No
                 f"weight is read, attach with reads=True; or disable {name!r}",
                 where=where,
             )
+
+
+def _check_missed(backbone: Backbone, runs: Mapping[str, Sequence[Named]]) -> None:
+    """Raise if a forward has missed a layer that ran in another, and code may read its module.
+
+    So it is if one branch of the code around calls the module, and another reads its weight.
+    """
+    for where, run in runs.items():
+        stack = backbone.stacks[where]
+        for name, layer in [item for _, ly in run for item in in_block(stack, ly).items()]:
+            ran = name in stack.ran
+            if layer.missed and ran and reading.code_may_read(backbone, where):
+                raise SiteError(
+                    f"{where!r} ({type(backbone.modules[where]).__name__}): {name!r} ran in some "
+                    "forwards, not in all, and the code around may read the module's weight or "
+                    "bias instead of calling it: then a merge would change what the model "
+                    f"computes. Attach with reads=True; or disable {name!r}",
+                    where=where,
+                )
 
 
 def read_beside(backbone: Backbone, names: Iterable[str]) -> dict[str, set[str] | None]:
@@ -273,13 +317,13 @@ def merge(backbone: Backbone, wanted: Collection[Record] | None = None) -> Merge
     _check_acting(backbone, runs)
     read = read_beside(backbone, runs)
     report = MergeReport()
-    steps = {where: Step(dict(run)) for where, run in runs.items()}
+    steps = {where: _step(backbone.stacks[where], run) for where, run in runs.items()}
     try:
         for where, run in runs.items():
             error = fold_into(where, backbone.modules[where], run, steps[where])
             check_unread(where, backbone.modules[where], steps[where], read.get(where, set()))
             backbone.stacks[where].steps.append(steps[where])
-            for _, layer in run:
+            for layer in steps[where].layers.values():
                 layer.record.merged.add(steps[where])
             report.errors.update({} if error is None else {where: error})
     except BaseException:  # Ctrl-C, too
@@ -287,8 +331,8 @@ def merge(backbone: Backbone, wanted: Collection[Record] | None = None) -> Merge
             undo(backbone.modules[where], backbone.stacks[where], step)
         raise
     for where, stack in backbone.stacks.items():
-        for _, layer in runs.get(where, ()):
-            layer.record.enabled = True  # it was active, maybe just in an open block
+        for layer in steps[where].layers.values() if where in steps else ():
+            layer.record.enabled = layer.record.active  # it may act just in an open block
         if merged := stack.merged():
             report.merged[where] = merged
         acting = [
@@ -297,6 +341,11 @@ def merge(backbone: Backbone, wanted: Collection[Record] | None = None) -> Merge
         if left := [name for name in acting if name not in merged]:
             report.left[where] = left
     return report
+
+
+def _step(stack: Stack, run: Sequence[Named]) -> Step:
+    """Return the merge of a run on one module: with all deltas in its blocks."""
+    return Step({n: ly for _, layer in run for n, ly in in_block(stack, layer).items()})
 
 
 def check_whole(backbone: Backbone) -> None:
@@ -308,16 +357,14 @@ def check_whole(backbone: Backbone) -> None:
     _check_in_place(backbone)
     users, runs = backbone.users(), {}
     for where, stack in backbone.stacks.items():
-        for name, layer in stack.in_order():
-            aside = not layer.acts.in_the_weights or not layer.record.active
-            if not aside and not layer.folds:
+        run = run_of(stack)
+        for name, layer in run:
+            if not layer.folds:
                 raise SiteError(
                     f"{where!r}: {name!r} {_unfolded(layer)}, so no plain model computes the same; "
                     "disable it to leave it out",
                     where=where,
                 )
-        acting = [(n, ly) for n, ly in stack.in_order() if ly.record.active]
-        run = [(name, layer) for name, layer in acting if layer.acts.in_the_weights]
         if run:
             _check_module(backbone, where, run, users)
             runs[where] = run

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .._layers.costs import Flops
+from .._show.notebooks import InNotebooks
 from .._show.tables import SHOWN, as_text, cells, folded, plain_table, size
 from ..errors import listed, printable
 from ..names import unnumbered
@@ -74,7 +75,7 @@ class PlannedDelta:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(InNotebooks):
     """The plan of attaching deltas; `str()` gives a table, `to_dict()` data for JSON.
 
     Attributes:

@@ -23,6 +23,7 @@ from .._deltas.registry import method
 from .._layers.base import DeltaLayer
 from .._layers.costs import Flops
 from .._modules import tensors
+from .._modules.kinds import is_packed
 from .._modules.tensors import is_sharded
 from ..errors import DeltaError, OptionError, shown
 from ..names import ancestors
@@ -234,6 +235,8 @@ def _kind_of_name(name: str) -> str:
 
 
 def _quantised(module: nn.Module) -> str | None:
+    if is_packed(module):
+        return type(module).__name__
     for parameter in module._parameters.values():
         if parameter is not None and not tensors.is_plain(parameter):
             return None if is_sharded(parameter) else type(parameter).__name__

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import random
-import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,22 +20,26 @@ from .._backbone.shapes import PROBING
 from .._deltas import buffers
 from .._deltas.first_forward import unreached_in
 from .._layers.dtypes import BACKBONE, dtype_for
+from .._layers.seen import Seen, together
+from .._layers.selection import OpenBlock
 from .._modules.calls import every
 from .._modules.tensors import HALVES, is_sharded, lasting, size
+from .._show.notebooks import InNotebooks
 from ..errors import DeltaError, listed
 from ..names import SLOT, join, parent
+from .put_back import put_back
 
 SHOWN = 4  # names in a list; more are left out
-PACKED = 2**20  # a larger buffer of whole numbers holds packed weights: no forward changes them
 
 
 @dataclass(frozen=True)
-class CheckReport:
+class CheckReport(InNotebooks):
     """The findings of `check`: true if all is well; `str()` says what to do.
 
     Attributes:
         model: the class of the backbone.
         unreached: active delta layers that did not run.
+        unchosen: deltas in blocks that no token of the batch chose, on no module.
         no_gradient: trainable parameters that got no gradient in a backward.
         not_optimized: trainable parameters that the optimizer does not hold.
         optimized_twice: parameters that the optimizer holds more than once.
@@ -61,6 +62,7 @@ class CheckReport:
 
     model: str
     unreached: list[str]
+    unchosen: list[str] = field(default_factory=list)
     no_gradient: list[str] = field(default_factory=list)
     not_optimized: list[str] = field(default_factory=list)
     optimized_twice: list[str] = field(default_factory=list)
@@ -88,6 +90,8 @@ class CheckReport:
         found = [
             (self.unreached, "delta layers did not run", "if the module around one reads its "
              "weight instead of calling it, choose that module, or pass reads=True"),
+            (self.unchosen, "deltas are in a block whose tokens all chose others", "if other "
+             "batches do so too, train with balance_loss(), or with noise= or a larger top_k="),
             (self.no_gradient, "trainable parameters got no gradient", "what they belong to is "
              "disabled, merged, not reached or behind a detach; freeze it, or let it act"),
             (self.not_optimized, "trainable parameters are not in the optimizer", "make it after "
@@ -149,6 +153,7 @@ def check(
 ) -> CheckReport:
     """Run `model` forward and backward once, and report the mistakes that would spoil training.
 
+    Inside a block such as `only("a")` the deltas that do not act are left out: others train them.
     A compiled model runs eagerly. Gradients, buffers such as BatchNorm's statistics, random number
     generators and modes are afterwards as they were.
 
@@ -182,21 +187,21 @@ def check(
         raise DeltaError(f"{type(plain).__name__} carries no delta, so there is nothing to check")
     sharding.settle(backbone)  # a gathered tensor has the dtype in which the model computes
     sharding.check_uniform(backbone)
-    trainable = {name: p for name, p in plain.named_parameters() if p.requires_grad}
+    trainable = _trainable(backbone, plain)
     held = None if optimizer is None else _held(optimizer)
     at_rest = _at_rest(optimizer)
-    changed: set[str] = set()
-    missed, no_gradient, not_checked = _run(backbone, batch, trainable, changed)
+    changed, seen = set[str](), Seen()
+    missed, no_gradient, not_checked = _run(backbone, batch, trainable, changed, seen)
     moving = buffers.moving(backbone, changed)
-    known = {id(p) for p in plain.parameters()}
     names = {id(p): name for name, p in plain.named_parameters()}
     return CheckReport(
         model=type(plain).__name__,
         unreached=missed,
+        unchosen=_unchosen(seen),
         no_gradient=no_gradient,
         not_optimized=[n for n, p in trainable.items() if held is not None and id(p) not in held],
-        optimized_twice=[names[i] for i, n in (held or {}).items() if n > 1 and i in known],
-        strangers=len((held or {}).keys() - known),
+        optimized_twice=[names[i] for i, n in (held or {}).items() if n > 1 and i in names],
+        strangers=len((held or {}).keys() - names.keys()),
         at_rest=[n for n, p in trainable.items() if id(p) in at_rest],
         untrained=untrained(backbone),
         frozen=_all_frozen(backbone),
@@ -209,6 +214,18 @@ def check(
         all_train=all(p.requires_grad for p in backbone.parameters().values()),
         not_checked=not_checked,
     )
+
+
+def _trainable(backbone: Backbone, model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return what trains, without the deltas that an open block keeps from acting."""
+    resting = {
+        id(p)
+        for *_, layer in backbone.delta_layers()
+        if layer.record.enabled and not layer.record.active
+        for p in layer.parameters()
+    }
+    named = model.named_parameters()
+    return {name: p for name, p in named if p.requires_grad and id(p) not in resting}
 
 
 def _inner(model: nn.Module) -> nn.Module:
@@ -254,12 +271,15 @@ def _run(
     batch: Samples | None,
     trainable: dict[str, nn.Parameter],
     changed: set[str],
+    seen: Seen,
 ) -> tuple[list[str], list[str], list[str]]:
     """Return layers that did not run, parameters without gradient, and checks left out.
 
     Args:
         changed: gets the names of the modules whose buffers the forward changed.
+        seen: gets the weights of blocks.
     """
+    watched = OpenBlock(watchers={record.shared: seen for record in backbone.records()})
     check_inputs("batch", batch)
     why = _no_backward(backbone)
     results: list[Any] = []
@@ -277,7 +297,8 @@ def _run(
                 stack.ran.clear()
             eager = torch.compiler.set_stance("force_eager")
             before = buffers.copies(backbone)
-            with _put_back(backbone), torch.set_grad_enabled(why is None), eager:
+            seen.begin()
+            with put_back(backbone), torch.set_grad_enabled(why is None), eager, watched:
                 args, kwargs = of_samples(batch)
                 look(backbone.model(*args, **kwargs))
                 changed |= buffers.changed(backbone, before)
@@ -285,6 +306,20 @@ def _run(
         PROBING.reset(token)
     missed, (without, problem) = results
     return missed, without, [problem] if problem else []
+
+
+def _unchosen(seen: Seen) -> list[str]:
+    """Return the deltas that act in blocks, and to which no token gave a weight."""
+    used: dict[tuple[str, str], bool] = {}
+    for (stack, block), runs in seen.runs.items():
+        weights, logits, *_ = together(runs)
+        if logits is None:
+            continue
+        for number, name in enumerate(stack[block].record.config.children):
+            if (logits[..., number] > -torch.inf).any():
+                chosen = bool(weights[..., number].any())
+                used[block, name] = used.get((block, name), False) or chosen
+    return [f"{name} in {block}" for (block, name), chosen in used.items() if not chosen]
 
 
 def _no_backward(backbone: Backbone) -> str | None:
@@ -328,34 +363,6 @@ def _recomputes(end: Tensor) -> bool:
             return True
         todo += [before for before, _ in node.next_functions]
     return False
-
-
-@contextlib.contextmanager
-def _put_back(backbone: Backbone) -> Iterator[None]:
-    """Put back the buffers and random number generators that the block changes."""
-    tables = [(m._buffers, k, b) for m in backbone.model.modules() for k, b in m._buffers.items()]
-    copies = {
-        id(b): (b, b.detach().clone())
-        for _, _, b in tables
-        if b is not None and (b.is_floating_point() or b.numel() <= PACKED) and not b.is_meta
-    }
-    numpy: Any = sys.modules.get("numpy")
-    drawn = random.getstate(), numpy.random.get_state() if numpy else None
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=list(devices)):
-        try:
-            yield
-        finally:
-            random.setstate(drawn[0])
-            if numpy:
-                numpy.random.set_state(drawn[1])
-            with torch.no_grad():
-                for buffer, copy in copies.values():
-                    if not torch.equal(buffer, copy):
-                        buffer.copy_(copy)
-            for table, key, before in tables:
-                if table.get(key) is not before:
-                    table[key] = before
 
 
 def _all_frozen(backbone: Backbone) -> list[str]:

@@ -42,21 +42,37 @@ def about(
 
 def app() -> Any:
     """Return the command with all its subcommands."""
-    from . import changing, looking, picking  # start-up: typer may be missing; see `main`
+    from . import (  # start-up: typer may be missing; see `main`
+        changing,
+        comparing,
+        looking,
+        picking,
+        reporting,
+    )
     from .requests import DeltasInOrder  # start-up: likewise
-    from .training import demo  # start-up: likewise
+    from .training import demo, train  # start-up: likewise
 
     command = typer.Typer(
         no_args_is_help=True, invoke_without_command=True, pretty_exceptions_enable=False
     )
-    command.callback()(about)
-    command.command()(looking.tree)
-    command.command(cls=DeltasInOrder)(looking.plan)
-    command.command(cls=DeltasInOrder)(picking.pick)
-    others: list[Any] = [looking.explain, looking.show, looking.diff]
-    for function in (*others, changing.merge, changing.convert, changing.verify, demo):
-        command.command()(function)
+    command.callback(help=_help(about))(about)
+
+    def add(function: Any, cls: Any = None) -> None:
+        command.command(cls=cls, help=_help(function))(function)
+
+    add(looking.tree)
+    add(looking.plan, DeltasInOrder)
+    add(picking.pick, DeltasInOrder)
+    others: list[Any] = [looking.explain, looking.show, looking.diff, reporting.report]
+    others += [changing.merge, changing.convert, changing.verify]
+    for function in (*others, comparing.compare, train, demo):
+        add(function)
     return command
+
+
+def _help(function: Any) -> str:
+    """Return a docstring with each paragraph as one line, which fits any width of terminal."""
+    return "\n\n".join(" ".join(each.split()) for each in (function.__doc__ or "").split("\n\n"))
 
 
 def main() -> None:

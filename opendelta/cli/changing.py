@@ -14,16 +14,16 @@ import typer
 
 import opendelta
 
+from .._checkpoint import contents as reading
 from .._checkpoint import hub
 from .._files.folder import check_folder, writable
 from ..errors import DeltaError, DeltaLoadError, UncheckedWarning
 from ..interop.peft import writing
-from . import contents as reading
 from . import models
 from .looking import AsJson, Checkpoint, Class, Model, as_json, saved_from, say
 
 
-class Format(str, enum.Enum):
+class Format(enum.StrEnum):
     """The formats that `convert` can write."""
 
     opendelta = "opendelta"
@@ -163,4 +163,4 @@ def _compared(report: opendelta.LoadReport) -> str:
         return "only names and shapes were compared, and no values of the weights under them"
     which = f"{same} of {same + unread} weights" if unread else "the weights"
     rest = "; of the others only names and shapes were compared" * bool(unread)
-    return f"{which} under them are those that they were trained on{rest}"
+    return f"{which} under them are, by a few values of each, those of the training{rest}"

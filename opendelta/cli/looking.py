@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 import json
 import math
 import os
@@ -14,10 +15,12 @@ from rich.console import Console
 
 import opendelta
 
+from .._checkpoint import contents as reading
+from .._deltas import requests
+from .._show.data import for_json
 from .._show.tables import WIDTH, cells, folded, plain_table, size
 from ..errors import DeltaError, listed, printable
-from . import contents as reading
-from . import models, requests
+from . import models
 
 SHOWN = 8  # names in a list; more are left out
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder, config.json or hub name.")]
@@ -43,6 +46,13 @@ Places = Annotated[
 ]
 
 
+class Drawn(enum.StrEnum):
+    """Forms of a picture."""
+
+    svg = "svg"
+    html = "html"
+
+
 def console() -> Console:
     """Return standard output: as wide as the terminal, or as COLUMNS says, or else `WIDTH`."""
     known = sys.stdout.isatty() or "COLUMNS" in os.environ
@@ -50,8 +60,8 @@ def console() -> Console:
 
 
 def as_json(data: Any) -> None:
-    """Print `data` as JSON."""
-    print(json.dumps(data, indent=2))
+    """Print `data` as JSON; numbers that JSON does not have are null."""
+    print(json.dumps(for_json(data), indent=2, allow_nan=False))
 
 
 def say(*lines: str) -> None:
@@ -65,18 +75,32 @@ def tree(
     roles: Annotated[
         bool, typer.Option("--roles", help="List the roles instead, for --at of `plan`.")
     ] = False,
+    deltas: Annotated[
+        str | None, typer.Option(metavar="CHECKPOINT", help="Draw the deltas in it, too.")
+    ] = None,
+    to: Annotated[Drawn | None, typer.Option(help="Print the picture as SVG or HTML.")] = None,
     json: AsJson = False,
 ) -> None:
     """Draw the modules of MODEL; modules that are alike are drawn once. No weights are needed.
 
     Example: opendelta tree roberta-base
 
+    Example: opendelta tree roberta-base --deltas my-composition --to svg > tree.svg
+
     Example: opendelta tree my-model/config.json --class BertForMaskedLM --roles
     """
-    built = models.without_weights(model, class_name)
+    saved = saved_from(deltas) if deltas else ""
+    built = models.without_weights(model, class_name, saved)
+    if deltas:
+        opendelta.load(deltas, built, check_backbone=False)
+    if to and (roles or json):
+        raise typer.BadParameter("--to draws the tree: leave out --roles and --json")
     if not roles:
         drawn = opendelta.tree(built)
-        as_json(drawn.to_dict()) if json else drawn.show()
+        if to:
+            print(opendelta.tree(built, to=to.value))
+        else:
+            as_json(drawn.to_dict()) if json else drawn.show()
         return
     found = opendelta.roles(built)
     if json:
@@ -187,15 +211,13 @@ def show(checkpoint: Checkpoint, json: AsJson = False) -> None:
     for heading in ("where", "options"):
         table.add_column(heading, overflow="fold")
     for delta in held.deltas:
-        state = ["active" if delta["active"] else "disabled", *["frozen"] * bool(delta["frozen"])]
-        state += [f"scale {delta['scale']:g}"] * (delta["scale"] != 1)
         places = [*folded(delta["modules"]), *(f"own {n}" for n in delta["modules_to_save"])]
         shown = [*places[:SHOWN], *["..."] * (len(places) > SHOWN)]
         options = [f"{name}={value!r}" for name, value in delta["options"].items()]
         row = (
             delta["name"],
             delta["delta_type"],
-            ", ".join(state),
+            ", ".join(reading.states(delta)),
             f"{delta['parameters']:,}",
             shown,
             options,

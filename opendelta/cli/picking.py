@@ -9,8 +9,9 @@ import typer
 
 import opendelta
 
+from .._deltas import requests
 from .._picker import session
-from . import models, requests
+from . import models
 from .looking import AsJson, Class, Model, Options, Places, Types, as_json, requested
 
 

@@ -1,4 +1,4 @@
-"""The demo: learn two tasks on one pretrained encoder, save them, switch, and detach them.
+"""The demo: learn two tasks on one pretrained encoder, save, switch, combine and detach them.
 
 It imports the public names, as a user does; only `cli` may import it.
 """
@@ -6,9 +6,10 @@ It imports the public names, as a user does; only `cli` may import it.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -17,8 +18,10 @@ from torch import Tensor, nn
 
 from .. import (
     AdapterModel,
+    AverageModel,
     Delta,
     DeltaError,
+    GateModel,
     LoraModel,
     assert_pristine,
     composition,
@@ -58,10 +61,13 @@ class Outcome:
     Attributes:
         rows: for the questions: the plain backbone, each delta alone, and last both.
         messages: the share of the test messages that are sorted right.
+        mixed: of questions and messages mixed, learned from few: {what acts: the share of the
+            test texts that is sorted right}; the gate is last.
     """
 
     rows: list[Row]
     messages: float
+    mixed: dict[str, float]
 
     @property
     def questions(self) -> float:
@@ -114,7 +120,7 @@ def run(
     seed: int = 0,
     quiet: bool = False,
 ) -> Outcome:
-    """Run the demo: compose, train, compare, save, reload, switch and detach; print each step.
+    """Run the demo: compose, train, compare, save, reload, switch, mix and detach; print each step.
 
     Args:
         train_size: number of questions to train on; there are a third as many messages.
@@ -139,8 +145,15 @@ def run(
         rows, questions = learn_questions(model, tasks["questions"], epochs, seed, folder, console)
         messages = learn_messages(model, tasks["messages"], epochs, seed, folder, console)
         expected = {"questions": questions, "messages": messages}
-        share(folder, tasks, expected, console)
-        outcome = Outcome(rows, accuracy(messages, labels_of(tasks["messages"])))
+        backbone = load_backbone(len(tasks["questions"].classes))
+        before = snapshot(backbone)
+        share(backbone, folder, tasks, expected, console)
+        mixed = learn_mixed(backbone, tasks, seed, folder, console)
+        for delta in list(composition(backbone)):
+            delta.detach()
+        assert_pristine(backbone, like=before)
+        console.print("detached, the first one first: that MiniLM is as it was, bit for bit\n")
+        outcome = Outcome(rows, accuracy(messages, labels_of(tasks["messages"])), mixed)
     console.print(
         f"test accuracy: {outcome.questions:.3f} on questions, {outcome.messages:.3f} on messages"
     )
@@ -251,16 +264,18 @@ def table(rows: Sequence[Row], trained: float) -> Table:
 
 
 def share(
-    folder: Path, tasks: Mapping[str, Texts], expected: Mapping[str, Tensor], console: Console
+    backbone: nn.Module,
+    folder: Path,
+    tasks: Mapping[str, Texts],
+    expected: Mapping[str, Tensor],
+    console: Console,
 ) -> None:
-    """Put both saved compositions on a new backbone, switch between them, and detach them.
+    """Put both saved compositions on a new backbone, and switch between them.
 
     Raises:
         DeltaError: a task gives other logits than before it was saved.
     """
     console.print("\n3. Both compositions on a new MiniLM, side by side, switched for each task.\n")
-    backbone = load_backbone(len(tasks["questions"].classes))
-    before = snapshot(backbone)
     names: dict[str, list[str]] = {}
     for task in tasks:
         known = composition(backbone).names
@@ -278,7 +293,52 @@ def share(
         facts = [f"{logits.size(1)}", f"{right:.3f}", f"{size_of(folder / task) / 1e6:.1f} MB"]
         drawn.add_row(task, " + ".join(names[task]), *facts, f"all {logits.numel():,}")
     console.print(drawn)
-    for delta in list(both):
+
+
+def learn_mixed(
+    model: nn.Module, tasks: Mapping[str, Texts], seed: int, folder: Path, console: Console
+) -> dict[str, float]:
+    """Learn to sort the texts of both tasks from few: with a new LoRA, a sum and a gate.
+
+    Each has a classifier of its own; the deltas that are on the model stay as they are.
+
+    Returns:
+        {what acts: the share of the test texts that is sorted right}.
+    """
+    console.print("\n4. Both tasks mixed, few texts to learn from: a gate combines what is known.")
+    texts = data.mixed(list(tasks.values()), max(1, len(tasks["questions"].train) // 90))
+    introduce(texts, "texts", console)
+    both = composition(model)
+    names = list(both.names)
+    own: dict[str, Any] = {"modules_to_save": ["classifier"], "num_labels": len(texts.classes)}
+    trials: dict[str, Callable[[], Delta]] = {
+        "a new LoRA alone": lambda: LoraModel(model, **own),
+        "the sum of the three": lambda: AverageModel(
+            model, deltas=names, weights=[1.0] * len(names), **own
+        ),
+        "a gate over the three": lambda: GateModel(model, deltas=names, **own),
+    }
+    found = {}
+    drawn = Table("what acts")
+    for column in ("trained parameters", "test accuracy"):
+        drawn.add_column(column, justify="right")
+    for what, attach in trials.items():
+        delta = attach()
+        delta.freeze_module(exclude=[delta.name])
+        with both.only(delta.name):
+            train(
+                model,
+                texts,
+                10,
+                3e-3,
+                seed,
+                folder / "trainer",
+                console,
+                per_device_train_batch_size=16,
+                eval_strategy="no",
+            )
+            found[what] = accuracy(predict(model, texts), labels_of(texts))
+        drawn.add_row(what, f"{statistics(model).trainable_parameters:,}", f"{found[what]:.3f}")
         delta.detach()
-    assert_pristine(backbone, like=before)
-    console.print("detached, the first one first: that MiniLM is as it was, bit for bit\n")
+    console.print("", drawn, sep="\n")
+    return found

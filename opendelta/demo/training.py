@@ -24,36 +24,38 @@ def train(
     seed: int,
     folder: Path,
     console: Console,
+    **others: Any,
 ) -> None:
-    """Train the trainable parameters with transformers' Trainer, and test after each epoch."""
+    """Train the trainable parameters with transformers' Trainer, and test after each epoch.
+
+    Args:
+        others: more arguments of `TrainingArguments`.
+    """
     from transformers import PrinterCallback, Trainer, TrainingArguments
 
-    arguments = TrainingArguments(
-        str(folder),
-        num_train_epochs=epochs,
-        per_device_train_batch_size=32,
-        per_device_eval_batch_size=64,
-        learning_rate=rate,
-        warmup_steps=0.1,  # a share of all steps
-        seed=seed,
-        eval_strategy="epoch",
-        logging_first_step=True,
-        logging_steps=10,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-        use_cpu=True,
-    )
+    options: dict[str, Any] = {
+        "num_train_epochs": epochs,
+        "per_device_train_batch_size": 32,
+        "per_device_eval_batch_size": 64,
+        "learning_rate": rate,
+        "warmup_steps": 0.1,  # a share of all steps
+        "seed": seed,
+        "eval_strategy": "epoch",
+        "logging_first_step": True,
+        "logging_steps": 10,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        "use_cpu": True,
+    }
     trainer = Trainer(
         model,
-        arguments,
-        data_collator=data.collate,
-        train_dataset=data.train,
-        eval_dataset=data.test,
-        compute_metrics=lambda found: {
-            "accuracy": accuracy(torch.tensor(found.predictions), torch.tensor(found.label_ids))
-        },
+        TrainingArguments(str(folder), **{**options, **others}),
+        data.collate,
+        data.train,
+        data.test,
+        compute_metrics=lambda found: {"accuracy": accuracy(*map(torch.tensor, found))},
         callbacks=[progress(console)],
     )
     trainer.remove_callback(PrinterCallback)  # it prints dicts

@@ -9,16 +9,21 @@ import contextlib
 import copy
 import importlib
 import pkgutil
+import types
 from collections.abc import Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 from unittest import mock
 
+import torch
 from torch import nn
+from transformers import Trainer
 
+from .._deltas.state_dict import frames
 from .._handles.composition import Composition
 from .._handles.delta import Delta
 from .._modules.tensors import lasting
 from .._verbs.copying import shared_tensors
+from ..errors import DeltaError
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -28,7 +33,8 @@ def reference(model: Model, *without: str | Delta) -> Model:
 
     It computes what `model` would without these deltas, also while they are trained. It is for
     `DPOTrainer(model, ref_model=reference(model), ...)` and the like, and takes no memory for
-    weights. Make it before the trainer, which changes the model's forward.
+    weights. Make it before the trainer, which changes the model's forward. What is written into its
+    tensors is written into the model's, so `sync_ref_model=True` is refused when it runs first.
 
     Args:
         without: the deltas that it does not have, or their names. Without any: all deltas.
@@ -37,7 +43,7 @@ def reference(model: Model, *without: str | Delta) -> Model:
         DeltaError: a delta is not attached, or is merged.
     """
     composition = Composition(model)
-    left_out = {composition[d.name if isinstance(d, Delta) else d].name for d in without}
+    left_out = {composition[delta].name for delta in without}
     for delta in composition:
         delta.record.require_apart("cannot share the weights under")
     with lasting():
@@ -45,7 +51,30 @@ def reference(model: Model, *without: str | Delta) -> Model:
     for delta in list(Composition(twin)):
         if not left_out or delta.name in left_out:
             delta.detach()
+    twin.register_forward_pre_hook(_check_unsynced)
+    twin.__dict__["parameters"] = types.MethodType(_checked_parameters, twin)
     return twin.eval()
+
+
+def _checked_parameters(twin: nn.Module, *args: Any, **kwargs: Any) -> Iterator[nn.Parameter]:
+    _check_unsynced()
+    return type(twin).parameters(twin, *args, **kwargs)
+
+
+def _check_unsynced(*_: Any) -> None:
+    """Raise if a trainer that calls this, or its callback, writes into its reference model.
+
+    Raises:
+        DeltaError: it would write into the model that is trained, which has the same tensors.
+    """
+    for frame in () if torch.compiler.is_compiling() else frames():
+        caller = frame.f_locals.get("self")
+        trains = isinstance(caller, Trainer) and getattr(caller.args, "sync_ref_model", False)
+        if trains or SYNCS in frame.f_code.co_name:
+            raise DeltaError(
+                "sync_ref_model=True writes into the reference model, which lies over the weights "
+                "of the model that is trained: they would change. Use sync_ref_model=False"
+            )
 
 
 @contextlib.contextmanager
@@ -70,3 +99,4 @@ def shared_reference(model: Model, *without: str | Delta) -> Iterator[Model]:
 
 
 LOADS = "create_model_from_path"  # by which TRL's trainers load a model
+SYNCS = "sync_target_model"  # by which TRL's callback writes into the reference model

@@ -30,6 +30,7 @@ class Draft:
         options: the delta's options so far.
         sites: {full name of a module: {our tensor: values}}.
         others: tensors by the full names that they have in our files.
+        file: the name of the JSON's file.
     """
 
     folder: Path
@@ -39,6 +40,7 @@ class Draft:
     options: dict[str, Any] = field(default_factory=dict)
     sites: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     others: dict[str, Tensor] = field(default_factory=dict)
+    file: str = CONFIG
 
     def key(self, where: str, tensor: str) -> str:
         """Return the full name in our files of a tensor on the module `where`."""
@@ -51,7 +53,7 @@ class Draft:
     def refusal(self, option: str, why: str) -> DeltaLoadError:
         """Return the error for an option of the JSON."""
         given = f"{option}={shown(self.config.get(option))}"
-        return DeltaLoadError(f"{self.folder / CONFIG}: {given} cannot be loaded: {why}")
+        return DeltaLoadError(f"{self.folder / self.file}: {given} cannot be loaded: {why}")
 
     def sort(self) -> None:
         """Put the modules into the order that they have in the backbone."""

@@ -1,4 +1,4 @@
-# Written by tools/write_stubs.py: the signatures of the methods, made from their configs.
+# Written by tools/write_stubs.py: the signatures, made from the configs.
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 

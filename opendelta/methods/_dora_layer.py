@@ -13,7 +13,7 @@ from .._layers import low_rank
 from .._layers.base import params_beneath
 from .._layers.low_rank import LowRank
 from .._layers.starts import plain_weight
-from ..author import Acts, Params, Site, first_input
+from ..author import Acts, Params, Site, first_input, widened
 from ._lora_layer import LoraConfig, LoraLayer
 
 
@@ -34,9 +34,8 @@ class DoraLayer(LoraLayer):
         plain_weight(site, "use_dora")  # refuses others
         if not self.lora_A.is_meta:
             weight = params_beneath(site.module, site.beneath)["weight"]
-            weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
             with torch.no_grad():
-                self.lora_magnitude_vector.copy_(self.norm(self.kind.matrix(weight)))
+                self.lora_magnitude_vector.copy_(self.norm(self.kind.matrix(widened(weight))))
 
     @torch.no_grad()
     def norm(self, weight: Tensor) -> Tensor:

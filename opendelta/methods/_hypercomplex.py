@@ -33,11 +33,12 @@ class HypercomplexLinear(nn.Module):
             nn.init.zeros_(self.b)
 
     def forward(self, x: Tensor, shared: Any) -> Tensor:
-        A = (self.rule or shared.rule)()
-        B = (self.blocks or shared.blocks[self.key])()
+        A = (self.rule or shared.rule)(x.dtype)
+        B = (self.blocks or shared.blocks[self.key])(x.dtype)
         weight = torch.einsum("nij,nkl->ikjl", A, B)
         rows, columns = weight.size(0) * weight.size(1), weight.size(2) * weight.size(3)
-        return linear(x, weight.reshape(rows, columns).T.to(x.device), self.b)
+        bias = None if self.b is None else self.b.type_as(x)
+        return linear(x, weight.reshape(rows, columns).T.to(x.device), bias)
 
 
 class SharedParts(nn.Module):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..author import GLOROT, OptionError, Site
+from ..author import GLOROT, OptionError, Site, widened
 
 
 class Rule(nn.Module):
@@ -35,11 +35,12 @@ class Rule(nn.Module):
             else:
                 self.register_buffer(name, tensor.detach())
 
-    def forward(self) -> Tensor:
-        """Return the A_i [n, n, n]."""
+    def forward(self, dtype: torch.dtype) -> Tensor:
+        """Return the A_i [n, n, n], computed in at least `dtype`."""
         if self.factorized:
-            return torch.bmm(self.phm_rule_left, self.phm_rule_right)
-        return self.phm_rule
+            left, right = self.phm_rule_left, self.phm_rule_right
+            return torch.bmm(widened(left, dtype), widened(right, dtype))
+        return widened(self.phm_rule, dtype)
 
 
 class Blocks(nn.Module):
@@ -66,6 +67,8 @@ class Blocks(nn.Module):
         if zero:
             nn.init.zeros_(self.W_right if self.factorized else self.W)
 
-    def forward(self) -> Tensor:
-        """Return the B_i [n, in / n, out / n]."""
-        return torch.bmm(self.W_left, self.W_right) if self.factorized else self.W
+    def forward(self, dtype: torch.dtype) -> Tensor:
+        """Return the B_i [n, in / n, out / n], computed in at least `dtype`."""
+        if self.factorized:
+            return torch.bmm(widened(self.W_left, dtype), widened(self.W_right, dtype))
+        return widened(self.W, dtype)

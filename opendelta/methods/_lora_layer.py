@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .._layers.starts import START, start
-from ..author import DeltaConfig, Site, SiteError, WeightLayer, option
+from ..author import DeltaConfig, Site, SiteError, WeightLayer, option, widened
 
 
 @dataclass
@@ -87,7 +87,7 @@ class LoraLayer(WeightLayer):
         return A, B
 
     def delta_weight(self) -> Tensor:
-        A, B = self.pair()
+        A, B = map(widened, self.pair())
         return self.scaling * (B @ A)
 
     def factors(self) -> tuple[Tensor, Tensor, float]:

@@ -72,8 +72,7 @@ class InputAdapterLayer(AdapterLayer):
 
     kinds = ("norm",)
     acts = Acts.BEFORE
-    gates_itself = True
-    scales = True
+    enters = gates_itself = scales = True
 
     def forward(self, call: Any, *args: Any, **kwargs: Any) -> Tensor:
         h, x = call(*args, **kwargs), first_input(args, kwargs)
@@ -101,6 +100,7 @@ class AdapterModel(Delta):
     config_class = AdapterConfig
     layer_class = AdapterLayer
     default_modified_modules = ("attn.proj", "ff.w2", "mixer.out")
+    default_learning_rate = 3e-3
 
     @classmethod
     def layer_for(cls, config: Any) -> type[DeltaLayer]:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .._modules.tensors import stored
-from ..author import Delta, DeltaConfig, DeltaLayer, Params, Site, times
+from ..author import Delta, DeltaConfig, DeltaLayer, Params, Site, times, widened
 
 
 @dataclass
@@ -43,7 +43,8 @@ class BitFitLayer(DeltaLayer):
 
     def forward(self, call: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         out = call(*args, **kwargs)
-        return out + self.kind.per_channel(times(self.strength(), self.bias)).type_as(out)
+        bias = times(self.strength(), widened(self.bias, out.dtype))
+        return out + self.kind.per_channel(bias).type_as(out)
 
     @classmethod
     def can_fold_on(cls, module: nn.Module) -> bool:
@@ -54,7 +55,7 @@ class BitFitLayer(DeltaLayer):
         return super().folds and self.has_bias
 
     def fold(self, params: Params) -> Params:
-        bias = params["bias"] + times(self.strength(), self.bias)
+        bias = params["bias"] + times(self.strength(), widened(self.bias))
         return params | {"bias": bias.type_as(params["bias"])}
 
 
@@ -74,3 +75,4 @@ class BitFitModel(Delta):
     config_class = BitFitConfig
     layer_class = BitFitLayer
     default_modified_modules = ("attn", "ff", "mixer", "layer_norm")
+    default_learning_rate = 3e-3

@@ -103,6 +103,7 @@ class CompacterModel(Delta):
     config_class = CompacterConfig
     layer_class = CompacterLayer
     default_modified_modules = ("attn.proj", "ff.w2", "mixer.out")
+    default_learning_rate = 1e-2
 
     @classmethod
     def shared_for(cls, config: Any) -> Callable[..., nn.Module] | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..author import Delta, DeltaConfig, Site, WeightLayer, option
+from ..author import Delta, DeltaConfig, Site, WeightLayer, option, widened
 
 
 @dataclass
@@ -48,10 +48,9 @@ class FourierFTLayer(WeightLayer):
         self.places.copy_(order[: self.places.numel()])
 
     def delta_weight(self) -> Tensor:
-        spectrum = self.fourierft_spectrum
-        values = spectrum.to(torch.promote_types(spectrum.dtype, torch.float32))
+        values = widened(self.fourierft_spectrum)
         dense = values.new_zeros(math.prod(self.shape)).index_put((self.places,), values)
-        return self.scaling * torch.fft.ifft2(dense.view(self.shape)).real.to(spectrum.dtype)
+        return self.scaling * torch.fft.ifft2(dense.view(self.shape)).real
 
 
 class FourierFTModel(Delta):
@@ -70,3 +69,4 @@ class FourierFTModel(Delta):
     config_class = FourierFTConfig
     layer_class = FourierFTLayer
     default_modified_modules = ("attn.q", "attn.v", "mixer.in")
+    default_learning_rate = 0.1

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..author import Delta, DeltaConfig, InputLayer, Params, Site, option
+from ..author import Delta, DeltaConfig, InputLayer, Params, Site, option, widened
 
 
 @dataclass
@@ -43,7 +43,7 @@ class HRALayer(InputLayer):
 
     def reflections(self, like: Tensor) -> list[Tensor]:
         """Return u_i / |u_i| [in] for each i, computed in at least float32."""
-        u = self.hra_u.to(torch.promote_types(self.hra_u.dtype, torch.float32))
+        u = widened(self.hra_u)
         return list((u / torch.linalg.vector_norm(u, dim=0)).to(like.dtype).unbind(1))
 
     def change(self, x: Tensor) -> Tensor:
@@ -74,3 +74,4 @@ class HRAModel(Delta):
     config_class = HRAConfig
     layer_class = HRALayer
     default_modified_modules = ("attn.q", "attn.v", "mixer.in")
+    default_learning_rate = 0.1

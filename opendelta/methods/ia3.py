@@ -81,3 +81,4 @@ class IA3Model(Delta):
     config_class = IA3Config
     layer_class = IA3Layer
     default_modified_modules = ("attn.k", "attn.v", "ff.w2", "mixer.in")
+    default_learning_rate = 3e-2

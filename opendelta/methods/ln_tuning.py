@@ -73,3 +73,4 @@ class LNTuningModel(Delta):
     config_class = LNTuningConfig
     layer_class = LNTuningLayer
     default_modified_modules = ("layer_norm",)
+    default_learning_rate = 1e-2

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from ..author import Delta, DeltaConfig, Site, WeightLayer, option
+from ..author import Delta, DeltaConfig, Site, WeightLayer, option, widened
 
 
 @dataclass
@@ -49,17 +50,22 @@ class LohaLayer(WeightLayer):
             nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
         nn.init.zeros_(self.hada_w2_b)
 
+    def parts(self) -> Iterator[Tensor]:
+        """Return A1, B1, A2 and B2 in at least float32."""
+        return map(widened, (self.hada_w1_a, self.hada_w1_b, self.hada_w2_a, self.hada_w2_b))
+
     def delta_weight(self) -> Tensor:
-        first, second = self.hada_w1_a @ self.hada_w1_b, self.hada_w2_a @ self.hada_w2_b
-        return self.scaling * first * second
+        a1, b1, a2, b2 = self.parts()
+        return self.scaling * (a1 @ b1) * (a2 @ b2)
 
     def factors(self) -> tuple[Tensor, Tensor, float] | None:
         n_out, rank = self.hada_w1_a.shape
         n_in = self.hada_w1_b.size(1)
         if rank * rank * (n_in + n_out) >= n_in * n_out:
             return None
-        A = (self.hada_w1_b[:, None] * self.hada_w2_b[None]).reshape(rank * rank, n_in)
-        B = (self.hada_w1_a[:, :, None] * self.hada_w2_a[:, None]).reshape(n_out, rank * rank)
+        a1, b1, a2, b2 = self.parts()
+        A = (b1[:, None] * b2[None]).reshape(rank * rank, n_in)
+        B = (a1[:, :, None] * a2[:, None]).reshape(n_out, rank * rank)
         return A, B, self.scaling
 
 
@@ -79,3 +85,4 @@ class LohaModel(Delta):
     config_class = LohaConfig
     layer_class = LohaLayer
     default_modified_modules = ("attn.q", "attn.v", "mixer.in")
+    default_learning_rate = 1e-2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..author import Delta, DeltaConfig, Site, WeightLayer, option
+from ..author import Delta, DeltaConfig, Site, WeightLayer, option, widened
 
 
 @dataclass
@@ -68,16 +69,17 @@ class LokrLayer(WeightLayer):
             nn.init.kaiming_uniform_(tensor, a=math.sqrt(5))
         nn.init.zeros_(next(self.parameters()))
 
-    def factor(self, name: str) -> Tensor:
-        """Return W1 for the name "lokr_w1", W2 for "lokr_w2"."""
+    def factor(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return W1 for the name "lokr_w1", W2 for "lokr_w2", computed in at least `dtype`."""
         own: Any = self._parameters
-        return own[name] if name in own else own[f"{name}_a"] @ own[f"{name}_b"]
+        parts = [name] if name in own else [f"{name}_a", f"{name}_b"]
+        return functools.reduce(torch.matmul, [widened(own[part], dtype) for part in parts])
 
     def delta_weight(self) -> Tensor:
         return self.scaling * torch.kron(self.factor("lokr_w1"), self.factor("lokr_w2"))
 
     def product(self, x: Tensor) -> Tensor:
-        W1, W2 = self.factor("lokr_w1").type_as(x), self.factor("lokr_w2").type_as(x)
+        W1, W2 = (self.factor(name, x.dtype).type_as(x) for name in ("lokr_w1", "lokr_w2"))
         X = x.unflatten(-1, (W1.size(1), W2.size(1)))
         return self.scaling * (W1 @ X @ W2.T).flatten(-2)
 
@@ -98,3 +100,4 @@ class LokrModel(Delta):
     config_class = LokrConfig
     layer_class = LokrLayer
     default_modified_modules = ("attn.q", "attn.v", "mixer.in")
+    default_learning_rate = 1e-2

@@ -25,6 +25,7 @@ class LoraModel(Delta):
     config_class = LoraConfig
     layer_class = LoraLayer
     default_modified_modules = ("attn.q", "attn.v", "mixer.in")
+    default_learning_rate = 3e-3
     combination: Any = None  # the `Combination`, if `combine` made the delta
 
     @classmethod

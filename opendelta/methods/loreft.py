@@ -9,8 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._layers.tokens import Tokens, notes_for
-from ..author import Delta, DeltaConfig, DeltaLayer, OutputLayer, Site, change_hidden, option
+from .._layers import documents, matrices, tokens
+from ..author import (
+    Delta,
+    DeltaConfig,
+    DeltaLayer,
+    OutputLayer,
+    Site,
+    change_hidden,
+    option,
+    widened,
+)
 
 
 @dataclass
@@ -40,21 +49,18 @@ class LoReftLayer(OutputLayer):
     def __init__(self, site: Site, config: LoReftConfig) -> None:
         super().__init__()
         self.width, self.first, self.last = site.out_features, config.first, config.last
-        self.tokens = Tokens(site.module, site.name)
-        rank = min(config.low_rank_dimension, self.width)
-        self.rotate_layer = site.parameter(self.width, rank)
-        self.learned_source = site.linear(self.width, rank)
+        self.tokens = tokens.Tokens(site.module, site.name)
+        shape = self.width, min(config.low_rank_dimension, self.width)
+        self.rotate_layer, self.learned_source = site.parameter(*shape), site.linear(*shape)
         with torch.no_grad():
-            start = torch.empty(self.width, rank, device=site.device)
+            start = torch.empty(shape, device=site.device)
             self.rotate_layer.copy_(nn.init.orthogonal_(start))
             self.learned_source.weight.copy_(self.R())
         nn.init.zeros_(self.learned_source.bias)
 
     def R(self) -> Tensor:
-        """Return R [r, width]."""
-        raw = self.rotate_layer
-        Q = torch.linalg.qr(raw.to(torch.promote_types(raw.dtype, torch.float32))).Q
-        return Q.T.to(raw.dtype)
+        """Return R [r, width] in at least float32."""
+        return matrices.orthonormal(widened(self.rotate_layer)).T
 
     def change(self, h: Tensor) -> Tensor:
         R = self.R().type_as(h)
@@ -76,7 +82,7 @@ class LoReftLayer(OutputLayer):
         cls, made: Mapping[str, DeltaLayer], modules: Mapping[str, nn.Module], config: Any
     ) -> dict[str, DeltaLayer]:
         somewhere = config.first is not None or config.last is not None
-        return notes_for(made, modules, bool(config.last)) if somewhere else {}
+        return tokens.notes_for(made, modules, documents.of_ends(config.last)) if somewhere else {}
 
 
 class LoReftModel(Delta):
@@ -95,3 +101,4 @@ class LoReftModel(Delta):
     config_class = LoReftConfig
     layer_class = LoReftLayer
     default_modified_modules = ("ff.w2",)
+    default_learning_rate = 1e-2

@@ -74,3 +74,4 @@ class LowRankAdapterModel(Delta):
     config_class = LowRankAdapterConfig
     layer_class = LowRankAdapterLayer
     default_modified_modules = ("attn.proj", "ff.w2", "mixer.out")
+    default_learning_rate = 1e-2

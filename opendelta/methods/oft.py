@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..author import Delta, DeltaConfig, InputLayer, Params, Site, option
+from .._layers.matrices import cayley
+from ..author import Delta, DeltaConfig, InputLayer, Params, Site, option, widened
 
 
 @dataclass
@@ -47,14 +48,14 @@ class OFTLayer(InputLayer):
 
     def rotations(self) -> Tensor:
         """Return the R_i [blocks or 1, size, size] in at least float32."""
-        upper = self.oft_R.to(torch.promote_types(self.oft_R.dtype, torch.float32))
+        upper = widened(self.oft_R)
         row, column = torch.triu_indices(self.size, self.size, 1, device=upper.device)
         Q = upper.new_zeros(upper.size(0), self.size, self.size)
         Q[:, row, column] = upper
         Q = Q - Q.mT
-        one = torch.eye(self.size, dtype=Q.dtype, device=Q.device)
         if not self.terms:
-            return torch.linalg.solve(one + Q, one - Q, left=False)
+            return cayley(Q)
+        one = torch.eye(self.size, dtype=Q.dtype, device=Q.device)
         total, power = one + 2 * Q, Q
         for _ in range(self.terms - 3):
             power = power @ Q
@@ -91,3 +92,4 @@ class OFTModel(Delta):
     config_class = OFTConfig
     layer_class = OFTLayer
     default_modified_modules = ("attn.q", "attn.v", "mixer.in")
+    default_learning_rate = 3e-3

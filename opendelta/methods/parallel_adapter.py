@@ -75,3 +75,4 @@ class ParallelAdapterModel(Delta):
     config_class = ParallelAdapterConfig
     layer_class = ParallelAdapterLayer
     default_modified_modules = ("attn", "attn", "ff.w1", "ff.w2")
+    default_learning_rate = 3e-3

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .._layers.prefix import PrefixLayer as Base
-from ..author import Delta, DeltaConfig, Site, option
+from ..author import Delta, DeltaConfig, Site, option, widened
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Network(nn.Module):
         self.hidden = site.linear(config.embed_dim, config.mid_dim)
 
     def forward(self) -> Tensor:
-        return self.hidden(self.embedding).tanh()
+        return self.hidden(widened(self.embedding)).tanh()
 
 
 class PrefixLayer(Base):
@@ -94,6 +94,7 @@ class PrefixModel(Delta):
     config_class = PrefixConfig
     layer_class = PrefixLayer
     default_modified_modules = ("attn",)
+    default_learning_rate = 1e-4
 
     @classmethod
     def shared_for(cls, config: Any) -> Callable[..., nn.Module] | None:

@@ -79,3 +79,4 @@ class SoftPromptModel(Delta):
     config_class = SoftPromptConfig
     layer_class = SoftPromptLayer
     default_modified_modules = ("root",)
+    default_learning_rate = 3e-2

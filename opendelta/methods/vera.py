@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..author import Delta, DeltaConfig, Site, WeightLayer, linear, option
+from ..author import Delta, DeltaConfig, Site, WeightLayer, linear, option, widened
 
 
 @dataclass
@@ -67,7 +67,7 @@ class VeraLayer(WeightLayer):
         return A[:, : self.kind.in_features].to(x.device), B[: self.kind.out_features].to(x.device)
 
     def delta_weight(self) -> Tensor:
-        A, B = self.pair(self.vera_lambda_b)
+        A, B = map(widened, self.pair(self.vera_lambda_b))
         return (self.vera_lambda_b[:, None] * B) @ (self.vera_lambda_d[:, None] * A)
 
     def product(self, x: Tensor) -> Tensor:
@@ -92,6 +92,7 @@ class VeraModel(Delta):
     config_class = VeraConfig
     layer_class = VeraLayer
     default_modified_modules = ("attn.q", "attn.v", "mixer.in")
+    default_learning_rate = 3e-2
 
     @classmethod
     def shared_for(cls, config: Any) -> Callable[..., nn.Module] | None:

@@ -3,8 +3,18 @@
 It imports `methods` and all rooms below; the package itself, `demo` and `cli` may import it.
 """
 
+from .balancing import balance_loss, z_loss
 from .combining import Combination, combine
 from .optimizing import optimizer_groups
 from .presets import adapter_drop, mam, unipelt
 
-__all__ = ["Combination", "adapter_drop", "combine", "mam", "optimizer_groups", "unipelt"]
+__all__ = [
+    "Combination",
+    "adapter_drop",
+    "balance_loss",
+    "combine",
+    "mam",
+    "optimizer_groups",
+    "unipelt",
+    "z_loss",
+]

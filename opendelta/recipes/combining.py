@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from .._backbone.backbone import Backbone
-from .._deltas.base import BaseDelta
 from .._deltas.choosing import choose
 from .._deltas.committing import commit
 from .._deltas.making import make
@@ -22,6 +21,7 @@ from .._handles.composition import composition
 from .._layers.base import Acts, DeltaLayer
 from .._modules import tensors
 from .._modules.kinds import kind_of
+from .._show.notebooks import InNotebooks
 from .._sites import merged
 from ..errors import OptionError, SiteError, nearest, shown
 from ..methods.lora import LoraConfig, LoraLayer, LoraModel
@@ -32,7 +32,7 @@ HOWS: tuple[How, ...] = get_args(How)
 
 
 @dataclass(frozen=True)
-class Combination:
+class Combination(InNotebooks):
     """Rank and error of the delta that `combine` made.
 
     Attributes:
@@ -95,14 +95,15 @@ def combine(
         >>> opendelta.combine(model, {"a": 0.7, "b": -0.3}).name
         'a_b'
     """
-    if isinstance(weights, Mapping):
-        weights = {n.name if isinstance(n, BaseDelta) else n: w for n, w in weights.items()}
     _check_options(weights, how, rank, density, seed)
     backbone = Backbone.of(model)
     all_of = composition(model)
-    chosen = {n: (all_of[n], float(weight)) for n, weight in weights.items()}
+    chosen = [(all_of[given], float(weight)) for given, weight in weights.items()]
+    names = [delta.name for delta, _ in chosen]
+    if twice := next((each for each in names if names.count(each) > 1), None):
+        raise OptionError(f"combine: weights= names {twice!r} twice, by name and by handle")
     sites: dict[str, list[tuple[DeltaLayer, float]]] = {}
-    for delta, weight in chosen.values():
+    for delta, weight in chosen:
         for where, layer in delta.layers.items():
             if layer.acts is not Acts.SERVES:
                 _check_layer(backbone, where, delta.name, layer)
@@ -114,7 +115,7 @@ def combine(
             backbone.modules[where], where, parts, how, rank, density, generator
         )
     ranks = {where: A.size(0) for where, (A, _) in factors.items()}
-    delta = _as_lora(model, factors, ranks, name or _joined(backbone, list(weights)))
+    delta = _as_lora(model, factors, ranks, name or _joined(backbone, names))
     delta.combination = Combination(errors, ranks)
     return delta
 
@@ -176,24 +177,16 @@ def _check_layer(backbone: Backbone, where: str, name: str, layer: DeltaLayer) -
 
 
 # ------------------------------------------------------------------------------------- the changes
-@torch.no_grad()
-def change_of(module: nn.Module, where: str, layer: DeltaLayer) -> Tensor:
-    """Return the change of a module's weight matrix [out, in] by one layer, in at least float32.
-
-    Raises:
-        SiteError: the layer changes the bias, too; or the module has a forward of its own.
-    """
-    kind: Any = kind_of(module)
-    named = [(layer.record.name, layer)]
-    factor = 1.0 if layer.acts is Acts.BESIDE else merged.factor_of(where, module, named)
-    params, folded = merged.folded_params(where, module, [layer], factor)
-    if "bias" in params and not torch.equal(folded["bias"], params["bias"]):
+def _change_of(module: nn.Module, where: str, layer: DeltaLayer) -> Tensor:
+    """Return the change of a module's weight by one layer; raise if it changes the bias too."""
+    change, biased = merged.change_of(where, module, layer)
+    if biased:
         raise SiteError(
             f"{where!r}: {layer.record.name!r} ({type(layer).__name__}) changes the bias too, "
             "which a sum of weight changes would lose",
             where=where,
         )
-    return kind.matrix(folded["weight"]) - kind.matrix(params["weight"])
+    return change
 
 
 def _combined(
@@ -257,7 +250,7 @@ def _wanted(
     generator: torch.Generator,
 ) -> Tensor:
     """Return the combined change [out, in]."""
-    changes = [change_of(module, where, layer) for layer, _ in parts]
+    changes = [_change_of(module, where, layer) for layer, _ in parts]
     if how in ("ties", "magnitude_prune"):
         changes = [_largest(change, density or 1.0) for change in changes]
     if how.startswith("dare"):

@@ -17,20 +17,23 @@ Groups = list[dict[str, Any]]
 
 def optimizer_groups(
     model: nn.Module,
-    options: Mapping[str, Mapping[str, Any]] | None = None,
+    options: Mapping[Any, Mapping[str, Any]] | None = None,
     **by_name: Mapping[str, Any],
 ) -> Groups:
     """Return a group of parameters for each delta and one for what else trains, for an optimizer.
 
     Each group has the options that are given for it, and the optimizer's own where none are:
-    `AdamW(optimizer_groups(model, lora={"lr": 2e-4}, prefix={"lr": 2e-2}), lr=1e-4)`. Each
-    parameter that trains is in one group. A group has the key `name` too.
+    `AdamW(optimizer_groups(model, lora={"lr": 2e-4, "weight_decay": 0.1}), lr=1e-4)`. The `lr` of
+    a delta alone has another default, the `default_learning_rate` of its method, which was measured
+    on the tasks of `opendelta demo`: docs/reference/learning_rates.md. So the optimizer's own `lr`,
+    1e-3 for AdamW, is that of what trains beside the deltas: a head that no delta owns, for
+    instance. Each parameter that trains is in one group. A group has the key `name` too.
 
     Args:
-        options: {name of a delta: options of its group, such as `lr` and `weight_decay`}; the name
-            "backbone" is for what trains beside the deltas. For LoRAs there is one more option,
-            `lora_plus_ratio`: B gets a group of its own, whose learning rate is so many times that
-            of A. 16 is the paper's value. arXiv:2402.12354.
+        options: {a delta or its name: options of its group, such as `lr` and `weight_decay`}; the
+            name "backbone" is for what trains beside the deltas. For LoRAs there is one more
+            option, `lora_plus_ratio`: B gets a group of its own, whose learning rate is so many
+            times that of A. 16 is the paper's value. arXiv:2402.12354.
         by_name: the same, as keyword arguments.
 
     Raises:
@@ -45,9 +48,13 @@ def optimizer_groups(
         >>> groups = opendelta.optimizer_groups(model, lora={"lr": 1e-4, "lora_plus_ratio": 16})
         >>> [(group["name"], group["lr"], len(group["params"])) for group in groups]
         [('lora', 0.0001, 1), ('lora.B', 0.0016, 1)]
+        >>> opendelta.optimizer_groups(model)[0]["lr"] == opendelta.LoraModel.default_learning_rate
+        True
     """
-    given = {**(options or {}), **by_name}
-    deltas = {delta.name: delta for delta in Composition(model)}
+    all_of = Composition(model)
+    deltas = {delta.name: delta for delta in all_of}
+    given = {n if isinstance(n, str) else all_of[n].name: o for n, o in (options or {}).items()}
+    given |= by_name
     for name in given.keys() - {*deltas, BACKBONE}:
         near = nearest(name, [*deltas, BACKBONE])
         raise OptionError(
@@ -69,6 +76,7 @@ def _of_delta(delta: Delta, options: dict[str, Any], seen: set[int]) -> Groups:
     own = {n: p for n, p in delta.named_parameters() if p.requires_grad and id(p) not in seen}
     seen |= set(map(id, own.values()))
     if ratio is None:
+        options = {"lr": delta.default_learning_rate, **options}
         return [{"params": list(own.values()), "name": delta.name, **options}]
     up = {name: p for name, p in own.items() if name.endswith(".lora_B")}
     down = {name: p for name, p in own.items() if name.endswith(".lora_A")}

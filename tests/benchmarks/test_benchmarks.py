@@ -17,7 +17,7 @@ from harness import Contestant, Row
 from support import ROOT
 
 ROWS = {
-    "attach": 4, "forward": 4, "routing": 4, "mixed": 2, "stack": 4, "training": 4,
+    "attach": 4, "forward": 4, "routing": 4, "mixed": 2, "stack": 4, "training": 4, "gating": 6,
     "saved_bytes": 5, "switching": 3, "loading": 2, "saving": 1, "merging": 4,
     "recompiles": 3, "import_time": 2,
 }  # fmt: skip

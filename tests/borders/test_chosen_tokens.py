@@ -288,6 +288,28 @@ def test_where_tokens_of_all_rows_are_in_one_list_the_message_names_the_block(na
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
 
 
+LONGER = {
+    "longformer": lambda: T.LongformerModel(T.LongformerConfig(attention_window=[8], **WIDE)),
+    "funnel": lambda: T.FunnelModel(
+        T.FunnelConfig(
+            vocab_size=60, block_sizes=[1, 1], d_model=32, n_head=4, d_head=8, d_inner=48,
+            num_decoder_layers=1,
+        )
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LONGER)
+def test_where_blocks_have_another_length_too_the_message_names_none(name):
+    model = LONGER[name]().eval()
+    delta = put(model, None)
+    with pytest.raises(SiteError, match="show the tokens: choose all tokens, first=None and last"):
+        model(IDS)
+    delta.detach()
+    LoReftModel(model, name="all", first=None, last=None)
+    model(IDS)
+
+
 BART = {
     "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4,
     "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48,

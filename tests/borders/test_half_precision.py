@@ -11,12 +11,13 @@ import transformers
 from safetensors.torch import load_file, safe_open, save_file
 from support.counting import Counted
 from support.models import build, inputs, logits
-from support.nets import IDS, WIDTH, net, shake
+from support.nets import IDS, WIDTH, net, places_of, put, shake
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import opendelta
 from opendelta import AdapterModel, DeltaError, IA3Model, LoraModel, OptionError
+from opendelta._deltas.registry import METHODS
 
 HALVES = [torch.bfloat16, torch.float16]
 
@@ -495,3 +496,53 @@ def test_float32_deltas_change_no_dtype_on_the_way_through_the_model(dtype):
     assert outputs(model, given) == plain
     generated = model.generate(given["input_ids"], max_new_tokens=3, do_sample=False)
     assert generated.shape[1] == given["input_ids"].shape[1] + 3
+
+
+# ------------------------------------------------------------------- 16 bits on wider backbones
+WIDER = [(name, place) for name in sorted(METHODS) for place in places_of(METHODS[name])]
+
+
+@pytest.mark.covers("*Model", "Delta.to", "Composition.to_backbone", "combine")
+@pytest.mark.parametrize(("name", "place"), WIDER)
+def test_a_16_bit_delta_on_a_wider_backbone_loses_nothing_beyond_its_values(name, place):
+    model = net()
+    plain = model(IDS).double()
+    delta = shake(put(METHODS[name], model, place))
+    delta.to(torch.bfloat16)
+    exact = copy.deepcopy(model).double()
+    expected = exact(IDS)
+    largest = (expected - plain).abs().max()
+    assert (model(IDS) - expected).abs().max() < 1e-4 * largest
+    if delta.layers[place].folds:
+        for merged in (opendelta.composition(model).to_backbone(), merge_of(model)):
+            assert (merged(IDS) - expected).abs().max() < 1e-4 * largest
+
+
+def merge_of(model):
+    opendelta.composition(model).merge()
+    return model
+
+
+@pytest.mark.covers("Delta.scale")
+@pytest.mark.parametrize("dtypes", [(torch.float16, torch.float32), (torch.float32, torch.float64)])
+@pytest.mark.parametrize("scales", [(1, 0.3125), (0.6875, 0.6875), (1, 1e6)])
+def test_neighbours_with_different_scales_are_scaled_in_the_backbone_s_dtype(dtypes, scales):
+    held, computes = dtypes
+    model, x = nn.Sequential(nn.Linear(8, 8)).to(computes), torch.rand(3, 8, dtype=computes)
+    for index, scale in enumerate(scales):
+        delta = LoraModel(model, modified_modules=["0"], name=f"l{index}")
+        shake(delta).to(held)
+        delta.scale = scale
+    names = opendelta.composition(model).names
+    expected = copy.deepcopy(model).double()(x.double()).detach()
+    tolerance = torch.finfo(computes).eps * 100
+    with torch.no_grad(), opendelta.composition(model).frozen():
+        found = {"frozen": model(x)}
+    with torch.no_grad(), opendelta.route(model, [names] * 3):
+        found["routed"] = model(x)
+    with torch.no_grad():
+        found |= {"alone": model(x), "compiled": torch.compile(model, backend="eager")(x)}
+    found["trained"] = model(x)
+    for how, out in found.items():
+        error = (out.double() - expected).abs().max() / expected.abs().max()
+        assert error < tolerance, how

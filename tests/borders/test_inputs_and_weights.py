@@ -6,7 +6,7 @@ from support.nets import shake
 from torch import nn
 
 import opendelta
-from opendelta import AdapterModel, LoraModel, SiteError
+from opendelta import AdapterModel, LoraModel, ParallelAdapterModel, SiteError
 
 OPTIONS = {
     "LokrModel": {"r": 2},
@@ -16,7 +16,7 @@ OPTIONS = {
     "CompacterModel": {"hypercomplex_division": 2},
 }
 OTHERS = {"PrefixModel", "SoftPromptModel", "AutoDeltaModel", "LNTuningModel"}
-METHODS = sorted({n for n in dir(opendelta) if n.endswith("Model")} - OTHERS)
+METHODS = sorted({n for n in opendelta.methods.__all__ if n.endswith("Model")} - OTHERS)
 X = torch.randn(3, 8, generator=torch.Generator().manual_seed(0)).relu()
 
 
@@ -69,3 +69,35 @@ def test_lazy_modules_keep_their_state_when_others_are_measured():
         opendelta.check(model)
     model(X)
     AdapterModel(model, modified_modules=["0"])
+
+
+class First(nn.Module):
+    """A linear module on the first token of each row."""
+
+    def __init__(self):
+        super().__init__()
+        self.dense = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.dense(x[:, 0])
+
+
+@pytest.mark.parametrize("pair", [["1", "1"], ["0", "1"]])
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_a_branch_is_not_stretched_over_rows_or_tokens(batch, pair):
+    model = nn.Sequential(nn.Linear(8, 8), First())
+    ParallelAdapterModel(model, modified_modules=pair, bottleneck_dim=2)
+    says = rf"its branch gives \[{batch}, 3, 8\], and the output .* is \[{batch}, 8\]"
+    with pytest.raises(SiteError, match=says):
+        model(torch.randn(batch, 3, 8))
+
+
+@pytest.mark.parametrize("more", [{}, {"gate": True}], ids=["", "gate"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_row_without_a_batch_computes_what_it_does_in_one(method, more):
+    model = nn.Sequential(nn.Linear(8, 8))
+    shake(put(model, method, **more))
+    wanted = model(X)
+    for x, row in zip(X, wanted, strict=True):
+        torch.testing.assert_close(model(x), row)
+    torch.testing.assert_close(torch.func.vmap(model)(X), wanted)

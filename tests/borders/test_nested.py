@@ -17,7 +17,7 @@ OPTIONS = {
     "OFTModel": {"oft_block_size": 4},
 }
 NO_ATTENTION = {"PrefixModel", "SoftPromptModel", "AutoDeltaModel"}
-METHODS = sorted({n for n in dir(opendelta) if n.endswith("Model")} - NO_ATTENTION)
+METHODS = sorted({n for n in opendelta.methods.__all__ if n.endswith("Model")} - NO_ATTENTION)
 PLACES = [["linear2"], ["norm1"], ["self_attn"], ["layers.0"]]
 X = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
 PADDING = torch.zeros(2, 5, dtype=torch.bool)

@@ -237,3 +237,14 @@ def test_bitfit_leaves_the_router_of_llama_4_out_of_its_default_places():
     assert "model.layers.0.feed_forward.shared_expert.up_proj" in delta.layers
     with pytest.raises(SiteError, match=r"router' \(Llama4Router\): .* returns a tuple"):
         LoraModel(model, modified_modules=["router"])
+
+
+@pytest.mark.covers("Delta.attach")
+def test_a_class_from_code_that_has_no_module_takes_deltas():
+    names = {"nn": nn}
+    code = "class Own(nn.Module):\n    def forward(self, x):\n        return x.tanh()\n"
+    exec(code, names)
+    assert names["Own"].forward.__module__ is None
+    model = nn.Sequential(nn.Linear(4, 4), names["Own"]())
+    AdapterModel(model, modified_modules=["1"], sample_inputs=torch.ones(2, 3, 4))
+    assert model(torch.ones(2, 3, 4)).shape == (2, 3, 4)

@@ -135,6 +135,27 @@ CLASSES = {
         **WIDE, "coordinate_size": 4, "shape_size": 8, "max_position_embeddings": 40,
         "visual_embed": False,
     }),
+    "moshi": (T.MoshiForCausalLM, T.MoshiConfig, {
+        **HEAD, "num_key_value_heads": 4, "ffn_dim": 48, "max_position_embeddings": 40
+    }),
+    "fuyu": (T.FuyuForCausalLM, T.FuyuConfig, {
+        "text_config": {**WIDE, "vocab_size": 70, "max_position_embeddings": 40}, "image_size": 16,
+        "patch_size": 8, "image_token_id": 69, "pad_token_id": 0, "eos_token_id": None,
+    }),
+    "exaone4_5": (T.Exaone4_5_ForConditionalGeneration, T.Exaone4_5_Config, {
+        "text_config": {**GROUPED, "vocab_size": 70, "sliding_window": 6, "model_type": "exaone4"},
+        "vision_config": {
+            "depth": 1, "hidden_size": 16, "num_heads": 2, "num_key_value_heads": 2,
+            "out_hidden_size": 32, "intermediate_size": 16,
+        },
+        "image_token_id": 68, "video_token_id": 69,
+    }),
+    "deepseek_v4": (T.DeepseekV4ForCausalLM, T.DeepseekV4Config, {
+        **HEAD, "moe_intermediate_size": 16, "q_lora_rank": 8, "n_routed_experts": 4,
+        "num_experts_per_tok": 2, "o_lora_rank": 8, "index_n_heads": 2, "index_head_dim": 8,
+        "mlp_layer_types": ["hash_moe", "moe"],
+        "layer_types": ["heavily_compressed_attention", "compressed_sparse_attention"],
+    }),
     "t5": (T.T5ForConditionalGeneration, T.T5Config, T5),
     "led": (T.LEDModel, T.LEDConfig, {
         "vocab_size": 60, "d_model": 32, "encoder_layers": 2, "decoder_layers": 1,
@@ -225,11 +246,15 @@ def prefix(model, **options):
     return shake(PrefixModel(model, **options), scale=1.0)
 
 
-TURNED = ["llama", "mistral", "gemma3", "gpt_neox", "modernbert", "esm", "opt", "t5"]
+TURNED = [
+    "llama", "mistral", "gemma3", "gpt_neox", "modernbert", "esm", "opt", "t5", "moshi", "fuyu",
+    "exaone4_5",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("deltas", [[prefix], [prefix, put], [put, prefix]])
 @pytest.mark.parametrize("left", [True, False])
+@pytest.mark.filterwarnings("ignore::opendelta.UnreachedWarning")  # Exaone's images
 @pytest.mark.parametrize("name", TURNED)
 def test_a_prefix_acts_on_a_padded_row_as_on_the_row_alone(name, left, deltas):
     model = build(name).double()
@@ -242,13 +267,13 @@ def test_a_prefix_acts_on_a_padded_row_as_on_the_row_alone(name, left, deltas):
     decoder = [{}, {}]
     if name == "t5":
         decoder = [{"decoder_input_ids": ids[:, :4]} for ids in (IDS, IDS[1:])]
-    ids = torch.where(mask == 1, IDS, model.config.pad_token_id or 0)
+    ids = torch.where(mask == 1, IDS, getattr(model.config, "pad_token_id", None) or 0)
     together = run(model, ids, attention_mask=mask, **decoder[0])[1]
     alone = run(model, IDS[1:, tokens], **decoder[1])[0]
     near(together if name == "t5" else together[tokens], alone)
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "gpt_neox"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt_neox", "moshi", "fuyu"])
 def test_a_prefix_acts_on_padded_rows_after_a_cache_as_without(name):
     model = build(name).double()
     prefix(model)
@@ -676,6 +701,9 @@ def test_ids_of_several_choices_and_models_without_an_embedding_are_refused():
         put(model)
     model = build("layoutlmv3")
     with untouched(model), pytest.raises(SiteError, match="LayoutLMv3Model asks for token ids, an"):
+        put(model)
+    model = build("deepseek_v4")
+    with untouched(model), pytest.raises(SiteError, match=r"token ids, and .*DeepseekV4HashRouter"):
         put(model)
     model = build("layoutlmv3", has_relative_attention_bias=False)
     put(model)

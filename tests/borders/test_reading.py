@@ -505,6 +505,78 @@ def test_a_weight_whose_values_nobody_else_uses_is_merged(net, verb):
     assert torch.allclose((model if verb == "merge" else done)(X), output, atol=1e-5)
 
 
+class Branches(nn.Module):
+    """One branch calls the layer, the other reads its weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(6, 6)
+
+    def forward(self, x, fast=False):
+        if fast or x.size(1) > 6:
+            return F.linear(x, self.fc.weight, self.fc.bias)
+        return self.fc(x)
+
+
+@pytest.mark.parametrize("verb", ["merge", "to_backbone"])
+@pytest.mark.parametrize("reading", [{"x": X, "fast": True}, {"x": X.repeat(1, 3, 1)}])
+def test_a_branch_that_missed_the_layer_is_remembered(reading, verb):
+    model = Branches()
+    delta = shake(LoraModel(model, modified_modules=["fc"]))
+    with pytest.warns(opendelta.UnreachedWarning):
+        model(**reading)
+    model(X)
+    with pytest.raises(
+        SiteError, match=r"'fc' \(Linear\): 'lora' ran in some forwards, not in all"
+    ):
+        getattr(opendelta.composition(model), verb)()
+    delta.detach()
+    shake(LoraModel(model, modified_modules=["fc"], reads=True))
+    outputs = model(**reading), model(X)
+    opendelta.composition(model).merge()
+    for given, output in zip((reading, {"x": X}), outputs, strict=True):
+        assert torch.allclose(model(**given), output, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::opendelta.UnreachedWarning")
+def test_an_expert_that_a_forward_missed_is_merged():
+    class Chosen(Experts):
+        def forward(self, x, number=0):
+            return self.experts[number](x)
+
+    model = Chosen()
+    shake(LoraModel(model, modified_modules=["experts.1"]))
+    model(X)
+    output = model(X, 1)
+    opendelta.composition(model).merge()
+    assert torch.allclose(model(X, 1), output, atol=1e-5)
+
+
+def test_a_raw_weight_that_code_finds_in_the_tables_is_no_shown_one():
+    class Vars(CalledAndRead):
+        def forward(self, x):
+            return self.fc(x) + x @ vars(self.fc)["_parameters"]["weight"]
+
+    model = Vars()
+    shake(LoraModel(model, modified_modules=["fc"], reads=True))
+    model(X)
+    with pytest.raises(SiteError, match=r"fc' \(Linear\): lora cannot be merged"):
+        opendelta.composition(model).merge()
+
+
+def test_get_parameter_takes_no_weight_that_shows_deltas():
+    class Gets(CalledAndRead):
+        def forward(self, x):
+            return self.fc(x) + F.linear(x, self.get_parameter("fc.weight"))
+
+    model = Gets()
+    with pytest.raises(SiteError, match=r"'fc' \(Linear\): the code around it calls get_parameter"):
+        LoraModel(model, modified_modules=["fc"], reads=True)
+    opendelta.assert_pristine(model)
+    shake(LoraModel(model, modified_modules=["fc"]))
+    model(X)
+
+
 def test_only_the_parameters_that_change_count():
     model = CalledAndRead()  # others read its weight, and BitFit changes its bias
     shake(BitFitModel(model, modified_modules=["fc"]))

@@ -9,7 +9,16 @@ import transformers
 from support.nets import shake
 
 import opendelta
-from opendelta import BitFitModel, DeltaError, IA3Model, LoraModel, VeraModel
+from opendelta import (
+    AdapterModel,
+    BitFitModel,
+    CompacterModel,
+    DeltaError,
+    IA3Model,
+    LoraModel,
+    LoReftModel,
+    VeraModel,
+)
 
 IDS = torch.tensor([[5, 6, 7, 8]])
 
@@ -28,6 +37,8 @@ def build(tied=False):
     [
         (LoraModel, {}),
         (LoraModel, {"use_dora": True}),
+        (LoraModel, {"freeze_A": True}),
+        (LoraModel, {"freeze_A": True, "use_dora": True}),
         (LoraModel, {"gate": True, "dtype": "float64"}),
         (LoraModel, {"reads": True}),
         (BitFitModel, {}),
@@ -154,14 +165,53 @@ def test_what_watches_over_a_resize_is_not_shown():
     assert (list(report.merged), report.left) == (["lm_head"], {})
 
 
+RETURNS = {
+    "lora": (LoraModel, {"modified_modules": ["lm_head"]}),
+    "lora on the input": (LoraModel, {"modified_modules": ["embed_tokens"]}),
+    "bitfit": (BitFitModel, {"modified_modules": ["lm_head"]}),
+    "adapter": (AdapterModel, {"modified_modules": ["lm_head"]}),
+    "compacter": (CompacterModel, {"modified_modules": ["lm_head"], "hypercomplex_division": 2}),
+    "loreft": (LoReftModel, {"modified_modules": ["lm_head"]}),
+    "copy": (LoraModel, {"modified_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+    "copy of the input": (LoraModel, {"modified_modules": ["q_proj"],
+                                      "modules_to_save": ["embed_tokens"]}),
+    "copy around it": (LoraModel, {"modified_modules": ["lm_head"], "modules_to_save": ["model"]}),
+}  # fmt: skip
+
+
 @pytest.mark.covers("Delta.attach")
-@pytest.mark.parametrize("where", ["lm_head", "embed_tokens"])
+@pytest.mark.parametrize("name", RETURNS)
 @pytest.mark.parametrize("size", [40, 110])
-def test_a_detached_delta_does_not_return_to_another_size(where, size):
+def test_a_detached_delta_does_not_return_to_another_size(name, size):
     model = build()
-    delta = LoraModel(model, modified_modules=[where])
+    cls, options = RETURNS[name]
+    delta = cls(model, **options)
     delta.detach()
     model.resize_token_embeddings(size)
-    with pytest.raises(opendelta.SiteError, match=rf"{where}': the module has other sizes.*{size}"):
+    with pytest.raises(opendelta.SiteError, match=rf": the module has other sizes.*{size}"):
         delta.attach()
     opendelta.assert_pristine(model)
+    model.resize_token_embeddings(50)
+    delta.attach()
+
+
+@pytest.mark.covers("Delta.attach")
+@pytest.mark.parametrize("cls", [AdapterModel, CompacterModel, LoReftModel])
+def test_what_depends_on_the_width_of_embeddings_alone_returns(cls):
+    model = build()
+    delta = shake(cls(model, modified_modules=["embed_tokens"]))
+    before = model(IDS).logits
+    delta.detach()
+    model.resize_token_embeddings(56, mean_resizing=False)
+    delta.attach()
+    assert torch.allclose(model(IDS).logits[..., :50], before, atol=1e-6)
+
+
+@pytest.mark.covers("Delta.attach")
+def test_a_layer_that_grew_returns_to_its_new_size():
+    model = build()
+    delta = LoraModel(model, modified_modules=["lm_head"])
+    model.resize_token_embeddings(56)
+    delta.detach()
+    delta.attach()
+    assert model(IDS).logits.size(-1) == 56

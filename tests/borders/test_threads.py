@@ -3,8 +3,10 @@
 import asyncio
 import contextlib
 import contextvars
+import gc
 import itertools
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -247,6 +249,54 @@ def test_switching_inside_a_block_lasts_as_long_as_the_block_and_is_its_threads_
         b.disable()  # the block is about another delta
         assert close(in_thread(model, X), by_hand(model, "ac"))
     assert close(model(X), by_hand(model, "ac"))
+
+
+@pytest.mark.parametrize("verb", ["only", "route"])
+def test_a_block_tells_that_another_thread_detached_what_it_chose(model, verb):
+    c, told = composition(model), []
+
+    def block():
+        return c.only("b") if verb == "only" else opendelta.route(model, [["b"], [], ["a", "b"]])
+
+    def request():
+        with model[1].register_forward_pre_hook(lambda *_: in_thread(c["b"].detach)):
+            try:
+                with block():
+                    model(X)
+            except DeltaError as error:
+                told.append(str(error))
+
+    def in_thread(function):
+        thread = threading.Thread(target=function)
+        thread.start()
+        thread.join()
+
+    b = c["b"]
+    in_thread(request)
+    assert "b was detached outside of this block, by another thread or task" in told[0]
+    b.attach()
+    with block():
+        model(X)  # as if nothing had been
+    with block():
+        b.detach()  # by whoever opened the block
+    b.attach()
+
+    def wrong():
+        with block():
+            in_thread(b.detach)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):  # an error of one's own comes first
+        wrong()
+
+
+def test_a_delta_that_left_inside_blocks_keeps_nothing_of_them(model):
+    b = composition(model)["b"]
+    with opendelta.watching(model), composition(model).only("b"):
+        blocks = [weakref.ref(block) for block in CURRENT.get().blocks]
+        b.detach()
+    gc.collect()
+    assert [block() for block in blocks] == [None, None]
 
 
 @pytest.mark.parametrize("verb", ["only", "route"])

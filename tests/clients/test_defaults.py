@@ -9,7 +9,7 @@ from support import ROOT
 
 import opendelta
 
-PAGE = (ROOT / "docs" / "from_opendelta.md").read_text()
+PAGE = (ROOT / "docs" / "how-to" / "from_opendelta.md").read_text()
 ON_PURPOSE = PAGE.partition("## Different on purpose")[2].partition("\n## ")[0]
 COMMON = {
     "modified_modules": None, "exclude_modules": None, "unfrozen_modules": None,

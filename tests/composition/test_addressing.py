@@ -81,6 +81,18 @@ def test_a_pattern_that_matches_nothing_names_the_nearest(bert, pattern, message
         LoraModel(bert, modified_modules=[pattern])
 
 
+def test_parts_of_deltas_are_no_places(bert):
+    def told():
+        with pytest.raises(opendelta.AddressError) as error:
+            LoraModel(bert, modified_modules=["xxxxxx"])
+        return str(error.value)
+
+    before = told()
+    opendelta.AdapterModel(bert, modified_modules=["dense", "query", "value", "key"])
+    opendelta.PrefixModel(bert)
+    assert told() == before
+
+
 def test_one_of_several_patterns_that_matches_nothing_raises_too(bert):
     with untouched(bert), pytest.raises(opendelta.AddressError, match=r"'vlaue'.*nearest: 'value'"):
         LoraModel(bert, modified_modules=["query", "vlaue"])

@@ -209,6 +209,23 @@ def test_trainable_parameters_without_gradient_are_named():
     assert {name for name, _ in first.named_parameters()} <= {*report.no_gradient}
 
 
+def test_deltas_that_rest_in_a_block_are_trained_by_others():
+    model, x = tower(), vectors(2, 8)
+    first, second = (LoraModel(model, modified_modules=["fc"], name=n) for n in "ab")
+    first.freeze_module()
+    optimizer = torch.optim.AdamW(first.parameters())
+    assert opendelta.check(model, x, optimizer).not_optimized == [
+        n for n, _ in second.named_parameters()
+    ]
+    with opendelta.composition(model).only("a"):
+        report = opendelta.check(model, x, optimizer)
+    assert report.problems == []
+    assert report.trainable_parameters == sum(p.numel() for p in first.parameters())
+    with opendelta.composition(model).only("b"):
+        report = opendelta.check(model, x, optimizer)
+    assert report.not_optimized == [n for n, _ in second.named_parameters()]
+
+
 def test_modules_left_in_train_mode_and_layers_in_another_mode_are_named():
     model = tower().eval()
     LoraModel(model, modified_modules=["fc"], lora_dropout=0.5)

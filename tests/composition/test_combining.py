@@ -253,13 +253,25 @@ def test_a_change_of_what_such_a_module_computes_is_refused_by_name(cls, method)
     assert opendelta.snapshot(model) == before
 
 
+HOLDERS = [(hold, {}) for hold in (weight_norm, spectral_norm, orthogonal)]
+HOLDERS.append((random_unstructured, {"name": "weight", "amount": 3}))
+held = pytest.mark.parametrize(("hold", "further"), HOLDERS)
+
+
 @pytest.mark.parametrize("name", [*SUMMABLE, "ia3", "hra"])
-@pytest.mark.parametrize("hold", [weight_norm, spectral_norm, orthogonal, random_unstructured])
-def test_a_weight_that_is_no_parameter_is_refused_by_name(hold, name):
-    further = {"name": "weight", "amount": 3} if hold is random_unstructured else {}
+@held
+def test_a_weight_that_is_no_parameter_is_refused_by_name(hold, further, name):
     model = nn.Sequential(OrderedDict(fc=hold(nn.Linear(6, 6, bias=False), **further)))
     one = shake(put(METHODS[name], model, "fc"))
     with pytest.raises(opendelta.SiteError, match=r"'fc' .*its weight is no parameter of its own"):
+        combine(model, {one: 1.0})
+
+
+@held
+def test_a_bias_beside_a_weight_that_is_no_parameter_is_refused_as_elsewhere(hold, further):
+    model = nn.Sequential(OrderedDict(fc=hold(nn.Linear(6, 6), **further)))
+    one = shake(BitFitModel(model, modified_modules=["fc"]))
+    with pytest.raises(opendelta.SiteError, match=r"'fc': 'bitfit' .*changes the bias too"):
         combine(model, {one: 1.0})
 
 
@@ -281,7 +293,9 @@ def test_a_weight_that_is_no_parameter_is_refused_by_name(hold, name):
 )
 def test_wrong_options_say_what_is_right(arguments, message):
     model = net()
-    LoraModel(model, modified_modules=["linear"])
+    lora = LoraModel(model, modified_modules=["linear"])
+    with pytest.raises(opendelta.OptionError, match=r"names 'lora' twice"):
+        combine(model, {"lora": 1.0, lora: 2.0})
     with pytest.raises(opendelta.OptionError, match=message):
         combine(model, **{"weights": {"lora": 1.0}, **arguments})
     with pytest.raises(opendelta.DeltaError, match=r"no delta 'lara' is attached"):

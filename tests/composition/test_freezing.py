@@ -35,6 +35,19 @@ def test_deltas_can_be_excluded_by_name(model, lora, adapter):
     assert trainable(model) == {name for name, _ in adapter.named_parameters()}
 
 
+@pytest.mark.parametrize("several", [True, False])
+def test_deltas_can_be_excluded_by_handle(model, lora, adapter, several):
+    lora.freeze_module(exclude=[adapter] if several else adapter)
+    assert trainable(model) == {name for name, _ in adapter.named_parameters()}
+    other = copy.deepcopy(model)
+    with pytest.raises(opendelta.DeltaError, match="a delta of another model"):
+        lora.freeze_module(exclude=[opendelta.composition(other)["adapter"]])
+    adapter.detach()
+    with pytest.raises(opendelta.DeltaError, match="it is detached"):
+        lora.freeze_module(exclude=["norm", adapter])
+    assert not model.norm.weight.requires_grad
+
+
 def test_the_last_call_decides_whichever_delta_it_is_called_on(model, lora, adapter):
     lora.freeze_module()
     adapter.freeze_module(exclude=["deltas", "head"])

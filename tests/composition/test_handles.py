@@ -1,11 +1,16 @@
 """`composition(model)` gives handles to its deltas, by name or one after another."""
 
+import copy
+import json
+import pickle
+
 import pytest
-from support.nets import net, small
+from support.nets import IDS, net, small
 from torch import nn
 
 import opendelta
 from opendelta import LoraModel
+from opendelta.integrations.trl import reference
 
 pytestmark = pytest.mark.covers("composition", "Composition", "DeltaError")
 
@@ -67,3 +72,45 @@ def test_a_stranger_of_the_same_name_is_not_taken_for_our_own():
         pass
     with pytest.raises(opendelta.DeltaError, match=r"must be a delta or the name of one"):
         composition.reorder([["lora"]])
+
+
+TAKING = {
+    "merge": lambda model, delta: opendelta.composition(model).merge(delta),
+    "[]": lambda model, delta: opendelta.composition(model)[delta],
+    "route": lambda model, delta: opendelta.route(model, [delta]).__enter__(),
+    "parallel": lambda model, delta: opendelta.parallel(model, [delta], x=IDS),
+    "combine": lambda model, delta: opendelta.combine(model, {delta: 1.0}),
+    "optimizer_groups": lambda model, delta: opendelta.optimizer_groups(model, {delta: {"lr": 1}}),
+    "deltas=": lambda model, delta: opendelta.AverageModel(model, deltas=["b", delta]),
+    "a config's deltas=": lambda model, delta: opendelta.AverageModel.from_config(
+        opendelta.AverageConfig(deltas=[delta]), model
+    ),
+    "plan": lambda model, delta: opendelta.plan(model, opendelta.AverageConfig(deltas=[delta])),
+    "reference": lambda model, delta: reference(model, delta),
+    "attach(after=)": lambda model, delta: opendelta.composition(model)["b"].attach(after=delta),
+}
+
+
+@pytest.mark.parametrize("verb", TAKING)
+def test_no_verb_takes_a_stranger_of_the_same_name(verb):
+    model, other = net(), net()
+    for name in "ab":
+        LoraModel(model, modified_modules=["linear"], name=name)
+    stranger = LoraModel(other, modified_modules=["linear"], name="a")
+    before = opendelta.snapshot(model)
+    with pytest.raises(opendelta.DeltaError, match=r"this 'a' is a delta of another model"):
+        TAKING[verb](model, stranger)
+    assert opendelta.snapshot(model) == before
+    assert opendelta.composition(model).names == ["a", "b"]
+
+
+def test_a_config_copies_the_names_of_deltas_without_the_deltas():
+    model = net()
+    lora = LoraModel(model, modified_modules=["linear"])
+    config = opendelta.AverageConfig(deltas=[lora])
+    mean = opendelta.AverageModel.from_config(config, model)
+    for each in (config, mean.config):
+        for copied in (copy.deepcopy(each), pickle.loads(pickle.dumps(each))):
+            assert copied.deltas == ["lora"]
+            assert type(copied.deltas[0]) is str
+        assert json.loads(each.to_json_string())["deltas"] == ["lora"]

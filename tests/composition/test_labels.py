@@ -1,6 +1,7 @@
 """Tasks side by side: heads for other numbers of labels than the backbone's, and their losses."""
 
 import copy
+import itertools
 import pickle
 
 import pytest
@@ -158,6 +159,50 @@ def test_the_plain_backbone_of_a_task_has_its_labels(tmp_path):
     assert model.__dict__["config"].num_labels == 2
 
 
+NAMES = {"id2label": {0: "bad", 1: "good"}, "label2id": {"bad": 0, "good": 1}}
+
+
+@pytest.mark.covers("from_pretrained")
+@pytest.mark.parametrize("tasks", [[5], [5, 3]], ids=["one", "several"])
+def test_a_saved_model_has_the_config_of_its_own_head(tasks, tmp_path):
+    model = build("bert")
+    model.config.update({**NAMES, "problem_type": "single_label_classification"})
+    model.config.to_json_file(tmp_path / "before.json")
+    for labels in tasks:
+        put(model, "bert", labels, f"task{labels}")
+    model.save_pretrained(tmp_path)
+    plain = type(model).from_pretrained(tmp_path)
+    for key in (*NAMES, "problem_type"):
+        before = transformers.BertConfig.from_json_file(tmp_path / "before.json")
+        assert getattr(plain.config, key) == getattr(before, key)
+    with opendelta.composition(model).only():
+        assert torch.equal(plain.eval()(**BATCH).logits, model(**BATCH).logits)
+    again = opendelta.from_pretrained(tmp_path)
+    assert torch.equal(again(**BATCH).logits, model(**BATCH).logits)
+    assert again.config.num_labels == tasks[-1]
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_trainer_writes_the_config_of_the_models_own_head(whole, tmp_path):
+    config = copy.deepcopy(FAMILIES["bert"].config)
+    model = transformers.BertForTokenClassification(config)
+    task = LoraModel(model, modules_to_save=["classifier"], num_labels=5)
+    task.freeze_module(set_state_dict=False if whole else None)
+    arguments = transformers.TrainingArguments(
+        str(tmp_path), max_steps=1, save_steps=1, report_to=[], disable_tqdm=True, use_cpu=True,
+        logging_strategy="no", dataloader_pin_memory=False,
+    )  # fmt: skip
+    data = [{"input_ids": row, "labels": row.clamp(max=4)} for row in token_ids(rows=2)]
+    trainer = transformers.Trainer(model, arguments, train_dataset=data)
+    trainer.train()
+    trainer.save_model(tmp_path / "saved")
+    for folder in ("saved", "checkpoint-1"):
+        assert transformers.AutoConfig.from_pretrained(tmp_path / folder).num_labels == 2
+    for folder in ("saved", "checkpoint-1") if whole else ("saved",):
+        again = opendelta.from_pretrained(tmp_path / folder)
+        assert torch.equal(again(**BATCH).logits, model.eval()(**BATCH).logits)
+
+
 def test_labels_without_a_head_to_replace_are_refused():
     model = build("bert")
     with untouched(model):
@@ -168,7 +213,10 @@ def test_labels_without_a_head_to_replace_are_refused():
         with pytest.raises(opendelta.OptionError, match=r"num_labels=0 must be at least 1"):
             LoraModel(model, num_labels=0, modules_to_save=["classifier"])
     plain = net()
-    with untouched(plain), pytest.raises(opendelta.OptionError, match="Net has labels"):
+    with (
+        untouched(plain),
+        pytest.raises(opendelta.OptionError, match="Net has no config"),
+    ):
         LoraModel(plain, modified_modules=["linear"], modules_to_save=["head"], num_labels=5)
     assert plain(IDS).shape[-1] == 3
 
@@ -230,21 +278,24 @@ def test_what_is_other_in_the_backbones_config_is_reported_and_not_refused(tmp_p
     )
 
 
+@pytest.mark.parametrize("lora", [{}, {"use_dora": True}, {"init": "pissa"}, {"init": "olora"}])
 @pytest.mark.parametrize("first", ["copy", "lora"])
 @pytest.mark.parametrize("name", ["bert", "roberta"])
-def test_a_delta_on_a_head_beside_a_copy_with_other_labels_is_refused(name, first):
+def test_a_delta_on_a_head_beside_a_copy_with_other_labels_is_refused(name, first, lora):
     model = build(name)
     head = MODELS[name][1] if name == "bert" else "classifier.out_proj"
     options = {"modules_to_save": [MODELS[name][1]], "num_labels": 5, "name": "task"}
+    rank = 8 if first == "copy" and name == "bert" else 2
 
     def on_the_head():
-        return LoraModel(model, modified_modules=[head], name="other")
+        return LoraModel(model, lora_r=rank, modified_modules=[head], name="other", **lora)
 
     make = [lambda: LoraModel(model, **options), on_the_head]
     make = make if first == "copy" else make[::-1]
     make[0]()
     there = opendelta.composition(model).names
-    with pytest.raises(SiteError, match=r"'classifier.*(task|other)"):
+    says = r"its place, with other sizes \(num_labels\)" if name == "bert" else "inside"
+    with pytest.raises(SiteError, match=f"'classifier.*{says}"):
         make[1]()
     assert opendelta.composition(model).names == there
 
@@ -255,3 +306,21 @@ def test_a_delta_on_a_head_beside_a_copy_with_as_many_labels_acts():
     before = model(**BATCH).logits
     shake(LoraModel(model, modified_modules=["classifier"], name="other"))
     assert not torch.allclose(model(**BATCH).logits, before)
+
+
+@pytest.mark.parametrize("order", [*itertools.permutations([2, 3, 5])])
+def test_the_last_head_that_acts_says_the_number_of_labels_the_backbones_own_too(order):
+    """2 is the number of the backbone: such a delta alone changes no labels."""
+    model = build("bert")
+    for labels in (2, 3, 5):
+        put(model, "bert", labels, f"task{labels}")
+    composition = opendelta.composition(model)
+    composition.reorder([f"task{labels}" for labels in order])
+    names = list(composition.names)
+    for count in (3, 2, 1, 0):
+        with composition.only(*names[:count]):
+            wanted = order[count - 1] if count else 2
+            found = model(**BATCH, labels=torch.zeros(len(BATCH["input_ids"]), dtype=torch.long))
+            assert found.logits.shape[-1] == model.num_labels == model.config.num_labels == wanted
+    composition["task2"].disable()
+    assert model.num_labels == model(**BATCH).logits.shape[-1] != 2

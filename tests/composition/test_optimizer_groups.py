@@ -4,7 +4,7 @@ import pytest
 import torch
 from support.nets import IDS, net
 
-from opendelta import AdapterModel, LoraModel, OptionError, optimizer_groups
+from opendelta import AdapterModel, IA3Model, LoraModel, OptionError, optimizer_groups
 
 pytestmark = pytest.mark.covers("optimizer_groups")
 
@@ -19,14 +19,26 @@ def three(model, lora, adapter):
 def test_each_parameter_that_trains_is_in_one_group(three, lora, adapter):
     groups = optimizer_groups(three, {"adapter": {"lr": 0.5}}, lora={"weight_decay": 0.1})
     assert [group["name"] for group in groups] == ["lora", "adapter", "backbone"]
-    assert [group.get("lr") for group in groups] == [None, 0.5, None]
+    rate = LoraModel.default_learning_rate
+    assert [group.get("lr") for group in groups] == [rate, 0.5, None]
     found = [id(p) for group in groups for p in group["params"]]
     assert sorted(found) == sorted(id(p) for p in three.parameters() if p.requires_grad)
     optimizer = torch.optim.AdamW(groups, lr=0.25)
-    assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.5, 0.25]
+    assert [group["lr"] for group in optimizer.param_groups] == [rate, 0.5, 0.25]
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.01, 0.01]
     three(IDS).sum().backward()
     optimizer.step()
+
+
+def test_each_delta_trains_at_the_rate_of_its_method(three):
+    IA3Model(three, modified_modules=["linear"], name="second")
+    rates = {group["name"]: group.get("lr") for group in optimizer_groups(three)}
+    assert rates == {
+        "lora": LoraModel.default_learning_rate,
+        "adapter": AdapterModel.default_learning_rate,
+        "second": IA3Model.default_learning_rate,
+        "backbone": None,
+    }
 
 
 def test_lora_plus_trains_b_so_many_times_as_fast(three, lora):
@@ -36,6 +48,11 @@ def test_lora_plus_trains_b_so_many_times_as_fast(three, lora):
     assert (up["name"], up["lr"], up["betas"]) == ("lora.B", 4.0, (0.5, 0.9))
     assert {id(p) for p in up["params"]} == {id(ly.lora_B) for ly in lora.layers.values()}
     assert {id(p) for p in down["params"]} == {id(ly.lora_A) for ly in lora.layers.values()}
+
+
+def test_a_handle_names_its_delta(three, lora):
+    by_handle, by_name = ({key: {"lr": 1}} for key in (lora, lora.name))
+    assert optimizer_groups(three, by_handle) == optimizer_groups(three, by_name)
 
 
 def test_what_is_frozen_and_what_is_shared_is_left_out(three, adapter):

@@ -11,7 +11,14 @@ from support.nets import X, net, shake, small, untouched
 from torch import nn
 
 import opendelta
-from opendelta import AdapterModel, DeltaConfig, IA3Model, LoraModel
+from opendelta import (
+    AdapterModel,
+    AverageModel,
+    DeltaConfig,
+    IA3Model,
+    LoraModel,
+    ParallelAdapterModel,
+)
 from opendelta._deltas.registry import METHODS
 from opendelta._handles.delta import Delta
 from opendelta.author import Acts, DeltaLayer, first_input, replace_input
@@ -219,3 +226,19 @@ def test_reorder_takes_exactly_the_attached_deltas(wrong):
     with pytest.raises(opendelta.DeltaError):
         opendelta.composition(model).reorder(wrong)
     assert opendelta.composition(model).names == ["lora", "adapter"]
+
+
+@pytest.mark.parametrize("in_block", [False, True])
+def test_what_runs_the_module_twice_stands_above_the_end_of_a_branch(in_block):
+    model = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)).double()
+    branch = shake(ParallelAdapterModel(model, modified_modules=["0", "1"], name="branch"))
+    if in_block:
+        AverageModel(model, deltas=["branch"], weights=[0.5], name="halved")
+    adapter = shake(AdapterModel(model, modified_modules=["1"], residual="input", name="a"))
+    x = torch.randn(3, 8, dtype=torch.float64)
+    term = branch.layers["0"].branch(x) * (0.5 if in_block else 1)
+    beneath, norm = model[0](x), lambda h: F.layer_norm(h, (8,), model[1].weight, model[1].bias)
+    change = adapter.layers["1"].bottleneck(norm(beneath) + term)
+    torch.testing.assert_close(model(x), norm(beneath + change) + term)
+    with pytest.raises(opendelta.SiteError, match="'0' did not run first"):
+        model[1](x)

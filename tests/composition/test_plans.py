@@ -7,7 +7,7 @@ import sys
 import warnings
 
 import pytest
-import rich.style  # noqa: F401  # its first import draws a random number
+import rich.style  # noqa: F401  it draws a random number when it is imported
 import torch
 import transformers
 from hypothesis import given, settings

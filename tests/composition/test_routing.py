@@ -8,6 +8,7 @@ import hypothesis.strategies as st
 import peft
 import pytest
 import torch
+import torch.utils._pytree as pytree
 import transformers
 from support.counting import Counted
 from support.models import build, inputs, put_default, token_ids, tower, vectors
@@ -599,6 +600,24 @@ def test_owned_modules_of_other_shapes_and_those_that_fill_a_cache_are_refused()
             llama.generate(token_ids(2), max_new_tokens=2)
 
 
+def test_hooks_that_renew_the_input_of_layers_let_a_module_that_fills_a_cache_run_once():
+    """As those of FSDP2 do."""
+
+    def renew(layer, args, kwargs):
+        return pytree.tree_map_only(torch.Tensor, torch.clone, (args, kwargs))
+
+    llama, ids = build("llama"), token_ids(3)
+    layers = []
+    for name in "ab":
+        delta = shake(AdapterModel(llama, modified_modules=["self_attn"], name=name))
+        layers += delta.layers.values()
+    with opendelta.route(llama, ["a", "b", None]):
+        wanted = llama(ids).logits
+        for layer in layers:
+            layer.register_forward_pre_hook(renew, with_kwargs=True)
+        torch.testing.assert_close(llama(ids, use_cache=True).logits, wanted)
+
+
 def assert_same_without_cache(model):
     ids = token_ids(2)
     out = model(ids, use_cache=False).logits
@@ -642,6 +661,42 @@ def test_layers_that_change_the_input_run_their_module_on_their_rows(halving):
         pytest.raises(SiteError, match=r"'halve' lets '.*mlp' run .* has other deltas inside"),
     ):
         model(ids)
+
+
+class PerToken(nn.Module):
+    """Two modules; the first is told how much each of a row's tokens counts."""
+
+    def __init__(self):
+        super().__init__()
+        self.mlp, self.head = Weighing(), nn.Linear(8, 8)
+
+    def forward(self, x, weights):
+        return self.head(self.mlp(x, weights))
+
+
+class Weighing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+
+    def forward(self, hidden_states, weights):
+        return self.inner(hidden_states) * weights[:, None]
+
+
+@pytest.mark.parametrize("length", [3, 4])
+@pytest.mark.parametrize("rows", [["a", None, None], ["a", "a", None], [None, "a", "a"]])
+@pytest.mark.parametrize("kind", ["copy", "halved"])
+def test_a_tensor_as_long_as_the_batch_is_not_taken_for_its_rows(kind, rows, length, halving):
+    torch.manual_seed(0)
+    model, x = PerToken(), vectors(3, length, 8)
+    if kind == "copy":
+        LoraModel(model, modified_modules=["head"], modules_to_save=["mlp"], name="a")
+    else:
+        halving(model, modified_modules=["mlp"], name="a")
+    shake(composition(model)["a"])
+    weights = torch.arange(length) + 1.0
+    forward = lambda model, batch: model(batch["x"], weights)  # noqa: E731
+    assert_as_alone(model, rows, {"x": x}, forward=forward)
 
 
 def test_prefixes_act_inside_modules_that_run_on_all_rows(halving):

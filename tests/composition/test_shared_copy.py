@@ -9,7 +9,7 @@ from support.nets import IDS, net, shake, untouched
 from torch import nn
 
 import opendelta
-from opendelta import AdapterModel, DeltaError, LoraModel, PrefixModel
+from opendelta import AdapterModel, DeltaError, LoraModel, PrefixModel, SiteError
 
 pytestmark = pytest.mark.covers("shared_copy")
 
@@ -161,3 +161,23 @@ def test_to_backbone_shares_what_no_delta_changed():
     assert plain.head.weight.data_ptr() == model.head.weight.data_ptr()
     assert plain.linear.weight.data_ptr() != model.linear.weight.data_ptr()
     assert isinstance(plain.linear, nn.Linear)
+
+
+@pytest.mark.covers("Composition.to_backbone", "DeltaConfig.modules_to_save")
+@pytest.mark.parametrize("where", ["pair", "pair.inner"])
+def test_a_module_whose_new_forward_keeps_it_is_not_copied(where):
+    model = net()
+    delta = shake(LoraModel(model, modified_modules=["pair.inner"]))
+    module, name = model.get_submodule(where), "Pair" if where == "pair" else "Linear"
+    first = module.forward
+    module.forward = lambda x: first(2 * x)
+    before = opendelta.snapshot(model)
+    for verb in (opendelta.shared_copy, lambda m: opendelta.composition(m).to_backbone()):
+        with pytest.raises(SiteError, match=rf"'{where}' \({name}\) had its forward replaced by"):
+            verb(model)
+    assert opendelta.snapshot(model) == before
+    delta.detach()
+    with pytest.raises(SiteError, match="had its forward replaced by"):
+        LoraModel(model, modified_modules=["linear"], modules_to_save=["pair"])
+    del module.forward
+    assert torch.equal(opendelta.shared_copy(model)(IDS), model(IDS))

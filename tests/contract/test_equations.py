@@ -197,6 +197,20 @@ def test_the_low_rank_change_of_loreft_2404_03592(first, last):
     near(model, np.where(chosen[None, :, None], changed, h))
 
 
+@pytest.mark.parametrize("scale", [0.1, 30.0])
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [(LoReftModel, {"low_rank_dimension": rank}) for rank in (1, 3, 99)]
+    + [(OFTModel, {"oft_block_size": size}) for size in (2, 99)],
+)
+def test_what_is_exported_to_onnx_computes_the_same(method, options, scale, monkeypatch):
+    model = two()
+    shake(put(method, model, "w2", **options), scale=scale)
+    expected = model(X)
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    torch.testing.assert_close(model(X), expected, atol=1e-9, rtol=1e-9)
+
+
 # --------------------------------------------------------------------------------------- the starts
 LLAMA = transformers.LlamaConfig(
     hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48, vocab_size=60,

@@ -8,7 +8,7 @@ from support.nets import X, put, shake, small, untouched
 from torch import nn
 
 import opendelta
-from opendelta import AdapterModel, Delta, DeltaConfig, OptionError
+from opendelta import AdapterModel, Delta, DeltaConfig, OptionError, optimizer_groups
 from opendelta._deltas.registry import METHODS
 from opendelta.author import (
     Acts,
@@ -197,6 +197,17 @@ def test_a_method_is_checked_when_it_is_defined():
 
 
 @pytest.mark.covers("DeltaConfig")
+@pytest.mark.covers("optimizer_groups", "Delta.default_learning_rate")
+@pytest.mark.parametrize(("given", "rate"), [({}, 1e-3), ({"default_learning_rate": 0.5}, 0.5)])
+def test_a_method_has_a_learning_rate_and_need_not_say_it(define, given, rate):
+    model = small()
+    put(define(Moved, **given), model, "0").freeze_module()
+    (group,) = optimizer_groups(model)
+    assert group["lr"] == rate
+    with pytest.raises(OptionError, match=r"Mine.default_learning_rate must be a float, not '1'"):
+        define(Moved, default_learning_rate="1")
+
+
 @pytest.mark.parametrize(
     ("decorated", "name", "message"),
     [

@@ -110,12 +110,17 @@ def test_it_runs_from_end_to_end(tmp_path, monkeypatch, capfd):
     assert re.search(r"questions │ lora \+ adapter │ +6 │ .* all 360 │", rows[0])
     assert re.search(r"messages  │ spam +│ +2 │ .* all 120 │", rows[1])
     assert "detached, the first one first: that MiniLM is as it was, bit for bit" in lines
+    assert list(outcome.mixed) == [
+        "a new LoRA alone", "the sum of the three", "a gate over the three",
+    ]  # fmt: skip
+    for what, share in outcome.mixed.items():
+        assert [line for line in lines if re.match(rf"│ {what} +│ .* │ +{share:.3f} │$", line)]
     epochs = [line for line in lines if re.match(r"epoch 1: loss \d\.\d+, test accuracy ", line)]
     assert len(epochs) == 2
     assert lines[-1] == (
         f"test accuracy: {both.accuracy:.3f} on questions, {outcome.messages:.3f} on messages"
     )
-    assert len(lines) < 90
+    assert len(lines) < 105
     assert not [line for line in lines if "{'" in line or "UserWarning" in line]
     assert not list(tmp_path.iterdir())
 
@@ -125,6 +130,8 @@ def test_less_than_half_of_the_demo_learns_both_tasks(capfd):
     outcome = demo.run(train_size=1600, test_size=400, epochs=2, quiet=True)
     assert outcome.questions >= 0.85 > 0.4 > outcome.rows[0].accuracy
     assert outcome.messages >= 0.94
+    lora, summed, gated = outcome.mixed.values()
+    assert gated > max(lora, summed) + 0.05
     assert capfd.readouterr() == ("", "")
 
 
@@ -136,7 +143,7 @@ def test_the_command_fails_where_the_accuracy_is_too_low(monkeypatch, accuracy, 
 
     def run(**options):
         seen.update(options)
-        return demo.Outcome([demo.Row("", 0.1, 0, 0), demo.Row("", accuracy, 0, 0)], 0.99)
+        return demo.Outcome([demo.Row("", 0.1, 0, 0), demo.Row("", accuracy, 0, 0)], 0.99, {})
 
     monkeypatch.setattr(demo, "run", run)
     monkeypatch.setattr(sys, "argv", ["opendelta", "demo", "--seed", "7"])

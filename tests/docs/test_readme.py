@@ -1,65 +1,58 @@
-"""README and CONTRIBUTING are true: their Python runs, and prints what they say."""
+"""README is true: its Python runs, and prints what it says."""
 
-import os
+import html
 import re
-import subprocess
-import sys
-import textwrap
 
 import pytest
-import torch
-import transformers
-from support import ROOT, TESTS
-from support.nets import IDS, net, shake, untouched
+from support import ROOT
 
 import opendelta
-from opendelta import AutoDeltaModel, LoraModel
-from opendelta._deltas.registry import METHODS
 
 README = ROOT / "README.md"
+TREE = ROOT / "docs" / "assets" / "tree.svg"
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.M | re.S)
 
 
-@pytest.fixture
-def offline(monkeypatch, tmp_path):
-    """`from_pretrained("roberta-base")` gives a model of that configuration, in an empty folder."""
-
-    def from_pretrained(name):
-        assert name == "roberta-base"
-        torch.manual_seed(0)
-        return transformers.RobertaForSequenceClassification(
-            transformers.RobertaConfig(
-                vocab_size=50265, max_position_embeddings=514, type_vocab_size=1, num_labels=2
-            )
-        ).eval()
-
-    auto = transformers.AutoModelForSequenceClassification
-    monkeypatch.setattr(auto, "from_pretrained", from_pretrained)
-    monkeypatch.chdir(tmp_path)
-
-
-def blocks(path=README):
-    return BLOCK.findall(path.read_text())
-
-
-def contributed():
-    """The Python of CONTRIBUTING: a whole method, and a layer that changes the weight."""
-    return [c for language, c in blocks(README.parent / "CONTRIBUTING.md") if language == "python"]
+def blocks():
+    return BLOCK.findall(README.read_text())
 
 
 @pytest.mark.slow
 def test_the_examples_run_and_print_what_the_readme_says(offline, capsys):
-    names = {}
-    printed = compared = 0
+    names, shown = {}, []
     for language, code in blocks():
         if language == "python":
-            printed = None
             exec(compile(code, str(README), "exec"), names)
-            printed = capsys.readouterr().out
-        elif language == "text" and printed:
-            assert textwrap.dedent(code).strip() == printed.strip()
-            printed, compared = None, compared + 1
-    assert compared == 3
+            shown.append(capsys.readouterr().out)
+        elif language == "text":
+            printed = shown.pop()
+            tree = printed.find("Trainable Ratio")  # what is above it is in the picture
+            assert code == printed[max(tree, 0) :]
+    assert not shown
+
+
+def test_the_picture_is_the_tree_of_the_first_example(offline, capsys):
+    names = {}
+    exec(compile(blocks()[0][1], str(README), "exec"), names)
+    text = TREE.read_text()
+    assert str(opendelta.tree(names["model"], to="svg")) == text, "run tools/tree_picture.py"
+    lines = re.findall(r"^<text .*?>(.*)</text>$", text, re.M)
+    drawn = "\n".join(html.unescape(re.sub("<.*?>", "", line)) for line in lines)
+    drawn = drawn.replace("\xa0", " ")
+    assert capsys.readouterr().out.startswith(drawn + "\n")
+
+
+def test_it_is_short():
+    assert len(README.read_text().splitlines()) <= 150
+
+
+def test_its_links_and_pictures_lead_to_files_and_headings():
+    for to in re.findall(r"\]\((?!https?:)(.*?)\)", README.read_text()):
+        file, _, anchor = to.partition("#")
+        headings = re.findall(r"^#+ (.*)$", (ROOT / file).read_text(), re.M) if anchor else []
+        slugs = [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings]
+        assert (ROOT / file).exists(), to
+        assert not anchor or anchor in slugs, to
 
 
 def test_the_set_up_is_two_commands():
@@ -74,81 +67,3 @@ def test_it_credits_its_predecessor_and_says_that_it_shares_no_code():
     text = " ".join(README.read_text().split())
     for fact in ("thunlp/OpenDelta", "2307.03084", "2203.06904", "shares no code"):
         assert fact in text
-
-
-@pytest.mark.covers("Delta", "DeltaConfig", "InputLayer", "option")
-def test_the_method_in_contributing_is_a_whole_method(tmp_path):
-    code, _ = contributed()
-    assert len([line for line in code.splitlines() if line.strip()]) < 45
-    names = {}
-    exec(compile(code, "CONTRIBUTING.md", "exec"), names)
-    del METHODS["scale"]
-    model = net()
-    with untouched(model):
-        delta = names["ScaleModel"](model, modified_modules=["linear"], groups=4)
-        outer = LoraModel(model, modified_modules=["linear"])
-        assert (
-            opendelta.composition(model).explain("linear").formula
-            == "y = linear(scale(x)) + lora(x)"
-        )
-        shake(delta)
-        expected = model(IDS)
-        delta.freeze_module()
-        delta.save_finetuned(tmp_path)
-        outer.detach()
-        delta.detach()
-    METHODS["scale"] = names["ScaleModel"]
-    try:
-        AutoDeltaModel.from_finetuned(tmp_path, backbone_model=model)
-    finally:
-        del METHODS["scale"]
-    assert torch.equal(model(IDS), expected)
-    with pytest.raises(opendelta.OptionError, match=r"groups=3 must be a multiple of 2"):
-        names["ScaleConfig"](groups=3)
-    with pytest.raises(opendelta.OptionError, match=r"'linear': groups=6 does not divide 8"):
-        names["ScaleModel"](model, modified_modules=["linear"], groups=6)
-
-
-@pytest.mark.covers("WeightLayer")
-def test_the_layer_in_contributing_that_changes_the_weight_folds():
-    names = {}
-    for code in contributed():
-        exec(compile(code, "CONTRIBUTING.md", "exec"), names)
-    del METHODS["scale"]
-
-    class DenseModel(names["ScaleModel"]):
-        delta_type = "dense"
-        layer_class = names["DenseLayer"]
-
-    del METHODS["dense"]
-    model = net()
-    plain = model(IDS)
-    with untouched(model):
-        delta = DenseModel(model, modified_modules=["linear"])
-        assert torch.equal(model(IDS), plain)
-        for layer in delta.layers.values():
-            torch.nn.init.normal_(layer.D)
-        expected = model(IDS)
-        assert not torch.allclose(expected, plain)
-        opendelta.composition(model).merge()
-        torch.testing.assert_close(model(IDS), expected)
-        opendelta.composition(model).unmerge()
-        delta.detach()
-
-
-@pytest.mark.slow
-def test_the_method_in_contributing_passes_the_contract_from_outside(tmp_path):
-    code, _ = contributed()
-    (tmp_path / "contributed.py").write_text(code)
-    contract = str(TESTS / "contract" / "test_methods.py")
-    result = subprocess.run(
-        [
-            *(sys.executable, "-m", "pytest", "-v", contract, "-k", "scale"),
-            *("-p", "contributed", "-p", "no:cacheprovider", "-p", "no:xdist"),
-        ],
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stdout[-3000:]
-    assert int(re.search(r"(\d+) passed", result.stdout)[1]) > 60

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from support.models import Tower, detach, put_deltas_on_tower, reader, tower, vectors
 from support.nets import replica_of, shake, untouched
 from torch import nn
-from torch.nn.utils import parametrize
+from torch.fx.experimental import optimization
+from torch.nn.utils import fuse_conv_bn_eval, fuse_linear_bn_eval, parametrize
 
 import opendelta
 from opendelta import (
@@ -148,6 +149,24 @@ def test_the_fused_path_of_transformer_encoder_steps_aside_for_deltas(place, mas
     kept = slice(None) if mask is None else ~mask
     assert torch.allclose(fused[kept], slow[kept], atol=1e-5)
     assert not torch.allclose(fused[kept], encoder(False, nested)(x)[kept], atol=1e-3)
+
+
+@pytest.mark.covers("Composition.to_backbone")
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_fusing_a_site_with_a_batch_norm_is_refused_and_its_plain_model_can_be_fused(kind):
+    torch.manual_seed(0)
+    first, norm, fuse, x = {
+        "linear": (nn.Linear(8, 8), nn.BatchNorm1d(8), fuse_linear_bn_eval, torch.randn(2, 8)),
+        "conv": (nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), fuse_conv_bn_eval, torch.randn(1, 4, 5, 5)),
+    }[kind]
+    norm.running_var.fill_(4.0)
+    model = nn.Sequential(first, norm).eval()
+    shake(LoraModel(model, modified_modules=["0"]))
+    with pytest.raises(SiteError, match=r"deltas: fuse a plain model, .*to_backbone\(\)"):
+        fuse(*model)
+    assert torch.allclose(optimization.fuse(model)(x), model(x), atol=1e-5)  # it leaves sites
+    plain = opendelta.composition(model).to_backbone()
+    assert torch.allclose(fuse(*plain)(x), model(x), atol=1e-5)
 
 
 # ----------------------------------------------------------------------------- replicas and threads

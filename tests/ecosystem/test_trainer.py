@@ -1,13 +1,25 @@
 """Deltas in transformers' Trainer: they alone are trained, and its checkpoints bring them back."""
 
+import copy
+
+import peft
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
 from support.models import FIVE, build, detach, logits, put_deltas, token_ids
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from support.nets import shake
+from support.quantised import torchao
+from transformers import (
+    BitsAndBytesConfig,
+    TorchAoConfig,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 import opendelta
+from opendelta import LoraModel
 
 pytestmark = pytest.mark.covers("Delta.freeze_module")
 
@@ -114,6 +126,18 @@ def test_resuming_from_a_checkpoint_restores_the_deltas_exactly(only_trainable, 
     assert_same(values(deltas), expected)
 
 
+@filtered_or_not
+def test_resuming_with_deltas_of_other_names_is_refused(only_trainable, tmp_path):
+    def made(name):
+        model = build("bert")
+        opendelta.LoraModel(model, name=name).freeze_module(set_state_dict=only_trainable)
+        return trainer(model, tmp_path, save_strategy="steps", save_steps=2)
+
+    made("first").train()
+    with pytest.raises(opendelta.DeltaLoadError, match=r"tensors of first: attach .*with name="):
+        made("second").train(resume_from_checkpoint=True)
+
+
 class KeepsValues(TrainerCallback):
     """Keeps the tensors of the deltas at every checkpoint."""
 
@@ -146,7 +170,8 @@ def test_the_best_model_at_the_end_has_the_deltas_of_that_step(only_trainable, t
         transformers.logging.enable_propagation()
         run.train()
         transformers.logging.disable_propagation()
-    assert "missing keys" not in caplog.text
+    warned = "missing keys" in caplog.text  # a plain BERT's tied head is reported to Trainer, too
+    assert warned != only_trainable
     best = run.state.best_global_step
     assert best < 3
     assert_same(values(deltas), kept.at_step[best])
@@ -210,3 +235,63 @@ def test_training_in_mixed_precision_keeps_float32_deltas_and_lets_them_go(tmp_p
     detach(deltas)
     opendelta.assert_pristine(model)
     assert torch.equal(logits(model.eval()), logits(build("bert")))
+
+
+# ------------------------------------------------------------------------------ quantised backbones
+QUANTISED = {
+    "bitsandbytes 8 bit": BitsAndBytesConfig(load_in_8bit=True),
+    "bitsandbytes 4 bit": BitsAndBytesConfig(load_in_4bit=True),
+    "torchao int8": TorchAoConfig(torchao.Int8WeightOnlyConfig()),
+}
+
+
+@pytest.fixture(params=QUANTISED)
+def quantised(request, tmp_path):
+    """A function that gives the same quantised model each time, under a LoRA."""
+    build("llama").save_pretrained(tmp_path / "plain")
+
+    def make():
+        model = transformers.LlamaForCausalLM.from_pretrained(
+            tmp_path / "plain",
+            quantization_config=QUANTISED[request.param],
+            device_map={"": "cpu"},
+        )
+        torch.manual_seed(0)
+        LoraModel(model).freeze_module()
+        return model
+
+    return make
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:bitsandbytes")
+def test_a_quantised_model_trains_and_resumes(quantised, tmp_path):
+    whole, model = quantised(), quantised()
+    trainer(whole, tmp_path / "whole").train()
+    options = {"save_strategy": "steps", "save_steps": 1}
+    trainer(model, tmp_path, **options).train()
+    again = quantised()
+    trainer(again, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert not torch.equal(logits(whole), logits(quantised()))
+    assert torch.equal(logits(again), logits(whole))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:bitsandbytes")
+def test_only_trainer_takes_a_quantised_model_for_one_with_adapters(quantised, tmp_path):
+    model = quantised()
+    trainer(copy.deepcopy(model), tmp_path)
+    shake(next(iter(opendelta.composition(model))))
+    model.save_pretrained(tmp_path / "saved")
+    again = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "saved", device_map="cpu")
+    with pytest.warns(opendelta.UncheckedWarning):
+        opendelta.load(tmp_path / "saved", again)
+    assert torch.equal(logits(again), logits(model))
+    with pytest.raises(ValueError, match="No adapter loaded"):
+        model.active_adapters()
+    next(iter(opendelta.composition(model))).detach()
+    opendelta.assert_pristine(model)
+    assert "_hf_peft_config_loaded" not in vars(model)
+    with pytest.raises(ValueError, match="purely quantized"):
+        trainer(model, tmp_path)
+    model.add_adapter(peft.LoraConfig(target_modules=["q_proj"]))
+    LoraModel(model).detach()
+    trainer(model, tmp_path)

@@ -11,10 +11,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
 from safetensors import safe_open
+from safetensors.torch import load_file
 from support.models import (
     FIVE,
     GENERATORS,
@@ -545,6 +547,16 @@ def test_save_pretrained_of_a_model_inside_user_modules_keeps_all_deltas(tmp_pat
     plain.load_state_dict({k: v for k, v in model.state_dict().items() if k in plain.state_dict()})
     opendelta.load(tmp_path, plain)
     assert torch.equal(plain(token_ids()), model(token_ids()))
+
+
+@pytest.mark.covers("UnsavedWarning")
+def test_peft_s_save_pretrained_around_the_backbone_warns_that_it_leaves_deltas_out(tmp_path):
+    model = build("bert")
+    LoraModel(model, modified_modules=["value"])
+    around = peft.get_peft_model(model, peft.LoraConfig(target_modules=["query"]))
+    with pytest.warns(UnsavedWarning, match=r"leaves out \d+ delta tensors\. Save"):
+        around.save_pretrained(tmp_path)
+    assert not any(".deltas." in key for key in load_file(tmp_path / "adapter_model.safetensors"))
 
 
 @pytest.mark.covers("UnsavedWarning")

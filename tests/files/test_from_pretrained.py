@@ -9,7 +9,14 @@ from support.nets import net, shake
 from transformers import pipeline
 
 import opendelta
-from opendelta import AdapterModel, DeltaLoadError, LoraModel, from_pretrained
+from opendelta import (
+    AdapterModel,
+    BitFitModel,
+    DeltaLoadError,
+    LoraModel,
+    OptionError,
+    from_pretrained,
+)
 
 pytestmark = pytest.mark.covers("from_pretrained")
 
@@ -109,6 +116,46 @@ def test_what_does_not_say_its_backbone_or_is_not_of_transformers_is_refused_by_
     build("bert").save_pretrained(tmp_path / "home")
     with pytest.raises(DeltaLoadError, match=r"for a Net, .*opendelta\.load\(folder, model\)"):
         from_pretrained(tmp_path / "own", tmp_path / "home")
+
+
+@pytest.mark.parametrize("how", ["merged", "detached", "loaded again"])
+def test_deltas_beside_a_model_that_was_saved_without_them_later_are_refused(how, tmp_path):
+    model = build("bert")
+    model.requires_grad_(True)
+    shake(BitFitModel(model))  # it changes no weight
+    model.save_pretrained(tmp_path)
+    assert_same(from_pretrained(tmp_path / "deltas"), model)
+    if how == "merged":
+        model = opendelta.composition(model).to_backbone()
+    elif how == "detached":
+        opendelta.composition(model)["bitfit"].detach()
+    else:
+        model = type(model).from_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    plain = type(model).from_pretrained(tmp_path)
+    for folder in (tmp_path, tmp_path / "deltas"):
+        with pytest.raises(DeltaLoadError, match=r"saved without the deltas beside it"):
+            from_pretrained(folder)
+    with pytest.raises(DeltaLoadError, match=r"Remove .*deltas; or"):
+        opendelta.load(tmp_path, plain)
+    opendelta.load(tmp_path / "deltas", plain)
+    assert_same(from_pretrained(tmp_path / "deltas", tmp_path), plain.eval())
+
+
+def test_the_folder_of_a_part_of_the_model_is_refused(tmp_path):
+    model = prepared(build("llama"))
+    model.save_pretrained(tmp_path / "whole")
+    model.model.save_pretrained(tmp_path / "part")
+    with pytest.raises(DeltaLoadError, match=r"holds a LlamaModel, and .* on a LlamaForCausalLM"):
+        from_pretrained(tmp_path / "part")
+    assert_same(from_pretrained(tmp_path / "part", tmp_path / "whole"), model)
+
+
+def test_a_model_in_the_place_of_its_name_is_refused_in_few_words(tmp_path):
+    model = prepared(build("bert"))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(OptionError, match=r"^backbone='BertForMaskedLM' must be .{0,150}$"):
+        from_pretrained(tmp_path, backbone=model)
 
 
 def test_nothing_is_downloaded_unasked(tmp_path):

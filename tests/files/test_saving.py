@@ -313,6 +313,23 @@ def test_a_backbone_that_does_not_fit_is_refused(saved):
         AutoDeltaModel.from_finetuned(folder, backbone_model=model)
 
 
+def test_the_error_for_a_part_of_a_model_and_for_the_whole_of_one_tells_where_it_fits(saved):
+    folder, output = saved
+    part = net()
+    whole = torch.nn.ModuleDict({"inner": part})
+    with untouched(whole), pytest.raises(opendelta.DeltaLoadError, match=r"use model\.inner inst"):
+        opendelta.load(folder, whole)
+    opendelta.load(folder, whole["inner"])
+    assert torch.equal(part(IDS), output)
+    opendelta.composition(part)["lora"].detach()
+    delta = LoraModel(whole, modified_modules=["linear"])
+    delta.freeze_module()
+    delta.save_finetuned(folder)
+    part = net()
+    with untouched(part), pytest.raises(opendelta.DeltaLoadError, match="whose 'inner' is such a"):
+        opendelta.load(folder, part)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -500,3 +517,21 @@ def test_a_failing_save_leaves_the_old_content(saved, monkeypatch):
         AutoDeltaModel.from_finetuned(folder, backbone_model=fresh)
         assert torch.equal(fresh(IDS), expected)
         assert not list(folder.glob(".*"))
+
+
+def test_modules_that_torch_wrapped_since_are_saved_under_their_own_names(tmp_path):
+    from torch.distributed.algorithms._checkpoint import checkpoint_wrapper as wrappers
+
+    def net():
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Sequential(torch.nn.Linear(8, 8)), torch.nn.ReLU())
+
+    model, x = net(), torch.ones(2, 8)
+    LoraModel(model, modified_modules=["0.0"]).freeze_module()
+    opendelta.composition(model)["lora"].layers["0.0"].lora_B.data.fill_(0.1)
+    wrappers.apply_activation_checkpointing(model, check_fn=lambda part: part is model[0])
+    opendelta.composition(model).save(tmp_path)
+    plain = net()
+    report = opendelta.load(tmp_path, plain)
+    assert report.names == ["lora"]
+    assert torch.equal(plain(x), model(x))

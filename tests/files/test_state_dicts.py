@@ -5,11 +5,17 @@ import io
 import pickle
 
 import pytest
+import safetensors.torch
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, load_model, save_file, save_model
 from support.models import build, logits
 from support.nets import IDS, net, shake
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
 
 import opendelta
 from opendelta import AdapterModel, DeltaError, DeltaLoadError, LoraModel, OptionError
@@ -101,6 +107,32 @@ def test_a_module_around_it_has_a_whole_one_unless_it_was_asked_otherwise(way):
     assert torch.equal(fresh["inside"](IDS), outer["inside"](IDS))
 
 
+@every_way
+def test_a_file_that_lost_what_was_trained_is_refused(way):
+    state = through_file(prepared(**way).state_dict())
+    del state["head.weight"]
+    with pytest.raises(RuntimeError, match=r'Missing key.*"head\.weight"'):
+        prepared().load_state_dict(state)
+
+
+@every_way
+@pytest.mark.parametrize("name", ["bert", "gpt2", "t5"])
+def test_safetensors_loads_tied_weights_as_into_a_plain_model(name, way, tmp_path):
+    def tied(acts=True):
+        model = build(name)
+        model.requires_grad_(True)
+        delta = LoraModel(model)
+        if acts:
+            shake(delta)
+        delta.freeze_module(**way)
+        return model
+
+    model, fresh = tied(), tied(acts=False)
+    save_model(model, str(tmp_path / "model.safetensors"))
+    assert load_model(fresh, tmp_path / "model.safetensors") == (set(), [])
+    assert torch.equal(logits(fresh), logits(model))
+
+
 def test_a_whole_one_that_lacks_a_tensor_is_refused_as_ever():
     model = prepared()
     state = dict(model.state_dict())
@@ -122,6 +154,20 @@ def test_a_strict_loading_without_the_deltas_is_refused_before_the_first_copy():
     result = model.load_state_dict(plain.state_dict(), strict=False)
     assert set(result.missing_keys) == {key for key in before if ".deltas." in key}
     assert torch.equal(model.linear.weight, plain.linear.weight)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("key", ["linear.deltas.lora.lora_C", "head.deltas.other.bias"])
+def test_a_tensor_of_no_delta_is_refused_by_name_before_the_first_copy(key, frozen):
+    model = prepared()
+    model.requires_grad_(not frozen)
+    before = model(IDS)
+    small = {k: v + 1 for k, v in model.state_dict().items() if ".deltas." in k or not frozen}
+    small[key] = torch.ones(2)
+    with pytest.raises(DeltaLoadError, match=f"1 tensors .*no delta on this Net: {key}.*strict="):
+        model.load_state_dict(small)
+    assert torch.equal(model(IDS), before)
+    assert model.load_state_dict(small, strict=False).unexpected_keys == [key]
 
 
 def test_the_hooks_leave_with_the_last_delta():
@@ -178,3 +224,104 @@ def test_what_it_cannot_write_is_refused_before_anything_is_written(tmp_path):
     assert not list(tmp_path.glob("*"))
     lora.detach()
     assert "save_pretrained" not in vars(model)
+
+
+def as_tensors(state):
+    """What tools that know nothing but names and tensors make of a state dict."""
+    return {key: value.clone() for key, value in state.items()}
+
+
+def of_safetensors(state):
+    return safetensors.torch.load(safetensors.torch.save(as_tensors(state)))
+
+
+BY = {"as it is": dict, "torch": through_file, "tensors": as_tensors}
+BY["safetensors"] = of_safetensors
+every_medium = pytest.mark.parametrize("through", BY.values(), ids=BY)
+
+
+def adapted(merged=(), acts=True):
+    model = net()
+    deltas = [LoraModel(model, modified_modules=["linear", "bare"], name=name) for name in "ab"]
+    for delta in deltas if acts else ():
+        shake(delta)
+    if merged:
+        opendelta.composition(model).merge(*merged)
+    return model
+
+
+@every_medium
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize(("there", "here"), [("ab", ""), ("", "ab"), ("ab", "a"), ("a", "ab")])
+def test_one_with_other_deltas_merged_is_refused(there, here, strict, through):
+    model, fresh = adapted(there), adapted(here)
+    before, state = fresh(IDS), through(model.state_dict())
+    with pytest.raises(
+        DeltaLoadError, match=r"merged into the weights of 2 modules.*bare.*unmerge"
+    ):
+        fresh.load_state_dict(state, strict=strict)
+    outer = nn.ModuleDict({"inside": fresh})
+    with pytest.raises(DeltaLoadError, match="Nothing was loaded"):
+        outer.load_state_dict({f"inside.{key}": state[key] for key in state}, strict=strict)
+    assert torch.equal(fresh(IDS), before)
+
+
+@every_medium
+def test_one_with_the_same_deltas_merged_loads(through):
+    model, fresh = adapted("a"), adapted("a", acts=False)
+    assert not any(fresh.load_state_dict(through(model.state_dict())))
+    assert torch.equal(fresh(IDS), model(IDS))
+    outer, state = nn.ModuleDict({"inside": adapted("a", acts=False)}), through(model.state_dict())
+    assert not any(outer.load_state_dict({f"inside.{key}": state[key] for key in state}))
+    assert torch.equal(outer["inside"](IDS), model(IDS))
+
+
+@pytest.mark.parametrize("options", [{}, {"full_state_dict": True}, {"cpu_offload": True}])
+def test_torch_s_distributed_state_dicts_say_what_is_merged(options):
+    options = StateDictOptions(**options)
+    model, fresh = adapted("ab"), adapted("ab", acts=False)
+    state = get_model_state_dict(model, options=options)
+    set_model_state_dict(fresh, dict(state), options=options)
+    assert torch.equal(fresh(IDS), model(IDS))
+    with pytest.raises(DeltaLoadError, match="count twice"):
+        set_model_state_dict(adapted(), dict(state), options=options)
+
+
+@every_way
+def test_torch_s_distributed_state_dicts_leave_out_what_is_frozen(way):
+    options = StateDictOptions(ignore_frozen_params=True)
+    model, fresh = prepared(**way), prepared(acts=False, **way)
+    state = get_model_state_dict(model, options=options)
+    assert set(state) == trained(model)
+    assert not any(set_model_state_dict(fresh, state, options=options))
+    assert torch.equal(fresh(IDS), model(IDS))
+
+
+def test_a_merged_module_with_two_names_loads():
+    def twice(acts=True):
+        linear = nn.Linear(3, 3)
+        model = nn.Sequential(linear, linear)
+        delta = LoraModel(model, modified_modules=["0"])
+        if acts:
+            shake(delta)
+        opendelta.composition(model).merge()
+        return model
+
+    model, fresh = twice(), twice(acts=False)
+    assert not any(fresh.load_state_dict(model.state_dict()))
+    assert torch.equal(fresh(torch.eye(3)), model(torch.eye(3)))
+
+
+def test_merged_deltas_without_the_weights_load_where_the_output_is_the_same():
+    merged, model = adapted(), adapted()
+    opendelta.composition(merged)["a"].freeze_module()
+    opendelta.composition(merged).merge()
+    small = through_file(merged.state_dict())
+    fresh = adapted(acts=False)
+    opendelta.composition(fresh)["a"].freeze_module()
+    fresh.load_state_dict(small)
+    assert torch.equal(fresh(IDS), model(IDS))
+    merged.load_state_dict(small)
+    other = adapted("ab", acts=False)
+    with pytest.raises(DeltaLoadError, match=r"merged into the weights of 2 modules"):
+        other.load_state_dict(small)

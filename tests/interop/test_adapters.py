@@ -31,6 +31,7 @@ GOLDEN = Path(__file__).parent / "golden_adapters"
 INDEX = json.loads((GOLDEN / "index.json").read_text())
 CASES = [(kind, case) for kind in INDEX for case in INDEX[kind]["cases"] if case != "base"]
 REFUSED = ("t5", "prefix_flat")
+FUSED = [(kind, case) for kind in INDEX for case in INDEX[kind]["fused"] if case != "par_bn"]
 LOADED = [each for each in CASES if each != REFUSED]
 
 
@@ -50,13 +51,13 @@ def run(kind, model):
         return model(**inputs)[0]
 
 
-def theirs(kind, case):
+def theirs(kind, case, what="logits"):
     """The logits of the library."""
-    return safetensors.torch.load_file(GOLDEN / kind / "io.safetensors")[f"logits.{case}"]
+    return safetensors.torch.load_file(GOLDEN / kind / "io.safetensors")[f"{what}.{case}"]
 
 
-def assert_same(kind, case, model):
-    torch.testing.assert_close(run(kind, model), theirs(kind, case), atol=1e-5, rtol=0)
+def assert_same(kind, case, model, what="logits"):
+    torch.testing.assert_close(run(kind, model), theirs(kind, case, what), atol=1e-5, rtol=0)
 
 
 def tensors_of(folder):
@@ -233,7 +234,8 @@ def test_no_two_readers_claim_a_folder(tmp_path):
     library.get_peft_model(backbone("bert"), config).save_pretrained(tmp_path / "peft")
     shutil.copytree(GOLDEN / "bert" / "lora", tmp_path / "cut")
     (tmp_path / "cut" / "pytorch_adapter.bin").unlink()
-    for folder in (*(GOLDEN / kind / case for kind, case in CASES), tmp_path / "cut"):
+    fusions = (GOLDEN / kind / "fused" / case / "fusion" for kind, case in FUSED)
+    for folder in (*(GOLDEN / kind / case for kind, case in CASES), *fusions, tmp_path / "cut"):
         assert interop.reader_of(folder) is adapters
         assert not peft.recognises(folder)
     assert interop.reader_of(tmp_path / "peft") is peft
@@ -244,10 +246,117 @@ def test_no_two_readers_claim_a_folder(tmp_path):
     refused(tmp_path / "cut", "neither adapter.safetensors nor pytorch_adapter.bin")
 
 
-@pytest.mark.parametrize("name", ["adapter_fusion_config.json", "adapter_setup.json"])
-def test_adapters_that_act_together_are_refused(name, tmp_path):
-    (tmp_path / name).write_text("{}")
-    refused(tmp_path, f"{name} says how several adapters act together; save them one by one")
+def test_a_setup_of_adapters_is_refused(tmp_path):
+    (tmp_path / "adapter_setup.json").write_text("{}")
+    refused(tmp_path, "adapter_setup.json says how several adapters act together; load the folders")
+
+
+# ------------------------------------------------------------------------------------- the fusions
+@pytest.fixture
+def fused(tmp_path):
+    """A copy of a fusion of BERT's and its adapters, with other facts or options of the fusion."""
+
+    def edit(case="seq_bn", tensors=None, facts=(), **options):
+        shutil.rmtree(tmp_path / "fused", ignore_errors=True)
+        shutil.copytree(GOLDEN / "bert" / "fused" / case, tmp_path / "fused")
+        folder = tmp_path / "fused" / "fusion"
+        path = folder / "adapter_fusion_config.json"
+        config = json.loads(path.read_text()) | dict(facts)
+        if isinstance(config["config"], dict):
+            config["config"] |= options
+        path.write_text(json.dumps(config))
+        if tensors is not None:
+            path = folder / "pytorch_model_adapter_fusion.bin"
+            given = torch.load(path, weights_only=True)
+            tensors(given)
+            torch.save(given, path)
+        return folder
+
+    return edit
+
+
+@pytest.mark.covers("FuseModel", "FuseConfig.value")
+@pytest.mark.parametrize(("kind", "case"), FUSED)
+def test_a_fusion_gives_its_logits_over_adapters_on_the_model_or_beside_it(kind, case):
+    folder = GOLDEN / kind / "fused" / case
+    model, beside = backbone(kind), backbone(kind)
+    for name in "abc":
+        opendelta.load(folder / name, model)
+    opendelta.load(folder / "fusion", model)
+    assert_same(kind, case, model, "fused")
+    assert opendelta.composition(model).names == ["a", "b", "c", "a_b_c"]
+    block = AutoDeltaModel.from_finetuned(folder / "fusion", backbone_model=beside)
+    assert (block.delta_type, block.config.deltas) == ("fuse", ["a", "b", "c"])
+    assert torch.equal(run(kind, beside), run(kind, model))
+    for delta in [block, *opendelta.composition(beside)]:
+        delta.detach()
+    opendelta.assert_pristine(beside)
+
+
+def test_a_fusion_that_was_read_is_saved_and_loaded_as_ours(tmp_path):
+    model, fresh = backbone("bert"), backbone("bert")
+    opendelta.load(GOLDEN / "bert" / "fused" / "flex_head" / "fusion", model)["a"].freeze_module()
+    opendelta.composition(model).save(tmp_path)
+    opendelta.load(tmp_path, fresh)
+    assert torch.equal(run("bert", fresh), run("bert", model))
+    assert run("bert", fresh).shape == (2, 4)
+
+
+def test_a_fusion_without_its_adapters_is_refused(tmp_path):
+    shutil.copytree(GOLDEN / "bert" / "fused" / "seq_bn" / "fusion", tmp_path / "fusion")
+    refused(tmp_path / "fusion", "it fuses 'a', which is neither on the model nor in a folder")
+
+
+def test_no_folder_but_its_neighbours_is_looked_at(fused):
+    for name in ("..", "../fused/a", "a/../a", "."):
+        refused(fused(facts={"adapter_names": ["a", name]}), "is neither on the model nor in a")
+
+
+def test_fusions_by_another_rule_are_refused_by_name(fused):
+    refused(
+        GOLDEN / "bert" / "fused" / "par_bn" / "fusion", r"'a'.*\(par_bn\) asks with the branch"
+    )
+    for option, value, message in (
+        ("temperature", True, "falls from 50 with each forward"),
+        ("query_before_ln", True, "asks after that sum"),
+        ("residual_before", True, "leaves the residual as it is"),
+        ("query", False, "always has this matrix"),
+        ("key", False, "always has this matrix"),
+        ("dropout_prob", 0.1, "acts in training only"),
+        ("heads", 2, "no such option is known"),
+    ):
+        refused(fused(**{option: value}), f"fusion_config.json: {option}={value}.*{message}")
+    folder = fused()
+    config = json.loads((folder.parent / "b" / "adapter_config.json").read_text())
+    for options, message in (
+        ({"ln_after": True}, "adapter_norm_after.weight is missing"),
+        ({"original_ln_before": False}, "only some normalise their sum"),
+    ):
+        changed = {**config, "config": {**config["config"], **options}}
+        (folder.parent / "b" / "adapter_config.json").write_text(json.dumps(changed))
+        refused(folder, message)
+    model = backbone("bert")
+    for name in "abc":
+        places = ["output.LayerNorm"]
+        options = {"residual": "input", "layer_norm": "after"}
+        AdapterModel(model, modified_modules=places, name=name, **options)
+    with pytest.raises(DeltaLoadError, match=r"'a'.*\(ln_after\)"):
+        opendelta.load(folder, model)
+
+
+def test_a_fusion_of_other_modules_is_refused(fused):
+    lose = lambda t: [t.pop(key) for key in [*t] if ".layer.1." in key]  # noqa: E731
+    refused(fused(tensors=lose), "no matrices for the adapters on bert.encoder.layer.1.output.Lay")
+    key = "bert.encoder.layer.0.output.adapter_fusion_layer.a,b,c.key.bias"
+    refused(fused(tensors=lambda t: t.pop(key)), "key.bias is missing")
+    refused(fused(tensors=lambda t: t.update({key: torch.ones(2)})), "of another shape: .*key.bias")
+
+
+@pytest.mark.parametrize("value", [None, 0, "a", [], ["a"], ["a", "a"], [1], {}, {"query": []}])
+@pytest.mark.parametrize("fact", ["config", "name", "adapter_names", "model_type"])
+def test_any_value_of_any_fact_of_a_fusion_loads_or_is_refused(fact, value, fused):
+    with contextlib.suppress(DeltaLoadError):
+        opendelta.load(fused(facts={fact: value}), backbone("bert"))
 
 
 # --------------------------------------------------------------------------------- what is refused
@@ -362,7 +471,7 @@ def test_what_is_beside_the_adapter_is_refused(edited):
     )
     refused(edited("bert", bert, prompt), "nothing is known of its prompt_tunings")
     refused(edited("bert", bert, rule), "nothing is known of shared_parameters")
-    refused(edited("bert", bert, stranger), "1 of 17 tensors are none of an adapter called 'task'")
+    refused(edited("bert", bert, stranger), "1 of 17 tensors belong to nothing called 'task'")
 
 
 def test_sizes_that_differ_are_refused(edited):

@@ -105,6 +105,31 @@ def write(config, base, folder, scale=0.3):
     return expected
 
 
+def test_several_active_adapters_and_weighted_ones_have_counterparts(tmp_path):
+    theirs = peft.get_peft_model(tiny("llama"), peft.LoraConfig(r=2, target_modules=LLAMA), "one")
+    theirs.add_adapter("two", peft.LoraConfig(r=3, target_modules=LLAMA)), theirs.eval()
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in theirs.named_parameters():
+        if "lora_B" in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
+    theirs.save_pretrained(tmp_path)
+    theirs.base_model.set_adapter(["one", "two"])
+    both = run(theirs)
+    theirs.add_weighted_adapter(["one", "two"], [0.7, -0.4], "cat", combination_type="cat")
+    theirs.set_adapter("cat")
+    weighted, model = run(theirs), tiny("llama")
+    for name in ("one", "two"):
+        AutoDeltaModel.from_finetuned(tmp_path / name, backbone_model=model, name=name)
+    torch.testing.assert_close(run(model), both)
+    with opendelta.route(model, [{"one": 0.7, "two": -0.4}] * 2):
+        torch.testing.assert_close(run(model), weighted)
+    mean = opendelta.AverageModel(model, deltas=["one", "two"], weights=[0.7, -0.4])
+    torch.testing.assert_close(run(model), weighted)
+    mean.detach()
+    with opendelta.composition(model).only(opendelta.combine(model, {"one": 0.7, "two": -0.4})):
+        torch.testing.assert_close(run(model), weighted)
+
+
 def edit(folder, **fields):
     """Change fields of an adapter_config.json."""
     path = folder / "adapter_config.json"
@@ -434,6 +459,19 @@ def test_peft_gets_the_scale_of_a_delta(case, tmp_path):
     assert not torch.allclose(run(base), before, atol=1e-4)
 
 
+@pytest.mark.parametrize("how", ["exclude", "unfrozen_modules"])
+def test_what_was_trained_in_place_is_refused(how, tmp_path):
+    base = tiny("llama")
+    named = ["norm"] if how == "unfrozen_modules" else None
+    delta = LoraModel(base, modified_modules=["q_proj"], unfrozen_modules=named)
+    delta.freeze_module(exclude=["deltas"] + ["norm"] * (named is None))
+    with pytest.raises(
+        opendelta.DeltaError, match=r"in place \(.*norm.weight.*use modules_to_save"
+    ):
+        interop.save(delta, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("case", UNSCALED)
 def test_a_scale_that_peft_has_no_place_for_is_refused(case, tmp_path):
     kind, method, options = WRITE[case]
@@ -441,6 +479,23 @@ def test_a_scale_that_peft_has_no_place_for_is_refused(case, tmp_path):
     delta.scale = 0.5
     with pytest.raises(opendelta.DeltaError, match="its 'vera' has no scale"):
         interop.save(delta, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["roberta", "bert"])
+@pytest.mark.parametrize("owned", [["classifier"], None])
+def test_peft_finds_the_class_of_a_classifier_whose_head_is_written(kind, owned, tmp_path):
+    base = tiny(kind)
+    base.save_pretrained(tmp_path / "base")
+    base.config._name_or_path = str(tmp_path / "base")
+    interop.save(shake(LoraModel(base, modules_to_save=owned)), tmp_path / "delta")
+    assert read_task(tmp_path / "delta") == ("SEQ_CLS" if owned else None)
+    if owned:
+        theirs = peft.AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "delta")
+        assert torch.allclose(run(theirs.eval()), run(base), atol=1e-5)
+
+
+def read_task(folder):
+    return json.loads((folder / "adapter_config.json").read_text())["task_type"]
 
 
 @pytest.mark.parametrize("case", [c for c in WRITE if not c.startswith(("prompt", "vera"))])
@@ -676,6 +731,15 @@ def test_a_module_to_save_without_its_tensors_is_refused(adapter):
     refused(adapter, "no tensors for 'lm_head', which modules_to_save selects")
 
 
+def test_the_error_for_a_folder_of_several_adapters_names_their_folders(tmp_path):
+    model = peft.get_peft_model(tiny("llama"), peft.LoraConfig(target_modules=["q_proj"]), "one")
+    model.add_adapter("two", peft.LoraConfig(target_modules=["v_proj"]))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(opendelta.DeltaLoadError, match=r"the folders 'one', 'two' in it may hold"):
+        opendelta.load(tmp_path, tiny("llama"))
+    assert opendelta.load(tmp_path / "two", tiny("llama")).names == ["lora"]
+
+
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga"])
 def test_starts_that_changed_the_backbone_are_refused(adapter, init):
     edit(adapter, init_lora_weights=init)
@@ -785,6 +849,22 @@ def test_blocks_of_other_sizes_and_ages_are_refused(fields, message, tmp_path):
     retensor(tmp_path, lambda tensors: tensors.update({key: torch.zeros(8, 15)}))
     edit(tmp_path, **fields)
     refused(tmp_path, message)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+@pytest.mark.covers("GateModel")
+def test_a_mixture_with_a_forward_of_its_own_is_refused_and_its_loras_are_read(tmp_path):
+    for name in "ab":
+        write(lora(target_modules=LLAMA), tiny("llama"), tmp_path / name)
+    base = tiny("llama")
+    base.config.use_cache = False
+    paths = {name: str(tmp_path / name) for name in "ab"}
+    config = peft.XLoraConfig(task_type="CAUSAL_LM", hidden_size=32, adapters=paths)
+    peft.get_peft_model(base, config).save_pretrained(tmp_path / "x")
+    refused(tmp_path / "x", r"peft_type='XLORA'.*one by one, and train a GateModel\(model, deltas=")
+    base = tiny("llama")
+    names = [opendelta.load(path, base).names[-1] for path in paths.values()]
+    opendelta.GateModel(base, deltas=names)
 
 
 def test_a_prompt_for_the_decoder_too_is_refused(tmp_path):
@@ -897,6 +977,21 @@ def test_deltas_that_peft_does_not_have_are_not_written(kind, method, options, m
     with pytest.raises(opendelta.DeltaError, match=message):
         interop.save(delta, tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.covers("AverageModel", "GateModel", "FuseModel")
+@pytest.mark.parametrize("block", ["average", "gate", "fuse"])
+def test_blocks_are_not_written_but_the_deltas_in_them(block, tmp_path):
+    base = tiny("llama")
+    for name in "ab":
+        LoraModel(base, name=name)
+    delta = opendelta.AutoDeltaModel.from_config(
+        {"delta_type": block, "deltas": ["a", "b"]}, backbone_model=base
+    )
+    with pytest.raises(opendelta.DeltaError, match=r"has no blocks; write .* one by one: a, b"):
+        interop.save(delta, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    interop.save(opendelta.composition(base)["a"], tmp_path / "a")
 
 
 def test_names_with_steps_of_wrappers_are_not_written(tmp_path):

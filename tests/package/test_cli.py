@@ -1,6 +1,7 @@
 """The command `opendelta`: every subcommand as a process, on good and bad input."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -17,10 +18,12 @@ from support.nets import shake
 
 import opendelta
 from opendelta import AdapterModel, DeltaError, LoraModel
-from opendelta.cli import main, models, requests
+from opendelta._deltas import requests
+from opendelta.cli import main, models
+from opendelta.cli.requests import gathered
 from opendelta.interop import peft
 
-DOCS = ROOT / "docs" / "cli.md"
+DOCS = ROOT / "docs" / "reference" / "cli.md"
 EXAMPLE = re.compile(r"^\$ opendelta (.+)\n((?:(?!\$ |```).*\n)*)", re.M)
 
 
@@ -91,6 +94,10 @@ GOOD = {
     ),
     "explain": (["my-composition", "my-model"], "attention.self.query   y = query(x) + lora(x)"),
     "show": (["my-composition"], "opendelta 1.0"),
+    "report": (
+        ["my-composition", "my-model", "--html", "composition.html"],
+        "composition.html: a report on my-composition\n",
+    ),
     "diff": (["my-lora", "my-lora"], "the same: 16 tensors, bit for bit\n"),
     "merge": (["my-lora", "my-model", "merged"], "merged lora into a BertForMaskedLM: merged\n"),
     "convert": (
@@ -116,6 +123,10 @@ BAD = {  # command: arguments, what the error says
     "plan": (["my-model", "--delta", "lorra"], "no method 'lorra'; nearest: lora"),
     "explain": (["empty", "my-model"], "no delta in 'empty': config.json is missing"),
     "show": (["damaged"], "is damaged: its sha256 is not the one in config.json"),
+    "report": (
+        ["my-lora", "--html", "my-model/config.json"],
+        "path='my-model/config.json' must end in .html, such as report.html",
+    ),
     "diff": (["my-lora", "my-peft"], "convert one of them first"),
     "merge": (["my-lora", "my-model", "my-peft"], "my-peft exists and is not empty"),
     "convert": (
@@ -146,13 +157,13 @@ MISUSED = {  # arguments: what the error says
     "convert a b --to x": "'x' is not one of 'opendelta', 'peft'",
     "demo --epochs 0": "Invalid value for '--epochs'",
     "plan my-model --at attn.q": "--at 'attn.q' must stand after a --delta",
-    "plan my-model -d lora --at=": "--at '' names no place: give roles or names",
-    "plan my-model -d lora@": "--at '' names no place: give roles or names",
-    "plan my-model -d lora --at attn.q,": "--at '' names no place: give roles or names",
-    "plan my-model -d lora: ": "--option '' must be name=value",
+    "plan my-model -d lora --at=": "'' names no place: give roles or names",
+    "plan my-model -d lora@": "'' names no place: give roles or names",
+    "plan my-model -d lora --at attn.q,": "'' names no place: give roles or names",
+    "plan my-model -d lora: ": "option '' must be name=value",
     "plan my-model -d lora -o lora_r=100000000000000000000": "no memory holds 100,000,000",
-    "plan my-model -d lora -o lora_r=8 -o lora_r=4": "--option lora_r=... is given 2 times",
-    "plan my-model -d lora:lora_r=8,lora_r=8": "--option lora_r=... is given 2 times",
+    "plan my-model -d lora -o lora_r=8 -o lora_r=4": "option lora_r=... is given 2 times",
+    "plan my-model -d lora:lora_r=8,lora_r=8": "option lora_r=... is given 2 times",
     f"plan my-model -d lora:lora_r={'[' * 100_000}": "lora_r=... has too many brackets inside",
     "merge my-lora my-model my-lora/config.json/x": "cannot write into 'my-lora/config.json/x': F",
     "merge my-lora my-model /proc/x": "cannot write into '/proc/x': No such file or directory; giv",
@@ -231,7 +242,7 @@ def test_verify_says_of_which_weights_it_compared_the_values(run, folder):
     first, *others = facts["fingerprint"].values()
     first["values"] = None
     path.write_text(json.dumps(facts))
-    some = "7 of 8 weights under them are those that they were trained on; of the others only names"
+    some = "7 of 8 weights under them are, by a few values of each, those of the training; of the "
     assert some in run("verify", "unread", "my-model")[1]
     for other in others:
         other["values"] = None
@@ -265,6 +276,30 @@ def test_a_merge_into_another_backbone_has_to_be_asked_for(run):
     assert code == 2
     assert "--no-check-backbone" in errors
     assert run("merge", "my-lora", "another-model", "other", "--no-check-backbone")[0] == 0
+
+
+def test_a_report_tells_more_with_a_model_and_replaces_no_other_page(run, folder):
+    assert run("report", "my-composition") == (0, "report.html: a report on my-composition\n", "")
+    assert "opendelta report my-composition MODEL" in (folder / "report.html").read_text()
+    told = {}
+    for model in ([], ["my-model/config.json"], ["my-model"], ["another-model"]):
+        code, out, _ = run("report", "my-composition", *model, "--json")
+        assert code == 0
+        told[" ".join(model)] = json.loads(out)
+    assert [each["backbone_check"]["status"] for each in told.values()] == [
+        "not compared",
+        "not compared",
+        "same",
+        "differing",
+    ]
+    assert [bool(each["sites"]) for each in told.values()] == [False, True, True, True]
+    (folder / "mine.html").write_text("mine")
+    code, _, errors = run("report", "my-lora", "--html", "mine.html")
+    assert (code, errors) == (
+        2,
+        "opendelta: mine.html exists and is no report of opendelta: give another name\n",
+    )
+    assert (folder / "mine.html").read_text() == "mine"
 
 
 def test_a_conversion_and_back_changes_nothing(run):
@@ -308,6 +343,15 @@ def test_everything_is_data_too(run):
     assert fits == {"fits": True, "problem": None, "deltas": ["lora"], "weights_compared": True}
 
 
+def test_numbers_that_json_does_not_have_are_null(run, folder):
+    shutil.copytree(folder / "my-lora", folder / "run" / "deltas")
+    facts = {"score": math.nan, "rates": {"lora": math.inf}}
+    (folder / "run" / "training.json").write_text(json.dumps(facts))
+    code, out, _ = run("report", "run/deltas", "--json")
+    told = json.loads(out, parse_constant=pytest.fail)
+    assert (code, told["training"]) == (0, {"score": None, "rates": {"lora": None}})
+
+
 OTHERS = {
     "golden/bert_lora_default/delta": "OpenDelta 0.3, saved from",
     "golden_adapters/llama/compacter_own_rules": "adapters, saved from LlamaForCausalLM",
@@ -347,9 +391,9 @@ SAME = [
 
 @pytest.mark.parametrize("words", SAME)
 def test_options_and_places_belong_to_the_delta_before_them(words):
-    gathered = requests.gathered(["model", *words.split(), "--json"])
-    assert (gathered[0], gathered[-1], len(gathered)) == ("model", "--json", 6)
-    lora, adapter = map(requests.parse, (gathered[2], gathered[4]))
+    joined = gathered(["model", *words.split(), "--json"])
+    assert (joined[0], joined[-1], len(joined)) == ("model", "--json", 6)
+    lora, adapter = map(requests.parse, (joined[2], joined[4]))
     assert lora == requests.Request("lora", {"lora_r": 4, "init": "gaussian"}, ["attn.q", "attn.v"])
     assert adapter == requests.Request("adapter", {}, ["output"])
 

@@ -8,6 +8,7 @@ import pytest
 from opendelta._deltas.registry import METHODS
 
 ROOT = Path(__file__).parents[2]
+PAGE = methods_table.PAGE.relative_to(ROOT)
 OWN = {n: m for n, m in sorted(METHODS.items()) if m.__module__.startswith("opendelta.")}
 # Checked against a reference elsewhere than in test_equations.py.
 ELSEWHERE = {
@@ -25,8 +26,8 @@ def test_a_method_is_in_its_places(name):
     assert (ROOT / file).exists(), f"{cls}: its delta_type is {name!r}, so its file must be {file}"
     page = methods_table.PAGE.read_text(encoding="utf-8")
     row = f"| `{name}` | `{cls}` |"
-    assert row in page, f"{cls} has no row in docs/methods.md: run `python tools/methods_table.py`"
-    assert page.count(f"`{cls}`") > 1, f"docs/methods.md says nothing of {cls}: write a line there"
+    assert row in page, f"{cls} has no row in {PAGE}: run `python tools/methods_table.py`"
+    assert page.count(f"`{cls}`") > 1, f"{PAGE} says nothing of {cls}: write a line there"
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert cls in readme, f"README.md lists the methods: add {cls} there"
     (equations,) = ROOT.glob("tests/**/test_equations.py")
@@ -45,7 +46,7 @@ def test_every_file_is_a_method_that_is_known():
 def test_the_readme_counts_the_methods():
     words = {17: "seventeen", 18: "eighteen", 19: "nineteen", 20: "twenty", 21: "twenty-one"}
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    heading = f"What: {words[len(OWN)]} methods"
+    heading = f"## {words[len(OWN)].capitalize()} methods"
     assert heading in readme, f"README.md: the heading above the list must be {heading!r}"
 
 

@@ -16,10 +16,11 @@ from torch import nn
 import opendelta
 from opendelta import AdapterModel, LoraConfig, LoraModel
 from opendelta._backbone.backbone import Backbone
+from opendelta._deltas import requests
 from opendelta._modules.kinds import kind_of
 from opendelta._picker import writing
 from opendelta._picker.desk import Desk
-from opendelta.cli import requests
+from opendelta.cli.requests import gathered
 
 pytestmark = pytest.mark.covers("pick")
 
@@ -144,7 +145,7 @@ def test_any_places_come_back_from_the_written_ones_in_python_and_at_the_prompt(
         (delta,) = told["deltas"]
         assert sorted(delta["places"]) == sorted(places), told["python"]
         words = shlex.split(told["words"])[3:]
-        (text,) = [w for w in requests.gathered(words) if w != "--delta"]
+        (text,) = [w for w in gathered(words) if w != "--delta"]
         config = requests.config_for(model, requests.parse(text))
         plan = opendelta.plan(model, config)
         assert sorted(plan.deltas[0].options["modified_modules"]) == sorted(places), told["words"]
@@ -241,7 +242,7 @@ def test_every_text_comes_back_from_the_words_of_the_command_line(value):
     config = opendelta.AdapterConfig(non_linearity=value)
     line = shlex.split(writing.words(Backbone.of(net()), ["a b"], [config]))
     assert line[:3] == ["opendelta", "plan", "a b"]
-    (text,) = [w for w in requests.gathered(line[3:]) if w != "--delta"]
+    (text,) = [w for w in gathered(line[3:]) if w != "--delta"]
     assert requests.parse(text).options == {"non_linearity": value}
     names = {}
     exec(writing.python([config]).replace("AdapterModel(model, ", "made = dict("), names)

@@ -4,6 +4,7 @@ import datetime
 import functools
 import itertools
 import json
+import re
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -24,19 +25,32 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import opendelta
 from opendelta import (
     AdapterModel,
+    AverageModel,
+    BitFitModel,
     CompacterModel,
     Delta,
     DeltaError,
+    FourierFTModel,
+    FuseModel,
+    GateModel,
+    HRAModel,
     IA3Model,
+    LohaModel,
+    LokrModel,
     LoraModel,
+    LoReftModel,
+    LowRankAdapterModel,
+    OFTModel,
     ParallelAdapterModel,
+    PrefixModel,
     SiteError,
     VeraModel,
 )
@@ -246,13 +260,15 @@ def run(rank: int, folder: Path, names: Sequence[str]) -> None:
             file.write(json.dumps([name, error]) + "\n")
 
 
-def assert_on_both(got: dict[str, Tensor], expected: dict[str, Tensor], atol: float = 1e-6) -> None:
+def assert_on_both(
+    got: dict[str, Tensor], expected: dict[str, Tensor], atol: float = 1e-6, rtol: float = 1e-4
+) -> None:
     """Both processes hold the same tensors, and these are the expected ones."""
     for name, tensor in got.items():
         both = [torch.empty_like(tensor) for _ in range(2)]
         dist.all_gather(both, tensor.contiguous())
         assert torch.equal(*both), f"{name} differs between the ranks"
-    torch.testing.assert_close(got, expected, rtol=1e-4, atol=atol)
+    torch.testing.assert_close(got, expected, rtol=rtol, atol=atol)
 
 
 def assert_plain(model: nn.Module, plain: nn.Module) -> None:
@@ -279,6 +295,45 @@ def ddp_trains_as_one_process_does(pair: Pair) -> None:
     deltas[0].attach()  # its parameters are known
     trained = train(wrapped, deltas, pair.inputs)
     assert_on_both(trained, in_one_process()[1])
+
+
+def put_blocks(model: nn.Module) -> list[Delta]:
+    """A block in a block: experts of which a token takes one, beside an adapter."""
+    torch.manual_seed(5)
+    experts: list[Delta] = [
+        LoraModel(model, modified_modules=["q", "o"], lora_r=2, name=name) for name in "ab"
+    ]
+    adapter = AdapterModel(model, modified_modules=["o"], bottleneck_dim=3, name="c")
+    moe = GateModel(model, deltas=["a", "b"], top_k=1, name="moe")
+    average = AverageModel(model, deltas=["moe", "c"], learn=True, name="average")
+    return [*experts, adapter, moe, average, FuseModel(model, deltas=["average"], name="fuse")]
+
+
+def blocks_in_one_process() -> dict[str, Tensor]:
+    model = network()
+    return train(model, randomise(put_blocks(model)), [batch(0), batch(1)])
+
+
+@check()
+def ddp_trains_blocks(pair: Pair) -> None:
+    model = network()
+    deltas = randomise(put_blocks(model))
+    trained = train(DistributedDataParallel(model), deltas, pair.inputs)
+    assert_on_both(trained, blocks_in_one_process())
+
+
+@check(["before", "after"])
+def fsdp_trains_blocks(pair: Pair, attached: str) -> None:
+    model = network()
+    if attached == "after":
+        shard(model, pair.mesh)
+        output(model)
+    deltas = randomise(put_blocks(model))
+    if attached == "before":
+        shard(model, pair.mesh)
+    assert_on_both(train(model, deltas, pair.inputs), blocks_in_one_process())
+    detach_all(deltas)
+    assert_plain(model, network())
 
 
 @check()
@@ -548,6 +603,155 @@ def fsdp_refuses_to_merge_into_sharded_weights(pair: Pair) -> None:
         torch.testing.assert_close(output(model), before)
 
 
+# ------------------------------------------------------------ tensor parallelism by torch
+def parallel(model: Net, mesh: DeviceMesh, head: bool = True) -> Net:
+    """Split each `q` by its outputs, each `o` by its inputs, and the head, which is gathered."""
+    plan: dict[str, Any] = {"head": ColwiseParallel(output_layouts=Replicate())} if head else {}
+    for block in ("blocks.0", "blocks.1"):
+        plan |= {f"{block}.q": ColwiseParallel(), f"{block}.o": RowwiseParallel()}
+    return parallelize_module(model, mesh, plan)
+
+
+QO = {"modified_modules": ["q", "o"]}
+QOH = {"modified_modules": ["q", "o", "head"]}
+ON_SPLIT: dict[str, Callable[[nn.Module], Delta]] = {
+    "lora": lambda model: LoraModel(model, lora_r=2, lora_alpha=2, **QOH),
+    "gated lora": lambda model: LoraModel(model, lora_r=2, gate=True, **QOH),
+    "vera": lambda model: VeraModel(model, r=3, **QOH),
+    "loha": lambda model: LohaModel(model, **QOH),
+    "lokr": lambda model: LokrModel(model, **QO),
+    "fourierft": lambda model: FourierFTModel(model, n_frequency=5, **QO),
+    "ia3": lambda model: IA3Model(model, feedforward_modules=["o"], **QO),
+    "oft": lambda model: OFTModel(model, **QO),
+    "hra": lambda model: HRAModel(model, r=2, **QO),
+    "bitfit": lambda model: BitFitModel(model, **QOH),
+    "adapter": lambda model: AdapterModel(model, bottleneck_dim=3, **QOH),
+    "parallel adapter": lambda model: ParallelAdapterModel(model, bottleneck_dim=3, **QO),
+    "low-rank adapter": lambda model: LowRankAdapterModel(model, reduction_factor=2, **QO),
+    "loreft": lambda model: LoReftModel(model, **QO),
+    "compacter": lambda model: CompacterModel(
+        model, shared_phm_rule=True, hypercomplex_division=2, reduction_factor=2, **QO
+    ),
+}
+
+
+def far(deltas: Iterable[Delta]) -> list[Delta]:
+    """Move the values from their start, so that the deltas act."""
+    deltas, generator = list(deltas), torch.Generator().manual_seed(1)
+    for parameter in parameters(deltas):
+        parameter.data.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return deltas
+
+
+def learn(model: nn.Module, deltas: Sequence[Delta], steps: int = 2) -> dict[str, Tensor]:
+    """What Adam leaves, the last gradients, and outputs with and without gradients."""
+    x, optimizer = batch(0).double().detach(), torch.optim.Adam(parameters(deltas), lr=0.01)
+    x.requires_grad_()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        out = model(x)
+        out.square().sum().backward()
+        optimizer.step()
+    found = {name: p.grad for delta in deltas for name, p in delta.named_parameters()}
+    found = {f"gradient of {name}": grad for name, grad in found.items()}
+    found |= {"out": out.detach(), "in": x.grad, "plain": double_output(model)}
+    return {**found, **values(deltas)}
+
+
+@check(list(ON_SPLIT))
+def split_modules_train_as_whole_ones(pair: Pair, method: str) -> None:
+    whole, model = network().double(), parallel(network().double(), pair.mesh)
+    torch.manual_seed(pair.rank)
+    deltas = far([ON_SPLIT[method](model)])
+    torch.manual_seed(0)
+    others = far([ON_SPLIT[method](whole)])
+    assert_on_both(learn(model, deltas), learn(whole, others), atol=1e-11, rtol=1e-9)
+
+    folder = pair.folder / f"split {method}"
+    deltas[0].save_finetuned(folder)
+    others[0].save_finetuned(pair.folder / f"whole {method} {pair.rank}")
+    saved = [json.loads((at / "config.json").read_text())["fingerprint"]
+             for at in (folder, pair.folder / f"whole {method} {pair.rank}")]  # fmt: skip
+    assert saved[0] == saved[1]
+    for fresh in (network().double(), parallel(network().double(), pair.mesh)):
+        opendelta.load(folder, fresh)
+        assert_on_both(values(opendelta.composition(fresh)), values(deltas), atol=0, rtol=0)
+        torch.testing.assert_close(double_output(fresh), double_output(model))
+    detach_all(deltas)
+    plain = double_output(parallel(network().double(), pair.mesh))
+    assert torch.equal(double_output(model), plain)
+    opendelta.assert_pristine(model)
+
+
+def double_output(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return model(batch(0).double())
+
+
+@check()
+def split_modules_take_deltas_from_before(pair: Pair) -> None:
+    whole, model = network().double(), network().double()
+    deltas, others = ([*far([ON_SPLIT["lora"](m), ON_SPLIT["ia3"](m)])] for m in (model, whole))
+    for delta, other in zip(deltas, others, strict=True):
+        other.load_state_dict(delta.state_dict())
+    with pytest.raises(SiteError, match=r"lora on this Linear .* call detach\(\), parallel"):
+        parallel(model, pair.mesh)
+    detach_all(deltas)
+    parallel(model, pair.mesh)
+    attach_all(deltas)
+    assert_on_both(learn(model, deltas), learn(whole, others), atol=1e-11, rtol=1e-9)
+
+
+@check()
+def split_modules_refuse_what_reads_the_weight(pair: Pair) -> None:
+    model = parallel(network(), pair.mesh)
+    before = opendelta.snapshot(model)
+    with pytest.raises(SiteError, match="use_dora needs the module's weight as a plain"):
+        LoraModel(model, modified_modules=["q"], use_dora=True)
+    with pytest.raises(SiteError, match="init='pissa' needs the module's weight as a plain"):
+        LoraModel(model, modified_modules=["q"], init="pissa")
+    with pytest.raises(SiteError, match=r"its parent reads \.weight"):
+        LoraModel(model, modified_modules=["q"], reads=True)
+    lora = LoraModel(model, modified_modules=["q"])
+    with pytest.raises(SiteError, match="its weight is sharded"):
+        opendelta.composition(model).merge()
+    lora.detach()
+    opendelta.assert_pristine(model, like=before)
+
+
+@check()
+def split_modules_take_deltas_by_rows(pair: Pair) -> None:
+    whole, model = network().double(), parallel(network().double(), pair.mesh)
+    outputs = []
+    for each in (whole, model):
+        torch.manual_seed(0)
+        far([ON_SPLIT["lora"](each), ON_SPLIT["adapter"](each)])
+        with opendelta.route(each, [["lora"], [], ["adapter"]] * 2):
+            outputs.append(double_output(each))
+    torch.testing.assert_close(outputs[0], outputs[1])
+
+
+@check(["1", "2"])
+def split_modules_are_sharded_further(pair: Pair, replicas: str) -> None:
+    size = int(replicas)
+    mesh = init_device_mesh("cpu", (size, 2 // size), mesh_dim_names=("data", "tensor"))
+    model = parallel(network(), mesh["tensor"], head=False)  # its output would be a view
+    deltas = randomise(put_split_deltas(model))
+    shard(model, mesh["data"])
+    reference = network()
+    others = randomise(put_split_deltas(reference))
+    inputs = [batch(0), batch(1)]
+    trained = train(model, deltas, pair.inputs if size == 2 else inputs)
+    assert_on_both(trained, train(reference, others, inputs))
+    with pytest.raises(SiteError, match="attach before fully_shard"):
+        LoraModel(model, modified_modules=["q"])
+
+
+def put_split_deltas(model: nn.Module) -> list[Delta]:
+    torch.manual_seed(0)
+    return [ON_SPLIT["lora"](model), ON_SPLIT["adapter"](model)]
+
+
 # ------------------------------------------------------------ transformers' own parallelism
 IDS = torch.arange(16).view(2, 8)
 
@@ -563,13 +767,19 @@ def causal_lm(pair: Pair, family: str, **parallelism: int) -> nn.Module:
     if pair.rank == 0 and not folder.exists():
         config = getattr(transformers, f"{family}Config")(
             hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
-            head_dim=8, intermediate_size=64, vocab_size=96,
+            head_dim=8, intermediate_size=64, vocab_size=96, initializer_range=0.3,
+            attention_bias=family == "Llama",
         )  # fmt: skip
         torch.manual_seed(0)
-        getattr(transformers, f"{family}ForCausalLM")(config).save_pretrained(folder)
+        model = getattr(transformers, f"{family}ForCausalLM")(config)
+        for bias in (p for name, p in model.named_parameters() if name.endswith("bias")):
+            nn.init.normal_(bias)
+        model.save_pretrained(folder)
     dist.barrier()
     config = DistributedConfig(**parallelism) if parallelism else None
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, distributed_config=config)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, distributed_config=config, dtype=torch.float64
+    )
     return model.requires_grad_(False)
 
 
@@ -606,18 +816,45 @@ def assert_same_gradients(
 
 
 @check()
-def tensor_parallelism_refuses_split_modules(pair: Pair) -> None:
+def transformers_parallelism_refuses_what_sees_a_slice(pair: Pair) -> None:
     model = causal_lm(pair, "Qwen3", tp_size=2)
     logits, before = model(IDS).logits, opendelta.snapshot(model)
-    for name in ("q_proj", "o_proj", "down_proj", "lm_head"):
-        with pytest.raises(SiteError, match="Choose a module that is not split"):
-            LoraModel(model, modified_modules=[name])
-    with pytest.raises(SiteError, match="Choose a module that is not split"):
+    with pytest.raises(SiteError, match="AdapterLayer would see a slice"):
         AdapterModel(model, modified_modules=["q_norm"])  # has all weights, sees half of the heads
+    with pytest.raises(SiteError, match="PrefixLayer acts among its parts"):
+        PrefixModel(model)
     with pytest.raises(SiteError, match="is sharded"):
         AdapterModel(model, modified_modules=["layers.1"], modules_to_save=["layers.0.mlp"])
     opendelta.assert_pristine(model, like=before)
     assert torch.equal(model(IDS).logits, logits)
+    biased = causal_lm(pair, "Llama", tp_size=2)
+    with pytest.raises(SiteError, match="its bias is added after AdapterLayer has seen the output"):
+        AdapterModel(biased, modified_modules=["o_proj"])
+
+
+@check(["Llama", "Qwen3"], ["LoraModel", "IA3Model", "AdapterModel", "SoftPromptModel"])
+def transformers_parallelism_trains_as_one_process(pair: Pair, family: str, method: str) -> None:
+    names = ["q_proj", "v_proj", "up_proj", "lm_head"]
+    if family == "Qwen3" or method == "LoraModel":  # Llama adds its biases later
+        names += ["o_proj", "down_proj"]
+    given = {} if method == "SoftPromptModel" else {"modified_modules": names}
+    model, whole = causal_lm(pair, family, tp_size=2), causal_lm(pair, family)
+    torch.manual_seed(pair.rank)
+    deltas = [getattr(opendelta, method)(model, **given)]
+    torch.manual_seed(0)
+    others = [getattr(opendelta, method)(whole, **given)]
+    assert_on_both(values(deltas), values(others))
+    randomise(deltas)
+    randomise(others)
+    for grad in (False, True):  # transformers has a way of its own without gradients
+        with torch.set_grad_enabled(grad):
+            logits = {"logits": model(IDS).logits.detach()}
+            assert_on_both(logits, {"logits": whole(IDS).logits.detach()})
+    assert_same_gradients(model, deltas, IDS, whole, others, IDS)
+    folder = pair.folder / family / method
+    deltas[0].save_finetuned(folder)
+    again = getattr(opendelta, method).from_finetuned(folder, causal_lm(pair, family))
+    assert_on_both(values([again]), values(deltas), atol=0)
 
 
 @check()
@@ -648,3 +885,62 @@ def fsdp_by_transformers(pair: Pair) -> None:
     randomise(others)
     own = IDS[pair.rank : pair.rank + 1]
     assert_same_gradients(model, deltas, own, reference, others, IDS)
+
+
+# ------------------------------------------------------------ stages of a pipeline
+PAGE = Path(__file__).parents[2] / "docs" / "how-to" / "distributed.md"
+
+
+def build() -> nn.Sequential:
+    """Four blocks in double precision, the same at every call."""
+    torch.manual_seed(0)
+    return nn.Sequential(*(Block(False) for _ in range(4))).double().requires_grad_(False)
+
+
+@check()
+def pipeline_stages_train_save_and_load_as_the_page_shows(pair: Pair) -> None:
+    whole = build()
+    torch.manual_seed(0)
+    lora = LoraModel(whole, modified_modules=["q", "o"], lora_r=2, lora_alpha=2)
+    far([lora])
+    lora.save_finetuned(pair.folder / "start" / str(pair.rank))
+    (example,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    x = torch.cat([batch(0), batch(1)])[:8].double().detach()
+    names = {
+        "rank": pair.rank, "build": build, "x": x, "loss_fn": lambda y, t: (y - t).square().mean(),
+        "target": x.flip(0), "start": pair.folder / "start" / str(pair.rank),
+        "folder": pair.folder / "stages",
+    }  # fmt: skip
+    exec(compile(example, "distributed.md", "exec"), names)
+
+    whole(x)
+    optimizer = torch.optim.SGD(lora.parameters(), lr=0.1)
+    (whole(x) - x.flip(0)).square().mean().backward()
+    optimizer.step()
+    expected = values([lora])
+    stage, mine = names["model"], names["composition"]
+    for name, tensor in values(mine).items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-12)
+    assert {name.split(".")[0] for name in values(mine)} == {*"01"} if pair.rank == 0 else {*"23"}
+
+    dist.barrier()
+    merged = build()
+    for rank in range(2):
+        opendelta.load(pair.folder / "stages" / str(rank), merged)
+    assert opendelta.composition(merged).names == ["lora", "lora_1"]
+    with torch.no_grad():
+        torch.testing.assert_close(merged(x), whole(x), rtol=0, atol=1e-12)
+    lora.save_finetuned(pair.folder / "end" / str(pair.rank))
+    end, others = pair.folder / "end" / str(pair.rank), names["others"]
+    opendelta.composition(stage)["lora"].detach()
+    plain = opendelta.snapshot(stage)
+    with pytest.raises(opendelta.DeltaLoadError, match=f"no module matches '{others[0]}"):
+        opendelta.load(end, stage)
+    with pytest.raises(opendelta.DeltaLoadError, match="holds nothing on a module '7'"):
+        opendelta.load(end, stage, absent=[*others, "7"])
+    with pytest.raises(opendelta.DeltaLoadError, match=r"holds deltas on .* only"):
+        opendelta.load(end, stage, absent=[*"0123"])
+    opendelta.assert_pristine(stage, like=plain)
+    again = opendelta.load(end, stage, absent=others)
+    for name, tensor in values(again).items():
+        assert torch.equal(tensor, values([lora])[name])

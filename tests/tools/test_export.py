@@ -7,12 +7,13 @@ import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from support.models import FIVE, build, put_deltas, token_ids
-from support.nets import shake
+from support.nets import IDS, net, places_of, put, shake
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import opendelta
 from opendelta import LoraModel, PrefixModel
+from opendelta._deltas.registry import METHODS
 
 pytestmark = pytest.mark.covers("*Model")
 
@@ -42,6 +43,23 @@ def test_onnx_computes_what_the_deltas_do(name, tmp_path):
     assert np.abs(found - expected).max() < 1e-4
     plain = Logits(build(name).eval())(ids).detach().numpy()
     assert np.abs(found - plain).max() > 1e-3
+
+
+EVERY = {name: (method, places_of(method), {}) for name, method in sorted(METHODS.items())}
+EVERY["dora"] = METHODS["lora"], ["linear"], {"use_dora": True}
+EVERY["loreft at the ends"] = METHODS["loreft"], ["linear"], {"first": 1, "last": 1}
+
+
+@pytest.mark.parametrize(("method", "places", "options"), EVERY.values(), ids=EVERY)
+def test_onnx_computes_what_each_method_does(method, places, options, tmp_path):
+    model = net().eval()
+    for place in places:
+        shake(put(method, model, place, **options))
+    path = tmp_path / "model.onnx"
+    torch.onnx.export(model, (IDS,), path, dynamo=True, input_names=["ids"])
+    (found,) = onnxruntime.InferenceSession(path).run(None, {"ids": IDS.numpy()})
+    assert np.abs(found - model(IDS).detach().numpy()).max() < 1e-4
+    assert np.abs(found - net()(IDS).detach().numpy()).max() > 1e-3
 
 
 def test_lm_eval_scores_the_model_with_its_deltas():

@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 from trl import DPOConfig, GRPOConfig
 
 PRINTED = re.compile(r"^```(python|text)\n(.*?)^```$", re.M | re.S)
-PAGE = (ROOT / "docs" / "tools.md").read_text()
+PAGE = (ROOT / "docs" / "how-to" / "tools.md").read_text()
 pytestmark = pytest.mark.covers("from_pretrained", "optimizer_groups")
 
 
@@ -40,7 +40,7 @@ def test_the_examples_run_and_print_what_the_page_says(tmp_path, monkeypatch, ca
 
 @pytest.mark.parametrize("page", ["tools", "distributed"])
 def test_each_link_to_a_test_leads_there(page):
-    text = (ROOT / "docs" / f"{page}.md").read_text()
-    links = re.findall(r"\]\(\.\./(tests/[\w/.]+)\)", text)
+    text = (ROOT / "docs" / "how-to" / f"{page}.md").read_text()
+    links = re.findall(r"\]\(\.\./\.\./(tests/[\w/.]+)\)", text)
     assert len(links) > 2
     assert all((ROOT / link).is_file() for link in links)

@@ -29,7 +29,11 @@ from support.models import build, token_ids
 import opendelta
 from opendelta import AdapterModel, LoraModel
 
+rank = int(sys.argv[2])
+meet = f"file://{sys.argv[1]}/rendezvous"
+torch.distributed.init_process_group("gloo", init_method=meet, rank=rank, world_size=2)
 accelerator = Accelerator(cpu=True)
+assert accelerator.num_processes == 2
 torch.manual_seed(accelerator.process_index)
 model = build("llama")
 torch.manual_seed(3)
@@ -45,6 +49,7 @@ for step in range(3):
     optimizer.step()
     optimizer.zero_grad()
 accelerator.save_state(sys.argv[1] + "/state")
+accelerator.wait_for_everyone()
 accelerator.load_state(sys.argv[1] + "/state")
 plain = accelerator.unwrap_model(model)
 if accelerator.is_main_process:
@@ -75,18 +80,21 @@ def trained_alone():
     return model.eval()
 
 
-def test_accelerate_launch_with_two_processes_trains_what_one_does(tmp_path):
+def test_accelerate_with_two_processes_trains_what_one_does(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
-    command = Path(sys.executable).with_name("accelerate")
-    launch = [command, "launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     environment = {**os.environ, "PYTHONPATH": PATHS, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*map(str, launch), str(script), str(tmp_path)],
-        env=environment, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    environment |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    pair = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(tmp_path), str(rank)],
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    errors = [process.communicate(timeout=300)[1] for process in pair]
+    assert [process.returncode for process in pair] == [0, 0], errors
     model = build("llama")
     opendelta.load(tmp_path / "deltas-alone", model)
     assert torch.allclose(logits(model.eval()), logits(trained_alone()), atol=1e-4)

@@ -1,13 +1,21 @@
 """TRL's trainers train deltas as they train PEFT's, and their reference model takes no memory."""
 
+from functools import partial
+
 import pytest
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from support.models import build, token_ids
 from support.nets import shake
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaForSequenceClassification, PreTrainedTokenizerFast
+from transformers import (
+    BitsAndBytesConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
 from trl import (
     DPOConfig,
     DPOTrainer,
@@ -18,9 +26,10 @@ from trl import (
     SFTConfig,
     SFTTrainer,
 )
+from trl.trainer.callbacks import SyncRefModelCallback
 
 import opendelta
-from opendelta import AdapterModel, LoraModel
+from opendelta import AdapterModel, LoraModel, UnreachedWarning
 from opendelta.integrations.trl import reference, shared_reference
 
 TEXT = "<pad> <s> </s> <unk> the cat sat on a mat and saw one red dog run far away"
@@ -67,9 +76,10 @@ def with_lora(model=None, **places):
     return model, lora
 
 
-def with_peft(lora):
+def with_peft(lora, model=None):
     """PEFT's LoRA with the start values of ours."""
-    model = get_peft_model(build("llama"), LoraConfig(r=4, lora_alpha=8, target_modules=PLACES))
+    model = build("llama") if model is None else model
+    model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=PLACES))
     for where, layer in lora.layers.items():
         module = model.get_submodule(f"base_model.model.{where}")
         module.lora_A["default"].weight.data.copy_(layer.lora_A)
@@ -88,6 +98,28 @@ def test_sft_has_peft_s_losses(tmp_path):
     ours = losses(sft(model, tmp_path))
     assert ours == pytest.approx(losses(sft(theirs, tmp_path)), abs=1e-5)
     assert ours[-1] < ours[0]
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_sft_has_peft_s_losses_over_a_quantised_model(bits, tmp_path):
+    build("llama").save_pretrained(tmp_path)
+    config = BitsAndBytesConfig(**{f"load_in_{bits}bit": True})
+    quantised = partial(
+        LlamaForCausalLM.from_pretrained,
+        tmp_path, quantization_config=config, device_map={"": "cpu"},
+    )  # fmt: skip
+    model, lora = with_lora(quantised())
+    theirs = with_peft(lora, quantised())
+    ours = losses(sft(model, tmp_path))
+    assert ours == pytest.approx(losses(sft(theirs, tmp_path)), abs=1e-3)
+    assert ours[-1] < ours[0]
+
+
+@pytest.mark.covers("UnreachedWarning")
+def test_a_head_whose_weight_the_loss_reads_is_warned_of(tmp_path):
+    model, _ = with_lora(modules_to_save=["lm_head"])
+    with pytest.warns(UnreachedWarning, match=r"lm_head\.deltas\.lora\. .*reads=True"):
+        losses(sft(model, tmp_path))
 
 
 def dpo(model, folder, ref_model=None, **more):
@@ -151,6 +183,23 @@ def test_grpo_with_beta_takes_the_shared_reference(tmp_path):
     assert kl[0] == pytest.approx(0, abs=1e-6)
     assert kl[-1] > 0
     del theirs
+
+
+@pytest.mark.parametrize("how", ["trainer", "callback"])
+def test_a_reference_that_is_synchronised_is_refused_before_it_is_written(how, tmp_path):
+    model, _ = with_lora()
+    twin = reference(model)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    def run():
+        if how == "callback":
+            return SyncRefModelCallback.sync_target_model(model, twin, 0.6)
+        return dpo(model, tmp_path, twin, sync_ref_model=True, ref_model_sync_steps=2).train()
+
+    Accelerator(cpu=True)
+    with pytest.raises(opendelta.DeltaError, match="sync_ref_model=True writes"):
+        run()
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
 def test_reward_has_peft_s_losses(tmp_path):

@@ -2,4 +2,7 @@
 
 from opendelta._compat.gone import refusal
 
-raise refusal(__name__, "a delta is saved as config.json and model.safetensors; see docs/format.md")
+raise refusal(
+    __name__,
+    "a delta is saved as config.json and model.safetensors; see docs/reference/format.md",
+)

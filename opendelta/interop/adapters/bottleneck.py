@@ -67,14 +67,27 @@ def _check_norms(part: Part) -> None:
 
 
 # --------------------------------------------------------------------------------------- the places
+def places(part: Part, path: str) -> list[str]:
+    """Return the full names of all modules that an adapter at `path` could be on."""
+    where, last, norm = _around(part, path)
+    whole = [where] if last != "attention_adapters" else []
+    return [*_inside(part, where, last), *([norm] if norm else []), *whole]
+
+
+def _around(part: Part, path: str) -> tuple[str, str, str | None]:
+    """Return the module around an adapter, the adapter's name in a block, and the normalisation."""
+    head, _, last = path.rpartition(".")
+    where, last = (part.resolve(head), last) if last in BESIDE else (part.resolve(path), "")
+    norm = f"{where}.{NORM}"
+    return where, last, norm if norm in part.backbone.modules else None
+
+
 def _site(part: Part, path: str) -> str:
     """Return the full name of the module that the adapter at `path` is on.
 
     A parallel adapter is on a pair of modules: the option `modified_modules` gets both.
     """
-    head, _, last = path.rpartition(".")
-    where, last = (part.resolve(head), last) if last in BESIDE else (part.resolve(path), "")
-    norm = f"{where}.{NORM}" if f"{where}.{NORM}" in part.backbone.modules else None
+    where, last, norm = _around(part, path)
     if part.config["is_parallel"]:
         start = _start(part, where, last, norm)
         part.options.setdefault("modified_modules", []).extend((start, _proj(part, where, last)))
@@ -97,14 +110,19 @@ def _site(part: Part, path: str) -> str:
 
 def _proj(part: Part, where: str, last: str) -> str:
     """Return the name of the module inside `where` that returns the sublayer's output h."""
-    wanted = INSIDE[last]
-    names = [n for n, role in part.roles.items() if role in wanted and n.startswith(f"{where}.")]
+    names = _inside(part, where, last)
     if len(names) != 1:
         raise part.error(
             f"{where!r} ({type(part.backbone.modules[where]).__name__}) has {len(names)} modules "
-            f"of the roles {', '.join(wanted)}, so where its adapter goes is not known"
+            f"of the roles {', '.join(INSIDE[last])}, so where its adapter goes is not known"
         )
     return names[0]
+
+
+def _inside(part: Part, where: str, last: str) -> list[str]:
+    """Return the names of the modules inside `where` whose role is to return h."""
+    roles = INSIDE[last]
+    return [n for n, role in part.roles.items() if role in roles and n.startswith(f"{where}.")]
 
 
 def _whole(part: Part, where: str, last: str) -> str:
@@ -173,12 +191,12 @@ def _phm(part: Part, own: dict[str, Tensor], path: str) -> dict[str, Tensor]:
     out = {}
     for theirs, ours in (("adapter_down.0.", "down_sampler."), ("adapter_up.", "up_sampler.")):
         for key in [key for key in own if key.startswith(theirs)]:
-            out[ours + _inside(key.removeprefix(theirs))] = own.pop(key)
+            out[ours + _renamed(key.removeprefix(theirs))] = own.pop(key)
     part.check_empty(own, path)
     return out
 
 
-def _inside(name: str) -> str:
+def _renamed(name: str) -> str:
     """Return our name of a tensor in a hypercomplex linear layer."""
     part = "blocks." if name.startswith("W") else "rule." if name.startswith("phm_rule") else ""
     return part + name

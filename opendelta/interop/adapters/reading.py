@@ -14,10 +14,11 @@ from ..._files.reading import check_link, read_start
 from ...errors import DeltaLoadError, shown
 from .._draft import CONFIG, fact
 from .._files import read_json, read_pickle, read_safetensors
-from . import bottleneck, heads, prefixes, weights
+from . import bottleneck, fusions, heads, prefixes, weights
 from .terms import (
     ARCHITECTURES,
     COMMON,
+    FUSION,
     OLD,
     PICKLE,
     UNREAD,
@@ -27,14 +28,15 @@ from .terms import (
     slot_pattern,
 )
 
-SEVERAL = ("adapter_fusion_config.json", "adapter_setup.json")
+SETUP = "adapter_setup.json"
 PEFT = ("adapter_model.safetensors", "adapter_model.bin")
+Content = tuple[dict[str, Any], dict[str, Tensor]]  # the JSON, and the tensors by full name
 READ = {"adapter": bottleneck.read, "lora": weights.read, "prefix": prefixes.read}
 
 
 def recognises(folder: Path) -> bool:
     """True if the adapters library wrote `folder`."""
-    if any((folder / name).is_file() for name in SEVERAL):
+    if any((folder / name).is_file() for name in (fusions.CONFIG, SETUP)):
         return True
     config = folder / CONFIG
     if not config.is_file() or any((folder / name).is_file() for name in PEFT):
@@ -45,7 +47,7 @@ def recognises(folder: Path) -> bool:
     return b'"config"' in content and b'"peft_type"' not in content
 
 
-def translate(folder: Path, model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def translate(folder: Path, model: nn.Module) -> Content:
     """Return an adapters folder as the JSON and tensors that `opendelta.load` finds in ours.
 
     Of a pickle only tensors are read. The keys of the tensors name the modified modules.
@@ -59,18 +61,71 @@ def translate(folder: Path, model: nn.Module) -> tuple[dict[str, Any], dict[str,
     Raises:
         DeltaLoadError: no delta computes the same, the folder is damaged, or of another model.
     """
-    for name in SEVERAL:
-        if (folder / name).is_file():
-            raise DeltaLoadError(
-                f"{folder}: {name} says how several adapters act together; save them one by one "
-                "with model.save_adapter(folder, name), and load those"
-            )
+    if (folder / SETUP).is_file():
+        raise DeltaLoadError(
+            f"{folder}: {SETUP} says how several adapters act together; load the folders in it one "
+            "by one, a fusion after its adapters"
+        )
+    if (folder / fusions.CONFIG).is_file():
+        return _fusion(folder, model)
+    return _adapter(folder, model)
+
+
+def _adapter(folder: Path, model: nn.Module) -> Content:
     config, backbone = read_json(folder / CONFIG), Backbone.of(model)
     _check_model(folder, config, model)
-    given = _sorted(folder, config, _read(folder, WEIGHTS, PICKLE))
+    given = _sorted(folder / CONFIG, config, _read(folder / CONFIG, WEIGHTS, PICKLE))
     parts = _parts(folder, config, backbone, given)
     for part in parts:
         READ[_terms(folder, part.config).name](part)
+    return _content(folder, config, parts)
+
+
+def _fusion(folder: Path, model: nn.Module) -> Content:
+    """Translate a fusion, with those of its adapters that are beside it and not on the model."""
+    file, backbone = folder / fusions.CONFIG, Backbone.of(model)
+    config = read_json(file)
+    _check_model(folder, config, model)
+    options = config.get("config")
+    if not isinstance(options, dict):
+        raise DeltaLoadError(f"{file}: config={shown(options)} must be an object with options")
+    given = _read(file, fusions.WEIGHTS, fusions.PICKLE)
+    longer = f".{FUSION.slots[0]}.{config.get('name')},"  # the library saves such fusions along
+    groups = _sorted(file, config, {k: t for k, t in given.items() if longer not in k})
+    full = {**FUSION.defaults, **options}
+    part = Part(folder, full, backbone, _own_name(config["name"]), given=groups, file=file.name)
+    _check_options(part, FUSION)
+    fused, brought, tensors = _fused(folder, config, model, fusions.attached(backbone))
+    fusions.read(part, fused)
+    facts, own = _content(folder, config, [part])
+    return {**facts, "deltas": [*brought, *facts["deltas"]]}, {**tensors, **own}
+
+
+def _fused(
+    folder: Path, config: dict[str, Any], model: nn.Module, attached: dict[str, dict[str, Any]]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], dict[str, Tensor]]:
+    """Return the deltas that a fusion combines, and those of them that are read here.
+
+    Returns:
+        All of them and those read, each as in the JSON of a folder of ours, and the tensors read.
+    """
+    fused: list[dict[str, Any]] = []
+    brought: list[dict[str, Any]] = []
+    tensors: dict[str, Tensor] = {}
+    for name in fusions.names_in(folder, config):
+        if (own_name := _own_name(name)) in attached:
+            fused.append(attached[own_name])
+            continue
+        facts, own = _adapter(fusions.beside(folder, name), model)
+        fused += facts["deltas"]
+        brought += facts["deltas"]
+        tensors |= own
+    return fused, brought, tensors
+
+
+def _content(folder: Path, config: dict[str, Any], parts: list[Part]) -> Content:
+    """Return finished parts, with the head saved beside them, as in a folder of ours."""
+    for part in parts:
         part.sort()
         for slot, groups in part.given.items():
             part.check_empty((slot for own in groups.values() if own), "the model")
@@ -95,12 +150,14 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     return read_safetensors(path) if path.suffix == ".safetensors" else read_pickle(path)
 
 
-def _read(folder: Path, *names: str) -> dict[str, Tensor]:
-    """Return the tensors of the first of these files that exists."""
+def _read(config: Path, *names: str) -> dict[str, Tensor]:
+    """Return the tensors of the first of these files that exists beside a config."""
     for name in names:
-        if (folder / name).is_file():
-            return _tensors(folder / name)
-    raise DeltaLoadError(f"{folder}: {CONFIG} is there, but neither {' nor '.join(names)}")
+        if (config.parent / name).is_file():
+            return _tensors(config.parent / name)
+    raise DeltaLoadError(
+        f"{config.parent}: {config.name} is there, but neither {' nor '.join(names)}"
+    )
 
 
 def _check_model(folder: Path, config: dict[str, Any], model: nn.Module) -> None:
@@ -116,12 +173,12 @@ def _check_model(folder: Path, config: dict[str, Any], model: nn.Module) -> None
 
 
 def _sorted(
-    folder: Path, config: dict[str, Any], given: dict[str, Tensor]
+    file: Path, config: dict[str, Any], given: dict[str, Tensor]
 ) -> dict[str, dict[str, dict[str, Tensor]]]:
     """Sort tensors into {slot: {path of the library's module: {name of a tensor: values}}}."""
     name = config.get("name")
     if not isinstance(name, str) or not name:
-        raise DeltaLoadError(f"{folder / CONFIG}: name={shown(name)} must be the adapter's name")
+        raise DeltaLoadError(f"{file}: name={shown(name)} must be the adapter's name")
     pattern, unknown = slot_pattern(name), []
     out: dict[str, dict[str, dict[str, Tensor]]] = defaultdict(lambda: defaultdict(dict))
     for key, tensor in given.items():
@@ -133,8 +190,8 @@ def _sorted(
             out[slot][found["where"] or ""][found["rest"]] = tensor
     if unknown or not out:
         raise DeltaLoadError(
-            f"{folder}: {len(unknown)} of {len(given)} tensors are none of an adapter called "
-            f"{shown(name)}: {shown(unknown[:3])}",
+            f"{file.parent}: {len(unknown)} of {len(given)} tensors belong to nothing "
+            f"called {shown(name)}: {shown(unknown[:3])}",
             unexpected=unknown,
         )
     return out
@@ -172,7 +229,7 @@ def _parts(
             f"{folder / CONFIG}: config={shown(whole)} must be an object with the options of a "
             "method; save the adapter anew with a current adapters library"
         )
-    name, parts = re.sub(r"[^A-Za-z0-9_-]", "_", config["name"])[:50], []
+    name, parts = _own_name(config["name"]), []
     for own in configs:
         terms = _terms(folder, own)
         mine = {slot: given.pop(slot) for slot in terms.slots if slot in given}
@@ -192,6 +249,11 @@ def _parts(
     if given:
         raise parts[0].error(f"nothing is known of its {', '.join(given)}")
     return parts
+
+
+def _own_name(name: str) -> str:
+    """Return the name of the delta to be of the library's adapter or fusion `name`."""
+    return re.sub(r"[^A-Za-z0-9_-]", "_", name)[:50]
 
 
 def _check_options(part: Part, terms: Terms) -> None:

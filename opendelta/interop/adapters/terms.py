@@ -19,7 +19,7 @@ WEIGHTS, PICKLE = "adapter.safetensors", "pytorch_adapter.bin"
 LARGEST, LONGEST = 1e38, 100_000
 SLOTS = (
     "adapters", "loras", "prefix_tunings", "prefix_gates", "shared_parameters", "prompt_tunings",
-    "refts", "invertible_adapters",
+    "refts", "invertible_adapters", "adapter_fusion_layer",
 )  # fmt: skip
 OLD = {  # {slot of adapter-transformers 1.x: slot of today}
     f"{place}_{kind}_adapters": "adapters"
@@ -82,6 +82,14 @@ PREFIX = Terms(
      "use_gating": False},
     {"use_gating": GATED, "dropout": IN_TRAINING},
     ("encoder_prefix", "cross_prefix", "bottleneck_size", "shared_gating"),
+)  # fmt: skip
+FUSION = Terms(
+    "fuse",
+    ("adapter_fusion_layer",),
+    {"query": True, "key": True, "value": True, "query_before_ln": False, "residual_before": False,
+     "temperature": False, "dropout_prob": None},
+    {"temperature": "it falls from 50 with each forward", "dropout_prob": IN_TRAINING},
+    ("regularization", "value_before_softmax", "value_initialized"),
 )  # fmt: skip
 ARCHITECTURES = {None: BOTTLENECK, "lora": LORA, "prefix_tuning": PREFIX}
 UNREAD = {

@@ -29,6 +29,7 @@ from .terms import (
     STARTS,
     WEIGHTS,
     WHY,
+    XLORA,
     Adapter,
 )
 
@@ -98,12 +99,15 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
 
 def _method_of(folder: Path, config: dict[str, Any]) -> str:
     given = config.get("peft_type")
+    if given == "XLORA":
+        raise DeltaLoadError(f"{folder / CONFIG}: peft_type={given!r} cannot be loaded: {XLORA}")
     for name, method in METHODS.items():
         if method.peft_type == given:
             return name
     raise DeltaLoadError(
         f"{folder / CONFIG}: peft_type={given!r} is none of those that opendelta reads: "
-        f"{', '.join(method.peft_type for method in METHODS.values())}"
+        f"{', '.join(method.peft_type for method in METHODS.values())}. Load it with PEFT, or "
+        "train such a delta here"
     )
 
 

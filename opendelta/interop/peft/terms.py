@@ -104,6 +104,11 @@ WHY = {
     "rank_dropout": "it acts in training only: set it to 0 in the file to load the rest",
     "module_dropout": "it acts in training only: set it to 0 in the file to load the rest",
 }
+XLORA = (
+    "one classifier weighs its LoRAs by the hidden states of a forward pass of their own, which no "
+    "block does; load the LoRAs that its field adapters names one by one, and train a "
+    "GateModel(model, deltas=[...]) over them"
+)
 STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 MUTATING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 TASKS = {

@@ -15,13 +15,14 @@ from torch import Tensor
 from ..._backbone import copying
 from ..._backbone.backbone import Backbone
 from ..._deltas.base import BaseDelta
+from ..._deltas.buffers import saved
 from ..._files import folder as files
 from ..._files.reading import as_path, read_start
 from ..._layers.base import Acts
 from ..._modules.kinds import TransposedLinear, kind_of
 from ..._modules.tensors import full
 from ..._sites import swap
-from ...errors import DeltaError
+from ...errors import DeltaError, listed
 from ...names import unwrapped
 from .._draft import CONFIG
 from .terms import (
@@ -106,15 +107,20 @@ def _check_writable(delta: BaseDelta, backbone: Backbone) -> None:
     """Raise if PEFT has no such delta."""
     name, config = delta.delta_type, delta.config
     what = f"{delta.name!r} cannot be written for PEFT: "
+    if config.children:
+        raise DeltaError(
+            f"{what}it has no blocks; write the deltas in it one by one: {listed(config.children)}"
+        )
     if name not in METHODS:
         raise DeltaError(f"{what}it has no {name!r}; it has {', '.join(METHODS)}")
     if config.gate:
         raise DeltaError(f"{what}it has no gates; make the delta with gate=False")
     if delta.scale != 1 and not ALPHAS & METHODS[name].options.keys():
         raise DeltaError(f"{what}its {name!r} has no scale; set delta.scale = 1")
-    if config.unfrozen_modules:
+    if brought := saved(backbone, [delta.record]):
         raise DeltaError(
-            f"{what}it has no unfrozen_modules={config.unfrozen_modules}; use modules_to_save"
+            f"{what}its folders hold nothing of the backbone that was trained in place "
+            f"({listed(brought)}); use modules_to_save"
         )
     for where in delta.modified_modules:
         module = backbone.modules[where]
@@ -137,13 +143,17 @@ def _check_writable(delta: BaseDelta, backbone: Backbone) -> None:
 def _task(delta: BaseDelta) -> str | None:
     """Return PEFT's name of the model's task, such as "CAUSAL_LM", or None.
 
-    For most tasks PEFT adds a head to the saved modules: so only a prompt names such a task.
+    For most tasks PEFT adds a head to the saved modules: so a delta names such a task only if it
+    owns that head, and a prompt always, as the head is written with it.
     """
-    model = delta.backbone_model
+    model: Any = delta.backbone_model
     config = getattr(model, "config", None)
     name = next((t for end, t in TASKS.items() if type(model).__name__.endswith(end)), None)
     if delta.delta_type != "soft_prompt":
-        return "CAUSAL_LM" if name == "CAUSAL_LM" else None
+        heads, own = HEADS.get(name or "", []), delta.config.modules_to_save or []
+        ends = [each for each, _ in model.named_modules() if heads and each.endswith((*heads,))]
+        owned = bool(ends) and all(each.endswith((*own,)) for each in ends)
+        return name if name == "CAUSAL_LM" or owned else None
     default = "SEQ_2_SEQ_LM" if getattr(config, "is_encoder_decoder", False) else None
     return name or default or "FEATURE_EXTRACTION"
 

@@ -1,0 +1,43 @@
+"""Put back the values that a forward changes: buffers, and states of random number generators."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from .._backbone.backbone import Backbone
+
+PACKED = 2**20  # a larger buffer of whole numbers holds packed weights: no forward changes them
+
+
+@contextlib.contextmanager
+def put_back(backbone: Backbone) -> Iterator[None]:
+    """Put back the buffers and random number generators that the block changes."""
+    tables = [(m._buffers, k, b) for m in backbone.model.modules() for k, b in m._buffers.items()]
+    copies = {
+        id(b): (b, b.detach().clone())
+        for _, _, b in tables
+        if b is not None and (b.is_floating_point() or b.numel() <= PACKED) and not b.is_meta
+    }
+    numpy: Any = sys.modules.get("numpy")
+    drawn = random.getstate(), numpy.random.get_state() if numpy else None
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=list(devices)):
+        try:
+            yield
+        finally:
+            random.setstate(drawn[0])
+            if numpy:
+                numpy.random.set_state(drawn[1])
+            with torch.no_grad():
+                for buffer, copy in copies.values():
+                    if not torch.equal(buffer, copy):
+                        buffer.copy_(copy)
+            for table, key, before in tables:
+                if table.get(key) is not before:
+                    table[key] = before
