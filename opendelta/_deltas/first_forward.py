@@ -27,10 +27,12 @@ def unreached_in(backbone: Backbone) -> list[str]:
 
 
 def missed(backbone: Backbone) -> set[tuple[str, str]]:
-    """Return (site, delta) of the active layers that the last first forward has not reached."""
-    hooks = (hook for m in backbone.modules.values() for hook in m._forward_hooks.values())
-    waits = any(isinstance(hook, FirstForward) for hook in hooks)
-    return set() if waits else set(_silent(backbone, compiled=False))
+    """Return (site, delta) of the active layers that a first forward has not reached.
+
+    A layer that was merged or switched off in that forward could not run there, and is not one.
+    """
+    silent = _silent(backbone, compiled=False)
+    return {(where, name) for where, name in silent if backbone.stacks[where][name].missed}
 
 
 def _silent(backbone: Backbone, compiled: bool = True) -> list[tuple[str, str]]:

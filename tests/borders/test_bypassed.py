@@ -235,3 +235,26 @@ def test_a_weight_that_is_lent_unchanged_is_merged():
     before = model(X)
     opendelta.composition(model).merge()
     torch.testing.assert_close(model(X), before)
+
+
+RUNS = []
+
+
+class Counted(Around):
+    def use(self, x):
+        RUNS.append(x.shape)
+        return self.q(x)
+
+
+@pytest.mark.parametrize("merged", [True, False])
+def test_a_layer_that_could_not_run_is_merged_without_another_run(merged):
+    model = Counted()
+    delta = shake(LoraModel(model, modified_modules=["q"]))
+    composed = opendelta.composition(model)
+    rest, back = (composed.merge, composed.unmerge) if merged else (delta.disable, delta.enable)
+    rest()
+    model(X)  # the first forward, in which the layer itself does not run
+    back()
+    RUNS.clear()
+    composed.merge()
+    assert not RUNS
