@@ -65,6 +65,8 @@ class Task:
         head: the full names of the modules that make the head. Empty: they are found, which needs a
             model of transformers.
         classes: the names of the classes, if they have names.
+        length: the length of an example. A batch to learn from then holds examples of like length,
+            so that little of it is padding. None: batches are drawn whatever the lengths are.
 
     Example:
         >>> import torch, opendelta
@@ -94,6 +96,7 @@ class Task:
     labels: int | None = None
     head: Sequence[str] = ()
     classes: Sequence[str] = field(default_factory=list)
+    length: Callable[[Any], int] | None = None
 
     def __post_init__(self) -> None:
         for part in ("train", "test"):
@@ -110,7 +113,8 @@ class Task:
 
     def fingerprint(self) -> str:
         """Return a hash of the examples and of the functions, by their code."""
-        code = [of_function(each) for each in (self.collate, self.measure, self.loss)]
+        functions = (self.collate, self.measure, self.loss, self.length)
+        code = [of_function(each) for each in functions if each is not None]
         return short(repr((of_examples(self.train, self.test), code, self.labels, self.head)))
 
 
@@ -272,15 +276,19 @@ def _to_classify(source: Texts, train: list[Any], test: list[Any], tokenizer: An
             for tokens, row in zip(ids, rows, strict=True)
         ]
 
+    def length(example: dict[str, Any]) -> int:
+        return len(example["input_ids"])
+
     return Task(
         source.name,
         examples(train),
-        sorted(examples(test), key=lambda example: len(example["input_ids"])),
+        sorted(examples(test), key=length),
         DataCollatorWithPadding(tokenizer),
         right,
         unit="accuracy",
         labels=len(classes),
         classes=[str(each) for each in classes],
+        length=length,
     )
 
 

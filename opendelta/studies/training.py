@@ -27,6 +27,7 @@ from .contenders import Contender, remove
 from .tasks import Batch, Task
 
 TEST_BATCH = 64
+ALIKE = 8  # batches whose examples are sorted by length together
 OWN_RATE = 1e-3  # of what trains beside the deltas, AdamW's default
 POINTS = 200  # of a loss curve; longer ones are thinned
 
@@ -271,12 +272,29 @@ def _measured(model: nn.Module, task: Task, batch: Batch) -> tuple[Tensor, int]:
 
 
 def batches(model: nn.Module, task: Task, size: int, seed: int) -> Iterator[Batch]:
-    """Yield batches of the examples to learn from for ever, each epoch in another order."""
+    """Yield batches of the examples to learn from for ever, each epoch in another order.
+
+    If the task tells the lengths, examples of like length are together, as far as `ALIKE` batches
+    that chance has drawn hold them.
+    """
     generator = torch.Generator().manual_seed(seed)
+    lengths = [] if task.length is None else [*map(task.length, task.train)]
+
+    def shuffled(count: int) -> list[int]:
+        return torch.randperm(count, generator=generator).tolist()
+
     while True:
-        order = torch.randperm(len(task.train), generator=generator).tolist()
-        for at in range(0, len(order), size):
-            yield placed(task.collate([task.train[i] for i in order[at : at + size]]), model)
+        order = shuffled(len(task.train))
+        if lengths:
+            parts = _cut(order, size * ALIKE)
+            order = [i for part in parts for i in sorted(part, key=lengths.__getitem__)]
+        every = _cut(order, size)
+        for number in shuffled(len(every)) if lengths else range(len(every)):
+            yield placed(task.collate([task.train[i] for i in every[number]]), model)
+
+
+def _cut(order: list[int], size: int) -> list[list[int]]:
+    return [order[at : at + size] for at in range(0, len(order), size)]
 
 
 def placed(batch: Batch, model: nn.Module) -> Batch:

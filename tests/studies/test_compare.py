@@ -312,6 +312,49 @@ def test_texts_are_classified_and_the_largest_class_is_the_baseline():
     assert made.baseline == max(share, 1 - share)
 
 
+def lengths_of_batches(made, epochs):
+    """The lengths in each batch of 8, in each epoch, as a training collates them."""
+    seen = []
+
+    def collated(rows):
+        seen.append([len(row["x"]) for row in rows])
+        return {"input": torch.stack([row["x"][:1] for row in rows])}
+
+    model = nn.Linear(1, 2)
+    loss = lambda output, _: output.square().mean()  # noqa: E731
+    measured = dataclasses.replace(made, collate=collated, loss=loss, measure=loss)
+    opendelta.compare(
+        model, measured, ["bitfit@root"], progress=False, epochs=epochs, batch_size=8, rates=RATES
+    )
+    per_epoch = math.ceil(len(made.train) / 8)
+    seen = seen[-epochs * per_epoch - 1 :][: epochs * per_epoch]  # one batch of tests is the last
+    return [seen[at : at + per_epoch] for at in range(0, len(seen), per_epoch)]
+
+
+def test_batches_hold_examples_of_like_length():
+    sizes = torch.randint(1, 60, (100,), generator=torch.Generator().manual_seed(1)).tolist()
+    rows = [{"x": torch.ones(size)} for size in sizes]
+    made = Task("sized", rows, rows[:2], collate, measure=lambda output, _: output)
+    grouped = dataclasses.replace(made, length=lambda row: len(row["x"]))
+    waste = {}
+    for each in (made, grouped):
+        epochs = lengths_of_batches(each, 2)
+        assert all(sorted(sum(epoch, [])) == sorted(sizes) for epoch in epochs)
+        assert epochs[0] != epochs[1]
+        assert lengths_of_batches(each, 2) == epochs
+        padded = sum(max(batch) * len(batch) for epoch in epochs for batch in epoch)
+        waste[each.length is None] = padded / (2 * sum(sizes)) - 1
+    first = [max(batch) for batch in epochs[0]]
+    assert first != sorted(first)  # long and short ones in turn
+    assert waste[False] < waste[True] / 3
+    assert made.fingerprint() != grouped.fingerprint()
+
+
+def test_texts_tell_their_lengths():
+    made = Texts(rows(40)).task(Words())
+    assert [made.length(each) for each in made.train] == [len(e["input_ids"]) for e in made.train]
+
+
 def test_texts_to_continue_are_joined_and_cut_and_scored_by_loss():
     made = Texts([{"text": "abcdefg"}] * 20, label=None, max_length=16).task(Words())
     assert made.higher_is_better is False
