@@ -339,7 +339,7 @@ def test_batches_hold_examples_of_like_length():
     waste = {}
     for each in (made, grouped):
         epochs = lengths_of_batches(each, 2)
-        assert all(sorted(sum(epoch, [])) == sorted(sizes) for epoch in epochs)
+        assert all(sorted(size for batch in e for size in batch) == sorted(sizes) for e in epochs)
         assert epochs[0] != epochs[1]
         assert lengths_of_batches(each, 2) == epochs
         padded = sum(max(batch) * len(batch) for epoch in epochs for batch in epoch)
