@@ -63,6 +63,7 @@ def main(steps):
             baseline = (model(x).argmax(1) == labels).float().mean().item()
         opendelta.composition(model).save("distributed")
         print(f"{world} processes; score {score:.3f}, baseline {baseline:.3f}")
+    dist.barrier()  # else a process may end while gloo's threads still hold its tensors
     dist.destroy_process_group()
 
 
