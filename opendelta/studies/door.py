@@ -58,12 +58,11 @@ def train(
     next(iter(made)).freeze_module(exclude=["deltas"])
     groups = groups_of(made, rates)
     first = {group["name"]: group["lr"] for group in groups}
-    order = "random" if task.length is None else "group_by_length"
+    if task.length is not None:
+        arguments.setdefault("train_sampling_strategy", "group_by_length")
     trainer = Trainer(
         model,
-        TrainingArguments(
-            str(out), seed=seed, report_to=[], train_sampling_strategy=order, **arguments
-        ),
+        TrainingArguments(str(out), seed=seed, report_to=[], **arguments),
         lambda rows: dict(task.collate(rows)),
         task.train,
         optimizers=(torch.optim.AdamW(groups, weight_decay=0.0), None),
