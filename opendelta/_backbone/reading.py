@@ -7,7 +7,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Collection, Iterable, Iterator
-from types import CellType, CodeType, MethodType
+from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any
 
 from torch import nn
@@ -26,6 +26,7 @@ TABLES = ("_modules", "_parameters", "_buffers")
 ALL = {"parameters", "named_parameters", "state_dict", "get_parameter"}
 ANY = {*ALL, "forward"}  # a class's, as in `nn.Linear.forward(module, x)`
 RAW = {*ALL, "_parameters", "functional_call"}
+READ = {*RAW, "weight", "bias"}
 LOOKS = {"dtype", "device", "shape", "size", "requires_grad", "is_meta", "ndim"}  # no values
 
 
@@ -94,7 +95,47 @@ def suspects(backbone: Backbone, names: Iterable[str]) -> list[str]:
 def code_may_read(backbone: Backbone, where: str) -> bool:
     """True if code of the classes around a module may use it otherwise than by calling it."""
     reads = {r for m in [*backbone.chain(where)][1:] for r in _may_read(_class_of(m))}
-    return bool(reads & {last(where), *ANY}) or may_be_read(backbone, where)
+    named = bool(reads & {last(where), *ANY})
+    return named or may_be_read(backbone, where) or _hook_may_read(backbone, where)
+
+
+def _hook_may_read(backbone: Backbone, where: str) -> bool:
+    """True if a hook on a module, or on one around it, names a weight in its code.
+
+    Functions that it calls by name are looked at too.
+    """
+    for module in backbone.chain(where):
+        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+            function = _function_of(hook)
+            if function is not None and READ & _named_in(function):
+                return True
+    return False
+
+
+def _function_of(hook: Any) -> FunctionType | None:
+    """Return the function of a hook that is not torch's or ours."""
+    while isinstance(hook, functools.partial):
+        hook = hook.func
+    hook = getattr(hook, "__func__", hook)
+    if not inspect.isfunction(hook):
+        hook = type(hook).__call__
+    if not inspect.isfunction(hook):
+        return None
+    return None if hook.__module__.partition(".")[0] in ("torch", "opendelta") else hook
+
+
+def _named_in(function: FunctionType) -> set[str]:
+    """Return the names and texts in a function's code, and in the functions that it names."""
+    own = _words_of(function.__code__)
+    beside = [function.__globals__.get(name) for name in own]
+    codes = [each.__code__ for each in beside if inspect.isfunction(each)]
+    return own.union(*map(_words_of, codes))
+
+
+@functools.cache
+def _words_of(code: CodeType) -> set[str]:
+    inner = [const for const in code.co_consts if isinstance(const, CodeType)]
+    return {*code.co_names, *map(str, code.co_consts)}.union(*map(_words_of, inner))
 
 
 def _held_aside(backbone: Backbone) -> set[int]:
@@ -155,13 +196,19 @@ def read_beside(
     for name in watched:
         watch = whole
         alone = name in asked and not swap.weight_is_read(backbone.modules[name], False)
-        if alone and (watch is None or not watch.has_seen(name)):
+        hooked = alone and _hook_may_read(backbone, name)  # hooks do not run where a part does
+        if alone and not hooked and (watch is None or not watch.has_seen(name)):
             watch = watching.of_part(backbone, [name])
         if watch is not None:
             found[name] = {key for n, key in watch.read if n == name}
-        elif alone and last(name) in _may_read(_class_of(backbone.modules[parent(name)])):
+        elif hooked or (alone and _is_read_around(backbone, name)):
             found[name] = None
     return found
+
+
+def _is_read_around(backbone: Backbone, where: str) -> bool:
+    """True if the code of the module around reads the weight or bias by name."""
+    return last(where) in _may_read(_class_of(backbone.modules[parent(where)]))
 
 
 def _may_read_raw(backbone: Backbone, where: str) -> bool:
@@ -177,8 +224,7 @@ def gets_parameters(backbone: Backbone, where: str) -> bool:
 @functools.cache
 def _words(cls: Any) -> set[str]:
     """Return the names and the texts in a class's code."""
-    codes = list(_codes(cls, True))
-    return {word for code in codes for word in (*code.co_names, *map(str, code.co_consts))}
+    return set[str]().union(*map(_words_of, _codes(cls, True)))
 
 
 @functools.cache

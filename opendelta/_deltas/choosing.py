@@ -318,8 +318,8 @@ def misfit(module: nn.Module, layer_class: type[DeltaLayer], acts: Any) -> str |
     """
     if acts in (Acts.BEFORE, Acts.WITHIN, Acts.INSTEAD, Acts.SERVES):
         return None
-    forward = (swap.plain_class(module) or type(module)).forward
-    return fitting.misfit(module, forward, layer_class.needs())
+    own_class = swap.plain_class(module) or type(module)
+    return fitting.misfit(module, own_class, layer_class.needs())
 
 
 def _acting_at(backbone: Backbone, name: str, layer_class: type[DeltaLayer]) -> str | None:

@@ -24,7 +24,7 @@ from .documents import Documents, cache_in
 from .embedding import embedding_of, numbered, numbering, room, scale_of
 from .layout import Layout, check_positions, starts, strip
 from .site import Site
-from .tokens import EMBEDDED, arguments, named, noting
+from .tokens import EMBEDDED, arguments, mask_around, named, noting
 
 TAKES = {"input_ids", "inputs_embeds", "attention_mask"}
 STATES = "encoder_hidden_states"
@@ -128,9 +128,8 @@ class PromptLayer(_WithPrompt):
         self.width, self.length, self.strip = kind.out_features, length, strip
         self.room = room(site.module)
         self.scale = scale_of(site.module)
-        self.stripper: Handover | None = (
-            None  # to strip right after the blocks, as later modules read a single position
-        )
+        # To strip right after the blocks, as later modules read a single position.
+        self.stripper: Handover | None = None
         self.numbered = numbered(site.module)
         self.ids = Handover() if self.numbered else None  # to number the positions by
 
@@ -172,8 +171,10 @@ class PromptLayer(_WithPrompt):
         self._check_room(given, layout.full, self.length)
         if self.stripper is not None:
             self.stripper.put((layout.slot_of, layout.full))
-        documents = Documents(given, batch, layout.full, embeds.device)
-        out = noting(documents, call, **given)
+        widened = Documents(given, batch, layout.full, embeds.device)
+        if (mask := mask_around(documents)) is not None:
+            widened.mask = torch.where(layout.filler, 0, layout.widened(mask, 1))
+        out = noting(widened, call, **given)
         if not self.strip:
             return out
         check_positions(out, layout.full)

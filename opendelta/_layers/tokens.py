@@ -63,6 +63,14 @@ def running() -> Documents | None:
     return _running.documents
 
 
+def mask_around(documents: Documents) -> Tensor | None:
+    """Return the mask of a call around the one of `documents` that was not handed on; or None."""
+    around = _running.documents
+    if around is None or not documents.says_less_than(around):
+        return None
+    return around.mask
+
+
 def during(documents: Documents | None, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Run `call`; modules inside find `documents`."""
     before, _running.documents = _running.documents, documents

@@ -22,15 +22,15 @@ _found: dict[tuple, tuple[Any, Tensor] | None] = {}
 MOST = 64  # groups that a module may split its input into
 
 
-def misfit(module: nn.Module, forward: Callable[..., Any], needs: Needs) -> str | None:
+def misfit(module: nn.Module, cls: type[nn.Module], needs: Needs) -> str | None:
     """Return in words how the output of a module differs from what its kind says.
 
     None: it does not, or a run does not tell. Only a forward of a class's own is run, on shapes.
 
     Args:
-        forward: the forward of the module's own class, without deltas.
+        cls: the module's own class, without deltas.
     """
-    kind = None if is_known(forward) else kind_of(module)
+    kind, forward = None if is_known(cls) else kind_of(module), cls.forward
     if kind is None:
         return None
     key = (forward, kind, *facts(module))

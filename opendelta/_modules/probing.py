@@ -33,45 +33,70 @@ LARGEST = 1e10  # of the inputs that are tried: what saturates does so below
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
-def is_known(forward: Callable[..., Any]) -> bool:
-    """True if a class's forward computes what the table of kinds says, with factor 1."""
+def is_known(cls: type[nn.Module]) -> bool:
+    """True if a class's forward computes what the table of kinds says, with factor 1.
+
+    A subclass may have something else for what that forward names: a method, or a property.
+    """
+    forward: Any = cls.forward
+    if forward not in KNOWN and not _is_elsewhere(forward):
+        return False
+    if "forward" in vars(cls):
+        return True
+    owner = next(base for base in cls.__mro__ if "forward" in vars(base))
+    names = inspect.unwrap(forward).__code__.co_names
+    return all(getattr(cls, name, None) is getattr(owner, name, None) for name in names)
+
+
+def _is_elsewhere(forward: Any) -> bool:
     package = (getattr(forward, "__module__", None) or "").partition(".")[0]
-    return forward in KNOWN or (package, getattr(forward, "__qualname__", "")) in ELSEWHERE
+    return (package, getattr(forward, "__qualname__", "")) in ELSEWHERE
 
 
 @torch.no_grad()
-def factor_of(module: nn.Module, forward: Callable[..., Any]) -> float | None:
+def factor_of(module: nn.Module) -> float | None:
     """Return the t of a module that computes t (W x) + b; None if it computes something else.
 
     Here W x is what the module's kind computes from the weight: a product, a lookup, a convolution.
     A normalisation has no t, so it is 1.0: see `acts_by_channel`.
 
     Args:
-        forward: the forward of the module's own class, without deltas.
+        module: one without layers.
     """
-    if is_known(forward):
+    cls, kind, was_training = type(module), kind_of(module), module.training
+    if is_known(cls) and not _is_patched(module):
         return 1.0
-    kind, was_training = kind_of(module), module.training
     if kind is None or stored(module, "weight") is None:
         return None
     if isinstance(kind, Norm):
         return 1.0
-    if _takes_more(forward):
+    if _takes_more(cls.forward):
         return None
     factors, dtype = [], device_and_dtype([module])[1]
     largest = min(torch.finfo(dtype).max / 64, LARGEST)
     try:
         for module.training in (False, True):
             with torch.random.fork_rng(devices=[]), _in_full_precision(module):
-                if module.training > was_training and _is_random(module, forward, kind):
+                if module.training > was_training and _is_random(module, kind):
                     continue  # as dropout is: nobody expects a merge to keep it
                 torch.manual_seed(0)
-                factors.append(_of(module, forward, kind, largest))
-        return factors[0] if len({*factors}) == 1 else None
+                factors.append(_of(module, kind, largest))
+                with _other_values(module):
+                    factors.append(_of(module, kind, largest))
+        first = factors[0]
+        if first is None or not all(each and _alike(each, first, 1e-3) for each in factors):
+            return None
+        return first
     except Exception:  # whatever a forward of somebody's own raises on such an input
         return None
     finally:
         module.training = was_training
+
+
+def _is_patched(module: nn.Module) -> bool:
+    """True if the module itself has another function for one that its forward names."""
+    names = inspect.unwrap(type(module).forward).__code__.co_names
+    return any(callable(vars(module).get(name)) for name in names)
 
 
 def _takes_more(forward: Callable[..., Any]) -> bool:
@@ -80,9 +105,9 @@ def _takes_more(forward: Callable[..., Any]) -> bool:
     return sum(p.kind in named for p in inspect.signature(forward).parameters.values()) > 2
 
 
-def _is_random(module: nn.Module, forward: Callable[..., Any], kind: Kind) -> bool:
+def _is_random(module: nn.Module, kind: Kind) -> bool:
     """True if a forward gives another output each time."""
-    x = next(_inputs(module, kind))
+    forward, x = type(module).forward, next(_inputs(module, kind))
     return not torch.equal(forward(module, x), forward(module, x))
 
 
@@ -98,11 +123,25 @@ def _in_full_precision(module: nn.Module) -> Iterator[None]:
         own.update(kept)
 
 
-def _of(module: nn.Module, forward: Callable[..., Any], kind: Kind, largest: float) -> float | None:
+@contextlib.contextmanager
+def _other_values(module: nn.Module) -> Iterator[None]:
+    """Let the parameters have other values inside, as after a merge: t must not depend on them."""
+    own: Any = module._parameters
+    kept = {key: p for key, p in own.items() if is_plain(p) and p.is_floating_point()}
+    try:
+        for key, p in kept.items():
+            size = float(p.abs().amax()) or 1.0
+            own[key] = nn.Parameter(3 * p + size * torch.randn_like(p), False)
+        yield
+    finally:
+        own.update(kept)
+
+
+def _of(module: nn.Module, kind: Kind, largest: float) -> float | None:
     matrix, bias = kind.matrix(in_full(module, "weight")), stored_params(module).get("bias")
     factors = []
     for x in _inputs(module, kind, largest):
-        out = forward(module, x)
+        out = type(module).forward(module, x)
         wide = x.to(matrix.dtype) if x.is_floating_point() else x
         plain = kind.product(wide, matrix)
         rest = out.to(matrix.dtype) - (0 if bias is None else kind.per_channel(bias))
@@ -112,8 +151,12 @@ def _of(module: nn.Module, forward: Callable[..., Any], kind: Kind, largest: flo
         if not _close(rest, factor * plain, out.dtype):
             return None
         factors.append(factor)
-    alike = all(math.isclose(factor, factors[0], rel_tol=1e-2) for factor in factors)
+    alike = all(_alike(factor, factors[0], 1e-2) for factor in factors)
     return _rounded(factors[0]) if alike else None
+
+
+def _alike(one: float, other: float, tolerance: float) -> bool:
+    return math.isclose(one, other, rel_tol=tolerance)
 
 
 def _rounded(factor: float) -> float:
@@ -133,15 +176,16 @@ def _inputs(module: nn.Module, kind: Kind, largest: float = 1.0) -> Iterator[Ten
 
 
 @torch.no_grad()
-def acts_by_channel(module: nn.Module, forward: Callable[..., Any], key: str) -> bool:
+def acts_by_channel(module: nn.Module, key: str) -> bool:
     """True if the weight of a normalisation scales its output, or the bias shifts it, by channel.
 
     Args:
-        forward: the forward of the module's own class, without deltas.
+        module: one without layers.
         key: "weight" or "bias".
     """
     own: Any = module._parameters
     kind: Any = kind_of(module)
+    forward = type(module).forward
     kept, bias = own[key], stored_params(module).get("bias")
     device, dtype = device_and_dtype([module])
     shape = kind.example(3, dtype)[0].shape

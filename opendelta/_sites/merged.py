@@ -76,7 +76,7 @@ def factor_of(where: str, module: nn.Module, run: list[Named]) -> float:
             where=where,
         )
     bare = trials.bare(module, plain_class(module))
-    factor = probing.factor_of(bare, type(bare).forward)
+    factor = probing.factor_of(bare)
     refused = [name for name, layer in run if factor is None or layer.sees_module]
     if factor == 1 or not refused:
         return factor  # type: ignore[return-value]
@@ -97,9 +97,9 @@ def factor_of(where: str, module: nn.Module, run: list[Named]) -> float:
 def _check_axis(where: str, module: nn.Module, key: str) -> None:
     """Raise if a parameter of a normalisation acts otherwise than by channel."""
     bare = trials.bare(module, plain_class(module))
-    if not isinstance(kind_of(module), Norm) or probing.is_known(type(bare).forward):
+    if not isinstance(kind_of(module), Norm) or probing.is_known(type(bare)):
         return
-    if not probing.acts_by_channel(bare, type(bare).forward, key):
+    if not probing.acts_by_channel(bare, key):
         raise SiteError(
             f"{where!r} ({type(module).__name__}): its {key} does not act on each channel of the "
             "output alone, so no other one computes the same. Let the delta act unmerged",

@@ -96,6 +96,50 @@ class AHookOnTheWhole(AHook):
         self.register_forward_hook(lambda _module, _args, output: output @ q.weight)
 
 
+def read_by(module, x):
+    return F.linear(x, module.weight)
+
+
+class AHookOnItself(Around):
+    """The hook is given the module, and holds it nowhere."""
+
+    def keep(self, q):
+        q.register_forward_hook(lambda module, args, y: y + F.linear(args[0], module.weight))
+
+    def use(self, x):
+        return self.q(x)
+
+
+class AHookBefore(AHookOnItself):
+    def keep(self, q):
+        q.register_forward_pre_hook(lambda module, args: (args[0] + args[0] @ module.weight,))
+
+
+class AHookThatCallsAnother(AHookOnItself):
+    def keep(self, q):
+        def hook(more, module, args, kwargs, y):
+            return y + more * read_by(module, args[0])
+
+        q.register_forward_hook(functools.partial(hook, 2), with_kwargs=True)
+
+
+class AHookOfTheWholeByName(AHookOnItself):
+    def keep(self, q):
+        self.register_forward_hook(lambda module, _args, y: y @ module.q.weight)
+
+
+class AnObjectAsHook(AHookOnItself):
+    def keep(self, q):
+        class Hook:
+            def __call__(self, module, args, y):
+                return y + read_by(module, args[0])
+
+        q.register_forward_hook(Hook())
+
+
+HOOKS = [AHookOnItself, AHookBefore, AHookThatCallsAnother, AHookOfTheWholeByName, AnObjectAsHook]
+
+
 class InsideAFunction(Around):
     def __init__(self):
         super().__init__()
@@ -125,7 +169,7 @@ BOTH = [type(f"{cls.__name__}AndCalled", (AndCalled, cls), {}) for cls in SILENT
 
 @pytest.mark.parametrize("verb", VERBS)
 @pytest.mark.parametrize("ran", [True, False])
-@pytest.mark.parametrize("net", [*SILENT, *BOTH])
+@pytest.mark.parametrize("net", [*SILENT, *BOTH, *HOOKS])
 def test_a_merge_that_would_change_its_use_is_refused(net, ran, verb):
     model = net()
     delta = shake(LoraModel(model, modified_modules=["q"]))
@@ -139,6 +183,20 @@ def test_a_merge_that_would_change_its_use_is_refused(net, ran, verb):
     assert opendelta.snapshot(model) == before
     delta.disable()
     opendelta.composition(model).to_backbone()
+
+
+def looks(module, args, y):
+    assert y.dtype == module.weight.dtype
+
+
+def test_a_hook_that_only_looks_hinders_no_merge():
+    model = AHookOnItself()
+    model.q._forward_hooks.clear()
+    model.q.register_forward_hook(looks)
+    shake(LoraModel(model, modified_modules=["q"]))
+    before = model(X)
+    opendelta.composition(model).merge()
+    torch.testing.assert_close(model(X), before)
 
 
 class OnNoShapes:
@@ -156,6 +214,15 @@ def test_what_a_forward_missed_is_refused_where_no_run_tells(net, verb):
     with pytest.warns(UnreachedWarning):
         model(X)
     with pytest.raises(SiteError, match=r"'q' \(Linear\): 'lora' has not run, .*reach it"):
+        getattr(opendelta.composition(model), verb)()
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_hook_that_may_read_is_refused_where_no_run_tells(verb):
+    model = type("OnNoShapes", (OnNoShapes, AHookOnItself), {})()
+    shake(LoraModel(model, modified_modules=["q"]))
+    model(X)
+    with pytest.raises(SiteError, match=r"may read \(no run on shapes tells\) its weight"):
         getattr(opendelta.composition(model), verb)()
 
 

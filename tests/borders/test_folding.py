@@ -64,6 +64,46 @@ class Tripled(nn.Embedding):
         return 3 * super().forward(ids)
 
 
+class OfNormOne(nn.Linear):
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight / self.weight.norm(), self.bias)
+
+
+class OfSpectralNormOne(nn.Linear):
+    def forward(self, x):
+        norm = torch.linalg.matrix_norm(self.weight, 2)
+        return nn.functional.linear(x, self.weight / norm, self.bias)
+
+
+class OtherBias(nn.Linear):
+    """Its bias is zero at first, as StyleGAN's."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight / 4, self.bias / 100)
+
+
+class GatedByBias(OtherBias):
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight) * (1 + self.bias)
+
+
+class Standardised(nn.Conv2d):
+    """Its forward is torch's, and the method that this one calls is not."""
+
+    def _conv_forward(self, x, weight, bias):
+        wide = weight - weight.mean((1, 2, 3), keepdim=True)
+        return super()._conv_forward(x, wide / wide.std((1, 2, 3), keepdim=True), bias)
+
+
+class Equalised(nn.Conv2d):
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x, 0.3 * weight, bias)
+
+
 class PlusOne(nn.RMSNorm):
     """Gemma's: the weight is what is added to 1."""
 
@@ -103,9 +143,10 @@ def test_a_linear_with_a_factor_folds_exactly(module, cls):
     ("module", "x"),
     [
         (Doubled(3, 5, 3), torch.randn(2, 3, 8, 8)),
+        (Equalised(3, 5, 3), torch.randn(2, 3, 8, 8)),
         (Tripled(7, 4), torch.tensor([[1, 2, 6]])),
     ],
-    ids=["conv2d", "embedding"],
+    ids=["conv2d", "a part of conv2d", "embedding"],
 )
 def test_other_kinds_with_a_factor_fold_exactly(module, x):
     for off in merged_and_plain(module, LoraModel, x):
@@ -115,10 +156,16 @@ def test_other_kinds_with_a_factor_fold_exactly(module, x):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
 def test_a_factor_is_found_in_every_dtype(dtype):
     module = Scaled(16, 16).to(dtype)
-    assert factor_of(module, Scaled.forward) == pytest.approx(0.25, rel=1e-2)
+    assert factor_of(module) == pytest.approx(0.25, rel=1e-2)
 
 
-@pytest.mark.parametrize("own", [Activated, Damped, Clamped, Saturates, Noisy, OverRows, Fails])
+OWN = [
+    Activated, Damped, Clamped, Saturates, Noisy, OverRows, Fails, OfNormOne, OfSpectralNormOne,
+    OtherBias, GatedByBias,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("own", OWN)
 @pytest.mark.parametrize("verb", ["merge", "to_backbone"])
 def test_a_module_that_computes_something_else_is_refused_by_name(own, verb):
     model = nn.Sequential(nn.Linear(6, 6), own(6, 6))
@@ -133,6 +180,18 @@ def test_a_module_that_computes_something_else_is_refused_by_name(own, verb):
     assert opendelta.snapshot(model) == before
     assert torch.equal(torch.get_rng_state(), state)
     delta.detach()
+
+
+@pytest.mark.parametrize("cls", [LoraModel, BitFitModel])
+@pytest.mark.parametrize("patched", [True, False])
+def test_a_convolution_that_changes_its_weight_is_refused_by_name(cls, patched):
+    own = nn.Conv2d(3, 5, 3) if patched else Standardised(3, 5, 3)
+    if patched:
+        own._conv_forward = Standardised._conv_forward.__get__(Standardised(3, 5, 3))
+    model = nn.Sequential(own)
+    shake(cls(model, modified_modules=["0"]))
+    with pytest.raises(SiteError, match=f"'0' .{type(own).__name__}.: .* cannot be merged"):
+        composed(model).merge()
 
 
 class Reversed(nn.LayerNorm):
@@ -180,8 +239,8 @@ def test_a_norm_without_a_weight_is_refused_by_name(own, verb):
     [nn.Linear(4, 4), nn.Embedding(4, 4), nn.Conv2d(2, 2, 1), nn.LayerNorm(4), nn.RMSNorm(4)],
 )
 def test_modules_of_torch_are_known_without_a_run(module):
-    assert is_known(type(module).forward)
-    assert factor_of(module, type(module).forward) == 1.0
+    assert is_known(type(module))
+    assert factor_of(module) == 1.0
     assert kind_of(module) is not None
 
 

@@ -529,6 +529,22 @@ def test_a_cache_or_state_changes_nothing(name, padded):
     near(*scores)
 
 
+@pytest.mark.parametrize("prompt_first", [True, False])
+@pytest.mark.parametrize("name", ["rwkv", "mamba", "llama"])
+def test_the_last_tokens_behind_a_prompt_are_no_padding(name, prompt_first):
+    """RWKV's own mask goes no further than its outermost module."""
+    model = build(name)
+    blocks = [r"[r](layers|blocks)\.\d+$"]
+    steps = [put, lambda to: shake(LoReftModel(to, modified_modules=blocks, first=0, last=1))]
+    for step in steps if prompt_first else steps[::-1]:
+        step(model)
+    mask = torch.ones_like(IDS)
+    mask[1, 5:] = 0
+    with torch.no_grad():
+        alone = model(IDS[1:, :5]).logits
+        near([model(IDS, attention_mask=mask).logits[1:, :5]], [alone])
+
+
 @pytest.mark.parametrize("name", ["llama", "bloom"])
 def test_a_static_cache_is_refused(name):
     model = build(name)

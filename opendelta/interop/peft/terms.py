@@ -12,6 +12,7 @@ from ..._backbone import copying
 from ..._backbone.backbone import Backbone
 from ..._modules.kinds import Conv2d, Norm, kind_of
 from ..._modules.tensors import full, stored_params
+from ..._sites.swap import plain_class
 from .._draft import Draft
 
 WEIGHTS, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
@@ -169,4 +170,7 @@ def conv_problem(name: str, module: nn.Module) -> str:
         return f"PEFT's {name} ignores padding_mode={kind.pad_mode!r} of this convolution"
     if isinstance(kind, Conv2d) and name == "lora" and tuple(kind.dilation) != (1, 1):
         return f"PEFT's LoRA ignores the dilation {tuple(kind.dilation)} of this convolution"
+    own = plain_class(module) or type(module)
+    if isinstance(kind, Conv2d) and name == "lora" and own is not nn.Conv2d:
+        return f"PEFT's LoRA makes its factors of this convolution's own class, {own.__name__}"
     return ""
