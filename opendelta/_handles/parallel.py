@@ -11,12 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from .._backbone.backbone import Backbone
+from .._layers.tokens import EMBEDDED
 from .._modules import calls
 from .._modules.detours import detour
 from .._sites.rows import cut
 from ..errors import DeltaError, OptionError, SiteError
 from .delta import Delta
 from .route import Row, routed
+
+IMAGES = "pixel_values", "image_", "video_"  # of all images of a batch, in the order of the rows
 
 
 class _Reached(BaseException):
@@ -71,7 +74,7 @@ def parallel(
         (torch.Size([1, 3]), torch.Size([1, 5]))
     """
     batches = _batches(model, sets, own or {}, batch)
-    counts = [_rows_of(each) for each in batches]
+    counts = [_rows_of(model, each) for each in batches]
     rows = [row for row, count in zip(sets, counts, strict=True) for _ in range(count)]
     base = getattr(model, "base_model", model)
     if base is model:
@@ -179,8 +182,11 @@ def _backbone(
     )
 
 
-def _rows_of(batch: dict[str, Any]) -> int:
-    tensors = [t for t in calls.every(Tensor, batch) if t.ndim]
+def _rows_of(model: nn.Module, batch: dict[str, Any]) -> int:
+    """Return the number of rows: that of the model's main input, wherever the caller writes it."""
+    first = (getattr(model, "main_input_name", ""), *EMBEDDED, *signature(model.forward).parameters)
+    names = [name for name in first if name in batch]
+    tensors = [t for t in calls.every(Tensor, [batch[n] for n in (*names, *batch)]) if t.ndim]
     if not tensors:
         raise DeltaError("parallel() needs a batch, such as input_ids=...: it has no tensor")
     return tensors[0].size(0)
@@ -198,17 +204,40 @@ def _joined(
     joined: dict[str, Any] = {}
     for key in batches[0]:
         parts = [each[key] for each in batches]
-        pairs = list(zip(parts, counts, strict=True))
-        batched = [isinstance(p, Tensor) and p.ndim > 0 and p.size(0) == n for p, n in pairs]
         alike = [p is parts[0] or (not isinstance(p, Tensor) and p == parts[0]) for p in parts]
-        if all(batched) and len({part.shape[1:] for part in parts}) == 1:
-            joined[key] = torch.cat(parts)
-        elif all(alike):
+        axis = _axis_of_rows(key, parts, counts)
+        if axis is not None and len({p.movedim(axis, 0).shape[1:] for p in parts}) == 1:
+            joined[key] = torch.cat(parts, axis)
+        elif axis is None and all(alike) and not _is_of_some(key, parts[0], counts):
             joined[key] = parts[0]
         else:
             shown = [list(p.shape) if isinstance(p, Tensor) else p for p in parts]
             raise DeltaError(
-                f"parallel(): the sets have {key}= {shown}, which fit into no one batch of a "
-                f"{type(model).__name__}: pad them to one length, or give all sets the same"
+                f"parallel(): the sets have {key}= {shown} for {list(counts)} rows, which fit into "
+                f"no one batch of a {type(model).__name__}: pad them to one length, or give all "
+                "sets the same"
             )
     return joined
+
+
+def _axis_of_rows(key: str, parts: Sequence[Any], counts: Sequence[int]) -> int | None:
+    """Return the axis along which an argument of all sets is joined; None: it has no rows."""
+    if not all(isinstance(part, Tensor) and part.ndim for part in parts):
+        return None
+    if key.startswith(IMAGES):
+        return 0
+    axis = _batch_axis(key, parts[0])
+    rows = [part.size(axis) for part in parts]
+    return axis if rows == list(counts) else None
+
+
+def _batch_axis(key: str, part: Tensor) -> int:
+    """Return the axis of the rows; positions in images have three numbers before it."""
+    return 1 if key == "position_ids" and part.ndim == 3 else 0
+
+
+def _is_of_some(key: str, part: Any, counts: Sequence[int]) -> bool:
+    """True if a tensor that all sets share has the rows of some sets, and not those of others."""
+    if not isinstance(part, Tensor) or not part.ndim:
+        return False
+    return part.size(_batch_axis(key, part)) in {*counts} - {1}

@@ -19,6 +19,7 @@ from .._deltas.order import free_name, known_records
 from .._deltas.placing import place
 from .._handles.composition import composition
 from .._layers.base import Acts, DeltaLayer
+from .._layers.block import BlockLayer
 from .._modules import tensors
 from .._modules.kinds import kind_of
 from .._show.notebooks import InNotebooks
@@ -168,6 +169,13 @@ def _is_finite(weight: Any) -> bool:
 
 def _check_layer(backbone: Backbone, where: str, name: str, layer: DeltaLayer) -> None:
     kind = kind_of(backbone.modules[where])
+    if isinstance(layer, BlockLayer):
+        weights = ", ".join(f"{each!r}: weight" for each in layer.names)
+        raise SiteError(
+            f"{where!r}: {name!r} is a block, and what it does depends on the deltas in it: "
+            f"combine those instead, {{{weights}}}; or merge",
+            where=where,
+        )
     if not layer.folds or kind is None or kind.name not in LoraLayer.kinds:
         raise SiteError(
             f"{where!r}: {name!r} ({type(layer).__name__}) does not change a weight matrix "

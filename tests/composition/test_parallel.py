@@ -261,3 +261,55 @@ def test_rows_have_weights():
     for row, match in bad:
         with pytest.raises(DeltaError, match=match), route(net, [row]):
             pass
+
+
+@pytest.mark.parametrize("given", [("labels", "position_ids", "input_ids"), ("input_ids",)])
+def test_the_main_input_says_how_many_rows_there_are_wherever_it_is_written(bert, given):
+    filled(*(LoraModel(bert, modified_modules=["query"], name=name) for name in "ab"))
+    every = {"input_ids": IDS[:2], "position_ids": torch.arange(7)[None], "labels": LABELS[:2]}
+    batch = {key: every[key] for key in given}
+    for name, out in zip("ab", parallel(bert, ["a", "b"], **batch), strict=True):
+        torch.testing.assert_close(out.logits, alone(bert, name, **batch).logits)
+
+
+def test_rows_of_one_set_alone_do_not_fit_what_all_share(bert):
+    LoraModel(bert, modified_modules=["query"], name="a")
+    batch = {"input_ids": IDS, "attention_mask": MASK}
+    with pytest.raises(DeltaError, match=r"have attention_mask= .* for \[3, 2\] rows, which fit"):
+        parallel(bert, ["a", None], own={1: {"input_ids": IDS[:2]}}, **batch)
+    shared = torch.ones(1, 7, dtype=torch.long)
+    outs = parallel(
+        bert, ["a", None], own={1: {"input_ids": IDS[:2]}}, input_ids=IDS, attention_mask=shared
+    )
+    assert [len(out.logits) for out in outs] == [3, 2]
+
+
+def test_images_and_their_positions_are_given_to_each_set():
+    text = {
+        **SIZES, "vocab_size": 60, "num_hidden_layers": 1, "num_key_value_heads": 1,
+        "rope_parameters": {
+            "rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0
+        },
+    }  # fmt: skip
+    vision = {
+        "depth": 1, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "patch_size": 2,
+        "temporal_patch_size": 1, "spatial_merge_size": 2, "in_channels": 3,
+    }  # fmt: skip
+    ends = {"bos_token_id": 1, "eos_token_id": 2}
+    special = ends | {f"{name}_token_id": 55 + i for i, name in enumerate(("image", "video"))}
+    config = transformers.Qwen2VLConfig(
+        text_config=text, vision_config=vision, vision_start_token_id=57, **special
+    )
+    model = transformers.Qwen2VLForConditionalGeneration(config).eval()
+    filled(*(LoraModel(model, modified_modules=["q_proj"], name=name) for name in "ab"))
+    ids = torch.tensor([[1, 57, 55, 55, 58, 2, 3, 4], [5, 57, 55, 55, 58, 6, 7, 8]])
+    images = {
+        "input_ids": ids, "mm_token_type_ids": (ids == 55).int(),
+        "pixel_values": torch.randn(16, 12), "image_grid_thw": torch.tensor([[1, 2, 4]] * 2),
+    }  # fmt: skip
+    texts = {"input_ids": IDS % 50, "position_ids": torch.arange(7).expand(3, 3, 7)}
+    for batch in (images, texts):
+        for name, out in zip("ab", parallel(model, ["a", "b"], **batch), strict=True):
+            torch.testing.assert_close(
+                out.logits, alone(model, name, **batch).logits, atol=1e-4, rtol=1e-3
+            )
