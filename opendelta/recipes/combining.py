@@ -19,7 +19,6 @@ from .._deltas.order import free_name, known_records
 from .._deltas.placing import place
 from .._handles.composition import composition
 from .._layers.base import Acts, DeltaLayer
-from .._layers.block import BlockLayer
 from .._modules import tensors
 from .._modules.kinds import kind_of
 from .._show.notebooks import InNotebooks
@@ -169,8 +168,8 @@ def _is_finite(weight: Any) -> bool:
 
 def _check_layer(backbone: Backbone, where: str, name: str, layer: DeltaLayer) -> None:
     kind = kind_of(backbone.modules[where])
-    if isinstance(layer, BlockLayer):
-        weights = ", ".join(f"{each!r}: weight" for each in layer.names)
+    if layer.is_block:
+        weights = ", ".join(f"{each!r}: weight" for each in layer.record.config.children)
         raise SiteError(
             f"{where!r}: {name!r} is a block, and what it does depends on the deltas in it: "
             f"combine those instead, {{{weights}}}; or merge",
