@@ -186,9 +186,7 @@ def in_full(module: nn.Module, key: str) -> Tensor:
         return parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32))
     kind = type(parameter).__name__
     if kind == "Params4bit":
-        from bitsandbytes.functional import dequantize_4bit
-
-        return dequantize_4bit(parameter.data, parameter.quant_state).float()
+        return _of_4_bit(parameter)
     if kind == "Int8Params":
         rows, scales = (parameter.CB, parameter.SCB)
         state: Any = getattr(module, "state", None)
@@ -200,6 +198,21 @@ def in_full(module: nn.Module, key: str) -> Tensor:
     if hasattr(parameter, "dequantize") and type(parameter).__module__.startswith(TENSOR_CLASSES):
         return parameter.dequantize().float()
     raise _unknown(module, key, parameter)
+
+
+def _of_4_bit(parameter: Any) -> Tensor:
+    """Return the values of a weight of bitsandbytes.
+
+    On some CPUs its first forward puts the weight in another order, which only its kernel knows.
+    """
+    from bitsandbytes import functional
+
+    data, state = parameter.data, copy.copy(parameter.quant_state)
+    if getattr(state, "packing_format_for_cpu", False):
+        scales = state.absmax.T.reshape(-1).float()
+        data, state = functional._convert_weight_packed_for_cpu_inverse(data, state)
+        state.absmax, state.nested = scales, False
+    return functional.dequantize_4bit(data, state).float()
 
 
 def params_in_full(module: nn.Module) -> dict[str, Tensor]:

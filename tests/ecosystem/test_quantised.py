@@ -5,10 +5,11 @@ import copy
 import pytest
 import torch
 from support.nets import shake
-from support.quantised import BACKBONES, X, torchao, with_torchao
+from support.quantised import BACKBONES, X, torchao, with_bitsandbytes, with_torchao
 
 import opendelta
 from opendelta import AdapterModel, IA3Model, LoraModel
+from opendelta._modules.tensors import in_full
 
 pytestmark = pytest.mark.covers("Delta.attach", "Delta.detach")
 
@@ -52,3 +53,20 @@ def test_trying_for_gradients_runs_no_delta():
     LoraModel(model, modified_modules=["up"])
     AdapterModel(model, modified_modules=["down"])
     assert opendelta.unreached(model) == ["up.deltas.lora", "down.deltas.adapter"]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:bitsandbytes")
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_merge_is_the_same_after_a_forward_that_reorders_the_weight(bits):
+    """On CPUs with bfloat16 instructions, bitsandbytes packs a weight of 4 bits in a forward."""
+    merged = []
+    for ran in (False, True):
+        model = with_bitsandbytes(bits).eval()
+        shake(LoraModel(model, modified_modules=["up"]))
+        if ran:
+            with torch.no_grad():
+                model(X)
+        opendelta.composition(model).merge()
+        merged.append(in_full(model.up, "weight"))
+    off = (merged[0] - merged[1]).norm() / merged[0].norm()
+    assert off < 0.01  # the packed scales have 16 bits

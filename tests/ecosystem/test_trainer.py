@@ -247,8 +247,14 @@ QUANTISED = {
 
 @pytest.fixture(params=QUANTISED)
 def quantised(request, tmp_path):
-    """A function that gives the same quantised model each time, under a LoRA."""
-    build("llama").save_pretrained(tmp_path / "plain")
+    """A function that gives the same quantised model each time, under a LoRA.
+
+    On some CPUs bitsandbytes needs rows of whole blocks of 64 values.
+    """
+    torch.manual_seed(0)
+    config = copy.deepcopy(build("llama").config)
+    config.hidden_size, config.intermediate_size, config.head_dim = 64, 128, 16
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "plain")
 
     def make():
         model = transformers.LlamaForCausalLM.from_pretrained(
