@@ -215,7 +215,7 @@ class Documents:
             mean = counted.sum(1, keepdim=True) / seen.sum(1)[:, None, None].clamp(min=1)
             return mean.expand_as(u)
         number = self._number(seen).to(u.device).expand(u.size(0), -1)
-        sums = u.new_zeros(u.size(0), int(number.amax()) + 1, u.size(2) + 1)
+        sums = u.new_zeros(u.size(0), u.size(1) + 1, u.size(2) + 1)  # a token may be a document
         each = torch.cat([counted, seen[..., None].to(u.dtype)], -1)
         places = number[..., None].expand_as(each)
         sums = sums.scatter_add(1, places, each).gather(1, places)

@@ -11,6 +11,11 @@ from .._modules import calls
 from ..errors import SiteError
 from .documents import latest
 
+ONE_GRAPH = (
+    "a soft prompt cannot be in one graph with position_ids, whose values say how many documents a "
+    "row holds: leave position_ids out; each row is then one document"
+)
+
 
 class Layout:
     """The slots of rows in which a prompt stands before each document.
@@ -34,6 +39,8 @@ class Layout:
         columns = torch.arange(self.count, device=firsts.device)
         firsts = firsts | ((columns == 0) & ~firsts.any(-1, keepdim=True))
         self.shift = firsts.cumsum(-1) * length
+        if several:
+            _check_values()
         most = int(self.shift[:, -1].max()) if several else length
         self.slot_of, self.full = columns + self.shift, self.count + most
         self.ragged = several and int(self.shift[:, -1].min()) < most
@@ -74,6 +81,14 @@ class Layout:
         moved = given + torch.where(self.shift > 0, self.length, 0)
         at_row = torch.where(self.filler, 0, given.gather(-1, index)) + self.row
         return torch.where(self.taken, moved.gather(-1, index), at_row)
+
+
+def _check_values() -> None:
+    """Raise if the values of tensors are not known, as in an export; break a compiled graph."""
+    if torch.compiler.is_exporting():
+        raise SiteError(ONE_GRAPH)
+    if torch.compiler.is_compiling():
+        torch._dynamo.graph_break(msg=ONE_GRAPH)  # with fullgraph=True torch raises with this
 
 
 def starts(mask: Tensor) -> Tensor:

@@ -7,7 +7,16 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.nn.functional as F
-from support.models import Tower, detach, put_deltas_on_tower, reader, tower, vectors
+from support.models import (
+    Tower,
+    build,
+    detach,
+    put_deltas_on_tower,
+    reader,
+    token_ids,
+    tower,
+    vectors,
+)
 from support.nets import replica_of, shake, untouched
 from torch import nn
 from torch.fx.experimental import optimization
@@ -38,6 +47,48 @@ def test_export_keeps_the_deltas_and_the_keys(strict):
     program = torch.export.export(model, (x,), strict=strict)
     assert torch.allclose(program.module()(x), model(x), atol=1e-6)
     assert program.state_dict.keys() == model.state_dict().keys()
+
+
+def of_rows(model, cls, **options):
+    """The arguments, with position ids, of a model under a delta that asks for them."""
+    if cls is opendelta.GateModel:
+        deltas = [LoraModel(model, modified_modules=["query"], name=name) for name in "ab"]
+        list(map(shake, deltas))
+        options["deltas"] = ["a", "b"]
+    shake(cls(model, **options))
+    ids = token_ids()
+    return {"input_ids": ids, "position_ids": torch.arange(ids.size(1)).expand_as(ids)}
+
+
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    [
+        (opendelta.GateModel, {"per": "sequence"}),
+        (opendelta.LoReftModel, {"first": 1, "last": 1}),
+        (opendelta.PrefixModel, {"prefix_token_num": 2}),
+    ],
+)
+def test_export_takes_position_ids(cls, options):
+    model = build("bert")
+    given = of_rows(model, cls, **options)
+    program = torch.export.export(model, (), given).module()
+    assert torch.allclose(program(**given)[0], model(**given)[0], atol=1e-6)
+
+
+@torch.no_grad()
+def test_a_soft_prompt_in_one_graph_with_position_ids_is_refused_by_one_line():
+    model = build("bert")
+    given = of_rows(model, opendelta.SoftPromptModel, soft_token_num=2)
+    with pytest.raises(opendelta.SiteError, match=r"in one graph .*: leave position_ids out"):
+        torch.export.export(model, (), given)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="leave position_ids out"):
+        torch.compile(model, backend="eager", fullgraph=True)(**given)
+    torch._dynamo.reset()
+    found = torch.compile(model, backend="eager")(**given)
+    assert torch.allclose(found[0], model(**given)[0], atol=1e-6)
+    del given["position_ids"]
+    program = torch.export.export(model, (), given).module()
+    assert torch.allclose(program(**given)[0], model(**given)[0], atol=1e-6)
 
 
 def test_jit_script_is_refused_by_one_line_that_names_what_works():
