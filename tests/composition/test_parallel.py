@@ -1,10 +1,12 @@
 """`parallel`: several sets of deltas, their heads and losses, over one forward of the backbone."""
 
+import functools
 import threading
 
 import pytest
 import torch
 import transformers
+from support.nets import filled as filled_by
 from torch import nn
 
 from opendelta import (
@@ -23,17 +25,11 @@ from opendelta import (
     route,
 )
 
+filled = functools.partial(filled_by, scale=0.2)
 IDS = torch.randint(3, 99, (3, 7), generator=torch.Generator().manual_seed(0))
 MASK = torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1] * 7, [0, 1, 1, 1, 1, 1, 1]])
 LABELS = torch.tensor([0, 1, 1])
 SIZES = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
-
-
-def filled(*deltas):
-    generator = torch.Generator().manual_seed(7)
-    for delta in deltas:
-        for p in delta.parameters():
-            p.data.copy_(torch.randn(p.shape, generator=generator) * 0.2)
 
 
 @pytest.fixture

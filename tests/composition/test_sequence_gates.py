@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers
+from support.nets import filled
 from torch import nn
 
 from opendelta import (
@@ -18,13 +19,6 @@ from opendelta import (
 SIZES = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
 IDS = torch.randint(3, 99, (3, 7), generator=torch.Generator().manual_seed(0))
 QUERY = "encoder.layer.1.attention.self.query"
-
-
-def filled(*deltas):
-    generator = torch.Generator().manual_seed(7)
-    for delta in deltas:
-        for p in delta.parameters():
-            p.data.copy_(torch.randn(p.shape, generator=generator) * 0.3)
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from matplotlib.figure import Figure
+from support.nets import filled
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -35,13 +36,6 @@ from opendelta import (
 
 IDS = torch.randint(3, 99, (3, 7), generator=torch.Generator().manual_seed(0))
 Q = "model.layers.0.self_attn.q_proj"
-
-
-def filled(*deltas, std=0.3):
-    generator = torch.Generator().manual_seed(7)
-    for delta in deltas:
-        for p in delta.parameters():
-            p.data.copy_(torch.randn(p.shape, generator=generator) * std)
 
 
 @pytest.fixture
@@ -305,7 +299,7 @@ def gate_of():
         net = nn.Sequential(nn.Linear(8, 8)).double()
         loras = [LoraModel(net, modified_modules=["0"], name=f"e{i}") for i in range(3)]
         gate = GateModel(net, deltas=loras, top_k=top_k, name="gate")
-        filled(*loras, gate, std=1.0)
+        filled(*loras, gate, scale=1.0)
         return net, gate.layers["0"], torch.randn(4, 5, 8, dtype=torch.float64)
 
     torch.manual_seed(3)

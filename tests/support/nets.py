@@ -128,6 +128,14 @@ def shake(delta, seed=1, scale=0.3):
     return delta
 
 
+def filled(*deltas, scale=0.3):
+    """Give all of these deltas values of one sequence of random numbers."""
+    generator = torch.Generator().manual_seed(7)
+    for delta in deltas:
+        for p in delta.parameters():
+            p.data.copy_(torch.randn(p.shape, generator=generator) * scale)
+
+
 COPIES = ["deepcopy", "pickle", "torch.save"]
 
 
