@@ -1,6 +1,8 @@
-"""What several files count: operations and bytes that a forward takes; and LoRAs on one linear."""
+"""What several files count: operations, bytes and CPU time; and LoRAs on one linear."""
 
 import contextlib
+import gc
+import time
 
 import torch
 from torch import nn
@@ -9,6 +11,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from opendelta import LoraModel
 from opendelta._layers import low_rank as products
 from support.nets import shake
+
+
+@contextlib.contextmanager
+def cpu_seconds():
+    """Gives a list that gets the CPU time of what runs inside, in seconds.
+
+    No garbage is collected inside: that of all tests before would count.
+    """
+    taken, was_enabled = [], gc.isenabled()
+    gc.collect()
+    gc.disable()
+    start = time.process_time()
+    try:
+        yield taken
+    finally:
+        taken.append(time.process_time() - start)
+        if was_enabled:
+            gc.enable()
 
 
 class Counted(TorchDispatchMode):
