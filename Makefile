@@ -16,7 +16,7 @@ demo: .venv/.demo  ## Train, save and share small deltas on a small real model
 test: .venv/.dev  ## Run the whole test suite; extra pytest arguments through ARGS='-k lora'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --ignore=tests/examples $(ARGS)
 
-examples: .venv/.dev  ## Run the scripts in examples/ on little data
+examples: .venv/.dev  ## Run the scripts in examples/, the recipes and the demo on little data
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/examples $(ARGS)
 
 # The tools warn of much that is theirs, so that warnings are no errors here.

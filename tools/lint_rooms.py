@@ -4,6 +4,7 @@ Each rule is a function that yields (line, what is wrong) for one file.
 """
 
 import ast
+import functools
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -19,8 +20,8 @@ class Package:
 
     def __init__(self, folder: Path) -> None:
         self.texts = {path: path.read_text(encoding="utf-8") for path in folder.rglob("*.py")}
-        self.trees = {path: ast.parse(text) for path, text in self.texts.items()}
-        nodes = [(path, node) for path, tree in self.trees.items() for node in ast.walk(tree)]
+        self.nodes = {path: nodes_of(text) for path, text in self.texts.items()}
+        nodes = [(path, node) for path, own in self.nodes.items() for node in own]
         self.private: dict[str, set[Path]] = {}
         bases: dict[str, set[str]] = {}
         for path, node in nodes:
@@ -31,6 +32,20 @@ class Package:
         self.layers = {"DeltaLayer"}
         while more := {name for name, own in bases.items() if own & self.layers} - self.layers:
             self.layers |= more
+
+
+@functools.cache
+def nodes_of(text: str) -> list[ast.AST]:
+    """The nodes of a file, the one of the whole file first."""
+    return [*ast.walk(ast.parse(text))]
+
+
+@functools.cache
+def inside_functions(text: str) -> list[ast.AST]:
+    """The nodes inside functions of a file."""
+    kinds = ast.FunctionDef | ast.AsyncFunctionDef
+    functions = [node for node in nodes_of(text) if isinstance(node, kinds)]
+    return [*{part: None for function in functions for part in ast.walk(function)}]
 
 
 def defined(node: ast.AST) -> list[str]:
@@ -70,7 +85,7 @@ def asks_class(call: ast.Call) -> bool:
 
 def private_names(package: Package, path: Path) -> Found:
     """Private names are for their own file: no import of one, no `thing._name` from elsewhere."""
-    for node in ast.walk(package.trees[path]):
+    for node in package.nodes[path]:
         if isinstance(node, ast.ImportFrom) and is_own(node):
             for name in (alias.name for alias in node.names):
                 if path not in package.private.get(name, {path}):
@@ -85,7 +100,7 @@ def layer_tests(package: Package, path: Path) -> Found:
     """A layer answers for itself: outside its room nobody asks which class it is of."""
     if path.parent.name == "_layers":
         return
-    nodes = list(ast.walk(package.trees[path]))
+    nodes = package.nodes[path]
     imports = [alias for n in nodes if isinstance(n, ast.ImportFrom) for alias in n.names]
     names = {alias.asname or alias.name: alias.name for alias in imports}
     for node in nodes:
@@ -104,7 +119,7 @@ def layer_tests(package: Package, path: Path) -> Found:
 def stack_levels(package: Package, path: Path) -> Found:
     """Only `errors.warn` finds the line that a warning points at."""
     functions, lines = {"warn", "warn_explicit"}, set()
-    for node in ast.walk(package.trees[path]):
+    for node in package.nodes[path]:
         names: set[str] = set()
         if isinstance(node, ast.Attribute) and last_name(node.value) == "warnings":
             names = {node.attr}
@@ -118,9 +133,7 @@ def stack_levels(package: Package, path: Path) -> Found:
 def late_imports(package: Package, path: Path) -> Found:
     """An import of our own inside a function says which start-up time it saves."""
     lines = package.texts[path].splitlines()
-    kinds = ast.FunctionDef | ast.AsyncFunctionDef
-    functions = (n for n in ast.walk(package.trees[path]) if isinstance(n, kinds))
-    for node in {part for function in functions for part in ast.walk(function)}:
+    for node in inside_functions(package.texts[path]):
         if is_own(node) and not re.search(r"# start-up: \w", lines[node.lineno - 1]):
             yield node.lineno, "an import inside a function needs a reason: # start-up: ..."
 
@@ -128,7 +141,7 @@ def late_imports(package: Package, path: Path) -> Found:
 def summaries(package: Package, path: Path) -> Found:
     """A docstring's summary names the thing: it does not begin with "What" or "Those"."""
     kinds = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-    for node in ast.walk(package.trees[path]):
+    for node in package.nodes[path]:
         text = ast.get_docstring(node) if isinstance(node, kinds) else None
         if text and BAD_SUMMARY.match(text):
             yield getattr(node, "lineno", 1), f"the summary names no thing: {text.splitlines()[0]}"
@@ -144,7 +157,7 @@ def broken(folder: Path = PACKAGE) -> list[str]:
     package = Package(folder)
     return [
         f"{path.relative_to(folder.parent)}:{line} {problem}"
-        for path in sorted(package.trees)
+        for path in sorted(package.nodes)
         for rule in RULES
         for line, problem in rule(package, path)
         if not (rule is stack_levels and path == folder / "errors.py")

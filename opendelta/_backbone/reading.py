@@ -7,18 +7,20 @@ import functools
 import inspect
 import sys
 from collections.abc import Collection, Iterable, Iterator
-from types import CellType, CodeType, FunctionType, MethodType
+from types import CodeType, FunctionType
 from typing import Any
 
 from torch import nn
 
 from .._modules import trials
 from .._modules.calls import has_forward
+from .._modules.holding import held_by
 from .._sites import swap
 from .._sites.swap import plain_class
 from ..names import join, last, parent
 from . import watching
 from .backbone import Backbone
+from .branches import LIBRARIES
 
 ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD")
 LOOK = ""
@@ -147,33 +149,7 @@ def _held_aside(backbone: Backbone) -> set[int]:
     todo = [v for m in modules for key, v in m.__dict__.items() if key not in TABLES]
     classes = {base for m in modules for base in type(m).__mro__}
     todo += [v for cls in classes for v in vars(cls).values() if inspect.isfunction(v)]
-    found, seen = set[int](), set[int]()
-    while todo:
-        value = todo.pop()
-        if isinstance(value, nn.Module | nn.Parameter):
-            found.add(id(value))
-        elif id(value) not in seen:
-            seen.add(id(value))
-            todo += _held_in(value)
-    return found
-
-
-def _held_in(value: Any) -> list[Any]:
-    """Return what a container, a callable or an object of somebody's own holds."""
-    if isinstance(value, dict):
-        return list(value.values())
-    if isinstance(value, list | tuple | set):
-        return list(value)
-    if isinstance(value, MethodType):
-        return [value.__self__, value.__func__]
-    if isinstance(value, functools.partial):
-        return [value.func, *value.args, *value.keywords.values()]
-    if inspect.isfunction(value):
-        cells = [c.cell_contents for c in value.__closure__ or () if c != CellType()]
-        around = [value.__globals__.get(name) for name in value.__code__.co_names]
-        return cells + [each for each in around if isinstance(each, nn.Module | nn.Parameter)]
-    foreign = type(value).__module__.partition(".")[0] not in ("builtins", "torch", "opendelta")
-    return list(vars(value).values()) if foreign and hasattr(value, "__dict__") else []
+    return held_by(todo)
 
 
 def read_beside(
@@ -182,8 +158,9 @@ def read_beside(
     """Return {module: the ones of "weight" and "bias" that other code computes with}.
 
     A module that shows its deltas to other code is there only if code computes with its weight or
-    bias and has them otherwise, as from `named_parameters`. If no run on shapes tells, and the code
-    of the module around reads the weight or bias by name, its value is None.
+    bias and has them otherwise, as from `named_parameters`. Its value is None if no run on shapes
+    tells and the code of the module around reads the weight or bias by name; and if somebody's own
+    code reads one that no run has read, as in a branch that the run did not take.
 
     Args:
         missed: modules whose layers a forward has missed, which are watched too.
@@ -200,10 +177,28 @@ def read_beside(
         if alone and not hooked and (watch is None or not watch.has_seen(name)):
             watch = watching.of_part(backbone, [name])
         if watch is not None:
-            found[name] = {key for n, key in watch.read if n == name}
+            seen = {key for n, key in watch.read if n == name}
+            reads = _reads_by_own(backbone, name) if alone else ()
+            unseen = {key for key, code, at in reads if not watch.branches.settle(code, at)}
+            found[name] = None if unseen - seen else seen
         elif hooked or (alone and _is_read_around(backbone, name)):
             found[name] = None
     return found
+
+
+def _reads_by_own(backbone: Backbone, where: str) -> Iterator[tuple[str, CodeType, int]]:
+    """Yield ("weight" or "bias", code, offset) where somebody's own classes read it by name.
+
+    The branches of a library's forward compute the same, such as those with and without a kernel.
+    """
+    for cls in {_class_of(module) for module in [*backbone.chain(where)][1:]}:
+        if cls.__module__.partition(".")[0] in LIBRARIES:
+            continue
+        beneath = any("super" in code.co_names for code in _codes(cls))
+        for code in _codes(cls, beneath):
+            for name, key, offset in _chains_in(code):
+                if name == last(where) and key in ("weight", "bias"):
+                    yield key, code, offset
 
 
 def _is_read_around(backbone: Backbone, where: str) -> bool:
@@ -281,19 +276,25 @@ def _chains(cls: Any, beneath: bool = False) -> Iterator[tuple[str, str | None]]
     The second is `LOOK` if the code looks at a weight or a bias, and at none of its values.
     """
     for code in _codes(cls, beneath):
-        steps = list(dis.get_instructions(code))
-        for number, step in enumerate(steps[:-1]):
-            if step.opname not in ATTRIBUTES:
-                continue
-            after = steps[number + 1]
-            beyond = steps[number + 2].argval if number + 2 < len(steps) else None
-            asked = number > 1 and steps[number - 2].argval == "isinstance"
-            if after.opname not in ATTRIBUTES:
-                yield step.argval, None
-            elif after.argval in ("weight", "bias") and (beyond in LOOKS or asked):
-                yield step.argval, LOOK
-            else:
-                yield step.argval, after.argval
+        for name, key, _ in _chains_in(code):
+            yield name, key
+
+
+def _chains_in(code: CodeType) -> Iterator[tuple[str, str | None, int]]:
+    """Yield what `_chains` does, each with the offset of the second attribute in the code."""
+    steps = list(dis.get_instructions(code))
+    for number, step in enumerate(steps[:-1]):
+        if step.opname not in ATTRIBUTES:
+            continue
+        after = steps[number + 1]
+        beyond = steps[number + 2].argval if number + 2 < len(steps) else None
+        asked = number > 1 and steps[number - 2].argval == "isinstance"
+        if after.opname not in ATTRIBUTES:
+            yield step.argval, None, after.offset
+        elif after.argval in ("weight", "bias") and (beyond in LOOKS or asked):
+            yield step.argval, LOOK, after.offset
+        else:
+            yield step.argval, after.argval, after.offset
 
 
 def _codes(cls: Any, beneath: bool = False) -> Iterator[CodeType]:

@@ -1,7 +1,7 @@
 """Find the sizes of modules that no table knows, by a run of the backbone on shapes alone.
 
-The run uses fake tensors: it needs no arithmetic and no memory, and draws no random numbers. All
-that it changes on modules is put back.
+The run uses fake tensors: it needs no arithmetic and no memory, and draws no random numbers. It is
+made on a copy of the backbone, see `apart`. All that it changes on modules is put back.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from .._modules.tensors import is_lazy
 from .._modules.wrappers import computing_device, placing_hooks
 from ..errors import SiteError
 from . import inputs, sharding
+from .apart import apart
 from .backbone import Backbone
 
 PROBING: ContextVar[bool] = ContextVar("opendelta_probing", default=False)
@@ -224,7 +225,8 @@ def widths(backbone: Backbone, names: Sequence[str]) -> dict[str, Widths]:
         found[name] = Widths(given.size(-1) if reads else None, hidden.size(-1))
 
     if wanted := [name for name in names if name not in found]:
-        _observe(backbone, wanted, note, "output width")
+        with apart(backbone) as twin:
+            _observe(twin, wanted, note, "output width")
     return found
 
 
@@ -236,8 +238,11 @@ def attention_heads(backbone: Backbone, names: Sequence[str]) -> dict[str, Heads
     """
     if wanted := [name for name in names if name not in backbone.heads]:
         prefix.register()
-        with prefix.observing({name: backbone.modules[name] for name in wanted}) as heads:
-            _observe(backbone, wanted, lambda *_: None, "number of heads", prefix.show)
+        with (
+            apart(backbone) as twin,
+            prefix.observing({name: twin.modules[name] for name in wanted}) as heads,
+        ):
+            _observe(twin, wanted, lambda *_: None, "number of heads", prefix.show)
         backbone.heads.update(heads)
     return backbone.heads
 
@@ -267,10 +272,11 @@ def _observe(
 
     def hook_of(name: str) -> Any:
         def hook(_module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-            note(name, calls.first_input(args, kwargs) if args or kwargs else None, output)
-            missing.pop(name, None)
-            if not missing and not torch.compiler.is_compiling():
-                raise _Enough
+            if PROBING.get():  # else another thread runs a backbone that has no copy
+                note(name, calls.first_input(args, kwargs) if args or kwargs else None, output)
+                missing.pop(name, None)
+                if not missing and not torch.compiler.is_compiling():
+                    raise _Enough
 
         return hook
 
@@ -337,6 +343,7 @@ def dry_run(
     """Run the backbone on shapes, with gradients, and give `look` the output.
 
     Args:
+        backbone: what `apart` yields for the user's backbone.
         prepare: called on the module that runs, before each try; modules are put back after it.
         enough: asked after each run that succeeds; if not, further inputs are tried.
 

@@ -55,7 +55,7 @@ def group_of(backbone: Backbone, where: str, reads: bool, layer: DeltaLayer) -> 
     Raises:
         SiteError: the layer would diverge between ranks, or cannot act on a split module.
     """
-    if not _distributed():
+    if not is_distributed():
         return None
     settle(backbone)
     _check_wrappers(backbone, where)
@@ -145,7 +145,7 @@ def check_copy(backbone: Backbone, name: str) -> None:
     Raises:
         SiteError: the module is sharded.
     """
-    if not _distributed():
+    if not is_distributed():
         return
     sharded = any(map(is_sharded, backbone.modules[name].parameters()))
     if sharded or _group_around(backbone, name) is not None:
@@ -156,7 +156,8 @@ def check_copy(backbone: Backbone, name: str) -> None:
         )
 
 
-def _distributed() -> bool:
+def is_distributed() -> bool:
+    """True if this process is one of several."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
@@ -178,7 +179,7 @@ def check_synchronised(backbone: Backbone, new: Sequence[nn.Parameter]) -> None:
 
     It looks for the parameters when it wraps a model, and never again.
     """
-    if not _distributed():
+    if not is_distributed():
         return
     from torch.nn.parallel import DistributedDataParallel
 
@@ -263,7 +264,7 @@ def _is_parallel(module: nn.Module) -> bool:
 
 def _units(modules: Iterable[nn.Module]) -> list[Any]:
     """Return the units of FSDP2 among `modules`."""
-    if not _distributed():
+    if not is_distributed():
         return []
     from torch.distributed.fsdp import FSDPModule
 
@@ -334,7 +335,7 @@ def whole(root: nn.Module) -> Iterator[None]:
 
     It is for runs on shapes: they must not communicate, and FSDP2 would keep gathered tensors.
     """
-    if not _distributed():
+    if not is_distributed():
         yield
         return
     kept: list[tuple[dict, dict]] = []

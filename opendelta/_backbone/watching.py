@@ -16,7 +16,9 @@ from .._sites.stack import stack_of
 from ..errors import SiteError
 from ..names import last, parent
 from . import inputs, shapes
+from .apart import apart
 from .backbone import Backbone
+from .branches import Branches
 
 
 class Watch(TorchDispatchMode):
@@ -25,6 +27,7 @@ class Watch(TorchDispatchMode):
     Shapes, dtypes, devices and views are no values, so that looking at them is not noted.
 
     Attributes:
+        branches: the code of somebody's own that ran.
         called: the names of the modules that were called.
         read: (name of a module, "weight" or "bias") of the values that were read outside of the
             module's own forward.
@@ -42,6 +45,7 @@ class Watch(TorchDispatchMode):
         self.owned: dict[tuple[str, str], int] = {}
         self.owners: dict[int, tuple[str, str]] = {}
         self.views: list[Tensor] = []
+        self.branches = Branches()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
@@ -84,7 +88,7 @@ class Watch(TorchDispatchMode):
             for name, stack in stacks.items():  # what a module shows as its weight is no read of it
                 stack.__dict__["fold"] = self._noting(name, stack.fold, call=False)
             try:
-                with self:
+                with self, self.branches:
                     output = inner(*args, **kwargs)
                     with contextlib.suppress(Exception), self._in_the_other_mode():
                         inner(*args, **kwargs)
@@ -178,10 +182,11 @@ def of_part(backbone: Backbone, names: list[str]) -> Watch | None:
 
 def of_backbone(backbone: Backbone, names: list[str]) -> Watch | None:
     """Watch modules while the backbone runs on shapes; None: it runs on no known inputs."""
-    around = {parent(name): backbone.modules[parent(name)] for name in names}
-    watch = Watch({name: backbone.modules[name] for name in names}, around.values())
-    try:
-        shapes.dry_run(backbone, lambda _: None, watch.plant, watch.has_seen_all)
-    except SiteError:
-        return None
+    with apart(backbone) as twin:
+        around = {parent(name): twin.modules[parent(name)] for name in names}
+        watch = Watch({name: twin.modules[name] for name in names}, around.values())
+        try:
+            shapes.dry_run(twin, lambda _: None, watch.plant, watch.has_seen_all)
+        except SiteError:
+            return None
     return watch

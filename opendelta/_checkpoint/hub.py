@@ -60,7 +60,8 @@ def _folder_of(
     folder = as_path(path, argument, hint=order)
     named = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path))
     with readable(folder):
-        if folder.exists() or not named or str(path).startswith(("./", "../")):
+        there = folder.exists() or folder.is_symlink()
+        if there or not named or str(path).startswith(("./", "../")):
             return folder
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

@@ -63,7 +63,6 @@ def _announce(placed: Placed) -> None:
         record.shared = others[0].shared
     renumber(backbone, placed.order, placed.placings)
     record.shared.records.append(record)
-    record.left = None
     selection.join(record)
     compile_limit.watch_limit()
     recomputing.keep(of_now)
@@ -86,7 +85,7 @@ def _take_off(backbone: Backbone, record: Record) -> None:
             swap.remove(backbone.modules[where], name)
     for where in backbone.stacks:
         swap.clear(backbone.modules[where])
-    selection.leave(record)
+    record.left = selection.Moment()
     shared = record.shared
     shared.records = [other for other in shared.records if other is not record]
     if not any(len(stack) for stack in backbone.stacks.values()):

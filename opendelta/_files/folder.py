@@ -80,10 +80,11 @@ def check_folder(folder: Path) -> None:
         raise DeltaError(f"{folder} is no UTF-8, as safetensors asks; give another name") from None
     if "\0" in str(folder):
         raise DeltaError(f"{shown(str(folder))} holds a NUL, which no name of a file may hold")
-    with readable(folder):
+    with writable(folder):
         there = folder.exists() or folder.is_symlink()
-    if there and not folder.is_dir():
-        raise DeltaError(f"{folder} is a file; give a folder, which is made if need be")
+        what = "a file" if folder.exists() else "a link to nothing"
+        if there and not folder.is_dir():
+            raise DeltaError(f"{folder} is {what}; give a folder, which is made if need be")
 
 
 def check_free(folder: Path) -> None:
@@ -132,8 +133,7 @@ def write(folder: Path, config: dict[str, Any], tensors: Mapping[str, Tensor]) -
         raise DeltaError(f"{refused} {problem}: save fewer deltas in one")
     with writable(folder), _made(folder), locked(folder) as alone:
         old = [*folder.glob(OWN)]
-        left = [path for path in folder.glob(".*.tmp") if TEMPORARY.fullmatch(path.name)]
-        with _replacing(folder) as (new, put):
+        with replacing(folder) as (new, put):
             write_tensors(new, tensors)
             with open(new, "rb") as file:
                 if problem := _header_excess(file.read(8)):
@@ -145,8 +145,8 @@ def write(folder: Path, config: dict[str, Any], tensors: Mapping[str, Tensor]) -
             if path.name != WEIGHTS.format(digest[:16]):
                 with contextlib.suppress(OSError):  # the new pair is complete in any case
                     path.unlink()
-        for path in left if alone else ():  # then no other process is writing into them
-            shutil.rmtree(path, ignore_errors=True)
+        if alone:
+            clear_left(folder)
 
 
 def write_options(folder: Path, options: Mapping[str, Any]) -> None:
@@ -243,19 +243,19 @@ def locked(folder: Path) -> Iterator[bool]:
 
 
 @contextlib.contextmanager
-def _replacing(folder: Path) -> Iterator[tuple[Path, Callable[[str], None]]]:
+def replacing(folder: Path) -> Iterator[tuple[Path, Callable[[str], None]]]:
     """Yield the path of a new file, and a function that moves it into `folder` under a name.
 
-    The move is one step. The new file is in a temporary folder, and so is the file that safetensors
-    leaves if it is killed.
+    The move is one step, and may be asked for again. The new file is in a temporary folder, and so
+    is the file that safetensors leaves if it is killed.
     """
     temporary = folder / f".delta-{secrets.token_hex(8)}.tmp"
     new = temporary / "new"
 
     def put(name: str) -> None:
-        with open(new, "r+b") as file:
-            os.fsync(file.fileno())
-        os.replace(new, folder / name)
+        if new.exists():
+            flush(new)
+            os.replace(new, folder / name)
         if os.name == "posix":
             handle = os.open(folder, os.O_RDONLY)
             try:
@@ -271,14 +271,24 @@ def _replacing(folder: Path) -> Iterator[tuple[Path, Callable[[str], None]]]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def replace(path: Path, content: bytes | Mapping[str, Tensor]) -> None:
-    """Write a file in one step: bytes, or tensors as a safetensors file."""
-    with _replacing(path.parent) as (new, put):
-        if isinstance(content, bytes):
-            new.write_bytes(content)
-        else:
-            write_tensors(new, content)
+def flush(path: Path) -> None:
+    """Wait until a file is on the disk."""
+    with open(path, "r+b") as file:
+        os.fsync(file.fileno())
+
+
+def replace(path: Path, content: bytes) -> None:
+    """Write a file in one step."""
+    with replacing(path.parent) as (new, put):
+        new.write_bytes(content)
         put(path.name)
+
+
+def clear_left(folder: Path) -> None:
+    """Delete the temporary folders that killed processes left; no other may be writing."""
+    for path in folder.glob(".*.tmp"):
+        if TEMPORARY.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 # ------------------------------------------------------------------------------------------ reading
@@ -309,7 +319,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     file = folder / CONFIG
     if not file.exists():
         what = f"{CONFIG} is missing" if folder.exists() else "there is no such folder"
-        inside = sorted({repr(each.parent.name) for each in folder.glob("*/*config.json")})
+        inside = _folders_inside(folder)
         raise DeltaLoadError(
             f"no delta in {str(folder)!r}: {what}. Give the folder that save_finetuned or "
             "composition(model).save wrote, or 'user/name' for one on the hub"
@@ -332,6 +342,13 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"reads {SCHEMA}: update opendelta"
         )
     return given
+
+
+def _folders_inside(folder: Path) -> list[str]:
+    """Return the names of the folders inside that may hold a delta; another process may save."""
+    with contextlib.suppress(OSError):
+        return sorted({repr(each.parent.name) for each in folder.glob("*/*config.json")})
+    return []
 
 
 @contextlib.contextmanager

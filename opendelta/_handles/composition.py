@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Generic, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from .._show.notebooks import InNotebooks
 from .._verbs import merging
 from .._verbs.copying import to_backbone
 from .._verbs.merging import MergeReport
-from ..errors import DeltaError
+from ..errors import DeltaError, OptionError, shown
 from .delta import Delta
 from .with_block import with_block
 
@@ -138,8 +138,11 @@ class Composition(InNotebooks, Generic[Model]):
         Raises:
             DeltaError: they are those of other deltas, or a delta that is merged would change.
                 Nothing is changed then.
-            OptionError: a scale is none for its delta. Nothing is changed then.
+            OptionError: they are no tensors by key, or a scale is none for its delta. Nothing is
+                changed then.
         """
+        if not isinstance(switches, Mapping):
+            raise OptionError(f"switches={shown(switches)} must be what switches() returned")
         before = self.switches()
         if before.keys() != switches.keys():
             raise DeltaError(
@@ -155,8 +158,13 @@ class Composition(InNotebooks, Generic[Model]):
 
     def _set(self, switches: Mapping[str, Tensor]) -> None:
         for delta in self:
-            delta.scale = float(switches[f"{delta.name}.scale"])
-            delta.record.switch(bool(switches[f"{delta.name}.active"]))
+            delta.scale = _number(f"{delta.name}.scale", switches)
+            active = _number(f"{delta.name}.active", switches)
+            if active not in (0, 1):
+                raise OptionError(
+                    f"{delta.name}.active is {active:g} and must be 0 or 1: a switch has no average"
+                )
+            delta.record.switch(bool(active))
 
     @with_block
     def frozen(self) -> Iterator[Composition[Model]]:
@@ -305,3 +313,13 @@ def composition(model: Model) -> Composition[Model]:
         'y = style(0(x)) + lora(x)'
     """
     return Composition(model)
+
+
+def _number(key: str, switches: Mapping[str, Any]) -> float:
+    """Return the number in a tensor of `switches()`."""
+    value = switches[key]
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_meta:
+        value = value.item()
+    if not isinstance(value, int | float):
+        raise OptionError(f"{key} must be one real number with a value, not {shown(value)}")
+    return float(value)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Callable, Iterator
-from typing import Any, Generic, ParamSpec, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar, cast
 
 from ..errors import DeltaError, UnusedWarning, users_line, warn
 
 P = ParamSpec("P")
 Given = TypeVar("Given")
+Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
 
 class WithBlock(contextlib.ContextDecorator, Generic[Given]):
@@ -29,6 +31,30 @@ class WithBlock(contextlib.ContextDecorator, Generic[Given]):
     ) -> None:
         self.line = users_line()
         self.inner, self.make, self.name, self.entered = make(), make, name, False
+
+    def __call__(self, function: Decorated) -> Decorated:
+        """Return a function that runs inside such a block, a coroutine function too.
+
+        Raises:
+            DeltaError: it is a generator function, which would hand the block to whoever asks for
+                its next value.
+        """
+        if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+            self.entered = True
+            raise DeltaError(
+                f"{self.name}() cannot decorate {function.__qualname__}, a generator, whose caller "
+                f"would run inside the block, too: write `with ....{self.name}(...):` in it, "
+                "around each step and never around a yield"
+            )
+        if not inspect.iscoroutinefunction(function):
+            return super().__call__(function)
+
+        @functools.wraps(function)
+        async def inner(*args: Any, **kwargs: Any) -> Any:
+            with self._recreate_cm():
+                return await function(*args, **kwargs)
+
+        return cast(Decorated, inner)
 
     def _recreate_cm(self) -> WithBlock[Given]:
         self.entered = True

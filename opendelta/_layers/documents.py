@@ -103,6 +103,8 @@ class Documents:
     ) -> None:
         self.batch, self.length, self.device = batch, length, device
         mask: Any = given.get("attention_mask")
+        if isinstance(mask, dict):  # one for each kind of layer; a recurrent one takes it plain
+            mask = next((m for m in mask.values() if getattr(m, "ndim", 0) == 2), mask)
         self.positions: Any = given.get("position_ids")
         plain = mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)
         self.plain = plain and given.get("input_mask") is None  # XLNet's, true for padding
@@ -122,6 +124,15 @@ class Documents:
         if self.several:  # of text with images, they have an axis before the rows
             positions = self.positions.movedim(-2, 0)
             new.positions = self._cut(positions, rows).movedim(0, -2)
+        return new
+
+    def unpadded(self, row: int) -> Documents:
+        """Return the documents of one row, without its padding."""
+        new = self[row : row + 1]
+        seen = new._seen()[0]
+        new.found, new.mask, new.length = {}, None, int(seen.sum())
+        if self.several:
+            new.positions = new.positions[..., seen]
         return new
 
     def _cut(self, value: Any, rows: slice | Tensor) -> Any:

@@ -18,15 +18,16 @@ def agrees(mask: Any, number: Tensor, held: int | None) -> bool:
 
     Args:
         mask: [batch or 1, heads or 1, length or 1, keys], boolean or additive, or a dict of such
-            masks of which some modules take the one and some the other; others are not looked at.
+            masks of which some modules take the one and some the other; masks of other forms are
+            not looked at.
         number: integers [batch or 1, length], which change where a document begins.
         held: number of keys before those of these tokens; None: the last keys are theirs.
     """
     masks = [*mask.values()] if isinstance(mask, dict) else [mask]
-    known = all(isinstance(each, Tensor) and each.ndim == 4 for each in masks)
+    known = [each for each in masks if isinstance(each, Tensor) and each.ndim == 4]
     if not known or number.size(-1) < 2 or torch.compiler.is_compiling():
         return True
-    linked = (_linked(each, held, number.size(-1)) for each in masks)
+    linked = (_linked(each, held, number.size(-1)) for each in known)
     apart = number[:, 1:] != number[:, :-1]
     return bool((apart | functools.reduce(torch.logical_or, linked)).all())
 

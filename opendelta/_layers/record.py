@@ -7,7 +7,7 @@ a whole, independent composition.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,15 +31,20 @@ class Shared:
         in_state_dict: what `state_dict()` of the backbone holds: `WHOLE`, all tensors; `TRAINED`,
             those of the deltas and those that train; `PICKLED`, all, and once it is pickled those.
         records: the attached deltas, in no order.
+        merged: when deltas were last merged or unmerged; None: never.
     """
 
     frozen: set[str] = field(default_factory=set)
     excluded: set[str] = field(default_factory=set)
     in_state_dict: str = WHOLE
     records: list[Record] = field(default_factory=list)
+    merged: selection.Moment | None = None
 
     def __post_init__(self) -> None:
         BACKBONES.add(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "merged": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:  # called on a copy
         self.__dict__.update(state)
@@ -68,7 +73,7 @@ class Record:
         frozen: full names of the delta's parameters that `freeze_module` froze.
         watched: what notes the weights of a block inside `watching()` of this thread and task, else
             None.
-        left: the open blocks in which it was detached; None: it is attached, or never was.
+        left: when it was last detached; None: never.
     """
 
     name: str
@@ -83,7 +88,7 @@ class Record:
     )
     merged: set[Any] = field(default_factory=set)
     frozen: set[str] = field(default_factory=set)
-    left: Collection[Any] | None = None
+    left: selection.Moment | None = None
     watched = selection.in_context(lambda _, own: selection.CURRENT.get().watchers.get(own.shared))
     active = selection.in_context(lambda _, own: selection.CURRENT.get().acts(own))
 

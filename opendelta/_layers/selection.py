@@ -6,6 +6,7 @@ context variable. What starts inside the block with a copy of the context has th
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Callable, Collection, Mapping
 from contextvars import ContextVar, Token
@@ -15,6 +16,16 @@ import torch
 
 from ..errors import DeltaError, listed
 from .seen import Seen
+
+CLOCK = itertools.count()
+
+
+class Moment:
+    """When something changed on a model, and in which open blocks of this thread and task."""
+
+    def __init__(self) -> None:
+        self.time = next(CLOCK)
+        self.blocks = weakref.WeakSet(block.key for block in CURRENT.get().blocks)
 
 
 class OpenBlock:
@@ -57,6 +68,7 @@ class OpenBlock:
         return twin
 
     def __enter__(self) -> None:
+        self.began = next(CLOCK)
         self.token = _select((*CURRENT.get().blocks, self))
 
     def __exit__(self, error: Any, *_: Any) -> None:
@@ -72,13 +84,20 @@ class OpenBlock:
         if error is None:
             self._check_there()
 
+    def _saw(self, moment: Moment | None) -> bool:
+        """True if something changed elsewhere while the block was open."""
+        return moment is not None and moment.time > self.began and self.key not in moment.blocks
+
     def _check_there(self) -> None:
-        """Raise if what the block lets act was detached elsewhere while the block was open."""
-        gone = [
-            record.name
-            for record, active in self.active.items()
-            if active and record.left is not None and self.key not in record.left
-        ]
+        """Raise if what the block chose was detached or merged elsewhere while it was open."""
+        backbones = {*self.backbones, *(record.shared for record in self.active)}
+        if any(self._saw(shared.merged) for shared in backbones):
+            raise DeltaError(
+                "deltas were merged or unmerged outside of this block, by another thread or task, "
+                "while it was open: what ran in the block may have their changes twice, or against "
+                "the block's choice. Merge when no request is under way"
+            )
+        gone = [r.name for r, active in self.active.items() if active and self._saw(r.left)]
         if gone:
             raise DeltaError(
                 f"{listed(gone)} was detached outside of this block, by another thread or task, "
@@ -137,11 +156,6 @@ def _select(blocks: tuple[OpenBlock, ...]) -> Token[Selection]:
     for block in blocks:
         block.holders.append(weakref.ref(selection, block.holders.remove))
     return CURRENT.set(selection)
-
-
-def leave(record: Any) -> None:
-    """A delta leaves its model: keep in which open blocks it does."""
-    record.left = weakref.WeakSet(block.key for block in CURRENT.get().blocks)
 
 
 def switch(record: Any, active: bool) -> bool:

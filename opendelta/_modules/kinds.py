@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..names import SLOT
 from .arithmetic import linear, widened
 from .tensors import stored
-from .trials import axes_after
+from .trials import norm_axis
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,8 @@ class Kind:
         """Return a matrix [out_features, in_features] in the layout and dtype of `weight`."""
         return matrix.to(weight.dtype)
 
-    def per_channel(self, values: Tensor) -> Tensor:
-        """Return a view of values [*channels] that broadcasts along the output's other axes."""
+    def per_channel(self, values: Tensor, out: Tensor) -> Tensor:
+        """Return a view of values [*channels] that broadcasts along the other axes of `out`."""
         return values
 
     def example(self, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, int]:
@@ -147,7 +147,7 @@ class Conv2d(Kind):
     def like_weight(self, matrix: Tensor, weight: Tensor) -> Tensor:
         return matrix.view_as(weight).to(weight.dtype)
 
-    def per_channel(self, values: Tensor) -> Tensor:
+    def per_channel(self, values: Tensor, out: Tensor) -> Tensor:
         return values.view(-1, 1, 1)
 
     def example(self, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, int]:
@@ -170,29 +170,37 @@ class Norm(Kind):
 
     Attributes:
         shape: the shape of its weight: the last axes of the output, or the one of its channels.
-        after: number of axes after the channels: 2 for images [batch, channels, height, width].
+        channel_axis: where the channels are in the output, from the end or from the front: -3 for
+            images [batch, channels, height, width].
+        settled: this does not depend on the number of axes.
     """
 
     name: ClassVar[str] = "norm"
     is_product: ClassVar[bool] = False
     shape: tuple[int, ...] = ()
-    after: int = 0
+    channel_axis: int = -1
+    settled: bool = True
     scales_by_weight: bool = True
 
     @property
     def axis(self) -> int:
-        return -1 - self.after
+        return self.channel_axis
 
     @property
     def channels(self) -> tuple[int, ...]:
         return self.shape
 
-    def per_channel(self, values: Tensor) -> Tensor:
-        return values.view(*values.shape, *(1,) * self.after)
+    def per_channel(self, values: Tensor, out: Tensor) -> Tensor:
+        after = -1 - self.axis if self.axis < 0 else out.ndim - self.axis - 1
+        return values.view(*values.shape, *(1,) * after)
 
     def example(self, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, int]:
-        trailing = (length, 3)[: self.after]
-        shape = (2, *self.shape, *trailing) if self.after else (2, length, *self.shape)
+        if self.axis == -1:
+            shape = (2, length, *self.shape)
+        elif self.axis < 0:
+            shape = (2, *self.shape, *(length, 3, 4)[: -1 - self.axis])
+        else:
+            shape = (*(2, 3)[: self.axis], *self.shape, length)
         x = torch.empty(shape, device="meta", dtype=dtype)
         return x, x, x.numel() // self.out_features
 
@@ -234,8 +242,9 @@ def _is_norm(module: nn.Module) -> bool:
 
 def _norm(module: nn.Module, shape: tuple[int, ...], scales_by_weight: bool) -> Norm:
     known = type(module).forward in (nn.LayerNorm.forward, nn.RMSNorm.forward) or len(shape) > 1
-    after = 0 if known else axes_after(module, shape[0])
-    return Norm(0, shape[-1], shape, after, scales_by_weight)
+    axis = -1 if known else norm_axis(module, shape[0])
+    settled = axis is not None
+    return Norm(0, shape[-1], shape, axis if axis is not None else -1, settled, scales_by_weight)
 
 
 def kind_of(module: nn.Module) -> Kind | None:

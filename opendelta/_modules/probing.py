@@ -29,6 +29,7 @@ ELSEWHERE = {  # (package, name of the forward) of libraries that may not be ins
     ("bitsandbytes", "Linear4bit.forward"),
     ("bitsandbytes", "Linear8bitLt.forward"),
 }
+IDS = 2048  # looked up at once
 LARGEST = 1e10  # of the inputs that are tried: what saturates does so below
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
@@ -83,8 +84,10 @@ def factor_of(module: nn.Module) -> float | None:
                 factors.append(_of(module, kind, largest))
                 with _other_values(module):
                     factors.append(_of(module, kind, largest))
+                    if kind.takes_ids and not module.training and not _is_alike(module, kind):
+                        return None
         first = factors[0]
-        if first is None or not all(each and _alike(each, first, 1e-3) for each in factors):
+        if first is None or not all(each and _near(each, first, 1e-3) for each in factors):
             return None
         return first
     except Exception:  # whatever a forward of somebody's own raises on such an input
@@ -141,21 +144,36 @@ def _of(module: nn.Module, kind: Kind, largest: float) -> float | None:
     matrix, bias = kind.matrix(in_full(module, "weight")), stored_params(module).get("bias")
     factors = []
     for x in _inputs(module, kind, largest):
-        out = type(module).forward(module, x)
+        with torch.set_grad_enabled(module.training):  # a forward may go by it
+            out = type(module).forward(module, x).detach()
         wide = x.to(matrix.dtype) if x.is_floating_point() else x
         plain = kind.product(wide, matrix)
-        rest = out.to(matrix.dtype) - (0 if bias is None else kind.per_channel(bias))
+        rest = out.to(matrix.dtype) - (0 if bias is None else kind.per_channel(bias, out))
         factor = float((rest * plain).sum() / plain.square().sum())
         if not math.isfinite(factor) or not factor:
             return None
         if not _close(rest, factor * plain, out.dtype):
             return None
         factors.append(factor)
-    alike = all(_alike(factor, factors[0], 1e-2) for factor in factors)
+    alike = all(_near(factor, factors[0], 1e-2) for factor in factors)
     return _rounded(factors[0]) if alike else None
 
 
-def _alike(one: float, other: float, tolerance: float) -> bool:
+def _is_alike(module: nn.Module, kind: Kind) -> bool:
+    """True if a lookup gives each row of the weight, times one factor; a forward may mask an id."""
+    matrix, factor = kind.matrix(in_full(module, "weight")), None
+    device, forward = device_and_dtype([module])[0], type(module).forward
+    for ids in torch.arange(kind.in_features, device=device).split(IDS):
+        out, plain = forward(module, ids[None]), kind.product(ids[None], matrix)
+        if factor is None:
+            factor = (out * plain).sum() / plain.square().sum()
+        off = (out - factor * plain).norm(dim=-1)
+        if (off > TOLERANCES.get(out.dtype, 1e-4) * plain.norm(dim=-1)).any():
+            return False
+    return True
+
+
+def _near(one: float, other: float, tolerance: float) -> bool:
     return math.isclose(one, other, rel_tol=tolerance)
 
 
@@ -167,12 +185,15 @@ def _rounded(factor: float) -> float:
 def _inputs(module: nn.Module, kind: Kind, largest: float = 1.0) -> Iterator[Tensor]:
     """Yield inputs of several sizes and magnitudes, on which only such a module agrees."""
     device, dtype = device_and_dtype([module])
-    for length, size in ((2, 1.0), (3, 30.0), (2, 0.01), (17, 1.0), (2, largest)):
+    for length, rows, size in (
+        (2, 3, 1.0), (3, 1, 30.0), (2, 2, 0.01), (17, 4, 1.0), (2, 1, largest)
+    ):  # fmt: skip
         x, _, _ = kind.example(length, dtype)
+        shape = x.shape if x.size(0) > 1 else (rows, *x.shape[1:])
         if kind.takes_ids:
-            yield torch.randint(kind.in_features, x.shape, device=device)
+            yield torch.randint(kind.in_features, shape, device=device)
         else:
-            yield torch.randn(x.shape, dtype=torch.float64).mul(size).to(device, dtype)
+            yield torch.randn(shape, dtype=torch.float64).mul(size).to(device, dtype)
 
 
 @torch.no_grad()
@@ -191,7 +212,7 @@ def acts_by_channel(module: nn.Module, key: str) -> bool:
     shape = kind.example(3, dtype)[0].shape
     x = torch.randn(shape, dtype=torch.float64).to(device, dtype)
     by = torch.linspace(0.5, 99.5, kept.numel(), device=device).to(kept.dtype).view(kept.shape)
-    shift, each = 0 if bias is None else kind.per_channel(bias), kind.per_channel(by)
+    shift, each = 0 if bias is None else kind.per_channel(bias, x), kind.per_channel(by, x)
     try:
         plain = forward(module, x)
         wanted = plain + each if key == "bias" else (plain - shift) * each + shift

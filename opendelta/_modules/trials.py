@@ -11,8 +11,9 @@ from torch import nn
 
 from ..names import SLOT
 
-AFTER = (0, 2, 1)  # number of axes after the normalised one, in the order of trial
-_found: dict[tuple, int] = {}
+AXES = (-1, -3, -2, -4, 1, 0, 2)  # where a normalisation may work, in the order of trial
+SIZES = (2, 3, 5, 7, 11)  # of the other axes, with one to spare
+_found: dict[tuple, int | None] = {}
 
 
 def bare(module: nn.Module, base: type[nn.Module] | None = None) -> nn.Module:
@@ -55,29 +56,44 @@ def on_meta(module: nn.Module) -> nn.Module:
 
 
 def facts(module: nn.Module) -> tuple:
-    """Return what tells two modules of one class apart: texts and flags, such as `data_format`."""
-    own = module.__dict__.items()
-    return type(module), *((k, v) for k, v in own if type(v) in (str, bool) and k != "training")
+    """Return what tells two modules of one class apart.
+
+    That is texts and flags, such as `data_format`, and small numbers, such as an axis.
+    """
+    own = [(k, v) for k, v in module.__dict__.items() if k != "training"]
+    return type(module), *((k, v) for k, v in own if type(v) in (str, bool) or _is_small(v))
 
 
-def axes_after(module: nn.Module, width: int) -> int:
-    """Return the number of axes after the one that a normalisation of `width` channels works on.
+def _is_small(value: Any) -> bool:
+    return type(value) is int and abs(value) < len(SIZES)
 
-    A forward is run once for its class, on shapes alone; see `facts`. 0 if it runs on no shape that
-    is tried.
+
+def norm_axis(module: nn.Module, width: int) -> int | None:
+    """Return the axis that a normalisation of `width` channels works on; None: it is not one.
+
+    It counts from the end, or from the front if that holds for inputs of any number of axes. A
+    forward is run once for its class, on shapes alone; see `facts`. -1 if it runs on no shape.
     """
     key = (width == 1, *facts(module))
     if key not in _found:
-        _found[key] = next((n for n in AFTER if _runs(module, width, n)), 0)
+        made = on_meta(module)
+        runs = [{a for a in range(n) if _runs(made, width, n, a)} for n in range(2, len(SIZES) + 1)]
+        taken = [(n, axes) for n, axes in enumerate(runs, 2) if axes]
+        fits = (a for a in AXES if all(-n <= a < n and a % n in axes for n, axes in taken))
+        _found[key] = next(fits, None)
     return _found[key]
 
 
 @torch.no_grad()
-def _runs(module: nn.Module, width: int, after: int) -> bool:
-    """True if the forward takes and gives [2, 3, width], or [2, width, ...] with `after` axes."""
-    others = [size for size in (3, 5, 7) if size != width]  # the same size would hide a wrong axis
-    shape = (2, width, *others[:after]) if after else (2, others[0], width)
-    made = on_meta(module)
+def _runs(made: nn.Module, width: int, count: int, axis: int) -> bool:
+    """True if a forward takes and gives an input of `count` axes with `width` channels at `axis`.
+
+    Args:
+        made: a module on the meta device.
+    """
+    shape = [size for size in SIZES if size != width]  # the same size would hide a wrong axis
+    shape = shape[: count - 1]
+    shape.insert(axis, width)
     dtype = next((t.dtype for t in made._parameters.values() if t is not None), torch.float32)
     try:
         x = torch.empty(shape, dtype=dtype, device="meta")

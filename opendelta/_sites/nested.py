@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._layers import tokens
 from .._layers.base import DeltaLayer
 from .._modules import calls
 
@@ -37,11 +38,16 @@ def run(
     taken = [handover.take() for handover in handovers]
     outputs: list[Any] = []
     left: list[list[Any]] = [[] for _ in handovers]
-    for index in range(args[0].size(0)):
+    rows, documents = args[0].size(0), tokens.running()
+    for index in range(rows):
         for handover, values in zip(handovers, taken, strict=True):
             handover.put(values[index] if isinstance(values, list) else values)
         own = [_row(value, index) for value in args]
-        outputs.append(call(*own, **{key: _row(value, index) for key, value in kwargs.items()}))
+        named = {key: _row(value, index) for key, value in kwargs.items()}
+        alone = documents
+        if documents is not None and documents.batch == rows:
+            alone = documents.unpadded(index)
+        outputs.append(tokens.during(alone, call, *own, **named))
         for handover, values in zip(handovers, left, strict=True):
             values.append(handover.take())
     for handover, values in zip(handovers, left, strict=True):

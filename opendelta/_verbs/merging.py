@@ -14,10 +14,12 @@ from typing import Any
 from torch import nn
 
 from .._backbone import reading, shapes
+from .._backbone.apart import apart
 from .._backbone.backbone import Backbone
 from .._deltas import first_forward
 from .._layers.base import Acts, DeltaLayer
 from .._layers.record import Record
+from .._layers.selection import Moment
 from .._modules.tensors import is_plain, is_sharded, lasting
 from .._show.notebooks import InNotebooks
 from .._sites import swap
@@ -201,14 +203,15 @@ def _check_module(
 def reached_by(backbone: Backbone) -> set[tuple[str, str]] | None:
     """Return (site, delta) of the layers that run in a run on shapes; None: it is not possible."""
     reached: set[tuple[str, str]] = set()
+    with apart(backbone) as twin:
 
-    def look(_: Any) -> None:
-        reached.update((w, name) for w, stack in backbone.stacks.items() for name in stack.ran)
+        def look(_: Any) -> None:
+            reached.update((w, name) for w, stack in twin.stacks.items() for name in stack.ran)
 
-    try:
-        shapes.dry_run(backbone, look)
-    except SiteError:  # the user's own run tells
-        return None
+        try:
+            shapes.dry_run(twin, look)
+        except SiteError:  # the user's own run tells
+            return None
     return reached
 
 
@@ -318,6 +321,8 @@ def merge(backbone: Backbone, wanted: Collection[Record] | None = None) -> Merge
     read = read_beside(backbone, runs)
     report = MergeReport()
     steps = {where: _step(backbone.stacks[where], run) for where, run in runs.items()}
+    if steps:
+        _note_merge(backbone)
     try:
         for where, run in runs.items():
             error = fold_into(where, backbone.modules[where], run, steps[where])
@@ -376,7 +381,16 @@ def unmerge(backbone: Backbone) -> None:
     for where, stack in backbone.stacks.items():
         for key in dict.fromkeys(key for step in stack.steps for key in step.marks):
             check_unchanged(where, backbone.modules[where], stack, key, "unmerging")
+    if any(stack.steps for stack in backbone.stacks.values()):
+        _note_merge(backbone)
     to_the_end(functools.partial(_undo_all, backbone))
+
+
+def _note_merge(backbone: Backbone) -> None:
+    """Let the blocks that are open in other threads and tasks know that weights change."""
+    moment = Moment()
+    for record in backbone.records():
+        record.shared.merged = moment
 
 
 def _undo_all(backbone: Backbone) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from .._backbone import shapes, sharding
+from .._backbone.apart import apart
 from .._backbone.backbone import Backbone, check_inputs
 from .._backbone.heads import advice, untrained
 from .._backbone.inputs import Samples, of_samples
@@ -284,14 +286,15 @@ def _run(
     why = _no_backward(backbone)
     results: list[Any] = []
 
-    def look(output: Any) -> None:
+    def look(output: Any, backbone: Backbone = backbone) -> None:
         results.append(unreached_in(backbone))
         results.append(([], f"gradients: {why}") if why else _gradients(output, trainable))
 
     token = PROBING.set(True)  # no warning by the first forward: the report has the same facts
     try:
         if batch is None:
-            shapes.dry_run(backbone, look)
+            with apart(backbone) as twin:
+                shapes.dry_run(twin, functools.partial(look, backbone=twin))
         else:
             for stack in backbone.stacks.values():
                 stack.ran.clear()

@@ -56,7 +56,8 @@ def merge(
     if json:
         as_json({"out": str(out), "model": type(plain).__name__, "merged": names})
     else:
-        say(f"merged {', '.join(names)} into a {type(plain).__name__}: {out}")
+        merged = ", ".join(names) or "nothing, as no delta is active,"
+        say(f"merged {merged} into a {type(plain).__name__}: {out}")
 
 
 def convert(

@@ -61,9 +61,9 @@ class DoraLayer(LoraLayer):
             return low_rank.rescaled(call, x, change, self._scale(params), weight, bias)
         out = call(*args, **kwargs)
         x = F.dropout(x, self.dropout, self.training) if self.dropout else x
-        scale = self.kind.per_channel(self._scale(params)).type_as(out)
+        scale = self.kind.per_channel(self._scale(params), out).type_as(out)
         bias = params.get("bias")
-        bias = 0.0 if bias is None else self.kind.per_channel(bias.type_as(out))
+        bias = 0.0 if bias is None else self.kind.per_channel(bias.type_as(out), out)
         return scale * (out - bias + self.product(x).type_as(out)) + bias
 
     def fold(self, params: Params) -> Params:

@@ -44,7 +44,7 @@ class BitFitLayer(DeltaLayer):
     def forward(self, call: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         out = call(*args, **kwargs)
         bias = times(self.strength(), widened(self.bias, out.dtype))
-        return out + self.kind.per_channel(bias).type_as(out)
+        return out + self.kind.per_channel(bias, out).type_as(out)
 
     @classmethod
     def can_fold_on(cls, module: nn.Module) -> bool:

@@ -43,8 +43,10 @@ class LNTuningLayer(DeltaLayer):
 
     def forward(self, call: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
         out = call(*args, **kwargs)
-        out = out * self.kind.per_channel(self.scale).type_as(out)
-        return out if self.bias is None else out + self.kind.per_channel(self.bias).type_as(out)
+        out = out * self.kind.per_channel(self.scale, out).type_as(out)
+        if self.bias is None:
+            return out
+        return out + self.kind.per_channel(self.bias, out).type_as(out)
 
     @property
     def folds(self) -> bool:

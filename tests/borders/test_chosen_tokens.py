@@ -162,6 +162,21 @@ def test_a_static_cache_counts_by_position_ids():
     torch.testing.assert_close(fixed.scores, plain.scores, atol=1e-5, rtol=0)
 
 
+def test_a_mask_for_each_kind_of_layer_shows_the_padding():
+    torch.manual_seed(0)
+    sizes = {**HEAD, "num_hidden_layers": 3, "attention_window_size": 4, "lru_width": 32}
+    config = T.RecurrentGemmaConfig(eos_token_id=None, initializer_range=0.2, **sizes)
+    model = T.RecurrentGemmaForCausalLM(config).double().eval()
+    put(model, modules=[r"[r]layers\.\d+$"])
+    options = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True}
+    options |= {"output_scores": True, "disable_compile": True}
+    alone = model.generate(IDS[:, :4], use_cache=False, **options).scores
+    padded = torch.cat([torch.zeros_like(IDS[:, :3]), IDS[:, :4]], 1)
+    for more in ({"use_cache": False}, {}, {"cache_implementation": "static"}):
+        out = model.generate(padded, attention_mask=(padded != 0).long(), **options, **more)
+        torch.testing.assert_close(out.scores, alone)
+
+
 def test_a_call_that_does_not_say_is_refused_by_name():
     model = build("llama")
     delta = put(model)

@@ -224,9 +224,9 @@ def test_saving_into_what_is_no_folder_is_refused(save, tmp_path):
     (tmp_path / "file").touch()
     (tmp_path / "loop").symlink_to("loop")
     for path in ("pipe", "link", "file", "loop"):
-        with soon(), pytest.raises(opendelta.DeltaError, match="is a file; give a folder"):
+        with soon(), pytest.raises(opendelta.DeltaError, match=r"is a (?:file|link to)"):
             save(attached(), tmp_path / path)
-    with pytest.raises(opendelta.DeltaError, match="cannot be read"):
+    with pytest.raises(opendelta.DeltaError, match="cannot write into"):
         save(attached(), tmp_path / ("x" * 300))
     assert stat.S_ISFIFO((tmp_path / "pipe").lstat().st_mode)
 

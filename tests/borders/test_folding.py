@@ -262,9 +262,43 @@ class ByLength(nn.Linear):
         return super().forward(x) * (1 if x.size(-2) < 9 else 2)
 
 
-@pytest.mark.parametrize("cls", [ByMode, ByLength])
+class ByRows(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) * x.size(0)
+
+
+class WithNeighbour(nn.Linear):
+    """A row of the batch adds to another."""
+
+    def forward(self, x):
+        y = super().forward(x)
+        return y + y.flip(0)
+
+
+class ByGradient(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) * (2 if torch.is_grad_enabled() else 1)
+
+
+class WithoutOne(nn.Embedding):
+    """One index has no embedding, whatever the weight is."""
+
+    def forward(self, ids):
+        return super().forward(ids) * (ids != 777)[..., None]
+
+
+@pytest.mark.parametrize("padding", [None, 777])
+@pytest.mark.parametrize("verb", ["merge", "to_backbone"])
+def test_an_embedding_that_treats_one_index_otherwise_is_refused_by_name(verb, padding):
+    model = nn.Sequential(WithoutOne(5000, 4, padding_idx=padding))
+    shake(LoraModel(model, modified_modules=["0"]))
+    with pytest.raises(SiteError, match=r"'0' \(WithoutOne\): lora cannot be merged"):
+        getattr(composed(model), verb)()
+
+
+@pytest.mark.parametrize("cls", [ByMode, ByLength, ByRows, WithNeighbour, ByGradient])
 def test_a_factor_that_changes_is_none(cls):
-    model = nn.Sequential(cls(6, 4)).train()
+    model = nn.Sequential(cls(6, 4, bias=False)).train()
     shake(LoraModel(model, modified_modules=["0"]))
     with pytest.raises(SiteError, match=r"'0' .*: lora cannot be merged or combined: .*own"):
         composed(model).merge()

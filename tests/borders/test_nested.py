@@ -91,3 +91,28 @@ def test_without_acting_layers_torch_takes_its_own_way():
         delta = put(model, "IA3Model", ["linear2"])
         delta.disable()
         assert torch.allclose(model(X, src_key_padding_mask=PADDING)[1], plain[1], atol=1e-6)
+
+
+class WithMask(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.encoder = nn.Embedding(30, 16), encoder()
+
+    def forward(self, input_ids, attention_mask):
+        hidden = self.embed(input_ids)
+        return self.encoder(hidden, src_key_padding_mask=attention_mask == 0)
+
+
+@pytest.mark.parametrize("places", [["linear2"], [r"[r]encoder\.layers\.\d+$"], ["encoder"]])
+@pytest.mark.parametrize("options", [{"first": 1, "last": 1}, {"first": 2}, {"last": 2}], ids=str)
+def test_positions_inside_a_model_with_a_mask_are_those_of_the_row(places, options):
+    torch.manual_seed(0)
+    model = WithMask().eval()
+    ids, mask = torch.randint(1, 30, (3, 7)), torch.ones(3, 7, dtype=torch.long)
+    mask[1, 4:], mask[2, 2:] = 0, 0
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    put(model, "LoReftModel", places, **options, sample_inputs=inputs)
+    wanted = model(**inputs)  # with gradients no tensor is nested
+    with torch.no_grad():
+        out = model(**inputs)
+    assert torch.allclose(out * mask[..., None], wanted * mask[..., None], atol=1e-5)

@@ -210,3 +210,65 @@ def test_the_default_places_of_image_models_run_and_act(name, cls):
         changed = model(**inputs)[0]
     assert changed.shape == plain.shape
     assert not torch.allclose(changed, plain)
+
+
+class AtDim(nn.LayerNorm):
+    """As ESPnet's: the axis counts from the front, or from the end."""
+
+    def __init__(self, width, dim=-1):
+        super().__init__(width)
+        self.dim = dim
+
+    def forward(self, x):
+        if self.dim == -1:
+            return super().forward(x)
+        return super().forward(x.transpose(self.dim, -1)).transpose(self.dim, -1)
+
+
+class AtFront(nn.LayerNorm):
+    def forward(self, x):
+        return super().forward(x.movedim(0, -1)).movedim(-1, 0)
+
+
+class ByRank(nn.LayerNorm):
+    """Sequences [batch, length, width] and images [batch, channels, height, width]."""
+
+    def forward(self, x):
+        if x.ndim == 4:
+            return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("cls", [BitFitModel, LNTuningModel, AdapterModel])
+@pytest.mark.parametrize(
+    ("dim", "shape"),
+    [
+        *[(1, shape) for shape in ((2, 6, 5), (6, 6, 5), (3, 6), (2, 6, 3, 4))],
+        *[(2, shape) for shape in ((2, 5, 6), (2, 6, 6, 6))],
+        *[(0, shape) for shape in ((6, 5), (6, 6), (6, 6, 6))],
+        *[(dim, shape) for dim in (-1, -2) for shape in ((6, 6), (2, 6, 6))],
+        *[(None, shape) for shape in ((6, 4), (6, 6, 6))],
+    ],
+)
+def test_an_axis_counted_from_the_front_is_that_of_inputs_of_any_rank(cls, dim, shape):
+    options = {"bottleneck_dim": 2} if cls is AdapterModel else {}
+    like = nn.Sequential(nn.LayerNorm(6).double())
+    model = nn.Sequential((AtFront(6) if dim is None else AtDim(6, dim)).double())
+    delta = shake(cls(model, modified_modules=["0"], **options))
+    twin = cls(like, modified_modules=["0"], **options)
+    state = {name: value.clone() for name, value in delta.state_dict().items()}
+    for name, value in twin.state_dict().items():
+        value.copy_(state[name])
+    x = torch.randn(shape, dtype=torch.double)
+    at = 0 if dim is None else dim
+    assert torch.allclose(model(x), like(x.movedim(at, -1)).movedim(-1, at))
+    if cls is not AdapterModel:
+        wanted = model(x)
+        opendelta.composition(model).merge()
+        assert torch.allclose(model(x), wanted)
+
+
+@pytest.mark.parametrize("cls", [BitFitModel, LNTuningModel, AdapterModel])
+def test_an_axis_that_depends_on_the_rank_is_refused_by_name(cls):
+    with pytest.raises(SiteError, match=r"'0' \(ByRank\) normalises an axis that depends on how"):
+        cls(nn.Sequential(ByRank(6)), modified_modules=["0"])

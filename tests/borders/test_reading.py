@@ -538,6 +538,44 @@ def test_a_branch_that_missed_the_layer_is_remembered(reading, verb):
         assert torch.allclose(model(**given), output, atol=1e-5)
 
 
+class WithLoss(nn.Module):
+    """A head whose weight a fused loss reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(6, 6)
+
+    def forward(self, x, labels=None):
+        if labels is None:
+            return self.fc(x)
+        return F.cross_entropy(F.linear(x, self.fc.weight, self.fc.bias).flatten(0, 1), labels)
+
+
+@pytest.mark.parametrize("verb", ["merge", "to_backbone"])
+@pytest.mark.parametrize("ran", [True, False])
+@pytest.mark.parametrize("net", [Branches, WithLoss])
+def test_a_branch_that_no_run_took_is_seen_in_the_code(net, ran, verb):
+    model = net()
+    shake(LoraModel(model, modified_modules=["fc"]))
+    if ran:
+        model(X)
+    before = opendelta.snapshot(model)
+    with pytest.raises(SiteError, match=r"'fc' \(Linear\): lora cannot be merged: other code may"):
+        getattr(opendelta.composition(model), verb)()
+    assert opendelta.snapshot(model) == before
+
+
+def test_inputs_that_take_the_branch_let_the_delta_act_there():
+    model, labels = WithLoss(), torch.zeros(X.shape[:2].numel(), dtype=torch.long)
+    inputs = {"x": X, "labels": labels}
+    delta = shake(LoraModel(model, modified_modules=["fc"], reads=True, sample_inputs=inputs))
+    loss, logits = model(X, labels), model(X)
+    opendelta.composition(model).merge()
+    assert torch.allclose(model(X, labels), loss)
+    assert torch.allclose(model(X), logits, atol=1e-5)
+    assert delta.attached
+
+
 @pytest.mark.filterwarnings("ignore::opendelta.UnreachedWarning")
 def test_an_expert_that_a_forward_missed_is_merged():
     class Chosen(Experts):

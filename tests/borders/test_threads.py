@@ -290,6 +290,117 @@ def test_a_block_tells_that_another_thread_detached_what_it_chose(model, verb):
         wrong()
 
 
+def in_another(function):
+    thread = threading.Thread(target=function)
+    thread.start()
+    thread.join()
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        lambda c: c.only("b"),
+        lambda c: c["a"].disabled(),
+        lambda c: opendelta.route(c.model, [["b"], [], ["b"]]),
+    ],
+    ids=["only", "disabled", "route"],
+)
+def test_a_block_tells_that_another_thread_merged_while_it_was_open(model, block):
+    c = composition(model)
+    before = model(X)
+    told = r"^deltas were merged or unmerged outside of this block, by another thread or task"
+    with pytest.raises(DeltaError, match=told), block(c):
+        in_another(lambda: c.merge("a"))
+    in_another(c.unmerge)
+    with block(c):
+        in_another(c.unmerge)  # there is nothing to unmerge
+        model(X)
+    with c.only("a"):
+        c.merge("a")  # by whoever opened the block
+        c.unmerge()
+    torch.testing.assert_close(model(X), before)
+
+
+def test_a_block_tells_that_a_delta_left_and_came_back(model):
+    b = composition(model)["b"]
+    with pytest.raises(DeltaError, match="b was detached outside"), composition(model).only("b"):
+        in_another(lambda: (b.detach(), b.attach()))
+
+
+def test_a_decorated_coroutine_function_runs_inside_the_block(model):
+    c = composition(model)
+
+    def answer_with(name):
+        @c.only(name)
+        async def answer():
+            await asyncio.sleep(0)
+            return model(X)
+
+        return answer()
+
+    async def both():
+        return await asyncio.gather(answer_with("a"), answer_with("b"), answer_with("a"))
+
+    for out, name in zip(asyncio.run(both()), "aba", strict=True):
+        with c.only(name):
+            torch.testing.assert_close(out, model(X))
+
+
+def test_a_generator_function_cannot_be_decorated(model):
+    def stream():
+        yield model(X)
+
+    async def later():
+        yield model(X)
+
+    for function in (stream, later):
+        with pytest.raises(DeltaError, match=rf"only\(\) cannot decorate {function.__qualname__}"):
+            composition(model).only("a")(function)
+
+
+class Asking(nn.Module):
+    """A block whose width no table knows; each forward asks for a request of another thread."""
+
+    ask = None
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.norm = nn.Linear(6, 6), nn.BatchNorm1d(6)
+
+    def forward(self, x):
+        if self.ask is not None:
+            in_another(self.ask)
+        return self.norm(self.fc(x))
+
+
+@pytest.mark.covers("AdapterModel", "check")
+@pytest.mark.parametrize("verb", ["attach", "check"])
+def test_a_run_on_shapes_is_not_seen_by_requests_in_other_threads(verb):
+    inner = Asking()
+    model = nn.Sequential(nn.Linear(6, 6), inner).eval()
+    shake(LoraModel(model, modified_modules=["0"], name="a"))
+    x, answers = torch.randn(3, 6), []
+    wanted, state = model(x), {key: value.clone() for key, value in model.state_dict().items()}
+
+    def request():
+        inner.ask, asked = None, inner.ask
+        with torch.no_grad():
+            answers.append(model(x))
+        inner.ask = asked
+
+    inner.ask = request
+    if verb == "attach":
+        AdapterModel(model, modified_modules=["1"], sample_inputs=x).detach()
+    else:
+        opendelta.check(model, sample_inputs=x)
+    inner.ask = None
+    assert answers
+    for answer in answers:
+        torch.testing.assert_close(answer, wanted)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, state[key])
+
+
 def test_a_delta_that_left_inside_blocks_keeps_nothing_of_them(model):
     b = composition(model)["b"]
     with opendelta.watching(model), composition(model).only("b"):

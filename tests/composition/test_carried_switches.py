@@ -84,3 +84,24 @@ def test_a_detached_delta_is_saved_as_it_is_inside_a_block_of_others(tmp_path):
         detached.save_finetuned(tmp_path)
     fresh = nn.Sequential(nn.Linear(4, 4))
     assert opendelta.load(tmp_path, fresh, check_backbone=False)["b"].active
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "why"),
+    [
+        ("lora.scale", torch.ones(2), r"lora\.scale must be one real number"),
+        ("lora.active", torch.ones(2), r"lora\.active must be one real number"),
+        ("lora.scale", torch.tensor(1 + 2j), "must be one real number"),
+        ("lora.scale", torch.empty((), device="meta"), "must be one real number with a value"),
+        ("lora.scale", "big", "must be one real number"),
+        ("lora.active", torch.tensor(0.3), r"lora\.active is 0\.3 and must be 0 or 1"),
+    ],
+)
+def test_values_that_are_no_switches_are_refused_by_name(model, key, value, why):
+    composed = composition(model)
+    before = composed.switches()
+    with pytest.raises(opendelta.OptionError, match=why):
+        composed.load_switches({**before, key: value})
+    with pytest.raises(opendelta.OptionError, match=r"switches=\[1\] must be"):
+        composed.load_switches([1])
+    assert composed.switches() == before

@@ -32,7 +32,7 @@ def bert():
 ELSEWHERE = {
     "how-to/distributed.md": "tests/support/distributed_worker.py",
     "how-to/picker.md": "tests/docs/test_docs.py",
-    "how-to/recipes.md": "tests/docs/test_block_recipes.py",
+    "how-to/recipes.md": "tests/examples/test_recipes.py",
     "how-to/tools.md": "tests/tools/test_page.py",
     "reference/cli.md": "tests/package/test_cli.py",
     "reference/format.md": "tests/docs/test_docs.py",

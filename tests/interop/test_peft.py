@@ -1,8 +1,14 @@
 """PEFT's adapters as deltas and deltas as PEFT's adapters: equal logits, or an error."""
 
 import copy
+import errno
+import itertools
 import json
+import os
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import peft
 import pytest
@@ -24,7 +30,9 @@ from opendelta import (
     SoftPromptModel,
     VeraModel,
 )
+from opendelta._files import folder as files
 from opendelta.interop import peft as interop
+from opendelta.interop.peft import reading
 
 pytestmark = [
     pytest.mark.covers("load"),
@@ -1033,6 +1041,147 @@ def test_only_an_adapter_of_peft_is_replaced(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(opendelta.DeltaError, match=r"has a config.json"):
         interop.save(delta, tmp_path)
+
+
+def two_of(folder):
+    """Two deltas that differ in rank, alpha and values; the first is saved in `folder`."""
+    small = LoraModel(tiny("llama"), lora_r=2, lora_alpha=2)
+    large = LoraModel(tiny("llama"), lora_r=4, lora_alpha=16)
+    for delta in (small, large):
+        with torch.no_grad():
+            for parameter in delta.parameters():
+                parameter.fill_(delta.config.lora_alpha)
+    interop.save(small, folder)
+    return small, large
+
+
+def loaded(folder):
+    """(alpha, the one value of all tensors) of what `opendelta.load` makes of a folder."""
+    delta = AutoDeltaModel.from_finetuned(folder, backbone_model=tiny("llama"))
+    (value,) = {float(v) for p in delta.parameters() for v in p.detach().unique()}
+    return delta.config.lora_alpha, value
+
+
+FILES = ["adapter_config.json", "adapter_model.safetensors"]
+
+
+def test_a_folder_that_is_replaced_while_it_is_read_is_never_a_mixture(tmp_path, monkeypatch):
+    _, large = two_of(tmp_path)
+    read = reading.read_json
+
+    def between(path):
+        monkeypatch.setattr(reading, "read_json", read)
+        config = read(path)
+        interop.save(large, tmp_path)  # somebody saves now
+        return config
+
+    monkeypatch.setattr(reading, "read_json", between)
+    assert loaded(tmp_path) == (16, 16)
+
+
+def test_readers_beside_a_writer_see_the_one_or_the_other(tmp_path):
+    deltas, stop, found = itertools.cycle(two_of(tmp_path)), threading.Event(), []
+
+    def write_on():
+        while not stop.is_set():
+            interop.save(next(deltas), tmp_path)
+
+    writer = threading.Thread(target=write_on)
+    writer.start()
+    try:
+        for _ in range(40):
+            found.append(loaded(tmp_path))
+    finally:
+        stop.set()
+        writer.join()
+    assert {*found} <= {(2, 2), (16, 16)}
+
+
+def test_writers_at_once_leave_the_adapter_of_one_of_them(tmp_path):
+    deltas = two_of(tmp_path)
+
+    def write_on(delta):
+        for _ in range(30):
+            interop.save(delta, tmp_path)
+
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(write_on, delta) for delta in deltas * 2]:
+            done.result()
+    assert loaded(tmp_path) in {(2, 2), (16, 16)}
+    assert sorted(path.name for path in tmp_path.iterdir()) == FILES
+
+
+@pytest.mark.parametrize("step", ["write_tensors", "flush"])
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), KeyboardInterrupt()], ids=repr)
+def test_a_save_that_fails_leaves_the_old_adapter(tmp_path, monkeypatch, step, error):
+    small, large = two_of(tmp_path)
+
+    def fail(*_):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, step, fail)
+        with pytest.raises(type(error)):
+            interop.save(large, tmp_path)
+    assert loaded(tmp_path) == (2, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == FILES
+    (tmp_path / ".delta-0123456789abcdef.tmp").mkdir()  # of a process that was killed
+    interop.save(small, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == FILES
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_save_that_is_stopped_between_its_files_is_ended(tmp_path, monkeypatch, number):
+    _, large = two_of(tmp_path)
+    replace, left = os.replace, number
+
+    def stopping(*paths):
+        nonlocal left
+        replace(*paths)
+        left -= 1
+        if left == 0:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        interop.save(large, tmp_path)
+    assert loaded(tmp_path) == (16, 16)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
+def test_weights_of_the_backbone_in_a_folder_may_have_been_rounded_since(target, dtype, tmp_path):
+    write(lora(target_modules=[target]), tiny("llama"), tmp_path)
+    base = tiny("llama").to(dtype)
+    opendelta.load(tmp_path, base)
+    theirs = peft.PeftModel.from_pretrained(tiny("llama").to(dtype), tmp_path).eval()
+    assert torch.allclose(run(base).float(), run(theirs).float(), atol=5e-2)
+    base = tiny("llama").to(dtype)
+    with torch.no_grad():
+        base.get_submodule("model.embed_tokens" if target[0] == "e" else target).weight[1] += 1
+    refused_by(base, tmp_path, r"it brings another weight \[60, 32\]")
+
+
+def refused_by(base, folder, message):
+    with untouched(base), pytest.raises(opendelta.DeltaLoadError, match=message):
+        opendelta.load(folder, base)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
+def test_a_folder_that_may_not_be_entered_is_one_error(tmp_path, monkeypatch):
+    folder = tmp_path / "closed"
+    folder.mkdir()
+    exists = Path.exists
+
+    def closed(path, **options):
+        if path.parent == folder:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return exists(path, **options)
+
+    delta = LoraModel(tiny("llama"))
+    monkeypatch.setattr(Path, "exists", closed)
+    with pytest.raises(opendelta.DeltaError, match=r"cannot write into .*closed.*denied"):
+        interop.save(delta, folder)
 
 
 def test_one_of_ours_is_not_saved_among_the_files_of_another_library(tmp_path):

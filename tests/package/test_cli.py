@@ -48,6 +48,9 @@ def folder(tmp_path_factory):
     shutil.copytree(root / "my-lora", root / "damaged")
     (weights,) = (root / "damaged").glob("*.safetensors")
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    shutil.copytree(root / "my-lora", root / "nameless")
+    path = root / "nameless" / "config.json"
+    path.write_text(re.sub(r'  "backbone_path": .*\n', "", path.read_text()))
     (root / "empty").mkdir()
     return root
 
@@ -130,8 +133,8 @@ BAD = {  # command: arguments, what the error says
     "diff": (["my-lora", "my-peft"], "convert one of them first"),
     "merge": (["my-lora", "my-model", "my-peft"], "my-peft exists and is not empty"),
     "convert": (
-        ["my-lora", "out", "--to", "peft"],
-        "my-lora does not name its model: give --model",
+        ["nameless", "out", "--to", "peft"],
+        "nameless does not name its model: give --model",
     ),
     "verify": (["nowhere", "my-model"], "no such folder: nowhere"),
 }
@@ -310,6 +313,22 @@ def test_a_conversion_and_back_changes_nothing(run):
     assert code == 2
     assert "'style' cannot be written for PEFT" in errors
     assert not Path("x").exists()
+
+
+def test_a_conversion_takes_the_model_that_the_folder_names(run, folder):
+    assert json.loads(run("show", "my-lora", "--json")[1])["model"] == str(folder / "my-model")
+    assert run("convert", "my-lora", "named", "--to", "peft")[0] == 0
+    assert run("convert", "named", "named-back", "--to", "opendelta")[0] == 0
+    assert run("diff", "my-lora", "named-back") == (0, "the same: 16 tensors, bit for bit\n", "")
+
+
+def test_a_merge_of_deltas_that_are_all_off_says_so(run, folder):
+    shutil.copytree(folder / "my-lora", folder / "off")
+    path = folder / "off" / "config.json"
+    path.write_text(path.read_text().replace('"active": true', '"active": false'))
+    code, out, _ = run("merge", "off", "my-model", "as-before")
+    assert code == 0
+    assert out.startswith("merged nothing, as no delta is active, into a BertForMaskedLM")
 
 
 def test_everything_is_data_too(run):

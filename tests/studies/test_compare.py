@@ -603,7 +603,7 @@ def test_gradients_of_the_user_stay_and_take_no_part():
 
 def test_an_interrupt_anywhere_leaves_nothing():
     """One in each of the first calls of functions of the room."""
-    for stop in range(1, 400, 7):
+    for stop in range(1, 400, 17):
         model, count = net(), 0
 
         def trace(frame, event, argument, stop=stop):

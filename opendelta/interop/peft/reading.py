@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +35,16 @@ from .terms import (
     Adapter,
 )
 
+TRIES, WAIT = 50, 0.01  # how often a folder is read while others save, and seconds between
+
 
 def recognises(folder: Path) -> bool:
     """True if PEFT wrote `folder`."""
     config = folder / CONFIG
+    for _ in range(TRIES):
+        if config.is_file() or not (folder / WEIGHTS).is_file():
+            break
+        time.sleep(WAIT)  # another process may be saving
     if not config.is_file():
         return False
     if (folder / WEIGHTS).is_file() or (folder / PICKLE).is_file():
@@ -58,6 +66,29 @@ def translate(folder: Path, model: nn.Module) -> tuple[dict[str, Any], dict[str,
     Raises:
         DeltaLoadError: no delta computes the same, the folder is damaged, or of another model.
     """
+    for _ in range(TRIES):
+        before = _identity(folder / CONFIG)
+        try:
+            found = _translated(folder, model)
+        except DeltaLoadError:
+            if before is not None and before == _identity(folder / CONFIG):
+                raise
+        else:
+            if before is not None and before == _identity(folder / CONFIG):
+                return found
+        time.sleep(WAIT)
+    raise DeltaLoadError(f"{folder / CONFIG} is written anew all the time: load when that ends")
+
+
+def _identity(path: Path) -> tuple[int, ...] | None:
+    """Return what changes when another process saves a file; None: there is none."""
+    with contextlib.suppress(OSError):
+        found = path.stat()
+        return found.st_ino, found.st_mtime_ns, found.st_ctime_ns
+    return None
+
+
+def _translated(folder: Path, model: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
     config = read_json(folder / CONFIG)
     adapter = Adapter(folder, config, Backbone.of(model), _method_of(folder, config))
     method = adapter.method

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -22,7 +23,7 @@ from ..._layers.base import Acts
 from ..._modules.kinds import TransposedLinear, kind_of
 from ..._modules.tensors import full
 from ..._sites import swap
-from ...errors import DeltaError, listed
+from ...errors import DeltaError, listed, to_the_end
 from ...names import unwrapped
 from .._draft import CONFIG
 from .terms import (
@@ -60,7 +61,8 @@ def save(delta: BaseDelta, folder: str | os.PathLike) -> None:
             "one. Name it: peft.save(composition(model)['name'], folder)"
         )
     path, backbone = as_path(folder, "folder"), Backbone.of(delta.backbone_model)
-    _check_free(path)
+    with files.writable(path):
+        _check_free(path)
     _check_writable(delta, backbone)
     names, owned = _owned_by_peft(delta, backbone)
     config = {
@@ -83,11 +85,30 @@ def save(delta: BaseDelta, folder: str | os.PathLike) -> None:
 
 
 def _write(path: Path, config: dict[str, Any], whole: dict[str, Tensor]) -> None:
-    """Replace the adapter in a folder: at any moment there is the old one, none, or the new one."""
-    with files.locked(path):
-        (path / CONFIG).unlink(missing_ok=True)
-        files.replace(path / WEIGHTS, whole)
-        files.replace(path / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+    """Replace the adapter in a folder.
+
+    Up to the moment in which its two files are renamed the old adapter stays. In that moment there
+    is none: an old config must not be read with new weights.
+    """
+    with (
+        files.locked(path) as alone,
+        files.replacing(path) as (weights, put_weights),
+        files.replacing(path) as (new, put_config),
+    ):
+        files.write_tensors(weights, whole)
+        new.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        for each in (weights, new):
+            files.flush(each)
+
+        def put() -> None:
+            if new.exists():
+                (path / CONFIG).unlink(missing_ok=True)
+            put_weights(WEIGHTS)
+            put_config(CONFIG)
+
+        to_the_end(put)
+        if alone:
+            files.clear_left(path)
 
 
 def _check_free(folder: Path) -> None:
@@ -98,8 +119,8 @@ def _check_free(folder: Path) -> None:
             "folder of its own"
         )
     path = folder / CONFIG
-    with files.writable(folder):
-        if path.exists() and b'"peft_type"' not in read_start(path):
+    with contextlib.suppress(FileNotFoundError):  # another process may be saving
+        if b'"peft_type"' not in read_start(path):
             raise DeltaError(f"{path} is not PEFT's; save into a folder of its own")
 
 

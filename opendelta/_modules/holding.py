@@ -1,0 +1,47 @@
+"""Find the modules and parameters that an object holds, at any depth."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Collection, Iterable
+from types import CellType, MethodType
+from typing import Any
+
+from torch import nn
+
+
+def held_by(values: Iterable[Any]) -> set[int]:
+    """Return the ids of the modules and parameters that these values hold, or are."""
+    todo, found, seen = list(values), set[int](), set[int]()
+    while todo:
+        value = todo.pop()
+        if isinstance(value, nn.Module | nn.Parameter):
+            found.add(id(value))
+        elif id(value) not in seen:
+            seen.add(id(value))
+            todo += _held_in(value)
+    return found
+
+
+def is_foreign(value: Any) -> bool:
+    """True if a value is an object of somebody's own: not of Python's, torch's or our types."""
+    ours = ("builtins", "torch", "opendelta", "functools", "collections")
+    return type(value).__module__.partition(".")[0] not in ours
+
+
+def _held_in(value: Any) -> Collection[Any]:
+    """Return what a container, a callable or an object of somebody's own holds."""
+    if isinstance(value, dict):
+        return list(value.values())
+    if isinstance(value, list | tuple | set):
+        return value
+    if isinstance(value, MethodType):
+        return [value.__self__, value.__func__]
+    if isinstance(value, functools.partial):
+        return [value.func, *value.args, *value.keywords.values()]
+    if inspect.isfunction(value):
+        cells = [c.cell_contents for c in value.__closure__ or () if c != CellType()]
+        around = [value.__globals__.get(name) for name in value.__code__.co_names]
+        return cells + [each for each in around if isinstance(each, nn.Module | nn.Parameter)]
+    return list(vars(value).values()) if is_foreign(value) and hasattr(value, "__dict__") else []
