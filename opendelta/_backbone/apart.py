@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from types import MethodType
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .._modules import wrappers
-from .._modules.holding import held_by, is_foreign
+from .._modules.holding import closed_over, held_by, is_foreign
 from . import sharding
 from .backbone import Backbone
 
@@ -36,38 +36,44 @@ class _Sharing(TorchFunctionMode):
 def apart(backbone: Backbone) -> Iterator[Backbone]:
     """Yield a copy of a backbone with the same tensors, or itself if it cannot be copied.
 
-    It cannot if the ranks of a job share it, if other objects than modules keep its modules in a
-    closure, or if something on it refuses to be copied.
+    It cannot if the ranks of a job share it; if a function or a hook would run the modules of the
+    backbone from a copy, too; if deleting or copying one of its modules does more than that.
     """
     model = _copied(backbone.model) if _can_be_copied(backbone) else None
     if model is None:
         yield backbone
         return
-    twin = replace(Backbone.of(model), samples=backbone.samples)
     try:
-        yield twin
+        yield replace(Backbone.of(model), samples=backbone.samples)
     finally:
         for module in [*model.modules()]:  # they hold each other, and the tensors, for long
             module.__dict__.clear()
 
 
 def _can_be_copied(backbone: Backbone) -> bool:
-    modules = backbone.model.modules()
-    parts = {id(module) for module in backbone.modules.values()}
-    return not sharding.is_distributed() and not any(
+    if sharding.is_distributed():
+        return False
+    modules = [*backbone.model.modules()]
+    parts = {id(module) for module in modules}
+    values = [value for module in modules for value in module.__dict__.values()]
+    hooks = [hook for hook in _hooks(modules) if not _is_of_model(hook, parts)]
+    bound = any(
         isinstance(module, torch.jit.ScriptModule)
-        or ("forward" in module.__dict__ and wrappers.closes_over(module, parts))
+        or hasattr(type(module), "__del__")
+        or wrappers.closes_over(module, parts)
         for module in modules
     )
+    return not bound and not closed_over(values) & parts and not held_by(hooks) & parts
 
 
 def _copied(model: nn.Module) -> nn.Module | None:
     for _ in range(TRIES):  # another thread may change an attribute meanwhile
         try:
             with _Sharing():
-                return copy.deepcopy(model, _kept(model))
+                copied = copy.deepcopy(model, _kept(model))
         except Exception:  # whatever an object on a module raises
             continue
+        return None if {*copied.modules()} & {*model.modules()} else copied
     return None
 
 
@@ -78,18 +84,17 @@ def _kept(model: nn.Module) -> dict[int, Any]:
     """
     modules = [*model.modules()]
     parts = {id(module) for module in modules}
-    kept: dict[int, Any] = {}
+    kept: list[Any] = [hook for hook in _hooks(modules) if not _is_of_model(hook, parts)]
     for module in modules:
         own = module.__dict__
-        for key, value in own.items():
-            if key in ("_parameters", "_buffers"):
-                kept.update({id(tensor): tensor for tensor in value.values()})
-            elif "_hooks" in key and isinstance(value, dict):
-                hooks = [hook for hook in value.values() if not _is_of_model(hook, parts)]
-                kept.update({id(hook): hook for hook in hooks})
-            elif is_foreign(value) and not held_by([value]) & parts:
-                kept[id(value)] = value
-    return kept
+        kept += [*own["_parameters"].values(), *own["_buffers"].values()]
+        kept += [v for v in own.values() if is_foreign(v) and not held_by([v]) & parts]
+    return {id(value): value for value in kept}
+
+
+def _hooks(modules: Iterable[nn.Module]) -> list[Any]:
+    tables = [t for m in modules for key, t in m.__dict__.items() if "_hooks" in key]
+    return [hook for table in tables if isinstance(table, dict) for hook in table.values()]
 
 
 def _is_of_model(hook: Any, parts: set[int]) -> bool:

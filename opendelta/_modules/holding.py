@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from types import CellType, MethodType
 from typing import Any
 
@@ -13,15 +13,25 @@ from torch import nn
 
 def held_by(values: Iterable[Any]) -> set[int]:
     """Return the ids of the modules and parameters that these values hold, or are."""
-    todo, found, seen = list(values), set[int](), set[int]()
+    return {id(value) for value in _walk(values) if isinstance(value, nn.Module | nn.Parameter)}
+
+
+def closed_over(values: Iterable[Any]) -> set[int]:
+    """Return the ids of the modules and parameters that functions among these values close over."""
+    return held_by(value for value in [*_walk(values)] if inspect.isfunction(value))
+
+
+def _walk(values: Iterable[Any]) -> Iterator[Any]:
+    """Yield these values and all that they hold, but what is in modules and parameters."""
+    todo, seen = list(values), set[int]()
     while todo:
         value = todo.pop()
-        if isinstance(value, nn.Module | nn.Parameter):
-            found.add(id(value))
-        elif id(value) not in seen:
-            seen.add(id(value))
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        yield value
+        if not isinstance(value, nn.Module | nn.Parameter):
             todo += _held_in(value)
-    return found
 
 
 def is_foreign(value: Any) -> bool:
