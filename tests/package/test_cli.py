@@ -194,7 +194,7 @@ def test_a_command_that_is_not_used_right_says_so_in_one_line(run, folder, words
 @pytest.mark.skipif(os.name != "posix", reason="a shell of POSIX")
 def test_output_that_nobody_takes_is_said_by_the_exit_code(folder):
     for command, ends in (
-        ("show my-lora | head -c 1; exit ${PIPESTATUS[0]}", (141, "")),
+        ("show my-lora | true; exit ${PIPESTATUS[0]}", (141, "")),
         ("show my-lora >&-", (2, "opendelta: standard output is closed, so the")),
     ):
         done = subprocess.run(
