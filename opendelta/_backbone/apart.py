@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from types import MethodType
@@ -14,11 +15,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .._modules import wrappers
-from .._modules.holding import closed_over, held_by, is_foreign
+from .._modules.holding import closed_over, held_by, is_foreign, walk
 from . import sharding
 from .backbone import Backbone
 
 TRIES = 3
+MOST = 10_000  # objects that one on a module may hold, to be copied
 
 
 class _Sharing(TorchFunctionMode):
@@ -78,18 +80,35 @@ def _copied(model: nn.Module) -> nn.Module | None:
 
 
 def _kept(model: nn.Module) -> dict[int, Any]:
-    """Return {id: object} of what a copy shares: tensors, hooks, and what holds no module of it.
+    """Return {id: object} of what a copy shares: tensors, hooks, and what is not to be copied.
 
-    Our own hooks know the deltas of their model, so that a copy has its own.
+    Our own hooks know the deltas of their model, so that a copy has its own. It also has a copy of
+    each object of somebody's own, in which a forward may keep something, if that is simple.
     """
     modules = [*model.modules()]
     parts = {id(module) for module in modules}
-    kept: list[Any] = [hook for hook in _hooks(modules) if not _is_of_model(hook, parts)]
+    shared: list[Any] = [hook for hook in _hooks(modules) if not _is_of_model(hook, parts)]
     for module in modules:
         own = module.__dict__
-        kept += [*own["_parameters"].values(), *own["_buffers"].values()]
-        kept += [v for v in own.values() if is_foreign(v) and not held_by([v]) & parts]
-    return {id(value): value for value in kept}
+        shared += [*own["_parameters"].values(), *own["_buffers"].values()]
+    memo = {id(value): value for value in shared}
+    for module in modules:
+        for value in filter(is_foreign, module.__dict__.values()):
+            if not isinstance(value, nn.Module) and not _is_simple(value, memo):
+                memo[id(value)] = value
+    return memo
+
+
+def _is_simple(value: Any, memo: dict[int, Any]) -> bool:
+    """True if an object can be copied and its copy deleted, which puts it into `memo`."""
+    held = list(itertools.islice(walk([value]), MOST + 1))
+    if len(held) > MOST or any(hasattr(type(each), "__del__") for each in held):
+        return False
+    try:
+        copy.deepcopy(value, memo)
+    except Exception:  # such as a lock
+        return False
+    return True
 
 
 def _hooks(modules: Iterable[nn.Module]) -> list[Any]:

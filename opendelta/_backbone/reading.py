@@ -143,13 +143,17 @@ def _words_of(code: CodeType) -> set[str]:
 def _held_aside(backbone: Backbone) -> set[int]:
     """Return the ids of modules and parameters that are held beside the modules' own tables.
 
-    Attributes, hooks and the methods of classes are looked into, with all that they hold.
+    Attributes, hooks and the methods of classes are looked into, with all that they hold. Whoever
+    holds a module has those inside.
     """
     modules = list(backbone.modules.values())
     todo = [v for m in modules for key, v in m.__dict__.items() if key not in TABLES]
     classes = {base for m in modules for base in type(m).__mro__}
     todo += [v for cls in classes for v in vars(cls).values() if inspect.isfunction(v)]
-    return held_by(todo)
+    found = held_by(todo)
+    inside = [part for module in modules if id(module) in found for part in module.modules()]
+    own = [parameter for part in inside for parameter in part._parameters.values()]
+    return found | {id(each) for each in (*inside, *own)}
 
 
 def read_beside(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
@@ -21,6 +20,7 @@ from .._layers import prefix
 from .._layers.site import Heads, Widths
 from .._modules import calls
 from .._modules.devices import device_and_dtype
+from .._modules.faking import on_shapes
 from .._modules.tensors import is_lazy
 from .._modules.wrappers import computing_device, placing_hooks
 from ..errors import SiteError
@@ -80,7 +80,7 @@ def _run(
     if values and not any(p.is_meta for p in backbone.modules[where].parameters()):
         runs.append(_run_with_values)
     for run in runs:
-        with untouched(backbone), _no_log():
+        with untouched(backbone):
             try:
                 output = run(backbone, where, args, kwargs, grad)
             except SiteError:
@@ -99,17 +99,6 @@ class _Failed(Exception):
     """A run failed; it holds the reason."""
 
 
-@contextlib.contextmanager
-def _no_log() -> Iterator[None]:
-    """Keep torch from logging each operation that fails on shapes."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    before, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = before
-
-
 def _run_as(
     dtype: torch.dtype | None,
     backbone: Backbone,
@@ -118,21 +107,19 @@ def _run_as(
     kwargs: dict[str, Any],
     grad: bool,
 ) -> Any:
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     module = backbone.modules[where]
     cast = dtype
     device, own = device_and_dtype([module])
     dtype = cast or (torch.float32 if own == torch.float16 else own)
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.set_grad_enabled(grad):
+    with on_shapes() as mode, torch.set_grad_enabled(grad):
 
         def fake(value: Any) -> Any:
             if not isinstance(value, Tensor):
                 return value
             kind = dtype if value.is_floating_point() else value.dtype
-            return torch.empty(value.shape, dtype=kind, device=device)
+            return mode.empty(value.shape, kind, device)
 
-        _put_stand_ins(module, None, mode.from_tensor, cast, device)
+        _put_stand_ins(module, None, mode, cast, device)
         return module(*tree_map(fake, args), **tree_map(fake, kwargs))
 
 
@@ -159,7 +146,7 @@ def _run_with_values(
 def _put_stand_ins(
     module: nn.Module,
     device: torch.device | None,
-    fake: Callable[[Tensor], Tensor],
+    mode: Any,
     dtype: torch.dtype | None = None,
     for_meta: torch.device | None = None,
 ) -> None:
@@ -185,15 +172,17 @@ def _put_stand_ins(
                 continue
             to = device or (tensor.is_meta and for_meta) or tensor.device
             if dtype is not None and tensor.is_floating_point():
-                table[name] = fake(tensor).to(to, dtype)
+                table[name] = mode.from_tensor(tensor).to(to, dtype)
             elif tensor.is_meta and to.type != "meta":
-                table[name] = torch.empty_like(tensor, device=to)
+                table[name] = mode.empty(tensor.shape, tensor.dtype, to)
             elif tensor.dtype == torch.float16:
-                table[name] = fake(tensor).float()  # models check float16 values for overflow
+                table[name] = mode.from_tensor(
+                    tensor
+                ).float()  # models check float16 values for overflow
             elif table is module._buffers:
-                table[name] = fake(tensor)
+                table[name] = mode.from_tensor(tensor)
     for child in module.children():
-        _put_stand_ins(child, device, fake, dtype, for_meta)
+        _put_stand_ins(child, device, mode, dtype, for_meta)
 
 
 def widths(backbone: Backbone, names: Sequence[str]) -> dict[str, Widths]:

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 
 from .._modules import trials
+from .._modules.tensors import memory_of
 from .._sites.stack import stack_of
 from ..errors import SiteError
 from ..names import last, parent
@@ -52,11 +53,11 @@ class Watch(TorchDispatchMode):
     ) -> Any:
         given = kwargs or {}
         tensors = [value for value in tree_iter((args, given)) if isinstance(value, Tensor)]
-        owners = {self.owners[_memory(t)] for t in tensors if _memory(t) in self.owners}
+        owners = {self.owners[memory_of(t)] for t in tensors if memory_of(t) in self.owners}
         output = func(*args, **given)
         if func.is_view:
             for view in [t for t in tree_iter(output) if isinstance(t, Tensor) and owners]:
-                self.owners[_memory(view)] = next(iter(owners))
+                self.owners[memory_of(view)] = next(iter(owners))
                 self.views.append(view)  # else its memory may become another tensor's
         elif not _makes_like(func):
             self.read |= {owner for owner in owners if owner[0] not in self.running}
@@ -79,7 +80,7 @@ class Watch(TorchDispatchMode):
 
         def call(*args: Any, **kwargs: Any) -> Any:
             self.owned = {
-                (name, key): _memory(parameter)
+                (name, key): memory_of(parameter)
                 for name, module in self.modules.items()
                 for key, parameter in module._parameters.items()
                 if parameter is not None and key in ("weight", "bias")
@@ -114,7 +115,7 @@ class Watch(TorchDispatchMode):
     def _lent(self, name: str, key: str) -> bool:
         """True if a module runs with another weight or bias, as in `functional_call`."""
         parameter = self.modules[name]._parameters.get(key)
-        return parameter is not None and _memory(parameter) != self.owned.get((name, key))
+        return parameter is not None and memory_of(parameter) != self.owned.get((name, key))
 
     def _noting(
         self, name: str, inner: Callable[..., Any], call: bool = True
@@ -136,14 +137,6 @@ def _makes_like(func: Any) -> bool:
     """True if an operation makes a tensor of the same sort, whatever the values are."""
     name = func._schema.name.rpartition("::")[2]
     return name.startswith("new_") or name.endswith("_like")
-
-
-def _memory(tensor: Tensor) -> int:
-    """Return a number that a tensor shares with its views."""
-    try:
-        return tensor.untyped_storage()._cdata
-    except (NotImplementedError, RuntimeError):  # a quantised one has none
-        return id(tensor)
 
 
 def of_children(backbone: Backbone, names: list[str]) -> Watch | None:

@@ -311,15 +311,16 @@ def _acting_sites(
 
 
 def misfit(module: nn.Module, layer_class: type[DeltaLayer], acts: Any) -> str | None:
-    """Return in words why the output of a module is none for a layer that acts on it, or None.
+    """Return in words why the output, or the input, of a module is none for a layer, or None.
 
     Args:
         acts: where the layer acts.
     """
-    if acts in (Acts.BEFORE, Acts.WITHIN, Acts.INSTEAD, Acts.SERVES):
+    if acts in (Acts.WITHIN, Acts.INSTEAD, Acts.SERVES):
         return None
     own_class = swap.plain_class(module) or type(module)
-    return fitting.misfit(module, own_class, layer_class.needs())
+    needs: fitting.Needs = "input" if acts is Acts.BEFORE else layer_class.needs()
+    return fitting.misfit(module, own_class, needs)
 
 
 def _acting_at(backbone: Backbone, name: str, layer_class: type[DeltaLayer]) -> str | None:

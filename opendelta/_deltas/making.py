@@ -21,6 +21,7 @@ from .._layers.gate import Gate
 from .._layers.owned import OwnedModule, SharedTensors, convert
 from .._layers.record import Record, Shared
 from .._layers.site import Heads, Site, Widths
+from .._modules import wrappers
 from .._modules.kinds import is_packed, kind_of
 from .._modules.tensors import TENSOR_CLASSES, in_parts, lasting
 from .._sites import swap
@@ -257,6 +258,12 @@ def _own_copy(backbone: Backbone, name: str, config: DeltaConfig, values: Values
     """Return a trainable copy of a backbone's module, without the deltas on it."""
     if values != "saved":
         sharding.check_copy(backbone, name)
+    if any(map(wrappers.is_offloaded, backbone.modules[name].modules())):
+        raise SiteError(
+            f"modules_to_save={name!r}: accelerate offloads the module, and brings the values of "
+            "the backbone into a copy, too. Make or load the delta first, then offload the model",
+            where=name,
+        )
     own = backbone.modules[name].named_parameters()
     _check_copies(name, (k for k, p in own if SLOT not in k.split(".") and in_parts(p)))
     inside = backbone.modules[name].named_modules()

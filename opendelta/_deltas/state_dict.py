@@ -107,10 +107,17 @@ class StateDictHook:
 
 
 def frozen(backbone: nn.Module, state: Iterable[str], prefix: str = "") -> list[str]:
-    """Return the keys in `state`, of `backbone`, of what does not train and is no delta's."""
+    """Return the keys in `state`, of `backbone`, of what does not train and is no delta's.
+
+    A key that is in none of its modules is of somebody's own, such as of a hook that renames keys.
+    """
     kept = {f"{prefix}{name}" for name in _trained(backbone)}
     kept.update(delta_keys(backbone, state, prefix))
-    return [key for key in state if key.startswith(prefix) and key not in kept]
+    inside = {name for name, _ in backbone.named_modules(remove_duplicate=False) if name}
+    own = {*backbone._parameters, *backbone._buffers, "_extra_state"}
+    keys = [key.removeprefix(prefix) for key in state if key.startswith(prefix)]
+    known = [key for key in keys if key in own or inside & {*ancestors(key)}]
+    return [f"{prefix}{key}" for key in known if f"{prefix}{key}" not in kept]
 
 
 def _trained(backbone: nn.Module) -> Iterator[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, Generic, ParamSpec, TypeVar, cast
 
 from ..errors import DeltaError, UnusedWarning, users_line, warn
@@ -36,25 +36,40 @@ class WithBlock(contextlib.ContextDecorator, Generic[Given]):
         """Return a function that runs inside such a block, a coroutine function too.
 
         Raises:
-            DeltaError: it is a generator function, which would hand the block to whoever asks for
-                its next value.
+            DeltaError: it is a generator function, or the result of a call is a generator: it would
+                hand the block to whoever asks for its next value.
         """
+        self.entered = True
         if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
-            self.entered = True
-            raise DeltaError(
-                f"{self.name}() cannot decorate {function.__qualname__}, a generator, whose caller "
-                f"would run inside the block, too: write `with ....{self.name}(...):` in it, "
-                "around each step and never around a yield"
-            )
-        if not inspect.iscoroutinefunction(function):
-            return super().__call__(function)
+            raise self._refusal(function)
 
         @functools.wraps(function)
-        async def inner(*args: Any, **kwargs: Any) -> Any:
+        def inner(*args: Any, **kwargs: Any) -> Any:
+            with self._recreate_cm():
+                result = function(*args, **kwargs)
+            if inspect.isgenerator(result) or inspect.isasyncgen(result):
+                raise self._refusal(function)
+            return self._awaiting(result) if inspect.iscoroutine(result) else result
+
+        @functools.wraps(function)
+        async def later(*args: Any, **kwargs: Any) -> Any:
             with self._recreate_cm():
                 return await function(*args, **kwargs)
 
-        return cast(Decorated, inner)
+        is_later = inspect.iscoroutinefunction(function)
+        return cast(Decorated, later if is_later else inner)
+
+    async def _awaiting(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        with self._recreate_cm():
+            return await coroutine
+
+    def _refusal(self, function: Any) -> DeltaError:
+        what = getattr(function, "__qualname__", repr(function))
+        return DeltaError(
+            f"{self.name}() cannot decorate {what}, a generator, whose caller would run inside the "
+            f"block, too: write `with ....{self.name}(...):` in it, around each step and never "
+            "around a yield"
+        )
 
     def _recreate_cm(self) -> WithBlock[Given]:
         self.entered = True

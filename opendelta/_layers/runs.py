@@ -46,7 +46,8 @@ class KeptFactors:
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
-        self.runs: dict[tuple, tuple[list[tuple[float, bool]], list[LowRank], int]] = {}
+        # {layers from one on: (their states, the joined factors, number of layers, parameters)}
+        self.runs: dict[tuple, tuple[list[tuple[float, bool]], list[LowRank], int, list]] = {}
         # {(layer, name of a parameter): (the parameter, a copy of its values)}
         self.sources: dict[tuple[DeltaLayer, str], tuple[Tensor, Tensor]] = {}
         self.made: tuple[list[Any], Any] = [], None
@@ -58,6 +59,9 @@ class KeptFactors:
         Raises:
             DeltaError: a gradient would have to reach the factors.
         """
+        if torch._C._functorch.peek_interpreter_stack() is not None:  # in vmap and the like
+            run = pairs(acting, start)
+            return run, len(run)
         key = tuple(acting[start:])
         states = [(layer.record.scale, layer.training) for layer in acting[start:]]
         if key not in self.runs or self.runs[key][0] != states:
@@ -69,13 +73,18 @@ class KeptFactors:
             for layer, name, p in [(ly, *own) for ly in joined for own in ly.named_parameters()]:
                 if (layer, name) not in self.sources:
                     self.sources[layer, name] = p, p.detach().clone()
-            self.runs[key] = states, whole, len(run)
+            parts = [part for layer in acting[start : start + len(run)] for part in layer.modules()]
+            own = [(t, *item) for t in (p._parameters for p in parts) for item in t.items()]
+            self.runs[key] = states, whole, len(run), own
+        elif any(table[name] is not p for table, name, p in self.runs[key][3]):
+            run = pairs(acting, start)  # with other parameters, as in functional_call
+            return run, len(run)
         if torch.is_grad_enabled() and any(p.requires_grad for p, _ in self.sources.values()):
             raise DeltaError(
                 "frozen() keeps copies of the deltas' tensors, which no gradient reaches: run the "
                 "model under torch.no_grad() inside it, or train outside of it"
             )
-        return self.runs[key][1:]
+        return self.runs[key][1:3]
 
     def once(self, parts: list[Any], make: Callable[[list[Any]], Any]) -> Any:
         """Return `make(parts)`; call `make` again only for other parts.

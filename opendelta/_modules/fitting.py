@@ -11,14 +11,15 @@ from torch import Tensor, nn
 
 from ..errors import SiteError
 from .calls import hidden_key
+from .faking import on_shapes
 from .kinds import Kind, Norm, kind_of
 from .probing import is_known
-from .trials import bare, facts, on_meta, on_shapes
+from .trials import bare, facts, on_meta
 
 # What a layer needs of the output: hidden states somewhere in it; one tensor with the channels of
-# the kind; or one tensor in the shape of the product that the kind computes.
-Needs = Literal["hidden", "channels", "product"]
-_found: dict[tuple, tuple[Any, Tensor] | None] = {}
+# the kind; or one tensor in the shape of the product that the kind computes. Or the input alone.
+Needs = Literal["hidden", "channels", "product", "input"]
+_found: dict[tuple, tuple[Any, Tensor, bool] | None] = {}
 MOST = 64  # groups that a module may split its input into
 
 
@@ -37,9 +38,13 @@ def misfit(module: nn.Module, cls: type[nn.Module], needs: Needs) -> str | None:
     if key not in _found:
         _found[key] = _tried(module, forward, kind)
     run = _found[key]
+    if run is not None and not run[2]:
+        return "takes its width on another axis than its class does"
+    if needs == "input":
+        return None
     if run is not None and needs == "hidden" and not isinstance(run[0], Tensor):
         return _without_hidden(run[0], kind)
-    if run is not None and (why := _other_shape(*run, kind, needs)) is not None:
+    if run is not None and (why := _other_shape(*run[:2], kind, needs)) is not None:
         return why
     if needs == "product" and kind.takes_ids and not _looks_up(module, forward, kind):
         return "does not look its input up in its weight"
@@ -67,30 +72,49 @@ def _other_shape(output: Any, plain: Tensor, kind: Kind, needs: Needs) -> str | 
     return f"returns {list(output.shape)} where its sizes say {list(plain.shape)}"
 
 
+@torch.no_grad()
 @on_shapes()
-def _tried(module: nn.Module, forward: Callable[..., Any], kind: Kind) -> tuple[Any, Tensor] | None:
-    """Return the output of a forward on shapes, and what the kind says; None: it fails."""
+def _tried(
+    module: nn.Module, forward: Callable[..., Any], kind: Kind
+) -> tuple[Any, Tensor, bool] | None:
+    """Return the output of a forward on shapes, what the kind says, and if its axis is usual.
+
+    None: it fails.
+    """
     try:
         made = on_meta(module)
     except Exception:  # some tensors of other libraries do not move
         return None
     own = (t.dtype for t in made._parameters.values() if t is not None and t.is_floating_point())
-    for x, plain in _examples(module, kind, next(own, torch.float32)):
+    for x, plain, usual in _examples(module, kind, next(own, torch.float32)):
         try:
-            return forward(made, x), plain
+            return forward(made, x), plain, usual
         except Exception:  # whatever a forward of somebody's own raises on such an input
             continue
     return None
 
 
-def _examples(module: nn.Module, kind: Kind, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield inputs to try, and what the kind computes from each; some forwards split an axis."""
+def _examples(
+    module: nn.Module, kind: Kind, dtype: torch.dtype
+) -> Iterator[tuple[Tensor, Tensor, bool]]:
+    """Yield inputs to try, what the kind computes from each, and if the width is where it is usual.
+
+    Some forwards split an axis.
+    """
     x, plain, _ = kind.example(3, dtype)
-    yield x, plain
+    yield x, plain, True
     if kind.is_product:
-        yield x[0], plain[0]
+        sizes = [size for size in (3, 5, 7) if size != kind.in_features]
+        images = [(2, *sizes[:count]) for count in (2, 1)]
+        for before in images:
+            yield x.new_empty(*before, x.size(-1)), plain.new_empty(*before, plain.size(-1)), True
+        for batch, *rest in images:
+            yield x.new_empty(batch, x.size(-1), *rest), plain, False
+        yield x[0], plain[0], True
         for size in {v for v in vars(module).values() if type(v) is int and 1 < v <= MOST}:
-            yield kind.example(size, dtype)[:2]
+            yield *kind.example(size, dtype)[:2], True
+    elif kind.axis == 1 and plain.ndim == 4:
+        yield x.movedim(1, -1), plain, False
 
 
 @torch.no_grad()

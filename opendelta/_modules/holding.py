@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
+import weakref
 from collections.abc import Collection, Iterable, Iterator
-from types import CellType, MethodType
+from types import CellType, FunctionType, MethodType
 from typing import Any
 
 from torch import nn
@@ -13,15 +14,15 @@ from torch import nn
 
 def held_by(values: Iterable[Any]) -> set[int]:
     """Return the ids of the modules and parameters that these values hold, or are."""
-    return {id(value) for value in _walk(values) if isinstance(value, nn.Module | nn.Parameter)}
+    return {id(value) for value in walk(values) if isinstance(value, nn.Module | nn.Parameter)}
 
 
 def closed_over(values: Iterable[Any]) -> set[int]:
     """Return the ids of the modules and parameters that functions among these values close over."""
-    return held_by(value for value in [*_walk(values)] if inspect.isfunction(value))
+    return held_by(value for value in [*walk(values)] if inspect.isfunction(value))
 
 
-def _walk(values: Iterable[Any]) -> Iterator[Any]:
+def walk(values: Iterable[Any]) -> Iterator[Any]:
     """Yield these values and all that they hold, but what is in modules and parameters."""
     todo, seen = list(values), set[int]()
     while todo:
@@ -51,7 +52,24 @@ def _held_in(value: Any) -> Collection[Any]:
     if isinstance(value, functools.partial):
         return [value.func, *value.args, *value.keywords.values()]
     if inspect.isfunction(value):
-        cells = [c.cell_contents for c in value.__closure__ or () if c != CellType()]
-        around = [value.__globals__.get(name) for name in value.__code__.co_names]
-        return cells + [each for each in around if isinstance(each, nn.Module | nn.Parameter)]
-    return list(vars(value).values()) if is_foreign(value) and hasattr(value, "__dict__") else []
+        return _held_by_function(value)
+    if isinstance(value, weakref.ref):
+        return [value()]
+    if inspect.isgenerator(value):
+        return [] if value.gi_frame is None else list(value.gi_frame.f_locals.values())
+    return _attributes(value) if is_foreign(value) else []
+
+
+def _held_by_function(function: FunctionType) -> list[Any]:
+    """Return what a function closes over, its defaults, and the modules that it names."""
+    cells = [c.cell_contents for c in function.__closure__ or () if c != CellType()]
+    around = [function.__globals__.get(name) for name in function.__code__.co_names]
+    named = [each for each in around if isinstance(each, nn.Module | nn.Parameter)]
+    keywords = (function.__kwdefaults__ or {}).values()
+    return [*cells, *(function.__defaults__ or ()), *keywords, *named]
+
+
+def _attributes(value: Any) -> list[Any]:
+    own = list(vars(value).values()) if hasattr(value, "__dict__") else []
+    slots = [name for cls in type(value).__mro__ for name in getattr(cls, "__slots__", ())]
+    return own + [getattr(value, name) for name in slots if hasattr(value, name)]

@@ -4,6 +4,7 @@ Sizes come from this table, and never from the shape of a weight: quantised modu
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -247,14 +248,28 @@ def _norm(module: nn.Module, shape: tuple[int, ...], scales_by_weight: bool) -> 
     return Norm(0, shape[-1], shape, axis if axis is not None else -1, settled, scales_by_weight)
 
 
+def _embed_scale(module: nn.Embedding) -> float:
+    """Return the factor of an embedding's output that BART's and Gemma's classes have."""
+    if inspect.unwrap(type(module).forward) is nn.Embedding.forward:
+        return 1.0
+    scale: Any = getattr(module, "embed_scale", 1.0)  # a float, or a buffer of one element
+    if isinstance(scale, Tensor) and scale.is_meta:  # a backbone without values
+        scale = getattr(module, "scalar_embed_scale", 1.0)
+    one = isinstance(scale, int | float) or (isinstance(scale, Tensor) and scale.numel() == 1)
+    return float(scale) if one else 1.0
+
+
+def _is_matrix(module: nn.Module) -> bool:
+    """True unless a module with two sizes has a weight of other axes, as several experts have."""
+    weight = module._parameters.get("weight")
+    return weight is None or not weight.is_floating_point() or weight.ndim == 2
+
+
 def kind_of(module: nn.Module) -> Kind | None:
     """Return the table's row for `module`; None if its type says nothing about its sizes."""
     if isinstance(module, nn.Embedding):
-        scale = getattr(module, "embed_scale", 1.0)  # a float, or a buffer of one element
-        if isinstance(scale, Tensor) and scale.is_meta:  # a backbone without values
-            scale = getattr(module, "scalar_embed_scale", 1.0)
         rows, width = module.num_embeddings, module.embedding_dim
-        return Embedding(rows, width, module.padding_idx, float(scale))
+        return Embedding(rows, width, module.padding_idx, _embed_scale(module))
     if isinstance(module, nn.modules.conv._ConvNd):
         return _convolution(module)
     if isinstance(module, nn.LayerNorm | nn.RMSNorm):
@@ -265,7 +280,7 @@ def kind_of(module: nn.Module) -> Kind | None:
         return TransposedLinear(int(module.nx), int(module.nf))  # type: ignore[arg-type]
     sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
     if isinstance(sizes[0], int) and isinstance(sizes[1], int):
-        return Kind(sizes[0], sizes[1])
+        return Kind(sizes[0], sizes[1]) if _is_matrix(module) else None
     sizes = getattr(module, "dim_in", None), getattr(module, "dim_out", None)  # in ModelCenter
     if isinstance(sizes[0], int) and isinstance(sizes[1], int):
         weight = module._parameters.get("weight")

@@ -345,3 +345,11 @@ def _unknown(module: nn.Module, key: str, parameter: Any) -> SiteError:
         f"the {key} of {type(module).__name__}, a {type(parameter).__name__}, cannot be taken out "
         "of its quantisation and put back; merge into the model in full precision, then quantise it"
     )
+
+
+def memory_of(tensor: Tensor) -> int:
+    """Return a number that a tensor shares with its views."""
+    try:
+        return tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):  # a quantised one has none
+        return id(tensor)

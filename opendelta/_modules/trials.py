@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -28,15 +26,6 @@ def bare(module: nn.Module, base: type[nn.Module] | None = None) -> nn.Module:
         own = module.__dict__[table]
         made.__dict__[table] = {key: value for key, value in own.items() if key != SLOT}
     return made
-
-
-@contextlib.contextmanager
-def on_shapes() -> Iterator[None]:
-    """Let tensors have no values inside: a kernel that asks for their memory raises an error."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
-        yield
 
 
 def on_meta(module: nn.Module) -> nn.Module:

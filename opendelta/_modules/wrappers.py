@@ -91,6 +91,11 @@ def computing_device(module: nn.Module) -> torch.device | None:
     return torch.device(hooks[-1].execution_device) if hooks else None
 
 
+def is_offloaded(module: nn.Module) -> bool:
+    """True if accelerate keeps tensors of `module` elsewhere, and loads them for each run."""
+    return any(getattr(hook, "offload", False) for hook in placing_hooks(module))
+
+
 def loads_inside(module: nn.Module) -> bool:
     """True if accelerate loads all tensors inside `module` for each run, by their old names."""
     return any(

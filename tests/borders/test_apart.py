@@ -1,9 +1,12 @@
 """A run on shapes leaves no trace on the model and on what its modules hold."""
 
+import functools
 import threading
+from typing import ClassVar
 
 import pytest
 import torch
+import transformers
 from support.nets import shake
 from torch import nn
 
@@ -128,3 +131,81 @@ def test_sizes_are_found_and_the_model_is_what_it_was(block, verb):
     assert not getattr(model[1], "file", File).closed
     cache = getattr(model[1], "cache", None)
     assert cache is None or torch.equal(cache["x"], model[0](x))
+
+
+@functools.lru_cache
+def positions(count, width):
+    return torch.arange(count * width).view(count, width).float()
+
+
+KEPT = {}
+
+
+class FillsCaches(Block):
+    """It keeps what it makes from numbers, and from what it is given, beside the module."""
+
+    shared: ClassVar = {}
+
+    def forward(self, x):
+        if "ones" not in KEPT:
+            KEPT["ones"] = x.new_ones(6).cumsum(0)
+            KEPT["eye"] = torch.eye(6, dtype=x.dtype, device=x.device)
+            KEPT["typed"] = torch.arange(6).to(x) + torch.tensor([1.0, 2.0]).sum()
+            self.shared["line"] = torch.linspace(0, 1, 6)
+        x = x + positions(*x.shape[-2:]) + KEPT["ones"] + KEPT["typed"] + self.shared["line"]
+        return super().forward(x @ KEPT["eye"])
+
+
+class Statistics:
+    def __init__(self):
+        self.mean, self.tensors, self.seen = torch.zeros(6), [torch.zeros(())], {}
+
+
+class Counts(Block):
+    """It counts its calls in tensors that are no buffers."""
+
+    def __init__(self):
+        super().__init__()
+        self.count, self.own = torch.zeros(()), Statistics()
+
+    def forward(self, x):
+        self.count += 1
+        self.own.tensors[0].add_(1)
+        self.own.mean = 0.9 * self.own.mean + 0.1 * x.detach().mean((0, 1))
+        self.own.seen["last"] = x
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("verb", ["attach", "check"])
+@pytest.mark.parametrize("block", [FillsCaches, Counts])
+def test_no_tensor_without_values_stays_in_a_cache(block, verb):
+    positions.cache_clear()
+    KEPT.clear()
+    FillsCaches.shared.clear()
+    torch.manual_seed(0)
+    model, other = (nn.Sequential(nn.Linear(6, 6), block()) for _ in range(2))
+    x, state = torch.randn(2, 3, 6), torch.get_rng_state()
+    delta = LoraModel(model, modified_modules=["0"])
+    torch.set_rng_state(state)
+    if verb == "attach":
+        AdapterModel(model, modified_modules=["1"], sample_inputs=x).detach()
+    else:
+        opendelta.check(model, sample_inputs=x)
+        assert torch.equal(torch.get_rng_state(), state)
+    if block is Counts:
+        assert model[1].count == 0
+        assert model[1].own.tensors[0] == 0
+        assert model[1].own.mean.sum() == 0
+        assert not model[1].own.seen
+    delta.detach()
+    assert model(x).isfinite().all()
+    assert other(x).isfinite().all()
+
+
+def test_a_model_of_transformers_whose_positions_are_cached_computes_what_it_did():
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48}
+    config = transformers.DINOv3ViTConfig(num_hidden_layers=1, image_size=32, **sizes)
+    model, other = (transformers.DINOv3ViTModel(config).eval() for _ in range(2))
+    opendelta.PrefixModel(model)
+    for each in (model, other):
+        assert each(torch.randn(1, 3, 32, 32)).last_hidden_state.isfinite().all()

@@ -17,6 +17,7 @@ from opendelta import (
     LohaModel,
     LokrModel,
     LoraModel,
+    OFTModel,
     SiteError,
     VeraModel,
 )
@@ -248,3 +249,109 @@ def test_a_class_from_code_that_has_no_module_takes_deltas():
     model = nn.Sequential(nn.Linear(4, 4), names["Own"]())
     AdapterModel(model, modified_modules=["1"], sample_inputs=torch.ones(2, 3, 4))
     assert model(torch.ones(2, 3, 4)).shape == (2, 3, 4)
+
+
+class Linear2d(nn.Linear):
+    """As VMamba's: a linear layer over the channels of an image."""
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight[:, :, None, None], self.bias)
+
+
+class Linear1d(nn.Linear):
+    def forward(self, x):
+        return F.conv1d(x, self.weight[:, :, None], self.bias)
+
+
+class ChannelsFirst(nn.Linear):
+    def forward(self, x):
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+class ChannelsLast(nn.Conv2d):
+    def forward(self, x):
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class OfImages(nn.Linear):
+    """It takes images [batch, height, width, channels] alone."""
+
+    def forward(self, x):
+        batch, height, width, channels = x.shape
+        return super().forward(x.reshape(batch, -1, channels)).view(batch, height, width, -1)
+
+
+AXES = [Linear2d(6, 6), Linear2d(6, 4), Linear1d(6, 6), ChannelsFirst(6, 6), ChannelsLast(6, 4, 1)]
+
+
+@pytest.mark.parametrize("module", AXES, ids=lambda module: type(module).__name__)
+@pytest.mark.parametrize(
+    "method",
+    [LoraModel, LohaModel, VeraModel, FourierFTModel, BitFitModel, IA3Model, AdapterModel,
+     OFTModel, HRAModel],
+)  # fmt: skip
+def test_a_width_on_another_axis_is_refused(module, method):
+    model = nn.Sequential(module)
+    before = opendelta.snapshot(model)
+    with pytest.raises(SiteError, match=r"takes its width on another axis|cannot carry"):
+        method(model, modified_modules=["0"])
+    opendelta.assert_pristine(model, like=before)
+
+
+def test_a_linear_over_the_last_axis_of_images_takes_deltas():
+    model, x = nn.Sequential(OfImages(6, 4)), torch.randn(2, 6, 6, 6)
+    delta = LoraModel(model, modified_modules=["0"], lora_r=2)
+    for parameter in delta.parameters():
+        nn.init.normal_(parameter)
+    A, B = (delta.layers["0"].get_parameter(f"lora_{key}") for key in "AB")
+    wanted = F.linear(x, model[0].weight + delta.config.lora_alpha / 2 * B @ A, model[0].bias)
+    torch.testing.assert_close(model(x), wanted)
+
+
+class WithScale(nn.Embedding):
+    """The attribute is that of BART's class, and this forward does nothing with it."""
+
+    def __init__(self, *sizes, embed_scale):
+        super().__init__(*sizes)
+        self.embed_scale = embed_scale
+
+
+class OwnScale(WithScale):
+    def forward(self, ids):
+        return super().forward(ids) * (self.embed_scale if self.embed_scale is not None else 1)
+
+
+@pytest.mark.parametrize("cls", [WithScale, OwnScale])
+@pytest.mark.parametrize("scale", [3.0, None, torch.tensor(2.0), torch.full((6,), 2.0)], ids=str)
+def test_a_scale_that_an_embedding_does_not_use_changes_nothing(cls, scale):
+    model = nn.Sequential(cls(9, 6, embed_scale=scale), nn.Linear(6, 6))
+    opendelta.plan(model, opendelta.LoraConfig(modified_modules=["1"]))
+    opendelta.roles(model)
+    delta = LoraModel(model, modified_modules=["0"])
+    for parameter in delta.parameters():
+        nn.init.normal_(parameter)
+    acting = model(IDS)
+    try:
+        opendelta.composition(model).merge()
+    except SiteError:  # as for a scale of each channel
+        assert isinstance(scale, torch.Tensor)
+        assert scale.ndim
+    torch.testing.assert_close(model(IDS), acting, rtol=1e-4, atol=1e-3)
+
+
+class Experts(nn.Module):
+    """It has the two sizes of a linear layer, and several matrices."""
+
+    def __init__(self):
+        super().__init__()
+        self.in_features = self.out_features = 6
+        self.weight = nn.Parameter(torch.randn(3, 6, 6))
+
+    def forward(self, x):
+        return torch.einsum("noi,...i->...o", self.weight, x)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"init": "pissa"}], ids=str)
+def test_sizes_beside_a_weight_of_other_axes_make_no_linear_layer(options):
+    with pytest.raises(SiteError, match=r"'0' \(Experts\) cannot carry 'lora'"):
+        LoraModel(nn.Sequential(Experts()), modified_modules=["0"], **options)

@@ -1,5 +1,8 @@
 """Weights that the module around reads, and modules that it calls, are told apart by its code."""
 
+import functools
+import weakref
+
 import pytest
 import torch
 import transformers
@@ -455,7 +458,86 @@ class Bloom(CalledAndRead):
         return F.linear(x, self.fc.weight, self.fc.bias) if self.slow else self.fc(x)
 
 
-READ = [CalledAndRead, ThroughAFunction, ByAView, BiasToo, FromAbove]
+class ThroughItsParent(CalledAndRead):
+    """A child points to the module around it."""
+
+    def __init__(self):
+        super().__init__()
+        self.second = Pointing(self)
+
+    def other(self, x):
+        return self.second(x)
+
+
+class Pointing(nn.Module):
+    def __init__(self, around):
+        super().__init__()
+        self.__dict__["around"] = around
+
+    def forward(self, x):
+        return F.linear(x, self.around.fc.weight)
+
+
+class InAClosure(CalledAndRead):
+    def __init__(self):
+        super().__init__()
+        self.inner = lambda x: x @ self.fc.weight
+
+    def other(self, x):
+        return self.inner(x)
+
+
+class InADefault(InAClosure):
+    def __init__(self):
+        super().__init__()
+        self.inner = lambda x, fc=self.fc: x @ fc.weight
+
+
+class InAPartial(InAClosure):
+    def __init__(self):
+        super().__init__()
+        self.inner = functools.partial(times_weight, self)
+
+
+class InSlots(InAClosure):
+    def __init__(self):
+        super().__init__()
+        self.inner = Slotted(self)
+
+
+class InAWeakReference(InAClosure):
+    def __init__(self):
+        super().__init__()
+        around = weakref.ref(self)
+        self.inner = lambda x: x @ around().fc.weight
+
+
+class InAHook(CalledAndRead):
+    def __init__(self):
+        super().__init__()
+        self.second = nn.Identity()
+        self.second.register_forward_hook(lambda module, given, out: out @ self.fc.weight)
+
+    def other(self, x):
+        return self.second(x)
+
+
+def times_weight(module, x):
+    return x @ module.fc.weight
+
+
+class Slotted:
+    __slots__ = ("around",)
+
+    def __init__(self, around):
+        self.around = around
+
+    def __call__(self, x):
+        return x @ self.around.fc.weight
+
+
+READ = [ThroughItsParent, InAClosure, InADefault, InAPartial, InSlots, InAHook, InAWeakReference]
+READ += [CalledAndRead, ThroughAFunction, ByAView, BiasToo, FromAbove]
 READ += [HoldsAside, UnderAnotherName, FromAll]
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import contextvars
+import functools
 import gc
 import itertools
 import threading
@@ -346,6 +347,33 @@ def test_a_decorated_coroutine_function_runs_inside_the_block(model):
             torch.testing.assert_close(out, model(X))
 
 
+class Handler:
+    def __init__(self, model):
+        self.model = model
+
+    async def __call__(self):
+        return self.model(X)
+
+
+def test_what_returns_a_coroutine_or_a_generator_is_seen_when_it_is_called(model):
+    c = composition(model)
+
+    def stream():
+        yield model(X)
+
+    for function in (Handler(model), functools.partial(Handler(model).__call__), lambda: later()):
+
+        async def later():
+            return model(X)
+
+        out = asyncio.run(c.only("a")(function)())
+        with c.only("a"):
+            torch.testing.assert_close(out, model(X))
+    for function in (lambda: stream(), functools.partial(stream)):
+        with pytest.raises(DeltaError, match=r"only\(\) cannot decorate .*, a generator"):
+            c.only("a")(function)()
+
+
 def test_a_generator_function_cannot_be_decorated(model):
     def stream():
         yield model(X)
@@ -358,45 +386,41 @@ def test_a_generator_function_cannot_be_decorated(model):
             composition(model).only("a")(function)
 
 
-class Asking(nn.Module):
-    """A block whose width no table knows; each forward asks for a request of another thread."""
+ASKED = []  # functions that each forward of `Asking` calls in another thread
 
-    ask = None
+
+class Asking(nn.Module):
+    """A block whose width no table knows."""
 
     def __init__(self):
         super().__init__()
         self.fc, self.norm = nn.Linear(6, 6), nn.BatchNorm1d(6)
 
     def forward(self, x):
-        if self.ask is not None:
-            in_another(self.ask)
+        for request in [ASKED.pop() for _ in ASKED[:]]:
+            in_another(request)
         return self.norm(self.fc(x))
 
 
 @pytest.mark.covers("AdapterModel", "check")
 @pytest.mark.parametrize("verb", ["attach", "check"])
 def test_a_run_on_shapes_is_not_seen_by_requests_in_other_threads(verb):
-    inner = Asking()
-    model = nn.Sequential(nn.Linear(6, 6), inner).eval()
+    model = nn.Sequential(nn.Linear(6, 6), Asking()).eval()
     shake(LoraModel(model, modified_modules=["0"], name="a"))
     x, answers = torch.randn(3, 6), []
     wanted, state = model(x), {key: value.clone() for key, value in model.state_dict().items()}
 
     def request():
-        inner.ask, asked = None, inner.ask
         with torch.no_grad():
             answers.append(model(x))
-        inner.ask = asked
 
-    inner.ask = request
+    ASKED.append(request)
     if verb == "attach":
         AdapterModel(model, modified_modules=["1"], sample_inputs=x).detach()
     else:
         opendelta.check(model, sample_inputs=x)
-    inner.ask = None
-    assert answers
-    for answer in answers:
-        torch.testing.assert_close(answer, wanted)
+    (answer,) = answers
+    torch.testing.assert_close(answer, wanted)
     for key, value in model.state_dict().items():
         assert torch.equal(value, state[key])
 
@@ -855,3 +879,17 @@ def test_data_parallel_computes_what_one_device_does(model):
     model.cuda()
     with composition(model).only("b"):
         assert close(nn.DataParallel(model)(X.cuda()).cpu(), expected)
+
+
+def test_frozen_keeps_nothing_of_a_run_with_other_parameters(model):
+    c = composition(model)
+    own = {name: 2 * p for name, p in model.named_parameters() if "deltas" in name}
+    stacked = {name: torch.stack([p, 3 * p]) for name, p in own.items()}
+    call = functools.partial(torch.func.functional_call, model)
+    with torch.no_grad():
+        wanted = model(X), call(own, (X,)), torch.func.vmap(lambda o: call(o, (X,)))(stacked)
+        with c.frozen():
+            for _ in range(2):
+                found = model(X), call(own, (X,)), torch.func.vmap(lambda o: call(o, (X,)))(stacked)
+                for one, other in zip(found, wanted, strict=True):
+                    torch.testing.assert_close(one, other)

@@ -122,7 +122,7 @@ def test_it_says_for_every_method_what_attaching_does_and_touches_nothing(name):
         with untouched(model), Allocations() as allocations:
             told = planned(model, configs)
             str(opendelta.plan(model, configs))
-        assert max(allocations.sizes, default=0) <= 3  # token ids for the shape-only run
+        assert max(allocations.sizes, default=0) < 300  # ids and positions of three tokens
         assert torch.equal(seeds[0], torch.get_rng_state())
         assert seeds[1] == random.getstate()
         assert told == attached(model, configs)

@@ -244,6 +244,20 @@ def test_deltas_go_on_a_model_whose_weights_are_offloaded(name, where, expected,
     assert torch.allclose(logits(model), plain, atol=1e-6)
 
 
+def test_a_copy_of_an_offloaded_module_is_refused(tmp_path):
+    made = shake(LoraModel(small(), modified_modules=["0"], modules_to_save=["0"]))
+    made.freeze_module()
+    made.save_finetuned(tmp_path)
+    model = small()
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    why = r"modules_to_save='0': accelerate offloads the module"
+    with untouched(model):
+        with pytest.raises(SiteError, match=why):
+            LoraModel(model, modified_modules=["0"], modules_to_save=["0"])
+        with pytest.raises(opendelta.DeltaLoadError, match=why):
+            opendelta.load(tmp_path, model, check_backbone=False)
+
+
 def test_deltas_on_an_offloaded_model_get_gradients(tmp_path):
     model = build("llama")
     disk_offload(model, tmp_path, execution_device=torch.device("cpu"))

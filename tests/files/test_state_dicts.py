@@ -325,3 +325,16 @@ def test_merged_deltas_without_the_weights_load_where_the_output_is_the_same():
     other = adapted("ab", acts=False)
     with pytest.raises(DeltaLoadError, match=r"merged into the weights of 2 modules"):
         other.load_state_dict(small)
+
+
+def test_a_hook_that_renames_keys_loses_none_of_what_trains():
+    def rename(module, state, prefix, metadata):
+        for key in list(state):
+            state[f"model.{key}"] = state.pop(key)
+
+    model = nn.Sequential(nn.Linear(4, 4))
+    model.register_state_dict_post_hook(rename)
+    delta = LoraModel(model, modified_modules=["0"])
+    delta.freeze_module(set_state_dict=True)
+    kept = {key for key in model.state_dict() if "deltas" in key}
+    assert kept == {"model.0.deltas.lora.lora_A", "model.0.deltas.lora.lora_B"}

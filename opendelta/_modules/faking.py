@@ -1,0 +1,107 @@
+"""Run modules on shapes alone, so that no tensor without values stays in what they keep."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_iter, tree_map_only
+
+from .tensors import memory_of
+
+MOST = 2**22  # values of a tensor that a run makes
+
+
+class Shapes(FakeTensorMode):
+    """Fake tensors beside the real ones that a run makes from numbers and real ones."""
+
+    def __init__(self) -> None:
+        super().__init__(allow_non_fake_inputs=True)
+        self.made: dict[int, Any] = {}  # {memory: a tensor that has it}
+        self.without_values = set[int]()
+        self.all_fake = False
+
+    def empty(self, shape: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return a fake tensor."""
+        self.all_fake = True
+        try:
+            return torch.empty(shape, dtype=dtype, device=device)
+        finally:
+            self.all_fake = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = kwargs or {}
+        if _makes_new(func, args, given):
+            first = torch.empty((), dtype=args[0].dtype, device=args[0].device)
+            return self._noted(func(first, *args[1:], **given))
+        tensors = [t for t in tree_iter((args, given)) if isinstance(t, Tensor)]
+        if not self.all_fake and self._has_values(func, tensors):
+            return self._noted(func(*args, **given))
+        if func._schema.is_mutable:  # what is written there has no values
+            self.without_values |= {memory_of(t) for t in tensors}
+        args, given = tree_map_only(Tensor, self._faked, (args, given))
+        return super().__torch_dispatch__(func, types, args, given)
+
+    def _has_values(self, func: Any, tensors: list[Tensor]) -> bool:
+        """True if an operation on real tensors has a result that is known and changes none.
+
+        It may change tensors that the run has made.
+        """
+        lost = self.without_values
+        if any(isinstance(t, FakeTensor) or memory_of(t) in lost for t in tensors):
+            return False
+        if torch.Tag.nondeterministic_seeded in func.tags or "empty" in func._schema.name:
+            return False
+        return not func._schema.is_mutable or all(memory_of(t) in self.made for t in tensors)
+
+    def _faked(self, tensor: Tensor) -> Any:
+        if isinstance(tensor, FakeTensor):
+            return tensor
+        if tensor.is_leaf:
+            return self.from_tensor(tensor)
+        like = {"dtype": tensor.dtype, "device": tensor.device}
+        sizes = tensor.shape, tensor.stride()
+        return super().__torch_dispatch__(torch.ops.aten.empty_strided.default, (), sizes, like)
+
+    def _noted(self, out: Any) -> Any:
+        for tensor in tree_iter(out):
+            if isinstance(tensor, Tensor) and not tensor._is_view():
+                self.made[memory_of(tensor)] = tensor
+        return out
+
+
+def _makes_new(func: Any, args: Any, given: dict[str, Any]) -> bool:
+    """True for `new_ones` and the like, which look at a tensor's dtype and device alone."""
+    name = func._schema.name
+    if not name.startswith("aten::new_") or "empty" in name or len(args) < 2:
+        return False
+    return math.prod(map(int, args[1])) <= MOST
+
+
+@contextlib.contextmanager
+def on_shapes() -> Iterator[Shapes]:
+    """Let tensors have no values inside; yield torch's mode of fake tensors.
+
+    A forward may keep what it makes from numbers alone, such as positions, in a cache that other
+    models and threads use: such tensors have their values. Nothing is drawn at random, and tensors
+    from before do not change.
+    """
+    with _quiet(), Shapes() as mode:
+        yield mode
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch from logging each operation that fails on shapes."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
