@@ -253,10 +253,17 @@ def _changes(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, list[Any
 
 
 def _distance(a: Tensor, b: Tensor) -> float:
-    """Return |a - b| / max(|a|, |b|); 0 only if the dtypes and all bits are equal."""
-    if torch.equal(a, b) and a.dtype == b.dtype:
+    """Return |a - b| / max(|a|, |b|); 0 only if the dtypes and all bits are equal.
+
+    NaN and infinite values count as 0 in both norms.
+    """
+    if a.dtype == b.dtype and torch.equal(_bytes(a), _bytes(b)):
         return 0.0
-    one, other = a.double(), b.double()
+    one, other = (each.double().nan_to_num(0, 0, 0) for each in (a, b))
     size = max(float(one.norm()), float(other.norm()))
     apart = float((one - other).norm())
-    return apart / size if size > 0 else max(apart, 5e-324)
+    return max(apart / size if size > 0 else apart, 5e-324)
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8)

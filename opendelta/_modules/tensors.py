@@ -101,15 +101,15 @@ GATHERED: ContextVar[dict[int, Tensor] | None] = ContextVar("gathered", default=
 
 @contextlib.contextmanager
 def gathered(module: nn.Module, state: Mapping[str, Any] | None) -> Iterator[None]:
-    """Let `full` take what a state dict of `module` holds as a whole, and wait for no process.
+    """Let `full` take the values that a state dict of `module` holds, and wait for no process.
 
     None, or a state dict of shards: `full` is a collective call, as it is elsewhere.
     """
-    own = itertools.chain(module.named_parameters(), module.named_buffers())
-    pieces = {unwrapped(name): tensor for name, tensor in own if is_sharded(tensor)}
-    known = {id(pieces[name]): state[name] for name in pieces.keys() & (state or {}).keys()}  # type: ignore
-    alone = known and not any(map(is_sharded, known.values()))
-    token = GATHERED.set(known if alone else None)
+    given = state or {}
+    tensors = itertools.chain(module.named_parameters(), module.named_buffers())
+    own = {unwrapped(name): tensor for name, tensor in tensors if unwrapped(name) in given}
+    known = {id(tensor): given[name] for name, tensor in own.items()}
+    token = GATHERED.set(None if any(map(is_sharded, known.values())) else known or None)
     try:
         yield
     finally:
@@ -119,10 +119,14 @@ def gathered(module: nn.Module, state: Mapping[str, Any] | None) -> Iterator[Non
 def full(tensor: Tensor) -> Tensor:
     """Return the values of `tensor` as a whole; a collective call if it is sharded.
 
-    In `gathered`, a sharded tensor that is not in the state dict has no values.
+    In `gathered` these are the values of the state dict, and a sharded tensor that is not in it has
+    none.
     """
-    if (known := GATHERED.get()) is not None and is_sharded(tensor):
-        return known.get(id(tensor), torch.empty(shape(tensor), device="meta"))
+    if (known := GATHERED.get()) is not None:
+        if id(tensor) in known:
+            return known[id(tensor)]
+        if is_sharded(tensor):
+            return torch.empty(shape(tensor), device="meta")
     if is_partitioned(tensor):
         import deepspeed
 

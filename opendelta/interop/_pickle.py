@@ -119,7 +119,11 @@ class StateDict:
         if name == DICT and not arguments:
             return {}
         if name == TENSOR:
-            return self._tensor(*arguments[:4])
+            tensor = self._tensor(*arguments[:4])
+            flags = arguments[6] if len(arguments) > 6 else None
+            if flags and flags != {"neg": True}:
+                raise ValueError(f"a tensor in it is stored in another way: {flags}")
+            return -tensor if flags else tensor
         if name == PARAMETER and isinstance(arguments[0], Tensor):
             return arguments[0]
         raise ValueError(f"it calls {name} with other arguments than a state dict's")

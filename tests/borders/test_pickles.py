@@ -189,3 +189,12 @@ def test_a_folder_of_900_bytes_takes_no_gigabytes(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(changed(GOOD, data_pkl=bomb))
     with pytest.raises(DeltaLoadError, match="nothing else is unpickled: it holds GLOBAL builtins"):
         opendelta.load(tmp_path, nn.Sequential(nn.Linear(6, 6)))
+
+
+def test_a_negative_view_has_its_sign(tmp_path):
+    path, numbers = tmp_path / "views.bin", torch.tensor([1 + 2j, 3 - 4j])
+    torch.save({"a": numbers.conj().imag}, path)
+    assert torch.equal(read_pickle(path)["a"], torch.load(path, weights_only=True)["a"])
+    torch.save({"a": numbers.conj()}, path)
+    with pytest.raises(DeltaLoadError):
+        read_pickle(path)

@@ -245,15 +245,19 @@ def test_deltas_go_on_a_model_whose_weights_are_offloaded(name, where, expected,
 
 
 def test_a_copy_of_an_offloaded_module_is_refused(tmp_path):
-    made = shake(LoraModel(small(), modified_modules=["0"], modules_to_save=["0"]))
+    def two():
+        return nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+
+    options = {"modified_modules": ["0"], "modules_to_save": ["1"]}
+    made = LoraModel(two(), **options)
     made.freeze_module()
     made.save_finetuned(tmp_path)
-    model = small()
+    model = two()
     cpu_offload(model, execution_device=torch.device("cpu"))
-    why = r"modules_to_save='0': accelerate offloads the module"
+    why = r"modules_to_save='1': accelerate offloads the module"
     with untouched(model):
         with pytest.raises(SiteError, match=why):
-            LoraModel(model, modified_modules=["0"], modules_to_save=["0"])
+            LoraModel(model, **options)
         with pytest.raises(opendelta.DeltaLoadError, match=why):
             opendelta.load(tmp_path, model, check_backbone=False)
 

@@ -338,3 +338,21 @@ def test_a_hook_that_renames_keys_loses_none_of_what_trains():
     delta.freeze_module(set_state_dict=True)
     kept = {key for key in model.state_dict() if "deltas" in key}
     assert kept == {"model.0.deltas.lora.lora_A", "model.0.deltas.lora.lora_B"}
+
+
+def test_save_pretrained_writes_the_values_that_it_is_given(tmp_path):
+    model = build("bert")
+    delta = shake(LoraModel(model))
+    delta.freeze_module(exclude=["deltas", "cls"])
+    average = {key: value + 1 for key, value in model.state_dict().items()}
+    model.save_pretrained(tmp_path, state_dict=average)
+    (path,) = (tmp_path / "deltas").glob("*.safetensors")
+    for key, value in load_file(path).items():
+        assert torch.equal(value, average[key])
+    plain = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(value, average[key]) for key, value in plain.items())
+    again = opendelta.from_pretrained(tmp_path)
+    wanted = build("bert")
+    LoraModel(wanted)
+    wanted.load_state_dict(average)
+    torch.testing.assert_close(logits(again), logits(wanted))

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from support import ROOT, TESTS
 from support.nets import shake
 
@@ -232,6 +233,24 @@ def test_verify_and_diff_fail_where_they_find_something(run):
     assert len(found["values"]) == 16
     assert not any(value for name, value in found.items() if name != "values")
     assert run("diff", "my-peft", "my-peft")[0] == 0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -0.0])
+def test_diff_tells_values_that_no_distance_measures(run, folder, value):
+    shutil.rmtree(folder / "odd", ignore_errors=True)
+    shutil.copytree(folder / "my-peft", folder / "odd")
+    path = folder / "odd" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    first = next(iter(tensors))
+    other = {name: tensor.clone() for name, tensor in tensors.items()}
+    other[first].view(-1)[0], tensors[first].view(-1)[0] = value, 0.0
+    save_file(other, path)
+    shutil.rmtree(folder / "zero", ignore_errors=True)
+    shutil.copytree(folder / "my-peft", folder / "zero")
+    save_file(tensors, folder / "zero" / "adapter_model.safetensors")
+    code, out, _ = run("diff", "zero", "odd", "--json")
+    assert (code, list(json.loads(out)["values"])) == (1, [first])
+    assert run("diff", "odd", "odd")[0] == 0
 
 
 def test_verify_says_of_which_weights_it_compared_the_values(run, folder):
