@@ -41,6 +41,17 @@ def earlier(given: Mapping[str, Any]) -> int | None:
     return None if began else 0
 
 
+def positions_of(given: Mapping[str, Any], length: int) -> Any:
+    """Return the position ids of a call with `length` tokens, or None.
+
+    An encoder-decoder may hand on those of its other side, which it ignores.
+    """
+    positions = given.get("position_ids")
+    if isinstance(positions, Tensor) and (not positions.ndim or positions.size(-1) != length):
+        return None
+    return positions
+
+
 # {the state of earlier tokens, if it counts none: their numbers in each row [batch, 1]}
 _in_states: Any = WeakIdKeyDictionary()
 
@@ -105,7 +116,7 @@ class Documents:
         mask: Any = given.get("attention_mask")
         if isinstance(mask, dict):  # one for each kind of layer; a recurrent one takes it plain
             mask = next((m for m in mask.values() if getattr(m, "ndim", 0) == 2), mask)
-        self.positions: Any = given.get("position_ids")
+        self.positions = positions_of(given, length)
         plain = mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)
         self.plain = plain and given.get("input_mask") is None  # XLNet's, true for padding
         self.mask = mask if self.plain else None

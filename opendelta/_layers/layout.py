@@ -1,16 +1,50 @@
-"""Where prompts and tokens stand in rows that have a prompt before each document."""
+"""Where prompts and tokens stand in rows that have a prompt before each document.
+
+And what a call says of the prompt, and what a module makes of token ids beside embedding them.
+"""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .._modules import calls
-from ..errors import SiteError
+from ..errors import SiteError, quoted
 from .documents import latest
+from .site import Site
+from .tokens import EMBEDDED
 
+POSITIONS = "attention_mask", "position_ids"  # these are widened by rules of their own
+# The prompt gets the values of its document's first token.
+LIKE_FIRST = (
+    "token_type_ids", "bbox", "task_type_ids", "langs", "global_attention_mask", "seq_idx",
+    "image_attention_mask",
+)  # fmt: skip
+# The prompt gets zeros: it is no image.
+NOTHING = ("mm_token_type_ids", "visual_pos_masks", "image_embeds_position_mask")
+ROWS = "per_layer_inputs"  # what each block gets of each token; the prompt gets that of padding
+KNOWN = (*EMBEDDED, *POSITIONS, *LIKE_FIRST, *NOTHING, ROWS)
+# These speak of the tokens, and have no axis of the length.
+COUNTS = (
+    "lengths", "perm_mask", "target_mapping", "input_mask", "entity_position_ids",
+    "cu_seq_lens_q", "cu_seq_lens_k",
+)  # fmt: skip
+BY_IDS = ("image_pixel_values", "audio_input_features")
+OTHERS = ("encoder_", "decoder_", "cross_attention", "pixel_", "image_", "visual_e", "past_")
+# {class that runs this child on token ids, and skips it where embeddings are given}
+SKIPS = {"EsmModel": "embeddings"}
+# {class that makes more of token ids than embeddings can say: what}
+BEYOND = {
+    "CsmDepthDecoderModel": "embeds them by their positions",
+    "ClvpConditioningEncoder": "puts other tokens around them",
+    "BltLocalEncoder": "works on patches of them, which the model finds before",
+    "BltPatcher": "cuts them into patches",
+    "HiggsAudioV2Model": "tells audio from text by them",
+}
 ONE_GRAPH = (
     "a soft prompt cannot be in one graph with position_ids, whose values say how many documents a "
     "row holds: leave position_ids out; each row is then one document"
@@ -61,11 +95,11 @@ class Layout:
         index = torch.where(self.taken, self.length + self.next, rows)
         return every.gather(1, index[..., None].expand(-1, -1, embeds.size(-1)))
 
-    def widened(self, value: Tensor, fill: int | None = None) -> Tensor:
+    def widened(self, value: Tensor, fill: int | Tensor | None = None) -> Tensor:
         """Return `value` [batch or 1, length, ...] with `fill` for the prompt's slots.
 
         Args:
-            fill: None: the value of the next token.
+            fill: a number, or [1, 1, ...]; None: the value of the next token.
         """
         index, taken = self.next.clamp(max=self.count - 1), self.taken
         for _ in value.shape[2:]:
@@ -81,6 +115,99 @@ class Layout:
         moved = given + torch.where(self.shift > 0, self.length, 0)
         at_row = torch.where(self.filler, 0, given.gather(-1, index)) + self.row
         return torch.where(self.taken, moved.gather(-1, index), at_row)
+
+
+def _of_class(table: Mapping[str, str], module: nn.Module) -> str:
+    """Return what a table {name of a class: ...} says of a module's class or its bases, or ""."""
+    names = (base.__name__ for base in type(module).__mro__)
+    return next((table[name] for name in names if name in table), "")
+
+
+def check_takes_embeddings(site: Site) -> None:
+    """Raise if a module needs its token ids for more than embeddings of them can say."""
+    if what := _of_class(BEYOND, site.module):
+        raise SiteError(
+            f"{quoted(site.name)}: {type(site.module).__name__} asks for token ids, and takes no "
+            f"embeddings in their place: it {what}; choose another module",
+            where=site.name,
+        )
+
+
+def skipped_by(module: nn.Module) -> str:
+    """Return the name of the child that a module skips where embeddings are given, or ""."""
+    return _of_class(SKIPS, module)
+
+
+def plain_id(reader: Any) -> int:
+    """Return a token id that is neither padding nor <mask> to a module that reads ids."""
+    pad = -1 if reader.padding_idx is None else reader.padding_idx
+    return pad + 1 if pad + 1 != getattr(reader, "mask_token_id", None) else pad + 2
+
+
+def unknown(given: Mapping[str, Any], batch: int, length: int) -> str:
+    """Return which argument of a call a prompt has no value for, and why; or ""."""
+    for name, value in given.items():
+        of_tokens = (
+            isinstance(value, Tensor)
+            and value.ndim > 1
+            and (value.shape[:2] == (batch, length) or value.shape[-2:] == (batch, length))
+            and not name.startswith(OTHERS)
+        )
+        if value is not None and name in BY_IDS:
+            return (
+                f"{name!r}, and finds its places by token ids, which a prompt replaces by "
+                "embeddings: give text alone"
+            )
+        if value is not None and (name in COUNTS or (of_tokens and name not in KNOWN)):
+            return (
+                f"{name!r}, which says something of each token, and nothing says its value for "
+                f"the prompt; known are {', '.join(KNOWN)}"
+            )
+    return ""
+
+
+def maker_of_rows(module: nn.Module) -> tuple[str, ...]:
+    """Return the arguments of the method that makes `ROWS` of token ids; (): there is none."""
+    make: Any = getattr(module, "get_per_layer_inputs", None)
+    if make is None or not getattr(module, "hidden_size_per_layer_input", 0):
+        return ()
+    return tuple(inspect.signature(make).parameters)
+
+
+def widen_values(
+    given: dict[str, Any], module: nn.Module, makes: tuple[str, ...], layout: Layout
+) -> None:
+    """Widen the arguments in `given` that have a value for each token, but `POSITIONS`.
+
+    Args:
+        makes: the arguments of what makes `ROWS` in the module.
+    """
+    for name in LIKE_FIRST:
+        if given.get(name) is not None:
+            given[name] = layout.widened(given[name])
+    for name in NOTHING:
+        if given.get(name) is not None:
+            given[name] = layout.widened(given[name], 0)
+    if makes:
+        _widen_rows(given, module, makes, layout)
+
+
+def _widen_rows(
+    given: dict[str, Any], module: nn.Module, makes: tuple[str, ...], layout: Layout
+) -> None:
+    """Widen `ROWS`, or make them: the prompt gets those of padding, as images do in these models.
+
+    If what makes them takes embeddings too, it finds the token ids of those.
+    """
+    make: Any = module.get_per_layer_inputs
+    ids, embeds = (given.get(name) for name in EMBEDDED)
+    rows = given.get(ROWS) if ids is None else make(ids)
+    if rows is None and EMBEDDED[1] in makes:
+        rows = make(None, embeds)
+    if rows is not None:
+        pad: Any = getattr(module, "padding_idx", None) or 0
+        padding = torch.full((1, 1), pad, device=layout.slot_of.device)
+        given[ROWS] = layout.widened(rows, make(padding))
 
 
 def _check_values() -> None:

@@ -20,9 +20,21 @@ from ..errors import SiteError
 from ..names import is_inside, parent
 from .base import Acts, DeltaLayer, Handover
 from .costs import Flops
-from .documents import Documents, cache_in
+from .documents import Documents, cache_in, positions_of
 from .embedding import embedding_of, numbered, numbering, room, scale_of
-from .layout import Layout, check_positions, starts, strip
+from .layout import (
+    POSITIONS,
+    Layout,
+    check_positions,
+    check_takes_embeddings,
+    maker_of_rows,
+    plain_id,
+    skipped_by,
+    starts,
+    strip,
+    unknown,
+    widen_values,
+)
 from .site import Site
 from .tokens import EMBEDDED, arguments, mask_around, named, noting
 
@@ -30,18 +42,6 @@ TAKES = {"input_ids", "inputs_embeds", "attention_mask"}
 STATES = "encoder_hidden_states"
 CROSS = ("encoder_attention_mask", "encoder_padding_mask")
 IDS = (torch.int64, torch.int32)
-POSITIONS = "attention_mask", "position_ids"  # these are widened by rules of their own
-# The prompt gets the values of its document's first token.
-LIKE_FIRST = (
-    "token_type_ids", "bbox", "task_type_ids", "langs", "global_attention_mask", "seq_idx",
-)  # fmt: skip
-NOTHING = ("mm_token_type_ids", "visual_pos_masks")  # the prompt gets zeros: it is no image
-# These speak of the tokens, and have no axis of the length.
-COUNTS = (
-    "lengths", "perm_mask", "target_mapping", "input_mask", "entity_position_ids",
-    "cu_seq_lens_q", "cu_seq_lens_k",
-)  # fmt: skip
-OTHERS = ("encoder_", "decoder_", "cross_attention", "pixel_", "image_", "visual_e", "past_")
 
 
 def embedders(modules: Mapping[str, nn.Module]) -> dict[str, bool]:
@@ -118,6 +118,7 @@ class PromptLayer(_WithPrompt):
     def __init__(self, site: Site, length: int, strip: bool) -> None:
         super().__init__()
         self.arguments = arguments(site.module)
+        check_takes_embeddings(site)
         self.embedding = embedding_of(site.module)
         kind = kind_of(site.module.get_submodule(self.embedding))
         if not isinstance(kind, Embedding):
@@ -132,6 +133,8 @@ class PromptLayer(_WithPrompt):
         self.stripper: Handover | None = None
         self.numbered = numbered(site.module)
         self.ids = Handover() if self.numbered else None  # to number the positions by
+        self.skipped = skipped_by(site.module)
+        self.makes_rows = maker_of_rows(site.module)
 
     @property
     def extra_positions(self) -> int:  # type: ignore[override]
@@ -162,12 +165,18 @@ class PromptLayer(_WithPrompt):
         prompt = self.prompt() if self.gate is None else self.gate(embeds) * self.prompt()
         self._widen(given, module, layout)
         given["input_ids"] = None
-        if self.ids is not None and ids is not None:
-            pad = module.get_submodule(self.numbered).padding_idx
-            ids = layout.widened(ids, pad + 1)
-            self.ids.put(ids)
-            given["input_ids"] = ids if prompts > self.length else None  # for those beneath
-        given["inputs_embeds"] = layout.filled(prompt.type_as(embeds), embeds)
+        embeds = layout.filled(prompt.type_as(embeds), embeds)
+        reader = self.numbered or self.skipped
+        if reader and ids is not None:
+            ids = layout.widened(ids, plain_id(module.get_submodule(reader)))
+            if self.ids is not None:
+                self.ids.put(ids)
+            if prompts > self.length:
+                given["input_ids"] = ids  # for those beneath
+            elif self.skipped:
+                more = {name: given.get(name) for name in POSITIONS}
+                embeds = module.get_submodule(self.skipped)(ids, inputs_embeds=embeds, **more)
+        given["inputs_embeds"] = embeds
         self._check_room(given, layout.full, self.length)
         if self.stripper is not None:
             self.stripper.put((layout.slot_of, layout.full))
@@ -197,19 +206,10 @@ class PromptLayer(_WithPrompt):
             self._refuse(
                 f"the static cache of {kind} has no room for the prompt: use the default cache"
             )
-        for name, value in given.items():
-            of_tokens = (
-                isinstance(value, Tensor)
-                and value.ndim > 1
-                and (value.shape[:2] == (batch, length) or value.shape[-2:] == (batch, length))
-                and not name.startswith(OTHERS)
-            )
-            known = (*EMBEDDED, *POSITIONS, *LIKE_FIRST, *NOTHING)
-            if value is not None and (name in COUNTS or (of_tokens and name not in known)):
-                self._refuse(
-                    f"{kind} is given {name!r}, which says something of each token, and nothing "
-                    f"says its value for the prompt; known are {', '.join(known)}"
-                )
+        if positions_of(given, length) is None and POSITIONS[1] not in self.arguments:
+            given.pop(POSITIONS[1], None)
+        if why := unknown(given, batch, length):
+            self._refuse(f"{kind} is given {why}")
         return batch, length
 
     def _refuse(self, why: str) -> NoReturn:
@@ -227,12 +227,7 @@ class PromptLayer(_WithPrompt):
         elif ids is not None and (rule := numbering(module)) is not None:
             number, pad = rule
             given["position_ids"] = number(layout.widened(ids, pad + 1), pad)
-        for name in LIKE_FIRST:
-            if given.get(name) is not None:
-                given[name] = layout.widened(given[name])
-        for name in NOTHING:
-            if given.get(name) is not None:
-                given[name] = layout.widened(given[name], 0)
+        widen_values(given, module, self.makes_rows, layout)
 
     def _mask(self, module: nn.Module, layout: Layout) -> Tensor | None:
         """Return a mask that hides the ends of rows with fewer documents than others.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,15 +11,17 @@ from torch import Tensor
 from .._modules import tensors
 
 # Words of 8 bytes in a row of the tables that are summed up. It is a prime, so that the rows of a
-# weight do not begin in the same columns: values that change places change the sums.
-WIDTH = 509
+# weight do not begin in the same columns.
+WIDTH = 1021
+PIECE = 2**20  # values in a table at most: a processor's cache holds it for the second sum
+FIRST, STEP = 0x1E3779B97F4A7C15, 0x13C6EF362  # the factors of the sums, which are all odd
 
 
 class Mark(NamedTuple):
     """A mark of a parameter: it differs if values differ, or if values change places.
 
     Attributes:
-        sizes: the number of values in each chunk that was read; none of a quantised parameter.
+        sizes: the number of values in each piece that was read; none of a quantised parameter.
         digest: a number for all bits.
     """
 
@@ -32,18 +34,17 @@ def mark(chunks: Iterable[Tensor]) -> Mark:
     sizes: list[int] = []
     sums: list[Tensor] = []
     for chunk in chunks:
-        sizes.append(chunk.numel())
-        sums += _sums(chunk.detach().contiguous().view(-1))
-    every = torch.cat(sums)
-    odd = torch.arange(1, 2 * len(every), 2, device=every.device)
-    return Mark(tuple(sizes), int(((every ^ (every >> 29)) * odd).sum()))
+        for piece in _pieces(chunk.detach().contiguous().view(-1)):
+            sizes.append(piece.numel())
+            sums += _sums(piece)
+    return Mark(tuple(sizes), _digest(torch.cat(sums)))
 
 
 def mark_of(parameter: Any, sizes: tuple[int, ...] = ()) -> Mark:
     """Return the mark of a parameter; the mark of a quantised one stands for the object.
 
     Args:
-        sizes: the chunks to read. An empty tuple: all at once.
+        sizes: the pieces to read. An empty tuple: those of `mark`.
     """
     if not tensors.is_plain(parameter):
         return Mark((), id(parameter))
@@ -51,10 +52,18 @@ def mark_of(parameter: Any, sizes: tuple[int, ...] = ()) -> Mark:
     return mark(flat.split(list(sizes)) if sum(sizes) == len(flat) else [flat])
 
 
-def _sums(flat: Tensor) -> list[Tensor]:
-    """Return sums of the words in a flat tensor, and the words and bytes that are left over.
+def _pieces(flat: Tensor) -> Sequence[Tensor]:
+    """Cut a flat tensor into the pieces that are summed up apart: a chunk of a merge is one."""
+    whole = flat.numel() <= PIECE or flat.device.type != "cpu"
+    return [flat] if whole else flat.split(PIECE)
 
-    Each sum is of an odd number of words: with an even one, flips of all signs could cancel.
+
+def _sums(flat: Tensor) -> list[Tensor]:
+    """Return the sums of the rows and columns of a table of the words in a flat tensor.
+
+    The words and bytes that are left over come last. No two words are in the same row and the same
+    column, so that none can change places and leave all sums as they are. A row has an odd number
+    of words: with an even one, flips of all signs could cancel.
     """
     if flat.storage_offset() * flat.element_size() % 8:
         flat = flat.clone()
@@ -63,8 +72,16 @@ def _sums(flat: Tensor) -> list[Tensor]:
         flat = flat.view(torch.uint8)
         flat, left = flat[:-over], [flat[-over:].to(torch.int64)]
     words = flat.view(torch.int64)
-    rows = words.size(0) // WIDTH
-    rows -= rows > 0 and rows % 2 == 0
-    if rows:
-        left += [words[: rows * WIDTH].view(rows, WIDTH).sum(0)]
-    return [words[rows * WIDTH :], *left]
+    rows = words.numel() // WIDTH
+    if not rows:
+        return [words, *left]
+    table = words[: rows * WIDTH].view(rows, WIDTH)
+    by_row = table.sum(1)  # first, as this reads memory faster
+    return [by_row, table.sum(0), words[rows * WIDTH :], *left]
+
+
+def _digest(sums: Tensor) -> int:
+    """Return a number that depends on all numbers and their places."""
+    factors = torch.arange(FIRST, FIRST + STEP * len(sums), STEP, device=sums.device)
+    mixed = (sums + (sums >> 32)) * factors
+    return int((mixed ^ (mixed >> 29)).sum())

@@ -346,6 +346,31 @@ def test_tokens_before_rows_are_refused_by_name_when_attaching(make, modules):
     put(model, modules, first=None)
 
 
+T5 = {
+    "vocab_size": 60, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4,
+    "pad_token_id": 0, "decoder_start_token_id": 0,
+}  # fmt: skip
+BOTH = {
+    "mbart": lambda: T.MBartModel(T.MBartConfig(vocab_size=60, **BART)),
+    "plbart": lambda: T.PLBartModel(T.PLBartConfig(vocab_size=60, **BART)),
+    "blenderbot": lambda: T.BlenderbotModel(T.BlenderbotConfig(vocab_size=60, **BART)),
+    "umt5": lambda: T.UMT5Model(T.UMT5Config(**T5)),
+}
+
+
+@pytest.mark.parametrize("length", [12, 4, 7])
+@pytest.mark.parametrize("name", BOTH)
+def test_position_ids_of_another_length_than_the_tokens_say_nothing_of_them(name, length):
+    """They come to both sides of an encoder-decoder, which ignores them."""
+    torch.manual_seed(0)
+    model = BOTH[name]().eval()
+    put(model, None, first=1, last=1)
+    batch = {"input_ids": IDS, "decoder_input_ids": IDS[:, :4]}
+    positions = torch.arange(length)[None]
+    found = model(position_ids=positions, **batch).last_hidden_state
+    torch.testing.assert_close(found, model(**batch).last_hidden_state)
+
+
 # ------------------------------------------------------------------------------------ recomputation
 def gradients(model, delta, calls, thread):
     """The gradients of the delta after the forwards of two batches and one backward."""

@@ -1,5 +1,6 @@
 """Soft prompts in rows with padding, packed documents and caches: as their tokens written there."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -7,10 +8,17 @@ import pytest
 import torch
 import transformers as T
 from support.nets import shake, untouched
+from transformers.models.clvp.modeling_clvp import ClvpConditioningEncoder
+from transformers.models.higgs_audio_v2.modeling_higgs_audio_v2 import HiggsAudioV2Model
+from transformers.models.kosmos2.configuration_kosmos2 import Kosmos2TextConfig
+from transformers.models.kosmos2.modeling_kosmos2 import Kosmos2TextModel
+from transformers.models.qwen4_exp.configuration_qwen4_exp import Qwen4ExpTextConfig
+from transformers.models.qwen4_exp.modeling_qwen4_exp import Qwen4ExpTextModel
 
 import opendelta
 from opendelta import LoReftModel, PrefixModel, SiteError, SoftPromptModel
 from opendelta._layers.embedding import SCALES
+from opendelta._layers.layout import SKIPS
 
 pytestmark = pytest.mark.covers("SoftPromptModel", "SoftPromptConfig.soft_token_num", "PrefixModel")
 
@@ -20,8 +28,16 @@ WIDE = {
     "vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
     "intermediate_size": 48, "pad_token_id": 0, "initializer_range": 0.2,
 }  # fmt: skip
+BYTES = {
+    "vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4,
+    "intermediate_size": 48, "hidden_size_global": 64,
+}  # fmt: skip
 GROUPED = {**WIDE, "num_key_value_heads": 2, "eos_token_id": None}
 HEAD = {**GROUPED, "head_dim": 8}
+ROWS = {  # for each block, of each token
+    **HEAD, "sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"],
+    "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 60, "num_kv_shared_layers": 0,
+}  # fmt: skip
 GPT = {"vocab_size": 60, "n_embd": 32, "n_layer": 2, "n_head": 4, "eos_token_id": None}
 T5 = {
     "vocab_size": 60, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4,
@@ -104,6 +120,58 @@ CLASSES = {
         "position_embedding_type": "rotary",
     }),
     "markuplm": (T.MarkupLMModel, T.MarkupLMConfig, WIDE),
+    "gemma3n": (T.Gemma3nForCausalLM, T.Gemma3nTextConfig, {
+        **ROWS, "laurel_rank": 4, "altup_num_inputs": 2, "activation_sparsity_pattern": [0.0, 0.0]
+    }),
+    "gemma4": (T.Gemma4ForCausalLM, T.Gemma4TextConfig, {**ROWS, "global_head_dim": 8}),
+    "qwen4": (Qwen4ExpTextModel, Qwen4ExpTextConfig, {
+        **HEAD, "layer_types": ["linear_attention", "indexed_attention"], "eos_token_id": 1,
+        "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4, "moe_intermediate_size": 16, "num_experts": 4,
+        "shared_expert_intermediate_size": 16, "num_experts_per_tok": 2, "hc_count": 2,
+        "hc_lowrank": 4, "heads_per_ngram": 2, "ngram_vocab_size_base": 50, "ple_layer_ids": [1],
+        "make_ngram_vocab_size_divisible_by": 2, "split_ngram_parts": 1, "indexer_n_heads": 2,
+        "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 4,
+        "indexer_compress_ratio": 1,
+    }),
+    "csm": (T.CsmDepthDecoderModel, T.CsmDepthDecoderConfig, {
+        **HEAD, "backbone_hidden_size": 32, "num_codebooks": 12
+    }),
+    "higgs": (HiggsAudioV2Model, T.HiggsAudioV2Config, {
+        **HEAD, "num_codebooks": 2, "codebook_size": 10, "audio_token_id": 58,
+        "audio_delay_token_id": 59,
+    }),
+    "clvp": (ClvpConditioningEncoder, T.ClvpConfig, {
+        "text_config": {"vocab_size": 60, "hidden_size": 32}, "decoder_config": {
+            "hidden_size": 32, "num_attention_heads": 4, "num_mel_attn_blocks": 1,
+            "feature_size": 16, "vocab_size": 60,
+        },
+    }),
+    "blt": (T.BltForCausalLM, T.BltConfig, {
+        "vocab_size": 60, "encoder_config": BYTES, "decoder_config": BYTES,
+        "global_config": {**BYTES, "hidden_size": 64}, "patcher_config": BYTES,
+        "encoder_hash_byte_group_size": [2, 3], "encoder_hash_byte_group_vocab": 50,
+    }),
+    "phi4": (T.Phi4MultimodalForCausalLM, T.Phi4MultimodalConfig, {
+        **GROUPED, "intermediate_size": 256, "vision_config": {
+            "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "image_token_id": 58,
+        }, "audio_config": {
+            "hidden_size": 32, "intermediate_size": 64, "num_blocks": 1, "num_attention_heads": 4,
+            "audio_token_id": 59, "ext_pw_out_channel": 32, "depthwise_separable_out_channel": 32,
+        },
+    }),
+    "kosmos2": (Kosmos2TextModel, Kosmos2TextConfig, {
+        "vocab_size": 60, "embed_dim": 32, "layers": 2, "ffn_dim": 48, "attention_heads": 4,
+        "max_position_embeddings": 64, "init_std": 0.2,
+    }),
+    "idefics": (T.IdeficsForVisionText2Text, T.IdeficsConfig, {
+        **WIDE, "cross_layer_interval": 1, "use_resampler": False, "additional_vocab_size": 0,
+        "alpha_initializer": "ones", "vision_config": {
+            "embed_dim": 32, "image_size": 32, "patch_size": 8, "intermediate_size": 32,
+            "num_attention_heads": 2, "num_hidden_layers": 1,
+        },
+    }),
     "layoutlm": (T.LayoutLMModel, T.LayoutLMConfig, WIDE),
     "ernie": (T.ErnieModel, T.ErnieConfig, {**WIDE, "use_task_id": True}),
     "funnel": (T.FunnelModel, T.FunnelConfig, {
@@ -381,6 +449,153 @@ def test_positions_are_numbered_by_the_tokens_that_are_no_padding(name, left):
     together = model(torch.where(mask == 1, IDS, 1), attention_mask=mask, **decoder).logits[1]
     row = {"decoder_input_ids": IDS[1:, :4]} if decoder else {}
     near(together if decoder else together[tokens], model(IDS[1:, tokens], **row).logits[0])
+
+
+# ------------------------------------------------------------------- more of token ids than rows
+PADDING = torch.cat([torch.zeros(2, LENGTH, dtype=torch.long), IDS], 1)
+
+
+def of_rows(name):
+    """A model whose blocks get rows by token ids, and the output where the prompt has padding's."""
+    model = build(name).double()
+    text = model.model
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    rows = text.get_per_layer_inputs(PADDING)
+    written = model(inputs_embeds=text.embed_tokens(WRITTEN), per_layer_inputs=rows).logits
+    assert (written - model(WRITTEN).logits).abs().max() > 1e-3
+    return model, written[:, LENGTH:]
+
+
+@pytest.mark.parametrize("name", ["gemma3n", "gemma4"])
+def test_blocks_get_the_rows_of_tokens_by_their_ids_and_of_padding_for_the_prompt(name):
+    model, expected = of_rows(name)
+    delta = put(model, dtype="backbone")
+    near(model(IDS).logits, expected)
+    text = model.model
+    given = {"inputs_embeds": text.embed_tokens(IDS)}
+    near(model(**given, per_layer_inputs=text.get_per_layer_inputs(IDS)).logits, expected)
+    SoftPromptModel(model, soft_token_num=1, token_init=[20], name="other", dtype="backbone")
+    shake(delta)
+    mask = torch.ones_like(IDS)
+    mask[1, :3] = 0
+    padded = model(torch.where(mask == 1, IDS, 0), attention_mask=mask).logits[1, 3:]
+    near(padded, model(IDS[1:, 3:]).logits[0])
+    options = {"max_new_tokens": 4, "output_scores": True, "return_dict_in_generate": True}
+    scores = [model.generate(IDS, use_cache=use, **options).scores for use in (True, False)]
+    near(*scores)
+
+
+def test_embeddings_alone_have_the_rows_that_the_model_gives_them():
+    model = build("gemma3n")
+    embeds = model.get_input_embeddings()
+    expected = model(inputs_embeds=embeds(WRITTEN)).logits[:, LENGTH:]
+    put(model)
+    near(model(inputs_embeds=embeds(IDS)).logits, expected)
+    model = build("gemma4")  # it finds the ids of embeddings, and a trained prompt has none
+    shake(put(model))
+    near(model(inputs_embeds=model.get_input_embeddings()(IDS)).logits, model(IDS).logits)
+
+
+@pytest.mark.parametrize("two", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("positions", ["rotary", "absolute"])
+@pytest.mark.parametrize("pad", [0, 2])
+@pytest.mark.parametrize(
+    "option", [{}, {"token_dropout": True}, {"emb_layer_norm_before": True}], ids=str
+)
+def test_what_esm_does_to_token_ids_alone_it_does_behind_a_prompt(
+    option, pad, positions, padded, two
+):
+    sizes = {"position_embedding_type": positions, "pad_token_id": pad, "mask_token_id": 3}
+    model = build("esm", **sizes, **option).double()
+    ids = IDS.clone()
+    ids[:, 2] = ids[1, 5] = 3
+    if padded:
+        ids[1, 6:] = pad
+    written = torch.cat([WRITTEN[:, :LENGTH], ids], 1)
+    expected = model(written, attention_mask=(written != pad).long()).logits[:, LENGTH:]
+    if two:
+        for name, part in (("a", PROMPT[:1]), ("b", PROMPT[1:])):
+            put(model, soft_token_num=len(part), token_init=part, name=name, dtype="backbone")
+    else:
+        put(model, dtype="backbone")
+    seen = ids != pad
+    near(model(ids, attention_mask=seen.long()).logits[seen], expected[seen])
+
+
+def forwards():
+    """(class, its syntax) of all that take token ids or embeddings, in all of transformers."""
+    for file in Path(T.__file__).parent.glob("models/*/modeling_*.py"):
+        for part in ast.parse(file.read_text()).body:
+            parts = getattr(part, "body", [])
+            call = next((f for f in parts if getattr(f, "name", "") == "forward"), None)
+            names = {a.arg for a in call.args.args} if isinstance(call, ast.FunctionDef) else set()
+            if isinstance(part, ast.ClassDef) and {"input_ids", "inputs_embeds"} <= names:
+                yield part, call
+
+
+def test_all_classes_that_skip_a_child_where_embeddings_are_given_are_known():
+    skips = re.compile(
+        r"if inputs_embeds is None:\s+inputs_embeds = self\.(\w+)\(input_ids=([^)]*)\)"
+    )
+    found = {}
+    for cls, call in forwards():
+        for name, more in skips.findall(ast.unparse(call)):
+            if "inputs_embeds" not in more:
+                found[cls.name] = name
+    assert found == SKIPS
+
+
+PLACES = {  # positions, padding and shapes
+    "make_default_2d_attention_mask()", "self._pad_to_window_size()", "torch.numel()",
+    "create_position_ids_from_input_ids()", "self.create_position_ids_from_input_ids()",
+    "position_ids.unsqueeze(0).expand_as()", "input_ids != self.pad_index",
+}  # fmt: skip
+BY_IDS = {
+    "rows for each block": {"Gemma3nTextModel"},
+    "handed on": {"EsmEmbeddings"},
+    "refused when attaching": {
+        "CanineEmbeddings", "ClvpConditioningEncoder", "CsmDepthDecoderModel", "DeepseekV4Model",
+    },
+    "images and audio refused": {
+        "Phi4MultimodalFeatureEmbedding", "Phi4MultimodalAudioEmbedding",
+        "Phi4MultimodalImageEmbedding",
+    },
+    "outside what embeds the text": {
+        "EmbeddingGemma2Model", "EvollaSaProtEmbeddings", "Gemma3nMultimodalEmbedder",
+    },
+    "of no use": {"Glm5NextTextModel"},
+}  # fmt: skip
+
+
+def uses(cls, call):
+    """What a forward does with token ids beside embedding them, without the embeddings' help."""
+    own = {part.name for part in cls.body if isinstance(part, ast.FunctionDef)}
+    for node in ast.walk(call):
+        text = ast.unparse(node)
+        if isinstance(node, ast.Compare | ast.BinOp) and " is " not in text:
+            if re.search(r"\binput_ids (?!is\b)|[=+*%-] input_ids$", text):
+                yield text
+        elif isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            child = name.startswith("self.") and name.split(".")[1] not in own
+            given = [*node.args, *(keyword.value for keyword in node.keywords)]
+            names = {part.id for part in given if isinstance(part, ast.Name)}
+            if not child and "input_ids" in names and "inputs_embeds" not in names:
+                yield f"{name}()"
+
+
+def test_all_classes_that_use_token_ids_beside_embedding_them_are_known():
+    """That is: those that hold blocks or embeddings. Others hand the tokens to such classes."""
+    found = {
+        cls.name
+        for cls, call in forwards()
+        if "ModuleList(" in ast.unparse(cls) or "Embed" in cls.name
+        if set(uses(cls, call)) - PLACES
+    }
+    assert found == set().union(*BY_IDS.values())
 
 
 # -------------------------------------------------------------------------------------- two prompts
@@ -724,6 +939,66 @@ def test_ids_of_several_choices_and_models_without_an_embedding_are_refused():
     model = build("layoutlmv3", has_relative_attention_bias=False)
     put(model)
     run(model, IDS)
+
+
+ASKING = {
+    "csm": "the root: CsmDepthDecoderModel asks for token ids.* embeds them by their positions",
+    "clvp": "the root: ClvpConditioningEncoder asks for token ids.* puts other tokens around",
+    "higgs": "the root: HiggsAudioV2Model asks for token ids.* tells audio from text by them",
+    "blt": "'model.local_encoder': BltLocalEncoder asks for token ids.* works on patches of them",
+    "qwen4": "token ids, and .* Qwen4ExpTextPLELayer inside it",
+}
+
+
+@pytest.mark.parametrize("name", ASKING)
+def test_models_that_make_more_of_token_ids_are_refused_when_attaching(name):
+    model = build(name)
+    with untouched(model), pytest.raises(SiteError, match=ASKING[name]):
+        put(model)
+
+
+def test_without_what_asks_for_token_ids_they_take_a_prompt():
+    for name, option in (("qwen4", "ple_layer_ids"), ("gemma4", "hidden_size_per_layer_input")):
+        model = build(name, **{option: [] if name == "qwen4" else 0})
+        expected = run(model, WRITTEN)[:, LENGTH:]
+        put(model)
+        near(run(model, IDS), expected)
+
+
+@pytest.mark.parametrize("name", ["image_pixel_values", "audio_input_features"])
+def test_what_is_put_among_the_tokens_by_their_ids_is_refused(name):
+    model = build("phi4")
+    expected = run(model, WRITTEN)[:, LENGTH:]
+    put(model)
+    near(run(model, IDS), expected)
+    with pytest.raises(SiteError, match=f"Phi4MultimodalModel is given '{name}', and finds its pl"):
+        model(IDS, **{name: torch.zeros(2, 1, 3, 8, 8)})
+
+
+def test_masks_of_the_places_of_images_are_widened():
+    mask = torch.zeros(2, 8, dtype=torch.long)
+    mask[:, 2:4] = 1
+    images = {"image_embeds": torch.ones(2, 2, 32)}
+    model = build("kosmos2")
+    wide = torch.cat([torch.zeros(2, LENGTH, dtype=torch.long), mask], 1)
+    expected = run(model, WRITTEN, image_embeds_position_mask=wide, **images)[:, LENGTH:]
+    put(model)
+    near(run(model, IDS, image_embeds_position_mask=mask, **images), expected)
+    seen, images = mask[..., None], {"pixel_values": torch.ones(2, 1, 3, 32, 32)}
+    model = build("idefics")
+    expected = run(model, WRITTEN, image_attention_mask=first_again(seen), **images)[:, LENGTH:]
+    put(model)
+    near(run(model, IDS, image_attention_mask=seen, **images), expected)
+
+
+@pytest.mark.parametrize("size", [4, 8, 5])
+@pytest.mark.parametrize("name", ["bart", "t5"])
+def test_position_ids_that_an_encoder_decoder_ignores_are_ignored(name, size):
+    model = build(name)
+    put(model)
+    batch = {"decoder_input_ids": IDS[:, :4]}
+    positions = torch.arange(size).expand(2, -1)
+    near(model(IDS, position_ids=positions, **batch).logits, model(IDS, **batch).logits)
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from opendelta import (
 from opendelta._deltas.registry import METHODS
 from opendelta._layers import low_rank as products
 from opendelta._layers.base import DeltaLayer
+from opendelta._sites import marks
 
 pytestmark = pytest.mark.covers(
     "Composition.merge", "Composition.unmerge", "MergeReport", "SiteError"
@@ -370,6 +371,53 @@ def test_a_change_in_any_block_is_seen(monkeypatch, place):
     with pytest.raises(opendelta.DeltaError, match=r"0.weight was changed after the merge"):
         c.unmerge()
     model[0].weight.data.view(-1).view(torch.int16)[place] -= 1
+    c.unmerge()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1024, 64), (64, 2042), (2100, 128), (768, 768), (6200, 16)])
+def test_rows_and_columns_that_change_places_are_seen_at_any_distance(shape, dtype):
+    torch.manual_seed(0)
+    weight = torch.randn(shape).to(dtype)
+    mark = marks.mark_of(nn.Parameter(weight))
+    steps = [1, 2, 8, 127, 509, 512, 1018, *(marks.WIDTH * k for k in range(1, 7))]
+    for axis in (0, 1):
+        size = shape[axis]
+        moved = [torch.randperm(size), torch.arange(size).flip(0), torch.arange(size).roll(1)]
+        for step in (each for each in steps if each < size):
+            for first in {0, (size - step) // 2, size - step - 1}:
+                order = torch.arange(size)
+                order[[first, first + step]] = order[[first + step, first]]
+                moved.append(order)
+        for order in moved:
+            changed = weight.index_select(axis, order)
+            assert torch.equal(changed, weight) or marks.mark_of(nn.Parameter(changed)) != mark
+
+
+def test_two_words_never_change_places_unseen():
+    words = torch.randint(-(2**62), 2**62, (3 * marks.WIDTH + 40,))
+    mark = marks.mark_of(nn.Parameter(words.view(torch.float64)))
+    for first in (0, 7, marks.WIDTH - 1, 3 * marks.WIDTH):
+        for last in {first + 1, first + marks.WIDTH, first + 2 * marks.WIDTH, len(words) - 1}:
+            if last < len(words):
+                for change in (1, 2**40, -(2**63)):
+                    old, new = words.clone(), words.clone()
+                    old[last] = new[first] = words[first] ^ change
+                    new[last] = old[first]
+                    found = (marks.mark_of(nn.Parameter(w.view(torch.float64))) for w in (old, new))
+                    assert len({mark, *found}) == 3, (first, last, change)
+
+
+def test_rows_that_change_places_after_a_merge_are_seen():
+    model = nn.Sequential(nn.Linear(64, 1024))
+    shake(LoraModel(model, modified_modules=["0"]))
+    c = opendelta.composition(model)
+    c.merge()
+    rows = model[0].weight.data[[0, 509]]
+    model[0].weight.data[[509, 0]] = rows
+    with pytest.raises(opendelta.DeltaError, match=r"0.weight was changed after the merge"):
+        c.unmerge()
+    model[0].weight.data[[0, 509]] = rows
     c.unmerge()
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import random
+import re
 import shutil
 from pathlib import Path
 
@@ -496,6 +497,59 @@ def test_another_model_is_refused(edited):
     refused(GOLDEN / "bert" / "lora", "saved from a 'bert'.*is a 'roberta'", "roberta")
     folder = edited("bert", "lora", facts={"model_type": None})
     refused(folder, "there is no module 'bert.encoder.layer.0.attention.self.*'", "llama")
+
+
+WHOLE = [(kind, case) for kind, case in LOADED if not case.startswith("prefix")]
+LAYERS = {"gpt2": ["n_layer"], "t5": ["num_layers", "num_decoder_layers"]}
+LACKS = r"it has no tensors for \d+ modules that its options select: "
+
+
+@pytest.mark.parametrize(("kind", "case"), WHOLE)
+def test_a_deeper_model_is_refused(kind, case):
+    cls = getattr(transformers, INDEX[kind]["model_class"])
+    config = cls.config_class.from_pretrained(GOLDEN / kind / "backbone")
+    for option in LAYERS.get(kind, ["num_hidden_layers"]):
+        setattr(config, option, 3)
+    model = cls(config)
+    why = "is none of 3 layers" if case == "mam" else LACKS
+    with untouched(model), pytest.raises(DeltaLoadError, match=why):
+        opendelta.load(GOLDEN / kind / case, model)
+
+
+@pytest.mark.parametrize(("kind", "case"), WHOLE)
+def test_a_file_that_lost_a_layer_is_refused_unless_the_options_leave_it_out(kind, case, edited):
+    last = {"t5": "decoder.block.1.", "gpt2": "h.1.", "llama": "layers.1."}.get(kind, "layer.1.")
+
+    def lose(tensors):
+        for key in [key for key in tensors if last in key and "prefix" not in key]:
+            del tensors[key]
+
+    if case == "seq_bn" and kind != "t5":  # there is no other layer
+        return
+    refused(edited(kind, case, lose), LACKS, kind)
+    if case != "mam":  # its options are one step deeper
+        given = json.loads((GOLDEN / kind / case / "adapter_config.json").read_text())["config"]
+        left = [*given["leave_out"], 3 if kind == "t5" else 1]
+        opendelta.load(edited(kind, case, lose, leave_out=left), backbone(kind))
+
+
+@pytest.mark.parametrize(
+    ("case", "lost"),
+    [
+        ("double_seq_bn", ".attention.output."),
+        ("double_seq_bn", "[01].output."),
+        ("par_bn_attention", ".attention.output."),
+        ("lora", ".value."),
+        ("lora_everywhere", ".intermediate."),
+        ("ia3", ".output.dense."),
+    ],
+)
+def test_a_file_that_lost_all_of_a_kind_is_refused(case, lost, edited):
+    def lose(tensors):
+        for key in [key for key in tensors if re.search(lost, key)]:
+            del tensors[key]
+
+    refused(edited("bert", case, lose), LACKS.replace(r"\d+", "2"))
 
 
 def test_damaged_tensors_are_refused(edited):

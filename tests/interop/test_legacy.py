@@ -1,6 +1,7 @@
 """Checkpoints of OpenDelta 0.3.2 give its own logits here, or what is wrong with them is said."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -196,6 +197,55 @@ def test_another_model_is_refused():
     model = backbone("gpt2_bitfit_default")
     with untouched(model), pytest.raises(DeltaLoadError, match=r"does not fit this GPT2LMHead"):
         AutoDeltaModel.from_finetuned(GOLDEN / "bert_lora_default" / "delta", model)
+
+
+LAYERS = {  # the options of a config that say how many layers there are, as many as in the file
+    "bert_adapter_default": {"num_hidden_layers": 2},
+    "bert_lora_default": {"num_hidden_layers": 2},
+    "bert_parallel_default": {"num_hidden_layers": 2},
+    "gpt2_bitfit_default": {"n_layer": 2},
+    "t5_compacter_default": {"num_layers": 2, "num_decoder_layers": 2},
+    "t5_parallel_documented": {"num_layers": 12, "num_decoder_layers": 12},
+    "t5_prefix_default": {"num_layers": 2, "num_decoder_layers": 2},
+}
+
+
+def of_other_depth(name, more):
+    """A random model of the class of a case with so many layers more."""
+    cls = getattr(transformers, CASES[name]["model_class"])
+    config = cls.config_class.from_pretrained(GOLDEN / name / "backbone")
+    for option, layers in LAYERS[name].items():
+        assert getattr(config, option) == layers
+        setattr(config, option, layers + more)
+    return cls(config)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_tensors_of_no_module_are_refused(name):
+    model = of_other_depth(name, -1)
+    with untouched(model), pytest.raises(DeltaLoadError, match=r"no module matches '.*\.1[.12]"):
+        opendelta.load(GOLDEN / name / "delta", model)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_modules_that_the_config_selects_and_the_file_lacks_are_refused(name):
+    model = of_other_depth(name, 1)
+    why = r"pytorch_model.bin has no tensors for \d+ modules that modified_modules selects: "
+    with untouched(model), pytest.raises(DeltaLoadError, match=why):
+        opendelta.load(GOLDEN / name / "delta", model)
+
+
+@pytest.mark.parametrize("name", ["bert_lora_default", "bert_parallel_default"])
+@pytest.mark.parametrize("lost", ["layer.0", "value|intermediate"])
+def test_a_file_that_lost_whole_modules_is_refused(tmp_path, name, lost):
+    folder = GOLDEN / name / "delta"
+    state = torch.load(folder / "pytorch_model.bin", weights_only=True)
+    rest = {key: tensor for key, tensor in state.items() if not re.search(lost, key)}
+    assert len(rest) == len(state) / 2
+    other = written(tmp_path / "half", json.loads((folder / "config.json").read_text()), rest)
+    model = backbone(name)
+    with untouched(model), pytest.raises(DeltaLoadError, match="has no tensors for 2 modules"):
+        opendelta.load(other, model)
 
 
 def test_a_composition_needs_its_deltas_first():
@@ -402,7 +452,7 @@ def test_folders_of_a_composition_give_their_deltas_in_any_order(tmp_path, order
     a, b, *whole = torch.randn(8, 32), torch.randn(32, 8), torch.randn(32), torch.randn(32)
     biases = {f"{first}.bias": whole[0], f"{second}.bias": whole[1]}
     tensors = {f"{where}.lora.lora_A": a, f"{where}.lora.lora_B": b, **biases}
-    given = [("lora", ["query"]), ("bitfit", ["query"]), ("bitfit", ["value"])]
+    given = [("lora", [where]), ("bitfit", [first]), ("bitfit", [second])]
     model = backbone("bert_lora_default")
     old = {n: model.get_submodule(n).bias.detach().clone() for n in (first, second)}
     changes = {first: (2 * b @ a, whole[0] - old[first]), second: (0, whole[1] - old[second])}

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...errors import shown
 from ...names import parent
+from .selection import check_selection
 from .terms import Part
 
 NORM = "LayerNorm"  # the child's name in modules that normalise h + r
@@ -42,6 +43,9 @@ def read(part: Part) -> None:
         part.sites[where] = (
             _phm(part, own, path) if config["phm_layer"] else _plain(part, own, path)
         )
+    check_selection(
+        part, {name for path in groups for name in _inside(part, *_around(part, path)[:2])}
+    )
     activation = str(config["non_linearity"] or "linear").lower()
     part.options["non_linearity"] = {"leakyrelu": "leaky_relu"}.get(activation, activation)
     if config["phm_layer"]:

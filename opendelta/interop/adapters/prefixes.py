@@ -47,9 +47,7 @@ def _places(part: Part) -> list[str]:
     """Return the names of the self-attention modules that have a prefix, in order."""
     around = {parent(n) for n, role in part.roles.items() if role.startswith("attn.")}
     names = [n for n, m in part.backbone.modules.items() if prefix.is_attention(m) and n in around]
-    left = part.config.get("leave_out") or []
-    if not isinstance(left, list):
-        raise part.refusal("leave_out", "it must be a list of numbers")
+    left = part.left_out()
     chosen = [name for place, name in enumerate(names) if place not in left]
     if not chosen:
         what = type(part.backbone.model).__name__

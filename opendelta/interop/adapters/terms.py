@@ -134,6 +134,13 @@ class Part(Draft):
             raise self.refusal(option, f"it must be a whole number from 1 to {LONGEST:,}")
         return int(value)
 
+    def left_out(self) -> list[Any]:
+        """Return the numbers of the layers that the adapter is not on."""
+        given = self.config.get("leave_out") or []
+        if not isinstance(given, list):
+            raise self.refusal("leave_out", "it must be a list of numbers")
+        return given
+
     def resolve(self, path: str) -> str:
         """Return our full name of the module that the library calls `path`.
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..._modules.kinds import kind_of
 from ..._modules.tensors import stored_params
+from .selection import check_selection
 from .terms import Part
 
 LETTERS = ("q", "k", "v")
@@ -26,6 +27,7 @@ def read(part: Part) -> None:
             raise part.error(f"{path!r} is {where!r}, which has tensors already")
         part.sites[where] = _ia3(part, own, where) if scale else _lora(part, own, where)
         part.check_empty(own, where)
+    check_selection(part, part.sites)
     if scale:
         part.options["feedforward_modules"] = []  # all vectors scale the output of a weight
         return

@@ -18,7 +18,7 @@ from ..._deltas.options import DeltaConfig
 from ..._deltas.registry import method
 from ..._files.reading import as_path, check_link, undamaged
 from ...errors import AddressError, DeltaError, DeltaLoadError, OptionError, listed
-from ...names import ancestors, parent
+from ...names import ancestors, parent, unnumbered
 from .._draft import fact, named
 from .._files import read_json, read_pickle, repeats_too_much
 from .content import METHODS, Content, content_of, own_names
@@ -184,7 +184,9 @@ def _sites_of(
             where = f"{folder / CONFIG}, on this {type(backbone.model).__name__}"
             raise DeltaLoadError(f"{where}: {error}") from None
         modified = resolved.modified_modules or []
-        modified = _pairs(held, modified) if layer_class.paired else modified
+        if layer_class.paired:
+            _check_held(folder, backbone, held, modified[::2])
+            modified = _pairs(held, modified, backbone)
         meant = [where for where in held if where in modified]
     sites: dict[str, dict[str, Tensor]] = {}
     for where in meant:
@@ -225,6 +227,8 @@ def _meant(
         or name not in backbone.modules
         or (inside and not chosen.isdisjoint(ancestors(name)))
     ]
+    if wanted and not unknown and meant:
+        _check_held(folder, backbone, held, _expected(own, backbone, chosen, by_role, held))
     if not wanted or (unknown and len(meant) < len(held)):
         others = f"; what {listed(unknown)} selects cannot be told: all its tensors are taken"
         return held, others if wanted else ""
@@ -249,14 +253,51 @@ def _add_selected(chosen: set[str], backbone: Backbone, pattern: str, by_role: b
     return True
 
 
-def _pairs(starts: list[str], modified: list[str]) -> list[str]:
+def _expected(
+    own: DeltaConfig, backbone: Backbone, chosen: set[str], by_role: bool, held: list[str]
+) -> list[str]:
+    """Return the modules that 0.3 put layers on, given those that the config of a folder selects.
+
+    Its BitFit knew fewer kinds of modules than ours: those count that are like one in the file.
+    """
+    layer_class = method(own.delta_type).layer_for(own)
+    names = [name for name in backbone.modules if name in chosen]
+    names = choosing.fitting_inside(backbone, names, layer_class, by_role)
+    alike = {*map(unnumbered, held)}
+    return [n for n in names if own.delta_type != "bitfit" or unnumbered(n) in alike]
+
+
+def _check_held(folder: Path, backbone: Backbone, held: list[str], expected: list[str]) -> None:
+    """Raise if the file has no tensors of a module, or of a module around it.
+
+    If it has tensors of a module that the model lacks, the load says that.
+    """
+    modules = backbone.modules
+    if not modules.keys() >= {*held}:
+        return
+    known = {id(modules[name]) for name in held}
+    lacking = [
+        name
+        for name in expected
+        if known.isdisjoint(id(modules[around]) for around in ancestors(name))
+    ]
+    if lacking:
+        raise DeltaLoadError(
+            f"{folder / WEIGHTS} has no tensors for {len(lacking)} modules that modified_modules "
+            f"selects: {listed(lacking)}; load it on the model that it was trained on"
+        )
+
+
+def _pairs(starts: list[str], modified: list[str], backbone: Backbone) -> list[str]:
     """Return the pairs of modules of a branch: the starts from the file, the ends from the config.
 
-    On T5 the branch around the attention began and ended at the module around it.
+    On T5 the branch around the attention began and ended at the module around it. A start that the
+    model lacks is its own end: nobody knows another, and the load refuses it by its name.
     """
     ends = dict(zip(modified[::2], modified[1::2], strict=True))
     around = {n: n for n in starts if any(w.startswith(f"{n}.") and w == ends[w] for w in ends)}
-    known = {**around, **ends}
+    gone = {name: name for name in starts if name not in backbone.modules}
+    known = {**around, **ends, **gone}
     return [name for start in starts if start in known for name in (start, known[start])]
 
 
