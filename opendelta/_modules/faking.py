@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -92,8 +93,14 @@ def on_shapes() -> Iterator[Shapes]:
     models and threads use: such tensors have their values. Nothing is drawn at random, and tensors
     from before do not change.
     """
-    with _quiet(), Shapes() as mode:
+    with _quiet(), _eager(), Shapes() as mode:
         yield mode
+
+
+def _eager() -> contextlib.AbstractContextManager[Any]:
+    """Return a block in which compiled modules run as they are; the compiler takes no such mode."""
+    compiles = "torch._dynamo" in sys.modules
+    return torch.compiler.set_stance("force_eager") if compiles else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

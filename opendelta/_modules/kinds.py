@@ -261,7 +261,7 @@ def _embed_scale(module: nn.Embedding) -> float:
 
 def _is_matrix(module: nn.Module) -> bool:
     """True unless a module with two sizes has a weight of other axes, as several experts have."""
-    weight = module._parameters.get("weight")
+    weight = dict(module._parameters.items()).get("weight")  # a ScriptModule has no get
     return weight is None or not weight.is_floating_point() or weight.ndim == 2
 
 
