@@ -75,7 +75,7 @@ def _copied(model: nn.Module) -> nn.Module | None:
                 copied = copy.deepcopy(model, _kept(model))
         except Exception:  # whatever an object on a module raises
             continue
-        return None if {*copied.modules()} & {*model.modules()} else copied
+        return None if {*map(id, copied.modules())} & {*map(id, model.modules())} else copied
     return None
 
 
