@@ -260,9 +260,12 @@ def _embed_scale(module: nn.Embedding) -> float:
 
 
 def _is_matrix(module: nn.Module) -> bool:
-    """True unless a module with two sizes has a weight of other axes, as several experts have."""
+    """True unless a module with two sizes has a weight of more axes, as several experts have.
+
+    A weight of one axis may be a shard, and one of whole numbers is packed.
+    """
     weight = dict(module._parameters.items()).get("weight")  # a ScriptModule has no get
-    return weight is None or not weight.is_floating_point() or weight.ndim == 2
+    return weight is None or not weight.is_floating_point() or weight.ndim <= 2
 
 
 def kind_of(module: nn.Module) -> Kind | None:
