@@ -18,8 +18,9 @@ from torch import nn
 from .._backbone.backbone import Backbone
 from .._layers.record import WHOLE, Shared
 from .._layers.selection import OpenBlock
-from .._modules.tensors import gathered, is_partitioned, is_sharded
+from .._modules.tensors import gathered, is_partitioned, is_sharded, shape
 from ..errors import DeltaError, OptionError, listed
+from ..names import unwrapped
 from .state_dict import PLAIN, delta_keys, frames, frozen, saveable
 
 METHOD = "save_pretrained"
@@ -69,6 +70,7 @@ class SavePretrained:
         Raises:
             DeltaError: a delta is merged. Nothing is written then.
             DeltaError: the weights are spread over processes, and no state dict holds them.
+            DeltaError: the state dict lacks some tensors of deltas, and holds others.
             OptionError: `push_to_hub=True`, which would not send the deltas.
         """
         method, model, backbone = self._method, self.model(), self.backbone()
@@ -84,6 +86,7 @@ class SavePretrained:
         small = resumable and self.shared.in_state_dict != WHOLE
         writes, state = given.get("is_main_process", True), given.get("state_dict")
         if state is not None and not resumable:
+            _check_deltas(model, state)
             given["state_dict"] = _whole(model, state)
         if writes:
             with gathered(model, state):
@@ -150,6 +153,25 @@ def _plain() -> Iterator[None]:
         yield
     finally:
         PLAIN.reset(token)
+
+
+def _check_deltas(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Raise if a state dict holds tensors of deltas, but not all, or some of another shape."""
+    own = {unwrapped(name): p for name, p in model.named_parameters(remove_duplicate=False)}
+    keys = delta_keys(model, own)
+    if keys.isdisjoint(state):
+        return
+    lacking = [key for key in own if key in keys and key not in state]
+    others = [
+        key for key in own if key in keys & state.keys() and state[key].shape != shape(own[key])
+    ]
+    for what, found in (("lacks", lacking), ("has another shape of", others)):
+        if found:
+            raise DeltaError(
+                f"the state dict given to {METHOD} {what} {len(found)} tensors of deltas: "
+                f"{listed(found)}; give all that model.state_dict() holds, or none. Nothing was "
+                "saved"
+            )
 
 
 def _whole(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:

@@ -106,9 +106,9 @@ def gathered(module: nn.Module, state: Mapping[str, Any] | None) -> Iterator[Non
     None, or a state dict of shards: `full` is a collective call, as it is elsewhere.
     """
     given = state or {}
-    tensors = itertools.chain(module.named_parameters(), module.named_buffers())
-    own = {unwrapped(name): tensor for name, tensor in tensors if unwrapped(name) in given}
-    known = {id(tensor): given[name] for name, tensor in own.items()}
+    own = itertools.chain(module.named_parameters(), module.named_buffers())
+    keys = [(name if name in given else unwrapped(name), tensor) for name, tensor in own]
+    known = {id(tensor): given[key] for key, tensor in keys if key in given}
     token = GATHERED.set(None if any(map(is_sharded, known.values())) else known or None)
     try:
         yield

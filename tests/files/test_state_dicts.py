@@ -209,6 +209,22 @@ def test_a_given_state_dict_is_saved_without_deltas_and_with_what_it_lacks(tmp_p
     assert torch.equal(plain.cls.predictions.bias, small["cls.predictions.bias"])
 
 
+def test_a_given_state_dict_without_some_tensors_of_deltas_is_refused(tmp_path):
+    model = bert()
+    next(iter(opendelta.composition(model))).freeze_module(set_state_dict=False)
+    state = as_tensors(model.state_dict())
+    first, *others = (key for key in state if "deltas" in key)
+    lacking = {key: tensor for key, tensor in state.items() if key != first}
+    for given, why in ((lacking, "lacks"), ({**state, first: torch.ones(3)}, "another shape of")):
+        with pytest.raises(DeltaError, match=rf"{why} 1 tensors of deltas: {first}; give "):
+            model.save_pretrained(tmp_path, state_dict=given)
+        assert not list(tmp_path.iterdir())
+    plain = {key: tensor for key, tensor in lacking.items() if key not in others}
+    model.save_pretrained(tmp_path, state_dict=plain)
+    (path,) = (tmp_path / "deltas").glob("*.safetensors")
+    assert all(torch.equal(tensor, state[key]) for key, tensor in load_file(path).items())
+
+
 def test_what_it_cannot_write_is_refused_before_anything_is_written(tmp_path):
     model = bert()
     with pytest.raises(OptionError, match=r"without its deltas: use model\.push_to_hub"):
@@ -356,3 +372,15 @@ def test_save_pretrained_writes_the_values_that_it_is_given(tmp_path):
     LoraModel(wanted)
     wanted.load_state_dict(average)
     torch.testing.assert_close(logits(again), logits(wanted))
+
+
+def test_save_pretrained_knows_the_keys_of_compiled_modules(tmp_path):
+    model = build("bert")
+    delta = shake(LoraModel(model))
+    delta.freeze_module()
+    model.bert.encoder.layer[0] = torch.compile(model.bert.encoder.layer[0], backend="eager")
+    average = {key: value + 1 for key, value in model.state_dict().items()}
+    model.save_pretrained(tmp_path, state_dict=average)
+    (path,) = (tmp_path / "deltas").glob("*.safetensors")
+    given = {key.replace("._orig_mod", ""): value for key, value in average.items()}
+    assert all(torch.equal(value, given[key]) for key, value in load_file(path).items())
