@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import sys
 import sysconfig
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -321,14 +323,37 @@ LIBRARIES = tuple(
 )
 
 
+_keepers: ContextVar[tuple[tuple[type[DeltaWarning], list[str]], ...]] = ContextVar(
+    "opendelta_kept_warnings", default=()
+)
+
+
 def warn(message: str, category: type[DeltaWarning], line: dict[str, Any] | None = None) -> None:
     """Warn, and point at the user's line that led here, however many calls lie between.
 
     Args:
         line: what `users_line` gave earlier. None: the line that runs now.
     """
+    for kept, texts in reversed(_keepers.get()):
+        if issubclass(category, kept):
+            texts.append(printable(message))
+            return
     line = users_line() if line is None else line
     warnings.warn_explicit(printable(message), category, **line)
+
+
+@contextlib.contextmanager
+def kept_warnings(category: type[DeltaWarning] = DeltaWarning) -> Iterator[list[str]]:
+    """Show no warnings of `category` inside; yield the list that gets their texts.
+
+    Only warnings of this thread and task: `warnings.catch_warnings` changes the filters of all.
+    """
+    texts: list[str] = []
+    token = _keepers.set((*_keepers.get(), (category, texts)))
+    try:
+        yield texts
+    finally:
+        _keepers.reset(token)
 
 
 def users_line() -> dict[str, Any]:

@@ -21,6 +21,7 @@ from .._layers.site import Heads, Widths
 from .._modules import calls
 from .._modules.devices import device_and_dtype
 from .._modules.faking import on_shapes
+from .._modules.process import kept_random
 from .._modules.tensors import is_lazy
 from .._modules.wrappers import computing_device, placing_hooks
 from ..errors import SiteError
@@ -138,8 +139,7 @@ def _run_with_values(
     for part in module.modules():
         for name, buffer in part._buffers.items():
             part._buffers[name] = None if buffer is None else buffer.clone()
-    drawn = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=drawn), torch.set_grad_enabled(grad):
+    with kept_random(), torch.set_grad_enabled(grad):
         return module(*tree_map(moved, args), **tree_map(moved, kwargs))
 
 

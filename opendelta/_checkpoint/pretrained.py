@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from .._deltas.state_dict import delta_keys, frames
 from .._deltas.state_loading import TRANSLATORS
 from .._files import folder as files
 from .._files.reading import read_json
-from ..errors import DeltaLoadError, UnsavedWarning
+from ..errors import DeltaLoadError, UnsavedWarning, kept_warnings
 from .saving import save
 from .source import opened
 
@@ -27,9 +27,7 @@ def _write(model: nn.Module, folder: Path, alone: bool) -> None:
         alone: no other file holds the tensors of the backbone that train.
     """
     deltas = handles_of(Backbone.of(model), attached_once(model))
-    with warnings.catch_warnings():
-        if not alone:
-            warnings.simplefilter("ignore", UnsavedWarning)
+    with contextlib.nullcontext() if alone else kept_warnings(UnsavedWarning):
         save(deltas, folder, public=not alone)  # the model beside them may be sent to a hub
 
 

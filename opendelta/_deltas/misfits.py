@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
 
 from .._backbone.backbone import Backbone
 from .._modules.kinds import kind_of
 from .._sites import swap
-from ..errors import DeltaError
+from ..errors import DeltaError, kept_warnings
 from . import choosing
 from .base import BaseDelta
 from .making import make
@@ -40,8 +39,7 @@ def why_not(
         swap.check_has_forward(name, backbone.modules[name])
         check_kind(backbone, name, kind, alone, layer_class)
         if kind is not None:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
+            with kept_warnings():
                 known = known_records(backbone)
                 choice = choosing.as_chosen(backbone, method, alone, known)
                 place(backbone, make(backbone, choice, values="never"))

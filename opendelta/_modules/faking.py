@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +12,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_iter, tree_map_only
 
+from .process import eager, silent_fakes
 from .tensors import memory_of
 
 MOST = 2**22  # values of a tensor that a run makes
@@ -93,22 +92,5 @@ def on_shapes() -> Iterator[Shapes]:
     models and threads use: such tensors have their values. Nothing is drawn at random, and tensors
     from before do not change.
     """
-    with _quiet(), _eager(), Shapes() as mode:
+    with silent_fakes(), eager(), Shapes() as mode:  # the compiler takes no such mode
         yield mode
-
-
-def _eager() -> contextlib.AbstractContextManager[Any]:
-    """Return a block in which compiled modules run as they are; the compiler takes no such mode."""
-    compiles = "torch._dynamo" in sys.modules
-    return torch.compiler.set_stance("force_eager") if compiles else contextlib.nullcontext()
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep torch from logging each operation that fails on shapes."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    before, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = before

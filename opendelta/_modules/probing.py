@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .devices import device_and_dtype
 from .kinds import Kind, Norm, kind_of
+from .process import kept_random
 from .tensors import in_full, is_plain, stored, stored_params
 
 # The forwards that compute what the table of kinds says, whatever subclass of module has them.
@@ -77,7 +78,7 @@ def factor_of(module: nn.Module) -> float | None:
     largest = min(torch.finfo(dtype).max / 64, LARGEST)
     try:
         for module.training in (False, True):
-            with torch.random.fork_rng(devices=[]), _in_full_precision(module):
+            with kept_random(), _in_full_precision(module):
                 if module.training > was_training and _is_random(module, kind):
                     continue  # as dropout is: nobody expects a merge to keep it
                 torch.manual_seed(0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -25,7 +24,7 @@ from .._layers.costs import Flops
 from .._modules import tensors
 from .._modules.kinds import is_packed
 from .._modules.tensors import is_sharded
-from ..errors import DeltaError, OptionError, shown
+from ..errors import DeltaError, OptionError, kept_warnings, shown
 from ..names import ancestors
 from .costs import memory_of
 from .plan_report import Plan, PlannedDelta, PlannedModule
@@ -126,8 +125,7 @@ class Planner:
         Raises:
             DeltaError: the same error as attaching it would raise.
         """
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
+        with kept_warnings() as caught:
             choice = choose(self.backbone, method(config.delta_type), dataclasses.replace(config))
             delta = make(self.backbone, choice, values="never")
             placed = place(self.backbone, delta)
@@ -143,7 +141,7 @@ class Planner:
             memory=memory_of(layers, self.optimizer_states),
             positions=sum(layer.extra_positions for layer in layers),
             missed=self._missed(delta.modified_modules),
-            warnings=[str(warning.message) for warning in caught],
+            warnings=caught,
         )
         self.deltas.append(planned)
         return planned

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import random
-import sys
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 
 from .._backbone.backbone import Backbone
+from .._modules.process import kept_random
 
 PACKED = 2**20  # a larger buffer of whole numbers holds packed weights: no forward changes them
 
@@ -24,16 +22,10 @@ def put_back(backbone: Backbone) -> Iterator[None]:
         for _, _, b in tables
         if b is not None and (b.is_floating_point() or b.numel() <= PACKED) and not b.is_meta
     }
-    numpy: Any = sys.modules.get("numpy")
-    drawn = random.getstate(), numpy.random.get_state() if numpy else None
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=list(devices)):
+    with kept_random():
         try:
             yield
         finally:
-            random.setstate(drawn[0])
-            if numpy:
-                numpy.random.set_state(drawn[1])
             with torch.no_grad():
                 for buffer, copy in copies.values():
                     if not torch.equal(buffer, copy):

@@ -25,6 +25,7 @@ from .._layers.dtypes import BACKBONE, dtype_for
 from .._layers.seen import Seen, together
 from .._layers.selection import OpenBlock
 from .._modules.calls import every
+from .._modules.process import eager
 from .._modules.tensors import HALVES, is_sharded, lasting, size
 from .._show.notebooks import InNotebooks
 from ..errors import DeltaError, listed
@@ -298,10 +299,9 @@ def _run(
         else:
             for stack in backbone.stacks.values():
                 stack.ran.clear()
-            eager = torch.compiler.set_stance("force_eager")
             before = buffers.copies(backbone)
             seen.begin()
-            with put_back(backbone), torch.set_grad_enabled(why is None), eager, watched:
+            with put_back(backbone), torch.set_grad_enabled(why is None), eager(), watched:
                 args, kwargs = of_samples(batch)
                 look(backbone.model(*args, **kwargs))
                 changed |= buffers.changed(backbone, before)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import enum
 import tempfile
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,7 +16,7 @@ import opendelta
 from .._checkpoint import contents as reading
 from .._checkpoint import hub
 from .._files.folder import check_folder, writable
-from ..errors import DeltaError, DeltaLoadError, UncheckedWarning
+from ..errors import DeltaError, DeltaLoadError, UncheckedWarning, kept_warnings
 from ..interop.peft import writing
 from . import models
 from .looking import AsJson, Checkpoint, Class, Model, as_json, saved_from, say
@@ -139,8 +138,7 @@ def verify(
     build = models.without_weights if models.is_config(model) else models.with_weights
     try:
         built = build(model, class_name, saved_from(checkpoint))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UncheckedWarning)  # `_compared` says it
+        with kept_warnings(UncheckedWarning):  # `_compared` says it
             report = opendelta.load(checkpoint, built, strict=False)
     except DeltaLoadError as error:
         report = opendelta.LoadReport([], str(error))

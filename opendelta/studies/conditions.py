@@ -15,6 +15,7 @@ from .._backbone.backbone import Backbone
 from .._backbone.shapes import untouched
 from .._deltas.order import rerank
 from .._layers.record import Record
+from .._modules.process import eager
 from .._verbs.put_back import put_back
 from ..errors import to_the_end
 
@@ -28,8 +29,7 @@ def still(backbone: Backbone) -> Iterator[None]:
     A compiled model runs eagerly.
     """
     modes = [(module, module.training) for module in backbone.model.modules()]
-    eager = torch.compiler.set_stance
-    with eager("force_eager"), untouched(backbone), put_back(backbone), torch.no_grad():
+    with eager(), untouched(backbone), put_back(backbone), torch.no_grad():
         try:
             _set_modes([(module, False) for module, _ in modes])
             yield

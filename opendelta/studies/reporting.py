@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from .._handles.load import LoadReport, load
 from .._show.explaining import explain
 from .._show.tree import ModelTree
 from .._verbs.copying import shared_copy
-from ..errors import DeltaError, OptionError, UncheckedWarning
+from ..errors import DeltaError, OptionError, UncheckedWarning, kept_warnings
 from .comparison import Comparison
 from .composition_report import LABELS, CompositionReport
 from .norms import norms, of_tensors
@@ -96,8 +95,7 @@ def _loaded(folder: str, model: nn.Module) -> tuple[nn.Module, LoadReport]:
         DeltaLoadError: they do not fit.
     """
     copied = shared_copy(model)
-    with warnings.catch_warnings():  # the report says what was not compared
-        warnings.simplefilter("ignore", UncheckedWarning)
+    with kept_warnings(UncheckedWarning):  # the report says what was not compared
         found = load(folder, copied, strict=False)
         if not found:
             load(folder, copied, check_backbone=False)

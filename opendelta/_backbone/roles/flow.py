@@ -13,7 +13,6 @@ import functools
 import inspect
 import re
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from types import CodeType
 from typing import Any
@@ -24,6 +23,7 @@ from torch.nn.parameter import is_lazy
 
 from ..._modules.calls import every, has_forward
 from ..._modules.kinds import ACROSS_CHANNELS, Norm, kind_of
+from ..._modules.process import ignored_warnings, kept_random
 from ..._sites.swap import plain_class
 from ...names import SLOT, join
 
@@ -341,8 +341,7 @@ def trace(block: nn.Module) -> list[Flow]:
     flows = []
     for choose in (_likely, _needed, _all):
         flow = Flow()
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with kept_random(), ignored_warnings():
             try:
                 flow.outputs = _run(block, flow, choose)
             except Exception as error:  # code may do anything with stand-ins

@@ -1,0 +1,96 @@
+"""Change for a while what a process has only once, though several threads may do so at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import random
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+from ..errors import to_the_end
+
+
+class Together:
+    """Blocks of which the first to be entered makes a change, and the last to end undoes it.
+
+    If each put back what it found, two that overlap would leave the change for ever.
+    """
+
+    def __init__(self, change: Callable[[], AbstractContextManager[Any]]) -> None:
+        self._change, self._lock = change, threading.Lock()
+        self._open = set[object]()
+        self._undo = contextlib.ExitStack()
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        token = object()
+        try:
+            with self._lock:
+                self._open.add(token)
+                if len(self._open) == 1:
+                    self._undo.enter_context(self._change())
+            yield
+        finally:
+            to_the_end(functools.partial(self._leave, token))
+
+    def _leave(self, token: object) -> None:
+        with self._lock:
+            self._open.discard(token)
+            if not self._open:
+                self._undo.close()
+
+
+@contextlib.contextmanager
+def _ignored() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
+@contextlib.contextmanager
+def _drawn() -> Iterator[None]:
+    numpy: Any = sys.modules.get("numpy")
+    before = random.getstate(), numpy.random.get_state() if numpy else None
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=list(devices)):
+        try:
+            yield
+        finally:
+            random.setstate(before[0])
+            if numpy:
+                numpy.random.set_state(before[1])
+
+
+@contextlib.contextmanager
+def _as_written() -> Iterator[None]:
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+_eager = Together(_as_written)
+kept_random = Together(_drawn)  # the states of all random number generators
+ignored_warnings = Together(_ignored)
+silent_fakes = Together(_silent)  # torch logs each operation that fails on shapes
+
+
+def eager() -> AbstractContextManager[None]:
+    """Return a block in which what torch compiled runs as it was written."""
+    return _eager() if "torch._dynamo" in sys.modules else contextlib.nullcontext()

@@ -1,0 +1,165 @@
+"""What a process has only once is as before, however verbs in several threads overlap."""
+
+import itertools
+import logging
+import random
+import threading
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounter
+
+import opendelta
+from opendelta import AdapterConfig, AdapterModel, LoraModel
+from opendelta._modules import process
+from opendelta.errors import UnsavedWarning, UnusedWarning, kept_warnings, warn
+
+WAITS = {}  # {name: events (to set, to wait for) of the next forward}
+
+
+class Waiting(nn.Module):
+    """A block whose width no table knows, so that attaching runs it on shapes."""
+
+    def __init__(self, name):
+        super().__init__()
+        self.name, self.fc, self.norm = name, nn.Linear(6, 6), nn.BatchNorm1d(6)
+
+    def forward(self, x):
+        if self.name in WAITS:
+            begun, ended = WAITS.pop(self.name)
+            begun.set()
+            assert ended.wait(60)
+        return self.norm(self.fc(x))
+
+
+def overlapping(first, second):
+    """Run both, of which each has to run `Waiting`; the first ends while the second runs."""
+    begun, inside, ended = threading.Event(), threading.Event(), threading.Event()
+    WAITS.update(first=(begun, inside), second=(inside, ended))
+    failures = []
+
+    def run(verb):
+        try:
+            verb()
+        except BaseException as failure:
+            failures.append(failure)
+
+    one, other = (threading.Thread(target=run, args=(verb,)) for verb in (first, second))
+    one.start()
+    assert begun.wait(60)
+    other.start()
+    one.join()
+    ended.set()
+    other.join()
+    assert not failures, failures
+    assert not WAITS
+
+
+def model_of(name):
+    return nn.Sequential(Waiting(name), nn.Linear(6, 4)).eval()
+
+
+def attach(model):
+    AdapterModel(model, modified_modules=["0"], sample_inputs=torch.randn(2, 6))
+
+
+def check(model):
+    LoraModel(model, modified_modules=["1"])
+    opendelta.check(model, sample_inputs=torch.randn(2, 6))
+
+
+@pytest.mark.covers("AdapterModel", "check")
+@pytest.mark.parametrize("verbs", [(attach, attach), (check, check), (attach, check)])
+def test_compiled_functions_compile_after_overlapping_verbs(verbs):
+    torch._dynamo.reset()
+    first, second = verbs
+    models = model_of("first"), model_of("second")
+    overlapping(lambda: first(models[0]), lambda: second(models[1]))
+    counter, x = CompileCounter(), torch.randn(3)
+    torch.compile(torch.cos, backend=counter)(x)
+    torch.compile(lambda x: x.sin() + 1, backend=counter)(x)
+    assert counter.frame_count
+    assert not logging.getLogger("torch._subclasses.fake_tensor").disabled
+
+
+def state():
+    return (
+        random.getstate(),
+        np.random.get_state()[1].tolist(),
+        torch.random.get_rng_state().tolist(),
+        [str(each) for each in warnings.filters],
+        torch._dynamo.eval_frame._stance,
+        logging.getLogger("torch._subclasses.fake_tensor").disabled,
+    )
+
+
+BLOCKS = [process.kept_random, process.ignored_warnings, process.silent_fakes, process.eager]
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_blocks_put_back_what_there_was_in_any_order_of_their_ends(block):
+    before = state()
+    for order in itertools.permutations(range(3)):
+        blocks = [block() for _ in order]
+        for each in blocks:
+            each.__enter__()
+            random.seed(3)
+            np.random.seed(3)
+            torch.manual_seed(3)
+        assert block is process.kept_random or state() != before
+        for which in order:
+            blocks[which].__exit__(None, None, None)
+        if block is process.kept_random:
+            assert state() == before
+        else:
+            assert state()[3:] == before[3:]
+
+
+def test_a_block_that_cannot_begin_changes_nothing():
+    def fails():
+        raise RuntimeError("no")
+
+    block = process.Together(fails)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="no"), block():
+            raise AssertionError("never here")
+
+
+@pytest.mark.covers("plan")
+def test_plans_keep_the_warnings_of_their_own_threads():
+    """`warnings.catch_warnings` would show those of the one in the other."""
+    models, plans = (model_of("first"), model_of("second")), {}
+
+    def plan(number):
+        config = AdapterConfig(modified_modules=["0"], exclude_modules=[f"no{number}"])
+        found = opendelta.plan(models[number], config, sample_inputs=torch.randn(2, 6))
+        plans[number] = found.deltas[0].warnings
+
+    before = list(warnings.filters)
+    overlapping(lambda: plan(0), lambda: plan(1))
+    assert warnings.filters == before
+    for number in range(2):
+        (text,) = plans[number]
+        assert f"'no{number}' has no effect" in text
+
+
+def test_kept_warnings_are_of_one_thread_and_kind():
+    shown = []
+
+    def warn_elsewhere():
+        with pytest.warns(UnusedWarning, match="elsewhere"):
+            warn("elsewhere", UnusedWarning)
+        shown.append(True)
+
+    with kept_warnings(UnusedWarning) as texts:
+        warn("kept", UnusedWarning)
+        with pytest.warns(UnsavedWarning, match="other kind"):
+            warn("other kind", UnsavedWarning)
+        thread = threading.Thread(target=warn_elsewhere)
+        thread.start()
+        thread.join()
+    assert texts == ["kept"]
+    assert shown
