@@ -3,35 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from types import MethodType
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from .._modules import wrappers
-from .._modules.holding import closed_over, held_by, is_foreign, walk
+from .._modules.copies import copied, hooks_of, is_of_model
+from .._modules.holding import closed_over, held_by
 from . import sharding
 from .backbone import Backbone
-
-TRIES = 3
-MOST = 10_000  # objects that one on a module may hold, to be copied
-
-
-class _Sharing(TorchFunctionMode):
-    """Inside, a copy of a tensor is the tensor itself."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func in (Tensor.__deepcopy__, Tensor.clone):
-            return args[0]
-        return func(*args, **(kwargs or {}))
 
 
 @contextlib.contextmanager
@@ -41,7 +22,7 @@ def apart(backbone: Backbone) -> Iterator[Backbone]:
     It cannot if the ranks of a job share it; if a function or a hook would run the modules of the
     backbone from a copy, too; if deleting or copying one of its modules does more than that.
     """
-    model = _copied(backbone.model) if _can_be_copied(backbone) else None
+    model = copied(backbone.model) if _can_be_copied(backbone) else None
     if model is None:
         yield backbone
         return
@@ -58,7 +39,7 @@ def _can_be_copied(backbone: Backbone) -> bool:
     modules = [*backbone.model.modules()]
     parts = {id(module) for module in modules}
     values = [value for module in modules for value in module.__dict__.values()]
-    hooks = [hook for hook in _hooks(modules) if not _is_of_model(hook, parts)]
+    hooks = [hook for hook in hooks_of(modules) if not is_of_model(hook, parts)]
     bound = any(
         isinstance(module, torch.jit.ScriptModule)
         or hasattr(type(module), "__del__")
@@ -66,56 +47,3 @@ def _can_be_copied(backbone: Backbone) -> bool:
         for module in modules
     )
     return not bound and not closed_over(values) & parts and not held_by(hooks) & parts
-
-
-def _copied(model: nn.Module) -> nn.Module | None:
-    for _ in range(TRIES):  # another thread may change an attribute meanwhile
-        try:
-            with _Sharing():
-                copied = copy.deepcopy(model, _kept(model))
-        except Exception:  # whatever an object on a module raises
-            continue
-        return None if {*map(id, copied.modules())} & {*map(id, model.modules())} else copied
-    return None
-
-
-def _kept(model: nn.Module) -> dict[int, Any]:
-    """Return {id: object} of what a copy shares: tensors, hooks, and what is not to be copied.
-
-    Our own hooks know the deltas of their model, so that a copy has its own. It also has a copy of
-    each object of somebody's own, in which a forward may keep something, if that is simple.
-    """
-    modules = [*model.modules()]
-    parts = {id(module) for module in modules}
-    shared: list[Any] = [hook for hook in _hooks(modules) if not _is_of_model(hook, parts)]
-    for module in modules:
-        own = module.__dict__
-        shared += [*own["_parameters"].values(), *own["_buffers"].values()]
-    memo = {id(value): value for value in shared}
-    for module in modules:
-        for value in filter(is_foreign, module.__dict__.values()):
-            if not isinstance(value, nn.Module) and not _is_simple(value, memo):
-                memo[id(value)] = value
-    return memo
-
-
-def _is_simple(value: Any, memo: dict[int, Any]) -> bool:
-    """True if an object can be copied and its copy deleted, which puts it into `memo`."""
-    held = list(itertools.islice(walk([value]), MOST + 1))
-    if len(held) > MOST or any(hasattr(type(each), "__del__") for each in held):
-        return False
-    try:
-        copy.deepcopy(value, memo)
-    except Exception:  # such as a lock
-        return False
-    return True
-
-
-def _hooks(modules: Iterable[nn.Module]) -> list[Any]:
-    tables = [t for m in modules for key, t in m.__dict__.items() if "_hooks" in key]
-    return [hook for table in tables if isinstance(table, dict) for hook in table.values()]
-
-
-def _is_of_model(hook: Any, parts: set[int]) -> bool:
-    own = hook.__self__ if isinstance(hook, MethodType) else hook
-    return id(own) in parts or type(own).__module__.startswith("opendelta.")

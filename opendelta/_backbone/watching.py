@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 
 from .._modules import trials
+from .._modules.devices import device_and_dtype
+from .._modules.faking import Shapes, on_shapes
 from .._modules.tensors import memory_of
 from .._sites.stack import stack_of
 from ..errors import SiteError
@@ -150,7 +153,7 @@ def of_children(backbone: Backbone, names: list[str]) -> Watch | None:
 
 
 def of_part(backbone: Backbone, names: list[str]) -> Watch | None:
-    """Watch children of one module while it runs alone, on the meta device.
+    """Watch children of one module while it runs alone, on shapes.
 
     Args:
         names: the full names of the children.
@@ -160,17 +163,22 @@ def of_part(backbone: Backbone, names: list[str]) -> Watch | None:
     """
     around = backbone.modules[parent(names[0])]
     for args, kwargs in inputs.of_module(around):
-        with torch.no_grad():
+        with torch.no_grad(), on_shapes() as mode:
             try:
-                made = trials.on_meta(around)
+                made = trials.without_values(around, mode)
+                fake = functools.partial(_fake, mode, device_and_dtype([around])[0])
                 watch = Watch({name: made.get_submodule(last(name)) for name in names}, [made])
                 watch.plant(made)
-                args, kwargs = tree_map_only(Tensor, lambda t: t.to("meta"), (args, kwargs))
+                args, kwargs = tree_map_only(Tensor, fake, (args, kwargs))
                 made(*args, **kwargs)
             except Exception:  # a forward may raise anything
                 continue
             return watch
     return None
+
+
+def _fake(mode: Shapes, device: torch.device, tensor: Tensor) -> Tensor:
+    return mode.empty(tensor.shape, tensor.dtype, device)
 
 
 def of_backbone(backbone: Backbone, names: list[str]) -> Watch | None:

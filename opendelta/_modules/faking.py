@@ -35,6 +35,10 @@ class Shapes(FakeTensorMode):
         finally:
             self.all_fake = False
 
+    def like(self, tensor: Tensor) -> Tensor:
+        """Return a fake tensor that is like `tensor`, which may be on the meta device."""
+        return self.from_tensor(tensor.detach())
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = kwargs or {}
         if _makes_new(func, args, given):

@@ -14,7 +14,7 @@ from .calls import hidden_key
 from .faking import on_shapes
 from .kinds import Kind, Norm, kind_of
 from .probing import is_known
-from .trials import bare, facts, on_meta
+from .trials import alone, facts, without_values
 
 # What a layer needs of the output: hidden states somewhere in it; one tensor with the channels of
 # the kind; or one tensor in the shape of the product that the kind computes. Or the input alone.
@@ -73,7 +73,6 @@ def _other_shape(output: Any, plain: Tensor, kind: Kind, needs: Needs) -> str | 
 
 
 @torch.no_grad()
-@on_shapes()
 def _tried(
     module: nn.Module, forward: Callable[..., Any], kind: Kind
 ) -> tuple[Any, Tensor, bool] | None:
@@ -81,16 +80,18 @@ def _tried(
 
     None: it fails.
     """
-    try:
-        made = on_meta(module)
-    except Exception:  # some tensors of other libraries do not move
-        return None
-    own = (t.dtype for t in made._parameters.values() if t is not None and t.is_floating_point())
-    for x, plain, usual in _examples(module, kind, next(own, torch.float32)):
+    with on_shapes() as mode:
         try:
-            return forward(made, x), plain, usual
-        except Exception:  # whatever a forward of somebody's own raises on such an input
-            continue
+            made = without_values(module, mode)
+        except Exception:  # some tensors of other libraries have no such twin
+            return None
+        own = (t for t in made._parameters.values() if t is not None and t.is_floating_point())
+        like = next(own, torch.empty(0))
+        for x, plain, usual in _examples(module, kind, like.dtype):
+            try:
+                return forward(made, mode.empty(x.shape, x.dtype, like.device)), plain, usual
+            except Exception:  # whatever a forward of somebody's own raises on such an input
+                continue
     return None
 
 
@@ -123,7 +124,7 @@ def _looks_up(module: nn.Module, forward: Callable[..., Any], kind: Kind) -> boo
 
     Also if a run does not tell: a forward may need more than the indices.
     """
-    made = bare(module)
+    made = alone(module)
     made.training = False
     rows = torch.linspace(-1, 1, kind.in_features)  # one column in memory, however wide it is
     made.__dict__["_parameters"]["weight"] = rows[:, None].expand(-1, kind.out_features)

@@ -16,6 +16,7 @@ from .devices import device_and_dtype
 from .kinds import Kind, Norm, kind_of
 from .process import kept_random
 from .tensors import in_full, is_plain, stored, stored_params
+from .trials import alone
 
 # The forwards that compute what the table of kinds says, whatever subclass of module has them.
 KNOWN = {
@@ -74,6 +75,7 @@ def factor_of(module: nn.Module) -> float | None:
         return 1.0
     if _takes_more(cls.forward):
         return None
+    module = alone(module)
     factors, dtype = [], device_and_dtype([module])[1]
     largest = min(torch.finfo(dtype).max / 64, LARGEST)
     try:
@@ -93,8 +95,6 @@ def factor_of(module: nn.Module) -> float | None:
         return first
     except Exception:  # whatever a forward of somebody's own raises on such an input
         return None
-    finally:
-        module.training = was_training
 
 
 def _is_patched(module: nn.Module) -> bool:
@@ -205,8 +205,9 @@ def acts_by_channel(module: nn.Module, key: str) -> bool:
         module: one without layers.
         key: "weight" or "bias".
     """
-    own: Any = module._parameters
     kind: Any = kind_of(module)
+    module = alone(module)
+    own: Any = module._parameters
     forward = type(module).forward
     kept, bias = own[key], stored_params(module).get("bias")
     device, dtype = device_and_dtype([module])
@@ -221,8 +222,6 @@ def acts_by_channel(module: nn.Module, key: str) -> bool:
         return _close(forward(module, x), wanted, plain.dtype)
     except Exception:  # whatever a forward of somebody's own raises on such an input
         return False
-    finally:
-        own[key] = kept
 
 
 def _close(one: Tensor, other: Tensor, dtype: torch.dtype) -> bool:

@@ -8,6 +8,9 @@ import torch
 from torch import nn
 
 from ..names import SLOT
+from .copies import copied
+from .faking import Shapes
+from .process import silent_fakes
 
 AXES = (-1, -3, -2, -4, 1, 0, 2)  # where a normalisation may work, in the order of trial
 SIZES = (2, 3, 5, 7, 11)  # of the other axes, with one to spare
@@ -28,19 +31,44 @@ def bare(module: nn.Module, base: type[nn.Module] | None = None) -> nn.Module:
     return made
 
 
-def on_meta(module: nn.Module) -> nn.Module:
-    """Return a module like `module` in eval mode, without layers and hooks, on the meta device."""
-    made = bare(module)
-    own = made.__dict__
-    own.pop("forward", None)  # a wrapper of another library, around the module itself
-    hooks = [key for key, table in own.items() if "_hooks" in key and isinstance(table, dict)]
-    own.update({key: type(own[key])() for key in hooks})
-    tables: list[dict[str, Any]] = [own["_parameters"], own["_buffers"]]
-    for table in tables:
-        table.update({k: t.detach().to("meta") for k, t in table.items() if t is not None})
-    children: dict[str, Any] = own["_modules"]
-    children.update({k: on_meta(child) for k, child in children.items() if child is not None})
-    made.training = False
+def alone(module: nn.Module, base: type[nn.Module] | None = None) -> nn.Module:
+    """Return what `bare` does, of which a run changes nothing that the model has.
+
+    Its buffers are copies, and so are the modules inside, and the objects that they hold if those
+    can be copied. The parameters are the same.
+    """
+    made = _bare_inside(module, base)
+    parts = [*made.modules()]
+    if not any(hasattr(type(part), "__del__") for part in parts):
+        made = copied(made) or made
+    for part in made.modules():
+        own: dict[str, Any] = part.__dict__["_buffers"]
+        own.update({k: t.detach().clone() for k, t in own.items() if t is not None})
+    return made
+
+
+def _bare_inside(module: nn.Module, base: type[nn.Module] | None = None) -> nn.Module:
+    made = bare(module, base)
+    own: dict[str, Any] = made.__dict__["_modules"]
+    own.update({k: _bare_inside(child) for k, child in own.items() if child is not None})
+    return made
+
+
+def without_values(module: nn.Module, mode: Shapes) -> nn.Module:
+    """Return what `alone` does, in eval mode, without hooks, and with tensors of shapes alone.
+
+    Args:
+        mode: the block of runs on shapes that is open.
+    """
+    made = alone(module)
+    for part in made.modules():
+        own = part.__dict__
+        own.pop("forward", None)  # a wrapper of another library, around the module itself
+        hooks = [key for key, table in own.items() if "_hooks" in key and isinstance(table, dict)]
+        own.update({key: type(own[key])() for key in hooks})
+        for table in (own["_parameters"], own["_buffers"]):
+            table.update({k: mode.like(t) for k, t in table.items() if t is not None})
+        part.training = False
     return made
 
 
@@ -65,8 +93,10 @@ def norm_axis(module: nn.Module, width: int) -> int | None:
     """
     key = (width == 1, *facts(module))
     if key not in _found:
-        made = on_meta(module)
-        runs = [{a for a in range(n) if _runs(made, width, n, a)} for n in range(2, len(SIZES) + 1)]
+        with silent_fakes(), Shapes() as mode:
+            made = without_values(module, mode)
+            counts = range(2, len(SIZES) + 1)
+            runs = [{a for a in range(n) if _runs(made, mode, width, n, a)} for n in counts]
         taken = [(n, axes) for n, axes in enumerate(runs, 2) if axes]
         fits = (a for a in AXES if all(-n <= a < n and a % n in axes for n, axes in taken))
         _found[key] = next(fits, None)
@@ -74,18 +104,19 @@ def norm_axis(module: nn.Module, width: int) -> int | None:
 
 
 @torch.no_grad()
-def _runs(made: nn.Module, width: int, count: int, axis: int) -> bool:
+def _runs(made: nn.Module, mode: Shapes, width: int, count: int, axis: int) -> bool:
     """True if a forward takes and gives an input of `count` axes with `width` channels at `axis`.
 
     Args:
-        made: a module on the meta device.
+        made: a module without values.
     """
     shape = [size for size in SIZES if size != width]  # the same size would hide a wrong axis
     shape = shape[: count - 1]
     shape.insert(axis, width)
-    dtype = next((t.dtype for t in made._parameters.values() if t is not None), torch.float32)
+    own = (t for t in made._parameters.values() if t is not None)
+    like = next(own, torch.empty(0))
     try:
-        x = torch.empty(shape, dtype=dtype, device="meta")
+        x = mode.empty(shape, like.dtype, like.device)
         return type(made).forward(made, x).shape == x.shape
     except Exception:  # whatever a forward of somebody's own raises on such an input
         return False
