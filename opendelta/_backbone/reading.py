@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dis
 import functools
 import inspect
 import sys
@@ -20,16 +19,10 @@ from .._sites.swap import plain_class
 from ..names import join, last, parent
 from . import watching
 from .backbone import Backbone
-from .branches import LIBRARIES
+from .codes import ANY, LOOK, RAW, READ, chains_in, reads_unnamed, words_of
+from .owned import OwnCode, own_code
 
-ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD")
-LOOK = ""
 TABLES = ("_modules", "_parameters", "_buffers")
-ALL = {"parameters", "named_parameters", "state_dict", "get_parameter"}
-ANY = {*ALL, "forward"}  # a class's, as in `nn.Linear.forward(module, x)`
-RAW = {*ALL, "_parameters", "functional_call"}
-READ = {*RAW, "weight", "bias"}
-LOOKS = {"dtype", "device", "shape", "size", "requires_grad", "is_meta", "ndim"}  # no values
 
 
 def weight_is_read(backbone: Backbone, where: str) -> bool:
@@ -71,7 +64,7 @@ def may_be_read(backbone: Backbone, where: str) -> bool:
     return _reads_unnamed(_class_of(around))
 
 
-def suspects(backbone: Backbone, names: Iterable[str]) -> list[str]:
+def suspects(backbone: Backbone, names: Iterable[str], own: OwnCode | None = None) -> list[str]:
     """Return the modules of `names` that other code may use otherwise than by calling them.
 
     It may if its class's code reads the weight or bias of a child of that name, asks for all
@@ -80,24 +73,30 @@ def suspects(backbone: Backbone, names: Iterable[str]) -> list[str]:
     """
     names = list(names)
     aside = _held_aside(backbone) if names else set()
+    own = own or (own_code(backbone) if names else None)
     found = []
     for name in names:
         module = backbone.modules[name]
         shown = swap.weight_is_read(module, False)
-        own = {id(parameter) for parameter in module._parameters.values()}
+        mine = {id(parameter) for parameter in module._parameters.values()}
         if shown:
-            suspect = bool(aside & own) or _may_read_raw(backbone, name)
+            suspect = bool(aside & mine) or _may_read_raw(backbone, name)
         else:
-            suspect = bool(aside & {id(module), *own}) or code_may_read(backbone, name)
+            suspect = bool(aside & {id(module), *mine}) or code_may_read(backbone, name, own)
         if suspect:
             found.append(name)
     return found
 
 
-def code_may_read(backbone: Backbone, where: str) -> bool:
-    """True if code of the classes around a module may use it otherwise than by calling it."""
+def code_may_read(backbone: Backbone, where: str, own: OwnCode | None = None) -> bool:
+    """True if code may use a module otherwise than by calling it.
+
+    That is code of the classes around, and code of somebody's own anywhere in the model.
+    """
+    own = own or own_code(backbone)
     reads = {r for m in [*backbone.chain(where)][1:] for r in _may_read(_class_of(m))}
     named = bool(reads & {last(where), *ANY})
+    named = named or own.names(where)
     return named or may_be_read(backbone, where) or _hook_may_read(backbone, where)
 
 
@@ -128,16 +127,10 @@ def _function_of(hook: Any) -> FunctionType | None:
 
 def _named_in(function: FunctionType) -> set[str]:
     """Return the names and texts in a function's code, and in the functions that it names."""
-    own = _words_of(function.__code__)
+    own = words_of(function.__code__)
     beside = [function.__globals__.get(name) for name in own]
     codes = [each.__code__ for each in beside if inspect.isfunction(each)]
-    return own.union(*map(_words_of, codes))
-
-
-@functools.cache
-def _words_of(code: CodeType) -> set[str]:
-    inner = [const for const in code.co_consts if isinstance(const, CodeType)]
-    return {*code.co_names, *map(str, code.co_consts)}.union(*map(_words_of, inner))
+    return own.union(*map(words_of, codes))
 
 
 def _held_aside(backbone: Backbone) -> set[int]:
@@ -163,46 +156,40 @@ def read_beside(
 
     A module that shows its deltas to other code is there only if code computes with its weight or
     bias and has them otherwise, as from `named_parameters`. Its value is None if no run on shapes
-    tells and the code of the module around reads the weight or bias by name; and if somebody's own
-    code reads one that no run has read, as in a branch that the run did not take.
+    tells and code may read the weight or bias; and if somebody's own code reads one that no run has
+    read, as in a branch that the run did not take.
 
     Args:
         missed: modules whose layers a forward has missed, which are watched too.
     """
     names = list(names)
-    asked = suspects(backbone, names)
-    watched = list(dict.fromkeys([*asked, *(name for name in names if name in missed)]))
+    own = own_code(backbone)
+    shown = {name for name in names if swap.weight_is_read(backbone.modules[name], False)}
+    asked = suspects(backbone, names, own)
+    told = [name for name in names if own.reads and name not in shown]
+    watched = list(dict.fromkeys([*asked, *(name for name in names if name in missed), *told]))
     whole = watching.of_backbone(backbone, watched) if watched else None
     found: dict[str, set[str] | None] = {}
     for name in watched:
         watch = whole
-        alone = name in asked and not swap.weight_is_read(backbone.modules[name], False)
+        alone = name in asked and name not in shown
         hooked = alone and _hook_may_read(backbone, name)  # hooks do not run where a part does
         if alone and not hooked and (watch is None or not watch.has_seen(name)):
             watch = watching.of_part(backbone, [name])
         if watch is not None:
             seen = {key for n, key in watch.read if n == name}
-            reads = _reads_by_own(backbone, name) if alone else ()
-            unseen = {key for key, code, at in reads if not watch.branches.settle(code, at)}
+            reads = own.named if alone else ()
+            unseen = {
+                key
+                for child, key, code, at in reads
+                if child == last(name) and not watch.branches.settle(code, at)
+            }
             found[name] = None if unseen - seen else seen
-        elif hooked or (alone and _is_read_around(backbone, name)):
-            found[name] = None
+        else:
+            named = alone and _is_read_around(backbone, name)
+            if hooked or named or (name in told and own.may_read(name)):
+                found[name] = None
     return found
-
-
-def _reads_by_own(backbone: Backbone, where: str) -> Iterator[tuple[str, CodeType, int]]:
-    """Yield ("weight" or "bias", code, offset) where somebody's own classes read it by name.
-
-    The branches of a library's forward compute the same, such as those with and without a kernel.
-    """
-    for cls in {_class_of(module) for module in [*backbone.chain(where)][1:]}:
-        if cls.__module__.partition(".")[0] in LIBRARIES:
-            continue
-        beneath = any("super" in code.co_names for code in _codes(cls))
-        for code in _codes(cls, beneath):
-            for name, key, offset in _chains_in(code):
-                if name == last(where) and key in ("weight", "bias"):
-                    yield key, code, offset
 
 
 def _is_read_around(backbone: Backbone, where: str) -> bool:
@@ -223,7 +210,7 @@ def gets_parameters(backbone: Backbone, where: str) -> bool:
 @functools.cache
 def _words(cls: Any) -> set[str]:
     """Return the names and the texts in a class's code."""
-    return set[str]().union(*map(_words_of, _codes(cls, True)))
+    return set[str]().union(*map(words_of, _codes(cls, True)))
 
 
 @functools.cache
@@ -233,22 +220,7 @@ def _reads_unnamed(cls: Any) -> bool:
     beside = vars(sys.modules.get(cls.__module__, cls))
     functions = [beside.get(name) for code in codes for name in code.co_names]
     codes += [function.__code__ for function in functions if inspect.isfunction(function)]
-    return any(_has_unnamed(list(dis.get_instructions(code))) for code in codes)
-
-
-def _has_unnamed(steps: list[dis.Instruction]) -> bool:
-    for number, step in enumerate(steps[:-1]):
-        if step.argval != "weight" or steps[number + 1].argval in LOOKS:
-            continue
-        if step.opname == "LOAD_CONST":
-            return True
-        if step.opname in ATTRIBUTES:
-            before = [each.argval for each in steps[max(0, number - 2) : number]]
-            own = before[-1:] == ["self"]
-            named = before[:1] == ["self"] and steps[number - 1].opname in ATTRIBUTES
-            if not own and not named:
-                return True
-    return False
+    return any(map(reads_unnamed, codes))
 
 
 @functools.cache
@@ -280,25 +252,8 @@ def _chains(cls: Any, beneath: bool = False) -> Iterator[tuple[str, str | None]]
     The second is `LOOK` if the code looks at a weight or a bias, and at none of its values.
     """
     for code in _codes(cls, beneath):
-        for name, key, _ in _chains_in(code):
+        for name, key, _ in chains_in(code):
             yield name, key
-
-
-def _chains_in(code: CodeType) -> Iterator[tuple[str, str | None, int]]:
-    """Yield what `_chains` does, each with the offset of the second attribute in the code."""
-    steps = list(dis.get_instructions(code))
-    for number, step in enumerate(steps[:-1]):
-        if step.opname not in ATTRIBUTES:
-            continue
-        after = steps[number + 1]
-        beyond = steps[number + 2].argval if number + 2 < len(steps) else None
-        asked = number > 1 and steps[number - 2].argval == "isinstance"
-        if after.opname not in ATTRIBUTES:
-            yield step.argval, None, after.offset
-        elif after.argval in ("weight", "bias") and (beyond in LOOKS or asked):
-            yield step.argval, LOOK, after.offset
-        else:
-            yield step.argval, after.argval, after.offset
 
 
 def _codes(cls: Any, beneath: bool = False) -> Iterator[CodeType]:

@@ -79,7 +79,10 @@ def factor_of(module: nn.Module) -> float | None:
     factors, dtype = [], device_and_dtype([module])[1]
     largest = min(torch.finfo(dtype).max / 64, LARGEST)
     try:
-        for module.training in (False, True):
+        # What computes its weight may do so anew in each training step, as a spectral norm does.
+        for mode in (False, True) if "weight" in module._parameters else (False,):
+            for part in module.modules():
+                part.training = mode
             with kept_random(), _in_full_precision(module):
                 if module.training > was_training and _is_random(module, kind):
                     continue  # as dropout is: nobody expects a merge to keep it

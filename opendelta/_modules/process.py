@@ -21,29 +21,34 @@ from ..errors import to_the_end
 class Together:
     """Blocks of which the first to be entered makes a change, and the last to end undoes it.
 
-    If each put back what it found, two that overlap would leave the change for ever.
+    If each put back what it found, two that overlap would leave the change for ever. A block inside
+    another of its thread makes the change and undoes it by itself.
     """
 
     def __init__(self, change: Callable[[], AbstractContextManager[Any]]) -> None:
         self._change, self._lock = change, threading.Lock()
-        self._open = set[object]()
+        self._open = set[int]()  # the threads inside
         self._undo = contextlib.ExitStack()
 
     @contextlib.contextmanager
     def __call__(self) -> Iterator[None]:
-        token = object()
+        thread = threading.get_ident()
+        if thread in self._open:
+            with self._change():
+                yield
+            return
         try:
             with self._lock:
-                self._open.add(token)
+                self._open.add(thread)
                 if len(self._open) == 1:
                     self._undo.enter_context(self._change())
             yield
         finally:
-            to_the_end(functools.partial(self._leave, token))
+            to_the_end(functools.partial(self._leave, thread))
 
-    def _leave(self, token: object) -> None:
+    def _leave(self, thread: int) -> None:
         with self._lock:
-            self._open.discard(token)
+            self._open.discard(thread)
             if not self._open:
                 self._undo.close()
 

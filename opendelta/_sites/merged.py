@@ -145,6 +145,8 @@ def folded_params(
     """
     exact: Params = tensors.params_in_full(module)
     if factor != 1:
+        if "weight" not in exact:
+            raise _not_own(where, module, "weight")
         exact["weight"] = factor * exact["weight"]
     folded = exact
     try:

@@ -1,10 +1,12 @@
 """What a process has only once is as before, however verbs in several threads overlap."""
 
+import contextlib
 import itertools
 import logging
 import random
 import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 import opendelta
-from opendelta import AdapterConfig, AdapterModel, LoraModel
+from opendelta import AdapterConfig, LoraModel
 from opendelta._modules import process
 from opendelta.errors import UnsavedWarning, UnusedWarning, kept_warnings, warn
 
@@ -62,22 +64,16 @@ def model_of(name):
     return nn.Sequential(Waiting(name), nn.Linear(6, 4)).eval()
 
 
-def attach(model):
-    AdapterModel(model, modified_modules=["0"], sample_inputs=torch.randn(2, 6))
-
-
 def check(model):
     LoraModel(model, modified_modules=["1"])
     opendelta.check(model, sample_inputs=torch.randn(2, 6))
 
 
-@pytest.mark.covers("AdapterModel", "check")
-@pytest.mark.parametrize("verbs", [(attach, attach), (check, check), (attach, check)])
-def test_compiled_functions_compile_after_overlapping_verbs(verbs):
+@pytest.mark.covers("check")
+def test_compiled_functions_compile_after_overlapping_verbs():
     torch._dynamo.reset()
-    first, second = verbs
     models = model_of("first"), model_of("second")
-    overlapping(lambda: first(models[0]), lambda: second(models[1]))
+    overlapping(lambda: check(models[0]), lambda: check(models[1]))
     counter, x = CompileCounter(), torch.randn(3)
     torch.compile(torch.cos, backend=counter)(x)
     torch.compile(lambda x: x.sin() + 1, backend=counter)(x)
@@ -85,10 +81,16 @@ def test_compiled_functions_compile_after_overlapping_verbs(verbs):
     assert not logging.getLogger("torch._subclasses.fake_tensor").disabled
 
 
+def draw():
+    random.random()
+    np.random.rand()
+    torch.rand(1)
+
+
 def state():
     return (
         random.getstate(),
-        np.random.get_state()[1].tolist(),
+        np.random.get_state(),
         torch.random.get_rng_state().tolist(),
         [str(each) for each in warnings.filters],
         torch._dynamo.eval_frame._stance,
@@ -100,22 +102,41 @@ BLOCKS = [process.kept_random, process.ignored_warnings, process.silent_fakes, p
 
 
 @pytest.mark.parametrize("block", BLOCKS)
-def test_blocks_put_back_what_there_was_in_any_order_of_their_ends(block):
+def test_blocks_of_threads_put_back_what_there_was_in_any_order_of_their_ends(block):
     before = state()
     for order in itertools.permutations(range(3)):
         blocks = [block() for _ in order]
-        for each in blocks:
-            each.__enter__()
-            random.seed(3)
-            np.random.seed(3)
-            torch.manual_seed(3)
-        assert block is process.kept_random or state() != before
-        for which in order:
-            blocks[which].__exit__(None, None, None)
+        with contextlib.ExitStack() as stack:
+            threads = [stack.enter_context(ThreadPoolExecutor(1)) for _ in order]
+            for each, thread in zip(blocks, threads, strict=True):
+                thread.submit(each.__enter__).result()
+                draw()
+            assert state() != before
+            for which in order:
+                threads[which].submit(blocks[which].__exit__, None, None, None).result()
+        put_back(block, before)
+
+
+def put_back(block, before):
+    if block is not process.kept_random:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.random.set_rng_state(torch.tensor(before[2], dtype=torch.uint8))
+    assert [repr(each) for each in state()] == [repr(each) for each in before]
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_blocks_inside_others_put_back_what_there_was(block):
+    before = state()
+    with block():
+        draw()
+        inside = state()
+        with block():
+            draw()
         if block is process.kept_random:
-            assert state() == before
-        else:
-            assert state()[3:] == before[3:]
+            assert repr(state()) == repr(inside)
+        assert state()[3:] == inside[3:]
+    put_back(block, before)
 
 
 def test_a_block_that_cannot_begin_changes_nothing():
@@ -129,21 +150,24 @@ def test_a_block_that_cannot_begin_changes_nothing():
 
 
 @pytest.mark.covers("plan")
-def test_plans_keep_the_warnings_of_their_own_threads():
-    """`warnings.catch_warnings` would show those of the one in the other."""
-    models, plans = (model_of("first"), model_of("second")), {}
+def test_a_plan_keeps_no_warnings_of_another_thread():
+    """`warnings.catch_warnings` would keep those of all."""
+    plans, before = [], list(warnings.filters)
 
-    def plan(number):
-        config = AdapterConfig(modified_modules=["0"], exclude_modules=[f"no{number}"])
-        found = opendelta.plan(models[number], config, sample_inputs=torch.randn(2, 6))
-        plans[number] = found.deltas[0].warnings
+    def plan():
+        config = AdapterConfig(modified_modules=["0"], exclude_modules=["none"])
+        found = opendelta.plan(model_of("first"), config, sample_inputs=torch.randn(2, 6))
+        plans.append(found.deltas[0].warnings)
 
-    before = list(warnings.filters)
-    overlapping(lambda: plan(0), lambda: plan(1))
+    def attach():
+        with pytest.warns(UnusedWarning, match=r"'others' has no effect"):
+            LoraModel(model_of("other"), modified_modules=["1"], exclude_modules=["others"])
+        check(model_of("second"))
+
+    overlapping(plan, attach)
     assert warnings.filters == before
-    for number in range(2):
-        (text,) = plans[number]
-        assert f"'no{number}' has no effect" in text
+    ((text,),) = plans
+    assert "'none' has no effect" in text
 
 
 def test_kept_warnings_are_of_one_thread_and_kind():
