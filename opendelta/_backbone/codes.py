@@ -1,4 +1,4 @@
-"""What the code of functions says: the names in it, and which weights it reads by attribute."""
+"""Look at the code of functions: at the names in it, and the weights that it reads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What code of somebody's own reads: of a model's classes, and of all that its modules hold."""
+"""Find the weights that code of somebody's own reads: of a model's classes and what it holds."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ KEYS = ("weight", "bias")
 
 @dataclass(frozen=True)
 class OwnCode:
-    """What code of somebody's own reads that a forward may reach.
+    """The code of somebody's own that a forward may reach, and what it reads.
 
     Attributes:
         named: (name of a child, "weight" or "bias", code, offset in it) of what it reads by name.

@@ -28,6 +28,7 @@ from .._files import tensors
 from .._files.tensors import compare
 from .._layers.dtypes import dtype_for
 from .._layers.record import Record
+from .._modules.process import one_at_a_time
 from .._modules.tensors import lasting
 from .._sites.stack import check_name
 from ..errors import (
@@ -52,6 +53,7 @@ STARTS = {
 
 
 @lasting()
+@one_at_a_time
 def load(
     folder: str | os.PathLike,
     model: nn.Module,

@@ -9,6 +9,7 @@ from .._backbone.backbone import Backbone
 from .._layers import recomputing, selection
 from .._layers.base import DeltaLayer
 from .._layers.record import WHOLE, Record, of_now
+from .._modules.process import one_at_a_time
 from .._modules.tensors import lasting
 from .._sites import compile_limit, swap
 from ..errors import to_the_end
@@ -23,6 +24,7 @@ from .state_dict import unwatch_state, watch_state
 from .state_loading import unwatch_loading, watch_loading
 
 
+@one_at_a_time
 @lasting()
 def commit(placed: Placed) -> None:
     """Put all layers of a delta on its model, or none if one of them fails."""
@@ -74,6 +76,7 @@ def _announce(placed: Placed) -> None:
     HANDLES.add(delta)
 
 
+@one_at_a_time
 def take_off(backbone: Backbone, delta: BaseDelta) -> None:
     """Take all layers of a delta off its model; with the last delta, remove all other traces."""
     to_the_end(functools.partial(_take_off, backbone, delta.record))

@@ -16,6 +16,7 @@ from .._deltas.blocks import with_children
 from .._deltas.order import attached_by_name, attached_once, handle_of, handles_of, rerank
 from .._layers import runs
 from .._layers.selection import OpenBlock
+from .._modules.process import one_at_a_time
 from .._show.explaining import Explanation, deltas_table, explain
 from .._show.notebooks import InNotebooks
 from .._verbs import merging
@@ -70,6 +71,7 @@ class Composition(InNotebooks, Generic[Model]):
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield deltas_table(Backbone.of(self.model))
 
+    @one_at_a_time
     def reorder(self, names: Iterable[str | Delta]) -> None:
         """Let the attached deltas act in this order.
 

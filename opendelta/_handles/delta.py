@@ -33,6 +33,7 @@ from .._deltas.taking import check_sizes
 from .._files.tensors import copy_into
 from .._layers.record import PICKLED, TRAINED, WHOLE
 from .._layers.selection import OpenBlock
+from .._modules.process import one_at_a_time
 from .._show.tree import log
 from ..errors import DeltaError, DeltaLoadError, OptionError, to_the_end
 from ..names import SLOT, join
@@ -103,6 +104,7 @@ class Delta(AsModule):
         if not isinstance(backbone_model, nn.Module):
             raise OptionError(f"backbone_model must be a torch.nn.Module, not {backbone_model!r}")
 
+        @one_at_a_time
         def attach(config: DeltaConfig) -> None:
             backbone = Backbone.of(backbone_model, sample_inputs)
             with uncollected():
@@ -192,6 +194,7 @@ class Delta(AsModule):
         return cast(AnyDelta, next(delta for delta in loaded if delta.name not in inside))
 
     # ------------------------------------------------------- attaching, detaching
+    @one_at_a_time
     def attach(
         self,
         module: nn.Module | None = None,
@@ -230,6 +233,7 @@ class Delta(AsModule):
         elif any(next_to):
             move(backbone, self.record, *next_to)
 
+    @one_at_a_time
     def detach(self, module: nn.Module | None = None, reset_state_dict: bool = True) -> None:
         """Take the delta off, at any place in the order; its tensors stay with this handle.
 

@@ -232,8 +232,10 @@ class DeltaLayer(nn.Module):
     # ------------------------------------------------------- methods that authors may call
     def strength(self) -> Any:
         """Return the factor of the change, `delta.scale`: a number; in compiled code, a tensor."""
-        record = self.record
-        return record.scale_tensor if torch.compiler.is_compiling() else record.scale
+        if not torch.compiler.is_compiling():
+            return self.record.scale
+        wide = any(parameter.dtype == torch.float64 for parameter in self.parameters())
+        return self.record.scale_tensor(wide)
 
     @property
     def shared(self) -> Any:

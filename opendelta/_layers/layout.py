@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .._modules import calls
 from ..errors import SiteError, quoted
+from ..names import ancestors
 from .documents import latest
 from .site import Site
 from .tokens import EMBEDDED
@@ -45,6 +46,7 @@ BEYOND = {
     "BltPatcher": "cuts them into patches",
     "HiggsAudioV2Model": "tells audio from text by them",
 }
+LAST = {"last_non_pad_token", "sequence_lengths"}  # what code calls the place of each row's last
 ONE_GRAPH = (
     "a soft prompt cannot be in one graph with position_ids, whose values say how many documents a "
     "row holds: leave position_ids out; each row is then one document"
@@ -131,6 +133,17 @@ def check_takes_embeddings(site: Site) -> None:
             f"embeddings in their place: it {what}; choose another module",
             where=site.name,
         )
+
+
+def is_read_by_ids(modules: Mapping[str, nn.Module], name: str) -> bool:
+    """True if a module around `name` finds each row's last token by its id, and reads that alone.
+
+    So do the sequence classifiers of decoders, which count positions of token ids, not of prompts.
+    """
+    around = [*ancestors(name), ""][1:] if name else []
+    codes = (getattr(inspect.unwrap(modules[n].forward), "__code__", None) for n in around)
+    names = ({*code.co_varnames} for code in codes if code is not None)
+    return any("input_ids" in own and LAST & own for own in names)
 
 
 def skipped_by(module: nn.Module) -> str:

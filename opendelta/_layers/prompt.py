@@ -27,6 +27,7 @@ from .layout import (
     Layout,
     check_positions,
     check_takes_embeddings,
+    is_read_by_ids,
     maker_of_rows,
     plain_id,
     skipped_by,
@@ -318,6 +319,8 @@ class PromptLayer(_WithPrompt):
         }
         others: dict[str, DeltaLayer] = {}
         decoders = _in_decoders(modules)
+        for name, layer in own.items():
+            layer.strip = layer.strip or is_read_by_ids(modules, name)
         for name, module in modules.items():
             names = arguments(module)
             mask = next((mask for mask in CROSS if mask in names), None)

@@ -67,8 +67,8 @@ class Record:
         enabled: the layers act where no open block chooses; see `selection`.
         active: the layers act in this thread and task.
         scale: the factor of the change that the layers make.
-        scale_tensor: the scale as a float32 tensor for compiled code. With a number, torch would
-            compile the code again for each value.
+        scale_tensors: the scale as tensors of float32 and float64, for compiled code. With a
+            number, torch would compile the code again for each value.
         merged: the merges that hold its layers, one for each module.
         frozen: full names of the delta's parameters that `freeze_module` froze.
         watched: what notes the weights of a block inside `watching()` of this thread and task, else
@@ -83,8 +83,11 @@ class Record:
     sites: tuple[str, ...]
     enabled: bool = True
     scale: float = 1.0
-    scale_tensor: Tensor = field(
-        default_factory=lambda: torch.ones((), dtype=torch.float32, device="cpu")
+    scale_tensors: tuple[Tensor, Tensor] = field(
+        default_factory=lambda: (
+            torch.ones((), dtype=torch.float32, device="cpu"),
+            torch.ones((), dtype=torch.float64, device="cpu"),
+        )
     )
     merged: set[Any] = field(default_factory=set)
     frozen: set[str] = field(default_factory=set)
@@ -107,10 +110,19 @@ class Record:
             self.enabled = active
 
     def set_scale(self, scale: float) -> None:
-        """Set the scale, as a number and as a tensor."""
+        """Set the scale, as a number and as tensors."""
         self.scale = scale
         with torch.inference_mode():  # the tensor may have been made in inference mode
-            self.scale_tensor.fill_(scale)
+            for tensor in self.scale_tensors:
+                tensor.fill_(scale)
+
+    def scale_tensor(self, wide: bool) -> Tensor:
+        """Return the scale as a tensor.
+
+        Args:
+            wide: of float64.
+        """
+        return self.scale_tensors[wide]
 
     def require_apart(self, verb: str) -> None:
         """Raise if the delta is merged: its layers are then part of the weights.
@@ -142,10 +154,9 @@ class Weighed:
         """Return the factor of the change that the layers make."""
         return self.record.scale * self.weight
 
-    @property
-    def scale_tensor(self) -> Tensor:
+    def scale_tensor(self, wide: bool) -> Tensor:
         """Return it as a tensor."""
-        return self.record.scale_tensor * self.weight
+        return self.record.scale_tensor(wide) * self.weight
 
 
 def weighed(layer: Any, weight: float) -> Any:

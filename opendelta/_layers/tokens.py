@@ -253,8 +253,8 @@ class Tokens:
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
             self._refuse(
                 asks,
-                "runs again in a backward, where nothing says where its rows begin and end: use "
-                "torch.utils.checkpoint",
+                "runs again in a backward, where nothing says where its rows begin and end: call "
+                "the whole model, which notes that, and use torch.utils.checkpoint",
             )
         masks = [value for name, value in kwargs.items() if "mask" in name]
         masks += [value for value in args if isinstance(value, Tensor) and value.ndim == 4]

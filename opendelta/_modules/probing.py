@@ -69,13 +69,13 @@ def factor_of(module: nn.Module) -> float | None:
     cls, kind, was_training = type(module), kind_of(module), module.training
     if is_known(cls) and not _is_patched(module):
         return 1.0
-    if kind is None or stored(module, "weight") is None:
-        return None
     if isinstance(kind, Norm):
         return 1.0
-    if _takes_more(cls.forward):
+    if kind is None or _takes_more(cls.forward):
         return None
     module = alone(module)
+    if stored(module, "weight") is None:
+        return None
     factors, dtype = [], device_and_dtype([module])[1]
     largest = min(torch.finfo(dtype).max / 64, LARGEST)
     try:

@@ -11,11 +11,15 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
 from ..errors import to_the_end
+
+P = ParamSpec("P")
+R = TypeVar("R")
+_changing = threading.RLock()
 
 
 class Together:
@@ -94,6 +98,20 @@ _eager = Together(_as_written)
 kept_random = Together(_drawn)  # the states of all random number generators
 ignored_warnings = Together(_ignored)
 silent_fakes = Together(_silent)  # torch logs each operation that fails on shapes
+
+
+def one_at_a_time(verb: Callable[P, R]) -> Callable[P, R]:
+    """Let one thread put deltas on models, take them off or reorder them, while others wait.
+
+    Forwards do not wait.
+    """
+
+    @functools.wraps(verb)
+    def alone(*args: P.args, **kwargs: P.kwargs) -> R:
+        with _changing:
+            return verb(*args, **kwargs)
+
+    return alone
 
 
 def eager() -> AbstractContextManager[None]:

@@ -48,7 +48,8 @@ class DoraLayer(LoraLayer):
         squares = torch.linalg.vector_norm(weight, dim=1, dtype=wide).square()
         crossed = 2 * self.scaling * ((weight @ A.T) * B).sum(1)
         own = self.scaling**2 * ((B @ (A @ A.T)) * B).sum(1)
-        return (squares + crossed + own).clamp_min(torch.finfo(wide).tiny).sqrt()
+        # Detached: `no_grad` lets the tangents of forward mode pass.
+        return (squares + crossed + own).clamp_min(torch.finfo(wide).tiny).sqrt().detach()
 
     def _scale(self, params: Params) -> Tensor:
         return self.lora_magnitude_vector / self.norm(self.kind.matrix(params["weight"]))

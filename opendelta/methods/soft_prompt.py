@@ -30,7 +30,8 @@ class SoftPromptConfig(DeltaConfig):
         tokenizer: the folder or hub name of the tokenizer that reads the text.
         strip: take the prompt's positions out of the blocks' output, so that heads and labels see
             the tokens alone. The decoder of an encoder-decoder attends to the prompt in any case.
-            False, as in OpenDelta 0.3 and PEFT: a pooler then reads the first row of the prompt.
+            False, as in OpenDelta 0.3 and PEFT: a pooler then reads the first row of the prompt. A
+            head that finds the last token by its id, as of decoders, sees the tokens in any case.
     """
 
     soft_token_num: int = option(100, minimum=1)

@@ -1,9 +1,11 @@
 """What a process has only once is as before, however verbs in several threads overlap."""
 
 import contextlib
+import functools
 import itertools
 import logging
 import random
+import sys
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -187,3 +189,42 @@ def test_kept_warnings_are_of_one_thread_and_kind():
         thread.join()
     assert texts == ["kept"]
     assert shown
+
+
+@pytest.fixture
+def switching():
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+def together(*verbs):
+    """Call all at once, each in its own thread."""
+    barrier = threading.Barrier(len(verbs), timeout=60)
+
+    def run(verb):
+        barrier.wait()
+        return verb()
+
+    with ThreadPoolExecutor(len(verbs)) as pool:
+        return [each.result() for each in [pool.submit(run, verb) for verb in verbs]]
+
+
+@pytest.mark.usefixtures("switching")
+@pytest.mark.covers("Delta.attach", "Delta.detach", "DeltaConfig.name")
+def test_threads_put_deltas_on_one_model_and_take_them_off():
+    for _ in range(15):
+        model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(12)))
+        before, everywhere = opendelta.snapshot(model), [str(i) for i in range(12)]
+        make = functools.partial(LoraModel, model, modified_modules=everywhere)
+        deltas = together(make, make, make, make)
+        assert {delta.name for delta in deltas} == {"lora", "lora_1", "lora_2", "lora_3"}
+        assert all(len(delta.layers) == 12 for delta in deltas)
+        one, two, *rest = deltas
+        together(one.detach, two.detach, functools.partial(make, name="new"), make)
+        assert len(opendelta.composition(model)) == 4
+        together(one.attach, two.attach, *(each.detach for each in rest))
+        assert len(opendelta.composition(model)) == 4
+        together(*(each.detach for each in opendelta.composition(model)))
+        opendelta.assert_pristine(model, like=before)

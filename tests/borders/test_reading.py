@@ -1,11 +1,14 @@
 """Weights that the module around reads, and modules that it calls, are told apart by its code."""
 
 import functools
+import operator
 import weakref
+from typing import ClassVar
 
 import pytest
 import torch
 import transformers
+from support import nets
 from support.nets import shake
 from torch import nn
 from torch.nn import functional as F
@@ -536,9 +539,194 @@ class Slotted:
         return x @ self.around.fc.weight
 
 
+class InAMethodThatOthersCall(nn.Module):
+    """As an embedding that decodes, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = Decoding()
+
+    def forward(self, x):
+        return self.inner.decode(torch.tanh(self.inner(x)))
+
+
+class Decoding(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(6, 6)
+
+    def forward(self, x):
+        return self.fc(x)
+
+    def decode(self, x):
+        return x @ self.fc.weight
+
+
+class InAProperty(CalledAndRead):
+    @property
+    def table(self):
+        return self.fc.weight
+
+    def other(self, x):
+        return x @ self.table
+
+
+class Table:
+    def __get__(self, owner, cls):
+        return owner.fc.weight
+
+
+class InADescriptor(InAProperty):
+    table = Table()
+
+
+class InAnAttributeThatIsMade(CalledAndRead):
+    def __getattr__(self, name):
+        return self.fc.weight if name == "table" else super().__getattr__(name)
+
+    def other(self, x):
+        return x @ self.table
+
+
+class InAPartialMethod(CalledAndRead):
+    def _times(self, factor, x):
+        return factor * x @ self.fc.weight
+
+    other = functools.partialmethod(_times, 2)
+
+
+class InTheCall(CalledAndRead):
+    def __call__(self, x):
+        return super().__call__(x) @ self.fc.weight
+
+    def forward(self, x):
+        return self.fc(x)
+
+
+class OfAnArgument(nn.Module):
+    def forward(self, x, inner):
+        return x @ inner.weight
+
+
+class GivenToAnother(CalledAndRead):
+    def __init__(self):
+        super().__init__()
+        self.decoder = OfAnArgument()
+
+    def other(self, x):
+        return self.decoder(x, self.fc)
+
+
+class OfItsCaller(nn.Module):
+    def forward(self, x, caller):
+        return x @ caller.fc.weight
+
+
+class GivenWhole(GivenToAnother):
+    def __init__(self):
+        super().__init__()
+        self.decoder = OfItsCaller()
+
+    def other(self, x):
+        return self.decoder(x, self)
+
+
+class InAFunctionOfTheClass(CalledAndRead):
+    ways: ClassVar = {"times": times_weight}
+
+    def other(self, x):
+        return self.ways["times"](self, x)
+
+
+class InAFunctionOfTheModule(CalledAndRead):
+    def __init__(self):
+        super().__init__()
+        self.ways = [times_weight]
+
+    def other(self, x):
+        return self.ways[0](self, x)
+
+
+class Way:
+    def run(self, module, x):
+        return times_weight(module, x)
+
+
+class InAStrategy(CalledAndRead):
+    way = Way()
+
+    def other(self, x):
+        return self.way.run(self, x)
+
+
+class InAClassOfStrategies(CalledAndRead):
+    def __init__(self):
+        super().__init__()
+        self.way = Way
+
+    def other(self, x):
+        return self.way().run(self, x)
+
+
+def one_more(module, x):
+    return times_weight(module, x)
+
+
+class TwoFunctionsDeep(CalledAndRead):
+    def other(self, x):
+        return one_more(self, x)
+
+
+class InAnotherFile(CalledAndRead):
+    def other(self, x):
+        return nets.times_weight(self, x)
+
+
+class ByAPath(CalledAndRead):
+    def other(self, x):
+        return x @ operator.attrgetter("fc.weight")(self)
+
+
+class ByAPathOfTheClass(CalledAndRead):
+    table = staticmethod(operator.attrgetter("fc.weight"))
+
+    def other(self, x):
+        return x @ self.table(self)
+
+
+class NeverCalled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = Decoding()
+
+    def forward(self, x):
+        return self.inner.decode(x)
+
+
+class OnlyBesideTheForward(CalledAndRead):
+    """What no forward reaches hinders no merge."""
+
+    def __init__(self):
+        super().__init__()
+        self.reset(), self.penalty()
+
+    def reset(self):
+        nn.init.zeros_(self.fc.bias)
+
+    def penalty(self):
+        return self.fc.weight.square().sum()
+
+    def other(self, x):
+        return x
+
+
 READ = [ThroughItsParent, InAClosure, InADefault, InAPartial, InSlots, InAHook, InAWeakReference]
 READ += [CalledAndRead, ThroughAFunction, ByAView, BiasToo, FromAbove]
 READ += [HoldsAside, UnderAnotherName, FromAll]
+READ += [InAMethodThatOthersCall, InAProperty, InADescriptor, InAnAttributeThatIsMade]
+READ += [InAPartialMethod, InTheCall, GivenToAnother, GivenWhole, InAFunctionOfTheClass]
+READ += [InAFunctionOfTheModule, InAStrategy, InAClassOfStrategies, TwoFunctionsDeep]
+READ += [InAnotherFile, ByAPath, ByAPathOfTheClass]
 
 
 def input_of(net):
@@ -553,10 +741,23 @@ def test_a_merge_that_would_change_what_others_read_is_refused(net, ran, verb):
     shake(LoraModel(model, modified_modules=["fc"]))
     output = model(input_of(net)) if ran else None
     before = opendelta.snapshot(model)
-    with pytest.raises(SiteError, match=r"fc' \(\w+\): lora cannot be merged: other code reads"):
+    told = "may read" if net is InTheCall else "reads"  # a run is watched inside of the call
+    with pytest.raises(SiteError, match=rf"fc' \(\w+\): lora cannot be merged: other code {told}"):
         getattr(opendelta.composition(model), verb)()
     assert opendelta.snapshot(model) == before
     assert not ran or torch.equal(model(input_of(net)), output)
+
+
+@pytest.mark.parametrize("verb", ["merge", "to_backbone"])
+def test_a_module_that_is_read_and_never_called_is_not_merged(verb):
+    model = NeverCalled()
+    shake(LoraModel(model, modified_modules=["fc"]))
+    with pytest.raises(SiteError, match=r"'inner.fc' \(Linear\): lora cannot be merged"):
+        getattr(opendelta.composition(model), verb)()
+    with pytest.warns(opendelta.UnreachedWarning):
+        model(X)
+    with pytest.raises(SiteError, match=r"'inner.fc' \(Linear\): "):
+        getattr(opendelta.composition(model), verb)()
 
 
 @pytest.mark.parametrize("verb", ["merge", "to_backbone"])
@@ -577,7 +778,7 @@ def test_a_delta_that_acts_on_both_uses_is_merged(net):
 
 
 @pytest.mark.parametrize("verb", ["merge", "to_backbone"])
-@pytest.mark.parametrize("net", [OnlyLooks, Bloom, Looks])
+@pytest.mark.parametrize("net", [OnlyLooks, Bloom, Looks, OnlyBesideTheForward])
 def test_a_weight_whose_values_nobody_else_uses_is_merged(net, verb):
     model = net()
     name = "wo" if net is Looks else "fc"

@@ -146,6 +146,15 @@ def test_dora_is_transformed_cast_and_compiled_as_its_equation():
     torch.testing.assert_close(torch.func.vmap(model)(x), model(x))
     jacobian = torch.func.jacfwd(model)(x[0])
     torch.testing.assert_close(jacobian, torch.autograd.functional.jacobian(model, x[0]))
+    given = {name: p.detach() for name, p in model.named_parameters()}
+    tangents = {name: torch.randn_like(p) for name, p in given.items()}
+
+    def total(parameters):
+        return torch.func.functional_call(model, parameters, (x,)).sin().sum()
+
+    _, forward = torch.func.jvp(total, (given,), (tangents,))
+    back = torch.func.grad(total)(given)  # it takes |W + D| for a constant, and so must the other
+    torch.testing.assert_close(forward, sum((back[n] * tangents[n]).sum() for n in given))
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(x), by_hand(layer, model[0], x))
     model, x = model.float(), x.float()

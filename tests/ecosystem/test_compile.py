@@ -54,6 +54,19 @@ def test_a_model_with_deltas_compiles_into_one_graph(counter):
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+def test_a_float64_model_is_as_exact_as_in_eager_mode(scale):
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)).double(), vectors(2, 8).double()
+    for cls, options in ((LoraModel, {"lora_r": 3}), (AdapterModel, {"bottleneck_dim": 3})):
+        shake(cls(model, modified_modules=["0", "1"], **options)).scale = scale
+    names = [shake(LoraModel(model, modified_modules=["0"], lora_r=3)).name for _ in range(2)]
+    opendelta.AverageModel(model, deltas=names, weights=[0.3, 0.7])
+    wanted = model(x)
+    torch.testing.assert_close(compiled(model)(x), wanted, rtol=1e-13, atol=1e-13)
+    exported = torch.export.export(model, (x,)).module()
+    torch.testing.assert_close(exported(x), wanted, rtol=1e-13, atol=1e-13)
+
+
 def test_deltas_attached_after_compiling_are_noticed(counter):
     model, x = tower(), vectors(2, 8)
     fast = compiled(model, counter)

@@ -58,6 +58,17 @@ TINY = {
             n_embd=32, n_layer=2, n_head=4, n_positions=32, bos_token_id=1, eos_token_id=1, **SIZES
         )
     ),
+    "llama-classifier": lambda: transformers.LlamaForSequenceClassification(
+        transformers.LlamaConfig(
+            hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            intermediate_size=48, pad_token_id=0, **SIZES,
+        )
+    ),
+    "gpt2-classifier": lambda: transformers.GPT2ForSequenceClassification(
+        transformers.GPT2Config(
+            n_embd=32, n_layer=2, n_head=4, n_positions=32, pad_token_id=0, **SIZES
+        )
+    ),
     "bert": lambda: transformers.BertForSequenceClassification(transformers.BertConfig(**BERT)),
     "roberta": lambda: transformers.RobertaForSequenceClassification(
         transformers.RobertaConfig(**BERT)
@@ -242,6 +253,14 @@ READ = {
     ),
     "prompt-roberta": (
         "roberta",
+        lambda: peft.PromptTuningConfig(num_virtual_tokens=3, task_type="SEQ_CLS"),
+    ),
+    "prompt-llama-classifier": (
+        "llama-classifier",
+        lambda: peft.PromptTuningConfig(num_virtual_tokens=3, task_type="SEQ_CLS"),
+    ),
+    "prompt-gpt2-classifier": (
+        "gpt2-classifier",
         lambda: peft.PromptTuningConfig(num_virtual_tokens=3, task_type="SEQ_CLS"),
     ),
     "prompt-t5": (
@@ -693,6 +712,7 @@ def test_tensors_that_peft_would_leave_out_are_refused(adapter, fields):
 @pytest.mark.parametrize(
     "fields",
     [
+        {"target_modules": None},
         {"target_modules": 3},
         {"target_modules": {"q_proj": 1}},
         {"target_modules": ["q_proj", 3]},

@@ -196,3 +196,8 @@ class Scaled(nn.Module):
 
     def forward(self, x):
         return nn.functional.linear(x, self.weight) / math.sqrt(self.in_features)
+
+
+def times_weight(module, x):
+    """Read the weight of a module's child."""
+    return x @ module.fc.weight

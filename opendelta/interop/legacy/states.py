@@ -118,7 +118,7 @@ def _check_prompt(content: Content, delta: BaseDelta) -> None:
     """Raise if a prompt of 0.3, which stays in the output, is for a delta that takes it out."""
     if content.prompt is None or delta.delta_type != "soft_prompt":
         return
-    if any(getattr(layer, "strip", False) for layer in delta.layers.values()):
+    if delta.config.strip:  # type: ignore[attr-defined]
         raise DeltaLoadError(
             f"OpenDelta 0.3 left prompts in the output, and {delta.name!r} takes its own out: make "
             "it by SoftPromptModel(..., strip=False)"

@@ -42,10 +42,12 @@ def recognises(folder: Path) -> bool:
     """True if PEFT wrote `folder`."""
     config = folder / CONFIG
     for _ in range(TRIES):
-        if config.is_file() or not (folder / WEIGHTS).is_file():
+        if config.is_file():
             break
+        if not (folder / WEIGHTS).is_file():
+            return False
         time.sleep(WAIT)  # another process may be saving
-    if not config.is_file():
+    else:
         return False
     if (folder / WEIGHTS).is_file() or (folder / PICKLE).is_file():
         return True

@@ -35,6 +35,9 @@ def check_selection(adapter: Adapter) -> None:
         full = isinstance(targets, list) and name in targets
         return selects(name) and not excluded(name) and (full or in_layer(name))
 
+    if targets is None and adapter.name != "soft_prompt":
+        why = "PEFT would choose modules by the class of the model; name them, as PEFT writes them"
+        raise adapter.refusal("target_modules", why)
     if targets is None:
         return
     if extra := [name for name in adapter.sites if not chosen(name)]:

@@ -20,6 +20,7 @@ from ..._deltas.buffers import saved
 from ..._files import folder as files
 from ..._files.reading import as_path, read_start
 from ..._layers.base import Acts
+from ..._layers.layout import is_read_by_ids
 from ..._modules.kinds import TransposedLinear, kind_of
 from ..._modules.tensors import full
 from ..._sites import swap
@@ -157,7 +158,8 @@ def _check_writable(delta: BaseDelta, backbone: Backbone) -> None:
             raise DeltaError(f"{what}{where!r}: {why or 'PEFT changes no model as a whole'}")
     layers: Any = delta.layers
     stripped = name == "soft_prompt" and layers[delta.modified_modules[0]].strip
-    if stripped and _task(delta) != "CAUSAL_LM":
+    apart = stripped and not is_read_by_ids(backbone.modules, delta.modified_modules[0])
+    if apart and _task(delta) != "CAUSAL_LM":
         raise DeltaError(f"{what}its prompts stay in what the model gives; use strip=False")
 
 
