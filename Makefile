@@ -14,10 +14,10 @@ demo: .venv/.demo  ## Train, save and share small deltas on a small real model
 	$(BIN)/opendelta demo
 
 test: .venv/.dev  ## Run the whole test suite; extra pytest arguments through ARGS='-k lora'
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --ignore=tests/examples $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --ignore=tests/examples --ignore=tests/benchmarks $(ARGS)
 
-examples: .venv/.dev  ## Run the scripts in examples/, the recipes and the demo on little data
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/examples $(ARGS)
+examples: .venv/.dev  ## Run the scripts in examples/ and benchmarks/, the recipes and the demo on little data
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/examples tests/benchmarks $(ARGS)
 
 # The tools warn of much that is theirs, so that warnings are no errors here.
 tools: .venv-tools/.done  ## Run the tests that drive Lightning, DeepSpeed, TRL, Ray and other tools
