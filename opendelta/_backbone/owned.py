@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from .._modules.holding import is_foreign, walk
+from .._modules.holding import beside_tables, is_foreign, walk
 from .._sites.swap import plain_class
 from ..errors import LIBRARIES as LIBRARY_FOLDERS
 from ..names import last, parent
@@ -22,7 +22,6 @@ from .branches import LIBRARIES
 from .codes import RAW, chains_in, reads_unnamed, words_of
 
 OTHERS = {*LIBRARIES, "builtins", "bitsandbytes", "torchao", "accelerate", "hqq", "optimum"}
-TABLES = ("_modules", "_parameters", "_buffers")
 # What runs without being named.
 ENTRIES = {"forward", "__call__", "__getattr__", "__getattribute__", "__get__"}
 KEYS = ("weight", "bias")
@@ -62,9 +61,9 @@ class OwnCode:
 def own_code(backbone: Backbone) -> OwnCode:
     """Look at all code of somebody's own that the forwards of a model may reach by its names."""
     found = _Reached()
-    for module in backbone.modules.values():
-        found.add_class(plain_class(module) or type(module))
-        found.add_held(v for key, v in module.__dict__.items() if key not in TABLES)
+    for cls in {plain_class(module) or type(module) for module in backbone.modules.values()}:
+        found.add_class(cls)
+    found.add_held(beside_tables(backbone.modules.values()))
     codes = list(found.codes())
     words = set[str]().union(found.texts, *map(words_of, codes))
     return OwnCode(
@@ -91,7 +90,7 @@ class _Reached:
         taken: dict[str, None] = {}
         beneath = _calls_super(cls)
         for base in cls.__mro__:
-            for name, value in [] if _is_of_library(base) else vars(base).items():
+            for name, value in [] if is_of_library(base) else vars(base).items():
                 if beneath or name not in taken:
                     self._add_value(name, value)
             taken |= dict.fromkeys(vars(base))
@@ -121,7 +120,7 @@ class _Reached:
         """Yield the code of each function that is reached, and of functions inside."""
         while self._todo:
             function = self._todo.pop()
-            if function in self._seen or _is_of_library(function):
+            if function in self._seen or is_of_library(function):
                 continue
             self._seen.add(function)
             yield from _with_inner(function.__code__)
@@ -137,7 +136,7 @@ def _named_by(function: FunctionType, words: set[str]) -> Iterator[Any]:
     around = [function.__globals__.get(word) for word in function.__code__.co_names]
     files = [value for value in around if isinstance(value, ModuleType)]
     for value in around + [vars(file).get(word) for file in files for word in words]:
-        if isinstance(value, FunctionType | type) and not _is_of_library(value):
+        if isinstance(value, FunctionType | type) and not is_of_library(value):
             file = getattr(sys.modules.get(value.__module__), "__file__", None) or ""
             if _package(value) == _package(function) or not file.startswith(LIBRARY_FOLDERS):
                 yield value
@@ -169,7 +168,7 @@ def _calls_super(cls: type) -> bool:
     values = [
         v
         for b in cls.__mro__
-        if not _is_of_library(b)
+        if not is_of_library(b)
         for k, v in vars(b).items()
         if k != "__init__"
     ]
@@ -181,5 +180,6 @@ def _package(value: Any) -> str:
     return (value.__module__ or "builtins").partition(".")[0]
 
 
-def _is_of_library(value: Any) -> bool:
+def is_of_library(value: Any) -> bool:
+    """True if a class or function is of Python, torch or a library whose code is taken as known."""
     return _package(value) in OTHERS

@@ -13,16 +13,14 @@ from torch import nn
 
 from .._modules import trials
 from .._modules.calls import has_forward
-from .._modules.holding import held_by
+from .._modules.holding import beside_tables, held_by
 from .._sites import swap
 from .._sites.swap import plain_class
 from ..names import join, last, parent
 from . import watching
 from .backbone import Backbone
 from .codes import ANY, LOOK, RAW, READ, chains_in, reads_unnamed, words_of
-from .owned import OwnCode, own_code
-
-TABLES = ("_modules", "_parameters", "_buffers")
+from .owned import OwnCode, is_of_library, own_code
 
 
 def weight_is_read(backbone: Backbone, where: str) -> bool:
@@ -136,13 +134,14 @@ def _named_in(function: FunctionType) -> set[str]:
 def _held_aside(backbone: Backbone) -> set[int]:
     """Return the ids of modules and parameters that are held beside the modules' own tables.
 
-    Attributes, hooks and the methods of classes are looked into, with all that they hold. Whoever
+    Attributes, hooks and the methods of own classes are looked into, with all they hold. Whoever
     holds a module has those inside.
     """
     modules = list(backbone.modules.values())
-    todo = [v for m in modules for key, v in m.__dict__.items() if key not in TABLES]
-    classes = {base for m in modules for base in type(m).__mro__}
-    todo += [v for cls in classes for v in vars(cls).values() if inspect.isfunction(v)]
+    todo = beside_tables(modules)
+    classes = {base for cls in {type(m) for m in modules} for base in cls.__mro__}
+    own_classes = [cls for cls in classes if not is_of_library(cls)]
+    todo += [v for cls in own_classes for v in vars(cls).values() if inspect.isfunction(v)]
     found = held_by(todo)
     inside = [part for module in modules if id(module) in found for part in module.modules()]
     own = [parameter for part in inside for parameter in part._parameters.values()]

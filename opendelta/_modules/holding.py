@@ -11,6 +11,21 @@ from typing import Any
 
 from torch import nn
 
+TABLES = ("_modules", "_parameters", "_buffers")
+SIMPLE = (bool, int, float, str)
+
+
+def beside_tables(modules: Iterable[nn.Module]) -> list[Any]:
+    """Return what these modules have as attributes that may hold something, but in their tables."""
+    own = (item for module in modules for item in module.__dict__.items())
+    return [v for key, v in own if key not in TABLES and v is not None and _may_hold(v)]
+
+
+def _may_hold(value: Any) -> bool:
+    if type(value) in SIMPLE:
+        return False
+    return bool(value) if isinstance(value, dict | list | tuple | set) else True
+
 
 def held_by(values: Iterable[Any]) -> set[int]:
     """Return the ids of the modules and parameters that these values hold, or are."""
