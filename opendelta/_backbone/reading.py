@@ -70,8 +70,10 @@ def suspects(backbone: Backbone, names: Iterable[str], own: OwnCode | None = Non
     the module or its parameters. Of a module that shows its deltas, parameters alone count.
     """
     names = list(names)
-    aside = _held_aside(backbone) if names else set()
-    own = own or (own_code(backbone) if names else None)
+    if not names:
+        return []
+    aside = _held_aside(backbone)
+    own = own or own_code(backbone)
     found = []
     for name in names:
         module = backbone.modules[name]
@@ -86,15 +88,13 @@ def suspects(backbone: Backbone, names: Iterable[str], own: OwnCode | None = Non
     return found
 
 
-def code_may_read(backbone: Backbone, where: str, own: OwnCode | None = None) -> bool:
+def code_may_read(backbone: Backbone, where: str, own: OwnCode) -> bool:
     """True if code may use a module otherwise than by calling it.
 
     That is code of the classes around, and code of somebody's own anywhere in the model.
     """
-    own = own or own_code(backbone)
     reads = {r for m in [*backbone.chain(where)][1:] for r in _may_read(_class_of(m))}
-    named = bool(reads & {last(where), *ANY})
-    named = named or own.names(where)
+    named = bool(reads & {last(where), *ANY}) or own.names(where)
     return named or may_be_read(backbone, where) or _hook_may_read(backbone, where)
 
 

@@ -16,6 +16,7 @@ from torch import nn
 from .._backbone import reading, shapes
 from .._backbone.apart import apart
 from .._backbone.backbone import Backbone
+from .._backbone.owned import own_code
 from .._deltas import first_forward
 from .._layers.base import Acts, DeltaLayer
 from .._layers.record import Record
@@ -262,18 +263,23 @@ def _check_missed(backbone: Backbone, runs: Mapping[str, Sequence[Named]]) -> No
 
     So it is if one branch of the code around calls the module, and another reads its weight.
     """
-    for where, run in runs.items():
-        stack = backbone.stacks[where]
-        for name, layer in [item for _, ly in run for item in in_block(stack, ly).items()]:
-            ran = name in stack.ran
-            if layer.missed and ran and reading.code_may_read(backbone, where):
-                raise SiteError(
-                    f"{where!r} ({type(backbone.modules[where]).__name__}): {name!r} ran in some "
-                    "forwards, not in all, and the code around may read the module's weight or "
-                    "bias instead of calling it: then a merge would change what the model "
-                    f"computes. Attach with reads=True; or disable {name!r}",
-                    where=where,
-                )
+    partly = [
+        (where, name)
+        for where, run in runs.items()
+        for _, top in run
+        for name, layer in in_block(backbone.stacks[where], top).items()
+        if layer.missed and name in backbone.stacks[where].ran
+    ]
+    own = own_code(backbone) if partly else None
+    for where, name in partly:
+        if own is not None and reading.code_may_read(backbone, where, own):
+            raise SiteError(
+                f"{where!r} ({type(backbone.modules[where]).__name__}): {name!r} ran in some "
+                "forwards, not in all, and the code around may read the module's weight or "
+                "bias instead of calling it: then a merge would change what the model "
+                f"computes. Attach with reads=True; or disable {name!r}",
+                where=where,
+            )
 
 
 def read_beside(backbone: Backbone, names: Iterable[str]) -> dict[str, set[str] | None]:

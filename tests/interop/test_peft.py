@@ -46,28 +46,23 @@ BERT = {
     "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48,
     "max_position_embeddings": 40, "initializer_range": 0.3, **SIZES,
 }  # fmt: skip
+LLAMA_SIZES = {
+    "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "intermediate_size": 48, **SIZES,
+}  # fmt: skip
+GPT2_SIZES = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32, **SIZES}
 TINY = {
     "llama": lambda: transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-            intermediate_size=48, **SIZES,
-        )
+        transformers.LlamaConfig(**LLAMA_SIZES)
     ),
     "gpt2": lambda: transformers.GPT2LMHeadModel(
-        transformers.GPT2Config(
-            n_embd=32, n_layer=2, n_head=4, n_positions=32, bos_token_id=1, eos_token_id=1, **SIZES
-        )
+        transformers.GPT2Config(bos_token_id=1, eos_token_id=1, **GPT2_SIZES)
     ),
     "llama-classifier": lambda: transformers.LlamaForSequenceClassification(
-        transformers.LlamaConfig(
-            hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-            intermediate_size=48, pad_token_id=0, **SIZES,
-        )
+        transformers.LlamaConfig(pad_token_id=0, **LLAMA_SIZES)
     ),
     "gpt2-classifier": lambda: transformers.GPT2ForSequenceClassification(
-        transformers.GPT2Config(
-            n_embd=32, n_layer=2, n_head=4, n_positions=32, pad_token_id=0, **SIZES
-        )
+        transformers.GPT2Config(pad_token_id=0, **GPT2_SIZES)
     ),
     "bert": lambda: transformers.BertForSequenceClassification(transformers.BertConfig(**BERT)),
     "roberta": lambda: transformers.RobertaForSequenceClassification(
