@@ -14,7 +14,6 @@ from .._modules import tensors
 # weight do not begin in the same columns.
 WIDTH = 1021
 PIECE = 2**20  # values in a table at most: a processor's cache holds it for the second sum
-FIRST, STEP = 0x1E3779B97F4A7C15, 0x13C6EF362  # the factors of the sums, which are all odd
 
 
 class Mark(NamedTuple):
@@ -22,11 +21,11 @@ class Mark(NamedTuple):
 
     Attributes:
         sizes: the number of values in each piece that was read; none of a quantised parameter.
-        digest: a number for all bits.
+        sums: the sums of each piece; the number of the object if it is quantised.
     """
 
     sizes: tuple[int, ...]
-    digest: int
+    sums: bytes | int
 
 
 def mark(chunks: Iterable[Tensor]) -> Mark:
@@ -37,7 +36,7 @@ def mark(chunks: Iterable[Tensor]) -> Mark:
         for piece in _pieces(chunk.detach().contiguous().view(-1)):
             sizes.append(piece.numel())
             sums += _sums(piece)
-    return Mark(tuple(sizes), _digest(torch.cat(sums)))
+    return Mark(tuple(sizes), torch.cat(sums).cpu().numpy().tobytes())
 
 
 def mark_of(parameter: Any, sizes: tuple[int, ...] = ()) -> Mark:
@@ -78,10 +77,3 @@ def _sums(flat: Tensor) -> list[Tensor]:
     table = words[: rows * WIDTH].view(rows, WIDTH)
     by_row = table.sum(1)  # first, as this reads memory faster
     return [by_row, table.sum(0), words[rows * WIDTH :], *left]
-
-
-def _digest(sums: Tensor) -> int:
-    """Return a number that depends on all numbers and their places."""
-    factors = torch.arange(FIRST, FIRST + STEP * len(sums), STEP, device=sums.device)
-    mixed = (sums + (sums >> 32)) * factors
-    return int((mixed ^ (mixed >> 29)).sum())
