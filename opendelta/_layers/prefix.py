@@ -28,7 +28,7 @@ from .base import Acts, DeltaLayer, Handover
 from .costs import Flops, counted
 from .documents import Documents
 from .site import Heads, Site
-from .tokens import EMBEDDED, arguments, during, named, padding_of, running
+from .tokens import EMBEDDED, arguments, during, named, padding_id, padding_of, running, with_mask
 
 NAME = "opendelta|"  # before the name of transformers' own function
 SUPPORTED = ("eager", "sdpa")
@@ -169,6 +169,7 @@ class Places(DeltaLayer):
     def __init__(self, module: nn.Module, where: str, turns: bool) -> None:
         super().__init__()
         self.arguments, self.where, self.turns = arguments(module), where, turns
+        self.padding = padding_id(module)
 
     @property
     def watches(self) -> bool:  # type: ignore[override]
@@ -184,7 +185,7 @@ class Places(DeltaLayer):
         if not self.turns:
             documents = Documents(given, tokens.size(0), tokens.size(1), tokens.device)
             return during(documents, call, **given)
-        mask = padding_of(given, tokens, self.where)
+        mask = padding_of(with_mask(given, self.padding), tokens, self.where)
         if mask is not None:
             padding = (mask.cumsum(-1) == 0).sum(-1, keepdim=True)
             counted = torch.arange(mask.size(1), device=mask.device)[-tokens.size(1) :]

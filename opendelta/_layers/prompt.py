@@ -37,7 +37,7 @@ from .layout import (
     widen_values,
 )
 from .site import Site
-from .tokens import EMBEDDED, arguments, mask_around, named, noting
+from .tokens import EMBEDDED, arguments, mask_around, named, noting, padding_id, with_mask
 
 TAKES = {"input_ids", "inputs_embeds", "attention_mask"}
 STATES = "encoder_hidden_states"
@@ -118,7 +118,7 @@ class PromptLayer(_WithPrompt):
 
     def __init__(self, site: Site, length: int, strip: bool) -> None:
         super().__init__()
-        self.arguments = arguments(site.module)
+        self.arguments, self.padding = arguments(site.module), padding_id(site.module)
         check_takes_embeddings(site)
         self.embedding = embedding_of(site.module)
         kind = kind_of(site.module.get_submodule(self.embedding))
@@ -151,7 +151,7 @@ class PromptLayer(_WithPrompt):
         raise NotImplementedError
 
     def forward(self, call: Any, *args: Any, **kwargs: Any) -> Any:
-        given, module = named(self.arguments, args, kwargs), call.module
+        given, module = with_mask(named(self.arguments, args, kwargs), self.padding), call.module
         prompts = self.length + sum(layer.extra_positions for layer in call.beneath)
         ids, embeds = (given.get(name) for name in EMBEDDED)
         tokens: Any = embeds if ids is None else ids

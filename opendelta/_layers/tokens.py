@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import operator
 import re
 import threading
 from collections.abc import Callable, Mapping
@@ -26,6 +27,12 @@ from .documents import SEQUENCE, Asks, Documents, cache_in, of_ends
 READS = {"input_ids", "attention_mask"}
 EMBEDDED = ("input_ids", "inputs_embeds")
 TOKENS_FIRST = ("FSMTEncoder", "FSMTDecoder", "XLNetModel")
+# {class that takes the token of this id for padding, if a call has no mask: the attribute}
+HIDDEN_BY_ID = {
+    "XLMModel": "pad_index",
+    "FlaubertModel": "pad_index",
+    "T5GemmaEncoder": "config.pad_token_id",
+}
 
 
 def arguments(module: nn.Module) -> list[str]:
@@ -46,6 +53,26 @@ def arguments_of(cls: type) -> tuple[str, ...]:
 def named(names: list[str], args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return all arguments of a call by name."""
     return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def padding_id(module: nn.Module) -> int | None:
+    """Return the token id that a module takes for padding, if a call has no mask; or None."""
+    names = (base.__name__ for base in type(module).__mro__)
+    attribute = next((HIDDEN_BY_ID[name] for name in names if name in HIDDEN_BY_ID), "")
+    return operator.attrgetter(attribute)(module) if attribute else None
+
+
+def with_mask(given: dict[str, Any], padding: int | None) -> dict[str, Any]:
+    """Return the arguments of a call, with the mask that its module would make of the token ids.
+
+    Args:
+        padding: the result of `padding_id`.
+    """
+    said = any(given.get(name) is not None for name in ("attention_mask", "lengths"))
+    ids = given.get("input_ids")
+    if padding is None or ids is None or said or cache_in(given) is not None:
+        return given
+    return {**given, "attention_mask": (ids != padding).long()}
 
 
 # --------------------------------------------------------------------------------- the running call
@@ -116,26 +143,24 @@ class Notes(DeltaLayer):
     def __init__(self, module: nn.Module, where: str, asks: Asks) -> None:
         super().__init__()
         recomputing.keep(of_now)
-        self.arguments, self.where, self.asks = arguments(module), where, asks
+        self.arguments, self.padding = arguments(module), padding_id(module)
+        self.where, self.asks = where, asks
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         recomputing.keep(of_now)  # an unpickled model may be in another process
 
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        documents = noted(self.arguments, self.where, self.asks, args, kwargs)
-        return noting(documents, call, *args, **kwargs)
+        given = with_mask(named(self.arguments, args, kwargs), self.padding)
+        return noting(noted(given, self.where, self.asks), call, *args, **kwargs)
 
 
-def noted(
-    names: list[str], where: str, asks: Asks, args: tuple, kwargs: dict[str, Any]
-) -> Documents | None:
-    """Return the documents that a call says, whose arguments have these names; None: it has none.
+def noted(given: dict[str, Any], where: str, asks: Asks) -> Documents | None:
+    """Return the documents that a call's arguments, by name, say; None: it has none.
 
     Raises:
         SiteError: the call does not say enough about the tokens of its rows.
     """
-    given = named(names, args, kwargs)
     tokens = next((given[n] for n in EMBEDDED if given.get(n) is not None), None)
     if tokens is None or tokens.ndim < 2:
         return None
@@ -183,6 +208,7 @@ class Tokens:
     def __init__(self, module: nn.Module, where: str) -> None:
         own = arguments(module)
         self.where, self.arguments = where, own if set(own) >= READS else None
+        self.padding = padding_id(module)
 
     def chosen(
         self, h: Tensor, args: tuple, kwargs: dict[str, Any], first: int, last: int
@@ -234,7 +260,8 @@ class Tokens:
     def _documents(self, h: Tensor, args: tuple, kwargs: dict[str, Any], asks: Asks) -> Documents:
         documents = _running.documents
         if self.arguments is not None:
-            documents = noted(self.arguments, self.where, asks, args, kwargs)
+            given = with_mask(named(self.arguments, args, kwargs), self.padding)
+            documents = noted(given, self.where, asks)
         if documents is None:
             self._check_bare(asks, args, kwargs)
             documents = Documents({}, 1, h.size(-2), h.device)

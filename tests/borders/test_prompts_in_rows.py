@@ -14,11 +14,14 @@ from transformers.models.kosmos2.configuration_kosmos2 import Kosmos2TextConfig
 from transformers.models.kosmos2.modeling_kosmos2 import Kosmos2TextModel
 from transformers.models.qwen4_exp.configuration_qwen4_exp import Qwen4ExpTextConfig
 from transformers.models.qwen4_exp.modeling_qwen4_exp import Qwen4ExpTextModel
+from transformers.models.t5gemma.configuration_t5gemma import T5GemmaModuleConfig
+from transformers.models.t5gemma.modeling_t5gemma import T5GemmaEncoder
 
 import opendelta
 from opendelta import LoReftModel, PrefixModel, SiteError, SoftPromptModel
 from opendelta._layers.embedding import SCALES
 from opendelta._layers.layout import SKIPS
+from opendelta._layers.tokens import HIDDEN_BY_ID
 
 pytestmark = pytest.mark.covers("SoftPromptModel", "SoftPromptConfig.soft_token_num", "PrefixModel")
 
@@ -181,6 +184,13 @@ CLASSES = {
     "xlm": (T.XLMModel, T.XLMConfig, {
         "vocab_size": 60, "emb_dim": 32, "n_layers": 2, "n_heads": 4, "n_langs": 3,
         "max_position_embeddings": 40,
+    }),
+    "flaubert": (T.FlaubertModel, T.FlaubertConfig, {
+        "vocab_size": 60, "emb_dim": 32, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 40
+    }),
+    "t5gemma": (T5GemmaEncoder, T5GemmaModuleConfig, {
+        **HEAD, "sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"],
+        "dropout_rate": 0.0,
     }),
     "xlnet": (T.XLNetModel, T.XLNetConfig, {
         "vocab_size": 60, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48
@@ -381,6 +391,10 @@ IMAGES = {
 }  # fmt: skip
 
 
+def loreft(model):
+    return shake(LoReftModel(model, first=1, last=2, dtype="backbone"), scale=1.0)
+
+
 def prefix_in_text(model):
     return prefix(model, modified_modules=[r"[r]language_model.*self_attn$"])
 
@@ -405,6 +419,40 @@ def test_padding_is_heard_of_through_a_model_that_makes_masks_of_its_own(delta, 
     more = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)} if positions else {}
     together = model(IDS, attention_mask=mask, **more).logits[1, tokens]
     near(together, model(IDS[1:, tokens]).logits[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "left", "delta"),
+    [  # XLM counts its tokens from the left
+        *((name, False, delta) for name in ("xlm", "flaubert") for delta in (put, loreft)),
+        *(("t5gemma", left, delta) for left in (True, False) for delta in (put, prefix, loreft)),
+    ],
+)
+def test_padding_that_a_model_finds_by_ids_alone_is_as_with_a_mask(name, left, delta):
+    model = build(name).double()
+    pad = getattr(model.config, "pad_token_id", 0)
+    tokens = slice(3, None) if left else slice(5)
+    mask = torch.zeros_like(IDS)
+    mask[0], mask[1, tokens] = 1, 1
+    ids = torch.where(mask == 1, IDS, pad)
+    more = {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)} if left and delta is put else {}
+    shown = {"attention_mask": mask, **more}
+    near(run(model, ids, **more)[mask == 1], run(model, ids, **shown)[mask == 1])
+    delta(model)
+    alone = run(model, IDS[1:, tokens])[0]
+    near(run(model, ids, **more)[1, tokens], alone)
+    near(run(model, ids, **shown)[1, tokens], alone)
+
+
+def test_all_classes_that_find_padding_by_ids_alone_are_known():
+    """T5Gemma's decoder does so in training alone, where later tokens are not seen anyway."""
+    finds = re.compile(r"make_default_2d_attention_mask|input_ids (!=|==) .*pad\w*(id|index|idx)")
+    found = {
+        cls.name
+        for cls, call in forwards()
+        if "ModuleList(" in ast.unparse(cls) and finds.search(ast.unparse(call))
+    }
+    assert found == {*HIDDEN_BY_ID, "T5GemmaDecoder"}
 
 
 # ------------------------------------------------------------------------- scales and numberings
@@ -697,10 +745,10 @@ def test_rows_may_have_other_numbers_of_documents(name):
 
 
 def test_rows_of_other_numbers_are_refused_where_the_end_of_a_row_would_be_seen():
-    model = build("xlm")
+    model = build("layoutlm")
     put(model)
     positions = torch.cat([POSITIONS, torch.arange(8)[None]])
-    with pytest.raises(SiteError, match="one call of XLMModel must pack the same number of doc"):
+    with pytest.raises(SiteError, match="one call of LayoutLMModel must pack the same number"):
         model(IDS, position_ids=positions)
 
 
