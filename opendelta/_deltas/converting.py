@@ -43,7 +43,7 @@ def carry(delta: BaseDelta, device: Any) -> None:
 @lasting()
 def convert(delta: BaseDelta, dtype: Any) -> None:
     """Convert all tensors of a delta, and let `dtype` be its option; see `Delta.to`."""
-    config = dataclasses.replace(delta.config, dtype=str(dtype))
+    config = dataclasses.replace(delta.config, dtype=str(dtype)).fixed()
     delta.record.require_apart("cannot convert")
     backbone = Backbone.of(delta.backbone_model)
     if any(is_sharded(p) or (p.is_meta and not backbone.is_meta) for p in delta.parameters()):

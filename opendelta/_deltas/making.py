@@ -13,7 +13,7 @@ from torch import nn
 
 from .._backbone import copying, shapes, sharding
 from .._backbone.backbone import Backbone
-from .._layers import labels
+from .._layers import labels, seeded
 from .._layers.base import Acts, DeltaLayer
 from .._layers.bound import arranged
 from .._layers.dtypes import dtype_for
@@ -73,7 +73,7 @@ def make(
     known = choice.known
     delta.layers = _layers(backbone, choice, values)
     rank, shared = (known[-1].rank + 1, known[0].shared) if known else (0, Shared())
-    delta.record = Record(choice.name, choice.config, rank, shared, tuple(delta.layers))
+    delta.record = Record(choice.name, choice.config.fixed(), rank, shared, tuple(delta.layers))
     delta.backbone_model = backbone.model
     for name, layer in delta.layers.items():
         layer.record = delta.record
@@ -118,7 +118,9 @@ def _layers(backbone: Backbone, choice: Choice, values: Values) -> dict[str, Del
     made |= _only_new(_owned(backbone, config, values), made, config)
     resizing.guard(backbone, made)
     if values == "new":
-        _seed(made)
+        for layer in made.values():
+            for module in layer.seeded():
+                seeded.fill(module)
     return made
 
 
@@ -135,20 +137,6 @@ def _new_layer(layer_class: type[DeltaLayer], site: Site, config: DeltaConfig) -
     return layer
 
 
-def _seed(layers: dict[str, DeltaLayer]) -> None:
-    """Let modules fill the buffers that are made from a seed and not saved."""
-    for layer in layers.values():
-        for module in layer.modules():
-            _fill(module)
-
-
-def _fill(module: Any) -> None:
-    """Let a module fill its buffers by its method `seed`, if it has one."""
-    if hasattr(type(module), "seed"):
-        with torch.device("cpu"):  # a default device of "meta" would give no values
-            module.seed()
-
-
 def materialise(
     layer: DeltaLayer,
     device: torch.device,
@@ -162,6 +150,7 @@ def materialise(
         value_of: returns the values of a tensor by full name, in the tensor's dtype and in memory
             of their own; None if there are no values for it.
     """
+    fills = layer.seeded()
     for name, module in layer.named_modules(prefix=prefix.removesuffix(".")):
         left = False
         for own in (module._parameters, module._buffers):
@@ -174,8 +163,8 @@ def materialise(
                     left = True
                 new, is_parameter = new.to(device), own is module._parameters
                 own[key] = nn.Parameter(new, tensor.requires_grad) if is_parameter else new
-        if left:
-            _fill(module)
+        if left and module in fills:
+            seeded.fill(module)
 
 
 def _only_new(

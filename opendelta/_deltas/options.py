@@ -83,8 +83,29 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+class Fixed:
+    """Can be fixed: then its attributes cannot be set any more; a copy of it by `replace` can."""
+
+    __slots__ = ("is_fixed",)
+
+    def fixed(self: Any) -> Any:
+        """Return this object, fixed."""
+        object.__setattr__(self, "is_fixed", True)
+        return self
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if getattr(self, "is_fixed", False):
+            raise OptionError(
+                f"{type(self).__name__}.{name} of an attached delta cannot be set to "
+                f"{shown(value)}: its tensors are made as the options say, and are saved with "
+                f"them. Attach another delta, from dataclasses.replace(delta.config, {name}=...); "
+                "delta.scale and delta.to(dtype) change this one"
+            )
+        super().__setattr__(name, value)
+
+
 @dataclass
-class DeltaConfig:
+class DeltaConfig(Fixed):
     """The options of each delta. A method adds its own options in a subclass.
 
     Options after `_: KW_ONLY` are given by name only. `positional` is for methods that take
@@ -284,7 +305,8 @@ class DeltaConfig:
         Raises:
             OptionError: an option is unknown or wrong.
         """
-        vars(self).update(vars(self.from_options({**vars(self), **options})))
+        for name, value in vars(self.from_options({**vars(self), **options})).items():
+            setattr(self, name, value)
 
     def save_finetuned(self, save_directory: str | os.PathLike) -> None:
         """Save the options, without any weights, as config.json in a folder.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import os
 from collections.abc import Callable, Iterator
@@ -41,9 +40,8 @@ class AsModule(BaseDelta):
     if not TYPE_CHECKING:  # else a type checker would take every name for an attribute
 
         def __getattr__(self, name: str) -> Any:
-            record = self.__dict__.get("record")
-            if record is not None and name in {f.name for f in dataclasses.fields(record.config)}:
-                return getattr(record.config, name)
+            if self._is_option(name):
+                return getattr(self.record.config, name)
             if name in ("_modules", "_parameters"):  # a Trainer takes it for a model
                 self()
             if name in CASTS:
@@ -55,6 +53,15 @@ class AsModule(BaseDelta):
                 name=name,
                 obj=self,
             )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if self._is_option(name) and not hasattr(type(self), name):
+            setattr(self.record.config, name, value)  # raises
+        super().__setattr__(name, value)
+
+    def _is_option(self, name: str) -> bool:
+        record = self.__dict__.get("record")
+        return record is not None and name in record.config.__dataclass_fields__
 
     def __call__(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Raise: the backbone is the model that runs.

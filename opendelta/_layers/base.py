@@ -16,7 +16,7 @@ from .._modules import calls, tensors
 from .._modules.fitting import Needs
 from .._modules.kinds import KINDS
 from ..errors import OptionError
-from . import costs
+from . import costs, seeded
 from .costs import Flops
 from .dtypes import dtype_for
 from .gate import Gate
@@ -248,6 +248,19 @@ class DeltaLayer(nn.Module):
         self.__dict__["_shared"] = (module,)
 
     # ------------------------------------------------------ methods that the library calls
+    def seeded(self) -> list[nn.Module]:
+        """Return the modules that may fill buffers by a method `seed`: itself and those in it."""
+        return list(self.modules())
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        seeded.moved(self.seeded(), functools.partial(super()._apply, fn, recurse), fn)
+        return self
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        shared = [] if self.shared is None else self.shared.modules()
+        seeded.beside(self, [*self.seeded(), *shared])
+
     @classmethod
     def check_written(cls) -> tuple[str, ...]:
         """Raise unless the class writes the method that its form leaves to subclasses.

@@ -39,6 +39,10 @@ class OwnedModule(DeltaLayer):
         super().__init__()
         self.module = module
 
+    def seeded(self) -> list[nn.Module]:
+        """Return none: a method `seed` of the copied module is its own."""
+        return []
+
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         # Not by __call__: hooks for all modules have seen the site's call already.
         run, dtypes = self.module.forward, _differing(call.module, self.module)  # type: ignore[attr-defined]

@@ -23,8 +23,9 @@ class Shapes(FakeTensorMode):
 
     def __init__(self) -> None:
         super().__init__(allow_non_fake_inputs=True)
-        self.made: dict[int, Any] = {}  # {memory: a tensor that has it}
-        self.without_values = set[int]()
+        # {memory: a tensor that has it}; kept, so that no other tensor gets the memory's number
+        self.made: dict[int, Any] = {}
+        self.without_values: dict[int, Any] = {}
         self.all_fake = False
 
     def empty(self, shape: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -48,7 +49,7 @@ class Shapes(FakeTensorMode):
         if not self.all_fake and self._has_values(func, tensors):
             return self._noted(func(*args, **given))
         if func._schema.is_mutable:  # what is written there has no values
-            self.without_values |= {memory_of(t) for t in tensors}
+            self.without_values |= {memory_of(t): t for t in tensors}
         args, given = tree_map_only(Tensor, self._faked, (args, given))
         return super().__torch_dispatch__(func, types, args, given)
 

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 import opendelta
 from opendelta import AdapterModel, LNTuningModel, LoraModel, SiteError
+from opendelta._modules.faking import on_shapes
 
 EVERYWHERE = {}  # a cache that all models share
 
@@ -144,3 +145,11 @@ def test_a_spectral_norm_takes_no_step_in_a_merge_that_is_refused():
         opendelta.composition(model).merge()
     for key, value in model.named_buffers():
         assert torch.equal(value, before[key]), key
+
+
+def test_numbers_that_a_forward_makes_have_values_though_others_were_written_into():
+    with on_shapes() as shapes:
+        x = shapes.empty((4,), torch.float32, torch.device("cpu"))
+        for _ in range(100):
+            x.clone().add_(1)  # without values, and freed: the next tensor may be there
+            assert torch.tensor([3, 4]).sum().item() == 7

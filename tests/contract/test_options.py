@@ -1,9 +1,11 @@
 """Options: by name or by position, and what is said of a wrong one."""
 
+import copy
+import dataclasses
 import inspect
 
 import pytest
-from support.nets import net, untouched
+from support.nets import net, places_of, put, untouched
 from torch import nn
 
 import opendelta
@@ -129,3 +131,35 @@ def test_a_config_makes_a_delta_and_options_beside_it_come_first():
     assert (config.lora_alpha, config.name) == (16, None)
     with pytest.raises(opendelta.OptionError, match="AdapterModel takes a AdapterConfig, not Lora"):
         AdapterModel.from_config(config, net())
+
+
+@pytest.mark.covers("Delta.config", "DeltaConfig.update")
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize("name", METHODS)
+def test_the_options_of_an_attached_delta_cannot_be_set(name, copied, tmp_path):
+    model, method = net(), METHODS[name]
+    delta = put(method, model, places_of(method)[0])
+    delta.freeze_module()
+    delta.save_finetuned(tmp_path / "before")
+    if copied:
+        delta = next(iter(opendelta.composition(copy.deepcopy(model))))
+    for option in ("dtype", "modified_modules"):
+        refusal = f"^{type(delta.config).__name__}.{option} of an attached delta cannot be set"
+        with pytest.raises(opendelta.OptionError, match=refusal):
+            setattr(delta.config, option, None)
+    with pytest.raises(opendelta.OptionError, match="reads of an attached delta cannot be set to"):
+        delta.reads = True
+    with pytest.raises(opendelta.OptionError, match="attached delta cannot be set"):
+        delta.config.update({"gate": True})
+    assert dataclasses.replace(delta.config, gate=True).gate is True
+    delta.save_finetuned(tmp_path / "after")
+    before, after = (tmp_path / which / "config.json" for which in ("before", "after"))
+    assert before.read_bytes() == after.read_bytes()
+
+
+def test_options_stay_fixed_after_a_conversion():
+    delta = LoraModel(net(), modified_modules=["linear"])
+    delta.to("bfloat16")
+    assert delta.dtype == "bfloat16"
+    with pytest.raises(opendelta.OptionError, match=r"LoraConfig\.lora_alpha of an attached"):
+        delta.lora_alpha = 3

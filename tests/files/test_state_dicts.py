@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 from safetensors.torch import load_file, load_model, save_file, save_model
 from support.models import build, logits
-from support.nets import IDS, net, shake
+from support.nets import IDS, net, places_of, put, shake
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -18,7 +18,16 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 import opendelta
-from opendelta import AdapterModel, DeltaError, DeltaLoadError, LoraModel, OptionError
+from opendelta import (
+    AdapterModel,
+    DeltaError,
+    DeltaLoadError,
+    FourierFTModel,
+    LoraModel,
+    OptionError,
+    VeraModel,
+)
+from opendelta._deltas.registry import METHODS
 
 pytestmark = pytest.mark.covers("Delta.freeze_module")
 
@@ -384,3 +393,81 @@ def test_save_pretrained_knows_the_keys_of_compiled_modules(tmp_path):
     (path,) = (tmp_path / "deltas").glob("*.safetensors")
     given = {key.replace("._orig_mod", ""): value for key, value in average.items()}
     assert all(torch.equal(value, given[key]) for key, value in load_file(path).items())
+
+
+# ------------------------------------------------------------------- tensors that lost their values
+def attached_on_meta(method, places):
+    with torch.device("meta"):
+        model = net()
+    put(method, model, *places)
+    return model
+
+
+def made_on_meta(method, places):
+    with torch.device("meta"):
+        return attached_on_meta(method, places)
+
+
+def emptied(method, places):
+    model = net()
+    put(method, model, *places)
+    return model.to_empty(device="cpu")
+
+
+WAYS = {
+    "attached on meta, assigned": (attached_on_meta, True),
+    "made on meta, assigned": (made_on_meta, True),
+    "attached on meta, emptied": (lambda *of: attached_on_meta(*of).to_empty(device="cpu"), False),
+    "emptied": (emptied, False),
+    "sent to meta, emptied": (
+        lambda *of: emptied(*of).to("meta").to_empty(device="cpu").float(), False
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", METHODS)
+def test_a_model_that_lost_its_values_computes_the_same_with_a_state_dict(name, way):
+    torch.manual_seed(0)
+    whole, method = net(), METHODS[name]
+    places = places_of(method)[:2]
+    shake(put(method, whole, *places))
+    make, assign = WAYS[way]
+    model = make(method, places)
+    found = model.load_state_dict(whole.state_dict(), assign=assign)
+    assert (found.missing_keys, found.unexpected_keys) == ([], [])
+    torch.testing.assert_close(model(IDS), whole(IDS), rtol=0, atol=0)
+
+
+@pytest.mark.covers("VeraModel", "FourierFTModel")
+@pytest.mark.parametrize("cls", [VeraModel, FourierFTModel])
+def test_what_is_drawn_from_a_seed_is_drawn_again_only_if_it_was_lost(cls, monkeypatch):
+    model = net()
+    delta = cls(model, modified_modules=["linear"])
+    drawn = next(m for m in model.modules() if hasattr(m, "seed"))
+    monkeypatch.setattr(type(drawn), "seed", lambda module: pytest.fail("drawn again"))
+    before = {name: tensor.clone() for name, tensor in drawn.named_buffers()}
+    model.double().to("cpu").share_memory()
+    copy.deepcopy(model).half()
+    model.load_state_dict(model.state_dict(), assign=True)
+    for name, tensor in drawn.named_buffers():
+        torch.testing.assert_close(tensor, before[name].to(tensor.dtype), rtol=0, atol=0)
+    assert delta.name in opendelta.composition(model).names
+
+
+class Sown(nn.Linear):
+    """A head of somebody's own with a method that is called `seed`."""
+
+    def seed(self):
+        raise AssertionError("this is not the library's to call")
+
+
+def test_a_method_called_seed_of_a_copied_module_is_not_called(tmp_path):
+    models = [nn.Sequential(nn.Linear(4, 4), Sown(4, 2)) for _ in range(2)]
+    delta = LoraModel(models[0], modified_modules=["0"], modules_to_save=["1"])
+    delta.freeze_module()
+    delta.save_finetuned(tmp_path)
+    opendelta.load(tmp_path, models[1], check_backbone=False)
+    models[1].to_empty(device="cpu").load_state_dict(models[0].state_dict())
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(models[1](x), models[0](x), rtol=0, atol=0)
