@@ -11,7 +11,7 @@ ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD")
 LOOK = ""
 ALL = {"parameters", "named_parameters", "state_dict", "get_parameter"}
 ANY = {*ALL, "forward"}  # a class's, as in `nn.Linear.forward(module, x)`
-RAW = {*ALL, "_parameters", "functional_call"}
+RAW = {*ALL, "_parameters", "functional_call", "__getattr__", "parameters_to_vector"}
 READ = {*RAW, "weight", "bias"}
 LOOKS = {"dtype", "device", "shape", "size", "requires_grad", "is_meta", "ndim"}  # no values
 

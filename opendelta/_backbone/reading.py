@@ -20,7 +20,12 @@ from ..names import join, last, parent
 from . import watching
 from .backbone import Backbone
 from .codes import ANY, LOOK, RAW, READ, chains_in, reads_unnamed, words_of
-from .owned import OwnCode, is_of_library, own_code
+from .owned import KEYS, OwnCode, is_of_library, own_code
+
+# The files of torch's modules.
+TORCH = {
+    inspect.getsourcefile(each) for each in (nn.TransformerEncoderLayer, nn.MultiheadAttention)
+}
 
 
 def weight_is_read(backbone: Backbone, where: str) -> bool:
@@ -80,7 +85,7 @@ def suspects(backbone: Backbone, names: Iterable[str], own: OwnCode | None = Non
         shown = swap.weight_is_read(module, False)
         mine = {id(parameter) for parameter in module._parameters.values()}
         if shown:
-            suspect = bool(aside & mine) or _may_read_raw(backbone, name)
+            suspect = bool(aside & mine) or own.raw or _may_read_raw(backbone, name)
         else:
             suspect = bool(aside & {id(module), *mine}) or code_may_read(backbone, name, own)
         if suspect:
@@ -192,8 +197,13 @@ def read_beside(
 
 
 def _is_read_around(backbone: Backbone, where: str) -> bool:
-    """True if the code of the module around reads the weight or bias by name."""
-    return last(where) in _may_read(_class_of(backbone.modules[parent(where)]))
+    """True if the code of the module around reads the weight or bias by name.
+
+    torch's own does not count: the fast path of TransformerEncoderLayer computes the same.
+    """
+    codes = _codes(_class_of(backbone.modules[parent(where)]), True)
+    chains = (each for code in codes if code.co_filename not in TORCH for each in chains_in(code))
+    return any(name == last(where) and key in KEYS for name, key, _ in chains)
 
 
 def _may_read_raw(backbone: Backbone, where: str) -> bool:
@@ -225,7 +235,7 @@ def _reads_unnamed(cls: Any) -> bool:
 @functools.cache
 def _may_read(cls: Any) -> set[str]:
     """Return the names of children whose weight or bias a class's code reads, and of `ANY`."""
-    own = {name for name, key in _chains(cls, True) if key in ("weight", "bias")}
+    own = {name for name, key in _chains(cls, True) if key in KEYS}
     return own.union(*(ANY & {*code.co_names} for code in _codes(cls, True)))
 
 

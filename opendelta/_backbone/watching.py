@@ -24,6 +24,12 @@ from .apart import apart
 from .backbone import Backbone
 from .branches import Branches
 
+# torch's own, which compute what calls of the modules around would.
+FAST = (
+    torch.ops.aten._transformer_encoder_layer_fwd.default,
+    torch.ops.aten._native_multi_head_attention.default,
+)
+
 
 class Watch(TorchDispatchMode):
     """Notes which of some modules are called, and whose weight or bias others compute with.
@@ -62,7 +68,7 @@ class Watch(TorchDispatchMode):
             for view in [t for t in tree_iter(output) if isinstance(t, Tensor) and owners]:
                 self.owners[memory_of(view)] = next(iter(owners))
                 self.views.append(view)  # else its memory may become another tensor's
-        elif not _makes_like(func):
+        elif not _makes_like(func) and func not in FAST:
             self.read |= {owner for owner in owners if owner[0] not in self.running}
         return output
 

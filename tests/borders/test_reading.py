@@ -885,6 +885,86 @@ def test_a_raw_weight_that_code_finds_in_the_tables_is_no_shown_one():
         opendelta.composition(model).merge()
 
 
+def first_of(module):
+    return next(module.parameters())
+
+
+def first_beneath(module):
+    return first_of(module)
+
+
+def all_in_one(module):
+    return nn.utils.parameters_to_vector(module.parameters())[:36].view(6, 6)
+
+
+RAWS = {
+    "helper": lambda self, x: x @ first_of(self.fc),
+    "two deep": lambda self, x: x @ first_beneath(self.fc),
+    "another file": lambda self, x: x @ nets.first_parameter(self.fc),
+    "vector": lambda self, x: x @ all_in_one(self.fc),
+    "by attribute": lambda self, x: x @ self.fc.__getattr__("weight"),
+    "by the class": lambda self, x: x @ nn.Module.__getattr__(self.fc, "weight"),
+}
+
+
+@pytest.mark.parametrize("verb", ["merge", "to_backbone"])
+@pytest.mark.parametrize("reads", [True, False])
+@pytest.mark.parametrize("way", RAWS)
+def test_a_merge_is_refused_where_a_function_takes_parameters_out_of_a_module(way, reads, verb):
+    model = CalledAndRead()
+    model.__class__ = type("Net", (CalledAndRead,), {"other": RAWS[way]})
+    shake(LoraModel(model, modified_modules=["fc"], reads=reads))
+    model(X)
+    with pytest.raises(SiteError, match=r"fc' \(Linear\): lora cannot be merged: other code"):
+        getattr(opendelta.composition(model), verb)()
+
+
+@pytest.mark.parametrize("ran", [True, False])
+@pytest.mark.parametrize("net", [net for net in READ if net is not FromAbove])
+def test_with_reads_a_merge_computes_the_same_or_is_refused(net, ran):
+    model = net()
+    shake(LoraModel(model, modified_modules=["fc"], reads=True))
+    output = model(X) if ran else None
+    try:
+        opendelta.composition(model).merge()
+    except SiteError:
+        return
+    merged = model(X)
+    if output is None:
+        opendelta.composition(model).unmerge()
+        output = model(X)
+    torch.testing.assert_close(merged, output, atol=1e-5, rtol=1e-5)
+
+
+class Halting(nn.Module):
+    """A loop that stops by a value, so that no run on shapes goes through."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+
+    def forward(self, x):
+        for _ in range(3):
+            x = self.layer(x)
+            if x.abs().mean() > 100:
+                break
+        return x
+
+
+@pytest.mark.parametrize("verb", ["merge", "to_backbone"])
+@pytest.mark.parametrize("two", [True, False])
+def test_what_torch_s_fast_path_reads_hinders_no_merge(two, verb):
+    model = nn.Transformer(8, 2, 1, 1, 16, batch_first=True) if two else Halting()
+    x = torch.randn(2, 4, 8)
+    batch = (x, x) if two else (x,)
+    shake(LoraModel(model.eval(), modified_modules=["linear1", "linear2"]))
+    with torch.no_grad():
+        output = model(*batch)
+        done = getattr(opendelta.composition(model), verb)()
+        merged = (model if verb == "merge" else done)(*batch)
+    torch.testing.assert_close(merged, output, atol=1e-5, rtol=1e-5)
+
+
 def test_get_parameter_takes_no_weight_that_shows_deltas():
     class Gets(CalledAndRead):
         def forward(self, x):

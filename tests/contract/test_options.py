@@ -133,7 +133,7 @@ def test_a_config_makes_a_delta_and_options_beside_it_come_first():
         AdapterModel.from_config(config, net())
 
 
-@pytest.mark.covers("Delta.config", "DeltaConfig.update")
+@pytest.mark.covers("Delta.config", "DeltaConfig")
 @pytest.mark.parametrize("copied", [False, True])
 @pytest.mark.parametrize("name", METHODS)
 def test_the_options_of_an_attached_delta_cannot_be_set(name, copied, tmp_path):

@@ -201,3 +201,7 @@ class Scaled(nn.Module):
 def times_weight(module, x):
     """Read the weight of a module's child."""
     return x @ module.fc.weight
+
+
+def first_parameter(module):
+    return next(module.parameters())
