@@ -197,15 +197,15 @@ class PromptLayer(_WithPrompt):
             shape = tuple(getattr(tokens, "shape", ()))
             self._refuse(f"the token ids of {kind} must be [batch, length], and are {shape}")
         batch, length = tokens.shape[:2]
-        if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
-            self._refuse(
-                f"the attention mask of {kind} must be [batch, length], so that the prompt can be "
-                "put between its columns"
-            )
         layers = getattr(cache_in(given), "layers", ())
         if any(getattr(layer, "max_cache_len", None) is not None for layer in layers):
             self._refuse(
                 f"the static cache of {kind} has no room for the prompt: use the default cache"
+            )
+        if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
+            self._refuse(
+                f"the attention mask of {kind} must be [batch, length], so that the prompt can be "
+                "put between its columns"
             )
         if positions_of(given, length) is None and POSITIONS[1] not in self.arguments:
             given.pop(POSITIONS[1], None)
@@ -289,8 +289,9 @@ class PromptLayer(_WithPrompt):
         if (given != tokens).any():
             self._refuse(
                 f"the position ids begin at {int(given[given != tokens][0])}, and the cache holds "
-                f"{tokens} tokens and the prompt: a cache that generate() returned holds the "
-                "prompt too, do not pass it to another generate()"
+                f"{tokens} tokens and the prompt: do not pass a cache that generate() returned to "
+                "another generate(), or a model with a prompt as its assistant_model: both count "
+                "the prompt's positions as tokens"
             )
 
     def _check_room(self, given: dict[str, Any], total: int, prompts: int) -> None:

@@ -27,6 +27,9 @@ from .documents import SEQUENCE, Asks, Documents, cache_in, of_ends
 READS = {"input_ids", "attention_mask"}
 EMBEDDED = ("input_ids", "inputs_embeds")
 TOKENS_FIRST = ("FSMTEncoder", "FSMTDecoder", "XLNetModel")
+# Arguments that begin so hold no text: a module with one of them is beside the text.
+BESIDE_TEXT = ("pixel_values", "input_features", "input_values", "flattened_patches", "grid_thw")
+BESIDE_TEXT += ("query_embeds", "patch_embeds", "audio_values")
 # {class that takes the token of this id for padding, if a call has no mask: the attribute}
 HIDDEN_BY_ID = {
     "XLMModel": "pad_index",
@@ -155,6 +158,22 @@ class Notes(DeltaLayer):
         return noting(noted(given, self.where, self.asks), call, *args, **kwargs)
 
 
+class Apart(DeltaLayer):
+    """Lets the modules inside its module know of no text: images and sounds have tokens of theirs."""
+
+    acts = Acts.SERVES
+    routes_itself = True
+
+    def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return during(None, call, *args, **kwargs)
+
+
+def is_beside_text(module: nn.Module) -> bool:
+    """True if a module takes images or sounds, and no token ids."""
+    own = arguments(module)
+    return "input_ids" not in own and any(name.startswith(BESIDE_TEXT) for name in own)
+
+
 def noted(given: dict[str, Any], where: str, asks: Asks) -> Documents | None:
     """Return the documents that a call's arguments, by name, say; None: it has none.
 
@@ -208,7 +227,7 @@ class Tokens:
     def __init__(self, module: nn.Module, where: str) -> None:
         own = arguments(module)
         self.where, self.arguments = where, own if set(own) >= READS else None
-        self.padding = padding_id(module)
+        self.padding, self.beside_text = padding_id(module), is_beside_text(module)
 
     def chosen(
         self, h: Tensor, args: tuple, kwargs: dict[str, Any], first: int, last: int
@@ -258,7 +277,7 @@ class Tokens:
         return found if u.ndim == 3 else found[0]
 
     def _documents(self, h: Tensor, args: tuple, kwargs: dict[str, Any], asks: Asks) -> Documents:
-        documents = _running.documents
+        documents = None if self.beside_text else _running.documents
         if self.arguments is not None:
             given = with_mask(named(self.arguments, args, kwargs), self.padding)
             documents = noted(given, self.where, asks)
@@ -312,7 +331,8 @@ def notes_for(
     """Return `Notes` for the innermost module with token ids around each layer in `made`.
 
     And for the outermost one: RWKV's, for example, takes a mask and does not hand it on. That of an
-    encoder-decoder says nothing of its decoder's tokens.
+    encoder-decoder says nothing of its decoder's tokens. Encoders of images beside the text, which
+    may happen to have as many tokens, get an `Apart`.
 
     Raises:
         SiteError: the modules around a layer put the tokens before the rows.
@@ -328,6 +348,9 @@ def notes_for(
                     where=name,
                 )
         takes = [o for o in outer if set(arguments(modules[o])) >= READS]
+        inner = outer[: outer.index(takes[0])] if takes else ()
+        beside = [o for o in inner if is_beside_text(modules[o])]
+        found |= {o: Apart() for o in beside[-1:] if o not in made}
         for around in dict.fromkeys((*takes[:1], *takes[-1:])):
             two = around != takes[0] and "decoder_input_ids" in arguments(modules[around])
             if around not in made and not two:

@@ -61,13 +61,25 @@ def _finite(where: str, what: str, chunks: Iterable[Tensor]) -> Iterator[Tensor]
         yield chunk
 
 
+def _check_whole(where: str, module: nn.Module, run: list[Named]) -> None:
+    """Raise if a process holds a part of the weight or bias alone."""
+    for key in ("weight", "bias"):
+        if tensors.is_sharded(module._parameters.get(key)):
+            raise SiteError(
+                f"{where!r} ({type(module).__name__}): {', '.join(name for name, _ in run)} cannot "
+                f"be merged or combined: its {key} is sharded; merge before sharding",
+                where=where,
+            )
+
+
 def factor_of(where: str, module: nn.Module, run: list[Named]) -> float:
     """Return the t of a module that computes t (W x) + b; 1.0 for all classes that are known.
 
     Raises:
         SiteError: the module computes something else, so no weight holds the layers.
-        SiteError: its weight is packed.
+        SiteError: its weight is packed, or sharded.
     """
+    _check_whole(where, module, run)
     if is_packed(module):
         raise SiteError(
             f"{where!r} ({type(module).__name__}) keeps its weight packed in tensors of its own, "
@@ -169,9 +181,10 @@ def change_of(where: str, module: nn.Module, layer: Any) -> tuple[Tensor, bool]:
         SiteError: the weight cannot be read, or the module has a forward of its own.
     """
     kind: Any = kind_of(module)
-    factor = 1.0
+    factor, run = 1.0, [(layer.record.name, layer)]
+    _check_whole(where, module, run)
     if layer.acts is not Acts.BESIDE:
-        factor = factor_of(where, module, [(layer.record.name, layer)])
+        factor = factor_of(where, module, run)
     params, folded = folded_params(where, module, [layer], factor)
     biased = "bias" in params and not torch.equal(folded["bias"], params["bias"])
     if "weight" not in params:  # no parameter of the module's own, and `layer` did not need it

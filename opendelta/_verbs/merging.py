@@ -21,7 +21,7 @@ from .._deltas import first_forward
 from .._layers.base import Acts, DeltaLayer
 from .._layers.record import Record
 from .._layers.selection import Moment
-from .._modules.tensors import is_plain, is_sharded, lasting
+from .._modules.tensors import is_plain, lasting
 from .._show.notebooks import InNotebooks
 from .._sites import swap
 from .._sites.blocks import has_blocks, in_block, unmerged
@@ -195,8 +195,6 @@ def _check_module(
                     "tie_word_embeddings=False in the config",
                     where=where,
                 )
-        if is_sharded(parameter):
-            raise SiteError(f"{what}: its {key} is sharded; merge before sharding", where=where)
         if parameter.is_meta:
             raise SiteError(f"{what}: its {key} is on the meta device, without values", where=where)
 

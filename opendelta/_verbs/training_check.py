@@ -49,6 +49,7 @@ class CheckReport(InNotebooks):
         strangers: number of tensors in the optimizer that are no parameters of the model.
         at_rest: trainable parameters in groups of the optimizer whose learning rate is 0, and
             that no scheduler changes.
+        scaled_to_0: active deltas that train, and whose `scale` is 0.
         untrained: heads that are frozen with the values of their start.
         frozen: the active deltas, if none of them trains.
         no_dropout: delta layers with dropout, of which none drops, as they are in eval mode.
@@ -71,6 +72,7 @@ class CheckReport(InNotebooks):
     optimized_twice: list[str] = field(default_factory=list)
     strangers: int = 0
     at_rest: list[str] = field(default_factory=list)
+    scaled_to_0: list[str] = field(default_factory=list)
     untrained: list[str] = field(default_factory=list)
     frozen: list[str] = field(default_factory=list)
     no_dropout: list[str] = field(default_factory=list)
@@ -103,6 +105,8 @@ class CheckReport(InNotebooks):
              "would change them twice; give each to one group of one optimizer"),
             (self.at_rest, "trainable parameters have a learning rate of 0", "give their group "
              "of the optimizer another lr"),
+            (self.scaled_to_0, "deltas have the scale 0, so that their changes get no gradient",
+             "set delta.scale, or freeze or disable them"),
             (self.untrained, "modules are frozen and were never trained", advice(
              self.untrained)),
             (self.frozen, "deltas are all frozen", 'put "deltas" into freeze_module(exclude=[...])'
@@ -206,6 +210,7 @@ def check(
         optimized_twice=[names[i] for i, n in (held or {}).items() if n > 1 and i in names],
         strangers=len((held or {}).keys() - names.keys()),
         at_rest=[n for n, p in trainable.items() if id(p) in at_rest],
+        scaled_to_0=_scaled_to_0(backbone),
         untrained=untrained(backbone),
         frozen=_all_frozen(backbone),
         no_dropout=_without_dropout(backbone),
@@ -375,6 +380,13 @@ def _all_frozen(backbone: Backbone) -> list[str]:
         for parameter in layer.parameters() if layer.record.active else ():
             trains[name] = trains.get(name, False) or parameter.requires_grad
     return [] if any(trains.values()) else list(trains)
+
+
+def _scaled_to_0(backbone: Backbone) -> list[str]:
+    """Return the names of the active deltas whose layers train, multiplied by 0."""
+    layers = [layer for *_, layer in backbone.delta_layers() if layer.scales]
+    still = [layer.record for layer in layers if any(p.requires_grad for p in layer.parameters())]
+    return list(dict.fromkeys(r.name for r in still if r.active and r.scale == 0))
 
 
 def _without_dropout(backbone: Backbone) -> list[str]:

@@ -98,7 +98,7 @@ def tree(
     if not roles:
         drawn = opendelta.tree(built)
         if to:
-            print(opendelta.tree(built, to=to.value))
+            typer.echo(opendelta.tree(built, to=to.value).encode())  # UTF-8 on any terminal
         else:
             as_json(drawn.to_dict()) if json else drawn.show()
         return

@@ -441,3 +441,56 @@ def test_it_compiles_into_one_graph_with_padding():
     with torch.no_grad():
         found, expected = fast(**batch), model(**batch)
     torch.testing.assert_close(found.last_hidden_state, expected.last_hidden_state)
+
+
+# ------------------------------------------------------------------------------ beside images
+IMAGE = {**WIDE, "image_size": 32, "patch_size": 8}  # 16 patches, and CLIP's class token
+TEXT = {**WIDE, "max_position_embeddings": 64, "pad_token_id": 0, "eos_token_id": 2}
+TOWERS = {
+    "clip": (T.CLIPModel, T.CLIPConfig, {"projection_dim": 16}, 17),
+    "siglip": (T.SiglipModel, T.SiglipConfig, {}, 16),
+    "altclip": (T.AltCLIPModel, T.AltCLIPConfig, {"projection_dim": 16}, 17),
+    "chinese_clip": (T.ChineseCLIPModel, T.ChineseCLIPConfig, {"projection_dim": 16}, 17),
+}
+
+
+@pytest.mark.parametrize("length", [9, 0])
+@pytest.mark.parametrize("name", TOWERS)
+def test_the_padding_of_a_text_is_none_of_an_image(name, length):
+    model, config, sizes, tokens = TOWERS[name]
+    torch.manual_seed(0)
+    text = {**TEXT, "project_dim": 32} if name == "altclip" else TEXT
+    model = model(config(text_config=text, vision_config=IMAGE, **sizes)).eval()
+    images = torch.randn(2, 3, 32, 32)
+    ids = torch.randint(3, 60, (2, length or tokens))  # a text may have as many tokens
+    mask = torch.ones_like(ids)
+    mask[0, 4:], mask[1, 6:] = 0, 0
+    plain = model(pixel_values=images, input_ids=ids, attention_mask=mask)
+    shake(LoReftModel(model, low_rank_dimension=2, first=2, last=2), scale=1.0)
+    both = model(pixel_values=images, input_ids=ids, attention_mask=mask)
+    other = model(pixel_values=images, input_ids=ids.flip(0), attention_mask=mask.flip(0))
+    alone = model.vision_model(pixel_values=images).last_hidden_state
+    torch.testing.assert_close(both.vision_model_output.last_hidden_state, alone)
+    torch.testing.assert_close(other.image_embeds, both.image_embeds)
+    row = model.text_model(ids[:1, :4], attention_mask=mask[:1, :4]).last_hidden_state
+    near = both.text_model_output.last_hidden_state[:1, :4]
+    torch.testing.assert_close(near, row, atol=1e-5, rtol=1e-5)
+    assert (both.image_embeds - plain.image_embeds).abs().max() > 1e-3
+
+
+def test_the_queries_of_a_q_former_are_no_tokens_of_the_text():
+    sizes = {"vision_config": {**IMAGE, "hidden_size": 32}, "num_query_tokens": 6}
+    queries = {**WIDE, "encoder_hidden_size": 32, "cross_attention_frequency": 1}
+    torch.manual_seed(0)
+    config = T.Blip2Config(qformer_config=queries, text_config=CAUSAL | {
+        "model_type": "llama", "vocab_size": 60
+    }, image_token_index=59, **sizes)  # fmt: skip
+    model = T.Blip2ForConditionalGeneration(config).eval()
+    ids = torch.tensor([[3, 4, 0, 0, 0, 0]])
+    ids = torch.cat([torch.full((1, 6), 59), ids], 1)
+    mask = (ids != 0).long()
+    images = torch.randn(1, 3, 32, 32)
+    shake(LoReftModel(model, modified_modules=[r"[r]qformer\.encoder\.layer\.\d$"]), scale=1.0)
+    expected = model.get_image_features(images).qformer_outputs.last_hidden_state
+    found = model(pixel_values=images, input_ids=ids, attention_mask=mask)
+    torch.testing.assert_close(found.qformer_outputs.last_hidden_state, expected)

@@ -169,6 +169,21 @@ def test_a_learning_rate_of_0_is_named_unless_a_scheduler_changes_it():
     assert opendelta.check(model, x, warmed)
 
 
+def test_deltas_that_train_with_a_scale_of_0_are_named():
+    model, x = tower(), vectors(2, 8)
+    deltas = [LoraModel(model, modified_modules=["fc"], name=name) for name in ("one", "two")]
+    deltas[0].freeze_module()
+    deltas[0].scale = 0
+    report = opendelta.check(model, x)
+    assert report.scaled_to_0 == ["one"]
+    assert "1 deltas have the scale 0, so that their changes get no gradient: one" in str(report)
+    deltas[0].disable()
+    assert opendelta.check(model, x).scaled_to_0 == []
+    deltas[0].enable()
+    deltas[0].requires_grad_(False)
+    assert opendelta.check(model, x).scaled_to_0 == []
+
+
 def test_deltas_that_are_all_frozen_are_named():
     model, x = tower(), vectors(2, 8)
     one = LoraModel(model, modified_modules=["fc"], name="one")

@@ -494,3 +494,15 @@ def plain(text):
     """The lines of a text, without sizes of files and relative norms, which may change."""
     lines = [line.rstrip() for line in re.sub(r"\d[\d.]* KiB|by \d[\d.]*", "", text).splitlines()]
     return [line for line in lines if line]
+
+
+@pytest.mark.parametrize("to", ["svg", "html"])
+def test_a_picture_is_utf_8_on_any_terminal(to, folder):
+    deltas = ["--deltas", "my-composition", "--to", to]
+    command = [sys.executable, "-m", "opendelta", "tree", "my-model", *deltas]
+    env = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    built = models.without_weights(str(folder / "my-model"), None, "")
+    opendelta.load(folder / "my-composition", built, check_backbone=False)
+    assert done.stdout.decode("utf-8").strip() == opendelta.tree(built, to=to).strip()

@@ -589,16 +589,19 @@ def fsdp_refuses_to_route_around_a_delta_that_is_sharded_apart(pair: Pair) -> No
         model(batch(0))
 
 
-@check()
-def fsdp_refuses_to_merge_into_sharded_weights(pair: Pair) -> None:
+@check(["block-wise", "leaf-wise"])
+def fsdp_refuses_to_merge_into_sharded_weights(pair: Pair, how: str) -> None:
     model = network()
     before = output(model)
-    put_folding_deltas(model)
-    shard(model, pair.mesh)
-    with pytest.raises(SiteError, match=r"its weight is sharded; merge before sharding"):
-        opendelta.composition(model).merge()
-    with pytest.raises(SiteError, match=r"its weight is sharded; merge before sharding"):
-        opendelta.composition(model).to_backbone()
+    deltas = put_folding_deltas(model)
+    shard(model, pair.mesh, how)
+    for refused in (
+        opendelta.composition(model).merge,
+        opendelta.composition(model).to_backbone,
+        lambda: opendelta.combine(model, {deltas[0].name: 1.0}),
+    ):
+        with pytest.raises(SiteError, match=r"its weight is sharded; merge before sharding"):
+            refused()
     with opendelta.composition(model).only():
         torch.testing.assert_close(output(model), before)
 
