@@ -289,9 +289,8 @@ class PromptLayer(_WithPrompt):
         if (given != tokens).any():
             self._refuse(
                 f"the position ids begin at {int(given[given != tokens][0])}, and the cache holds "
-                f"{tokens} tokens and the prompt: do not pass a cache that generate() returned to "
-                "another generate(), or a model with a prompt as its assistant_model: both count "
-                "the prompt's positions as tokens"
+                f"{tokens} tokens and the prompt: a cache that generate() returned holds the "
+                "prompt too, do not pass it, or a model with a prompt as assistant, to a generate()"
             )
 
     def _check_room(self, given: dict[str, Any], total: int, prompts: int) -> None:

@@ -159,7 +159,7 @@ class Notes(DeltaLayer):
 
 
 class Apart(DeltaLayer):
-    """Lets the modules inside its module know of no text: images and sounds have tokens of theirs."""
+    """Lets modules inside know of no text, as images and sounds have tokens of their own."""
 
     acts = Acts.SERVES
     routes_itself = True

@@ -105,8 +105,7 @@ class CheckReport(InNotebooks):
              "would change them twice; give each to one group of one optimizer"),
             (self.at_rest, "trainable parameters have a learning rate of 0", "give their group "
              "of the optimizer another lr"),
-            (self.scaled_to_0, "deltas have the scale 0, so that their changes get no gradient",
-             "set delta.scale, or freeze or disable them"),
+            (self.scaled_to_0, "deltas train with a scale of 0", "set delta.scale, or freeze them"),
             (self.untrained, "modules are frozen and were never trained", advice(
              self.untrained)),
             (self.frozen, "deltas are all frozen", 'put "deltas" into freeze_module(exclude=[...])'
@@ -199,7 +198,6 @@ def check(
     at_rest = _at_rest(optimizer)
     changed, seen = set[str](), Seen()
     missed, no_gradient, not_checked = _run(backbone, batch, trainable, changed, seen)
-    moving = buffers.moving(backbone, changed)
     names = {id(p): name for name, p in plain.named_parameters()}
     return CheckReport(
         model=type(plain).__name__,
@@ -215,7 +213,7 @@ def check(
         frozen=_all_frozen(backbone),
         no_dropout=_without_dropout(backbone),
         narrow=_narrow(backbone),
-        moving=[name for name in moving if backbone.modules[name].training],
+        moving=[n for n in buffers.moving(backbone, changed) if backbone.modules[n].training],
         mixed_modes=_mixed_modes(backbone),
         trainable_parameters=sum(size(p) for p in trainable.values()),
         total_parameters=sum(size(p) for p in plain.parameters()),

@@ -176,7 +176,7 @@ def test_deltas_that_train_with_a_scale_of_0_are_named():
     deltas[0].scale = 0
     report = opendelta.check(model, x)
     assert report.scaled_to_0 == ["one"]
-    assert "1 deltas have the scale 0, so that their changes get no gradient: one" in str(report)
+    assert "1 deltas train with a scale of 0: one. To do: set delta.scale" in str(report)
     deltas[0].disable()
     assert opendelta.check(model, x).scaled_to_0 == []
     deltas[0].enable()
