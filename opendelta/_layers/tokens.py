@@ -28,8 +28,10 @@ READS = {"input_ids", "attention_mask"}
 EMBEDDED = ("input_ids", "inputs_embeds")
 TOKENS_FIRST = ("FSMTEncoder", "FSMTDecoder", "XLNetModel")
 # Arguments that begin so hold no text: a module with one of them is beside the text.
-BESIDE_TEXT = ("pixel_values", "input_features", "input_values", "flattened_patches", "grid_thw")
-BESIDE_TEXT += ("query_embeds", "patch_embeds", "audio_values")
+BESIDE_TEXT = (
+    "pixel_values", "input_features", "input_values", "audio_values", "flattened_patches",
+    "patch_embeds", "query_embeds", "grid_thw",
+)  # fmt: skip
 # {class that takes the token of this id for padding, if a call has no mask: the attribute}
 HIDDEN_BY_ID = {
     "XLMModel": "pad_index",
