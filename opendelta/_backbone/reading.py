@@ -197,13 +197,18 @@ def read_beside(
 
 
 def _is_read_around(backbone: Backbone, where: str) -> bool:
-    """True if the code of the module around reads the weight or bias by name.
+    """True if the code of the module around reads the weight or bias by name."""
+    return last(where) in _read_but_by_torch(_class_of(backbone.modules[parent(where)]))
+
+
+@functools.cache
+def _read_but_by_torch(cls: Any) -> set[str]:
+    """Return the names of children whose weight or bias a class's code reads.
 
     torch's own does not count: the fast path of TransformerEncoderLayer computes the same.
     """
-    codes = _codes(_class_of(backbone.modules[parent(where)]), True)
-    chains = (each for code in codes if code.co_filename not in TORCH for each in chains_in(code))
-    return any(name == last(where) and key in KEYS for name, key, _ in chains)
+    codes = (code for code in _codes(cls, True) if code.co_filename not in TORCH)
+    return {name for code in codes for name, key, _ in chains_in(code) if key in KEYS}
 
 
 def _may_read_raw(backbone: Backbone, where: str) -> bool:
