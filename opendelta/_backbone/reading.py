@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -26,6 +26,12 @@ from .owned import KEYS, OwnCode, is_of_library, own_code
 TORCH = {
     inspect.getsourcefile(each) for each in (nn.TransformerEncoderLayer, nn.MultiheadAttention)
 }
+
+
+def _by_forward(look: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Return `look`, kept for each class and forward of it, which other code may replace."""
+    kept = functools.cache(lambda cls, _: look(cls))
+    return functools.wraps(look)(lambda cls: kept(cls, getattr(cls, "forward", None)))
 
 
 def weight_is_read(backbone: Backbone, where: str) -> bool:
@@ -201,7 +207,7 @@ def _is_read_around(backbone: Backbone, where: str) -> bool:
     return last(where) in _read_but_by_torch(_class_of(backbone.modules[parent(where)]))
 
 
-@functools.cache
+@_by_forward
 def _read_but_by_torch(cls: Any) -> set[str]:
     """Return the names of children whose weight or bias a class's code reads.
 
@@ -221,13 +227,13 @@ def gets_parameters(backbone: Backbone, where: str) -> bool:
     return any("get_parameter" in _words(_class_of(m)) for m in [*backbone.chain(where)][1:])
 
 
-@functools.cache
+@_by_forward
 def _words(cls: Any) -> set[str]:
     """Return the names and the texts in a class's code."""
     return set[str]().union(*map(words_of, _codes(cls, True)))
 
 
-@functools.cache
+@_by_forward
 def _reads_unnamed(cls: Any) -> bool:
     """True if code of a class, or a function beside it, reads a weight of an unnamed module."""
     codes = list(_codes(cls))
@@ -237,14 +243,14 @@ def _reads_unnamed(cls: Any) -> bool:
     return any(map(reads_unnamed, codes))
 
 
-@functools.cache
+@_by_forward
 def _may_read(cls: Any) -> set[str]:
     """Return the names of children whose weight or bias a class's code reads, and of `ANY`."""
     own = {name for name, key in _chains(cls, True) if key in KEYS}
     return own.union(*(ANY & {*code.co_names} for code in _codes(cls, True)))
 
 
-@functools.cache
+@_by_forward
 def _uses(cls: Any) -> tuple[set[str], set[str]]:
     """Return the names of children whose `weight` a class's code reads, and of those it calls.
 

@@ -109,7 +109,7 @@ def load(
             _fill(backbone, fact, delta, state, value_of)
         placed = _placed(unfit, backbone, deltas)
         if check_backbone:
-            _warn_of_unchecked(path, facts, compared)
+            _warn_of_unchecked(path, facts, compared, deltas)
         _attach(unfit, backbone, placed, brought, new)
     return deltas, source, compared
 
@@ -393,8 +393,14 @@ def _check_backbone(
     return compared
 
 
-def _warn_of_unchecked(path: Path, facts: dict[str, Any], compared: Comparison) -> None:
-    """Warn of the weights that cannot be compared, of a folder that is not refused."""
+def _warn_of_unchecked(
+    path: Path, facts: dict[str, Any], compared: Comparison, deltas: Sequence[BaseDelta]
+) -> None:
+    """Warn of weights that cannot be compared, and of values that no memory was there for."""
+    if empty := [each.name for each in deltas if any(p.is_meta for p in each.parameters())]:
+        told = f"the values of {listed(empty)} in {path} were not read, as the model is on the meta"
+        what = "load them again once it has values, or give it a state dict that has them"
+        warn(f"{told} device: {what}", UncheckedWarning)
     if "unchecked" in facts:
         warn(f"{path}: {facts['unchecked']}", UncheckedWarning)
     if unread := compared.unread:

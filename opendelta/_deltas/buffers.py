@@ -1,4 +1,4 @@
-"""Buffers that change while a model trains, such as the statistics of a BatchNorm."""
+"""Buffers that change while a model trains, such as a BatchNorm's, and tensors without values."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from .._backbone.backbone import Backbone
 from .._layers.record import Record
-from ..errors import UnsavedWarning, listed, warn
+from ..errors import DeltaError, UnsavedWarning, listed, warn
 from ..names import ancestors, join, parent
 
 
@@ -108,4 +108,19 @@ def warn_of_moving(backbone: Backbone) -> None:
             ". No file of a delta holds them, and they stay when the deltas leave. Name them in "
             "modules_to_save=[...], so that the delta has its own, or keep them in eval()",
             UnsavedWarning,
+        )
+
+
+def require_values(backbone: Backbone) -> None:
+    """Raise if deltas on a model with values have none, and accelerate does not hold them."""
+    empty = [
+        name
+        for where, name, layer in backbone.delta_layers()
+        if any(p.is_meta for p in layer.parameters()) and not backbone.is_meta
+        if not any(hasattr(m, "_hf_hook") for m in (*layer.modules(), *backbone.chain(where)))
+    ]
+    if empty:
+        raise DeltaError(
+            f"tensors of {listed([*dict.fromkeys(empty)])} have no values, being on the meta "
+            "device as the model once was: load the deltas again, or a state dict that has them"
         )

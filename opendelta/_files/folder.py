@@ -108,8 +108,9 @@ def check_values(tensors: Mapping[str, Tensor]) -> None:
     """Raise if a tensor that is to be saved has no values."""
     if empty := [name for name, tensor in tensors.items() if tensor.is_meta]:
         raise DeltaError(
-            f"{len(empty)} tensors have no values, being on the meta device: {listed(empty)}; load "
-            "the model with its weights, and make the deltas on it. Nothing was saved"
+            f"{len(empty)} tensors have no values, being on the meta device: {listed(empty)}. If "
+            "accelerate has offloaded them, call accelerate.hooks.remove_hook_from_submodules(model"
+            "); else load the model with its weights, and the deltas on it. Nothing was saved"
         )
 
 

@@ -306,9 +306,12 @@ def is_packed(module: nn.Module) -> bool:
     return kind is not None and kind.is_product and not isinstance(stored(module, "weight"), Tensor)
 
 
+LINEAR = nn.Linear.forward  # as torch has it: others may put another one there
+
+
 def raw_forward(base: type[nn.Module]) -> Callable[..., Tensor] | None:
     """Return the forward of a Linear or Conv1D on its stored parameters; None for other classes."""
-    if base.forward is nn.Linear.forward:
+    if base.forward is LINEAR:
         return _raw_linear
     if getattr(base.forward, "__qualname__", "") == "Conv1D.forward":
         return _raw_conv1d

@@ -195,8 +195,8 @@ def change_of(where: str, module: nn.Module, layer: Any) -> tuple[Tensor, bool]:
 def _not_own(where: str, module: nn.Module, key: str) -> SiteError:
     return SiteError(
         f"{where!r} ({type(module).__name__}): its {key} is no parameter of its own, as of a "
-        "parametrized or pruned module, or is a buffer: make it one (such as by "
-        "remove_parametrizations), or let the delta act as it is",
+        "parametrized or pruned module, or is a buffer. Let the delta act as it is; or detach it, "
+        "make that a parameter (such as by remove_parametrizations), and attach it again",
         where=where,
     )
 

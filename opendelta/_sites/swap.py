@@ -127,17 +127,18 @@ def site_class(base: type[nn.Module], reads: bool = False) -> type[nn.Module]:
             calling the module.
     """
     raw: Any = kinds.raw_forward(base)
-    plain, is_raw = (raw if reads else base.forward), raw is not None
+    own, known = base.forward, raw is not None
 
     # It is in the class body, because transformers' checkpointing layers look there. It is wrapped,
     # because Trainer and generate() read its signature. It does not use super(), because other code
     # may keep this bound forward after the site is gone.
     @functools.wraps(base.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        call: Callable[..., Any] = functools.partial(plain, self)
+        # Asked each time, as other code may replace a class's forward.
+        call: Callable[..., Any] = functools.partial(raw if reads else base.forward, self)
         stack = self._modules.get(SLOT)
         if stack is not None:
-            call = stack.around(call, self, is_raw)  # type: ignore[operator]
+            call = stack.around(call, self, known and base.forward is own)  # type: ignore[operator]
             if args and nested.is_nested(args[0]) and (on := acting_on(stack)):  # type: ignore[arg-type]
                 return nested.run(call, on, args, kwargs)
         return call(*args, **kwargs)

@@ -17,7 +17,7 @@ from .._modules import tensors
 from .._sites import merged
 from .._sites.stack import Stack, Step
 from ..errors import SiteError
-from . import merging
+from . import mergeable, merging
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -81,7 +81,7 @@ def to_backbone(model: Module) -> Module:
     backbone = Backbone.of(model)
     backbone.require_unrouted("cannot make a plain model")
     merging.check_whole(backbone)
-    silent, read = _silent(backbone), merging.read_beside(backbone, backbone.stacks)
+    silent, read = _silent(backbone), mergeable.read_beside(backbone, backbone.stacks)
     copied = shared_copy(model)
     for where, stack in backbone.stacks.items():
         run = merging.run_of(stack)
@@ -93,7 +93,7 @@ def to_backbone(model: Module) -> Module:
         if run:
             step = Step(dict(run))
             merged.fold_into(where, copied.get_submodule(where), run, step)
-            merging.check_unread(where, backbone.modules[where], step, read.get(where, set()))
+            mergeable.check_unread(where, backbone.modules[where], step, read.get(where, set()))
         if stand_ins:
             convert_like(copied.get_submodule(where), backbone.modules[where])
     labels.hand_on(model, copied)
@@ -137,7 +137,7 @@ def _silent(backbone: Backbone) -> set[tuple[str, str]]:
         for name, _ in _stand_ins(stack)
         if name not in stack.ran
     }
-    reached = merging.reached_by(backbone) if unseen else None
+    reached = mergeable.reached_by(backbone) if unseen else None
     return set() if reached is None else unseen - reached
 
 

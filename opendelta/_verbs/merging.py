@@ -7,27 +7,20 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-from torch import nn
-
-from .._backbone import reading, shapes
-from .._backbone.apart import apart
 from .._backbone.backbone import Backbone
-from .._backbone.owned import own_code
-from .._deltas import first_forward
 from .._layers.base import Acts, DeltaLayer
 from .._layers.record import Record
 from .._layers.selection import Moment
-from .._modules.tensors import is_plain, lasting
+from .._modules.tensors import lasting
 from .._show.notebooks import InNotebooks
-from .._sites import swap
 from .._sites.blocks import has_blocks, in_block, unmerged
-from .._sites.merged import Named, check_unchanged, factor_of, fold_into, undo
+from .._sites.merged import Named, check_unchanged, fold_into, undo
 from .._sites.stack import Stack, Step
 from ..errors import SiteError, to_the_end
+from . import mergeable
 
 
 @dataclass(frozen=True)
@@ -60,12 +53,17 @@ def foldable_run(
 
     The innermost layer comes first.
     """
-    layers = [(ly.record.name, ly) for ly in unmerged(stack) if ly.acts is not Acts.SERVES]
+    layers = _in_sequence(stack)
     stops = (n for n, (_, ly) in enumerate(layers) if not (ly.folds and ly.record.active))
     count = next(stops, len(layers))
     while (shared := _shared(stack, layers, count)) is not None:
         count = shared
     return layers[:count], layers[count] if count < len(layers) else None
+
+
+def _in_sequence(stack: Stack) -> list[Named]:
+    """Return the layers that are not merged, the innermost first."""
+    return [(ly.record.name, ly) for ly in unmerged(stack) if ly.acts is not Acts.SERVES]
 
 
 def _shared(stack: Stack, layers: list[Named], count: int) -> int | None:
@@ -94,7 +92,7 @@ def _runs_to_merge(backbone: Backbone, wanted: Collection[Record] | None) -> dic
         if wanted is not None:
             run = _needed(where, stack, run, stop, wanted)
         if run:
-            _check_module(backbone, where, run, users)
+            mergeable.check_module(backbone, where, run, users)
             runs[where] = run
     if not runs:
         raise SiteError(
@@ -126,10 +124,15 @@ def _needed(
     names = {n for n in names if n not in stack.merged() and stack[n].acts is not Acts.SERVES}
     in_run = [name for name, _ in run]
     held = {n: name for name, ly in (*run, *([stop] if stop else [])) for n in in_block(stack, ly)}
-    for name in names - set(in_run):
+    for name in sorted(names - set(in_run)):
         block = held.get(name, name)
         if block in names and block != name:
             continue
+        if stop is None and block == name:
+            raise SiteError(
+                f"{where!r}: {name!r} is disabled, or nothing in it acts: enable it, or detach it",
+                where=where,
+            )
         if block != name:
             raise SiteError(
                 f"{where!r}: {name!r} is in the block {block!r}: merge that", where=where
@@ -145,6 +148,9 @@ def _needed(
                 "reorder the composition first",
                 where=where,
             )
+    if last >= 0 and _shared(stack, _in_sequence(stack), last + 1) is not None:
+        name, layer = run[last]
+        raise SiteError(_refusal(where, name, layer, name, layer), where=where)
     return run[: last + 1]
 
 
@@ -169,160 +175,14 @@ def _unfolded(layer: DeltaLayer) -> str:
     return f"({kind}) does not fold into a weight" + f" ({why})" * (why != "")
 
 
-def _check_module(
-    backbone: Backbone, where: str, run: list[Named], users: dict[int, list[str]]
-) -> None:
-    """Raise if the weights of a module cannot be changed without changing another module."""
-    module = backbone.modules[where]
-    factor_of(where, module, run)
-    names = ", ".join(name for name, _ in run)
-    what = f"{where!r} ({type(module).__name__}): {names} cannot be merged"
-    if isinstance(module, nn.Embedding) and module.max_norm is not None:
-        raise SiteError(
-            f"{what}: its max_norm shortens the weight whenever it runs, and would shorten the "
-            "merged changes along; set it to None, once it has run on all of the weight",
-            where=where,
-        )
-    for key, parameter in module._parameters.items():
-        if parameter is None or key not in ("weight", "bias"):
-            continue
-        for other in users[id(parameter)]:
-            if backbone.modules[other] is not module:
-                raise SiteError(
-                    f"{what}: its {key} is tied to that of {other!r}, which would change too. Let "
-                    f"the delta act unmerged; or train a copy, modules_to_save=[{where!r}]; or "
-                    f"untie the two before attaching: give {where!r} a {key} of its own, and set "
-                    "tie_word_embeddings=False in the config",
-                    where=where,
-                )
-        if parameter.is_meta:
-            raise SiteError(f"{what}: its {key} is on the meta device, without values", where=where)
-
-
-def reached_by(backbone: Backbone) -> set[tuple[str, str]] | None:
-    """Return (site, delta) of the layers that run in a run on shapes; None: it is not possible."""
-    reached: set[tuple[str, str]] = set()
-    with apart(backbone) as twin:
-
-        def look(_: Any) -> None:
-            reached.update((w, name) for w, stack in twin.stacks.items() for name in stack.ran)
-
-        try:
-            shapes.dry_run(twin, look)
-        except SiteError:  # the user's own run tells
-            return None
-    return reached
-
-
-def _check_in_place(backbone: Backbone, records: Collection[Record] | None = None) -> None:
-    """Raise if an active delta, one of `records`, left a site with the module that was there."""
-    for record, where in first_forward.replaced(backbone):
-        if records is None or record in records:
-            raise SiteError(
-                f"{where!r}: {record.name!r} was on another module, which was replaced since, and "
-                "would be lost here. Put that module back; or detach the delta and attach it "
-                "again, so that it acts on the new one; or disable it",
-                where=where,
-            )
-
-
-def _check_acting(backbone: Backbone, runs: Mapping[str, Sequence[Named]]) -> None:
-    """Raise if a layer may never act, because code uses its module otherwise than by calling it.
-
-    Only layers that have not run are looked at, by a run on shapes: in modules whose code may do
-    so, and, if no run is possible, where a forward has missed a module that something else holds.
-    """
-    called = {w: r for w, r in runs.items() if not swap.weight_is_read(backbone.modules[w], False)}
-    _check_missed(backbone, called)
-    silent = [
-        (where, name)
-        for where, run in called.items()
-        for name, _ in run
-        if name not in backbone.stacks[where].ran
-    ]
-    unnamed = {where for where, _ in silent if reading.may_be_read(backbone, where)}
-    missed = first_forward.missed(backbone)
-    held = reading.suspects(backbone, [where for where, name in silent if (where, name) in missed])
-    asked = [(where, name) for where, name in silent if where in unnamed or where in held]
-    reached = reached_by(backbone) if asked else None
-    for where, name in asked:
-        if reached is None or (where in unnamed and (where, name) not in reached):
-            raise SiteError(
-                f"{where!r} ({type(backbone.modules[where]).__name__}): {name!r} has not run, and "
-                "other code may use the module otherwise than by calling it: then a merge would "
-                "change what the model computes. Run the model on inputs that reach it; if its "
-                f"weight is read, attach with reads=True; or disable {name!r}",
-                where=where,
-            )
-
-
-def _check_missed(backbone: Backbone, runs: Mapping[str, Sequence[Named]]) -> None:
-    """Raise if a forward has missed a layer that ran in another, and code may read its module.
-
-    So it is if one branch of the code around calls the module, and another reads its weight.
-    """
-    partly = [
-        (where, name)
-        for where, run in runs.items()
-        for _, top in run
-        for name, layer in in_block(backbone.stacks[where], top).items()
-        if layer.missed and name in backbone.stacks[where].ran
-    ]
-    own = own_code(backbone) if partly else None
-    for where, name in partly:
-        if own is not None and reading.code_may_read(backbone, where, own):
-            raise SiteError(
-                f"{where!r} ({type(backbone.modules[where]).__name__}): {name!r} ran in some "
-                "forwards, not in all, and the code around may read the module's weight or "
-                "bias instead of calling it: then a merge would change what the model "
-                f"computes. Attach with reads=True; or disable {name!r}",
-                where=where,
-            )
-
-
-def read_beside(backbone: Backbone, names: Iterable[str]) -> dict[str, set[str] | None]:
-    """Return what other code reads of the sites `names`; see `reading.read_beside`."""
-    missed = {where for where, _ in first_forward.missed(backbone)}
-    return reading.read_beside(backbone, names, missed)
-
-
-def check_unread(where: str, module: nn.Module, step: Step, read: set[str] | None) -> None:
-    """Raise if a merge has changed a parameter that code around the module reads, too.
-
-    Args:
-        step: the merge.
-        read: the parameters that are read; None: it is not known.
-    """
-    changed = sorted(step.originals.keys() if read is None else step.originals.keys() & read)
-    plain = all(map(is_plain, [p for p in module._parameters.values() if p is not None]))
-    if not changed or (read is None and not plain):
-        return
-    if swap.weight_is_read(module, False):
-        raise SiteError(
-            f"{where!r} ({type(module).__name__}): {', '.join(step.layers)} cannot be merged: "
-            f"other code computes with its {' and '.join(changed)} and has them otherwise than by "
-            "the attribute, as from named_parameters(), where reads=True does not act. Let the "
-            "delta act unmerged",
-            where=where,
-        )
-    told = "reads" if read is not None else "may read (no run on shapes tells)"
-    raise SiteError(
-        f"{where!r} ({type(module).__name__}): {', '.join(step.layers)} cannot be merged: other "
-        f"code {told} its {' and '.join(changed)} besides calling it, and would compute with the "
-        "merged values. Let the delta act unmerged; or attach it with reads=True, so that it acts "
-        "on both, and train it",
-        where=where,
-    )
-
-
 @lasting()
 def merge(backbone: Backbone, wanted: Collection[Record] | None = None) -> MergeReport:
     """Fold deltas into the weights; see `Composition.merge`."""
     backbone.require_unrouted("cannot merge")
-    _check_in_place(backbone, wanted)
+    mergeable.check_in_place(backbone, wanted)
     runs = _runs_to_merge(backbone, wanted)
-    _check_acting(backbone, runs)
-    read = read_beside(backbone, runs)
+    mergeable.check_acting(backbone, runs)
+    read = mergeable.read_beside(backbone, runs)
     report = MergeReport()
     steps = {where: _step(backbone.stacks[where], run) for where, run in runs.items()}
     if steps:
@@ -330,7 +190,9 @@ def merge(backbone: Backbone, wanted: Collection[Record] | None = None) -> Merge
     try:
         for where, run in runs.items():
             error = fold_into(where, backbone.modules[where], run, steps[where])
-            check_unread(where, backbone.modules[where], steps[where], read.get(where, set()))
+            mergeable.check_unread(
+                where, backbone.modules[where], steps[where], read.get(where, set())
+            )
             backbone.stacks[where].steps.append(steps[where])
             for layer in steps[where].layers.values():
                 layer.record.merged.add(steps[where])
@@ -363,7 +225,7 @@ def check_whole(backbone: Backbone) -> None:
     Raises:
         SiteError: an active layer does not fold, or was lost; the message names the first.
     """
-    _check_in_place(backbone)
+    mergeable.check_in_place(backbone)
     users, runs = backbone.users(), {}
     for where, stack in backbone.stacks.items():
         run = run_of(stack)
@@ -375,9 +237,9 @@ def check_whole(backbone: Backbone) -> None:
                     where=where,
                 )
         if run:
-            _check_module(backbone, where, run, users)
+            mergeable.check_module(backbone, where, run, users, stays=False)
             runs[where] = run
-    _check_acting(backbone, runs)
+    mergeable.check_acting(backbone, runs)
 
 
 def unmerge(backbone: Backbone) -> None:

@@ -285,6 +285,7 @@ def _run(
         changed: gets the names of the modules whose buffers the forward changed.
         seen: gets the weights of blocks.
     """
+    buffers.require_values(backbone)
     watched = OpenBlock(watchers={record.shared: seen for record in backbone.records()})
     check_inputs("batch", batch)
     why = _no_backward(backbone)

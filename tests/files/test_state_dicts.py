@@ -28,6 +28,7 @@ from opendelta import (
     VeraModel,
 )
 from opendelta._deltas.registry import METHODS
+from opendelta.interop import peft
 
 pytestmark = pytest.mark.covers("Delta.freeze_module")
 
@@ -471,3 +472,29 @@ def test_a_method_called_seed_of_a_copied_module_is_not_called(tmp_path):
     models[1].to_empty(device="cpu").load_state_dict(models[0].state_dict())
     x = torch.randn(3, 4)
     torch.testing.assert_close(models[1](x), models[0](x), rtol=0, atol=0)
+
+
+@pytest.mark.covers("load", "check", "UncheckedWarning")
+@pytest.mark.filterwarnings("ignore:1 of 1 weights under the deltas:opendelta.UncheckedWarning")
+@pytest.mark.parametrize("folder", ["own", "peft"])
+def test_values_that_a_load_does_not_read_are_named(folder, tmp_path):
+    delta = shake(LoraModel(net(), modified_modules=["linear"]))
+    delta.freeze_module()
+    delta.save_finetuned(tmp_path / "own")
+    peft.save(delta, tmp_path / "peft")
+    with torch.device("meta"):
+        model = net()
+    with pytest.warns(
+        opendelta.UncheckedWarning, match="values of lora in .* were not read, as th"
+    ):
+        opendelta.load(tmp_path / folder, model)
+    opendelta.check(model)  # on shapes
+    model.load_state_dict(net().state_dict(), strict=False, assign=True)
+    with pytest.raises(DeltaError, match="tensors of lora have no values, being on the meta dev"):
+        opendelta.check(model, IDS)
+    opendelta.composition(model)["lora"].freeze_module()
+    with pytest.raises(DeltaError, match="2 tensors have no values, .* remove_hook_from_submod"):
+        opendelta.composition(model).save(tmp_path / "lost")
+    opendelta.composition(model)["lora"].detach()
+    opendelta.load(tmp_path / folder, model)
+    torch.testing.assert_close(model(IDS), delta.backbone_model(IDS))
