@@ -67,7 +67,7 @@ def _of_kind(kind: Kind) -> Tensor:
 def _of_model(model: Any) -> Iterator[dict[str, Any]]:
     """Yield the inputs by keyword of a model that has `dummy_inputs`."""
     dummy, known = dict(model.dummy_inputs), _known(getattr(model, "config", None))
-    main = getattr(model, "main_input_name", None)
+    main = str(getattr(model, "main_input_name", None))  # OneFormer has a list of names
     takes = inspect.signature(model.forward).parameters
     fitting = {key: value for key, value in known.items() if key in takes}
     if main in fitting:

@@ -38,9 +38,16 @@ def embeddings_of(model: nn.Module) -> dict[str, nn.Module]:
 
 def guard(backbone: Backbone, made: dict[str, DeltaLayer]) -> None:
     """Let a layer on the root watch over a resize, if `made` has one on the root's embeddings."""
-    own = {id(module) for module in embeddings_of(backbone.model).values()}
-    if own and any(id(backbone.modules.get(name)) in own for name in made):
+    there = embeddings_of(backbone.model)
+    own = {id(module) for module in there.values()}
+    weight = _weight_of(there.get("input"))
+    on = [backbone.modules.get(name) for name in made]
+    if any(id(m) in own or (weight is not None and _weight_of(m) is weight) for m in on):
         made.setdefault("", RootLayer()).__dict__["resizer"] = resize
+
+
+def _weight_of(module: nn.Module | None) -> Any:
+    return None if module is None else module._parameters.get("weight")
 
 
 class RootLayer(Passive):
@@ -68,6 +75,9 @@ def resize(
     if not same:
         for which, module in there.items():
             _check(model, which, module, weight)
+    for module in model.modules():  # such as an encoder's, whose place the inputs' one may take
+        if _weight_of(module) is weight and all(module is not each for each in there.values()):
+            _check(model, "tied", module, weight)
     taken = _take_off(head)
     now = head
     try:

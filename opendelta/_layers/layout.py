@@ -32,7 +32,7 @@ KNOWN = (*EMBEDDED, *POSITIONS, *LIKE_FIRST, *NOTHING, ROWS)
 # These speak of the tokens, and have no axis of the length.
 COUNTS = (
     "lengths", "perm_mask", "target_mapping", "input_mask", "entity_position_ids",
-    "cu_seq_lens_q", "cu_seq_lens_k",
+    "cu_seq_lens_q", "cu_seq_lens_k", "cross_attention_mask", "full_text_row_masked_out_mask",
 )  # fmt: skip
 BY_IDS = ("image_pixel_values", "audio_input_features")
 OTHERS = ("encoder_", "decoder_", "cross_attention", "pixel_", "image_", "visual_e", "past_")
@@ -108,7 +108,7 @@ class Layout:
             index, taken = index[..., None], taken[..., None]
         value = value.expand(self.next.size(0), *value.shape[1:])
         value = value.gather(1, index.expand(-1, -1, *value.shape[2:]))
-        return value if fill is None else torch.where(taken, value, fill)
+        return value if fill is None else torch.where(taken, value, fill).to(value.dtype)
 
     def positions(self, given: Tensor) -> Tensor:
         """Return position ids [..., slots]: those of the prompt begin where its document did."""

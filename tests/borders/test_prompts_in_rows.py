@@ -646,6 +646,36 @@ def test_all_classes_that_use_token_ids_beside_embedding_them_are_known():
     assert found == set().union(*BY_IDS.values())
 
 
+DEEP = {
+    "depth": 2, "hidden_size": 16, "out_hidden_size": 32, "num_heads": 2, "intermediate_size": 24,
+    "patch_size": 4, "spatial_merge_size": 2, "temporal_patch_size": 2,
+    "num_position_embeddings": 16, "initializer_range": 0.2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("deep", [[0], []])
+@pytest.mark.parametrize("length", [1, 2])
+def test_what_images_add_to_deeper_blocks_is_theirs_behind_a_prompt(length, deep):
+    torch.manual_seed(0)
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
+    config = T.Qwen3VLConfig(
+        text_config={**HEAD, "rope_parameters": rope}, image_token_id=59,
+        vision_config={**DEEP, "deepstack_visual_indexes": deep}, vision_start_token_id=57,
+        vision_end_token_id=58,
+    )  # fmt: skip
+    model = T.Qwen3VLForConditionalGeneration(config).eval()
+    images = {"pixel_values": torch.randn(32, 96), "image_grid_thw": torch.tensor([[1, 4, 4]] * 2)}
+
+    def logits(ids):
+        more = {"attention_mask": torch.ones_like(ids), "mm_token_type_ids": (ids == 59).long()}
+        return model(input_ids=ids, **images, **more).logits
+
+    ids = torch.tensor([[5] * length + [59] * 4] * 2)
+    written = logits(torch.cat([torch.tensor([PROMPT] * 2), ids], 1))[:, LENGTH:]
+    put(model)
+    near(logits(ids), written)
+
+
 # -------------------------------------------------------------------------------------- two prompts
 OTHER = [20, 21]
 TWO = ["llama", "mistral", "gpt_neox", "gpt2", "bloom", "mamba", "m2m_100", "bart", "t5"]
@@ -956,6 +986,7 @@ REFUSED = [
     ("xlnet", {"perm_mask": torch.zeros(2, 8, 8)}, "XLNetModel is given 'perm_mask', which"),
     ("xlnet", {"input_mask": torch.zeros(2, 8)}, "XLNetModel is given 'input_mask', which"),
     ("xlm", {"lengths": torch.tensor([8, 8])}, "XLMModel is given 'lengths', which says"),
+    ("llama", {"cross_attention_mask": torch.ones(2, 8, 1, 1)}, "given 'cross_attention_mask', wh"),
     ("markuplm", {"xpath_tags_seq": torch.zeros(2, 8, 50)}, "given 'xpath_tags_seq', which says"),
     ("llama", {"cu_seq_lens_q": torch.tensor([0, 8])}, "LlamaModel is given 'cu_seq_lens_q'"),
     ("luke", {"entity_position_ids": torch.zeros(2, 1, 2)}, "given 'entity_position_ids', which"),

@@ -215,3 +215,43 @@ def test_a_layer_that_grew_returns_to_its_new_size():
     delta.detach()
     delta.attach()
     assert model(IDS).logits.size(-1) == 56
+
+
+SEQ2SEQ = {
+    "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24,
+}  # fmt: skip
+SHARING = {
+    "bart": lambda: transformers.BartForConditionalGeneration(
+        transformers.BartConfig(vocab_size=50, d_model=16, pad_token_id=0, **SEQ2SEQ)
+    ),
+    "m2m_100": lambda: transformers.M2M100ForConditionalGeneration(
+        transformers.M2M100Config(vocab_size=50, d_model=16, pad_token_id=0, **SEQ2SEQ)
+    ),
+    "t5": lambda: transformers.T5ForConditionalGeneration(
+        transformers.T5Config(
+            vocab_size=50, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2,
+            decoder_start_token_id=0,
+        )
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::opendelta.TiedWeightWarning")
+@pytest.mark.parametrize("side", ["encoder", "decoder"])
+@pytest.mark.parametrize("copied", [True, False])
+@pytest.mark.parametrize("name", SHARING)
+def test_a_module_that_shares_the_embeddings_refuses_a_resize(name, copied, side):
+    model = SHARING[name]().eval()
+    places = [f"{side}.embed_tokens"]
+    options = {"modified_modules": ["q" if name == "t5" else "q_proj"], "modules_to_save": places}
+    delta = shake(LoraModel(model, **(options if copied else {"modified_modules": places})))
+    run = {"input_ids": IDS, "decoder_input_ids": IDS}
+    before, kept = model(**run).logits, opendelta.snapshot(model)
+    for size in (56, 50):  # with the old size it would put in its own module, too
+        with pytest.raises(DeltaError, match=rf"'lora' on '\S*{side}.embed_tokens' is tied"):
+            model.resize_token_embeddings(size)
+    assert opendelta.snapshot(model) == kept
+    assert torch.equal(model(**run).logits, before)
+    delta.detach()
+    model.resize_token_embeddings(56)

@@ -99,6 +99,7 @@ def test_the_check_can_be_left_out(saved, override):
 
 
 @pytest.mark.covers("UncheckedWarning")
+@pytest.mark.filterwarnings("ignore:the values of lora in:opendelta.UncheckedWarning")
 def test_weights_without_values_are_unchecked_with_a_warning(saved):
     with torch.device("meta"):
         model = bert()
