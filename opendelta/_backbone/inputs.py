@@ -123,7 +123,7 @@ def of_module(module: nn.Module) -> Iterator[Inputs]:
     """Yield inputs to try on one module alone: hidden states of its first linear layer's width.
 
     They are [1, length, width] and, as in packed vision models, [length, width]. Other arguments
-    without default get what attention modules of transformers take.
+    without default get what attention modules of transformers take, and at last hidden states.
     """
     kinds = [kind_of(part) for part in module.modules() if part is not module]
     sized = (kind for kind in kinds if kind is not None and kind.name != "convolution")
@@ -135,17 +135,18 @@ def of_module(module: nn.Module) -> Iterator[Inputs]:
     if not isinstance(head, int):
         heads = getattr(module, "num_heads", None)
         head = width // heads if isinstance(heads, int) and heads else width
-    for rows in ((1, LENGTH), (LENGTH,)):
-        angles = blank(*rows, head)
-        known = {
-            "position_embeddings": (angles, angles),
-            "cu_seqlens": torch.tensor([0, LENGTH], dtype=torch.int32),
-        }
-        needed = list(inspect.signature(module.forward).parameters.values())[1:]
-        given = {
-            p.name: known.get(p.name)
-            for p in needed
-            if (p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
-            or p.name in known
-        }
-        yield (blank(*rows, width),), given
+    parameters = list(inspect.signature(module.forward).parameters.values())[1:]
+    by_name = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    needed = [p.name for p in by_name if p.default is p.empty]
+    for others in (False, True):
+        for rows in ((1, LENGTH), (LENGTH,)):
+            angles, hidden = blank(*rows, head), blank(*rows, width)
+            known: dict[str, Any] = {
+                "position_embeddings": (angles, angles),
+                "cu_seqlens": torch.tensor([0, LENGTH], dtype=torch.int32),
+            }
+            given = {name: hidden if others and "mask" not in name else None for name in needed}
+            given |= {p.name: known[p.name] for p in by_name if p.name in known}
+            yield (hidden,), given
+        if not needed:
+            return

@@ -46,6 +46,14 @@ BEYOND = {
     "BltPatcher": "cuts them into patches",
     "HiggsAudioV2Model": "tells audio from text by them",
 }
+MULTIPLIES = "multiplies the encoder's output by the mask of the tokens alone"
+# {class around the module that embeds the tokens, or that module's own: what it does with them}
+AROUND = {
+    "MusicgenForConditionalGeneration": MULTIPLIES,
+    "MusicgenMelodyForConditionalGeneration": MULTIPLIES,
+    "BridgeTowerModel": "runs the blocks of its text model, and never that model",
+    "LxmertModel": "returns the tokens' hidden states in tuples beside those of images",
+}
 LAST = {"last_non_pad_token", "sequence_lengths"}  # what code calls the place of each row's last
 ONE_GRAPH = (
     "a soft prompt cannot be in one graph with position_ids, whose values say how many documents a "
@@ -133,6 +141,17 @@ def check_takes_embeddings(site: Site) -> None:
             f"embeddings in their place: it {what}; choose another module",
             where=site.name,
         )
+
+
+def check_around(modules: Mapping[str, nn.Module], name: str) -> None:
+    """Raise if a module around `name`, or that itself, has no place for a prompt there."""
+    for outer in (*ancestors(name), ""):
+        if what := _of_class(AROUND, modules[outer]):
+            raise SiteError(
+                f"a soft prompt in {quoted(name)} cannot be right inside "
+                f"{type(modules[outer]).__name__}: it {what}; choose another method",
+                where=name,
+            )
 
 
 def is_read_by_ids(modules: Mapping[str, nn.Module], name: str) -> bool:

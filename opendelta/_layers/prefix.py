@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._modules.calls import first_input
 from ..errors import SiteError
 from ..names import SLOT, ancestors
 from .base import Acts, DeltaLayer, Handover
@@ -203,7 +204,8 @@ def _is_made(positions: Tensor) -> bool:
 
 
 def _hidden_states(args: tuple, kwargs: dict[str, Any]) -> Tensor:
-    return kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    """Return the queries' hidden states; SAM calls them `query`, Idefics2 `latents`."""
+    return kwargs["hidden_states"] if "hidden_states" in kwargs else first_input(args, kwargs)
 
 
 def eager_function(cls: type) -> Callable[..., Any]:

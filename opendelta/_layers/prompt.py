@@ -25,6 +25,7 @@ from .embedding import embedding_of, numbered, numbering, room, scale_of
 from .layout import (
     POSITIONS,
     Layout,
+    check_around,
     check_positions,
     check_takes_embeddings,
     is_read_by_ids,
@@ -320,6 +321,7 @@ class PromptLayer(_WithPrompt):
         others: dict[str, DeltaLayer] = {}
         decoders = _in_decoders(modules)
         for name, layer in own.items():
+            check_around(modules, name)
             layer.strip = layer.strip or is_read_by_ids(modules, name)
         for name, module in modules.items():
             names = arguments(module)

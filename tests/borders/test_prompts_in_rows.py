@@ -1036,6 +1036,55 @@ def test_models_that_make_more_of_token_ids_are_refused_when_attaching(name):
         put(model)
 
 
+MUSICGEN = {
+    "text_encoder": {"model_type": "t5", "vocab_size": 60, "d_model": 16, "d_ff": 24, "d_kv": 8,
+                     "num_layers": 1, "num_heads": 2},
+    "audio_encoder": {"model_type": "encodec", "num_filters": 4, "hidden_size": 8,
+                      "codebook_size": 32, "codebook_dim": 8, "upsampling_ratios": [2, 2],
+                      "target_bandwidths": [1.5], "num_lstm_layers": 1, "sampling_rate": 32},
+    "decoder": {"vocab_size": 20, "hidden_size": 32, "num_hidden_layers": 1, "ffn_dim": 48,
+                "num_attention_heads": 4, "num_codebooks": 2, "pad_token_id": 20},
+}  # fmt: skip
+TOWER = {"hidden_size": 64, "num_hidden_layers": 2}
+AROUND = {  # (model, config, its options, why it is refused)
+    "musicgen": (T.MusicgenForConditionalGeneration, T.MusicgenConfig, MUSICGEN,
+                 "'text_encoder.encoder' .* it multiplies the encoder's output by the mask"),
+    "musicgen_melody": (T.MusicgenMelodyForConditionalGeneration, T.MusicgenMelodyConfig, MUSICGEN,
+                        "'text_encoder.encoder' .* it multiplies the encoder's output by the mask"),
+    "bridgetower": (T.BridgeTowerModel, T.BridgeTowerConfig, {
+        "hidden_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2, "vision_config": {
+            **TOWER, "patch_size": 8, "image_size": 16,
+        }, "text_config": {**TOWER, "num_attention_heads": 2, "vocab_size": 60},
+    }, "'text_model' .* it runs the blocks of its text model, and never that model"),
+    "lxmert": (T.LxmertModel, T.LxmertConfig, {
+        "vocab_size": 60, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24,
+        "l_layers": 1, "x_layers": 1, "r_layers": 1,
+    }, "the root .* it returns the tokens' hidden states in tuples beside those of images"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", AROUND)
+def test_models_that_have_no_place_for_a_prompt_are_refused_when_attaching(name):
+    cls, config, options, why = AROUND[name]
+    model = cls(config(**options))
+    with untouched(model), pytest.raises(SiteError, match=f"a soft prompt in {why}"):
+        put(model)
+
+
+def test_all_classes_that_have_no_place_for_a_prompt_are_known():
+    pieces = re.compile(r"in self\.(text_model|language_model|text_encoder)\.encoder\.")
+    multiplied = re.compile(r"hidden_states \* \w*attention_mask")
+    found = set()
+    for file in Path(T.__file__).parent.glob("models/*/modeling_*.py"):
+        for part in ast.parse(file.read_text()).body:
+            calls = [f for f in getattr(part, "body", []) if getattr(f, "name", "") == "forward"]
+            texts = [ast.unparse(call) for call in calls]
+            by_mask = any("encoder_outputs" in t and multiplied.search(t) for t in texts)
+            if by_mask or any(pieces.search(text) for text in texts):
+                found.add(part.name)
+    assert found == {cls.__name__ for cls, *_ in AROUND.values()} - {"LxmertModel"}
+
+
 def test_without_what_asks_for_token_ids_they_take_a_prompt():
     for name, option in (("qwen4", "ple_layer_ids"), ("gemma4", "hidden_size_per_layer_input")):
         model = build(name, **{option: [] if name == "qwen4" else 0})

@@ -60,6 +60,30 @@ def whisper():
     return T.WhisperForConditionalGeneration(T.WhisperConfig(**BOTH, **TOKENS, **sizes))
 
 
+def idefics2():
+    text = {"model_type": "mistral", **SIZES, "num_key_value_heads": 2, "vocab_size": 64}
+    perceiver = {
+        "hidden_size": 16, "resampler_n_latents": 2, "resampler_depth": 1, "resampler_n_heads": 2,
+        "resampler_head_dim": 8, "num_key_value_heads": 1,
+    }  # fmt: skip
+    return T.Idefics2ForConditionalGeneration(
+        T.Idefics2Config(
+            text_config=text, vision_config=IMAGE, perceiver_config=perceiver, image_token_id=63
+        )
+    )
+
+
+def sam():
+    vision = {**SIZES, "mlp_dim": 32, "image_size": 16, "patch_size": 8, "output_channels": 8,
+              "window_size": 2, "global_attn_indexes": [0], "num_pos_feats": 4}  # fmt: skip
+    prompt = {"hidden_size": 8, "image_size": 16, "patch_size": 8, "mask_input_channels": 4}
+    mask = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "mlp_dim": 16,
+            "iou_head_hidden_dim": 8}  # fmt: skip
+    return T.SamModel(
+        T.SamConfig(vision_config=vision, prompt_encoder_config=prompt, mask_decoder_config=mask)
+    )
+
+
 MODELS = {  # (model, inputs, sites of a prefix, sites of parallel adapters at default places)
     "clip": (lambda: two_towers(T.CLIPModel, T.CLIPConfig),
              {"input_ids": IDS, "pixel_values": PIXELS}, 2, 6),
@@ -88,6 +112,10 @@ MODELS = {  # (model, inputs, sites of a prefix, sites of parallel adapters at d
     "llava": (llava, {"input_ids": torch.tensor([[5, 63, 63, 63, 63, 6]]),
                       "pixel_values": PIXELS}, 2, 6),
     "qwen2_vl": (qwen, None, 2, 6),
+    "idefics2": (idefics2, {"input_ids": torch.tensor([[5, 63, 63, 6]]),
+                            "pixel_values": torch.randn(1, 1, 3, 16, 16)}, 3, 9),
+    "sam": (sam, {"pixel_values": torch.randn(1, 3, 16, 16),
+                  "input_points": torch.ones(1, 1, 2, 2)}, 1, 6),
 }  # fmt: skip
 
 
