@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from .._backbone.backbone import Backbone
-from .._layers import prefix, prompt
+from .._layers import embedders, prefix
 from .._layers.base import Acts, DeltaLayer
 from .._modules.kinds import KINDS, Kind, Norm, kind_of
 from .._modules.tensors import is_lazy
@@ -29,8 +29,8 @@ def kinds_of(backbone: Backbone, name: str) -> set[str]:
     kinds = {"other" if kind is None else kind.name}
     if prefix.is_attention(module):
         kinds.add("attention")
-    if set(prompt.arguments(module)) >= prompt.TAKES:
-        kinds |= {"stack"} if prompt.embedders(backbone.modules).get(name) is False else set()
+    if set(embedders.arguments(module)) >= embedders.TAKES:
+        kinds |= {"stack"} if embedders.embedders(backbone.modules).get(name) is False else set()
     return kinds
 
 

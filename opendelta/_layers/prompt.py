@@ -14,13 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from .._modules import calls
-from .._modules.calls import has_forward
 from .._modules.kinds import Embedding, kind_of
 from ..errors import SiteError
-from ..names import is_inside, parent
 from .base import Acts, DeltaLayer, Handover
 from .costs import Flops
 from .documents import Documents, cache_in, positions_of
+from .embedders import block_holder, in_decoders
 from .embedding import embedding_of, numbered, numbering, room, scale_of
 from .layout import (
     POSITIONS,
@@ -40,54 +39,9 @@ from .layout import (
 from .site import Site
 from .tokens import EMBEDDED, arguments, mask_around, named, noting, padding_id, with_mask
 
-TAKES = {"input_ids", "inputs_embeds", "attention_mask"}
 STATES = "encoder_hidden_states"
 CROSS = ("encoder_attention_mask", "encoder_padding_mask")
 IDS = (torch.int64, torch.int32)
-
-
-def embedders(modules: Mapping[str, nn.Module]) -> dict[str, bool]:
-    """Return {full name of a module that embeds tokens: true for an encoder-decoder's decoder}.
-
-    If modules inside each other take token ids, the innermost one that holds blocks embeds them.
-    """
-    takes = [name for name, module in modules.items() if set(arguments(module)) >= TAKES]
-    holds = {n for n in takes if _block_lists(modules, n)}
-    takes = [n for n in takes if n in holds or not any(is_inside(n, o) for o in takes)]
-    inner = [n for n in takes if not any(is_inside(o, n) for o in takes)]
-    decoders = _in_decoders(modules)
-    return {name: id(modules[name]) in decoders for name in inner}
-
-
-def _in_decoders(modules: Mapping[str, nn.Module]) -> set[int]:
-    """Return the ids of the decoders of encoder-decoders, and of all modules inside them."""
-    decoders = set()
-    for module in modules.values():
-        two = getattr(getattr(module, "config", None), "is_encoder_decoder", False)
-        if two and hasattr(module, "get_decoder"):
-            decoder: Any = module.get_decoder()  # type: ignore[operator]
-            if decoder is not module:  # an encoder by itself returns itself
-                decoders |= {id(part) for part in decoder.modules()}
-    return decoders
-
-
-def _block_lists(modules: Mapping[str, nn.Module], embedder: str) -> list[str]:
-    """Return the full names of the lists of modules inside `embedder` that are no tables."""
-    return [
-        name for name, module in modules.items()
-        if isinstance(module, nn.ModuleList) and is_inside(name, embedder)
-        and any(not isinstance(part, nn.Embedding) for part in module)
-    ]  # fmt: skip
-
-
-def _block_holder(modules: Mapping[str, nn.Module], embedder: str) -> str:
-    """Return the full name of the module inside `embedder` that runs the blocks, or that itself."""
-    lists = _block_lists(modules, embedder)
-    if not lists:
-        return embedder
-    biggest = max(lists, key=lambda n: sum(p.numel() for p in modules[n].parameters()))
-    holder = parent(biggest)
-    return holder if has_forward(modules[holder]) else embedder
 
 
 class _WithPrompt(DeltaLayer):
@@ -319,7 +273,7 @@ class PromptLayer(_WithPrompt):
             name: layer for name, layer in made.items() if isinstance(layer, cls)
         }
         others: dict[str, DeltaLayer] = {}
-        decoders = _in_decoders(modules)
+        decoders = in_decoders(modules)
         for name, layer in own.items():
             check_around(modules, name)
             layer.strip = layer.strip or is_read_by_ids(modules, name)
@@ -336,7 +290,7 @@ class PromptLayer(_WithPrompt):
                 others[f"{name}.{layer.numbered}".lstrip(".")] = Numbered(
                     arguments(modules[name].get_submodule(layer.numbered)), layer.ids
                 )
-            holder = _block_holder(modules, name)
+            holder = block_holder(modules, name)
             if layer.strip and holder != name:
                 layer.stripper = Handover()
                 others[holder] = Strip(layer.stripper, "pooler" in modules[name]._modules)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..._backbone.backbone import Backbone
 from ..._files.reading import read_start
-from ..._layers.prompt import embedders
+from ..._layers.embedders import embedders
 from ..._modules.tensors import stored
 from ...errors import DeltaLoadError, listed
 from ...names import ancestors
