@@ -40,13 +40,10 @@ def in_decoders(modules: Mapping[str, nn.Module]) -> set[int]:
 
 
 def block_holder(modules: Mapping[str, nn.Module], embedder: str) -> str:
-    """Return the full name of the module inside `embedder` that runs the blocks, or that itself."""
-    lists = _block_lists(modules, embedder)
-    if not lists:
-        return embedder
-    biggest = max(lists, key=lambda n: sum(p.numel() for p in modules[n].parameters()))
-    holder = parent(biggest)
-    return holder if has_forward(modules[holder]) else embedder
+    """Return the full name of the module inside `embedder` that runs all blocks, or that itself."""
+    holders = {parent(name) for name in _block_lists(modules, embedder)}
+    outer = [n for n in holders if not any(is_inside(n, o) for o in holders)]
+    return outer[0] if len(outer) == 1 and has_forward(modules[outer[0]]) else embedder
 
 
 def _block_lists(modules: Mapping[str, nn.Module], embedder: str) -> list[str]:

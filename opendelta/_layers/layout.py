@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._modules import calls
 from ..errors import SiteError, quoted
 from ..names import ancestors
 from .documents import latest
@@ -52,6 +51,7 @@ AROUND = {
     "MusicgenForConditionalGeneration": MULTIPLIES,
     "MusicgenMelodyForConditionalGeneration": MULTIPLIES,
     "BridgeTowerModel": "runs the blocks of its text model, and never that model",
+    "Tipsv2TextModel": "multiplies the blocks' output by the mask of the prompt and the tokens",
     "LxmertModel": "returns the tokens' hidden states in tuples beside those of images",
 }
 LAST = {"last_non_pad_token", "sequence_lengths"}  # what code calls the place of each row's last
@@ -254,38 +254,3 @@ def starts(mask: Tensor) -> Tensor:
     """Return booleans: true for the first column of each row that is no padding."""
     seen = mask != 0
     return seen & (seen.cumsum(-1) == 1)
-
-
-def check_positions(out: Any, full: int) -> None:
-    """Raise if an output has more than `full` positions; it may have fewer, as Funnel pools them.
-
-    Args:
-        full: number of positions of tokens and prompts.
-    """
-    count = calls.hidden(out).size(1)
-    if count > full:
-        raise SiteError(
-            f"an output of {count} positions for {full} of prompt and tokens: images among the "
-            "tokens, or padding to whole blocks, hide where the prompt is; pad the rows before, or "
-            "give strip=False"
-        )
-
-
-def strip(value: Any, slot_of: Tensor, full: int) -> Any:
-    """Return `value` without the prompts in hidden states of `full` positions.
-
-    Args:
-        slot_of: the slots [batch, length] of the tokens.
-    """
-    if isinstance(value, Tensor):
-        if value.ndim != 3 or value.shape[:2] != (slot_of.size(0), full):
-            return value
-        return value.gather(1, slot_of.to(value.device)[..., None].expand(-1, -1, value.size(2)))
-    if isinstance(value, dict):  # a ModelOutput, whose fields and items are the same
-        for key, item in value.items():
-            if isinstance(item, Tensor | tuple | list):
-                value[key] = strip(item, slot_of, full)
-        return value
-    if isinstance(value, tuple | list):
-        return calls.like(value, [strip(item, slot_of, full) for item in value])
-    return value

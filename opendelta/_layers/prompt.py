@@ -7,13 +7,13 @@ too.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from .._modules import calls
 from .._modules.kinds import Embedding, kind_of
 from ..errors import SiteError
 from .base import Acts, DeltaLayer, Handover
@@ -25,18 +25,17 @@ from .layout import (
     POSITIONS,
     Layout,
     check_around,
-    check_positions,
     check_takes_embeddings,
     is_read_by_ids,
     maker_of_rows,
     plain_id,
     skipped_by,
     starts,
-    strip,
     unknown,
     widen_values,
 )
 from .site import Site
+from .strip import Strip, StripInput, WithPrompt, check_positions, laid, strip
 from .tokens import EMBEDDED, arguments, mask_around, named, noting, padding_id, with_mask
 
 STATES = "encoder_hidden_states"
@@ -44,18 +43,7 @@ CROSS = ("encoder_attention_mask", "encoder_padding_mask")
 IDS = (torch.int64, torch.int32)
 
 
-class _WithPrompt(DeltaLayer):
-    """A layer that changes the length of the rows, or depends on this length."""
-
-    stands_alone = True
-
-    @property
-    def for_all_rows(self) -> str:
-        """Return the reason: all rows of a batch have one length."""
-        return "changes the length of the rows that take it"
-
-
-class PromptLayer(_WithPrompt):
+class PromptLayer(WithPrompt):
     """Rows [length, width] before the embedded tokens; a subclass writes `prompt`.
 
     Args:
@@ -87,6 +75,7 @@ class PromptLayer(_WithPrompt):
         self.scale = scale_of(site.module)
         # To strip right after the blocks, as later modules read a single position.
         self.stripper: Handover | None = None
+        self.pooled = False  # a pooler beside the blocks needs its input stripped
         self.numbered = numbered(site.module)
         self.ids = Handover() if self.numbered else None  # to number the positions by
         self.skipped = skipped_by(site.module)
@@ -139,6 +128,8 @@ class PromptLayer(_WithPrompt):
         widened = Documents(given, batch, layout.full, embeds.device)
         if (mask := mask_around(documents)) is not None:
             widened.mask = torch.where(layout.filler, 0, layout.widened(mask, 1))
+        slots = layout.slot_of, layout.full
+        call = functools.partial(laid, slots, call) if self.pooled else call
         out = noting(widened, call, **given)
         if not self.strip:
             return out
@@ -290,14 +281,17 @@ class PromptLayer(_WithPrompt):
                 others[f"{name}.{layer.numbered}".lstrip(".")] = Numbered(
                     arguments(modules[name].get_submodule(layer.numbered)), layer.ids
                 )
-            holder = block_holder(modules, name)
+            holder, pooler = block_holder(modules, name), modules[name]._modules.get("pooler")
             if layer.strip and holder != name:
                 layer.stripper = Handover()
-                others[holder] = Strip(layer.stripper, "pooler" in modules[name]._modules)
+                others[holder] = Strip(layer.stripper, pooler is not None)
+            elif layer.strip and pooler is not None:
+                layer.pooled = True
+                others[f"{name}.pooler".lstrip(".")] = StripInput()
         return others
 
 
-class CrossMask(_WithPrompt):
+class CrossMask(WithPrompt):
     """Lets a decoder attend to the prompt, which is part of the encoder's output."""
 
     acts = Acts.SERVES
@@ -314,7 +308,7 @@ class CrossMask(_WithPrompt):
         return call(**given)
 
 
-class Numbered(_WithPrompt):
+class Numbered(WithPrompt):
     """Lets a module number the positions by token ids, where it is given embeddings instead.
 
     Args:
@@ -335,29 +329,3 @@ class Numbered(_WithPrompt):
             return call(*args, **kwargs)
         given.pop("inputs_embeds", None)
         return call(**{**given, self.arguments[0]: ids})
-
-
-class Strip(_WithPrompt):
-    """Takes the prompt's positions out of the blocks' output.
-
-    Args:
-        handover: passes the slots of the tokens, and the number of all positions.
-        pooled: a pooler reads the first position of the output.
-    """
-
-    acts = Acts.SERVES
-
-    def __init__(self, handover: Handover, pooled: bool) -> None:
-        super().__init__()
-        self.handover, self.pooled = handover, pooled
-
-    def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        assert self.handover is not None
-        layout = self.handover.take()
-        out = call(*args, **kwargs)
-        if layout is None:
-            return out
-        slot_of, full = layout
-        if self.pooled:
-            check_positions(out, full)
-        return strip(out, slot_of, full) if calls.hidden(out).size(1) == full else out

@@ -8,7 +8,7 @@ that nothing changes; see `KeptFactors`.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -48,8 +48,8 @@ class KeptFactors:
         self.dtype = dtype
         # {layers from one on: (their states, the joined factors, number of layers, parameters)}
         self.runs: dict[tuple, tuple[list[tuple[float, bool]], list[LowRank], int, list]] = {}
-        # {(layer, name of a parameter): (the parameter, a copy of its values)}
-        self.sources: dict[tuple[DeltaLayer, str], tuple[Tensor, Tensor]] = {}
+        # {(layer, name of a tensor): (the tensor, torch's count of its changes, a copy)}
+        self.sources: dict[tuple[DeltaLayer, str], tuple[Tensor, int, Tensor]] = {}
         self.made: tuple[list[Any], Any] = [], None
         self.late = False
 
@@ -70,16 +70,16 @@ class KeptFactors:
                 return run, len(run)
             whole = [LowRank(*map(self._values, side_by_side(run, self.dtype)))] if run else run
             joined = acting[start : start + len(run)] if key not in self.runs else ()
-            for layer, name, p in [(ly, *own) for ly in joined for own in ly.named_parameters()]:
+            for layer, name, t in [(ly, *own) for ly in joined for own in _tensors_of(ly)]:
                 if (layer, name) not in self.sources:
-                    self.sources[layer, name] = p, p.detach().clone()
+                    self.sources[layer, name] = t, _changes(t), t.detach().clone()
             parts = [part for layer in acting[start : start + len(run)] for part in layer.modules()]
             own = [(t, *item) for t in (p._parameters for p in parts) for item in t.items()]
             self.runs[key] = states, whole, len(run), own
         elif any(table[name] is not p for table, name, p in self.runs[key][3]):
             run = pairs(acting, start)  # with other parameters, as in functional_call
             return run, len(run)
-        if torch.is_grad_enabled() and any(p.requires_grad for p, _ in self.sources.values()):
+        if torch.is_grad_enabled() and any(t.requires_grad for t, *_ in self.sources.values()):
             raise DeltaError(
                 "frozen() keeps copies of the deltas' tensors, which no gradient reaches: run the "
                 "model under torch.no_grad() inside it, or train outside of it"
@@ -106,21 +106,33 @@ class KeptFactors:
         self.made = [], None
 
     def changed(self) -> bool:
-        """True if parameters changed since they were copied.
+        """True if tensors changed since they were copied, even if their values are back.
 
-        The values are compared: torch counts no changes by fused optimizers and through `.data`.
+        The values are compared too: torch counts no changes by fused optimizers and through
+        `.data`.
         """
         now = {
-            (layer, name): parameter
+            (layer, name): tensor
             for layer in {layer for layer, _ in self.sources}
-            for name, parameter in layer.named_parameters()
+            for name, tensor in _tensors_of(layer)
         }
         return self.late or any(
-            key not in now or not _same(now[key], copy) for key, (_, copy) in self.sources.items()
+            key not in now or _changes(tensor) != count or not _same(now[key], copy)
+            for key, (tensor, count, copy) in self.sources.items()
         )
 
     def _values(self, part: Any) -> Any:
         return part.detach().to(self.dtype) if isinstance(part, Tensor) else part
+
+
+def _tensors_of(layer: DeltaLayer) -> Iterator[tuple[str, Tensor]]:
+    yield from layer.named_parameters()
+    yield from layer.named_buffers()
+
+
+def _changes(tensor: Tensor) -> int:
+    """Return torch's count of the changes of a tensor in place; 0 where it does not count."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

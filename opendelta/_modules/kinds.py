@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..names import SLOT
 from .arithmetic import linear, widened
 from .tensors import stored
-from .trials import norm_axis
+from .trials import norm_axis, takes_transposed
 
 
 @dataclass(frozen=True)
@@ -206,6 +206,7 @@ class Norm(Kind):
         return x, x, x.numel() // self.out_features
 
 
+LINEAR = nn.Linear.forward  # as torch has it: others may put another one there
 KINDS = {
     "linear": "Linear, Conv1D and quantised linears",
     "embedding": "Embedding",
@@ -268,6 +269,17 @@ def _is_matrix(module: nn.Module) -> bool:
     return weight is None or not weight.is_floating_point() or weight.ndim <= 2
 
 
+def _linear(module: nn.Module, inputs: int, outputs: int) -> Kind:
+    """Return the row of a linear module, which may store its weight as (in, out)."""
+    if type(module).forward is LINEAR or isinstance(module, torch.jit.ScriptModule):
+        return Kind(inputs, outputs)
+    weight = module._parameters.get("weight")
+    turned = weight is not None and weight.is_floating_point() and weight.shape == (inputs, outputs)
+    if turned and inputs == outputs:
+        turned = takes_transposed(module)
+    return (TransposedLinear if turned else Kind)(inputs, outputs)
+
+
 def kind_of(module: nn.Module) -> Kind | None:
     """Return the table's row for `module`; None if its type says nothing about its sizes."""
     if isinstance(module, nn.Embedding):
@@ -283,7 +295,7 @@ def kind_of(module: nn.Module) -> Kind | None:
         return TransposedLinear(int(module.nx), int(module.nf))  # type: ignore[arg-type]
     sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
     if isinstance(sizes[0], int) and isinstance(sizes[1], int):
-        return Kind(sizes[0], sizes[1]) if _is_matrix(module) else None
+        return _linear(module, sizes[0], sizes[1]) if _is_matrix(module) else None
     sizes = getattr(module, "dim_in", None), getattr(module, "dim_out", None)  # in ModelCenter
     if isinstance(sizes[0], int) and isinstance(sizes[1], int):
         weight = module._parameters.get("weight")
@@ -304,9 +316,6 @@ def is_packed(module: nn.Module) -> bool:
         return False
     kind = kind_of(module)
     return kind is not None and kind.is_product and not isinstance(stored(module, "weight"), Tensor)
-
-
-LINEAR = nn.Linear.forward  # as torch has it: others may put another one there
 
 
 def raw_forward(base: type[nn.Module]) -> Callable[..., Tensor] | None:

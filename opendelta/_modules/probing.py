@@ -187,17 +187,33 @@ def _rounded(factor: float) -> float:
 
 
 def _inputs(module: nn.Module, kind: Kind, largest: float = 1.0) -> Iterator[Tensor]:
-    """Yield inputs of several sizes and magnitudes, on which only such a module agrees."""
+    """Yield inputs of several sizes and magnitudes, on which only such a module agrees.
+
+    The last ones have no row of the batch, if its forward takes such, and zeros in some places.
+    """
     device, dtype = device_and_dtype([module])
     for length, rows, size in (
-        (2, 3, 1.0), (3, 1, 30.0), (2, 2, 0.01), (17, 4, 1.0), (2, 1, largest)
+        (2, 3, 1.0), (3, 1, 30.0), (2, 2, 0.01), (17, 4, 1.0), (2, 1, largest), (4, 2, 1.0)
     ):  # fmt: skip
         x, _, _ = kind.example(length, dtype)
         shape = x.shape if x.size(0) > 1 else (rows, *x.shape[1:])
         if kind.takes_ids:
-            yield torch.randint(kind.in_features, shape, device=device)
+            x = torch.randint(kind.in_features, shape, device=device)
         else:
-            yield torch.randn(shape, dtype=torch.float64).mul(size).to(device, dtype)
+            x = torch.randn(shape, dtype=torch.float64).mul(size).to(device, dtype)
+        yield x
+    if _runs(module, x[0]):
+        yield x[0]
+    if not kind.takes_ids:
+        yield x.index_fill(kind.axis - 1, torch.tensor([0], device=device), 0)
+
+
+def _runs(module: nn.Module, x: Tensor) -> bool:
+    try:
+        type(module).forward(module, x)
+    except Exception:  # whatever a forward of somebody's own raises on such an input
+        return False
+    return True
 
 
 @torch.no_grad()

@@ -192,20 +192,39 @@ def in_full(module: nn.Module, key: str) -> Tensor:
     if kind == "Params4bit":
         return _of_4_bit(parameter)
     if kind == "Int8Params":
-        rows, scales = (parameter.CB, parameter.SCB)
-        state: Any = getattr(module, "state", None)
-        if scales is None and state is not None:  # the first forward moves them into the state
-            rows, scales = state.CB, state.SCB
+        rows, scales = _of_8_bit(module, parameter)
         if scales is not None:
-            rows = parameter.data if rows is None else rows
             return rows.float() * scales.float()[:, None] / 127
     if hasattr(parameter, "dequantize") and type(parameter).__module__.startswith(TENSOR_CLASSES):
         return parameter.dequantize().float()
     raise _unknown(module, key, parameter)
 
 
-def _of_4_bit(parameter: Any) -> Tensor:
-    """Return the values of a weight of bitsandbytes.
+def packed_values(module: nn.Module, key: str) -> list[Tensor]:
+    """Return the tensors that hold the values of a quantised parameter.
+
+    What the first forward of bitsandbytes moves and rounds is left out or as it was before.
+    """
+    parameter: Any = module._parameters[key]
+    kind = type(parameter).__name__
+    if kind == "Params4bit":
+        return [_unpacked_4_bit(parameter)[0]]
+    if kind == "Int8Params":
+        return [t for t in _of_8_bit(module, parameter) if t is not None]
+    return [part for part in held_in(parameter) if isinstance(part, Tensor)]
+
+
+def _of_8_bit(module: nn.Module, parameter: Any) -> tuple[Tensor, Tensor | None]:
+    """Return the rows of a weight of bitsandbytes, and the scale of each row, or None."""
+    rows, scales = parameter.CB, parameter.SCB
+    state: Any = getattr(module, "state", None)
+    if scales is None and state is not None:  # the first forward moves them into the state
+        rows, scales = state.CB, state.SCB
+    return parameter.data if rows is None else rows, scales
+
+
+def _unpacked_4_bit(parameter: Any) -> tuple[Tensor, Any]:
+    """Return the packed values of a weight of bitsandbytes, and the state of its quantisation.
 
     On some CPUs its first forward puts the weight in another order, which only its kernel knows.
     """
@@ -216,7 +235,14 @@ def _of_4_bit(parameter: Any) -> Tensor:
         scales = state.absmax.T.reshape(-1).float()
         data, state = functional._convert_weight_packed_for_cpu_inverse(data, state)
         state.absmax, state.nested = scales, False
-    return functional.dequantize_4bit(data, state).float()
+    return data, state
+
+
+def _of_4_bit(parameter: Any) -> Tensor:
+    """Return the values of a weight of bitsandbytes."""
+    from bitsandbytes import functional
+
+    return functional.dequantize_4bit(*_unpacked_4_bit(parameter)).float()
 
 
 def params_in_full(module: nn.Module) -> dict[str, Tensor]:

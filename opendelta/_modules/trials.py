@@ -15,6 +15,7 @@ from .process import silent_fakes
 AXES = (-1, -3, -2, -4, 1, 0, 2)  # where a normalisation may work, in the order of trial
 SIZES = (2, 3, 5, 7, 11)  # of the other axes, with one to spare
 _found: dict[tuple, int | None] = {}
+_turned: dict[tuple, bool] = {}
 
 
 def bare(module: nn.Module, base: type[nn.Module] | None = None) -> nn.Module:
@@ -118,5 +119,35 @@ def _runs(made: nn.Module, mode: Shapes, width: int, count: int, axis: int) -> b
     try:
         x = mode.empty(shape, like.dtype, like.device)
         return type(made).forward(made, x).shape == x.shape
+    except Exception:  # whatever a forward of somebody's own raises on such an input
+        return False
+
+
+def takes_transposed(module: nn.Module) -> bool:
+    """True if a linear module's forward takes its weight for [in, out]; False if nothing shows it.
+
+    A forward is run once for its class, on shapes alone; see `facts`.
+    """
+    key = facts(module)
+    if key not in _turned:
+        with silent_fakes(), Shapes() as mode:
+            made = without_values(module, mode)
+            runs = [_maps(made, mode, sizes, weight) for sizes, weight in
+                    (((3, 5), (5, 3)), ((3, 5), (3, 5)))]  # fmt: skip
+        _turned[key] = runs == [False, True]
+    return _turned[key]
+
+
+@torch.no_grad()
+def _maps(made: nn.Module, mode: Shapes, sizes: tuple[int, int], shape: tuple[int, int]) -> bool:
+    """True if a forward with a weight of `shape` maps from the first size to the second."""
+    own: Any = made._parameters
+    like = {"dtype": own["weight"].dtype, "device": own["weight"].device}
+    made.__dict__ |= {"in_features": sizes[0], "out_features": sizes[1]}
+    own["weight"] = mode.empty(shape, **like)
+    if own.get("bias") is not None:
+        own["bias"] = mode.empty(sizes[1:], **like)
+    try:
+        return type(made).forward(made, mode.empty((2, sizes[0]), **like)).shape == (2, sizes[1])
     except Exception:  # whatever a forward of somebody's own raises on such an input
         return False

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .._modules import tensors
 
@@ -20,12 +20,12 @@ class Mark(NamedTuple):
     """A mark of a parameter: it differs if values differ, or if values change places.
 
     Attributes:
-        sizes: the number of values in each piece that was read; none of a quantised parameter.
-        sums: the sums of each piece; the number of the object if it is quantised.
+        sizes: the number of values in each piece that was read.
+        sums: the sums of each piece.
     """
 
     sizes: tuple[int, ...]
-    sums: bytes | int
+    sums: bytes
 
 
 def mark(chunks: Iterable[Tensor]) -> Mark:
@@ -39,14 +39,15 @@ def mark(chunks: Iterable[Tensor]) -> Mark:
     return Mark(tuple(sizes), torch.cat(sums).cpu().numpy().tobytes())
 
 
-def mark_of(parameter: Any, sizes: tuple[int, ...] = ()) -> Mark:
-    """Return the mark of a parameter; the mark of a quantised one stands for the object.
+def mark_of(module: nn.Module, key: str, sizes: tuple[int, ...] = ()) -> Mark:
+    """Return the mark of a module's parameter; of a quantised one, that of the tensors it is in.
 
     Args:
         sizes: the pieces to read. An empty tuple: those of `mark`.
     """
+    parameter: Any = module._parameters[key]
     if not tensors.is_plain(parameter):
-        return Mark((), id(parameter))
+        return mark(tensors.packed_values(module, key))
     flat = parameter.detach().contiguous().view(-1)
     return mark(flat.split(list(sizes)) if sum(sizes) == len(flat) else [flat])
 

@@ -45,7 +45,7 @@ def fold_into(where: str, module: nn.Module, run: list[Named], step: Step) -> fl
             continue
         change = (new - tensors.in_full(module, key)).norm().clamp_min(1e-30)
         tensors.replace(module, key, new)
-        step.marks[key] = marks.mark_of(module._parameters[key])
+        step.marks[key] = marks.mark_of(module, key)
         error = float((tensors.in_full(module, key) - new).norm() / change)
     return error
 
@@ -242,7 +242,7 @@ def _float_of(parameter: Any) -> torch.dtype:
 def check_unchanged(where: str, module: nn.Module, stack: Stack, key: str, what: str) -> None:
     """Raise if a merged parameter was changed since the merge: `what` would lose the change."""
     newest = [step.marks[key] for step in stack.steps if key in step.marks][-1]
-    if marks.mark_of(module._parameters[key], newest.sizes) != newest:
+    if marks.mark_of(module, key, newest.sizes) != newest:
         raise DeltaError(
             f"{where}.{key} was changed after the merge, and {what} would lose that; "
             "merge after training and loading, or keep the merged model as it is"

@@ -280,6 +280,22 @@ class ByGradient(nn.Linear):
         return super().forward(x) * (2 if torch.is_grad_enabled() else 1)
 
 
+class ByAxes(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) * (2 if x.ndim == 2 else 1)
+
+
+class ForThreeAxes(nn.Linear):
+    def forward(self, x):
+        batch, length, _ = x.shape
+        return super().forward(x).view(batch, length, -1)
+
+
+class KeepsZeros(nn.Linear):
+    def forward(self, x):
+        return super().forward(x).masked_fill(x.eq(0).all(-1, keepdim=True), 0)
+
+
 class WithoutOne(nn.Embedding):
     """One index has no embedding, whatever the weight is."""
 
@@ -296,9 +312,26 @@ def test_an_embedding_that_treats_one_index_otherwise_is_refused_by_name(verb, p
         getattr(composed(model), verb)()
 
 
-@pytest.mark.parametrize("cls", [ByMode, ByLength, ByRows, WithNeighbour, ByGradient])
+@pytest.mark.parametrize("cls", [ByMode, ByLength, ByRows, WithNeighbour, ByGradient, ByAxes])
 def test_a_factor_that_changes_is_none(cls):
     model = nn.Sequential(cls(6, 4, bias=False)).train()
     shake(LoraModel(model, modified_modules=["0"]))
     with pytest.raises(SiteError, match=r"'0' .*: lora cannot be merged or combined: .*own"):
         composed(model).merge()
+
+
+@pytest.mark.parametrize("verb", ["merge", "to_backbone"])
+@pytest.mark.parametrize("cls", [BitFitModel, LoraModel])
+def test_a_forward_that_keeps_rows_of_zeros_is_refused_where_there_is_a_bias(cls, verb):
+    model = nn.Sequential(KeepsZeros(6, 4))
+    shake(cls(model, modified_modules=["0"]))
+    with pytest.raises(SiteError, match=r"'0' \(KeepsZeros\): .* cannot be merged or combined"):
+        getattr(composed(model), verb)()
+
+
+def test_a_forward_for_inputs_of_three_axes_alone_folds():
+    model, x = nn.Sequential(ForThreeAxes(6, 4)), torch.randn(2, 3, 6)
+    shake(LoraModel(model, modified_modules=["0"]))
+    expected = model(x)
+    composed(model).merge()
+    torch.testing.assert_close(model(x), expected)

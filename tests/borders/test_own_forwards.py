@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers
+from support.nets import shake
 from torch import nn
 from torch.nn import functional as F
 
@@ -355,3 +356,71 @@ class Experts(nn.Module):
 def test_sizes_beside_a_weight_of_other_axes_make_no_linear_layer(options):
     with pytest.raises(SiteError, match=r"'0' \(Experts\) cannot carry 'lora'"):
         LoraModel(nn.Sequential(Experts()), modified_modules=["0"], **options)
+
+
+class Turned(nn.Module):
+    """A linear layer that stores its weight as (in, out)."""
+
+    def __init__(self, inputs, outputs, bias=True):
+        super().__init__()
+        self.in_features, self.out_features = inputs, outputs
+        self.weight = nn.Parameter(torch.randn(inputs, outputs) * 0.3)
+        self.bias = nn.Parameter(torch.randn(outputs)) if bias else None
+
+    def forward(self, x):
+        y = x @ self.weight
+        return y if self.bias is None else y + self.bias
+
+
+class TurnedLinear(nn.Linear):
+    def forward(self, x):
+        return x @ self.weight + self.bias
+
+
+WEIGHTED = {
+    "lora": (LoraModel, {}),
+    "dora": (LoraModel, {"use_dora": True}),
+    "pissa": (LoraModel, {"init": "pissa", "lora_r": 2}),
+    "olora": (LoraModel, {"init": "olora", "lora_r": 2}),
+    "loha": (opendelta.LohaModel, {}),
+    "vera": (opendelta.VeraModel, {}),
+    "oft": (opendelta.OFTModel, {"oft_block_size": 2}),
+    "bitfit": (opendelta.BitFitModel, {}),
+}
+
+
+@pytest.mark.parametrize("name", WEIGHTED)
+@pytest.mark.parametrize(
+    "make",
+    [lambda: Turned(6, 4), lambda: Turned(6, 6), lambda: TurnedLinear(6, 6)],
+    ids=["wide", "square", "subclass"],
+)
+def test_a_linear_that_stores_its_weight_turned_is_as_torch_s(make, name):
+    torch.manual_seed(0)
+    cls, options = WEIGHTED[name]
+    own = nn.Sequential(make())
+    plain = nn.Sequential(nn.Linear(own[0].in_features, own[0].out_features))
+    plain[0].weight.data = own[0].weight.data.T.clone()
+    plain[0].bias.data = own[0].bias.data.clone()
+    made = []
+    for model in (own, plain):
+        torch.manual_seed(1)
+        made.append(shake(cls(model, modified_modules=["0"], **options)))
+    values = [list(delta.parameters()) for delta in made]
+    if name in ("pissa", "olora"):  # the signs of singular vectors are free
+        made[1].load_state_dict(made[0].state_dict())
+    else:
+        torch.testing.assert_close(*values)
+    x = torch.randn(3, 5, own[0].in_features)
+    expected = plain(x)
+    near = {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(own(x), expected, **near)
+    composed = opendelta.composition(own)
+    torch.testing.assert_close(composed.to_backbone()(x), expected, **near)
+    composed.merge()
+    torch.testing.assert_close(own(x), expected, **near)
+    composed.unmerge()
+    if made[0].delta_type == "lora" and name != "dora":
+        both = opendelta.combine(own, {"lora": 1.0}, name="both")
+        with composed.only(both):
+            torch.testing.assert_close(own(x), expected, **near)

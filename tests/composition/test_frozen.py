@@ -173,3 +173,34 @@ def test_values_of_a_delta_that_left_frozen_count_as_changed_inside():
 
     with pytest.raises(opendelta.DeltaError, match="changed inside frozen"):
         change_inside()
+
+
+def test_values_that_were_others_in_between_count_as_changed_inside():
+    model, x = one_linear(), vectors(3, 16).double()
+    (delta,) = loras(model, 1, lora_r=2)
+    kept = [p.detach().clone() for p in delta.parameters()]
+
+    def change_inside():
+        with torch.no_grad(), composition(model).frozen():
+            model(x)
+            shake(delta)
+            model(x)
+            for parameter, value in zip(delta.parameters(), kept, strict=True):
+                parameter.copy_(value)
+
+    with pytest.raises(opendelta.DeltaError, match="changed inside frozen"):
+        change_inside()
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_frozen_notices_changes_of_a_start_that_is_no_parameter(init):
+    model, x = one_linear(), vectors(3, 16).double()
+    (delta,) = loras(model, 1, lora_r=2, init=init)
+
+    def change_inside():
+        with torch.no_grad(), composition(model).frozen():
+            model(x)
+            delta.layers["0"].start_B.data.mul_(2)
+
+    with pytest.raises(opendelta.DeltaError, match="changed inside frozen"):
+        change_inside()

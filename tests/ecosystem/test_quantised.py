@@ -70,3 +70,25 @@ def test_a_merge_is_the_same_after_a_forward_that_reorders_the_weight(bits):
         merged.append(in_full(model.up, "weight"))
     off = (merged[0] - merged[1]).norm() / merged[0].norm()
     assert off < 0.01  # the packed scales have 16 bits
+
+
+@pytest.mark.covers("Composition.merge", "Composition.unmerge")
+@pytest.mark.filterwarnings("ignore::UserWarning:bitsandbytes")
+@pytest.mark.parametrize("kind", sorted(BACKBONES))
+def test_a_weight_that_changed_while_it_was_merged_is_not_put_back(kind):
+    model, other = BACKBONES[kind](), BACKBONES[kind]()
+    shake(LoraModel(model, modified_modules=["up"]))
+    shake(LoraModel(other, modified_modules=["up"]), seed=2)
+    opendelta.composition(other).merge()
+    composition = opendelta.composition(model)
+    for changed in (False, True):
+        composition.merge()
+        with torch.no_grad():
+            model(X)
+            model(X)
+            if changed:
+                model.up.weight.copy_(other.up.weight)
+                break
+        composition.unmerge()
+    with pytest.raises(opendelta.DeltaError, match=r"up\.weight was changed after the merge"):
+        composition.unmerge()

@@ -1,0 +1,116 @@
+"""Take prompts out again: of the blocks' output, of a model's, and of a pooler's input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from .._modules import calls
+from ..errors import SiteError
+from .base import Acts, DeltaLayer, Handover
+
+
+def check_positions(out: Any, full: int) -> None:
+    """Raise if an output has more than `full` positions; it may have fewer, as Funnel pools them.
+
+    Args:
+        full: number of positions of tokens and prompts.
+    """
+    count = calls.hidden(out).size(1)
+    if count > full:
+        raise SiteError(
+            f"an output of {count} positions for {full} of prompt and tokens: images among the "
+            "tokens, or padding to whole blocks, hide where the prompt is; pad the rows before, or "
+            "give strip=False"
+        )
+
+
+def strip(value: Any, slot_of: Tensor, full: int) -> Any:
+    """Return `value` without the prompts in hidden states of `full` positions.
+
+    Args:
+        slot_of: the slots [batch, length] of the tokens.
+    """
+    if isinstance(value, Tensor):
+        if value.ndim != 3 or value.shape[:2] != (slot_of.size(0), full):
+            return value
+        return value.gather(1, slot_of.to(value.device)[..., None].expand(-1, -1, value.size(2)))
+    if isinstance(value, dict):  # a ModelOutput, whose fields and items are the same
+        for key, item in value.items():
+            if isinstance(item, Tensor | tuple | list):
+                value[key] = strip(item, slot_of, full)
+        return value
+    if isinstance(value, tuple | list):
+        return calls.like(value, [strip(item, slot_of, full) for item in value])
+    return value
+
+
+class WithPrompt(DeltaLayer):
+    """A layer that changes the length of the rows, or depends on this length."""
+
+    stands_alone = True
+
+    @property
+    def for_all_rows(self) -> str:
+        """Return the reason: all rows of a batch have one length."""
+        return "changes the length of the rows that take it"
+
+
+class Strip(WithPrompt):
+    """Takes the prompt's positions out of the blocks' output.
+
+    Args:
+        handover: passes the slots of the tokens, and the number of all positions.
+        pooled: a pooler reads the first position of the output.
+    """
+
+    acts = Acts.SERVES
+
+    def __init__(self, handover: Handover, pooled: bool) -> None:
+        super().__init__()
+        self.handover, self.pooled = handover, pooled
+
+    def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        assert self.handover is not None
+        layout = self.handover.take()
+        out = call(*args, **kwargs)
+        if layout is None:
+            return out
+        slot_of, full = layout
+        if self.pooled:
+            check_positions(out, full)
+        return strip(out, slot_of, full) if calls.hidden(out).size(1) == full else out
+
+
+LAID = Handover()  # the layouts of the prompts in the running call, the outermost first
+
+
+def laid(layout: tuple[Tensor, int], call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Run `call`; a `StripInput` inside finds the layout: the slots of tokens, and all slots."""
+    before = LAID.value or ()
+    LAID.put((*before, layout))
+    try:
+        return call(*args, **kwargs)
+    finally:
+        LAID.put(before)
+
+
+class StripInput(WithPrompt):
+    """Takes the prompts' positions out of the input of a pooler, which runs beside the blocks."""
+
+    acts = Acts.SERVES
+
+    def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        layouts = LAID.value or ()
+        x = calls.first_input(args, kwargs)
+        for slot_of, full in reversed(layouts):
+            x = strip(x, slot_of, full)
+        if layouts and (x.ndim != 3 or x.shape[:2] != layouts[0][0].shape):
+            raise SiteError(
+                f"{self.record.name!r}: a pooler is given {list(x.shape)}, which does not show "
+                "where the prompt is: give strip=False"
+            )
+        args, kwargs = calls.replace_input(args, kwargs, x)
+        return call(*args, **kwargs)
