@@ -21,6 +21,7 @@ from .._layers.site import Heads, Widths
 from .._modules import calls
 from .._modules.devices import device_and_dtype
 from .._modules.faking import on_shapes
+from .._modules.kinds import ACROSS_CHANNELS
 from .._modules.process import kept_random
 from .._modules.tensors import is_lazy
 from .._modules.wrappers import computing_device, placing_hooks
@@ -202,6 +203,12 @@ def widths(backbone: Backbone, names: Sequence[str]) -> dict[str, Widths]:
             raise SiteError(
                 f"{name!r} ({type(backbone.modules[name]).__name__}) returns an image or so, "
                 f"{list(hidden.shape)}: hidden states must be [..., width] in 2 or 3 axes",
+                where=name,
+            )
+        if hidden.ndim > 2 and isinstance(backbone.modules[name], ACROSS_CHANNELS):
+            raise SiteError(
+                f"{name!r} ({type(backbone.modules[name]).__name__}) returns [batch, channels, "
+                f"...], {list(hidden.shape)}: hidden states must be [..., width]",
                 where=name,
             )
         if not hidden.size(-1):

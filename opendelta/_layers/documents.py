@@ -19,10 +19,46 @@ from .masks import agrees
 
 CACHES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_states", "cache")
 
+# Arguments that begin so hold no state of earlier tokens, in whatever form they come.
+NO_STATES = (
+    "encoder_", "decoder_", "cross_", "head_mask", "pixel_", "image", "video", "vision", "visual",
+    "audio", "deepstack", "position_", "inputs_embeds", "attention_mask", "output_",
+)  # fmt: skip
+HINTS = ("past", "prev", "history", "cache")  # in the name of a tensor that is such a state
+
 
 def cache_in(given: Mapping[str, Any]) -> Any:
     """Return the cache, or the state, of earlier tokens among the arguments of a call, or None."""
     return next((given[name] for name in CACHES if given.get(name) is not None), None)
+
+
+def other_state_in(given: Mapping[str, Any]) -> str:
+    """Return the name of an argument that looks like such a state, under another name; or ""."""
+    return next((n for n, v in given.items() if n not in CACHES and _is_state(n, v)), "")
+
+
+def _is_state(name: str, value: Any) -> bool:
+    if value is None or name.startswith(NO_STATES):
+        return False
+    if isinstance(value, Tensor):
+        return value.is_floating_point() and value.ndim > 1 and any(h in name for h in HINTS)
+    return hasattr(value, "get_seq_length") or _holds_states(value)
+
+
+def _holds_states(value: Any) -> bool:
+    """True if a list, a tuple or a mapping holds floating tensors of several axes alone."""
+    if isinstance(value, Tensor):
+        return value.is_floating_point() and value.ndim > 1
+    parts = list(value.values()) if isinstance(value, dict) else value
+    return isinstance(parts, list | tuple) and bool(parts) and all(map(_holds_states, parts))
+
+
+def has_axis(state: Any, size: int) -> bool:
+    """True if all tensors in a state have an axis of this size."""
+    if isinstance(state, Tensor):
+        return size in state.shape
+    parts = list(state.values()) if isinstance(state, dict) else state
+    return not isinstance(parts, list | tuple) or all(has_axis(part, size) for part in parts)
 
 
 def earlier(given: Mapping[str, Any]) -> int | None:
@@ -122,6 +158,9 @@ class Documents:
         self.mask = mask if self.plain else None
         self.shown, self.unnumbered = mask, self.positions is None
         self.held = earlier(given)
+        self.other_state = other_state_in(given)
+        if self.held == 0 and (self.other_state or self._is_longer()):
+            self.held = None
         self.noted = _noted(cache_in(given))
         self.several, self.continued = isinstance(self.positions, Tensor), self.held != 0
         self.found: dict[tuple[int, int], Tensor] = {}
@@ -173,14 +212,19 @@ class Documents:
             return _restarts(self.positions, seen).cumsum(-1)
         return torch.zeros(1, self.length, dtype=torch.long, device=self.device)
 
+    def _is_longer(self) -> bool:
+        """True if the mask has columns for earlier tokens."""
+        return self.mask is not None and self.mask.size(1) > self.length
+
     def _before(self) -> list[Any]:
         """Return all that says how many tokens of a row's first document a cache holds.
 
         Each is an integer, or integers [batch or 1, 1].
         """
         counts: list[Any] = [self.noted if self.held is None else self.held]
-        if self.mask is not None and self.mask.size(1) > self.length:
-            counts.append((self.mask[:, : -self.length] != 0).sum(-1, keepdim=True))
+        if self._is_longer():
+            earlier_ones = self.mask[:, : -self.length]  # type: ignore[index]
+            counts.append((earlier_ones != 0).sum(-1, keepdim=True))
         if self.several and self.positions.ndim == 2:
             counts.append(self.positions[:, :1])
         return [count for count in counts if count is not None]
@@ -204,9 +248,10 @@ class Documents:
             self.several and agrees(self.shown, self._number(self._seen()), self.held)
         )
         if not padding or (self.continued and not self._before()):
+            other = f", as {self.other_state!r} may hold" if self.other_state else ""
             raise SiteError(
                 f"{asks.option}: the call of {quoted(where)} does not say by its mask, position "
-                "ids and cache which tokens are padding and how many came before: give "
+                f"ids and cache which tokens are padding and how many came before{other}: give "
                 "position_ids, or an attention_mask [batch, length] for all tokens",
                 where=where,
             )

@@ -12,7 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from .._modules.kinds import kind_of
-from .._modules.tensors import full, stored
+from .._modules.probing import is_known
+from .._modules.process import kept_random
+from .._modules.tensors import full, is_sharded, stored
+from .._modules.trials import alone
 from ..errors import OptionError, SiteError, quoted
 from ..names import last
 from .site import Site
@@ -105,9 +108,18 @@ def rows_of(site: Site, embedding: str, config: Any, length: int) -> Tensor:
     if site.device.type == "meta":
         return torch.empty(length, kind.out_features, device="meta")
     index = torch.tensor([ids[i % len(ids)] for i in range(length)])
+    return (_looked_up(table, index) * scale_of(site.module)).to(site.device, site.dtype)
+
+
+@torch.no_grad()
+def _looked_up(table: nn.Module, index: Tensor) -> Tensor:
+    """Return what an embedding gives for ids, by its own forward, without layers on it."""
     weight: Any = stored(table, "weight")
-    rows = full(weight).detach()[index.to(weight.device)] * kind.scale * scale_of(site.module)
-    return rows.to(site.device, site.dtype)
+    if not is_known(type(table)) and not is_sharded(weight):
+        with kept_random():
+            return type(table).forward(alone(table), index.to(weight.device)[None])[0]
+    kind: Any = kind_of(table)
+    return full(weight).detach()[index.to(weight.device)] * kind.scale
 
 
 def scale_of(module: nn.Module) -> float:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import SiteError, quoted
 from ..names import ancestors
-from .documents import latest
+from .documents import CACHES, latest, other_state_in
 from .site import Site
 from .tokens import EMBEDDED
 
@@ -178,13 +178,14 @@ def plain_id(reader: Any) -> int:
 
 def unknown(given: Mapping[str, Any], batch: int, length: int) -> str:
     """Return which argument of a call a prompt has no value for, and why; or ""."""
-    for name, value in given.items():
-        of_tokens = (
-            isinstance(value, Tensor)
-            and value.ndim > 1
-            and (value.shape[:2] == (batch, length) or value.shape[-2:] == (batch, length))
-            and not name.startswith(OTHERS)
+    mask, other = given.get(POSITIONS[0]), other_state_in(given)
+    if other and (mask is None or mask.size(1) == length):
+        return (
+            f"{other!r}, which may hold earlier tokens and the prompt, and nothing says so: give "
+            f"an attention_mask for all tokens, or name the argument {CACHES[0]!r}"
         )
+    for name, value in given.items():
+        of_tokens = _has_tokens(value, batch, length) and not name.startswith(OTHERS)
         if value is not None and name in BY_IDS:
             return (
                 f"{name!r}, and finds its places by token ids, which a prompt replaces by "
@@ -196,6 +197,16 @@ def unknown(given: Mapping[str, Any], batch: int, length: int) -> str:
                 f"the prompt; known are {', '.join(KNOWN)}"
             )
     return ""
+
+
+def _has_tokens(value: Any, batch: int, length: int) -> bool:
+    """True if a tensor has an axis of the tokens; [batch] has none, whatever the length is."""
+    if not isinstance(value, Tensor) or not value.ndim:
+        return False
+    if value.ndim == 1:
+        return len(value) == length != batch
+    ends = value.shape[:2], value.shape[-2:]
+    return any(tuple(end) in ((batch, length), (1, length)) for end in ends)
 
 
 def maker_of_rows(module: nn.Module) -> tuple[str, ...]:

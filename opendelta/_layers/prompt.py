@@ -18,7 +18,7 @@ from .._modules.kinds import Embedding, kind_of
 from ..errors import SiteError
 from .base import Acts, DeltaLayer, Handover
 from .costs import Flops
-from .documents import Documents, cache_in, positions_of
+from .documents import CACHES, Documents, cache_in, has_axis, other_state_in, positions_of
 from .embedders import block_holder, in_decoders
 from .embedding import embedding_of, numbered, numbering, room, scale_of
 from .layout import (
@@ -199,6 +199,13 @@ class PromptLayer(WithPrompt):
             prompts: length of this prompt and of those beneath it, which the cache holds too.
         """
         mask, positions = (given.get(name) for name in POSITIONS)
+        if (other := other_state_in(given)) and mask is not None:
+            wanted = mask.size(1) - length + prompts
+            if not has_axis(given[other], wanted):
+                self._refuse(
+                    f"{other!r} holds no {wanted} positions, of {wanted - prompts} tokens and of "
+                    f"prompts of {prompts}: return it in a dict, as {CACHES[0]!r}"
+                )
         if mask is not None:
             if held and mask.size(1) + prompts != held + length:
                 self._refuse(

@@ -10,6 +10,7 @@ from torch import Tensor
 from .._modules import calls
 from ..errors import SiteError
 from .base import Acts, DeltaLayer, Handover
+from .documents import CACHES
 
 
 def check_positions(out: Any, full: int) -> None:
@@ -39,7 +40,7 @@ def strip(value: Any, slot_of: Tensor, full: int) -> Any:
         return value.gather(1, slot_of.to(value.device)[..., None].expand(-1, -1, value.size(2)))
     if isinstance(value, dict):  # a ModelOutput, whose fields and items are the same
         for key, item in value.items():
-            if isinstance(item, Tensor | tuple | list):
+            if isinstance(item, Tensor | tuple | list) and key not in CACHES:
                 value[key] = strip(item, slot_of, full)
         return value
     if isinstance(value, tuple | list):

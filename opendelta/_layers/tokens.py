@@ -22,7 +22,7 @@ from ..names import ancestors
 from ..names import last as last_step
 from . import recomputing
 from .base import Acts, DeltaLayer
-from .documents import SEQUENCE, Asks, Documents, cache_in, of_ends
+from .documents import SEQUENCE, Asks, Documents, cache_in, earlier, of_ends, other_state_in
 
 READS = {"input_ids", "attention_mask"}
 EMBEDDED = ("input_ids", "inputs_embeds")
@@ -75,7 +75,7 @@ def with_mask(given: dict[str, Any], padding: int | None) -> dict[str, Any]:
     """
     said = any(given.get(name) is not None for name in ("attention_mask", "lengths"))
     ids = given.get("input_ids")
-    if padding is None or ids is None or said or cache_in(given) is not None:
+    if padding is None or ids is None or said or earlier(given) != 0:
         return given
     return {**given, "attention_mask": (ids != padding).long()}
 
@@ -306,7 +306,8 @@ class Tokens:
             )
         masks = [value for name, value in kwargs.items() if "mask" in name]
         masks += [value for value in args if isinstance(value, Tensor) and value.ndim == 4]
-        if cache_in(kwargs) is not None or any(mask is not None for mask in masks):
+        state = cache_in(kwargs) is not None or other_state_in(kwargs)
+        if state or any(mask is not None for mask in masks):
             self._refuse(
                 asks,
                 "is given a mask or a cache, but no module around it that has input_ids says which "
@@ -350,6 +351,7 @@ def notes_for(
                     where=name,
                 )
         takes = [o for o in outer if set(arguments(modules[o])) >= READS]
+        takes = takes or [o for o in outer if "input_ids" in arguments(modules[o])]
         inner = outer[: outer.index(takes[0])] if takes else ()
         beside = [o for o in inner if is_beside_text(modules[o])]
         found |= {o: Apart() for o in beside[-1:] if o not in made}

@@ -112,6 +112,8 @@ CLASSES = {
         **WIDE, "local_attention": 6, "global_attn_every_n_layers": 2, "cls_token_id": 1,
         "sep_token_id": 2, "bos_token_id": 1, "eos_token_id": 2,
     }),
+    "hrm": (T.HrmTextForCausalLM, T.HrmTextConfig, {**HEAD, "eos_token_id": None}),
+    "jina": (T.JinaEmbeddingsV3Model, T.JinaEmbeddingsV3Config, WIDE),
     "longformer": (T.LongformerModel, T.LongformerConfig, {
         **WIDE, "attention_window": [4, 4], "max_position_embeddings": 40
     }),
@@ -1056,6 +1058,8 @@ AROUND = {  # (model, config, its options, why it is refused)
             **TOWER, "patch_size": 8, "image_size": 16,
         }, "text_config": {**TOWER, "num_attention_heads": 2, "vocab_size": 60},
     }, "'text_model' .* it runs the blocks of its text model, and never that model"),
+    "tipsv2": (T.Tipsv2TextModel, T.Tipsv2TextConfig, {**WIDE, "max_position_embeddings": 40},
+               "the root .* it multiplies the blocks' output by the mask of the prompt and the to"),
     "lxmert": (T.LxmertModel, T.LxmertConfig, {
         "vocab_size": 60, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24,
         "l_layers": 1, "x_layers": 1, "r_layers": 1,
@@ -1074,13 +1078,16 @@ def test_models_that_have_no_place_for_a_prompt_are_refused_when_attaching(name)
 def test_all_classes_that_have_no_place_for_a_prompt_are_known():
     pieces = re.compile(r"in self\.(text_model|language_model|text_encoder)\.encoder\.")
     multiplied = re.compile(r"hidden_states \* \w*attention_mask")
+    pooled = re.compile(r"hidden_states? \* \w*mask\b")
     found = set()
     for file in Path(T.__file__).parent.glob("models/*/modeling_*.py"):
         for part in ast.parse(file.read_text()).body:
             calls = [f for f in getattr(part, "body", []) if getattr(f, "name", "") == "forward"]
             texts = [ast.unparse(call) for call in calls]
+            embeds = any("inputs_embeds" in {a.arg for a in f.args.args} for f in calls)
             by_mask = any("encoder_outputs" in t and multiplied.search(t) for t in texts)
-            if by_mask or any(pieces.search(text) for text in texts):
+            after = embeds and any("create_" in t and pooled.search(t) for t in texts)
+            if by_mask or after or any(pieces.search(text) for text in texts):
                 found.add(part.name)
     assert found == {cls.__name__ for cls, *_ in AROUND.values()} - {"LxmertModel"}
 
@@ -1146,3 +1153,77 @@ def test_a_table_of_positions_that_is_too_short_is_said_with_the_numbers(
     with pytest.raises(SiteError, match=message):
         model(IDS)
     run(model, IDS[:, :7])
+
+
+def test_a_pooler_beside_the_blocks_sees_the_tokens_alone():
+    model = build("jina")
+    states = model(WRITTEN).last_hidden_state[:, LENGTH:]
+    pooled = model.pooler(states)
+    put(model, soft_token_num=2, token_init=PROMPT[:2], name="a")
+    put(model, soft_token_num=LENGTH - 2, token_init=PROMPT[2:], name="b")
+    out = model(IDS)
+    near(out.last_hidden_state, states)
+    near(out.pooler_output, pooled)
+
+
+def test_a_pooler_that_is_given_one_position_is_refused_by_name():
+    class Pools(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = torch.nn.Embedding(60, 8)
+            self.layers = torch.nn.ModuleList([torch.nn.Linear(8, 8)])
+            self.pooler = torch.nn.Linear(8, 8)
+
+        def forward(self, input_ids=None, inputs_embeds=None, attention_mask=None):
+            h = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
+            h = self.layers[0](h)
+            return h, self.pooler(h[:, 0])
+
+    model = Pools()
+    delta = put(model)
+    with pytest.raises(SiteError, match=r"a pooler is given \[2, 8\], .* give strip=False"):
+        model(IDS)
+    delta.detach()
+    put(model, strip=False)
+    assert model(IDS)[0].shape == (2, LENGTH + 8, 8)
+
+
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_two_stacks_of_blocks_both_see_the_prompt(use_cache):
+    model = build("hrm")
+    expected = run(model, WRITTEN)[:, LENGTH:]
+    written = model.generate(WRITTEN, max_new_tokens=4, use_cache=use_cache, do_sample=False)
+    put(model)
+    near(run(model, IDS), expected)
+    tokens = model.generate(IDS, max_new_tokens=4, use_cache=use_cache, do_sample=False)
+    assert torch.equal(tokens[:, IDS.size(1) :], written[:, WRITTEN.size(1) :])
+
+
+@pytest.mark.parametrize(
+    ("name", "cls"), [("xlm", T.XLMWithLMHeadModel), ("flaubert", T.FlaubertWithLMHeadModel)]
+)
+def test_a_model_that_finds_padding_by_ids_does_so_where_generate_passes_a_cache(name, cls):
+    torch.manual_seed(0)
+    model = cls(build(name).config).eval()
+    ids = IDS.clone()
+    ids[0, -3:] = model.config.pad_index
+    put(model)
+    given = {"attention_mask": ids != model.config.pad_index, "max_new_tokens": 2}
+    given |= {"output_logits": True, "return_dict_in_generate": True, "do_sample": False}
+    cached, not_cached = (model.generate(ids, use_cache=c, **given).logits for c in (True, False))
+    near(torch.stack(cached), torch.stack(not_cached))
+
+
+@pytest.mark.parametrize("shape", [(2, 8), (1, 8), (8,)])
+def test_values_of_tokens_for_all_rows_at_once_are_refused_too(shape):
+    class Weighs(T.GPT2Model):
+        def forward(self, input_ids=None, inputs_embeds=None, attention_mask=None, weights=None):
+            embeds = super().forward(input_ids, None, attention_mask, inputs_embeds=inputs_embeds)
+            embeds = embeds[0]
+            return embeds if weights is None else embeds * weights.view(-1, 8, 1)
+
+    torch.manual_seed(0)
+    model = Weighs(T.GPT2Config(**CLASSES["gpt2"][2])).eval()
+    put(model)
+    with pytest.raises(SiteError, match="Weighs is given 'weights', which says something of each"):
+        model(IDS, weights=torch.ones(shape))

@@ -374,12 +374,18 @@ def test_a_change_in_any_block_is_seen(monkeypatch, place):
     c.unmerge()
 
 
+def mark_of(values):
+    module = nn.Module()
+    module.weight = nn.Parameter(values)
+    return marks.mark_of(module, "weight")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1024, 64), (64, 2042), (2100, 128), (768, 768), (6200, 16)])
 def test_rows_and_columns_that_change_places_are_seen_at_any_distance(shape, dtype):
     torch.manual_seed(0)
     weight = torch.randn(shape).to(dtype)
-    mark = marks.mark_of(nn.Parameter(weight))
+    mark = mark_of(weight)
     steps = [1, 2, 8, 127, 509, 512, 1018, *(marks.WIDTH * k for k in range(1, 7))]
     for axis in (0, 1):
         size = shape[axis]
@@ -391,12 +397,12 @@ def test_rows_and_columns_that_change_places_are_seen_at_any_distance(shape, dty
                 moved.append(order)
         for order in moved:
             changed = weight.index_select(axis, order)
-            assert torch.equal(changed, weight) or marks.mark_of(nn.Parameter(changed)) != mark
+            assert torch.equal(changed, weight) or mark_of(changed) != mark
 
 
 def test_two_words_never_change_places_unseen():
     words = torch.randint(-(2**62), 2**62, (3 * marks.WIDTH + 40,))
-    mark = marks.mark_of(nn.Parameter(words.view(torch.float64)))
+    mark = mark_of(words.view(torch.float64))
     for first in (0, 7, marks.WIDTH - 1, 3 * marks.WIDTH):
         for last in {first + 1, first + marks.WIDTH, first + 2 * marks.WIDTH, len(words) - 1}:
             if last < len(words):
@@ -404,7 +410,7 @@ def test_two_words_never_change_places_unseen():
                     old, new = words.clone(), words.clone()
                     old[last] = new[first] = words[first] ^ change
                     new[last] = old[first]
-                    found = (marks.mark_of(nn.Parameter(w.view(torch.float64))) for w in (old, new))
+                    found = (mark_of(w.view(torch.float64)) for w in (old, new))
                     assert len({mark, *found}) == 3, (first, last, change)
 
 
