@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .._layers.base import Acts, DeltaLayer
 from .._modules.kinds import Kind, kind_of
@@ -174,27 +174,55 @@ def _check_wrappers(backbone: Backbone, where: str) -> None:
             )
 
 
-def check_synchronised(backbone: Backbone, new: Sequence[nn.Parameter]) -> None:
-    """Raise if DistributedDataParallel around the model will not synchronise new parameters.
+# {class of what is around a model: where it keeps the parameters that it found when it was made}
+ENGINES = {
+    "DistributedDataParallel": ("_module_parameters",),
+    "FullyShardedDataParallel": (),
+    "DeepSpeedEngine": (
+        "optimizer.bit16_groups",
+        "optimizer.fp16_groups",
+        "optimizer.param_groups",
+    ),
+}
 
-    It looks for the parameters when it wraps a model, and never again.
+
+def check_synchronised(
+    backbone: Backbone, places: Iterable[str], new: Sequence[nn.Parameter]
+) -> None:
+    """Raise if what is around a model will not synchronise new parameters, or not train them.
+
+    Such an engine looks for the parameters when it wraps a model, and never again.
+
+    Args:
+        places: the names of the modules that get layers.
     """
-    if not is_distributed():
+    if not is_distributed() or not any(p.requires_grad for p in new):
         return
-    from torch.nn.parallel import DistributedDataParallel
-
+    sites = [backbone.modules[where] for where in places if where in backbone.modules]
+    inner = {*map(id, backbone.modules.values())}
     for each in gc.get_objects():  # a module does not know what is around it
-        if not issubclass(type(each), DistributedDataParallel):
+        kind = next((base.__name__ for base in type(each).__mro__ if base.__name__ in ENGINES), "")
+        if not kind or id(each) in inner or not isinstance(each, nn.Module):
             continue
-        known = {id(parameter) for parameter in each._module_parameters}
-        if any(p.requires_grad and id(p) not in known for p in new) and any(
-            module is backbone.model for module in each.module.modules()
-        ):
+        inside, known = {*map(id, each.modules())}, _known_to(each, ENGINES[kind])
+        site = next((site for site in sites if id(site) in inside), None)
+        if site is not None and any(p.requires_grad and id(p) not in known for p in new):
             raise SiteError(
-                f"this {type(backbone.model).__name__} is inside {type(each).__name__}, which "
-                "would not synchronise the delta's gradients: each rank would train another delta; "
-                "attach first, wrap then"
+                f"this {type(site).__name__} is inside {type(each).__name__}, which would not "
+                "synchronise the delta's gradients, nor train it: each rank would have another "
+                "delta; attach first, wrap or initialize then"
             )
+
+
+def _known_to(engine: Any, tables: Sequence[str]) -> set[int]:
+    """Return the ids of the parameters that an engine found."""
+    found: set[int] = set()
+    for name in tables:
+        table: Any = engine
+        for step in name.split("."):
+            table = getattr(table, step, ())
+        found |= {id(each) for each in tree_leaves([*table])}
+    return found
 
 
 def _split(

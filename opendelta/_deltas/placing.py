@@ -87,7 +87,7 @@ def place(
         DeltaError: the model is inside `route()`, or the delta would act beneath a merged one.
     """
     backbone.require_unrouted(f"cannot attach {delta.name!r}")
-    sharding.check_synchronised(backbone, list(delta.parameters()))
+    sharding.check_synchronised(backbone, delta.layers, list(delta.parameters()))
     _check_owned(backbone, delta.layers)
     check_blocks(backbone, delta)
     for where, layer in delta.layers.items():

@@ -111,16 +111,8 @@ class PromptLayer(WithPrompt):
         self._widen(given, module, layout)
         given["input_ids"] = None
         embeds = layout.filled(prompt.type_as(embeds), embeds)
-        reader = self.numbered or self.skipped
-        if reader and ids is not None:
-            ids = layout.widened(ids, plain_id(module.get_submodule(reader)))
-            if self.ids is not None:
-                self.ids.put(ids)
-            if prompts > self.length:
-                given["input_ids"] = ids  # for those beneath
-            elif self.skipped:
-                more = {name: given.get(name) for name in POSITIONS}
-                embeds = module.get_submodule(self.skipped)(ids, inputs_embeds=embeds, **more)
+        if ids is not None:
+            embeds = self._numbered(given, module, layout, ids, embeds, prompts > self.length)
         given["inputs_embeds"] = embeds
         self._check_room(given, layout.full, self.length)
         if self.stripper is not None:
@@ -135,6 +127,33 @@ class PromptLayer(WithPrompt):
             return out
         check_positions(out, layout.full)
         return strip(out, layout.slot_of, layout.full)
+
+    def _numbered(
+        self,
+        given: dict[str, Any],
+        module: nn.Module,
+        layout: Layout,
+        ids: Tensor,
+        embeds: Tensor,
+        more: bool,
+    ) -> Tensor:
+        """Return the embedded rows as a module that also reads token ids makes them.
+
+        Args:
+            more: prompts beneath need the ids too.
+        """
+        reader = self.numbered or self.skipped
+        if not reader:
+            return embeds
+        ids = layout.widened(ids, plain_id(module.get_submodule(reader)))
+        if self.ids is not None:
+            self.ids.put(ids)
+        if more:
+            given["input_ids"] = ids
+        elif self.skipped:
+            said = {name: given.get(name) for name in POSITIONS}
+            return module.get_submodule(self.skipped)(ids, inputs_embeds=embeds, **said)
+        return embeds
 
     def _check(self, given: dict[str, Any], module: nn.Module, tokens: Any) -> tuple[int, int]:
         """Return batch and length of the tokens; raise if an argument cannot be widened."""

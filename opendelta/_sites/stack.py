@@ -23,6 +23,7 @@ from .._layers.bound import arranged
 from .._layers.record import check_same
 from .._layers.selection import CURRENT, OpenBlock, Selection, in_context, within
 from .._modules import tensors
+from .._modules.process import eager
 from ..errors import DeltaError, SiteError, to_the_end
 from ..names import SLOT
 from .blocks import has_blocks, in_place, note_blocks
@@ -152,7 +153,8 @@ class Stack(nn.ModuleDict):
         self, acting: list[DeltaLayer], call: Callable[..., Any], module: nn.Module, raw: bool
     ) -> Callable[..., Any]:
         """Return `call` with these layers around it; the first is the innermost."""
-        index = 0
+        index, depth, many = 0, 0, len(acting) > FEW
+        steps: list[tuple[Any, list[Any]]] = []  # what runs one after the other on an output
         # compiled code must not depend on the kept factors
         kept = None if torch.compiler.is_compiling() else self.frozen
         combines = has_blocks(self)
@@ -165,18 +167,28 @@ class Stack(nn.ModuleDict):
                 count = len(run)
             else:
                 run, count = kept.run(_plain(acting, index) if combines else acting, index)
+            count = count if run else _in_turn(acting, index)
+            if many and index and count:
+                steps.append((run, acting[index : index + count]))
+                index += count
+                continue
+            if steps:
+                call, steps = functools.partial(_run_steps, call, module, steps), []
             if run:
                 call = functools.partial(low_rank.add, call, run, raw and index == 0)
-                index += count
-                continue
-            count = _in_turn(acting, index)
-            if count > 1:
+            elif count > 1:
                 call = functools.partial(_run_in_turn, call, module, acting[index : index + count])
-                index += count
-                continue
-            call = layer.around(call, module, acting[:index], raw and index == 0)
-            index += 1
-        return call if len(acting) <= FEW else functools.partial(_nested, call, module, acting)
+            else:
+                count, depth = 1, depth + 1
+                call = layer.around(call, module, acting[:index], raw and index == 0)
+            index += count
+        if steps:
+            call = functools.partial(_run_steps, call, module, steps)
+        if depth > FEW and torch.compiler.is_compiling():
+            raise _too_deep(
+                depth, module, "is reached in compiled code", "the model without torch.compile"
+            )
+        return functools.partial(_nested, call, module, depth) if many else call
 
     def fold(self, params: Params) -> Params:
         """Return `params` with all active layers folded in; a module's copy gives its own."""
@@ -217,17 +229,24 @@ class Stack(nn.ModuleDict):
 
 
 def _nested(
-    call: Callable[..., Any], module: nn.Module, acting: list[DeltaLayer], /, *args: Any, **kw: Any
+    call: Callable[..., Any], module: nn.Module, depth: int, /, *args: Any, **kw: Any
 ) -> Any:
     """Run `call`; say so if its layers lie deeper inside each other than Python goes."""
     try:
-        return call(*args, **kw)
+        if depth <= FEW:
+            return call(*args, **kw)
+        with eager():
+            return call(*args, **kw)
     except RecursionError:
-        raise SiteError(
-            f"{len(acting)} deltas act on one {type(module).__name__}, the one around the other, "
-            f"and Python's limit of {sys.getrecursionlimit():,} calls is reached: let fewer act at "
-            "once, such as by composition(model).only(...), or call sys.setrecursionlimit"
-        ) from None
+        raise _too_deep(depth, module, "is reached", "sys.setrecursionlimit") from None
+
+
+def _too_deep(depth: int, module: nn.Module, reached: str, other: str) -> SiteError:
+    return SiteError(
+        f"{depth} deltas act on one {type(module).__name__}, the one around the other, and "
+        f"Python's limit of {sys.getrecursionlimit():,} calls {reached}: let fewer act at "
+        f"once, such as by composition(model).only(...), or call {other}"
+    )
 
 
 def _within_call(
@@ -287,6 +306,25 @@ def _run_in_turn(
     out = call(*args, **kwargs)
     for layer in layers:
         out = layer.around(functools.partial(_given, out), module, ())(*args, **kwargs)
+    return out
+
+
+def _run_steps(
+    call: Callable[..., Any],
+    module: nn.Module,
+    steps: list[tuple[Any, list[DeltaLayer]]],
+    /,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Run joined factors, or layers, one after the other on the output of `call`."""
+    out = call(*args, **kwargs)
+    for run, layers in steps:
+        given = functools.partial(_given, out)
+        if run:
+            out = low_rank.add(given, run, False, *args, **kwargs)
+        else:
+            out = _run_in_turn(given, module, layers, *args, **kwargs)
     return out
 
 

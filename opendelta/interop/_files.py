@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,15 @@ def read_json(path: Path) -> dict[str, Any]:
     return given
 
 
+def check_names(path: Path, names: Iterable[str]) -> None:
+    """Raise for a name of a tensor that no module can have."""
+    most, limit = max(map(len, names), default=0), reading.LONGEST
+    if most > limit:
+        raise DeltaLoadError(
+            f"{path} holds a tensor with a name of {most:,} characters, more than {limit:,}"
+        )
+
+
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """Return the tensors of a safetensors file by name.
 
@@ -40,6 +50,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     check_link(path)
     try:
         with open_file(path) as file, files.open_safetensors(path, file) as opened:
+            check_names(path, opened.keys())
             return {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
     except OSError as error:
         raise DeltaLoadError(f"{path} cannot be read: {error}") from None
@@ -69,6 +80,7 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
         isinstance(value, Tensor) for value in given.values()
     ):
         raise DeltaLoadError(f"{path} must hold named tensors, as a state dict does")
+    check_names(path, map(str, given))
     if sum(tensor.numel() * tensor.itemsize for tensor in given.values()) > MOST_NAMES * size:
         raise DeltaLoadError(f"{path}: its tensors claim more values than the file holds")
     return given

@@ -6,6 +6,7 @@ import pstats
 import pytest
 import torch
 from support.counting import cpu_seconds
+from support.nets import shake
 from torch import nn
 
 import opendelta
@@ -91,6 +92,7 @@ MANY = {
     "lora": lambda model, n: opendelta.LoraModel(model, modified_modules=["0"], name=f"d{n}"),
     "bitfit": lambda model, n: opendelta.BitFitModel(model, modified_modules=["0"], name=f"d{n}"),
     "hra": lambda model, n: opendelta.HRAModel(model, modified_modules=["0"], r=2, name=f"d{n}"),
+    "out": lambda model, n: opendelta.IA3Model(model, modified_modules=["0"], name=f"d{n}"),
     "ia3": lambda model, n: opendelta.IA3Model(
         model, modified_modules=["0"], feedforward_modules=["0"], name=f"d{n}"
     ),
@@ -110,3 +112,29 @@ def test_deltas_that_lie_too_deep_inside_each_other_are_refused_by_their_number(
             torch.testing.assert_close(model(x), expected)
     else:
         torch.testing.assert_close(model(x), expected)
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.parametrize("methods", [("lora", "out"), ("lora", "out", "bitfit")], ids="-".join)
+def test_many_deltas_of_several_methods_compile(methods, fullgraph):
+    model, x = net(), torch.ones(1, 4)
+    for n in range(300):
+        shake(MANY[methods[n % len(methods)]](model, n), n, scale=0.01)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        expected = model(x)
+        compiled = torch.compile(model, backend="eager", fullgraph=fullgraph)
+        torch.testing.assert_close(compiled(x), expected)
+
+
+def test_deltas_that_lie_too_deep_for_compiled_code_are_refused_by_their_number():
+    model, x = net(), torch.ones(1, 4)
+    expected = model(x)
+    for n in range(100):
+        MANY["hra"](model, n)
+    torch._dynamo.reset()
+    torch.testing.assert_close(model(x), expected)
+    with pytest.raises(SiteError, match=r"100 deltas act on one Linear, .* in compiled code: "):
+        torch.compile(model, backend="eager")(x)
+    torch._dynamo.reset()
+    torch.testing.assert_close(model(x), expected)

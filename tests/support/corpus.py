@@ -231,6 +231,9 @@ def own_attacks():
 
 
 # --------------------------------------------------------------- PEFT's, OpenDelta 0.3's, adapters'
+DEEP, LONG = "a." * 60_000 + "lora_A", "a tensor with a name of 120,006 characters, more than"
+
+
 def peft(tensors=None, weights=None, text=None, **changes):
     fields = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["linear"], **changes}
     content = weights or safetensors.torch.save(PEFT if tensors is None else tensors)
@@ -252,6 +255,7 @@ def peft_attacks():
     base = {**PEFT, "base_model.model.linear.base_layer.weight": torch.zeros(8, 8)}
     no = "no safetensors file"
     return {
+        "name_of_60_000_modules": (peft({**PEFT, DEEP: torch.zeros(1)}), LONG),
         "truncated": (peft(weights=good[:-9]), no),
         "header_of_2_62": (peft(weights=struct.pack("<Q", 2**62) + b"{}"), no),
         "header_of_60_mb": (peft(weights=struct.pack("<Q", 60 * 10**6) + bytes(99)), "a header of"),
@@ -320,6 +324,7 @@ def old_attacks():
     expanded = {**OLD, first: torch.zeros(1).expand(2**40, 8)}
     no = "is no state dict of plain tensors"
     return {
+        "name_of_60_000_modules": (old({**OLD, DEEP: torch.zeros(1)}), LONG),
         "truncated": (old(weights=saved(OLD)[:-99]), no),
         "no_archive": (old(weights=b"\x80\x02}q\x00."), no),
         "pickle_that_runs_code": (old(weights=saved({"a": Harm()})), no),
@@ -367,6 +372,7 @@ def adapters_attacks():
     zeros = saved({**ADAPTERS, first: torch.zeros(2, 1000)})
     no = "is no state dict of plain tensors"
     return {
+        "name_of_60_000_modules": (adapters({**ADAPTERS, DEEP: torch.zeros(1)}), LONG),
         "truncated": (adapters(weights=saved(ADAPTERS)[:-99]), no),
         "pickle_that_runs_code": (adapters(weights=saved({"a": Harm()})), no),
         "compressed": (adapters(weights=compressed(zeros)), "it is compressed"),

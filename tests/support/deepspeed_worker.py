@@ -90,6 +90,10 @@ def main(stage, when, folder):
         engine.backward(loss)
         engine.step()
 
+    with pytest.raises(SiteError, match=r"inside DeepSpeedEngine, .*attach first, wrap or initial"):
+        LoraModel(model, name="late")
+    adapter.detach()
+    adapter.attach()  # its parameters are known
     found = list(losses(engine, step))
     opendelta.composition(model).save(folder / "deltas-alone")
     again = build("llama")

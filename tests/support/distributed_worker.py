@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
 )
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
@@ -345,7 +345,7 @@ def ddp_refuses_a_delta_inside(pair: Pair) -> None:
         LoraModel(wrapped, modified_modules=["q"])
     with pytest.raises(SiteError, match="attach to the module first, wrap it then"):
         AdapterModel(wrapped, modified_modules=["blocks.0"])
-    with pytest.raises(SiteError, match="each rank would train another delta"):
+    with pytest.raises(SiteError, match="each rank would have another delta"):
         LoraModel(wrapped.module, modified_modules=["q"])
     opendelta.assert_pristine(wrapped, like=before)
     wrapped(*pair.inputs).sum().backward()
@@ -353,6 +353,31 @@ def ddp_refuses_a_delta_inside(pair: Pair) -> None:
 
 
 # ------------------------------------------------------------ FSDP2
+class Around(nn.Module):
+    """A root of its own around some modules of a model."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part = part
+
+
+@check(["DDP around another root", "FSDP1"])
+def what_is_around_the_modules_refuses_a_delta(pair: Pair, how: str) -> None:
+    model: Any = network().requires_grad_(True)
+    if how.startswith("DDP"):
+        engine: nn.Module = DistributedDataParallel(Around(model.blocks))
+    else:
+        engine = FullyShardedDataParallel(
+            model, use_orig_params=True, device_id=torch.device("cpu")
+        )
+        model = engine.module
+    kind = type(engine).__name__
+    for put in (LoraModel, AdapterModel):
+        with pytest.raises(SiteError, match=rf"is inside {kind}, .*each rank would have another"):
+            put(model, modified_modules=["blocks.0.q"])
+    assert opendelta.composition(model).names == []
+
+
 @check(["block-wise", "leaf-wise"])
 def fsdp_trains_deltas_attached_before(pair: Pair, how: str) -> None:
     model = network()
