@@ -200,9 +200,12 @@ def check_synchronised(
         return
     sites = [backbone.modules[where] for where in places if where in backbone.modules]
     inner = {*map(id, backbone.modules.values())}
+    kinds: dict[type, str] = {}
     for each in gc.get_objects():  # a module does not know what is around it
-        kind = next((base.__name__ for base in type(each).__mro__ if base.__name__ in ENGINES), "")
-        if not kind or id(each) in inner or not isinstance(each, nn.Module):
+        cls = type(each)
+        if cls not in kinds:
+            kinds[cls] = next((b.__name__ for b in cls.__mro__ if b.__name__ in ENGINES), "")
+        if not (kind := kinds[cls]) or id(each) in inner or not isinstance(each, nn.Module):
             continue
         inside, known = {*map(id, each.modules())}, _known_to(each, ENGINES[kind])
         site = next((site for site in sites if id(site) in inside), None)
