@@ -30,6 +30,7 @@ from . import inputs, sharding
 from .apart import apart
 from .backbone import Backbone
 
+ConvolutionOfTime = nn.Conv1d | nn.ConvTranspose1d
 PROBING: ContextVar[bool] = ContextVar("opendelta_probing", default=False)
 
 
@@ -211,6 +212,12 @@ def widths(backbone: Backbone, names: Sequence[str]) -> dict[str, Widths]:
                 f"...], {list(hidden.shape)}: hidden states must be [..., width]",
                 where=name,
             )
+        if hidden.ndim == 3 and _is_channels_first(backbone.modules[name], hidden):
+            raise SiteError(
+                f"{name!r} ({type(backbone.modules[name]).__name__}) returns [batch, channels, "
+                f"time], {list(hidden.shape)}: hidden states must be [..., width]",
+                where=name,
+            )
         if not hidden.size(-1):
             raise SiteError(
                 f"{name!r} ({type(backbone.modules[name]).__name__}) returns hidden states of "
@@ -380,6 +387,14 @@ def _ends_in_width(module: nn.Module, output: Tensor) -> bool:
     """True if a weight shows that the last axis is the width, as a norm's weight does for heads."""
     sizes = {p.numel() for p in module.parameters() if p.ndim == 1}
     return output.size(-1) in sizes and output.size(1) not in sizes
+
+
+def _is_channels_first(module: nn.Module, output: Tensor) -> bool:
+    """True if convolutions over time show that axis 1 is the channels, and the last is no width."""
+    convolutions = [part for part in module.modules() if isinstance(part, ConvolutionOfTime)]
+    sizes = {p.numel() for p in module.parameters() if p.ndim == 1}
+    sizes |= {part.out_channels for part in convolutions}
+    return bool(convolutions) and output.size(1) in sizes and output.size(-1) not in sizes
 
 
 def _shape(value: Any) -> str:

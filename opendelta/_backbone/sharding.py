@@ -176,10 +176,11 @@ def _check_wrappers(backbone: Backbone, where: str) -> None:
 
 # {class of what is around a model: where it keeps the parameters that it found when it was made}
 ENGINES = {
-    "DistributedDataParallel": ("_module_parameters",),
-    "FullyShardedDataParallel": (),
+    "DistributedDataParallel": ("reducer",),
+    "FullyShardedDataParallel": ("_handle.flat_param._params",),
     "DeepSpeedEngine": (
         "optimizer.bit16_groups",
+        "optimizer.bf16_groups",
         "optimizer.fp16_groups",
         "optimizer.param_groups",
     ),
@@ -189,19 +190,20 @@ ENGINES = {
 def check_synchronised(
     backbone: Backbone, places: Iterable[str], new: Sequence[nn.Parameter]
 ) -> None:
-    """Raise if what is around a model will not synchronise new parameters, or not train them.
+    """Raise if what is around a model will not synchronise parameters, or not train them.
 
     Such an engine looks for the parameters when it wraps a model, and never again.
 
     Args:
-        places: the names of the modules that get layers.
+        places: the names of the modules whose layers have them.
+        new: the parameters that are to train.
     """
-    if not is_distributed() or not any(p.requires_grad for p in new):
+    if not is_distributed() or not new:
         return
     sites = [backbone.modules[where] for where in places if where in backbone.modules]
     inner = {*map(id, backbone.modules.values())}
     kinds: dict[type, str] = {}
-    for each in gc.get_objects():  # a module does not know what is around it
+    for each in _all_objects():  # a module does not know what is around it
         cls = type(each)
         if cls not in kinds:
             kinds[cls] = next((b.__name__ for b in cls.__mro__ if b.__name__ in ENGINES), "")
@@ -209,22 +211,37 @@ def check_synchronised(
             continue
         inside, known = {*map(id, each.modules())}, _known_to(each, ENGINES[kind])
         site = next((site for site in sites if id(site) in inside), None)
-        if site is not None and any(p.requires_grad and id(p) not in known for p in new):
+        if site is not None and any(id(p) not in known for p in new):
             raise SiteError(
                 f"this {type(site).__name__} is inside {type(each).__name__}, which would not "
                 "synchronise the delta's gradients, nor train it: each rank would have another "
-                "delta; attach first, wrap or initialize then"
+                "delta; attach and unfreeze first, wrap or initialize then; if the wrapper, or the "
+                "trainer that holds it, has done its work, delete it first"
             )
 
 
-def _known_to(engine: Any, tables: Sequence[str]) -> set[int]:
-    """Return the ids of the parameters that an engine found."""
+def _all_objects() -> list[Any]:
+    """Return all objects that Python tracks, also those that gc.freeze() set aside."""
+    if not gc.get_freeze_count():
+        return gc.get_objects()
+    gc.unfreeze()
+    try:
+        return gc.get_objects()
+    finally:
+        gc.freeze()
+
+
+def _known_to(engine: nn.Module, tables: Sequence[str]) -> set[int]:
+    """Return the ids of the parameters that an engine, and others inside it, found."""
     found: set[int] = set()
-    for name in tables:
-        table: Any = engine
-        for step in name.split("."):
-            table = getattr(table, step, ())
-        found |= {id(each) for each in tree_leaves([*table])}
+    for part in engine.modules():
+        for name in tables:
+            table: Any = part
+            for step in name.split("."):
+                table = getattr(table, step, None)
+            if hasattr(table, "_get_zeros_like_grad_buckets"):  # the one door to what it reduces
+                table = [b.parameters() for b in table._get_zeros_like_grad_buckets()]
+            found |= {id(each) for each in tree_leaves(table)}
     return found
 
 

@@ -11,8 +11,11 @@ from torch import nn
 from .._backbone.backbone import Backbone
 from .._backbone.shapes import PROBING
 from .._layers.record import Record
+from .._sites import swap
+from .._sites.stack import Stack, stack_of
 from ..errors import UnreachedWarning, listed, warn
 from ..names import SLOT, join, unwrapped
+from .resizing import embeddings_of
 from .state_dict import state_hook
 
 
@@ -98,6 +101,8 @@ class FirstForward:
             return
         backbone = Backbone.of(model)
         unwatch_forward(backbone)
+        if not (model.training and torch.is_grad_enabled()):
+            _watch_training(backbone)
         silent = _silent(backbone, compiled=False)
         for where, name in silent:
             backbone.stacks[where][name].__dict__["missed"] = True
@@ -114,6 +119,56 @@ class FirstForward:
             )
 
 
+class FirstTraining:
+    """Hooks that warn, after the first forward that trains, of layers on the head that did not run.
+
+    Before it the head was called, as by sampling; a loss may read its weight instead.
+    """
+
+    def __init__(self, stack: Stack) -> None:
+        self.stack = stack
+        self.ran: set[str] | None = None
+
+    def __call__(self, model: nn.Module, _args: Any, *output: Any) -> None:
+        quiet = torch.compiler.is_compiling() or PROBING.get()
+        if quiet or not (model.training and torch.is_grad_enabled()):
+            return
+        if not output:
+            self.ran, self.stack.ran = self.stack.ran, set()
+            return
+        if self.ran is None:
+            return
+        own, self.stack.ran = self.stack.ran, self.stack.ran | self.ran
+        backbone = Backbone.of(model)
+        unwatch_forward(backbone)
+        silent = [
+            join(where, SLOT, name)
+            for where, name, layer in backbone.delta_layers()
+            if backbone.stacks[where] is self.stack and name not in own
+            if layer.computes and layer.record.active and not self.stack.holds(name)
+        ]
+        if silent:
+            warn(
+                f"{len(silent)} delta layers on the head did not run in the first forward of "
+                f"{type(model).__name__} that trains, though before: {listed(silent)}. If a loss, "
+                "such as TRL's, reads the head's weight instead of calling it, attach with "
+                "reads=True",
+                UnreachedWarning,
+            )
+
+
+def _watch_training(backbone: Backbone) -> None:
+    """Look at the head in the first forward that trains, if deltas are on it."""
+    head = embeddings_of(backbone.model).get("output")
+    stack = None if head is None else stack_of(head)
+    if head is None or stack is None:
+        return
+    if len(stack) and not swap.weight_is_read(head, False):
+        hook = FirstTraining(stack)
+        backbone.model.register_forward_pre_hook(hook)
+        backbone.model.register_forward_hook(hook)
+
+
 def watch_forward(backbone: Backbone) -> None:
     """Check the backbone's next whole forward."""
     unwatch_forward(backbone)
@@ -121,8 +176,9 @@ def watch_forward(backbone: Backbone) -> None:
 
 
 def unwatch_forward(backbone: Backbone) -> None:
-    """Take the hook away."""
+    """Take the hooks away."""
     for module in backbone.modules.values():
-        hooks = module._forward_hooks
-        for key in [k for k, hook in hooks.items() if isinstance(hook, FirstForward)]:
-            del hooks[key]
+        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            own = [k for k, hook in hooks.items() if isinstance(hook, FirstForward | FirstTraining)]
+            for key in own:
+                del hooks[key]

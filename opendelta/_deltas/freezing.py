@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator, Sequence
 
 from torch import Tensor, nn
 
+from .._backbone import sharding
 from .._backbone.backbone import Backbone
 from .._backbone.patterns import compile_pattern, no_match, warn_unused
 from .._layers.record import Shared
@@ -29,6 +30,8 @@ def freeze(
     Raises:
         AddressError: no pattern selects anything. Nothing is frozen then.
         DeltaError: `module` is not a module of the backbone.
+        SiteError: what is around the model, such as DistributedDataParallel, would not train a
+            delta. Nothing is frozen then.
     """
     within = _name_of(backbone, module)
     own, added = backbone.tensors(), backbone.delta_parameters()
@@ -47,6 +50,7 @@ def freeze(
         for name, tensor in everything.items()
         if (SLOT in exclude and name in added) or (kept and kept & {"", *ancestors(name)})
     }
+    check_trains(backbone, {name for name in added if id(added[name]) in spared})
     restore(backbone, shared, within)
     memories = {name: memory for name, _, memory in _remembered(backbone, shared)}
     shared.excluded -= {name for name in shared.excluded if is_inside(name, within)}
@@ -58,6 +62,17 @@ def freeze(
         elif tensor.requires_grad:
             memories[name].add(name)
             tensor.requires_grad_(False)
+
+
+def check_trains(backbone: Backbone, names: Collection[str]) -> None:
+    """Raise if an engine around the model would not train these parameters of deltas."""
+    found: list[tuple[str, nn.Parameter]] = [
+        (where, parameter)
+        for where, delta, layer in backbone.delta_layers()
+        for key, parameter in layer.named_parameters()
+        if f"{dotted(join(where, SLOT, delta))}{key}" in names
+    ]
+    sharding.check_synchronised(backbone, {w for w, _ in found}, [p for _, p in found])
 
 
 def _name_of(backbone: Backbone, module: nn.Module | None) -> str:

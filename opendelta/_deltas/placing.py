@@ -87,7 +87,8 @@ def place(
         DeltaError: the model is inside `route()`, or the delta would act beneath a merged one.
     """
     backbone.require_unrouted(f"cannot attach {delta.name!r}")
-    sharding.check_synchronised(backbone, delta.layers, list(delta.parameters()))
+    training = [p for p in delta.parameters() if p.requires_grad]
+    sharding.check_synchronised(backbone, delta.layers, training)
     _check_owned(backbone, delta.layers)
     check_blocks(backbone, delta)
     for where, layer in delta.layers.items():

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .._backbone.backbone import Backbone
-from .._layers.base import DeltaLayer, Passive
+from .._layers.base import Acts, DeltaLayer, Passive
 from .._layers.site import Site
 from .._modules.kinds import kind_of
 from .._modules.tensors import lasting
@@ -37,17 +37,48 @@ def embeddings_of(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def guard(backbone: Backbone, made: dict[str, DeltaLayer]) -> None:
-    """Let a layer on the root watch over a resize, if `made` has one on the root's embeddings."""
-    there = embeddings_of(backbone.model)
-    own = {id(module) for module in there.values()}
+    """Let a layer on the root watch over a resize, if `made` has one on what it changes."""
+    model = backbone.model
+    there = embeddings_of(model)
+    own = {id(module) for module in (*there.values(), *_tables_of_positions(model))}
     weight = _weight_of(there.get("input"))
-    on = [backbone.modules.get(name) for name in made]
-    if any(id(m) in own or (weight is not None and _weight_of(m) is weight) for m in on):
-        made.setdefault("", RootLayer()).__dict__["resizer"] = resize
+    for name, layer in [*made.items()] if own else ():
+        module = backbone.modules.get(name) if name else None
+        if module is None:
+            continue
+        tied = weight is not None and _weight_of(module) is weight
+        around = _is_bound(layer, there) and own & {*map(id, module.modules())}
+        if id(module) in own or tied or around:
+            made.setdefault("", RootLayer()).__dict__["resizer"] = resize
+            return
+
+
+def _is_bound(layer: DeltaLayer, there: dict[str, nn.Module]) -> str:
+    """Return why a layer around the embeddings or the head depends on their size; or ""."""
+    if layer.acts is Acts.INSTEAD:
+        return "holds a copy of them"
+    kind = kind_of(there["output"]) if "output" in there else None
+    sizes = {size for p in layer.parameters() for size in p.shape}
+    return "has the size of the vocabulary" if kind and kind.out_features in sizes else ""
+
+
+def _tables_of_positions(model: nn.Module) -> list[nn.Module]:
+    """Return the tables of positions that a transformers model can resize."""
+    if not hasattr(model, POSITIONS):
+        return []
+    try:
+        found: Any = model.get_position_embeddings()  # type: ignore[operator]
+    except Exception:  # models without one raise whatever they like
+        return []
+    found = found if isinstance(found, tuple) else (found,)
+    return [module for module in found if isinstance(module, nn.Module)]
 
 
 def _weight_of(module: nn.Module | None) -> Any:
     return None if module is None else module._parameters.get("weight")
+
+
+POSITIONS = "resize_position_embeddings"
 
 
 class RootLayer(Passive):
@@ -56,7 +87,28 @@ class RootLayer(Passive):
     watches = True
 
 
-def resize(
+def resize(verb: str, call: Callable[..., Any], model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Resize the embeddings by `call`; deltas on an untied head are put on the new head.
+
+    Args:
+        verb: the name of the model's method: "resize_token_embeddings" or `POSITIONS`.
+
+    Raises:
+        DeltaError: a delta cannot follow; nothing has changed.
+    """
+    if verb != POSITIONS:
+        return _resize_tokens(call, model, *args, **kwargs)
+    tables = {id(module) for module in _tables_of_positions(model)}
+    for where, module in Backbone.of(model).modules.items():
+        stack = stack_of(module) if where else None
+        if stack is not None and len(stack) and tables & {*map(id, module.modules())}:
+            name, layer = stack.in_order()[-1]
+            if id(module) in tables or layer.acts is Acts.INSTEAD:
+                raise _refusal(verb, name, where, "is on a table of positions")
+    return call(*args, **kwargs)
+
+
+def _resize_tokens(
     call: Callable[..., Any],
     model: nn.Module,
     new_num_tokens: int | None = None,
@@ -64,17 +116,13 @@ def resize(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Resize the embeddings by `call`; deltas on an untied head are put on the new head.
-
-    Raises:
-        DeltaError: a delta cannot follow; nothing has changed.
-    """
     there = embeddings_of(model)
     head, weight = there.get("output"), there["input"]._parameters["weight"]
     same = new_num_tokens in (None, len(weight)) and pad_to_multiple_of is None  # type: ignore
     if not same:
         for which, module in there.items():
             _check(model, which, module, weight)
+        _check_around(model, there)
     for module in model.modules():  # such as an encoder's, whose place the inputs' one may take
         if _weight_of(module) is weight and all(module is not each for each in there.values()):
             _check(model, "tied", module, weight)
@@ -107,11 +155,26 @@ def _check(model: nn.Module, which: str, module: nn.Module, shared: Any) -> None
             why = f"({type(layer).__name__}) cannot grow"
         if why is not None:
             where = next(n for n, m in Backbone.of(model).modules.items() if m is module)
-            raise DeltaError(
-                f"resize_token_embeddings: {name!r} on {quoted(where)} {why}, and would not fit "
-                f"the new size. Resize first, then attach; or detach {name!r}, resize, and attach "
-                "a new delta"
-            )
+            raise _refusal("resize_token_embeddings", name, where, why)
+
+
+def _check_around(model: nn.Module, there: dict[str, nn.Module]) -> None:
+    """Raise if a delta on a module around the embeddings or the head cannot follow a resize."""
+    own = {id(module) for module in there.values()}
+    for where, module in Backbone.of(model).modules.items():
+        stack = stack_of(module) if where else None
+        if stack is None or id(module) in own or not own & {*map(id, module.modules())}:
+            continue
+        for name, layer in stack.in_order():
+            if why := _is_bound(layer, there):
+                raise _refusal("resize_token_embeddings", name, where, why)
+
+
+def _refusal(verb: str, name: str, where: str, why: str) -> DeltaError:
+    return DeltaError(
+        f"{verb}: {name!r} on {quoted(where)} {why}, and would not fit the new size. Resize first, "
+        f"then attach; or detach {name!r}, resize, and attach a new delta"
+    )
 
 
 class Taken(NamedTuple):

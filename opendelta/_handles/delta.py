@@ -277,7 +277,15 @@ class Delta(AsModule):
             yield
 
     def requires_grad_(self: AnyDelta, requires_grad: bool = True) -> AnyDelta:
-        """Let the delta train, or freeze it; other deltas are not touched."""
+        """Let the delta train, or freeze it; other deltas are not touched.
+
+        Raises:
+            SiteError: what is around the model, such as DistributedDataParallel, would not train
+                it.
+        """
+        if requires_grad and self.attached:
+            around = Backbone.of(self.backbone_model)
+            sharding.check_synchronised(around, self.layers, list(self.parameters()))
         for parameter in self.parameters():
             parameter.requires_grad_(requires_grad)
         return self

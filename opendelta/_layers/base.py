@@ -328,15 +328,16 @@ class DeltaLayer(nn.Module):
         """Return the module for a plain model in the place of the site; None: the site's module."""
         return None
 
-    def resize(self, call: Call, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def resize(self, verb: str, call: Call, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Return `call(*args, **kwargs)`, which resizes the embeddings of a transformers model.
 
         Args:
+            verb: the name of the model's method.
             model: the model that carries the layer.
         """
         if self.resizer is None:
             return call(*args, **kwargs)
-        return self.resizer(call, model, *args, **kwargs)
+        return self.resizer(verb, call, model, *args, **kwargs)
 
     def shows(self, module: nn.Module) -> bool:
         """True if `module` shows the layer's config now; for layers that `shows_config`."""

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..errors import SiteError, quoted
@@ -22,9 +22,12 @@ CACHES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_stat
 # Arguments that begin so hold no state of earlier tokens, in whatever form they come.
 NO_STATES = (
     "encoder_", "decoder_", "cross_", "head_mask", "pixel_", "image", "video", "vision", "visual",
-    "audio", "deepstack", "position_", "inputs_embeds", "attention_mask", "output_",
+    "audio", "deepstack", "position_", "input", "attention_mask", "output_", "labels",
 )  # fmt: skip
 HINTS = ("past", "prev", "history", "cache")  # in the name of a tensor that is such a state
+STATES = ("hidden", "kv", "hx", "h0", "h_0")  # or these are its name
+PLACES = ("cache_position", "input_pos")  # arguments that number the tokens of a call
+START = "start_pos"  # an argument that counts the tokens before
 
 
 def cache_in(given: Mapping[str, Any]) -> Any:
@@ -41,24 +44,35 @@ def _is_state(name: str, value: Any) -> bool:
     if value is None or name.startswith(NO_STATES):
         return False
     if isinstance(value, Tensor):
-        return value.is_floating_point() and value.ndim > 1 and any(h in name for h in HINTS)
-    return hasattr(value, "get_seq_length") or _holds_states(value)
+        named = name in STATES or any(hint in name for hint in HINTS)
+        return named and value.is_floating_point() and value.ndim > 1
+    return hasattr(value, "get_seq_length") or any(t.ndim > 1 for t in _held_in(value))
 
 
-def _holds_states(value: Any) -> bool:
-    """True if a list, a tuple or a mapping holds floating tensors of several axes alone."""
-    if isinstance(value, Tensor):
-        return value.is_floating_point() and value.ndim > 1
-    parts = list(value.values()) if isinstance(value, dict) else value
-    return isinstance(parts, list | tuple) and bool(parts) and all(map(_holds_states, parts))
+def _held_in(value: Any) -> list[Tensor]:
+    """Return the tensors in lists, tuples, mappings and plain objects, at any depth."""
+    found: list[Tensor] = []
+    seen: set[int] = set()
+    todo = [value]
+    while todo:
+        each = todo.pop()
+        if id(each) in seen:
+            continue
+        seen.add(id(each))
+        if isinstance(each, Tensor):
+            found.append(each)
+        elif isinstance(each, Mapping):
+            todo += each.values()
+        elif isinstance(each, list | tuple):
+            todo += each
+        elif not isinstance(each, nn.Module | type) and hasattr(each, "__dict__"):
+            todo += vars(each).values()
+    return found
 
 
 def has_axis(state: Any, size: int) -> bool:
-    """True if all tensors in a state have an axis of this size."""
-    if isinstance(state, Tensor):
-        return size in state.shape
-    parts = list(state.values()) if isinstance(state, dict) else state
-    return not isinstance(parts, list | tuple) or all(has_axis(part, size) for part in parts)
+    """True if all tensors of several axes in a state have an axis of this size."""
+    return all(size in tensor.shape for tensor in _held_in(state) if tensor.ndim > 1)
 
 
 def earlier(given: Mapping[str, Any]) -> int | None:
@@ -77,12 +91,26 @@ def earlier(given: Mapping[str, Any]) -> int | None:
     return None if began else 0
 
 
+def _said_before(given: Mapping[str, Any]) -> int | None:
+    """Return the number of earlier tokens that arguments say; None: some, but not how many."""
+    if isinstance(start := given.get(START), int):
+        return start
+    said = [given[name] for name in (*PLACES, START) if isinstance(given.get(name), Tensor)]
+    if not said:
+        return 0
+    return None if torch.compiler.is_compiling() else int(said[0].reshape(-1)[0])
+
+
 def positions_of(given: Mapping[str, Any], length: int) -> Any:
     """Return the position ids of a call with `length` tokens, or None.
 
     An encoder-decoder may hand on those of its other side, which it ignores.
     """
     positions = given.get("position_ids")
+    if positions is None:
+        positions = next((given[name] for name in PLACES if given.get(name) is not None), None)
+        if isinstance(positions, Tensor) and positions.ndim == 1:
+            positions = positions[None]
     if isinstance(positions, Tensor) and (not positions.ndim or positions.size(-1) != length):
         return None
     return positions
@@ -94,14 +122,15 @@ _in_states: Any = WeakIdKeyDictionary()
 
 def _holder(state: Any) -> Any:
     """Return what stays the same while a state grows: RWKV's is a list of tensors."""
-    return state[0] if isinstance(state, list | tuple) else state
+    return next(iter(_held_in(state)), None) if isinstance(state, list | tuple | dict) else state
 
 
 def _noted(state: Any) -> Tensor | None:
     """Return the numbers of tokens that were noted for a state; None: there are none."""
     if state is None or torch.compiler.is_compiling():
         return None
-    return _in_states.get(_holder(state))
+    holder = _holder(state)
+    return None if holder is None else _in_states.get(holder)
 
 
 class Asks(NamedTuple):
@@ -158,6 +187,8 @@ class Documents:
         self.mask = mask if self.plain else None
         self.shown, self.unnumbered = mask, self.positions is None
         self.held = earlier(given)
+        if self.held == 0:
+            self.held = _said_before(given)
         self.other_state = other_state_in(given)
         if self.held == 0 and (self.other_state or self._is_longer()):
             self.held = None
@@ -235,7 +266,7 @@ class Documents:
         If a layer beneath has noted it, with the rows of a prompt, this stays.
         """
         state = cache_in(out) if isinstance(out, dict) else None
-        if state is None or earlier({CACHES[0]: state}) is not None:
+        if _holder(state) is None or earlier({CACHES[0]: state}) is not None:
             return
         before = self.noted if self.held is None else self.held
         if before is not None and _noted(state) is self.noted:

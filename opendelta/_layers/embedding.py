@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from .._modules.kinds import kind_of
 from .._modules.probing import is_known
 from .._modules.process import kept_random
-from .._modules.tensors import full, is_sharded, stored
+from .._modules.tensors import full, is_plain, is_sharded, stored
 from .._modules.trials import alone
+from .._modules.wrappers import computing_device
 from ..errors import OptionError, SiteError, quoted
-from ..names import last
+from ..names import SLOT, is_inside, last
+from .runs import is_watched
 from .site import Site
-from .tokens import arguments_of
+from .tokens import arguments_of, is_beside_text
 
 COUNT = "create_position_ids_from_input_ids", "make_positions"
 # {class: its attribute that multiplies the embeddings of token ids, and not embeddings given}
@@ -113,11 +115,16 @@ def rows_of(site: Site, embedding: str, config: Any, length: int) -> Tensor:
 
 @torch.no_grad()
 def _looked_up(table: nn.Module, index: Tensor) -> Tensor:
-    """Return what an embedding gives for ids, by its own forward, without layers on it."""
+    """Return what an embedding gives for ids, without layers on it, by its own forward and hooks.
+
+    A lookup in torch's embedding needs no call. Nor does one in a sharded weight.
+    """
     weight: Any = stored(table, "weight")
-    if not is_known(type(table)) and not is_sharded(weight):
+    changed = is_watched(vars(table)) or not is_known(type(table)) or not is_plain(weight)
+    if changed and not is_sharded(weight):
         with kept_random():
-            return type(table).forward(alone(table), index.to(weight.device)[None])[0]
+            made = table if SLOT not in table._modules else alone(table)
+            return made(index.to(computing_device(table) or weight.device)[None])[0]
     kind: Any = kind_of(table)
     return full(weight).detach()[index.to(weight.device)] * kind.scale
 
@@ -153,10 +160,16 @@ def numbered(module: nn.Module) -> str:
 
 
 def room(module: nn.Module) -> int | None:
-    """Return the length of the shortest table of positions in a module; None if it has none."""
+    """Return the length of the shortest table of positions in a module; None if it has none.
+
+    Those of images and sounds, which have positions of their own, do not count.
+    """
+    parts = dict(module.named_modules())
+    beside = [name for name, part in parts.items() if name and is_beside_text(part)]
     tables = [
         part.num_embeddings - int(getattr(part, "offset", 0))
-        for name, part in module.named_modules()
+        for name, part in parts.items()
         if isinstance(part, nn.Embedding) and last(name) in TABLES
+        if not any(is_inside(name, other) for other in beside)
     ]
     return min(tables, default=None)

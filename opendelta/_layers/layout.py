@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import SiteError, quoted
 from ..names import ancestors
-from .documents import CACHES, latest, other_state_in
+from .documents import CACHES, PLACES, START, latest, other_state_in
 from .site import Site
 from .tokens import EMBEDDED
 
@@ -32,6 +32,7 @@ KNOWN = (*EMBEDDED, *POSITIONS, *LIKE_FIRST, *NOTHING, ROWS)
 COUNTS = (
     "lengths", "perm_mask", "target_mapping", "input_mask", "entity_position_ids",
     "cu_seq_lens_q", "cu_seq_lens_k", "cross_attention_mask", "full_text_row_masked_out_mask",
+    *PLACES, START,
 )  # fmt: skip
 BY_IDS = ("image_pixel_values", "audio_input_features")
 OTHERS = ("encoder_", "decoder_", "cross_attention", "pixel_", "image_", "visual_e", "past_")

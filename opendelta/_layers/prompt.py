@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .._modules.kinds import Embedding, kind_of
-from ..errors import SiteError
+from ..errors import SiteError, quoted
 from .base import Acts, DeltaLayer, Handover
 from .costs import Flops
 from .documents import CACHES, Documents, cache_in, has_axis, other_state_in, positions_of
@@ -41,6 +41,7 @@ from .tokens import EMBEDDED, arguments, mask_around, named, noting, padding_id,
 STATES = "encoder_hidden_states"
 CROSS = ("encoder_attention_mask", "encoder_padding_mask")
 IDS = (torch.int64, torch.int32)
+WHOLE = ("ReformerModel",)  # classes whose cache holds whole chunks
 
 
 class PromptLayer(WithPrompt):
@@ -67,11 +68,12 @@ class PromptLayer(WithPrompt):
         kind = kind_of(site.module.get_submodule(self.embedding))
         if not isinstance(kind, Embedding):
             raise SiteError(
-                f"{site.name!r}: its embedding {self.embedding!r} has no known width",
+                f"{quoted(site.name)}: its embedding {self.embedding!r} has no known width",
                 where=site.name,
             )
         self.width, self.length, self.strip = kind.out_features, length, strip
         self.room = room(site.module)
+        self.library = type(site.module).__module__.startswith("transformers")
         self.scale = scale_of(site.module)
         # To strip right after the blocks, as later modules read a single position.
         self.stripper: Handover | None = None
@@ -125,8 +127,8 @@ class PromptLayer(WithPrompt):
         out = noting(widened, call, **given)
         if not self.strip:
             return out
-        check_positions(out, layout.full)
-        return strip(out, layout.slot_of, layout.full)
+        check_positions(out, layout.full, fewer=self.library or self.stripper is not None)
+        return strip(out, layout.slot_of, layout.full, self.library)
 
     def _numbered(
         self,
@@ -166,6 +168,11 @@ class PromptLayer(WithPrompt):
         if any(getattr(layer, "max_cache_len", None) is not None for layer in layers):
             self._refuse(
                 f"the static cache of {kind} has no room for the prompt: use the default cache"
+            )
+        if kind in WHOLE and cache_in(given) is not None:
+            self._refuse(
+                f"the cache of {kind} holds whole chunks, in which a prompt has no place: call "
+                "generate(use_cache=False)"
             )
         if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
             self._refuse(
@@ -218,7 +225,7 @@ class PromptLayer(WithPrompt):
             prompts: length of this prompt and of those beneath it, which the cache holds too.
         """
         mask, positions = (given.get(name) for name in POSITIONS)
-        if (other := other_state_in(given)) and mask is not None:
+        if (other := other_state_in(given)) and mask is not None and mask.size(1) > length:
             wanted = mask.size(1) - length + prompts
             if not has_axis(given[other], wanted):
                 self._refuse(

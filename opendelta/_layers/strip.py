@@ -13,13 +13,21 @@ from .base import Acts, DeltaLayer, Handover
 from .documents import CACHES
 
 
-def check_positions(out: Any, full: int) -> None:
-    """Raise if an output has more than `full` positions; it may have fewer, as Funnel pools them.
+def check_positions(out: Any, full: int, fewer: bool = True) -> None:
+    """Raise if an output has more than `full` positions, or fewer.
 
     Args:
         full: number of positions of tokens and prompts.
+        fewer: it may have fewer, as Funnel pools them.
     """
-    count = calls.hidden(out).size(1)
+    hidden = calls.hidden(out)
+    if not fewer and (hidden.ndim != 3 or hidden.size(1) < full):
+        raise SiteError(
+            f"an output {list(hidden.shape)} for {full} positions of prompt and tokens: the model "
+            "reads some of them where the prompt still is, such as the first, or their mean: give "
+            "strip=False, and read the tokens' positions, or choose another method"
+        )
+    count = hidden.size(1)
     if count > full:
         raise SiteError(
             f"an output of {count} positions for {full} of prompt and tokens: images among the "
@@ -28,23 +36,29 @@ def check_positions(out: Any, full: int) -> None:
         )
 
 
-def strip(value: Any, slot_of: Tensor, full: int) -> Any:
+def strip(value: Any, slot_of: Tensor, full: int, nested: bool = True) -> Any:
     """Return `value` without the prompts in hidden states of `full` positions.
 
     Args:
         slot_of: the slots [batch, length] of the tokens.
+        nested: lists and tuples inside hold hidden states, and no state of earlier tokens.
     """
     if isinstance(value, Tensor):
         if value.ndim != 3 or value.shape[:2] != (slot_of.size(0), full):
             return value
         return value.gather(1, slot_of.to(value.device)[..., None].expand(-1, -1, value.size(2)))
     if isinstance(value, dict):  # a ModelOutput, whose fields and items are the same
+        several = (tuple, list) if nested else ()
         for key, item in value.items():
-            if isinstance(item, Tensor | tuple | list) and key not in CACHES:
+            if key == "hidden_states" or (
+                isinstance(item, (Tensor, *several)) and key not in CACHES
+            ):
                 value[key] = strip(item, slot_of, full)
         return value
     if isinstance(value, tuple | list):
-        return calls.like(value, [strip(item, slot_of, full) for item in value])
+        kept = () if nested else (list, tuple, dict)
+        items = [v if isinstance(v, kept) else strip(v, slot_of, full) for v in value]
+        return calls.like(value, items)
     return value
 
 

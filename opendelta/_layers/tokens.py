@@ -85,6 +85,7 @@ class _Running(threading.local):
     def __init__(self) -> None:
         # In each thread from the start: a compiled graph's guard must not see it come.
         self.documents: Documents | None = None
+        self.packed = ""  # what says that several images are one row in the running call
 
 
 _running = _Running()
@@ -161,13 +162,33 @@ class Notes(DeltaLayer):
 
 
 class Apart(DeltaLayer):
-    """Lets modules inside know of no text, as images and sounds have tokens of their own."""
+    """Lets modules inside know of no text, as images and sounds have tokens of their own.
+
+    Args:
+        module: the module, which is not kept.
+    """
 
     acts = Acts.SERVES
     routes_itself = True
 
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.arguments = arguments(module)
+
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        return during(None, call, *args, **kwargs)
+        before, _running.packed = _running.packed, _packed(named(self.arguments, args, kwargs))
+        try:
+            return during(None, call, *args, **kwargs)
+        finally:
+            _running.packed = before
+
+
+def _packed(given: Mapping[str, Any]) -> str:
+    """Return the name of an argument that says that several images are one row; or ""."""
+    sizes = {name: value for name, value in given.items() if isinstance(value, Tensor)}
+    grids = (name for name, value in sizes.items() if "grid" in name and value.size(0) > 1)
+    ends = (name for name, value in sizes.items() if name == "cu_seqlens" and len(value) > 2)
+    return next(grids, next(ends, ""))
 
 
 def is_beside_text(module: nn.Module) -> bool:
@@ -284,6 +305,8 @@ class Tokens:
             given = with_mask(named(self.arguments, args, kwargs), self.padding)
             documents = noted(given, self.where, asks)
         if documents is None:
+            if _running.packed:
+                self._refuse(asks, f"is given several images as one row ({_running.packed!r})")
             self._check_bare(asks, args, kwargs)
             documents = Documents({}, 1, h.size(-2), h.device)
         elif h.size(-2) != documents.length or (h.ndim > 2 and h.size(0) != documents.batch):
@@ -305,7 +328,7 @@ class Tokens:
                 "the whole model, which notes that, and use torch.utils.checkpoint",
             )
         masks = [value for name, value in kwargs.items() if "mask" in name]
-        masks += [value for value in args if isinstance(value, Tensor) and value.ndim == 4]
+        masks += [value for value in args[1:] if isinstance(value, Tensor) and value.ndim == 4]
         state = cache_in(kwargs) is not None or other_state_in(kwargs)
         if state or any(mask is not None for mask in masks):
             self._refuse(
@@ -354,7 +377,7 @@ def notes_for(
         takes = takes or [o for o in outer if "input_ids" in arguments(modules[o])]
         inner = outer[: outer.index(takes[0])] if takes else ()
         beside = [o for o in inner if is_beside_text(modules[o])]
-        found |= {o: Apart() for o in beside[-1:] if o not in made}
+        found |= {o: Apart(modules[o]) for o in beside[-1:] if o not in made}
         for around in dict.fromkeys((*takes[:1], *takes[-1:])):
             two = around != takes[0] and "decoder_input_ids" in arguments(modules[around])
             if around not in made and not two:

@@ -271,7 +271,8 @@ def _is_matrix(module: nn.Module) -> bool:
 
 def _linear(module: nn.Module, inputs: int, outputs: int) -> Kind:
     """Return the row of a linear module, which may store its weight as (in, out)."""
-    if type(module).forward is LINEAR or isinstance(module, torch.jit.ScriptModule):
+    cls = vars(type(module)).get("_site_of", type(module))
+    if isinstance(module, torch.jit.ScriptModule) or cls.forward is LINEAR:
         return Kind(inputs, outputs)
     weight = module._parameters.get("weight")
     turned = weight is not None and weight.is_floating_point() and weight.shape == (inputs, outputs)
@@ -299,8 +300,8 @@ def kind_of(module: nn.Module) -> Kind | None:
     sizes = getattr(module, "dim_in", None), getattr(module, "dim_out", None)  # in ModelCenter
     if isinstance(sizes[0], int) and isinstance(sizes[1], int):
         weight = module._parameters.get("weight")
-        if weight is not None and tuple(weight.shape) == sizes[::-1]:
-            return Kind(sizes[0], sizes[1])
+        if weight is not None and tuple(weight.shape) in (sizes, sizes[::-1]):
+            return _linear(module, sizes[0], sizes[1])
     return None
 
 

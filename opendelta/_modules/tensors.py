@@ -210,7 +210,7 @@ def packed_values(module: nn.Module, key: str) -> list[Tensor]:
     if kind == "Params4bit":
         return [_unpacked_4_bit(parameter)[0]]
     if kind == "Int8Params":
-        return [t for t in _of_8_bit(module, parameter) if t is not None]
+        return [_of_8_bit(module, parameter)[0]]
     return [part for part in held_in(parameter) if isinstance(part, Tensor)]
 
 

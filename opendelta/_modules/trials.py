@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ..names import SLOT
 from .copies import copied
 from .faking import Shapes
-from .process import silent_fakes
+from .process import kept_random, silent_fakes
+from .tensors import lasting
 
 AXES = (-1, -3, -2, -4, 1, 0, 2)  # where a normalisation may work, in the order of trial
 SIZES = (2, 3, 5, 7, 11)  # of the other axes, with one to spare
 _found: dict[tuple, int | None] = {}
-_turned: dict[tuple, bool] = {}
+_turned: Any = WeakKeyDictionary()  # {module: (its weight, whether it is stored as [in, out])}
 
 
 def bare(module: nn.Module, base: type[nn.Module] | None = None) -> nn.Module:
@@ -123,31 +126,37 @@ def _runs(made: nn.Module, mode: Shapes, width: int, count: int, axis: int) -> b
         return False
 
 
-def takes_transposed(module: nn.Module) -> bool:
-    """True if a linear module's forward takes its weight for [in, out]; False if nothing shows it.
-
-    A forward is run once for its class, on shapes alone; see `facts`.
-    """
-    key = facts(module)
-    if key not in _turned:
-        with silent_fakes(), Shapes() as mode:
-            made = without_values(module, mode)
-            runs = [_maps(made, mode, sizes, weight) for sizes, weight in
-                    (((3, 5), (5, 3)), ((3, 5), (3, 5)))]  # fmt: skip
-        _turned[key] = runs == [False, True]
-    return _turned[key]
-
-
 @torch.no_grad()
-def _maps(made: nn.Module, mode: Shapes, sizes: tuple[int, int], shape: tuple[int, int]) -> bool:
-    """True if a forward with a weight of `shape` maps from the first size to the second."""
-    own: Any = made._parameters
-    like = {"dtype": own["weight"].dtype, "device": own["weight"].device}
-    made.__dict__ |= {"in_features": sizes[0], "out_features": sizes[1]}
-    own["weight"] = mode.empty(shape, **like)
-    if own.get("bias") is not None:
-        own["bias"] = mode.empty(sizes[1:], **like)
-    try:
-        return type(made).forward(made, mode.empty((2, sizes[0]), **like)).shape == (2, sizes[1])
-    except Exception:  # whatever a forward of somebody's own raises on such an input
+def takes_transposed(module: nn.Module) -> bool:
+    """True if a linear module's forward takes its square weight for [in, out].
+
+    A forward is run once for each weight, on inputs of two and of three axes. False if it runs on
+    neither, or without values.
+    """
+    weight: Any = module._parameters["weight"]
+    if weight.is_meta or isinstance(weight, FakeTensor):
         return False
+    known = _turned.get(module)
+    if known is None or known[0] is not weight:
+        with lasting(), kept_random():
+            _turned[module] = known = weight, _is_turned(alone(module), weight)
+    return known[1]
+
+
+def _is_turned(made: nn.Module, weight: Tensor) -> bool:
+    """True if an output is more like x W than like x W^T."""
+    torch.manual_seed(0)
+    for shape in ((5, len(weight)), (2, 3, len(weight))):
+        x = torch.randn(shape, dtype=weight.dtype, device=weight.device)
+        try:
+            out = type(made).forward(made, x) - type(made).forward(made, torch.zeros_like(x))
+            rows, given = out.reshape(-1, out.size(-1)).float(), x.reshape(-1, x.size(-1)).float()
+            plain, turned = given @ weight.float().T, given @ weight.float()
+            return bool(_along(rows, turned) > _along(rows, plain))
+        except Exception:  # whatever a forward of somebody's own raises on such an input
+            continue
+    return False
+
+
+def _along(one: Tensor, other: Tensor) -> Tensor:
+    return (one * other).sum().abs() / other.norm()

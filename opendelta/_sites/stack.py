@@ -7,6 +7,7 @@ The stack is data, an ordered mapping: any layer may leave, return or move at an
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
 import sys
@@ -153,12 +154,15 @@ class Stack(nn.ModuleDict):
         self, acting: list[DeltaLayer], call: Callable[..., Any], module: nn.Module, raw: bool
     ) -> Callable[..., Any]:
         """Return `call` with these layers around it; the first is the innermost."""
-        index, depth, many = 0, 0, len(acting) > FEW
+        index, depth, total = 0, 0, len(acting)
+        many = total > FEW
         steps: list[tuple[Any, list[Any]]] = []  # what runs one after the other on an output
         # compiled code must not depend on the kept factors
         kept = None if torch.compiler.is_compiling() else self.frozen
         combines = has_blocks(self)
         if combines:
+            depth = BLOCK * sum(layer.is_block for layer in acting)
+            _check_compiled(depth, total, module)
             acting = in_place(self, acting)
         while index < len(acting):
             layer = acting[index]
@@ -174,21 +178,18 @@ class Stack(nn.ModuleDict):
                 continue
             if steps:
                 call, steps = functools.partial(_run_steps, call, module, steps), []
+                depth += 1
             if run:
                 call = functools.partial(low_rank.add, call, run, raw and index == 0)
             elif count > 1:
                 call = functools.partial(_run_in_turn, call, module, acting[index : index + count])
             else:
-                count, depth = 1, depth + 1
+                count, depth = 1, depth + (not layer.is_block)
                 call = layer.around(call, module, acting[:index], raw and index == 0)
             index += count
         if steps:
             call = functools.partial(_run_steps, call, module, steps)
-        if depth > FEW and torch.compiler.is_compiling():
-            raise _too_deep(
-                depth, module, "is reached in compiled code", "the model without torch.compile"
-            )
-        return functools.partial(_nested, call, module, depth) if many else call
+        return _guarded(call, module, total, depth) if many or depth > FEW else call
 
     def fold(self, params: Params) -> Params:
         """Return `params` with all active layers folded in; a module's copy gives its own."""
@@ -228,24 +229,39 @@ class Stack(nn.ModuleDict):
             to_the_end(functools.partial(_refill, self._modules, ordered))
 
 
+def _guarded(
+    call: Callable[..., Any], module: nn.Module, total: int, depth: int
+) -> Callable[..., Any]:
+    """Return `call`, of so many layers, which says so if they lie too deep inside each other."""
+    _check_compiled(depth, total, module)
+    return functools.partial(_nested, call, module, total, depth > FEW)
+
+
 def _nested(
-    call: Callable[..., Any], module: nn.Module, depth: int, /, *args: Any, **kw: Any
+    call: Callable[..., Any], module: nn.Module, count: int, deep: bool, /, *args: Any, **kw: Any
 ) -> Any:
-    """Run `call`; say so if its layers lie deeper inside each other than Python goes."""
+    """Run `call`; say so if its layers lie deeper inside each other than Python goes.
+
+    Args:
+        deep: they lie deeper than the compiler goes.
+    """
     try:
-        if depth <= FEW:
-            return call(*args, **kw)
-        with eager():
+        with eager() if deep else contextlib.nullcontext():
             return call(*args, **kw)
     except RecursionError:
-        raise _too_deep(depth, module, "is reached", "sys.setrecursionlimit") from None
+        raise _too_deep(count, module, "", "sys.setrecursionlimit") from None
 
 
-def _too_deep(depth: int, module: nn.Module, reached: str, other: str) -> SiteError:
+def _check_compiled(depth: int, count: int, module: nn.Module) -> None:
+    if depth > FEW and torch.compiler.is_compiling():
+        raise _too_deep(count, module, "in compiled code", "the model without torch.compile")
+
+
+def _too_deep(count: int, module: nn.Module, where: str, other: str) -> SiteError:
     return SiteError(
-        f"{depth} deltas act on one {type(module).__name__}, the one around the other, and "
-        f"Python's limit of {sys.getrecursionlimit():,} calls {reached}: let fewer act at "
-        f"once, such as by composition(model).only(...), or call {other}"
+        f"{count} deltas act on one {type(module).__name__}, the one around the other, and "
+        f"Python's limit of {sys.getrecursionlimit():,} calls is reached{where and ' ' + where}: "
+        f"let fewer act at once, such as by composition(model).only(...), or call {other}"
     )
 
 
@@ -334,6 +350,7 @@ def _given(out: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 FEW = 50  # so many layers are never too deep
+BLOCK = 4  # a block takes as many calls as so many layers
 AFTER, BESIDE = Acts.AFTER, Acts.BESIDE
 # No delta has the name of an attribute. A further attribute would refuse folders that were saved.
 RESERVED = frozenset(name for name in dir(Stack()) if NAME.fullmatch(name))

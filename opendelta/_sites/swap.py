@@ -60,18 +60,21 @@ def _showing_config() -> property:
     return property(read, write)
 
 
-def _resizing(base: Any) -> Callable[..., Any]:
+RESIZING = "resize_token_embeddings", "resize_position_embeddings"
+
+
+def _resizing(base: Any, verb: str) -> Callable[..., Any]:
     """Return the method by which a transformers model resizes its embeddings, with its layers."""
 
-    @functools.wraps(base.resize_token_embeddings)
-    def resize_token_embeddings(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        call = functools.partial(base.resize_token_embeddings, self)
+    @functools.wraps(getattr(base, verb))
+    def resize(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        call = functools.partial(getattr(base, verb), self)
         stack = stack_of(self)
         for layer in stack.values() if stack is not None else ():
-            call = functools.partial(layer.resize, call, self)
+            call = functools.partial(layer.resize, verb, call, self)
         return call(*args, **kwargs)
 
-    return resize_token_embeddings
+    return resize
 
 
 def _registering(base: type[nn.Module]) -> Callable[..., None]:
@@ -167,8 +170,7 @@ def site_class(base: type[nn.Module], reads: bool = False) -> type[nn.Module]:
         body["config"] = _showing_config()
     if hasattr(base, "config_class"):  # a transformers model
         body["num_labels"] = labels.showing_count()
-    if hasattr(base, "resize_token_embeddings"):
-        body["resize_token_embeddings"] = _resizing(base)
+    body |= {verb: _resizing(base, verb) for verb in RESIZING if hasattr(base, verb)}
     made = _site_meta(type(base))(base.__name__, (base,), body)
     compile_limit.SITE_CLASSES.update((id(base), id(made)))
     return made

@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+import transformers
 from support.nets import shake
 from torch import nn
 from torch.func import functional_call
@@ -325,3 +326,55 @@ def test_a_layer_that_could_not_run_is_merged_without_another_run(merged):
     RUNS.clear()
     composed.merge()
     assert not RUNS
+
+
+def tiny_llama():
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        num_attention_heads=2, pad_token_id=0, eos_token_id=None,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize("reads", [False, True])
+def test_a_loss_that_reads_the_head_after_sampling_called_it_is_told(copied, reads):
+    model = tiny_llama()
+    places = {"modules_to_save": ["lm_head"]} if copied else {"modified_modules": ["lm_head"]}
+    delta = LoraModel(model, reads=reads, **places)
+    delta.freeze_module()
+    ids = torch.tensor([[5, 6, 7]])
+    model.generate(ids, max_new_tokens=2, do_sample=False)
+    whole = model.forward
+
+    def forward(input_ids, fused=False):
+        if not fused:
+            return whole(input_ids)
+        states = model.model(input_ids).last_hidden_state
+        return torch.nn.functional.linear(states, model.lm_head.weight)
+
+    model.forward = forward
+    model.train()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        outs = [model(ids, fused=True) for _ in range(2)]
+    assert all(out.requires_grad == reads for out in outs) or copied
+    told = [str(each.message) for each in told if each.category is UnreachedWarning]
+    assert len(told) == (not reads)
+    assert all("on the head did not run in the first forward of" in text for text in told)
+
+
+def test_a_head_that_trains_after_sampling_is_not_told_of():
+    model = tiny_llama()
+    LoraModel(model, modified_modules=["lm_head"])
+    ids = torch.tensor([[5, 6, 7]])
+    model.generate(ids, max_new_tokens=2, do_sample=False)
+    model.train()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            model(ids).logits.sum().backward()
+        model.eval()(ids)
+    assert not opendelta.unreached(model)
+    assert not model._forward_pre_hooks

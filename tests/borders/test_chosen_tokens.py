@@ -494,3 +494,15 @@ def test_the_queries_of_a_q_former_are_no_tokens_of_the_text():
     expected = model.get_image_features(images).qformer_outputs.last_hidden_state
     found = model(pixel_values=images, input_ids=ids, attention_mask=mask)
     torch.testing.assert_close(found.qformer_outputs.last_hidden_state, expected)
+
+
+def test_first_tokens_of_images_that_are_one_row_are_refused():
+    text = {**HEAD, "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]}}
+    vision = {"depth": 1, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "patch_size": 4}
+    torch.manual_seed(0)
+    model = T.Qwen2VLModel(T.Qwen2VLConfig(text_config=text, vision_config=vision)).eval()
+    put(model, [r"[r]visual\.blocks\.0\.mlp\.fc2"])
+    pixels, grid = torch.randn(32, 96), torch.tensor([[1, 4, 4]] * 2)
+    with pytest.raises(SiteError, match=r"several images as one row \('grid_thw'\)"):
+        model.visual(pixels, grid)
+    assert model.visual(pixels[:16], grid[:1]).last_hidden_state.shape[0] == 16

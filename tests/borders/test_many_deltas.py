@@ -138,3 +138,25 @@ def test_deltas_that_lie_too_deep_for_compiled_code_are_refused_by_their_number(
         torch.compile(model, backend="eager")(x)
     torch._dynamo.reset()
     torch.testing.assert_close(model(x), expected)
+
+
+def test_many_blocks_inside_each_other_are_refused_in_compiled_code():
+    model, x = net(), torch.ones(1, 4)
+    shake(LoraModel(model, modified_modules=["0"], name="l"))
+    expected = model(x)
+    for n in range(20):
+        opendelta.AverageModel(model, deltas=[f"b{n - 1}" if n else "l"], name=f"b{n}")
+    torch.testing.assert_close(model(x), expected)
+    torch._dynamo.reset()
+    with pytest.raises(SiteError, match=r"21 deltas act on one Linear, .* in compiled code"):
+        torch.compile(model, backend="eager")(x)
+
+
+def test_layers_between_those_that_nest_count_too():
+    model, x = net(), torch.ones(1, 4)
+    for n in range(45):
+        MANY["lora"](model, n)
+        MANY["ia3"](model, 100 + n)
+    torch._dynamo.reset()
+    with torch.no_grad(), pytest.raises(SiteError, match=r"90 deltas .* in compiled code"):
+        torch.compile(model, backend="eager")(x)

@@ -424,3 +424,63 @@ def test_a_linear_that_stores_its_weight_turned_is_as_torch_s(make, name):
         both = opendelta.combine(own, {"lora": 1.0}, name="both")
         with composed.only(both):
             torch.testing.assert_close(own(x), expected, **near)
+
+
+class Flat(nn.Linear):
+    """For inputs of three axes alone."""
+
+    def forward(self, x):
+        batch, length, _ = x.shape
+        return (x.reshape(batch * length, -1) @ self.weight + self.bias).view(batch, length, -1)
+
+
+class WithMask(nn.Linear):
+    def __init__(self, inputs, outputs):
+        super().__init__(inputs, outputs)
+        self.register_buffer("mask", torch.ones(inputs, outputs))
+
+    def forward(self, x):
+        return x @ (self.weight * self.mask) + self.bias
+
+
+class Dims(nn.Module):
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.dim_in, self.dim_out = inputs, outputs
+        self.weight = nn.Parameter(torch.randn(inputs, outputs))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x):
+        return x @ self.weight + self.bias
+
+
+class Either(nn.Linear):
+    def __init__(self, inputs, outputs, config):
+        super().__init__(inputs, outputs)
+        self.config = config
+
+    def forward(self, x):
+        return x @ (self.weight if self.config["turned"] else self.weight.T) + self.bias
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Flat(6, 6), lambda: WithMask(6, 6), lambda: Dims(6, 6), lambda: Dims(6, 4),
+        lambda: Either(6, 6, {"turned": False}), lambda: Either(6, 6, {"turned": True}),
+    ],
+)  # fmt: skip
+def test_a_turned_weight_is_found_however_the_forward_is_written(make):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(make()), torch.randn(2, 5, 6)
+    delta = LoraModel(model, modified_modules=["0"], lora_r=2, use_dora=True)
+    own, layer = model[0], delta.layers["0"]
+    weight = own.weight.detach()
+    if not (isinstance(own, Either) and not own.config["turned"]):
+        weight = weight.T
+    with torch.no_grad():
+        layer.lora_B.normal_()
+    changed = weight + layer.scaling * layer.lora_B @ layer.lora_A
+    expected = x @ (weight.norm(dim=1) / changed.norm(dim=1) * changed.T) + own.bias
+    torch.testing.assert_close(model(x), expected)
+    torch.testing.assert_close(opendelta.composition(model).to_backbone()(x), expected)

@@ -1227,3 +1227,28 @@ def test_values_of_tokens_for_all_rows_at_once_are_refused_too(shape):
     put(model)
     with pytest.raises(SiteError, match="Weighs is given 'weights', which says something of each"):
         model(IDS, weights=torch.ones(shape))
+
+
+def test_the_cache_of_reformer_is_refused():
+    config = T.ReformerConfig(
+        vocab_size=60, hidden_size=32, num_attention_heads=4, attention_head_size=8,
+        feed_forward_size=48, attn_layers=["local"], local_attn_chunk_length=4, is_decoder=True,
+        axial_pos_embds=False, max_position_embeddings=64, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = T.ReformerModelWithLMHead(config).eval()
+    put(model)
+    with pytest.raises(SiteError, match=r"holds whole chunks, .* generate\(use_cache=False\)"):
+        model.generate(IDS, max_new_tokens=3, do_sample=False)
+    assert model.generate(IDS, max_new_tokens=3, use_cache=False).shape == (2, 11)
+
+
+def test_a_table_of_the_positions_of_images_is_no_limit():
+    vision = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+              "intermediate_size": 48, "image_size": 16, "patch_size": 8}  # fmt: skip
+    torch.manual_seed(0)
+    model = T.GitModel(T.GitConfig(vision_config=vision, **WIDE, bos_token_id=1, eos_token_id=2))
+    model.eval()
+    expected = run(model, WRITTEN)[:, LENGTH:]
+    put(model)
+    near(run(model, IDS), expected)

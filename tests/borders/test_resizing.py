@@ -255,3 +255,45 @@ def test_a_module_that_shares_the_embeddings_refuses_a_resize(name, copied, side
     assert torch.equal(model(**run).logits, before)
     delta.detach()
     model.resize_token_embeddings(56)
+
+
+BERT = {
+    "vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "intermediate_size": 24, "max_position_embeddings": 20,
+}  # fmt: skip
+AROUND = {
+    "copy of the head": (lambda m: LoraModel(m, modules_to_save=["cls"]), "'cls' holds a copy"),
+    "copy of the embeddings": (
+        lambda m: LoraModel(m, modules_to_save=["embeddings"]), "'bert.embeddings' holds a copy"
+    ),
+    "adapter": (lambda m: AdapterModel(m, modified_modules=["cls"]), "'cls' has the size of the v"),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::opendelta.TiedWeightWarning")
+@pytest.mark.parametrize("name", AROUND)
+def test_deltas_around_the_head_or_the_embeddings_refuse_a_resize(name):
+    put, why = AROUND[name]
+    model = transformers.BertForMaskedLM(transformers.BertConfig(**BERT)).eval()
+    put(model)
+    before = model(IDS).logits
+    with pytest.raises(DeltaError, match=why):
+        model.resize_token_embeddings(70)
+    assert torch.equal(model(IDS).logits, before)
+    assert model.config.vocab_size == 60
+
+
+def test_deltas_on_a_table_of_positions_refuse_its_resize():
+    config = transformers.DistilBertConfig(
+        vocab_size=60, dim=16, n_layers=1, n_heads=2, hidden_dim=24, max_position_embeddings=20
+    )
+    model = transformers.DistilBertForMaskedLM(config).eval()
+    delta = shake(LoraModel(model, modified_modules=["position_embeddings"]))
+    before = model(IDS).logits
+    with pytest.raises(DeltaError, match=r"resize_position_embeddings: 'lora' on .* on a table"):
+        model.resize_position_embeddings(30)
+    assert torch.equal(model(IDS).logits, before)
+    delta.detach()
+    shake(LoraModel(model, modified_modules=["q_lin"]))
+    model.resize_position_embeddings(30)
+    assert model.distilbert.embeddings.position_embeddings.num_embeddings == 30

@@ -84,11 +84,19 @@ def test_a_state_under_any_name_is_right_or_refused_by_name(put, name, masks):
 
 
 @pytest.mark.parametrize("name", ["past", "memory"])
-def test_a_state_that_lost_the_prompt_is_refused(name):
-    model = Masked(as_dict=False)  # all [batch, length, width] in a tuple are hidden states
+def test_a_state_from_before_the_prompt_is_refused(name):
+    model = Masked(as_dict=False)
+    _, state = model(IDS[:, :5], torch.ones(2, 5))
     prompt(model)
     with pytest.raises(SiteError, match=rf"'{name}' holds no 8 positions, of 5 tokens and of pro"):
-        both(model, name, masks=True)
+        model(IDS[:, 5:], torch.ones(2, 9), **{name: state})
+
+
+@pytest.mark.parametrize("name", [KNOWN, "past", "memory"])
+def test_states_in_a_tuple_keep_the_prompt(name):
+    model = Masked(as_dict=False)
+    prompt(model)
+    torch.testing.assert_close(*both(model, name, masks=True))
 
 
 def test_a_model_that_takes_no_mask_is_not_taken_for_one_without_a_state():
@@ -147,3 +155,178 @@ def test_norms_over_the_channels_before_the_time_are_refused(norm):
     model = nn.Sequential(nn.Conv1d(4, 8, 3), norm)
     with pytest.raises(SiteError, match=r"'1' .* returns \[batch, channels, ...\], \[2, 8, 14"):
         opendelta.AdapterModel(model, modified_modules=["1"], sample_inputs=torch.randn(2, 4, 16))
+
+
+class Holder:
+    """A state of somebody's own."""
+
+    def __init__(self, state):
+        self.state = state
+
+
+FORMS = {  # how a model hands its states on, and reads them
+    "pairs with a count": (lambda new: [(k, k.size(1)) for k in new], lambda s: [k for k, _ in s]),
+    "pairs with None": (lambda new: [(k, None) for k in new], lambda s: [k for k, _ in s]),
+    "pairs": (lambda new: tuple((k, k) for k in new), lambda s: [k for k, _ in s]),
+    "by number": (lambda new: {**dict(enumerate(new)), "length": 3}, lambda s: [s[0], s[1]]),
+    "an object": (Holder, lambda s: s.state),
+    "objects": (lambda new: [Holder([k]) for k in new], lambda s: [h.state[0] for h in s]),
+}
+
+
+class Formed(Attends):
+    def __init__(self, form, as_dict):
+        super().__init__(as_dict)
+        self.form = form
+
+    def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, **state):
+        h = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
+        write, read = FORMS[self.form]
+        old = next(iter(state.values()), None)
+        out = self.run(h, None if old is None else read(old))
+        if self.as_dict:
+            return out | {KNOWN: write(out[KNOWN])}
+        return out[0], write(out[1])
+
+
+@pytest.mark.parametrize("as_dict", [False, True])
+@pytest.mark.parametrize("masks", [False, True])
+@pytest.mark.parametrize("name", [KNOWN, "past", "memory"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("put", [loreft, prompt])
+def test_a_state_in_any_form_is_right_or_refused_by_name(put, form, name, masks, as_dict):
+    torch.manual_seed(0)
+    model = Formed(form, as_dict)
+    torch.testing.assert_close(*both(model, name, masks))
+    put(model)
+    if masks or (name == KNOWN and (as_dict or put is prompt)):
+        torch.testing.assert_close(*both(model, name, masks))
+        return
+    with pytest.raises(SiteError, match=r"may hold|how many came before"):
+        both(model, name, masks)
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.rnn = nn.Embedding(60, 16), nn.GRU(16, 16, batch_first=True)
+
+    def forward(self, input_ids, hidden=None):
+        return self.rnn(self.embedding(input_ids), hidden)
+
+
+def test_the_hidden_state_of_a_recurrent_model_is_one():
+    model = Recurrent()
+    shake(LoReftModel(model, modified_modules=["embedding"], first=2))
+    _, hidden = model(IDS[:, :5])
+    with pytest.raises(SiteError, match="as 'hidden' may hold"):
+        model(IDS[:, 5:], hidden)
+
+
+class Keeps(nn.Module):
+    """It holds its states inside, and is told where its tokens stand."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.kept = how, None
+        self.embedding, self.layer = nn.Embedding(60, 16), nn.Linear(16, 16)
+
+    def forward(
+        self, input_ids=None, attention_mask=None, inputs_embeds=None, start_pos=0, input_pos=None,
+        cache_position=None,
+    ):  # fmt: skip
+        h = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
+        first = {"start_pos": start_pos, "input_pos": input_pos, "cache_position": cache_position}
+        first = int(torch.as_tensor(first[self.how]).reshape(-1)[0])
+        x = self.layer(h)
+        self.kept = x if first == 0 else torch.cat([self.kept, x], 1)
+        seen = torch.ones(h.size(1), self.kept.size(1)).tril(first).bool()
+        return h + (x @ self.kept.mT).masked_fill(~seen, -1e9).softmax(-1) @ self.kept
+
+
+@pytest.mark.parametrize("how", ["start_pos", "input_pos", "cache_position"])
+def test_a_model_that_is_told_where_its_tokens_stand_counts_them(how):
+    model = Keeps(how)
+
+    def out(first, last):
+        places = torch.arange(first, last)
+        return model(IDS[:, first:last], **{how: first if how == "start_pos" else places})
+
+    def parts():
+        return out(0, 9), torch.cat([out(0, 5), out(5, 9)], 1)
+
+    torch.testing.assert_close(*parts())
+    delta = shake(LoReftModel(model, modified_modules=["layer"], first=2))
+    torch.testing.assert_close(*parts())
+    delta.detach()
+    prompt(model)
+    with pytest.raises(SiteError, match=f"Keeps is given '{how}', which says something of each"):
+        parts()
+
+
+class Pools(nn.Module):
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.embedding = how, nn.Embedding(60, 16)
+        self.layers, self.classifier = nn.ModuleList([nn.Linear(16, 16)]), nn.Linear(16, 3)
+
+    def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None):
+        h = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
+        h = self.layers[0](h)
+        return self.classifier(h[:, 0] if self.how == "first" else h.mean(1))
+
+
+@pytest.mark.parametrize("how", ["first", "mean"])
+def test_a_classifier_in_the_forward_itself_refuses_a_prompt(how):
+    model = Pools(how)
+    prompt(model)
+    with pytest.raises(SiteError, match=r"an output \[2, 3\] for 12 positions of prompt and tok"):
+        model(IDS)
+
+
+def by_hook(table):
+    table.register_forward_hook(lambda module, args, out: 2 * out)
+
+
+def by_instance(table):
+    own = table.forward
+    table.forward = lambda ids: 2 * own(ids)
+
+
+@pytest.mark.parametrize("change", [by_hook, by_instance])
+def test_a_prompt_starts_as_an_embedding_with_hooks_gives_it(change):
+    model = T.GPT2Model(T.GPT2Config(vocab_size=60, n_embd=16, n_layer=1, n_head=2)).eval()
+    change(model.wte)
+    tokens = [7, 9, 11]
+    delta = SoftPromptModel(model, soft_token_num=3, token_init=tokens)
+    torch.testing.assert_close(next(delta.parameters()).data, model.wte(torch.tensor(tokens)).data)
+
+
+@pytest.mark.filterwarnings("ignore::opendelta.LostGradientWarning")
+def test_a_prompt_starts_from_offloaded_and_quantised_embeddings():
+    accelerate = pytest.importorskip("accelerate")
+    torchao = pytest.importorskip("torchao.quantization")
+    config = T.GPT2Config(vocab_size=64, n_embd=64, n_layer=1, n_head=2)
+
+    def offloaded(model):
+        accelerate.cpu_offload(model, torch.device("cpu"))
+
+    def quantised(model):
+        torchao.quantize_(
+            model, torchao.Int8WeightOnlyConfig(), filter_fn=lambda _, name: name == "wte"
+        )
+
+    for change in (offloaded, quantised):
+        model = T.GPT2Model(config).eval()
+        change(model)
+        delta = SoftPromptModel(model, soft_token_num=3, token_init=[7, 9, 11])
+        expected = model.wte(torch.tensor([7, 9, 11]))
+        torch.testing.assert_close(next(delta.parameters()).data, expected.data)
+
+
+def test_channels_before_the_time_are_refused_around_convolutions_too():
+    block = nn.Sequential(nn.Conv1d(4, 8, 3), nn.ReLU())
+    with pytest.raises(SiteError, match=r"'0' .* returns \[batch, channels, time\], \[2, 8, 14"):
+        opendelta.AdapterModel(
+            nn.Sequential(block), modified_modules=["[r]^0$"], sample_inputs=torch.randn(2, 4, 16)
+        )

@@ -467,7 +467,7 @@ class Joins(Tower):
     """A module whose forward takes what nobody can guess."""
 
     def forward(self, x, *, y):
-        return super().forward(x + y)
+        return super().forward(x + y[..., :8] * y[..., 8:])
 
 
 class NeedsTwo(nn.Module):
@@ -486,6 +486,6 @@ def test_an_output_width_that_cannot_be_found_is_an_error_that_says_what_to_give
     with untouched(model), pytest.raises(SiteError, match=r"'net'.*sample_inputs"):
         AdapterModel(model, modified_modules=["net"])
 
-    samples = {"x": torch.zeros(1, 8), "y": torch.zeros(1, 8)}
+    samples = {"x": torch.zeros(1, 8), "y": torch.zeros(1, 16)}
     delta = AdapterModel(model, modified_modules=["net"], sample_inputs=samples)
     assert delta.layers["net"].width == 4

@@ -1019,6 +1019,22 @@ def test_deltas_that_peft_does_not_have_are_not_written(kind, method, options, m
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("outputs", [8, 6])
+def test_dora_on_a_weight_of_another_layout_is_not_written(outputs, tmp_path):
+    class Turned(torch.nn.Linear):
+        def __init__(self):
+            super().__init__(8, outputs)
+            self.weight = torch.nn.Parameter(torch.randn(8, outputs))
+
+        def forward(self, x):
+            return x @ self.weight + self.bias
+
+    delta = LoraModel(torch.nn.Sequential(Turned()), modified_modules=["0"], use_dora=True)
+    with pytest.raises(opendelta.DeltaError, match="PEFT's DoRA takes no Turned, whose weight is"):
+        interop.save(delta, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.covers("AverageModel", "GateModel", "FuseModel")
 @pytest.mark.parametrize("block", ["average", "gate", "fuse"])
 def test_blocks_are_not_written_but_the_deltas_in_them(block, tmp_path):

@@ -2,6 +2,7 @@
 
 import datetime
 import functools
+import gc
 import itertools
 import json
 import re
@@ -376,6 +377,32 @@ def what_is_around_the_modules_refuses_a_delta(pair: Pair, how: str) -> None:
         with pytest.raises(SiteError, match=rf"is inside {kind}, .*each rank would have another"):
             put(model, modified_modules=["blocks.0.q"])
     assert opendelta.composition(model).names == []
+
+
+@check()
+def ddp_refuses_to_train_what_was_frozen_as_it_wrapped(pair: Pair) -> None:
+    model = network()
+    first = LoraModel(model, modified_modules=["q"], name="first")
+    second = LoraModel(model, modified_modules=["o"], name="second")
+    first.freeze_module(exclude=["first"])
+    wrapped = DistributedDataParallel(model)
+    for train_second in (
+        lambda: second.freeze_module(exclude=["second"]),
+        lambda: second.requires_grad_(True),
+    ):
+        with pytest.raises(SiteError, match="attach and unfreeze first, wrap or initialize then"):
+            train_second()
+    assert not any(p.requires_grad for p in second.parameters())
+    first.freeze_module(exclude=["first"])
+    wrapped(*pair.inputs).sum().backward()
+    assert all(p.grad is not None for p in first.parameters())
+    gc.freeze()  # as before processes are forked
+    try:
+        with pytest.raises(SiteError, match="is inside DistributedDataParallel"):
+            LoraModel(model, modified_modules=["q"], name="third")
+        assert gc.get_freeze_count()
+    finally:
+        gc.unfreeze()
 
 
 @check(["block-wise", "leaf-wise"])

@@ -152,7 +152,10 @@ def _check_writable(delta: BaseDelta, backbone: Backbone) -> None:
             why = "it is inside a wrapper such as torch.compile's; write it from the plain model"
         if swap.weight_is_read(module, config.reads):
             why = "its weight is read by the module around it, which PEFT's layer is not asked for"
-        if isinstance(kind, TransposedLinear) and name in ("loha", "lokr", "oft"):
+        turned = isinstance(kind, TransposedLinear)
+        if turned and getattr(config, "use_dora", False) and not conv1d:
+            why = f"PEFT's DoRA takes no {type(module).__name__}, whose weight is [in, out]"
+        if turned and name in ("loha", "lokr", "oft"):
             why = f"PEFT's {name} takes no {'Conv1D' if conv1d else type(module).__name__}"
         if why or (not where and name != "soft_prompt"):
             raise DeltaError(f"{what}{where!r}: {why or 'PEFT changes no model as a whole'}")
