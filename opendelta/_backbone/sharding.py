@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import gc
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from .._layers.base import Acts, DeltaLayer
 from .._modules.kinds import Kind, kind_of
@@ -172,77 +171,6 @@ def _check_wrappers(backbone: Backbone, where: str) -> None:
                 "delta's gradients; attach to the module first, wrap it then",
                 where=where,
             )
-
-
-# {class of what is around a model: where it keeps the parameters that it found when it was made}
-ENGINES = {
-    "DistributedDataParallel": ("reducer",),
-    "FullyShardedDataParallel": ("_handle.flat_param._params",),
-    "DeepSpeedEngine": (
-        "optimizer.bit16_groups",
-        "optimizer.bf16_groups",
-        "optimizer.fp16_groups",
-        "optimizer.param_groups",
-    ),
-}
-
-
-def check_synchronised(
-    backbone: Backbone, places: Iterable[str], new: Sequence[nn.Parameter]
-) -> None:
-    """Raise if what is around a model will not synchronise parameters, or not train them.
-
-    Such an engine looks for the parameters when it wraps a model, and never again.
-
-    Args:
-        places: the names of the modules whose layers have them.
-        new: the parameters that are to train.
-    """
-    if not is_distributed() or not new:
-        return
-    sites = [backbone.modules[where] for where in places if where in backbone.modules]
-    inner = {*map(id, backbone.modules.values())}
-    kinds: dict[type, str] = {}
-    for each in _all_objects():  # a module does not know what is around it
-        cls = type(each)
-        if cls not in kinds:
-            kinds[cls] = next((b.__name__ for b in cls.__mro__ if b.__name__ in ENGINES), "")
-        if not (kind := kinds[cls]) or id(each) in inner or not isinstance(each, nn.Module):
-            continue
-        inside, known = {*map(id, each.modules())}, _known_to(each, ENGINES[kind])
-        site = next((site for site in sites if id(site) in inside), None)
-        if site is not None and any(id(p) not in known for p in new):
-            raise SiteError(
-                f"this {type(site).__name__} is inside {type(each).__name__}, which would not "
-                "synchronise the delta's gradients, nor train it: each rank would have another "
-                "delta; attach and unfreeze first, wrap or initialize then; if the wrapper, or the "
-                "trainer that holds it, has done its work, delete it first"
-            )
-
-
-def _all_objects() -> list[Any]:
-    """Return all objects that Python tracks, also those that gc.freeze() set aside."""
-    if not gc.get_freeze_count():
-        return gc.get_objects()
-    gc.unfreeze()
-    try:
-        return gc.get_objects()
-    finally:
-        gc.freeze()
-
-
-def _known_to(engine: nn.Module, tables: Sequence[str]) -> set[int]:
-    """Return the ids of the parameters that an engine, and others inside it, found."""
-    found: set[int] = set()
-    for part in engine.modules():
-        for name in tables:
-            table: Any = part
-            for step in name.split("."):
-                table = getattr(table, step, None)
-            if hasattr(table, "_get_zeros_like_grad_buckets"):  # the one door to what it reduces
-                table = [b.parameters() for b in table._get_zeros_like_grad_buckets()]
-            found |= {id(each) for each in tree_leaves(table)}
-    return found
 
 
 def _split(

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._backbone import engines
 from .._backbone.backbone import Backbone
 from .._backbone.inputs import Samples
 from .._deltas.base import BaseDelta, require_whole
@@ -332,13 +333,13 @@ def _placed(unfit: str, backbone: Backbone, deltas: Sequence[BaseDelta]) -> list
     Args:
         unfit: as for `_made`.
     """
-    placed: list[Placed] = []
-    known = known_records(backbone)
+    placed, known = list[Placed](), known_records(backbone)
     try:
-        for delta in deltas:
-            placed.append(place(backbone, delta, known=known))
-            placed[-1].pretend()
-            known = placed[-1].order
+        with engines.one_look():
+            for delta in deltas:
+                placed.append(place(backbone, delta, known=known))
+                placed[-1].pretend()
+                known = placed[-1].order
     except DeltaError as error:
         raise DeltaLoadError(f"{unfit}: {error}") from None
     return placed

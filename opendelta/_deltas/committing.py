@@ -14,7 +14,7 @@ from .._modules.tensors import lasting
 from .._sites import compile_limit, swap
 from ..errors import to_the_end
 from .base import HANDLES, BaseDelta
-from .first_forward import unwatch_forward, watch_forward
+from .first_forward import unwatch_forward, watch_forward, watch_head
 from .freezing import restore
 from .order import renumber
 from .placing import Placed
@@ -91,6 +91,7 @@ def _take_off(backbone: Backbone, record: Record) -> None:
     record.left = selection.Moment()
     shared = record.shared
     shared.records = [other for other in shared.records if other is not record]
+    watch_head(backbone)
     if not any(len(stack) for stack in backbone.stacks.values()):
         unwatch(backbone)
         restore(backbone, shared)

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Sequence
 
 from torch import Tensor, nn
 
-from .._backbone import sharding
+from .._backbone import engines
 from .._backbone.backbone import Backbone
 from .._backbone.patterns import compile_pattern, no_match, warn_unused
 from .._layers.record import Shared
@@ -72,7 +72,7 @@ def check_trains(backbone: Backbone, names: Collection[str]) -> None:
         for key, parameter in layer.named_parameters()
         if f"{dotted(join(where, SLOT, delta))}{key}" in names
     ]
-    sharding.check_synchronised(backbone, {w for w, _ in found}, [p for _, p in found])
+    engines.check_synchronised(backbone, {w for w, _ in found}, [p for _, p in found])
 
 
 def _name_of(backbone: Backbone, module: nn.Module | None) -> str:

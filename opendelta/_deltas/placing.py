@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from .._backbone import reading, sharding
+from .._backbone import engines, reading, sharding
 from .._backbone.backbone import Backbone
 from .._backbone.patterns import no_match
 from .._layers.base import Acts, DeltaLayer
@@ -88,7 +88,7 @@ def place(
     """
     backbone.require_unrouted(f"cannot attach {delta.name!r}")
     training = [p for p in delta.parameters() if p.requires_grad]
-    sharding.check_synchronised(backbone, delta.layers, training)
+    engines.check_synchronised(backbone, delta.layers, training)
     _check_owned(backbone, delta.layers)
     check_blocks(backbone, delta)
     for where, layer in delta.layers.items():

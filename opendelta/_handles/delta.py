@@ -11,7 +11,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from .._backbone import sharding
+from .._backbone import engines, sharding
 from .._backbone.backbone import Backbone
 from .._backbone.heads import warn_of_untrained
 from .._backbone.inputs import Samples
@@ -285,7 +285,7 @@ class Delta(AsModule):
         """
         if requires_grad and self.attached:
             around = Backbone.of(self.backbone_model)
-            sharding.check_synchronised(around, self.layers, list(self.parameters()))
+            engines.check_synchronised(around, self.layers, list(self.parameters()))
         for parameter in self.parameters():
             parameter.requires_grad_(requires_grad)
         return self

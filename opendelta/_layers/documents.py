@@ -40,6 +40,21 @@ def other_state_in(given: Mapping[str, Any]) -> str:
     return next((n for n, v in given.items() if n not in CACHES and _is_state(n, v)), "")
 
 
+def state_in(given: Mapping[str, Any]) -> str:
+    """Return the name of an argument that holds earlier tokens, under any name; or ""."""
+    own = (n for n in CACHES if given.get(n) is not None and earlier({CACHES[0]: given[n]}) != 0)
+    return next((n for n in own if not _is_empty(given[n])), "") or other_state_in(given)
+
+
+def _is_empty(state: Any) -> bool:
+    return isinstance(state, list | tuple | dict) and not _held_in(state)
+
+
+def may_be_state(name: str) -> bool:
+    """True if an argument of this name may hold earlier tokens."""
+    return name in (*CACHES, *STATES) or any(hint in name for hint in HINTS)
+
+
 def _is_state(name: str, value: Any) -> bool:
     if value is None or name.startswith(NO_STATES):
         return False

@@ -14,14 +14,14 @@ from .documents import CACHES
 
 
 def check_positions(out: Any, full: int, fewer: bool = True) -> None:
-    """Raise if an output has more than `full` positions, or fewer.
+    """Raise if an output has more than `full` positions, or none.
 
     Args:
         full: number of positions of tokens and prompts.
-        fewer: it may have fewer, as Funnel pools them.
+        fewer: it may have none, as Funnel pools them.
     """
     hidden = calls.hidden(out)
-    if not fewer and (hidden.ndim != 3 or hidden.size(1) < full):
+    if not fewer and hidden.ndim != 3:
         raise SiteError(
             f"an output {list(hidden.shape)} for {full} positions of prompt and tokens: the model "
             "reads some of them where the prompt still is, such as the first, or their mean: give "

@@ -22,7 +22,7 @@ from ..names import ancestors
 from ..names import last as last_step
 from . import recomputing
 from .base import Acts, DeltaLayer
-from .documents import SEQUENCE, Asks, Documents, cache_in, earlier, of_ends, other_state_in
+from .documents import SEQUENCE, Asks, Documents, earlier, may_be_state, of_ends, state_in
 
 READS = {"input_ids", "attention_mask"}
 EMBEDDED = ("input_ids", "inputs_embeds")
@@ -85,7 +85,7 @@ class _Running(threading.local):
     def __init__(self) -> None:
         # In each thread from the start: a compiled graph's guard must not see it come.
         self.documents: Documents | None = None
-        self.packed = ""  # what says that several images are one row in the running call
+        self.unsaid = ""  # why nothing says where rows begin in the running call
 
 
 _running = _Running()
@@ -176,11 +176,37 @@ class Apart(DeltaLayer):
         self.arguments = arguments(module)
 
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        before, _running.packed = _running.packed, _packed(named(self.arguments, args, kwargs))
-        try:
-            return during(None, call, *args, **kwargs)
-        finally:
-            _running.packed = before
+        name = _packed(named(self.arguments, args, kwargs))
+        why = f"is given several images as one row ({name!r})" if name else ""
+        return _unsaid(why, during, None, call, *args, **kwargs)
+
+
+class Continued(DeltaLayer):
+    """Lets layers inside a module know that it is given earlier tokens, which nothing counts.
+
+    Args:
+        module: the module, which is not kept.
+    """
+
+    acts = Acts.SERVES
+    routes_itself = True
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.arguments = arguments(module)
+
+    def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        name = state_in(named(self.arguments, args, kwargs))
+        why = f"runs after earlier tokens ({name!r}), which nothing counts" if name else ""
+        return _unsaid(why or _running.unsaid, call, *args, **kwargs)
+
+
+def _unsaid(why: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    before, _running.unsaid = _running.unsaid, why
+    try:
+        return call(*args, **kwargs)
+    finally:
+        _running.unsaid = before
 
 
 def _packed(given: Mapping[str, Any]) -> str:
@@ -249,7 +275,8 @@ class Tokens:
 
     def __init__(self, module: nn.Module, where: str) -> None:
         own = arguments(module)
-        self.where, self.arguments = where, own if set(own) >= READS else None
+        self.where, self.names = where, own
+        self.arguments = own if set(own) >= READS else None
         self.padding, self.beside_text = padding_id(module), is_beside_text(module)
 
     def chosen(
@@ -305,8 +332,8 @@ class Tokens:
             given = with_mask(named(self.arguments, args, kwargs), self.padding)
             documents = noted(given, self.where, asks)
         if documents is None:
-            if _running.packed:
-                self._refuse(asks, f"is given several images as one row ({_running.packed!r})")
+            if _running.unsaid:
+                self._refuse(asks, _running.unsaid)
             self._check_bare(asks, args, kwargs)
             documents = Documents({}, 1, h.size(-2), h.device)
         elif h.size(-2) != documents.length or (h.ndim > 2 and h.size(0) != documents.batch):
@@ -329,8 +356,7 @@ class Tokens:
             )
         masks = [value for name, value in kwargs.items() if "mask" in name]
         masks += [value for value in args[1:] if isinstance(value, Tensor) and value.ndim == 4]
-        state = cache_in(kwargs) is not None or other_state_in(kwargs)
-        if state or any(mask is not None for mask in masks):
+        if state_in(named(self.names, args, kwargs)) or any(mask is not None for mask in masks):
             self._refuse(
                 asks,
                 "is given a mask or a cache, but no module around it that has input_ids says which "
@@ -376,6 +402,8 @@ def notes_for(
         takes = [o for o in outer if set(arguments(modules[o])) >= READS]
         takes = takes or [o for o in outer if "input_ids" in arguments(modules[o])]
         inner = outer[: outer.index(takes[0])] if takes else ()
+        states = [] if takes else [o for o in outer if any(map(may_be_state, _own(modules[o])))]
+        found |= {o: Continued(modules[o]) for o in states if o not in made}
         beside = [o for o in inner if is_beside_text(modules[o])]
         found |= {o: Apart(modules[o]) for o in beside[-1:] if o not in made}
         for around in dict.fromkeys((*takes[:1], *takes[-1:])):
@@ -383,6 +411,10 @@ def notes_for(
             if around not in made and not two:
                 found[around] = Notes(modules[around], around, asks)
     return found
+
+
+def _own(module: nn.Module) -> list[str]:
+    return arguments(module)[1:]
 
 
 def check_not_causal(made: Mapping[str, DeltaLayer], modules: Mapping[str, nn.Module]) -> None:

@@ -4,6 +4,7 @@ Sizes come from this table, and never from the shape of a weight: quantised modu
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from ..names import SLOT
 from .arithmetic import linear, widened
 from .tensors import stored
 from .trials import norm_axis, takes_transposed
+from .trials import scales_by_weight as scales
 
 
 @dataclass(frozen=True)
@@ -246,7 +248,11 @@ def _norm(module: nn.Module, shape: tuple[int, ...], scales_by_weight: bool) -> 
     known = type(module).forward in (nn.LayerNorm.forward, nn.RMSNorm.forward) or len(shape) > 1
     axis = -1 if known else norm_axis(module, shape[0])
     settled = axis is not None
-    return Norm(0, shape[-1], shape, axis if axis is not None else -1, settled, scales_by_weight)
+    norm = Norm(0, shape[-1], shape, axis if axis is not None else -1, settled, scales_by_weight)
+    if scales_by_weight or not settled or norm.axis >= 0:
+        return norm
+    given = norm.example(3, torch.float32)[0].shape
+    return dataclasses.replace(norm, scales_by_weight=scales(module, given, norm.axis))
 
 
 def _embed_scale(module: nn.Embedding) -> float:

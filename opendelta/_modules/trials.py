@@ -18,6 +18,7 @@ from .tensors import lasting
 AXES = (-1, -3, -2, -4, 1, 0, 2)  # where a normalisation may work, in the order of trial
 SIZES = (2, 3, 5, 7, 11)  # of the other axes, with one to spare
 _found: dict[tuple, int | None] = {}
+_scaling: dict[tuple, bool] = {}
 _turned: Any = WeakKeyDictionary()  # {module: (its weight, whether it is stored as [in, out])}
 
 
@@ -160,3 +161,33 @@ def _is_turned(made: nn.Module, weight: Tensor) -> bool:
 
 def _along(one: Tensor, other: Tensor) -> Tensor:
     return (one * other).sum().abs() / other.norm()
+
+
+@torch.no_grad()
+def scales_by_weight(module: nn.Module, shape: tuple[int, ...], axis: int) -> bool:
+    """True if a normalisation's output is its weight times something else, channel by channel.
+
+    A forward is run once for its class; see `facts`.
+
+    Args:
+        shape: of an input.
+        axis: where the channels are in it, from the end.
+    """
+    key = facts(module)
+    if key not in _scaling:
+        made = alone(module)
+        own: Any = made._parameters
+        after = (1,) * (-1 - axis)
+        with lasting(), kept_random():
+            torch.manual_seed(0)
+            own.update({k: torch.randn(p.shape) for k, p in own.items() if p is not None})
+            x, by = torch.randn(shape), torch.linspace(0.5, 2.5, len(own["weight"]))
+            bias = own["bias"].view(-1, *after) if own.get("bias") is not None else 0
+            try:
+                plain = type(made).forward(made, x) - bias
+                own["weight"] = own["weight"] * by
+                out = type(made).forward(made, x) - bias
+                _scaling[key] = torch.allclose(out, plain * by.view(-1, *after), atol=1e-5)
+            except Exception:  # whatever a forward of somebody's own raises on such an input
+                _scaling[key] = False
+    return _scaling[key]

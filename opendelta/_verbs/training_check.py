@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from .._backbone import shapes, sharding
+from .._backbone import engines, shapes, sharding
 from .._backbone.apart import apart
 from .._backbone.backbone import Backbone, check_inputs
 from .._backbone.heads import advice, untrained
@@ -50,6 +50,8 @@ class CheckReport(InNotebooks):
         at_rest: trainable parameters in groups of the optimizer whose learning rate is 0, and
             that no scheduler changes.
         scaled_to_0: active deltas that train, and whose `scale` is 0.
+        unsynchronised: trainable parameters of deltas that DistributedDataParallel or another
+            wrapper around the model found frozen, or did not find, so that ranks diverge.
         untrained: heads that are frozen with the values of their start.
         frozen: the active deltas, if none of them trains.
         no_dropout: delta layers with dropout, of which none drops, as they are in eval mode.
@@ -73,6 +75,7 @@ class CheckReport(InNotebooks):
     strangers: int = 0
     at_rest: list[str] = field(default_factory=list)
     scaled_to_0: list[str] = field(default_factory=list)
+    unsynchronised: list[str] = field(default_factory=list)
     untrained: list[str] = field(default_factory=list)
     frozen: list[str] = field(default_factory=list)
     no_dropout: list[str] = field(default_factory=list)
@@ -106,12 +109,12 @@ class CheckReport(InNotebooks):
             (self.at_rest, "trainable parameters have a learning rate of 0", "give their group "
              "of the optimizer another lr"),
             (self.scaled_to_0, "deltas train with a scale of 0", "set delta.scale, or freeze them"),
-            (self.untrained, "modules are frozen and were never trained", advice(
-             self.untrained)),
+            (self.unsynchronised, "trainable parameters are not synchronised by what is around the "
+             "model", "each rank would have others; let them train before the model is wrapped"),
+            (self.untrained, "modules are frozen and were never trained", advice(self.untrained)),
             (self.frozen, "deltas are all frozen", 'put "deltas" into freeze_module(exclude=[...])'
              ", or call requires_grad_() of a delta"),
-            (self.no_dropout, "delta layers with dropout are in eval mode", "call model.train() "
-             "before training"),
+            (self.no_dropout, "delta layers with dropout are in eval mode", "call model.train()"),
             (self.narrow, "trainable delta tensors have 16 bits, which lose small steps", "call "
              "delta.to('float32'), then make the optimizer; model.to(...) casts deltas along, and "
              "a file may hold 16 bits. If 16 bits are meant, call delta.to('backbone')"),
@@ -188,11 +191,7 @@ def check(
         (False, ['0.deltas.late.lora_A', '0.deltas.late.lora_B'])
     """
     plain = _inner(model)
-    backbone = Backbone.of(plain, sample_inputs)
-    if not backbone.records():
-        raise DeltaError(f"{type(plain).__name__} carries no delta, so there is nothing to check")
-    sharding.settle(backbone)  # a gathered tensor has the dtype in which the model computes
-    sharding.check_uniform(backbone)
+    backbone = _settled(plain, sample_inputs)
     trainable = _trainable(backbone, plain)
     held = None if optimizer is None else _held(optimizer)
     at_rest = _at_rest(optimizer)
@@ -209,6 +208,7 @@ def check(
         strangers=len((held or {}).keys() - names.keys()),
         at_rest=[n for n, p in trainable.items() if id(p) in at_rest],
         scaled_to_0=_scaled_to_0(backbone),
+        unsynchronised=engines.unsynchronised(backbone),
         untrained=untrained(backbone),
         frozen=_all_frozen(backbone),
         no_dropout=_without_dropout(backbone),
@@ -220,6 +220,15 @@ def check(
         all_train=all(p.requires_grad for p in backbone.parameters().values()),
         not_checked=not_checked,
     )
+
+
+def _settled(plain: nn.Module, sample_inputs: Samples | None) -> Backbone:
+    backbone = Backbone.of(plain, sample_inputs)
+    if not backbone.records():
+        raise DeltaError(f"{type(plain).__name__} carries no delta, so there is nothing to check")
+    sharding.settle(backbone)  # a gathered tensor has the dtype in which the model computes
+    sharding.check_uniform(backbone)
+    return backbone
 
 
 def _trainable(backbone: Backbone, model: nn.Module) -> dict[str, nn.Parameter]:

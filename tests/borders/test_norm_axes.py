@@ -272,3 +272,50 @@ def test_an_axis_counted_from_the_front_is_that_of_inputs_of_any_rank(cls, dim, 
 def test_an_axis_that_depends_on_the_rank_is_refused_by_name(cls):
     with pytest.raises(SiteError, match=r"'0' \(ByRank\) normalises an axis that depends on how"):
         cls(nn.Sequential(ByRank(6)), modified_modules=["0"])
+
+
+class OnePlus(nn.Module):
+    """As Gemma's: its weight is no factor."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(width))
+
+    def forward(self, x):
+        return torch.nn.functional.rms_norm(x, (x.size(-1),)) * (1 + self.weight)
+
+
+OnePlus.__name__ = "OnePlusNorm"
+FAMILIES = {
+    "llama": (T.LlamaModel, T.LlamaConfig, True),
+    "qwen3": (T.Qwen3Model, T.Qwen3Config, True),
+    "gemma": (T.GemmaModel, T.GemmaConfig, False),
+    "t5": (T.T5EncoderModel, T.T5Config, True),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_norm_of_transformers_folds_where_its_weight_is_a_factor(name):
+    cls, config, folds = FAMILIES[name]
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_layers": 1, "num_heads": 2}
+    sizes |= {"num_key_value_heads": 2, "head_dim": 8}
+    torch.manual_seed(0)
+    model = cls(config(vocab_size=50, hidden_size=16, intermediate_size=24, **sizes)).eval()
+    ids = torch.tensor([[5, 6, 7]])
+    shake(LNTuningModel(model))
+    expected = model(ids).last_hidden_state
+    composed = opendelta.composition(model)
+    if not folds:
+        with pytest.raises(SiteError, match="does not scale by its weight"):
+            composed.merge()
+        return
+    torch.testing.assert_close(composed.to_backbone()(ids).last_hidden_state, expected)
+    composed.merge()
+    torch.testing.assert_close(model(ids).last_hidden_state, expected)
+
+
+def test_a_norm_whose_weight_is_no_factor_does_not_fold():
+    model = nn.Sequential(OnePlus(6))
+    shake(LNTuningModel(model, modified_modules=["0"]))
+    with pytest.raises(SiteError, match="does not scale by its weight"):
+        opendelta.composition(model).merge()

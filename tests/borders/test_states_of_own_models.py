@@ -330,3 +330,45 @@ def test_channels_before_the_time_are_refused_around_convolutions_too():
         opendelta.AdapterModel(
             nn.Sequential(block), modified_modules=["[r]^0$"], sample_inputs=torch.randn(2, 4, 16)
         )
+
+
+class Caching(nn.Module):
+    """A block with a state of its own in a mapping, as in small GPTs."""
+
+    def __init__(self):
+        super().__init__()
+        self.mlp = nn.Linear(16, 16)
+
+    def forward(self, x, cache=None):
+        if cache is not None:
+            keys = torch.cat([cache["k"], x], 1) if "k" in cache else x
+            cache["k"] = x = keys
+        return self.mlp(x)[:, -1:]
+
+
+class Gpt(nn.Module):
+    def __init__(self, by_keyword):
+        super().__init__()
+        self.by_keyword, self.emb = by_keyword, nn.Embedding(60, 16)
+        self.blocks = nn.ModuleList([Caching()])
+
+    def forward(self, idx, cache=None):
+        own = None if cache is None else cache[0]
+        x = self.emb(idx)
+        return self.blocks[0](x, cache=own) if self.by_keyword else self.blocks[0](x, own)
+
+
+def both_calls(model, state):
+    for ids in (IDS[:, :5], IDS[:, 5:]):
+        model(ids, state)
+
+
+@pytest.mark.parametrize("by_keyword", [False, True])
+@pytest.mark.parametrize("where", ["blocks.0", "blocks.0.mlp"])
+def test_blocks_that_are_given_a_state_without_token_ids_refuse_first_tokens(where, by_keyword):
+    model = Gpt(by_keyword)
+    shake(LoReftModel(model, modified_modules=[where], first=2))
+    model(IDS)
+    state = [{}]
+    with pytest.raises(SiteError, match=r"runs after earlier tokens|is given a mask or a cache"):
+        both_calls(model, state)

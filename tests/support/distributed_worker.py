@@ -393,6 +393,14 @@ def ddp_refuses_to_train_what_was_frozen_as_it_wrapped(pair: Pair) -> None:
         with pytest.raises(SiteError, match="attach and unfreeze first, wrap or initialize then"):
             train_second()
     assert not any(p.requires_grad for p in second.parameters())
+    assert not opendelta.check(model, batch(0)).unsynchronised
+    for parameter in second.parameters():
+        parameter.requires_grad_(True)  # by hand
+    told = opendelta.check(wrapped, batch(0))
+    assert {name.rpartition(".deltas.")[2].split(".")[0] for name in told.unsynchronised} == {
+        "second"
+    }
+    assert "not synchronised by what is around the model" in str(told)
     first.freeze_module(exclude=["first"])
     wrapped(*pair.inputs).sum().backward()
     assert all(p.grad is not None for p in first.parameters())

@@ -1,0 +1,135 @@
+"""Find what is around a model and trains it: DDP, the first FSDP, DeepSpeed's engine."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Iterable, Iterator, Sequence
+from contextvars import ContextVar
+from typing import Any
+
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from ..errors import SiteError
+from ..names import SLOT, join
+from .backbone import Backbone
+from .sharding import is_distributed
+
+# {class of what is around a model: where it keeps the parameters that it found when it was made}
+ENGINES = {
+    "DistributedDataParallel": ("reducer",),
+    "FullyShardedDataParallel": ("_handle.flat_param._params",),
+    "DeepSpeedEngine": (
+        "optimizer.bit16_groups",
+        "optimizer.bf16_groups",
+        "optimizer.fp16_groups",
+        "optimizer.param_groups",
+    ),
+}
+
+
+def check_synchronised(
+    backbone: Backbone, places: Iterable[str], new: Sequence[nn.Parameter]
+) -> None:
+    """Raise if what is around a model will not synchronise parameters, or not train them.
+
+    Args:
+        places: the names of the modules whose layers have them.
+        new: the parameters that are to train.
+    """
+    if not new:
+        return
+    sites = [backbone.modules[where] for where in places if where in backbone.modules]
+    for engine, inside, known in _around(backbone):
+        site = next((site for site in sites if id(site) in inside), None)
+        if site is not None and any(id(p) not in known for p in new):
+            raise SiteError(
+                f"this {type(site).__name__} is inside {type(engine).__name__}, which would not "
+                "synchronise the delta's gradients, nor train it: each rank would have another "
+                "delta; attach and unfreeze first, wrap or initialize then; if the wrapper, or the "
+                "trainer that holds it, has done its work, delete it first"
+            )
+
+
+def unsynchronised(backbone: Backbone) -> list[str]:
+    """Return the parameters of deltas that train, and that what is around does not synchronise."""
+    engines = _around(backbone)
+    return [
+        join(where, SLOT, name, key)
+        for where, name, layer in (backbone.delta_layers() if engines else ())
+        for key, parameter in layer.named_parameters()
+        if parameter.requires_grad
+        if any(
+            id(backbone.modules[where]) in inside and id(parameter) not in known
+            for _, inside, known in engines
+        )
+    ]
+
+
+_ENGINES: ContextVar[list[Any] | None] = ContextVar("opendelta_engines", default=None)
+
+
+@contextlib.contextmanager
+def one_look() -> Iterator[None]:
+    """Look for engines once inside, however many deltas are attached."""
+    token = _ENGINES.set(_engines())
+    try:
+        yield
+    finally:
+        _ENGINES.reset(token)
+
+
+def _around(backbone: Backbone) -> list[tuple[nn.Module, set[int], set[int]]]:
+    """Return (engine, ids of the modules inside, ids of the parameters that it found) of each.
+
+    Such an engine looks for the parameters when it wraps a model, and never again.
+    """
+    inner = {*map(id, backbone.modules.values())}
+    found = _ENGINES.get()
+    engines = _engines() if found is None else found
+    return [
+        (each, {*map(id, each.modules())}, _known_to(each, tables))
+        for each, tables in engines
+        if id(each) not in inner
+    ]
+
+
+def _engines() -> list[Any]:
+    """Return (engine, tables of its parameters) of all that there are in this process."""
+    if not is_distributed():
+        return []
+    kinds: dict[type, str] = {}
+    found = []
+    for each in _all_objects():  # a module does not know what is around it
+        cls = type(each)
+        if cls not in kinds:
+            kinds[cls] = next((b.__name__ for b in cls.__mro__ if b.__name__ in ENGINES), "")
+        if kinds[cls] and isinstance(each, nn.Module):
+            found.append((each, ENGINES[kinds[cls]]))
+    return found
+
+
+def _all_objects() -> list[Any]:
+    """Return all objects that Python tracks, also those that gc.freeze() set aside."""
+    if not gc.get_freeze_count():
+        return gc.get_objects()
+    gc.unfreeze()
+    try:
+        return gc.get_objects()
+    finally:
+        gc.freeze()
+
+
+def _known_to(engine: nn.Module, tables: Sequence[str]) -> set[int]:
+    """Return the ids of the parameters that an engine, and others inside it, found."""
+    found: set[int] = set()
+    for part in engine.modules():
+        for name in tables:
+            table: Any = part
+            for step in name.split("."):
+                table = getattr(table, step, None)
+            if hasattr(table, "_get_zeros_like_grad_buckets"):  # the one door to what it reduces
+                table = [b.parameters() for b in table._get_zeros_like_grad_buckets()]
+            found |= {id(each) for each in tree_leaves(table)}
+    return found
