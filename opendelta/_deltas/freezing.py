@@ -50,7 +50,9 @@ def freeze(
         for name, tensor in everything.items()
         if (SLOT in exclude and name in added) or (kept and kept & {"", *ancestors(name)})
     }
-    check_trains(backbone, {name for name in added if id(added[name]) in spared})
+    again = {n for n, tensor, memory in _remembered(backbone, shared) if n in memory and n in added
+             if id(tensor) in spared}  # fmt: skip
+    check_trains(backbone, again)
     restore(backbone, shared, within)
     memories = {name: memory for name, _, memory in _remembered(backbone, shared)}
     shared.excluded -= {name for name in shared.excluded if is_inside(name, within)}

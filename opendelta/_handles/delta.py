@@ -285,7 +285,8 @@ class Delta(AsModule):
         """
         if requires_grad and self.attached:
             around = Backbone.of(self.backbone_model)
-            engines.check_synchronised(around, self.layers, list(self.parameters()))
+            frozen = [p for p in self.parameters() if not p.requires_grad]
+            engines.check_synchronised(around, self.layers, frozen)
         for parameter in self.parameters():
             parameter.requires_grad_(requires_grad)
         return self

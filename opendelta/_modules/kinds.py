@@ -249,8 +249,9 @@ def _norm(module: nn.Module, shape: tuple[int, ...], scales_by_weight: bool) -> 
     axis = -1 if known else norm_axis(module, shape[0])
     settled = axis is not None
     norm = Norm(0, shape[-1], shape, axis if axis is not None else -1, settled, scales_by_weight)
-    has_weight = module._parameters.get("weight") is not None
-    if scales_by_weight or not has_weight or not settled or norm.axis >= 0:
+    weight = module._parameters.get("weight")
+    tried = weight is not None and weight.numel()  # a partitioned one is empty for a while
+    if scales_by_weight or not tried or not settled or norm.axis >= 0:
         return norm
     given = norm.example(3, torch.float32)[0].shape
     return dataclasses.replace(norm, scales_by_weight=scales(module, given, norm.axis))

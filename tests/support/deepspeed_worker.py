@@ -90,7 +90,7 @@ def main(stage, when, folder):
         engine.backward(loss)
         engine.step()
 
-    with pytest.raises(SiteError, match=r"inside DeepSpeedEngine, .*attach first, wrap or initial"):
+    with pytest.raises(SiteError, match=r"inside DeepSpeedEngine, .*attach and unfreeze first"):
         LoraModel(model, name="late")
     adapter.detach()
     adapter.attach()  # its parameters are known
