@@ -161,8 +161,8 @@ class Notes(DeltaLayer):
         return noting(noted(given, self.where, self.asks), call, *args, **kwargs)
 
 
-class Apart(DeltaLayer):
-    """Lets modules inside know of no text, as images and sounds have tokens of their own.
+class Listens(DeltaLayer):
+    """Hears by what arguments a module is called, for layers inside it that choose tokens.
 
     Args:
         module: the module, which is not kept.
@@ -174,6 +174,10 @@ class Apart(DeltaLayer):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.arguments = arguments(module)
+
+
+class Apart(Listens):
+    """Lets modules inside know of no text, as images and sounds have tokens of their own."""
 
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         name = _packed(named(self.arguments, args, kwargs))
@@ -181,19 +185,8 @@ class Apart(DeltaLayer):
         return _unsaid(why, during, None, call, *args, **kwargs)
 
 
-class Continued(DeltaLayer):
-    """Lets layers inside a module know that it is given earlier tokens, which nothing counts.
-
-    Args:
-        module: the module, which is not kept.
-    """
-
-    acts = Acts.SERVES
-    routes_itself = True
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.arguments = arguments(module)
+class Continued(Listens):
+    """Lets layers inside a module know that it is given earlier tokens, which nothing counts."""
 
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         name = state_in(named(self.arguments, args, kwargs))
@@ -211,7 +204,9 @@ def _unsaid(why: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> An
 
 def _packed(given: Mapping[str, Any]) -> str:
     """Return the name of an argument that says that several images are one row; or ""."""
-    sizes = {name: value for name, value in given.items() if isinstance(value, Tensor)}
+    sizes = {
+        name: value for name, value in given.items() if isinstance(value, Tensor) and value.ndim
+    }
     grids = (name for name, value in sizes.items() if "grid" in name and value.size(0) > 1)
     ends = (name for name, value in sizes.items() if name == "cu_seqlens" and len(value) > 2)
     return next(grids, next(ends, ""))
