@@ -93,8 +93,9 @@ def results_page(results: dict[str, Any]) -> str:
         f"{results['machine']['load']} at the start: {machine(results)}, opendelta "
         f"{results['machine']['opendelta']}. {met} of {len(asked)} musts are met."
     )
+    picture = "![opendelta and PEFT, side by side](results.svg)\n\n" if charted(rows) else ""
     return (
-        f"# Results\n\n{start}\n![opendelta and PEFT, side by side](results.svg)\n\n"
+        f"# Results\n\n{start}\n{picture}"
         f"{table(rows)}\n{wrapped(HOW)}{peak_memory(rows)}\n"
         f"{misses(rows)}"
         f"Each runs alone; `--help` lists the options:\n\n```sh\n{commands}\n```\n"
@@ -152,9 +153,16 @@ def with_section(text: str, results: dict[str, Any]) -> str:
 
 
 # ------------------------------------------------------------------------------ chart
+def charted(rows: list[Row]) -> list[Row]:
+    """The rows with a ratio that both libraries have."""
+    return [row for row in rows if row.unit in CHARTED and row.peft is not None]
+
+
 def chart(rows: list[Row], file: Path) -> None:
     """Bars of the ratios that both libraries have, and a line at 1 where nothing is added."""
-    shown = [row for row in rows if row.unit in CHARTED and row.peft is not None][::-1]
+    shown = charted(rows)[::-1]
+    if not shown:
+        return
     style: Any = {"svg.fonttype": "none", "svg.hashsalt": "opendelta", "font.family": "sans-serif"}
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(9, 0.9 + 0.36 * len(shown)))

@@ -186,6 +186,6 @@ def unwatch_forward(backbone: Backbone) -> None:
 
 def _take_away(backbone: Backbone, *kinds: type) -> None:
     for module in backbone.modules.values():
-        for hooks in (module._forward_hooks, module._forward_pre_hooks):
+        for hooks in filter(None, (module._forward_hooks, module._forward_pre_hooks)):
             for key in [k for k, hook in hooks.items() if isinstance(hook, kinds)]:
                 del hooks[key]

@@ -50,9 +50,9 @@ def freeze(
         for name, tensor in everything.items()
         if (SLOT in exclude and name in added) or (kept and kept & {"", *ancestors(name)})
     }
-    again = {n for n, tensor, memory in _remembered(backbone, shared) if n in memory and n in added
-             if id(tensor) in spared}  # fmt: skip
-    check_trains(backbone, again)
+    if spared and any(record.frozen for record in shared.records):
+        before = ((n, t) for n, t, memory in _remembered(backbone, shared) if n in memory)
+        check_trains(backbone, {n for n, t in before if n in added and id(t) in spared})
     restore(backbone, shared, within)
     memories = {name: memory for name, _, memory in _remembered(backbone, shared)}
     shared.excluded -= {name for name in shared.excluded if is_inside(name, within)}

@@ -47,8 +47,8 @@ def guard(backbone: Backbone, made: dict[str, DeltaLayer]) -> None:
         if module is None:
             continue
         tied = weight is not None and _weight_of(module) is weight
-        around = _is_bound(layer, there) and own & {*map(id, module.modules())}
-        if id(module) in own or tied or around:
+        has_own = module._modules and own & {*map(id, module.modules())}
+        if id(module) in own or tied or (has_own and _is_bound(layer, there)):
             made.setdefault("", RootLayer()).__dict__["resizer"] = resize
             return
 

@@ -273,14 +273,14 @@ def _is_matrix(module: nn.Module) -> bool:
 
     A weight of one axis may be a shard, and one of whole numbers is packed.
     """
-    weight = dict(module._parameters.items()).get("weight")  # a ScriptModule has no get
+    own = module._parameters  # a ScriptModule's has no get
+    weight = own["weight"] if "weight" in own else None
     return weight is None or not weight.is_floating_point() or weight.ndim <= 2
 
 
 def _linear(module: nn.Module, inputs: int, outputs: int) -> Kind:
     """Return the row of a linear module, which may store its weight as (in, out)."""
-    cls = vars(type(module)).get("_site_of", type(module))
-    if isinstance(module, torch.jit.ScriptModule) or cls.forward is LINEAR:
+    if isinstance(module, torch.jit.ScriptModule) or _is_torchs(module):
         return Kind(inputs, outputs)
     weight = module._parameters.get("weight")
     turned = weight is not None and weight.is_floating_point() and weight.shape == (inputs, outputs)
@@ -289,8 +289,15 @@ def _linear(module: nn.Module, inputs: int, outputs: int) -> Kind:
     return (TransposedLinear if turned else Kind)(inputs, outputs)
 
 
+def _is_torchs(module: nn.Module) -> bool:
+    """True if `module` computes what torch's Linear does."""
+    return vars(type(module)).get("_site_of", type(module)).forward is LINEAR
+
+
 def kind_of(module: nn.Module) -> Kind | None:
     """Return the table's row for `module`; None if its type says nothing about its sizes."""
+    if isinstance(module, nn.Linear) and _is_torchs(module) and _is_matrix(module):
+        return Kind(module.in_features, module.out_features)
     if isinstance(module, nn.Embedding):
         rows, width = module.num_embeddings, module.embedding_dim
         return Embedding(rows, width, module.padding_idx, _embed_scale(module))

@@ -207,6 +207,14 @@ def test_the_chart_shows_the_ratios_of_both(results, tmp_path):
             assert harness.spell(row.opendelta) in picture
 
 
+def test_results_without_such_ratios_have_no_chart(results, tmp_path):
+    attach = [found for found in results["benchmarks"] if found["benchmark"] == "attach"]
+    alone = {**results, "benchmarks": attach}
+    report.chart(report.rows_of(alone), tmp_path / "chart.svg")
+    assert not (tmp_path / "chart.svg").exists()
+    assert ".svg" not in report.results_page(alone)
+
+
 @pytest.mark.slow
 def test_some_run_in_processes_of_their_own_and_the_other_figures_stay(tmp_path, results):
     (tmp_path / "results.json").write_text(json.dumps(results))
