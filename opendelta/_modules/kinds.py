@@ -273,8 +273,9 @@ def _is_matrix(module: nn.Module) -> bool:
 
     A weight of one axis may be a shard, and one of whole numbers is packed.
     """
-    own = module._parameters  # a ScriptModule's has no get
-    weight = own["weight"] if "weight" in own else None
+    if "weight" not in module._parameters:
+        return True
+    weight = module._parameters["weight"]  # a ScriptModule's have no get
     return weight is None or not weight.is_floating_point() or weight.ndim <= 2
 
 
