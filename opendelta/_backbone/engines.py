@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from ..errors import SiteError
-from ..names import SLOT, join
+from ..names import SLOT, join, parent
 from .backbone import Backbone
 from .sharding import is_distributed
 
@@ -46,25 +46,39 @@ def check_synchronised(
         if site is not None and any(id(p) not in known for p in new):
             raise SiteError(
                 f"this {type(site).__name__} is inside {type(engine).__name__}, which would not "
-                "synchronise the delta's gradients, nor train it: each rank would have another "
-                "delta; attach and unfreeze first, wrap or initialize then; if the wrapper, or the "
-                "trainer that holds it, has done its work, delete it first"
+                "synchronise the gradients of what is to train, nor train it: each rank would have "
+                "other values; attach and unfreeze first, wrap or initialize then; if the wrapper, "
+                "or the trainer that holds it, has done its work, delete it first"
             )
 
 
+def check_trains(backbone: Backbone, names: Collection[str]) -> None:
+    """Raise if what is around a model would not train these parameters, by full name."""
+    chosen = [(where, p) for where, name, p in _named(backbone) if name in names]
+    check_synchronised(backbone, {where for where, _ in chosen}, [p for _, p in chosen])
+
+
 def unsynchronised(backbone: Backbone) -> list[str]:
-    """Return the parameters of deltas that train, and that what is around does not synchronise."""
+    """Return the parameters that train, and that what is around does not synchronise."""
     engines = _around(backbone)
     return [
-        join(where, SLOT, name, key)
-        for where, name, layer in (backbone.delta_layers() if engines else ())
-        for key, parameter in layer.named_parameters()
+        name
+        for where, name, parameter in (_named(backbone) if engines else ())
         if parameter.requires_grad
         if any(
             id(backbone.modules[where]) in inside and id(parameter) not in known
             for _, inside, known in engines
         )
     ]
+
+
+def _named(backbone: Backbone) -> Iterator[tuple[str, str, nn.Parameter]]:
+    """Yield (module, full name, parameter) of the parameters of the backbone and the deltas."""
+    for name, parameter in backbone.parameters().items():
+        yield parent(name), name, parameter
+    for where, delta, layer in backbone.delta_layers():
+        for key, parameter in layer.named_parameters():
+            yield where, join(where, SLOT, delta, key), parameter
 
 
 _ENGINES: ContextVar[list[Any] | None] = ContextVar("opendelta_engines", default=None)

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
-from torch import nn
+from typing import Any
+from weakref import WeakKeyDictionary
 
+import torch
+from torch import nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from torch.utils.weak import WeakIdKeyDictionary
+
+from .._layers.base import Acts
 from .._modules.tensors import is_plain
 from ..errors import UntrainedWarning, warn
-from ..names import ancestors, parent
+from ..names import SLOT, ancestors, is_inside, join, parent
 from .backbone import Backbone
+
+_stepped_by_fused: Any = WeakIdKeyDictionary()  # parameters
+# with a hash of those that it changed last
+_noted: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
 
 
 def untrained(backbone: Backbone) -> list[str]:
     """Return the outermost modules, with linear layers, that are frozen as they were made.
 
     Frozen, such a module is in no file, and another process makes it anew with other values. Only
-    models of which most parameters were loaded or trained are looked at.
+    models of which most parameters were loaded or trained are looked at. Copies that deltas have of
+    such modules are named too, with the names of their layers.
     """
     own = backbone.parameters()
     pretrained = {name for name, m in backbone.modules.items() if hasattr(m, "base_model_prefix")}
@@ -23,13 +35,45 @@ def untrained(backbone: Backbone) -> list[str]:
     fresh = {name for name, p in own.items() if _is_fresh(p, bool(_around(name) & pretrained))}
     if 2 * len(fresh) >= len(own):
         return []
-    copied = backbone.replaced()
-    fresh = {n for n in fresh if not own[n].requires_grad and not _around(n) & copied}
+    copies = _copies(backbone)
+    untrained_copies = [
+        join(where, SLOT, layer.record.name) for where, layer in copies.items()
+        if _is_untrained(layer.stand_in, {n: own[n] for n in fresh if is_inside(n, where)}, where)
+    ]  # fmt: skip
+    fresh = {n for n in fresh if not own[n].requires_grad and not _around(n) & copies.keys()}
     mixed = {where for name in own.keys() - fresh for where in _around(name)}
     found = {where for name in fresh for where in _around(name)} - mixed
     linear = {n for n, m in backbone.modules.items() if n in found and isinstance(m, nn.Linear)}
     heads = {where for name in linear for where in _around(f"{name}.weight")} & found
-    return [name for name in backbone.modules if name in heads and parent(name) not in heads]
+    outermost = [n for n in backbone.modules if n in heads and parent(n) not in heads]
+    return outermost + untrained_copies
+
+
+def _copies(backbone: Backbone) -> dict[str, Any]:
+    """Return {site: the layer of the copy that acts in its place}."""
+    layers = ((where, layer) for where, _, layer in backbone.delta_layers())
+    return {where: ly for where, ly in layers if ly.acts is Acts.INSTEAD and ly.record.active}
+
+
+def _is_untrained(copied: nn.Module, fresh: dict[str, nn.Parameter], where: str) -> bool:
+    """True if a copy with linear layers is frozen, and has the values of the start.
+
+    Args:
+        fresh: the parameters of the module that have those values, by full name.
+        where: the full name of the module.
+    """
+    own = dict(copied.named_parameters())
+    pairs = [(p, fresh[full]) for key, p in own.items() if (full := join(where, key)) in fresh]
+    linear = any(isinstance(part, nn.Linear) for part in copied.modules())
+    if not linear or len(pairs) < len(own) or any(p.requires_grad for p in own.values()):
+        return False
+    return all(_is_as_made(p, start) for p, start in pairs)
+
+
+def _is_as_made(parameter: nn.Parameter, start: Any) -> bool:
+    if parameter.shape != start.shape:  # it has another number of labels: no copy of values
+        return _is_fresh(parameter, pretrained=True)
+    return torch.equal(parameter.to(start), start)
 
 
 def _around(name: str) -> set[str]:
@@ -48,9 +92,22 @@ def _is_fresh(parameter: nn.Parameter, pretrained: bool) -> bool:
     """
     if parameter.is_meta or parameter.is_inference() or not is_plain(parameter):
         return False
-    if getattr(parameter, "_is_hf_initialized", False):
+    if getattr(parameter, "_is_hf_initialized", False) or parameter in _stepped_by_fused:
         return False
     return 1 <= parameter._version <= (2 if pretrained else 1)
+
+
+def _note_fused(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
+    """Note the parameters that a fused optimizer changes: torch does not count that."""
+    groups = (group["params"] for group in optimizer.param_groups if group.get("fused"))
+    stepped = [p for parameters in groups for p in parameters if p.grad is not None]
+    which = hash(tuple(map(id, stepped)))
+    if stepped and _noted.get(optimizer) != which:
+        _noted[optimizer] = which
+        _stepped_by_fused.update((p, True) for p in stepped)
+
+
+register_optimizer_step_post_hook(_note_fused)
 
 
 def warn_of_untrained(backbone: Backbone, verb: str) -> None:
@@ -59,18 +116,34 @@ def warn_of_untrained(backbone: Backbone, verb: str) -> None:
     Args:
         verb: a text about what happens to them, such as "is frozen".
     """
-    if heads := untrained(backbone):
-        what = f"{', '.join(map(repr, heads))} of {type(backbone.model).__name__} {verb}"
+    found = untrained(backbone)
+    kind = type(backbone.model).__name__
+    if copies := [name for name in found if _is_copy(name)]:
+        warn(
+            f"{', '.join(map(repr, copies))} of {kind} is frozen, and was never trained: it is a "
+            f"copy of a random start, so the outputs are random. To {advice(copies)}",
+            UntrainedWarning,
+        )
+    if heads := [name for name in found if not _is_copy(name)]:
+        what = f"{', '.join(map(repr, heads))} of {kind} {verb}"
         warn(
             f"{what}, with the values of a random start: the outputs are random too, and another "
-            f"process makes others. To {advice(heads)}",
+            f"process makes others. To {advice(heads)}. If you wrote its values through .data, "
+            "which torch does not count, all is well",
             UntrainedWarning,
         )
 
 
 def advice(heads: list[str]) -> str:
     """Return what to do with an untrained head."""
+    if heads and all(map(_is_copy, heads)):
+        return "train it with the deltas: freeze_module(exclude=['deltas']) lets it train"
+    heads = [name for name in heads if not _is_copy(name)]
     return (
         f"train it with the deltas, call freeze_module(exclude={['deltas', *heads]}), or make the "
         f"delta with modules_to_save={heads}"
     )
+
+
+def _is_copy(name: str) -> bool:
+    return SLOT in name.split(".")

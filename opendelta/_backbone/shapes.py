@@ -14,15 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from .._layers import prefix
 from .._layers.site import Heads, Widths
 from .._modules import calls
 from .._modules.devices import device_and_dtype
-from .._modules.faking import on_shapes
+from .._modules.faking import Restoring, on_shapes
 from .._modules.kinds import ACROSS_CHANNELS
-from .._modules.process import kept_random
+from .._modules.process import eager, kept_random
 from .._modules.tensors import is_lazy
 from .._modules.wrappers import computing_device, placing_hooks
 from ..errors import SiteError
@@ -116,14 +115,12 @@ def _run_as(
     dtype = cast or (torch.float32 if own == torch.float16 else own)
     with on_shapes() as mode, torch.set_grad_enabled(grad):
 
-        def fake(value: Any) -> Any:
-            if not isinstance(value, Tensor):
-                return value
+        def fake(value: Tensor) -> Tensor:
             kind = dtype if value.is_floating_point() else value.dtype
             return mode.empty(value.shape, kind, device)
 
         _put_stand_ins(module, None, mode, cast, device)
-        return module(*tree_map(fake, args), **tree_map(fake, kwargs))
+        return module(*calls.map_tensors(fake, args), **calls.map_tensors(fake, kwargs))
 
 
 def _run_with_values(
@@ -132,17 +129,17 @@ def _run_with_values(
     module = backbone.modules[where]
     device, dtype = device_and_dtype([module])
 
-    def moved(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
+    def moved(value: Tensor) -> Tensor:
         kind = dtype if value.is_floating_point() else value.dtype
         return value.to(device, kind).contiguous()
 
     for part in module.modules():
         for name, buffer in part._buffers.items():
             part._buffers[name] = None if buffer is None else buffer.clone()
-    with kept_random(), torch.set_grad_enabled(grad):
-        return module(*tree_map(moved, args), **tree_map(moved, kwargs))
+    own = list(module.parameters())
+    _put_others(module)
+    with eager(), kept_random(), Restoring(own), torch.set_grad_enabled(grad):
+        return module(*calls.map_tensors(moved, args), **calls.map_tensors(moved, kwargs))
 
 
 def _put_stand_ins(
@@ -151,20 +148,24 @@ def _put_stand_ins(
     mode: Any,
     dtype: torch.dtype | None = None,
     for_meta: torch.device | None = None,
+    made: dict[int, nn.Parameter] | None = None,
 ) -> None:
-    """Replace by fake tensors the tensors that a run would change or load.
+    """Replace the tensors that a run would change or load.
 
-    These are the buffers: an operation on real tensors alone is carried out even in fake mode. And
-    they are the parameters that accelerate offloaded. All floating tensors get `dtype`, if given.
+    Fake tensors stand in for buffers, as an operation on real tensors alone is carried out even in
+    fake mode, and for the parameters that accelerate offloaded; others of the same memory for the
+    other parameters, as a forward may write to `.data`. All floating tensors get `dtype`, if given.
 
     Args:
         device: where accelerate brings the tensors of `module`, or None.
         for_meta: the device of tensors on the meta device that accelerate brings nowhere: WavLM on
             the meta device has one tensor on the CPU.
+        made: {id of a parameter: what stands in for it}; a tied one is one there too.
     """
     if isinstance(module, torch.jit.ScriptModule):
         return
     device = computing_device(module) or device
+    made = {} if made is None else made
     for hook in placing_hooks(module):
         hook.offload = False
     tables: list[dict[str, Any]] = [module._parameters, module._buffers]
@@ -183,8 +184,26 @@ def _put_stand_ins(
                 ).float()  # models check float16 values for overflow
             elif table is module._buffers:
                 table[name] = mode.from_tensor(tensor)
+            elif type(tensor) is nn.Parameter:
+                table[name] = made.setdefault(id(tensor), _like(tensor))
     for child in module.children():
-        _put_stand_ins(child, device, mode, dtype, for_meta)
+        _put_stand_ins(child, device, mode, dtype, for_meta, made)
+
+
+def _put_others(module: nn.Module) -> None:
+    """Give `module` other parameters of the same memory, as a forward may write to `.data`."""
+    made: dict[int, nn.Parameter] = {}
+    for part in module.modules():
+        own = {k: p for k, p in part._parameters.items() if type(p) is nn.Parameter}
+        if not isinstance(part, torch.jit.ScriptModule):
+            part._parameters.update({k: made.setdefault(id(p), _like(p)) for k, p in own.items()})
+
+
+def _like(parameter: nn.Parameter) -> nn.Parameter:
+    """Return another parameter of the same memory, whose writes are counted apart."""
+    new = nn.Parameter(parameter.data, parameter.requires_grad)
+    new.__dict__.update(parameter.__dict__)
+    return new
 
 
 def widths(backbone: Backbone, names: Sequence[str]) -> dict[str, Widths]:
@@ -344,6 +363,8 @@ def dry_run(
     enough: Callable[[], bool] = lambda: True,
 ) -> None:
     """Run the backbone on shapes, with gradients, and give `look` the output.
+
+    When it looks, others stand in for the parameters.
 
     Args:
         backbone: what `apart` yields for the user's backbone.

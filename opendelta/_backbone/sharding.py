@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from .._layers.base import Acts, DeltaLayer
+from .._modules.calls import map_tensors
 from .._modules.kinds import Kind, kind_of
 from .._modules.tensors import is_dtensor, is_sharded, shape, stored
 from .._sites.split import Split
@@ -302,7 +302,7 @@ def _return_no_view(_layer: nn.Module, _args: Any, output: Any) -> Any:
     def own(tensor: Tensor) -> Tensor:
         return tensor.clone() if tensor.requires_grad and tensor._is_view() else tensor
 
-    return tree_map_only(Tensor, own, output)
+    return map_tensors(own, output)
 
 
 @contextlib.contextmanager

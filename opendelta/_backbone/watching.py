@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter, tree_map_only
+from torch.utils._pytree import tree_iter
 
 from .._modules import trials
+from .._modules.calls import map_tensors
 from .._modules.devices import device_and_dtype
 from .._modules.faking import Shapes, on_shapes
 from .._modules.tensors import memory_of
@@ -175,7 +176,7 @@ def of_part(backbone: Backbone, names: list[str]) -> Watch | None:
                 fake = functools.partial(_fake, mode, device_and_dtype([around])[0])
                 watch = Watch({name: made.get_submodule(last(name)) for name in names}, [made])
                 watch.plant(made)
-                args, kwargs = tree_map_only(Tensor, fake, (args, kwargs))
+                args, kwargs = map_tensors(fake, (args, kwargs))
                 made(*args, **kwargs)
             except Exception:  # a forward may raise anything
                 continue

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from .._backbone import engines
 from .._backbone.backbone import Backbone
 from .._backbone.patterns import compile_pattern, no_match, warn_unused
+from .._backbone.sharding import is_distributed
 from .._layers.record import Shared
 from ..errors import DeltaError
 from ..names import SLOT, ancestors, dotted, is_inside, join
@@ -50,9 +51,9 @@ def freeze(
         for name, tensor in everything.items()
         if (SLOT in exclude and name in added) or (kept and kept & {"", *ancestors(name)})
     }
-    if spared and any(record.frozen for record in shared.records):
+    if spared and _any_frozen(shared) and is_distributed():
         before = ((n, t) for n, t, memory in _remembered(backbone, shared) if n in memory)
-        check_trains(backbone, {n for n, t in before if n in added and id(t) in spared})
+        engines.check_trains(backbone, {n for n, t in before if id(t) in spared})
     restore(backbone, shared, within)
     memories = {name: memory for name, _, memory in _remembered(backbone, shared)}
     shared.excluded -= {name for name in shared.excluded if is_inside(name, within)}
@@ -64,17 +65,6 @@ def freeze(
         elif tensor.requires_grad:
             memories[name].add(name)
             tensor.requires_grad_(False)
-
-
-def check_trains(backbone: Backbone, names: Collection[str]) -> None:
-    """Raise if an engine around the model would not train these parameters of deltas."""
-    found: list[tuple[str, nn.Parameter]] = [
-        (where, parameter)
-        for where, delta, layer in backbone.delta_layers()
-        for key, parameter in layer.named_parameters()
-        if f"{dotted(join(where, SLOT, delta))}{key}" in names
-    ]
-    engines.check_synchronised(backbone, {w for w, _ in found}, [p for _, p in found])
 
 
 def _name_of(backbone: Backbone, module: nn.Module | None) -> str:
@@ -91,12 +81,16 @@ def _name_of(backbone: Backbone, module: nn.Module | None) -> str:
 
 def restore(backbone: Backbone, shared: Shared, within: str = "") -> None:
     """Make the parameters inside `within` that `freeze` froze trainable again, and forget them."""
-    if not shared.frozen and not any(record.frozen for record in shared.records):
+    if not _any_frozen(shared):
         return
     for name, parameter, memory in _remembered(backbone, shared):
         if name in memory and is_inside(name, within):
             parameter.requires_grad_(True)
             memory.discard(name)
+
+
+def _any_frozen(shared: Shared) -> bool:
+    return bool(shared.frozen) or any(record.frozen for record in shared.records)
 
 
 def _remembered(backbone: Backbone, shared: Shared) -> Iterator[tuple[str, Tensor, set[str]]]:

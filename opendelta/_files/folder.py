@@ -132,7 +132,7 @@ def write(folder: Path, config: dict[str, Any], tensors: Mapping[str, Tensor]) -
     refused = f"what is to be saved in {folder}"
     if problem := excess(_text(lines, "0" * 64)):
         raise DeltaError(f"{refused} {problem}: save fewer deltas in one")
-    with writable(folder), _made(folder), locked(folder) as alone:
+    with writable(folder), made(folder), locked(folder) as alone:
         old = [*folder.glob(OWN)]
         with replacing(folder) as (new, put):
             write_tensors(new, tensors)
@@ -162,7 +162,7 @@ def write_options(folder: Path, options: Mapping[str, Any]) -> None:
     if is_ours(folder):
         raise DeltaError(f"{folder} holds a saved delta; save a config into a folder of its own")
     text = json.dumps({"format": OPTIONS, **options}, indent=2)
-    with writable(folder), _made(folder):
+    with writable(folder), made(folder):
         replace(folder / CONFIG, f"{text}\n".encode())
 
 
@@ -210,7 +210,7 @@ def _text(lines: Iterable[str], digest: str) -> bytes:
 
 
 @contextlib.contextmanager
-def _made(folder: Path) -> Iterator[None]:
+def made(folder: Path) -> Iterator[None]:
     """Make `folder` if need be; remove a new folder if an error is raised and it is empty."""
     there = folder.exists()
     folder.mkdir(parents=True, exist_ok=True)

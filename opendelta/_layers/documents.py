@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .._modules.calls import every
 from ..errors import SiteError, quoted
 from .masks import agrees
 
@@ -22,8 +23,10 @@ CACHES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_stat
 # Arguments that begin so hold no state of earlier tokens, in whatever form they come.
 NO_STATES = (
     "encoder_", "decoder_", "cross_", "head_mask", "pixel_", "image", "video", "vision", "visual",
-    "audio", "deepstack", "position_", "input", "attention_mask", "output_", "labels",
+    "audio", "deepstack", "position_", "input", "attention_mask", "output_", "labels", "cond",
+    "control",
 )  # fmt: skip
+NONE_HELD = "if it holds no earlier tokens, begin its name with 'cond'"
 HINTS = ("past", "prev", "history", "cache")  # in the name of a tensor that is such a state
 STATES = ("hidden", "kv", "hx", "h0", "h_0")  # or these are its name
 PLACES = ("cache_position", "input_pos")  # arguments that number the tokens of a call
@@ -36,8 +39,11 @@ def cache_in(given: Mapping[str, Any]) -> Any:
 
 
 def other_state_in(given: Mapping[str, Any]) -> str:
-    """Return the name of an argument that looks like such a state, under another name; or ""."""
-    return next((n for n, v in given.items() if n not in CACHES and _is_state(n, v)), "")
+    """Return the name of an argument that looks like such a state, and is not known for one; or "".
+
+    A tensor under the name of a state is one if an earlier call returned it.
+    """
+    return next((n for n, v in given.items() if _is_state(n, v)), "")
 
 
 def state_in(given: Mapping[str, Any]) -> str:
@@ -58,6 +64,9 @@ def may_be_state(name: str) -> bool:
 def _is_state(name: str, value: Any) -> bool:
     if value is None or name.startswith(NO_STATES):
         return False
+    if name in CACHES:
+        lone = isinstance(value, Tensor) and not torch.compiler.is_compiling()
+        return lone and _noted(value) is None
     if isinstance(value, Tensor):
         named = name in STATES or any(hint in name for hint in HINTS)
         return named and value.is_floating_point() and value.ndim > 1
@@ -65,24 +74,8 @@ def _is_state(name: str, value: Any) -> bool:
 
 
 def _held_in(value: Any) -> list[Tensor]:
-    """Return the tensors in lists, tuples, mappings and plain objects, at any depth."""
-    found: list[Tensor] = []
-    seen: set[int] = set()
-    todo = [value]
-    while todo:
-        each = todo.pop()
-        if id(each) in seen:
-            continue
-        seen.add(id(each))
-        if isinstance(each, Tensor):
-            found.append(each)
-        elif isinstance(each, Mapping):
-            todo += each.values()
-        elif isinstance(each, list | tuple):
-            todo += each
-        elif not isinstance(each, nn.Module | type) and hasattr(each, "__dict__"):
-            todo += vars(each).values()
-    return found
+    """Return the tensors in lists, tuples, mappings and objects, at any depth."""
+    return list(every(Tensor, value, objects=True))
 
 
 def has_axis(state: Any, size: int) -> bool:
@@ -93,7 +86,7 @@ def has_axis(state: Any, size: int) -> bool:
 def earlier(given: Mapping[str, Any]) -> int | None:
     """Return the number of tokens that a call's cache holds; None: some, and it counts none."""
     cache = cache_in(given)
-    if cache is None:
+    if cache is None or _is_empty(cache):
         return 0
     cache = getattr(cache, "self_attention_cache", cache)
     layers = getattr(cache, "layers", (cache,))
@@ -294,11 +287,9 @@ class Documents:
             self.several and agrees(self.shown, self._number(self._seen()), self.held)
         )
         if not padding or (self.continued and not self._before()):
-            other = f", as {self.other_state!r} may hold" if self.other_state else ""
             raise SiteError(
                 f"{asks.option}: the call of {quoted(where)} does not say by its mask, position "
-                f"ids and cache which tokens are padding and how many came before{other}: give "
-                "position_ids, or an attention_mask [batch, length] for all tokens",
+                f"ids and cache which tokens are padding and how many came before{self._way_out()}",
                 where=where,
             )
         if asks.all_tokens and self.continued:
@@ -308,6 +299,11 @@ class Documents:
                 + ("first=..." if asks is LAST else asks.instead),
                 where=where,
             )
+
+    def _way_out(self) -> str:
+        if not self.other_state:
+            return ": give position_ids, or an attention_mask [batch, length] for all tokens"
+        return f", as {self.other_state!r} may hold: give position_ids, or, {NONE_HELD}"
 
     def firsts(self) -> Tensor:
         """Return booleans [batch or 1, length]: true for the first token of each document."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import SiteError, quoted
 from ..names import ancestors
-from .documents import CACHES, PLACES, START, latest, other_state_in
+from .documents import CACHES, NONE_HELD, PLACES, START, latest, other_state_in
 from .site import Site
 from .tokens import EMBEDDED
 
@@ -183,7 +183,8 @@ def unknown(given: Mapping[str, Any], batch: int, length: int) -> str:
     if other and (mask is None or mask.size(1) == length):
         return (
             f"{other!r}, which may hold earlier tokens and the prompt, and nothing says so: give "
-            f"an attention_mask for all tokens, or name the argument {CACHES[0]!r}"
+            f"an attention_mask for all tokens, return it in a dict as {CACHES[0]!r}, or, "
+            f"{NONE_HELD}"
         )
     for name, value in given.items():
         of_tokens = _has_tokens(value, batch, length) and not name.startswith(OTHERS)

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
+from .._modules import calls
 from .._modules.tensors import FLOATS
 from .base import Acts, DeltaLayer, Params, Passive
 from .dtypes import dtype_for
@@ -123,4 +123,4 @@ def _tensors_of(module: nn.Module) -> dict[str, Tensor]:
 
 def _cast(value: Any, before: torch.dtype, after: torch.dtype) -> Any:
     """Return `value` with the tensors of one dtype, at any depth, in another."""
-    return tree_map_only(Tensor, lambda t: t.to(after) if t.dtype == before else t, value)
+    return calls.map_tensors(lambda t: t.to(after) if t.dtype == before else t, value)

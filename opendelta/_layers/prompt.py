@@ -35,7 +35,7 @@ from .layout import (
     widen_values,
 )
 from .site import Site
-from .strip import Strip, StripInput, WithPrompt, check_positions, laid, strip
+from .strip import Strip, StripInput, WithPrompt, check_pooled, check_positions, laid, strip
 from .tokens import EMBEDDED, arguments, mask_around, named, noting, padding_id, with_mask
 
 STATES = "encoder_hidden_states"
@@ -127,7 +127,10 @@ class PromptLayer(WithPrompt):
         out = noting(widened, call, **given)
         if not self.strip:
             return out
-        check_positions(out, layout.full, fewer=self.library or self.stripper is not None)
+        known = self.library or self.stripper is not None
+        check_positions(out, layout.full, fewer=known)
+        if not (known or self.pooled):
+            check_pooled(out, batch)
         return strip(out, layout.slot_of, layout.full, self.library)
 
     def _numbered(
@@ -240,7 +243,8 @@ class PromptLayer(WithPrompt):
                     f"{prompts} must hold {mask.size(1) - length + prompts}"
                 )
             self._check_began(mask, length)
-            given["attention_mask"] = Layout(starts(mask), self.length).widened(mask, 1)
+            if mask.size(1) > length:  # else it is of the new tokens alone
+                given["attention_mask"] = Layout(starts(mask), self.length).widened(mask, 1)
         if positions is not None:
             if held and mask is None:
                 self._check_places(positions, held - prompts)

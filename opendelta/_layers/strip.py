@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor
 
@@ -36,6 +37,22 @@ def check_positions(out: Any, full: int, fewer: bool = True) -> None:
         )
 
 
+def check_pooled(out: Any, batch: int) -> None:
+    """Raise if an output has values of whole rows, beside the hidden states.
+
+    The forward that made them may have read a position of the prompt, or a mean over it.
+    """
+    for key, item in (calls.items_of(out) or {}).items():
+        of_rows = isinstance(item, Tensor) and item.ndim in (1, 2) and item.size(0) == batch
+        if of_rows and key not in CACHES:
+            raise SiteError(
+                f"an output {key!r} of the shape {list(item.shape)} beside the hidden states: the "
+                "model may read it where the prompt still is, such as from the first position, or "
+                "from their mean: let a module around it do that, give strip=False and read the "
+                "tokens' positions, or choose another method"
+            )
+
+
 def strip(value: Any, slot_of: Tensor, full: int, nested: bool = True) -> Any:
     """Return `value` without the prompts in hidden states of `full` positions.
 
@@ -44,9 +61,7 @@ def strip(value: Any, slot_of: Tensor, full: int, nested: bool = True) -> Any:
         nested: lists and tuples inside hold hidden states, and no state of earlier tokens.
     """
     if isinstance(value, Tensor):
-        if value.ndim != 3 or value.shape[:2] != (slot_of.size(0), full):
-            return value
-        return value.gather(1, slot_of.to(value.device)[..., None].expand(-1, -1, value.size(2)))
+        return _at_tokens(slot_of, full, value) if value.ndim == 3 else value
     if isinstance(value, dict):  # a ModelOutput, whose fields and items are the same
         several = (tuple, list) if nested else ()
         for key, item in value.items():
@@ -58,7 +73,7 @@ def strip(value: Any, slot_of: Tensor, full: int, nested: bool = True) -> Any:
     if isinstance(value, tuple | list):
         kept = () if nested else (list, tuple, dict)
         items = [v if isinstance(v, kept) else strip(v, slot_of, full) for v in value]
-        return calls.like(value, items)
+        return calls.like(value, dict(enumerate(items)))
     return value
 
 
@@ -118,14 +133,29 @@ class StripInput(WithPrompt):
     acts = Acts.SERVES
 
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        layouts = LAID.value or ()
-        x = calls.first_input(args, kwargs)
+        layouts: Any = LAID.value or ()
         for slot_of, full in reversed(layouts):
-            x = strip(x, slot_of, full)
+            taken = functools.partial(_at_tokens, slot_of, full)
+            args, kwargs = calls.map_tensors(taken, args), calls.map_tensors(taken, kwargs)
+        x = calls.first_input(args, kwargs)
         if layouts and (x.ndim != 3 or x.shape[:2] != layouts[0][0].shape):
-            raise SiteError(
-                f"{self.record.name!r}: a pooler is given {list(x.shape)}, which does not show "
-                "where the prompt is: give strip=False"
-            )
-        args, kwargs = calls.replace_input(args, kwargs, x)
+            self._refuse(x)
+        for other in calls.every(Tensor, [args, kwargs]) if layouts else ():
+            sizes = other.shape[1:-1] if other.ndim == 3 else other.shape[1:]
+            if layouts[-1][1] in sizes and other is not x:
+                self._refuse(other)
         return call(*args, **kwargs)
+
+    def _refuse(self, x: Tensor) -> NoReturn:
+        raise SiteError(
+            f"{self.record.name!r}: a pooler is given {list(x.shape)}, which does not show where "
+            "the prompt is: give strip=False"
+        )
+
+
+def _at_tokens(slot_of: Tensor, full: int, value: Tensor) -> Tensor:
+    """Return a tensor [batch, full, ...] at the slots of the tokens; another one as it is."""
+    if value.ndim < 2 or value.shape[:2] != (slot_of.size(0), full):
+        return value
+    slots = slot_of.to(value.device).reshape(*slot_of.shape, *[1] * (value.ndim - 2))
+    return value.gather(1, slots.expand(-1, -1, *value.shape[2:]))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from ..errors import SiteError
 
@@ -78,16 +81,46 @@ def changed_in(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else hidden(output)
 
 
-def every(kind: type[Any], value: Any) -> Iterator[Any]:
-    """Yield all instances of `kind` in `value`, at any depth of mappings, lists and tuples."""
-    if isinstance(value, kind):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from every(kind, item)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from every(kind, item)
+def _is_record(value: Any) -> bool:
+    """True for an instance of a dataclass, or a namespace: its attributes are its items."""
+    if isinstance(value, types.SimpleNamespace):
+        return True
+    return dataclasses.is_dataclass(value) and not isinstance(value, type | nn.Module)
+
+
+def items_of(value: Any) -> dict[Any, Any] | None:
+    """Return what a mapping, a list, a tuple or a record holds, by key; None: it is none."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, tuple | list):
+        return dict(enumerate(value))
+    if not _is_record(value):
+        return None
+    if isinstance(value, types.SimpleNamespace):
+        return dict(vars(value))
+    names = (field.name for field in dataclasses.fields(value))
+    return {name: getattr(value, name) for name in names if hasattr(value, name)}
+
+
+def every(kind: type[Any], value: Any, objects: bool = False) -> Iterator[Any]:
+    """Yield all instances of `kind` in `value`, at any depth of mappings, sequences and records.
+
+    Args:
+        objects: also among the attributes of other objects, but modules and classes.
+    """
+    seen: dict[int, Any] = {}
+    todo = [value]
+    while todo:
+        each = todo.pop()
+        if isinstance(each, kind):
+            yield each
+            continue
+        items = items_of(each)
+        if items is None and objects and not isinstance(each, nn.Module | type):
+            items = getattr(each, "__dict__", None)
+        if items and id(each) not in seen:
+            seen[id(each)] = each
+            todo += reversed(items.values())
 
 
 def change_hidden(
@@ -114,31 +147,51 @@ def change_hidden(
     return type(output)([*output[:key], new, *output[key + 1 :]])
 
 
-def like(value: Any, items: Any) -> Any:
-    """Return a tuple, a list or a mapping like `value` with other items; a mapping's by key."""
+def like(value: Any, items: dict[Any, Any]) -> Any:
+    """Return a mapping, a list, a tuple or a record like `value` with other items, by key."""
     if type(value) is dict:
         return items
-    if isinstance(value, dict):  # a ModelOutput
-        out = copy.copy(value)
-        for key, item in items.items():  # it has no update()
+    if isinstance(value, tuple | list):
+        new = items.values()
+        return type(value)(*new) if hasattr(value, "_fields") else type(value)(new)
+    out = copy.copy(value)
+    for key, item in items.items():
+        if isinstance(value, Mapping):  # a ModelOutput, which has no update()
             if item is not value[key]:
                 out[key] = item
-        return out
-    return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        else:
+            object.__setattr__(out, key, item)  # a dataclass may be frozen
+    return out
 
 
 def joined(parts: Sequence[Any], join: Callable[[Sequence[Any]], Any]) -> Any:
-    """Join values of one structure, at any depth of mappings, lists and tuples.
+    """Join values of one structure, at any depth of mappings, lists, tuples and records.
 
     Args:
         join: takes the values in one place of all parts, and returns the value for all.
     """
-    first = parts[0]
-    if isinstance(first, dict):
-        return like(first, {key: joined([part[key] for part in parts], join) for key in first})
-    if isinstance(first, tuple | list):
-        return like(first, [joined(each, join) for each in zip(*parts, strict=True)])
-    return join(parts)
+    items = items_of(parts[0])
+    if items is None:
+        return join(parts)
+    every_part = [items_of(part) or {} for part in parts]
+    return like(parts[0], {key: joined([p[key] for p in every_part], join) for key in items})
+
+
+def map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """Return `value` with `change(tensor)` for each tensor, at any depth.
+
+    Besides mappings, lists, tuples and records, it knows what is registered with torch's pytree.
+    """
+
+    def leaf(each: Any) -> Any:
+        if isinstance(each, Tensor):
+            return change(each)
+        items = items_of(each)
+        if not items:
+            return each
+        return like(each, {key: map_tensors(change, item) for key, item in items.items()})
+
+    return tree_map(leaf, value)
 
 
 def same(one: Any, other: Any) -> bool:

@@ -1,19 +1,20 @@
-"""Run modules on shapes alone, so that no tensor without values stays in what they keep."""
+"""Run modules on shapes alone, or with values, and leave all that they keep as it was."""
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 
 from .process import eager, silent_fakes
-from .tensors import memory_of
+from .tensors import is_dense, memory_of
 
 MOST = 2**22  # values of a tensor that a run makes
 
@@ -44,10 +45,10 @@ class Shapes(FakeTensorMode):
         given = kwargs or {}
         if _makes_new(func, args, given):
             first = torch.empty((), dtype=args[0].dtype, device=args[0].device)
-            return self._noted(func(first, *args[1:], **given))
+            return self._noted(func(first, *args[1:], **given), ())
         tensors = [t for t in tree_iter((args, given)) if isinstance(t, Tensor)]
         if not self.all_fake and self._has_values(func, tensors):
-            return self._noted(func(*args, **given))
+            return self._noted(func(*args, **given), tensors)
         if func._schema.is_mutable:  # what is written there has no values
             self.without_values |= {memory_of(t): t for t in tensors}
         args, given = tree_map_only(Tensor, self._faked, (args, given))
@@ -74,9 +75,11 @@ class Shapes(FakeTensorMode):
         sizes = tensor.shape, tensor.stride()
         return super().__torch_dispatch__(torch.ops.aten.empty_strided.default, (), sizes, like)
 
-    def _noted(self, out: Any) -> Any:
+    def _noted(self, out: Any, given: Sequence[Tensor]) -> Any:
+        """Note the new tensors that an operation on `given` made: here a view does not say so."""
+        known = {memory_of(tensor) for tensor in given}
         for tensor in tree_iter(out):
-            if isinstance(tensor, Tensor) and not tensor._is_view():
+            if isinstance(tensor, Tensor) and memory_of(tensor) not in known:
                 self.made[memory_of(tensor)] = tensor
         return out
 
@@ -99,3 +102,29 @@ def on_shapes() -> Iterator[Shapes]:
     """
     with silent_fakes(), eager(), Shapes() as mode:  # the compiler takes no such mode
         yield mode
+
+
+class Restoring(TorchDispatchMode):
+    """A block that puts back, at its end, the values of tensors that operations inside write to.
+
+    Args:
+        given: the tensors. Values are kept of those alone that are written to.
+    """
+
+    def __init__(self, given: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.known = {memory_of(t): t for t in given if is_dense(t) and not t.is_meta}
+        self.before: dict[int, Any] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._schema.is_mutable:
+            for tensor in tree_iter((args, kwargs)):
+                memory = memory_of(tensor) if isinstance(tensor, Tensor) else None
+                if memory in self.known and memory not in self.before:
+                    self.before[memory] = self.known[memory].untyped_storage().clone()
+        return func(*args, **(kwargs or {}))
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for memory, values in self.before.items():
+            self.known[memory].untyped_storage().copy_(values)

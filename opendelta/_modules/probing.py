@@ -73,7 +73,7 @@ def factor_of(module: nn.Module) -> float | None:
         return 1.0
     if kind is None or _takes_more(cls.forward):
         return None
-    module = alone(module)
+    module = alone(module, writes=True)
     if stored(module, "weight") is None:
         return None
     factors, dtype = [], device_and_dtype([module])[1]
@@ -147,6 +147,7 @@ def _other_values(module: nn.Module) -> Iterator[None]:
 def _of(module: nn.Module, kind: Kind, largest: float) -> float | None:
     matrix, bias = kind.matrix(in_full(module, "weight")), stored_params(module).get("bias")
     factors = []
+    kept = [(p, p.clone()) for p in module.parameters() if is_plain(p)]
     for x in _inputs(module, kind, largest):
         with torch.set_grad_enabled(module.training):  # a forward may go by it
             out = type(module).forward(module, x).detach()
@@ -159,6 +160,8 @@ def _of(module: nn.Module, kind: Kind, largest: float) -> float | None:
         if not _close(rest, factor * plain, out.dtype):
             return None
         factors.append(factor)
+    if not all(torch.equal(p, before) for p, before in kept):  # it would write to another one, too
+        return None
     alike = all(_near(factor, factors[0], 1e-2) for factor in factors)
     return _rounded(factors[0]) if alike else None
 
@@ -225,22 +228,27 @@ def acts_by_channel(module: nn.Module, key: str) -> bool:
         key: "weight" or "bias".
     """
     kind: Any = kind_of(module)
-    module = alone(module)
-    own: Any = module._parameters
-    forward = type(module).forward
-    kept, bias = own[key], stored_params(module).get("bias")
-    device, dtype = device_and_dtype([module])
-    shape = kind.example(3, dtype)[0].shape
-    x = torch.randn(shape, dtype=torch.float64).to(device, dtype)
-    by = torch.linspace(0.5, 99.5, kept.numel(), device=device).to(kept.dtype).view(kept.shape)
-    shift, each = 0 if bias is None else kind.per_channel(bias, x), kind.per_channel(by, x)
-    try:
-        plain = forward(module, x)
-        wanted = plain + each if key == "bias" else (plain - shift) * each + shift
-        own[key] = nn.Parameter(kept + by if key == "bias" else kept * by, False)
-        return _close(forward(module, x), wanted, plain.dtype)
-    except Exception:  # whatever a forward of somebody's own raises on such an input
-        return False
+    module = alone(module, writes=True)
+    with _in_full_precision(module):
+        own: Any = module._parameters
+        forward = type(module).forward
+        kept, bias = own[key], stored_params(module).get("bias")
+        before = {name: p.clone() for name, p in own.items() if p is not None}
+        device, dtype = device_and_dtype([module])
+        shape = kind.example(3, dtype)[0].shape
+        x = torch.randn(shape, dtype=torch.float64).to(device, dtype)
+        by = torch.linspace(-49.5, 50.5, kept.numel(), device=device).to(kept.dtype)
+        by = by.view(kept.shape)
+        shift, each = 0 if bias is None else kind.per_channel(bias, x), kind.per_channel(by, x)
+        try:
+            plain = forward(module, x)
+            wanted = plain + each if key == "bias" else (plain - shift) * each + shift
+            if not all(torch.equal(own[name], values) for name, values in before.items()):
+                return False  # it writes to them itself
+            own[key] = nn.Parameter(kept + by if key == "bias" else kept * by, False)
+            return _close(forward(module, x), wanted, plain.dtype)
+        except Exception:  # whatever a forward of somebody's own raises on such an input
+            return False
 
 
 def _close(one: Tensor, other: Tensor, dtype: torch.dtype) -> bool:

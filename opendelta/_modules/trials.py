@@ -13,7 +13,7 @@ from ..names import SLOT
 from .copies import copied
 from .faking import Shapes
 from .process import kept_random, silent_fakes
-from .tensors import lasting
+from .tensors import is_plain, lasting
 
 AXES = (-1, -3, -2, -4, 1, 0, 2)  # where a normalisation may work, in the order of trial
 SIZES = (2, 3, 5, 7, 11)  # of the other axes, with one to spare
@@ -36,24 +36,37 @@ def bare(module: nn.Module, base: type[nn.Module] | None = None) -> nn.Module:
     return made
 
 
-def alone(module: nn.Module, base: type[nn.Module] | None = None) -> nn.Module:
+def alone(module: nn.Module, writes: bool = False) -> nn.Module:
     """Return what `bare` does, of which a run changes nothing that the model has.
 
     Its buffers are copies, and so are the modules inside, and the objects that they hold if those
-    can be copied. The parameters are the same.
+    can be copied.
+
+    Args:
+        writes: its parameters are copies too, as a forward may write to them; but no quantised or
+            sharded ones.
     """
-    made = _bare_inside(module, base)
+    made = _bare_inside(module)
     parts = [*made.modules()]
     if not any(hasattr(type(part), "__del__") for part in parts):
         made = copied(made) or made
     for part in made.modules():
         own: dict[str, Any] = part.__dict__["_buffers"]
         own.update({k: t.detach().clone() for k, t in own.items() if t is not None})
+        if writes:
+            copy_parameters(part)
     return made
 
 
-def _bare_inside(module: nn.Module, base: type[nn.Module] | None = None) -> nn.Module:
-    made = bare(module, base)
+def copy_parameters(module: nn.Module) -> None:
+    """Give `module` copies of its own parameters: new objects with memory of their own."""
+    own: dict[str, Any] = module.__dict__["_parameters"]
+    plain = {k: p for k, p in own.items() if is_plain(p) and not p.is_meta}
+    own.update({k: nn.Parameter(p.detach().clone(), p.requires_grad) for k, p in plain.items()})
+
+
+def _bare_inside(module: nn.Module) -> nn.Module:
+    made = bare(module)
     own: dict[str, Any] = made.__dict__["_modules"]
     own.update({k: _bare_inside(child) for k, child in own.items() if child is not None})
     return made
@@ -140,7 +153,7 @@ def takes_transposed(module: nn.Module) -> bool:
     known = _turned.get(module)
     if known is None or known[0] is not weight:
         with lasting(), kept_random():
-            _turned[module] = known = weight, _is_turned(alone(module), weight)
+            _turned[module] = known = weight, _is_turned(alone(module, writes=True), weight)
     return known[1]
 
 
@@ -181,7 +194,7 @@ def scales_by_weight(module: nn.Module, shape: tuple[int, ...], axis: int) -> bo
         with lasting(), kept_random():
             torch.manual_seed(0)
             own.update({k: torch.randn(p.shape) for k, p in own.items() if p is not None})
-            x, by = torch.randn(shape), torch.linspace(0.5, 2.5, len(own["weight"]))
+            x, by = torch.randn(shape), torch.linspace(-1.5, 2.5, len(own["weight"]))
             bias = own["bias"].view(-1, *after) if own.get("bias") is not None else 0
             try:
                 plain = type(made).forward(made, x) - bias

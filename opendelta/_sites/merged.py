@@ -242,6 +242,19 @@ def _float_of(parameter: Any) -> torch.dtype:
 def check_unchanged(where: str, module: nn.Module, stack: Stack, key: str, what: str) -> None:
     """Raise if a merged parameter was changed since the merge: `what` would lose the change."""
     newest = [step.marks[key] for step in stack.steps if key in step.marks][-1]
+    parameter = module._parameters.get(key)
+    if parameter is None:
+        raise DeltaError(
+            f"{where}.{key} is no parameter of its own any more, as of a parametrized or pruned "
+            f"module, but was one when deltas were merged into it, and {what} needs it: undo that "
+            "first, or keep the merged model as it is"
+        )
+    if parameter.is_meta:
+        raise DeltaError(
+            f"{where}.{key} has no values to compare, being on the meta device, and {what} needs "
+            "them: if accelerate offloaded the model, call "
+            "accelerate.hooks.remove_hook_from_submodules(model) first"
+        )
     if marks.mark_of(module, key, newest.sizes) != newest:
         raise DeltaError(
             f"{where}.{key} was changed after the merge, and {what} would lose that; "

@@ -229,7 +229,7 @@ class Routed:
         except ShapeError as error:
             names = [[layer.record.name for layer in path] for path in paths]
             raise SiteError(
-                f"rows with {names} get outputs of {quoted(self.where)} of the shapes {error}, "
+                f"rows with {names} get outputs of {quoted(self.where)} {error}, "
                 f"which fit into no one batch: {OWN_BATCH}",
                 where=self.where,
             ) from None

@@ -147,15 +147,14 @@ def cut(value: Any, batch: int, rows: slice | Tensor) -> Any:
     """Return `value` with only `rows` of each tensor in it that has `batch` rows."""
     if isinstance(value, Tensor):
         return value[rows] if value.ndim and value.size(0) == batch else value
-    if isinstance(value, dict):
-        return calls.like(value, {key: cut(item, batch, rows) for key, item in value.items()})
-    if isinstance(value, tuple | list):
-        return calls.like(value, [cut(item, batch, rows) for item in value])
-    return value
+    items = calls.items_of(value)
+    if items is None:
+        return value
+    return calls.like(value, {key: cut(item, batch, rows) for key, item in items.items()})
 
 
 class ShapeError(ValueError):
-    """Outputs that do not fit into one batch; the message is their shapes."""
+    """Outputs that do not fit into one batch; the message says of what shapes they are."""
 
 
 def joined(outputs: list[Any], grouped: Groups) -> Any:
@@ -169,12 +168,18 @@ def joined(outputs: list[Any], grouped: Groups) -> Any:
 
 def _together(grouped: Groups, parts: Sequence[Any]) -> Any:
     first = parts[0]
-    if not isinstance(first, Tensor) or all(part is first for part in parts):
+    if all(part is first for part in parts):
+        return first
+    if not isinstance(first, Tensor):
+        cache = hasattr(first, "get_seq_length")
+        if not cache and next(calls.every(Tensor, first, objects=True), None) is not None:
+            raise ShapeError(f"in objects of the class {type(first).__name__}")
         return first
     counts = [part.size(0) if part.ndim else 0 for part in parts]
     alike = all(part.shape[1:] == first.shape[1:] for part in parts)
     if not alike or counts != [group.count for group in grouped.groups]:
-        raise ShapeError(", ".join(str(tuple(part.shape)) for part in parts))
+        shapes = ", ".join(str(tuple(part.shape)) for part in parts)
+        raise ShapeError(f"of the shapes {shapes}")
     together = torch.cat(list(parts))
     return together if grouped.order is None else together[grouped.order]
 

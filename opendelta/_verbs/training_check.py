@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from .._backbone import engines, shapes, sharding
@@ -24,12 +23,12 @@ from .._deltas.first_forward import unreached_in
 from .._layers.dtypes import BACKBONE, dtype_for
 from .._layers.seen import Seen, together
 from .._layers.selection import OpenBlock
-from .._modules.calls import every
 from .._modules.process import eager
-from .._modules.tensors import HALVES, is_sharded, lasting, size
+from .._modules.tensors import HALVES, lasting, size
 from .._show.notebooks import InNotebooks
 from ..errors import DeltaError, listed
 from ..names import SLOT, join, parent
+from . import gradients
 from .put_back import put_back
 
 SHOWN = 4  # names in a list; more are left out
@@ -50,7 +49,7 @@ class CheckReport(InNotebooks):
         at_rest: trainable parameters in groups of the optimizer whose learning rate is 0, and
             that no scheduler changes.
         scaled_to_0: active deltas that train, and whose `scale` is 0.
-        unsynchronised: trainable parameters of deltas that DistributedDataParallel or another
+        unsynchronised: trainable parameters that DistributedDataParallel or another
             wrapper around the model found frozen, or did not find, so that ranks diverge.
         untrained: heads that are frozen with the values of their start.
         frozen: the active deltas, if none of them trains.
@@ -127,10 +126,19 @@ class CheckReport(InNotebooks):
         told = [
             f"{len(n)} {what}: {listed(n, SHOWN)}. To do: {todo}" for n, what, todo in found if n
         ]
+        return told + self._others()
+
+    def _others(self) -> list[str]:
+        told = []
         if self.strangers:
             told.append(
                 f"the optimizer holds {self.strangers} tensors that are no parameters of the "
                 "model: they were replaced since, or belong to another. To do: make it anew"
+            )
+        if not self.trainable_parameters and not self.frozen:
+            told.append(
+                "nothing trains: no delta that trains acts in this block. To do: choose one in "
+                "only(...), or train outside of it"
             )
         return told
 
@@ -164,7 +172,8 @@ def check(
 
     Inside a block such as `only("a")` the deltas that do not act are left out: others train them.
     A compiled model runs eagerly. Gradients, buffers such as BatchNorm's statistics, random number
-    generators and modes are afterwards as they were.
+    generators and modes are afterwards as they were. With a batch, what the forward itself writes
+    into parameters and lists stays, as a momentum encoder's values do.
 
     Args:
         batch: the arguments of the forward: by keyword in a mapping, by position in a sequence, or
@@ -297,12 +306,14 @@ def _run(
     buffers.require_values(backbone)
     watched = OpenBlock(watchers={record.shared: seen for record in backbone.records()})
     check_inputs("batch", batch)
-    why = _no_backward(backbone)
+    why = gradients.no_backward(backbone)
     results: list[Any] = []
 
     def look(output: Any, backbone: Backbone = backbone) -> None:
         results.append(unreached_in(backbone))
-        results.append(([], f"gradients: {why}") if why else _gradients(output, trainable))
+        own = dict(backbone.model.named_parameters())
+        now = {name: own.get(name, parameter) for name, parameter in trainable.items()}
+        results.append(([], f"gradients: {why}") if why else gradients.missing(output, now))
 
     token = PROBING.set(True)  # no warning by the first forward: the report has the same facts
     try:
@@ -336,49 +347,6 @@ def _unchosen(seen: Seen) -> list[str]:
                 chosen = bool(weights[..., number].any())
                 used[block, name] = used.get((block, name), False) or chosen
     return [f"{name} in {block}" for (block, name), chosen in used.items() if not chosen]
-
-
-def _no_backward(backbone: Backbone) -> str | None:
-    """Return why no gradients of the model's parameters can be computed; None: they can."""
-    own = list(backbone.model.parameters())
-    if any(is_sharded(p) or type(p).__name__ == "FlatParameter" for p in own):
-        return "the parameters are sharded, and a backward would leave its own behind"
-    if not backbone.is_meta and any(p.is_meta and p.requires_grad for p in own):
-        return "trainable parameters are offloaded"
-    return None
-
-
-def _gradients(output: Any, trainable: dict[str, nn.Parameter]) -> tuple[list[str], str | None]:
-    """Return the trainable parameters without gradient, and why they are not known, or None."""
-    loss = output.get("loss") if isinstance(output, Mapping) else None
-    tensors = [loss] if isinstance(loss, Tensor) else list(every(Tensor, output))
-    ends = [t for t in tensors if t.requires_grad and t.is_floating_point()]
-    if not ends or not trainable:
-        return list(trainable), None
-    total = torch.stack([t.float().sum().to(ends[0].device) for t in ends]).sum()
-    if _recomputes(total):
-        return [], "gradients: reentrant checkpointing; use use_reentrant=False"
-    try:
-        # backward() would write into .grad, and let optimizers step that are hooked there.
-        grads = torch.autograd.grad(total, list(trainable.values()), allow_unused=True)
-    except RuntimeError as error:
-        return [], f"gradients: the backward failed: {str(error).strip().splitlines()[0]}"
-    return [name for name, grad in zip(trainable, grads, strict=True) if grad is None], None
-
-
-def _recomputes(end: Tensor) -> bool:
-    """True if reentrant checkpointing hides a part of the graph from `torch.autograd.grad`."""
-    todo: list[Any] = [end.grad_fn]
-    seen: set[Any] = set()
-    while todo:
-        node = todo.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        if node.name().startswith("CheckpointFunction"):
-            return True
-        todo += [before for before, _ in node.next_functions]
-    return False
 
 
 def _all_frozen(backbone: Backbone) -> list[str]:

@@ -34,6 +34,7 @@ CONSTANTS: dict[str, Callable[[], Any]] = {
     "EMPTY_TUPLE": tuple, "EMPTY_DICT": dict,
 }  # fmt: skip
 TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+MOST_ARGUMENTS = 10  # of a call
 MOST_SIZES = 100  # of a tensor's axes and strides
 MOST_STEPS = 200_000  # about 25 for each tensor
 
@@ -48,6 +49,7 @@ class StateDict:
         marks: for each open mark the length of the stack at it.
         memo: the values that later steps name by number.
         storages: {name: a tensor of one axis} of those that were read.
+        negated: bytes of the tensors that were made of others by their sign.
     """
 
     def __init__(self, archive: zipfile.ZipFile, size: int) -> None:
@@ -56,6 +58,7 @@ class StateDict:
         self.marks: list[int] = []
         self.memo: dict[int, Any] = {}
         self.storages: dict[str, Tensor] = {}
+        self.negated = 0
         (program,) = [name for name in archive.namelist() if name.endswith("/data.pkl")]
         self.folder = program.removesuffix("data.pkl")
 
@@ -101,6 +104,8 @@ class StateDict:
             stack.append(self._storage(*stack.pop()))
         elif code == "REDUCE":
             arguments = stack.pop()
+            if not isinstance(arguments, tuple) or len(arguments) > MOST_ARGUMENTS:
+                raise ValueError("it calls something with other arguments than a state dict's")
             stack.append(self._call(stack.pop().name, *arguments))
         elif code == "BUILD":  # the versions of modules, which change nothing
             stack.pop()
@@ -121,17 +126,23 @@ class StateDict:
         if name == TENSOR:
             tensor = self._tensor(*arguments[:4])
             flags = arguments[6] if len(arguments) > 6 else None
-            if flags and flags != {"neg": True}:
-                raise ValueError(f"a tensor in it is stored in another way: {flags}")
-            return -tensor if flags else tensor
+            if flags and flags != {"neg": True}:  # what else it holds may take forever to spell
+                raise ValueError("a tensor in it is stored in another way than by its values")
+            return self._negative(tensor) if flags else tensor
         if name == PARAMETER and isinstance(arguments[0], Tensor):
             return arguments[0]
         raise ValueError(f"it calls {name} with other arguments than a state dict's")
 
+    def _negative(self, tensor: Tensor) -> Tensor:
+        self.negated += tensor.nbytes
+        if self.negated > self.most:
+            raise ValueError("its tensors claim more values than the file holds")
+        return -tensor
+
     def _tensor(self, storage: Tensor, start: int, shape: Any, strides: Any) -> Tensor:
-        sizes = (start, *shape, *strides)
-        fit = all(type(size) is int and 0 <= size < 2**63 for size in sizes)
-        if not fit or len(sizes) > MOST_SIZES:
+        few = len(shape) + len(strides) <= MOST_SIZES
+        sizes = (start, *shape, *strides) if few else ()
+        if not few or not all(type(size) is int and 0 <= size < 2**63 for size in sizes):
             raise ValueError("a shape of it is no list of sizes")
         if math.prod(shape) * storage.itemsize > self.most:
             raise ValueError("a tensor in it claims more values than the file holds")

@@ -209,3 +209,85 @@ def test_a_model_of_transformers_whose_positions_are_cached_computes_what_it_did
     opendelta.PrefixModel(model)
     for each in (model, other):
         assert each(torch.randn(1, 3, 32, 32)).last_hidden_state.isfinite().all()
+
+
+class Multiplies(Block):
+    """It writes to its parameters, as masked, normalised and averaged ones do."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mask", torch.ones(6, 6).tril())
+        self.average = nn.Parameter(torch.randn(6), requires_grad=False)
+
+    def forward(self, x):
+        self.fc.weight.data *= self.mask
+        self.average.data.mul_(0.9)
+        self.average.detach().add_(0.1)
+        self.fc.bias.data = 0.5 * self.fc.bias.data
+        return super().forward(x) + self.average
+
+
+class NeedsValues(Multiplies):
+    def forward(self, x):
+        return super().forward(x if float(x.detach().abs().sum()) >= 0 else 2 * x)
+
+
+class Averages(Multiplies):
+    """It has a buffer that the forward sets, and the average of another's weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("center", torch.zeros(6))
+        self.key = nn.Linear(6, 6).requires_grad_(False)
+
+    def forward(self, x):
+        with torch.no_grad():
+            self.center.data = 0.9 * self.center.data + 0.1 * x.detach().reshape(-1, 6).mean(0)
+            for key, query in zip(self.key.parameters(), self.fc.parameters(), strict=True):
+                key.data = 0.9 * key.data + 0.1 * query.data
+        return super().forward(x) + self.key(x)
+
+
+def attach(model):
+    AdapterModel(model, modified_modules=["1"], bottleneck_dim=2)
+
+
+def attach_with_samples(model):
+    AdapterModel(model, modified_modules=["1"], sample_inputs=torch.randn(3, 6))
+
+
+def check_on_shapes(model):
+    opendelta.check(model)
+
+
+def merge(model):
+    opendelta.composition(model).merge()
+
+
+def to_backbone(model):
+    opendelta.composition(model).to_backbone()
+
+
+@pytest.mark.covers("Composition.merge", "Composition.to_backbone")
+@pytest.mark.parametrize("verb", [attach, attach_with_samples, check_on_shapes, merge, to_backbone])
+@pytest.mark.parametrize("mode", [True, False])
+@pytest.mark.parametrize("kind", [Multiplies, NeedsValues, Averages])
+def test_parameters_that_a_forward_writes_to_are_what_they_were(kind, mode, verb):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), kind()).train(mode)
+    shake(LoraModel(model, modified_modules=["0"]))
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    before = {name: (t, t.detach().clone(), t._version) for name, t in tensors.items()}
+    merged = "0.weight" if verb is merge else ""
+    if verb is check_on_shapes and kind is NeedsValues:
+        with pytest.raises(opendelta.SiteError, match="does not run on shapes"):
+            verb(model)
+    else:
+        verb(model)
+    now = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name, (tensor, values, version) in before.items():
+        assert now[name] is tensor, name
+        assert tensor.device.type == "cpu", name
+        if name != merged:
+            assert torch.equal(tensor, values), name
+            assert tensor._version == version, name

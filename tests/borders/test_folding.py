@@ -75,6 +75,27 @@ class OfSpectralNormOne(nn.Linear):
         return nn.functional.linear(x, self.weight / norm, self.bias)
 
 
+class Masked(nn.Linear):
+    """It writes to its own weight, as MADE's layers do."""
+
+    def forward(self, x):
+        self.weight.data *= torch.ones_like(self.weight).tril()
+        return super().forward(x)
+
+
+class Normalises(nn.Linear):
+    def forward(self, x):
+        with torch.no_grad():
+            self.weight.div_(self.weight.norm(dim=1, keepdim=True))
+        return super().forward(x)
+
+
+class Sets(nn.Linear):
+    def forward(self, x):
+        self.weight.data = torch.renorm(self.weight.data, 2, 0, 0.1)
+        return super().forward(x)
+
+
 class OtherBias(nn.Linear):
     """Its bias is zero at first, as StyleGAN's."""
 
@@ -163,15 +184,19 @@ OWN = [
     Activated, Damped, Clamped, Saturates, Noisy, OverRows, Fails, OfNormOne, OfSpectralNormOne,
     OtherBias, GatedByBias,
 ]  # fmt: skip
+WRITING = [Masked, Normalises, Sets]
 
 
-@pytest.mark.parametrize("own", OWN)
+@pytest.mark.parametrize("own", [*OWN, *WRITING])
 @pytest.mark.parametrize("verb", ["merge", "to_backbone"])
 def test_a_module_that_computes_something_else_is_refused_by_name(own, verb):
     model = nn.Sequential(nn.Linear(6, 6), own(6, 6))
     delta = LoraModel(model, modified_modules=["0", "1"])
+    if own in WRITING:
+        model(X)
     before = opendelta.snapshot(model)
     state = torch.get_rng_state()
+    weights = [p.clone() for p in model.parameters()]
     with pytest.raises(
         SiteError, match=rf"'1' \({own.__name__}\): lora cannot be merged"
     ) as caught:
@@ -179,6 +204,7 @@ def test_a_module_that_computes_something_else_is_refused_by_name(own, verb):
     assert caught.value.where == "1"
     assert opendelta.snapshot(model) == before
     assert torch.equal(torch.get_rng_state(), state)
+    assert all(map(torch.equal, model.parameters(), weights))
     delta.detach()
 
 
@@ -206,10 +232,32 @@ class Clipped(nn.LayerNorm):
         return super().forward(x).clamp(-20, 20)
 
 
-@pytest.mark.parametrize("own", [Reversed, Clipped])
+class Rectified(nn.LayerNorm):
+    """As timm's LayerNormAct."""
+
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+class Soft(nn.LayerNorm):
+    def forward(self, x):
+        return nn.functional.silu(super().forward(x))
+
+
+class Shifts(nn.LayerNorm):
+    """It writes to its own parameters."""
+
+    def forward(self, x):
+        for parameter in self.parameters():
+            parameter.data.clamp_(max=1.5)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("own", [Reversed, Clipped, Rectified, Soft, Shifts])
 @pytest.mark.parametrize("cls", [BitFitModel, LNTuningModel])
-def test_a_norm_whose_parameters_act_otherwise_is_refused_by_name(cls, own):
-    model = nn.Sequential(own(6))
+def test_a_norm_whose_parameters_act_otherwise_is_refused_by_name(cls, own, dtype):
+    model = nn.Sequential(own(6)).to(dtype)
     shake(cls(model, modified_modules=["0"]))
     with pytest.raises(SiteError, match="does not act on each channel"):
         composed(model).merge()

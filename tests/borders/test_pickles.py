@@ -98,6 +98,10 @@ def text(value):
 
 STORAGE = b"(" + text(b"storage") + b"ctorch\nFloatStorage\n%s" + text(b"cpu") + b"K\x02tQ"
 SHAPE = b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(" + STORAGE % text(b"0") + b"K\0"
+VIEW = SHAPE + b"K\x02\x85K\x01\x85\x89N"
+# {"a": d, "b": d}, where d is such a dict again, 60 deep: it would take for ever to print
+TWICE = b"}q\1" + (b"}" + text(b"a") + b"h\1s" + text(b"b") + b"h\1sq\1") * 60
+NEGATIVE = VIEW[2:] + b"}" + text(b"neg") + b"\x88stR"
 ATTACKS = {
     "bytearray": (made_of("builtins", "bytearray", GIGABYTES), "GLOBAL builtins bytearray"),
     "system": (made_of("os", "system", "true"), "GLOBAL os system"),
@@ -121,6 +125,8 @@ ATTACKS = {
     "deep_key": (b"\x80\x02}" + DEEP + b"K\x01s.", "a key in it is no text"),
     "deep_call": (b"\x80\x02" + DEEP + b")R.", "no state dict"),
     "many_axes": (SHAPE + b"(" + b"J\xff\xff\xff\x7f" * 60_000 + b"t)tR.", "no list of sizes"),
+    "deep_flags": (VIEW[:-1] + b"(" + TWICE + b"th\1tR.", "another way than by its values"),
+    "many_arguments": (VIEW + b"N" * 60_000 + b"tR.", "other arguments than a state dict's"),
     "other_protocol": (pickle.dumps({"a": "b"}, 4), "it holds"),
 }
 
@@ -142,6 +148,17 @@ def test_no_program_calls_anything_or_takes_more_than_its_file(name, tmp_path):
         assert tracemalloc.get_traced_memory()[1] < 30e6 + 20 * path.stat().st_size
     finally:
         tracemalloc.stop()
+
+
+def test_tensors_that_are_turned_in_sign_take_no_more_than_the_file(tmp_path):
+    count = 2**16
+    one = NEGATIVE.replace(b"K\x02", b"J" + count.to_bytes(4, "little"))
+    program = b"".join(text(b"%d" % i) + one + b"s" for i in range(9))
+    path = tmp_path / "weights.bin"
+    program = b"\x80\x02}" + program + b"."
+    path.write_bytes(changed(saved({"a": torch.zeros(count)}), data_pkl=program))
+    with pytest.raises(DeltaLoadError, match="claim more values than the file holds"):
+        read_pickle(path)
 
 
 def test_many_views_of_a_few_bytes_are_no_state_dict(tmp_path):

@@ -1188,6 +1188,43 @@ def test_a_pooler_that_is_given_one_position_is_refused_by_name():
     assert model(IDS)[0].shape == (2, LENGTH + 8, 8)
 
 
+class MeanOf(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.dense = torch.nn.Linear(8, 8)
+
+    def forward(self, h, mask):
+        return self.dense((h * mask[..., None]).sum(1) / mask.sum(1, keepdim=True))
+
+
+class Masks(torch.nn.Module):
+    """A pooler of its own beside the blocks, which is given a mask of `axes`, too."""
+
+    def __init__(self, axes):
+        super().__init__()
+        self.embedding, self.axes = torch.nn.Embedding(60, 8), axes
+        self.layers = torch.nn.ModuleList([torch.nn.Linear(8, 8)])
+        self.pooler = MeanOf()
+
+    def forward(self, input_ids=None, inputs_embeds=None, attention_mask=None):
+        h = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
+        h = self.layers[0](h)
+        mask = attention_mask if self.axes == 2 else attention_mask[:, None, None]
+        return h, self.pooler(h, mask)
+
+
+def test_a_pooler_that_takes_the_mask_too_is_given_that_of_the_tokens():
+    torch.manual_seed(0)
+    model, mask = Masks(2), torch.ones(IDS.shape)
+    mask[0, -2:] = mask[1, :1] = 0
+    expected = model(IDS, attention_mask=mask)
+    put(model)
+    near(model(IDS, attention_mask=mask)[1], expected[1])
+    model.axes = 4
+    with pytest.raises(SiteError, match=r"a pooler is given \[2, 1, 1, \d+\], which does not show"):
+        model(IDS, attention_mask=mask)
+
+
 @pytest.mark.parametrize("use_cache", [False, True])
 def test_two_stacks_of_blocks_both_see_the_prompt(use_cache):
     model = build("hrm")

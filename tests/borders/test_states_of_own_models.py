@@ -83,6 +83,49 @@ def test_a_state_under_any_name_is_right_or_refused_by_name(put, name, masks):
             both(model, name, masks)
 
 
+@pytest.mark.parametrize("empty", [[None, None], [], (), {}])
+@pytest.mark.parametrize("name", [KNOWN, "state", "past", "memory"])
+@pytest.mark.parametrize("put", [loreft, prompt])
+def test_an_empty_state_holds_no_tokens(put, name, empty):
+    model = Masked(as_dict=True)
+    given = {"attention_mask": torch.ones(2, 9)}
+    run = model.run
+    model.run = lambda h, state: run(h, state if state and state[0] is not None else None)
+    put(model)
+    expected = model(IDS, **given)["h"]
+    torch.testing.assert_close(model(IDS, **given, **{name: empty})["h"], expected)
+    torch.testing.assert_close(model(IDS, **{name: empty})["h"], expected)
+
+
+class Styled(Masked):
+    def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, **styles):
+        h = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
+        for style in styles.values():
+            h = h + (style["vector"] if isinstance(style, dict) else style)
+        return self.run(h, None)
+
+
+@pytest.mark.parametrize("masks", [False, True])
+@pytest.mark.parametrize("name", ["state", "cache", "mems", "cache_params"])
+def test_a_vector_under_the_name_of_a_state_is_refused_by_name(name, masks):
+    model = Styled(as_dict=True)
+    prompt(model)
+    given = {"attention_mask": torch.ones(2, 9)} if masks else {}
+    with pytest.raises(SiteError, match=f"'{name}', which may .* begin its name with 'cond'"):
+        model(IDS, **given, **{name: torch.randn(2, 1, 16)})
+
+
+@pytest.mark.parametrize("put", [loreft, prompt])
+def test_conditions_in_a_mapping_are_told_apart_by_their_name(put):
+    model = Styled(as_dict=True)
+    put(model)
+    mask, style = torch.ones(2, 9), {"vector": torch.randn(2, 1, 16)}
+    with pytest.raises(SiteError, match=r"'style'.* begin its name with 'cond'"):
+        model(IDS, mask, style=style)
+    expected = model(IDS, mask, cond=style["vector"])["h"]
+    torch.testing.assert_close(model(IDS, mask, cond_style=style)["h"], expected)
+
+
 @pytest.mark.parametrize("name", ["past", "memory"])
 def test_a_state_from_before_the_prompt_is_refused(name):
     model = Masked(as_dict=False)
@@ -282,6 +325,27 @@ def test_a_classifier_in_the_forward_itself_refuses_a_prompt(how):
     prompt(model)
     with pytest.raises(SiteError, match=r"an output \[2, 3\] for 12 positions of prompt and tok"):
         model(IDS)
+
+
+@pytest.mark.parametrize("as_dict", [False, True])
+@pytest.mark.parametrize("how", ["first", "mean", "values"])
+def test_what_a_forward_pools_beside_its_hidden_states_refuses_a_prompt(how, as_dict):
+    class Both(Pools):
+        def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None):
+            h = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
+            h = self.layers[0](h)
+            pooled = {"first": h[:, 0], "mean": h.mean(1), "values": h[..., 0]}[how]
+            return {"h": h, "pooled": pooled} if as_dict else (h, pooled)
+
+    model = Both(how)
+    delta = prompt(model)
+    key = "'pooled'" if as_dict else "1"
+    with pytest.raises(SiteError, match=rf"an output {key} of the shape .* strip=False"):
+        model(IDS)
+    delta.detach()
+    shake(SoftPromptModel(model, soft_token_num=3, token_init=False, strip=False))
+    out = model(IDS)
+    assert (out["h"] if as_dict else out[0]).shape == (2, 12, 16)
 
 
 def by_hook(table):

@@ -1,5 +1,7 @@
 """A head with random values that is frozen is named when it is frozen, saved and checked."""
 
+import warnings
+
 import pytest
 import torch
 import transformers
@@ -54,10 +56,10 @@ def test_it_is_named_when_it_is_frozen_and_when_the_delta_is_saved(name, load, t
         delta.save_finetuned(tmp_path / "delta")
 
 
-def trained(model, heads):
+def trained(model, heads, **options):
     """The model after two steps of its head, with a small learning rate."""
     own = [p for head in heads for p in model.get_submodule(head).parameters()]
-    optimizer = torch.optim.AdamW(own, lr=1e-5)
+    optimizer = torch.optim.AdamW(own, lr=1e-5, **options)
     for _ in range(2):
         for parameter in own:
             parameter.grad = torch.ones_like(parameter)
@@ -67,11 +69,13 @@ def trained(model, heads):
 
 @pytest.mark.parametrize("load", [by_from_pretrained, by_state_dict])
 @pytest.mark.parametrize("name", HEADS)
-@pytest.mark.parametrize("how", ["trains", "trained", "copied", "loaded", "random"])
+@pytest.mark.parametrize("how", ["trains", "trained", "fused", "copied", "loaded", "random"])
 def test_other_heads_are_not_named(how, name, load, tmp_path, recwarn):
     model, heads = load(name, tmp_path / "base"), HEADS[name]
     if how == "trained":
         trained(model, heads)
+    if how == "fused":  # Trainer's default, and torch counts none of its steps
+        trained(model, heads, fused=True)
     if how == "loaded":
         model.save_pretrained(tmp_path / "whole")
         model = type(model).from_pretrained(tmp_path / "whole")
@@ -80,6 +84,60 @@ def test_other_heads_are_not_named(how, name, load, tmp_path, recwarn):
     delta = LoraModel(model, modules_to_save=heads if how == "copied" else None)
     delta.freeze_module(exclude=["deltas", *(heads if how == "trains" else ())])
     delta.save_finetuned(tmp_path / "delta")
+    assert [str(each.message) for each in recwarn if each.category is UntrainedWarning] == []
+
+
+COPY = "classifier.deltas.x"
+
+
+@pytest.mark.covers("check")
+@pytest.mark.parametrize("labels", [None, 5])
+@pytest.mark.parametrize("how", ["frozen", "trained", "fused", "loaded"])
+def test_a_copy_of_a_random_head_is_named_until_it_was_trained(how, labels, tmp_path):
+    model = by_state_dict("BertForSequenceClassification", None)
+    x = LoraModel(model, modules_to_save=["classifier"], num_labels=labels, name="x")
+    LoraModel(model, name="y")
+    if how != "frozen":
+        copied = [p for name, p in x.named_parameters() if name.startswith("classifier")]
+        assert len(copied) == 2
+        optimizer = torch.optim.AdamW(copied, lr=1e-3, fused=how == "fused")
+        for parameter in copied:
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+    if how == "loaded":
+        x.freeze_module(exclude=["x"])
+        x.save_finetuned(tmp_path / "x")
+        x.detach()
+        composition = opendelta.load(tmp_path / "x", model)
+        x = composition[composition.names[-1]]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        x.freeze_module(exclude=["y"])
+    told = [str(each.message) for each in caught if each.category is UntrainedWarning]
+    report = opendelta.check(model, {"input_ids": torch.ones(1, 3).long()})
+    assert report.untrained == ([COPY] if how == "frozen" else [])
+    if how != "frozen":
+        assert told == []
+        return
+    assert len(told) == 1
+    assert told[0].startswith(f"'{COPY}' of BertForSequenceClassification")
+    assert "exclude=['deltas']" in told[0]
+    with pytest.warns(UntrainedWarning, match=f"^'{COPY}' of .* never trained"):
+        x.save_finetuned(tmp_path / "x")
+
+
+def test_a_head_that_a_fused_optimizer_reaches_later_is_not_named(recwarn):
+    model = by_state_dict("BertForSequenceClassification", None)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    delta = LoraModel(model)
+    delta.freeze_module(exclude=["deltas", "bert.pooler", "classifier"])
+    for parts in (["bert.pooler"], ["classifier"]):
+        optimizer.zero_grad()
+        for part in parts:
+            for parameter in model.get_submodule(part).parameters():
+                parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+    delta.freeze_module()
     assert [str(each.message) for each in recwarn if each.category is UntrainedWarning] == []
 
 

@@ -196,6 +196,19 @@ def test_deltas_that_are_all_frozen_are_named():
     assert opendelta.check(model, x).frozen == []
 
 
+def test_a_block_in_which_nothing_trains_is_named():
+    model, x = tower(), vectors(2, 8)
+    one = LoraModel(model, modified_modules=["fc"], name="one")
+    two = LoraModel(model, modified_modules=["out"], name="two")
+    one.freeze_module(exclude=["deltas"])
+    two.requires_grad_(False)
+    for chosen, good in ((["one"], True), (["two"], False), ([], False)):
+        with opendelta.composition(model).only(*chosen):
+            report = opendelta.check(model, x)
+        assert bool(report) is good
+        assert good or "nothing trains" in str(report) or report.frozen == ["two"]
+
+
 @pytest.mark.parametrize("method", ["lora", "vera"])
 def test_dropout_that_is_off_is_named(method):
     model, x = tower().eval(), vectors(2, 8)

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import warnings
 
+import accelerate
 import numpy as np
 import pytest
 import torch
@@ -12,6 +13,7 @@ from support.models import build, inputs, logits
 from support.nets import IDS, Conv1D, net, places_of, put, shake
 from support.quantised import BACKBONES, X
 from torch import nn
+from torch.nn.utils import prune
 
 import opendelta
 from opendelta import (
@@ -196,6 +198,39 @@ def test_weights_that_were_changed_after_merging_are_not_overwritten():
         model.linear.weight[0, 0] += 1
     with pytest.raises(opendelta.DeltaError, match=r"linear.weight was changed after the merge"):
         c.unmerge()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda module: prune.l1_unstructured(module, "weight", amount=0.5),
+        nn.utils.parametrizations.weight_norm,
+        nn.utils.weight_norm,
+    ],
+)
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_weight_that_is_no_parameter_any_more_is_named_when_it_is_to_be_unmerged(change):
+    model = net()
+    shake(LoraModel(model, modified_modules=["linear"]))
+    c = opendelta.composition(model)
+    c.merge()
+    change(model.linear)
+    with pytest.raises(opendelta.DeltaError, match=r"linear.weight is no parameter of its own any"):
+        c.unmerge()
+
+
+def test_a_merged_weight_without_values_is_named_when_it_is_to_be_unmerged():
+    model, before = net(), net().linear.weight.detach().clone()
+    model.linear.weight.data.copy_(before)
+    shake(LoraModel(model, modified_modules=["linear"]))
+    c = opendelta.composition(model)
+    c.merge()
+    accelerate.cpu_offload(model, torch.device("cpu"))
+    with pytest.raises(opendelta.DeltaError, match=r"on the meta device.*remove_hook_from_submod"):
+        c.unmerge()
+    accelerate.hooks.remove_hook_from_submodules(model)
+    c.unmerge()
+    assert torch.equal(model.linear.weight, before)
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])

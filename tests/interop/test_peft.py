@@ -1154,6 +1154,8 @@ def test_a_save_that_fails_leaves_the_old_adapter(tmp_path, monkeypatch, step, e
         patch.setattr(files, step, fail)
         with pytest.raises(type(error)):
             interop.save(large, tmp_path)
+        with pytest.raises(type(error)):
+            interop.save(large, tmp_path / "new")
     assert loaded(tmp_path) == (2, 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == FILES
     (tmp_path / ".delta-0123456789abcdef.tmp").mkdir()  # of a process that was killed

@@ -402,6 +402,11 @@ def ddp_refuses_to_train_what_was_frozen_as_it_wrapped(pair: Pair) -> None:
     }
     assert "not synchronised by what is around the model" in str(told)
     first.freeze_module(exclude=["first"])
+    with pytest.raises(SiteError, match="attach and unfreeze first, wrap or initialize then"):
+        first.freeze_module(exclude=["first", "blocks.0.q.weight"])
+    model.blocks[0].q.weight.requires_grad_(True)
+    assert opendelta.check(wrapped, batch(0)).unsynchronised == ["blocks.0.q.weight"]
+    model.blocks[0].q.weight.requires_grad_(False)
     wrapped(*pair.inputs).sum().backward()
     assert all(p.grad is not None for p in first.parameters())
     gc.freeze()  # as before processes are forked

@@ -80,8 +80,7 @@ def save(delta: BaseDelta, folder: str | os.PathLike) -> None:
     tensors = {**_tensors(delta, backbone), **owned}
     whole = {key: full(tensor).detach() for key, tensor in tensors.items()}
     files.check_values(whole)
-    with files.writable(path):
-        path.mkdir(parents=True, exist_ok=True)
+    with files.writable(path), files.made(path):
         _write(path, config, whole)
 
 

@@ -1,0 +1,127 @@
+"""Modules that return dataclasses, namespaces, or objects of one's own."""
+
+import dataclasses
+import types
+from typing import Any
+
+import pytest
+import torch
+from support.nets import shake
+from torch import nn
+
+import opendelta
+from opendelta import LoraModel, SiteError
+
+pytestmark = pytest.mark.covers("route", "check", "Composition.only")
+X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+
+
+@dataclasses.dataclass
+class Out:
+    logits: Any
+    name: str = "out"
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    logits: Any
+
+
+@dataclasses.dataclass(slots=True)
+class Slotted:
+    logits: Any
+    left: Any = dataclasses.field(init=False)
+
+
+class Plain:
+    def __init__(self, logits):
+        self.logits = logits
+
+
+def namespace(logits):
+    return types.SimpleNamespace(logits=logits)
+
+
+def nested(logits):
+    return Out([Frozen(logits)])
+
+
+RECORDS = [Out, Frozen, Slotted, namespace, nested]
+
+
+class Head(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.linear, self.kind = nn.Linear(8, 8), kind
+
+    def forward(self, x):
+        return self.kind(self.linear(x))
+
+
+class Net(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.body, self.head = nn.Linear(8, 8), Head(kind)
+
+    def forward(self, x):
+        out = self.head(self.body(x)).logits
+        return out[0].logits if isinstance(out, list) else out
+
+
+def two_heads(kind):
+    torch.manual_seed(0)
+    model = Net(kind)
+    for name in ("a", "b"):
+        shake(LoraModel(model, modified_modules=["body"], modules_to_save=["head"], name=name))
+    return model
+
+
+@pytest.mark.parametrize("kind", RECORDS)
+def test_rows_of_several_heads_are_joined(kind):
+    model = two_heads(kind)
+    composed = opendelta.composition(model)
+    with composed.only("a"):
+        a = model(X)
+    with composed.only("b"):
+        b = model(X)
+    with opendelta.route(model, ["a", "b", "a", "b"]):
+        out = model(X)
+    torch.testing.assert_close(out, torch.stack([a[0], b[1], a[2], b[3]]))
+
+
+def test_rows_in_objects_of_one_s_own_are_refused_by_name():
+    model = two_heads(Plain)
+    with (
+        opendelta.route(model, ["a", "b", "a", "b"]),
+        pytest.raises(SiteError, match="outputs of 'head' in objects of the class Plain"),
+    ):
+        model(X)
+    with opendelta.route(model, ["a", "a", "a", "a"]):
+        assert model(X).shape == (4, 8)
+
+
+@pytest.mark.parametrize("kind", RECORDS)
+def test_a_float32_copy_in_a_16_bit_model_casts_its_output_back(kind):
+    model = Net(kind).to(torch.bfloat16)
+    x = X.to(torch.bfloat16)
+    before = model(x)
+    LoraModel(model, modified_modules=["body"], modules_to_save=["head"])
+    assert model(x).dtype == torch.bfloat16
+    torch.testing.assert_close(model(x), before, rtol=0.02, atol=0.02)
+
+
+class Whole(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.body, self.kind = nn.Linear(8, 8), kind
+
+    def forward(self, x):
+        return self.kind(self.body(x))
+
+
+@pytest.mark.parametrize("kind", [*RECORDS, Plain])
+def test_check_finds_the_gradients(kind):
+    model = Whole(kind)
+    LoraModel(model, modified_modules=["body"]).freeze_module()
+    report = opendelta.check(model, X)
+    assert report.no_gradient == []
