@@ -32,7 +32,9 @@ def untrained(backbone: Backbone) -> list[str]:
     pretrained = {name for name, m in backbone.modules.items() if hasattr(m, "base_model_prefix")}
     if "" in pretrained and getattr(backbone.model, "base_model", None) is backbone.model:
         return []  # it has no head; a pooler that its checkpoint lacked may not be in use
-    fresh = {name for name, p in own.items() if _is_fresh(p, bool(_around(name) & pretrained))}
+    # transformers draws values once where it loads the others, and twice where it loads none.
+    most = 1 if any(map(_is_loaded, own.values())) else 2
+    fresh = {n for n, p in own.items() if _is_fresh(p, most if _around(n) & pretrained else 1)}
     if 2 * len(fresh) >= len(own):
         return []
     copies = _copies(backbone)
@@ -72,7 +74,7 @@ def _is_untrained(copied: nn.Module, fresh: dict[str, nn.Parameter], where: str)
 
 def _is_as_made(parameter: nn.Parameter, start: Any) -> bool:
     if parameter.shape != start.shape:  # it has another number of labels: no copy of values
-        return _is_fresh(parameter, pretrained=True)
+        return _is_fresh(parameter, most=2)
     return torch.equal(parameter.to(start), start)
 
 
@@ -81,20 +83,23 @@ def _around(name: str) -> set[str]:
     return {*list(ancestors(name))[1:], ""}
 
 
-def _is_fresh(parameter: nn.Parameter, pretrained: bool) -> bool:
+def _is_loaded(parameter: nn.Parameter) -> bool:
+    return getattr(parameter, "_is_hf_initialized", False)
+
+
+def _is_fresh(parameter: nn.Parameter, most: int) -> bool:
     """True if a parameter has the values of its start, as far as torch and transformers know.
 
-    torch counts the writes into a tensor. transformers marks what it loaded, and draws the other
-    values once more, by a method of the model.
+    torch counts the writes into a tensor. transformers marks what it loaded.
 
     Args:
-        pretrained: the parameter is inside a transformers model.
+        most: the number of writes that gave it the values of the start.
     """
     if parameter.is_meta or parameter.is_inference() or not is_plain(parameter):
         return False
-    if getattr(parameter, "_is_hf_initialized", False) or parameter in _stepped_by_fused:
+    if _is_loaded(parameter) or parameter in _stepped_by_fused:
         return False
-    return 1 <= parameter._version <= (2 if pretrained else 1)
+    return 1 <= parameter._version <= most
 
 
 def _note_fused(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:

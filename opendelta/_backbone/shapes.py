@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .._layers import prefix
 from .._layers.site import Heads, Widths
-from .._modules import calls
+from .._modules import calls, trials
 from .._modules.devices import device_and_dtype
 from .._modules.faking import Restoring, on_shapes
 from .._modules.kinds import ACROSS_CHANNELS
@@ -136,9 +136,8 @@ def _run_with_values(
     for part in module.modules():
         for name, buffer in part._buffers.items():
             part._buffers[name] = None if buffer is None else buffer.clone()
-    own = list(module.parameters())
-    _put_others(module)
-    with eager(), kept_random(), Restoring(own), torch.set_grad_enabled(grad):
+    trials.share_parameters(module)
+    with eager(), kept_random(), Restoring(), torch.set_grad_enabled(grad):
         return module(*calls.map_tensors(moved, args), **calls.map_tensors(moved, kwargs))
 
 
@@ -185,25 +184,9 @@ def _put_stand_ins(
             elif table is module._buffers:
                 table[name] = mode.from_tensor(tensor)
             elif type(tensor) is nn.Parameter:
-                table[name] = made.setdefault(id(tensor), _like(tensor))
+                table[name] = made.setdefault(id(tensor), trials.twin_of(tensor))
     for child in module.children():
         _put_stand_ins(child, device, mode, dtype, for_meta, made)
-
-
-def _put_others(module: nn.Module) -> None:
-    """Give `module` other parameters of the same memory, as a forward may write to `.data`."""
-    made: dict[int, nn.Parameter] = {}
-    for part in module.modules():
-        own = {k: p for k, p in part._parameters.items() if type(p) is nn.Parameter}
-        if not isinstance(part, torch.jit.ScriptModule):
-            part._parameters.update({k: made.setdefault(id(p), _like(p)) for k, p in own.items()})
-
-
-def _like(parameter: nn.Parameter) -> nn.Parameter:
-    """Return another parameter of the same memory, whose writes are counted apart."""
-    new = nn.Parameter(parameter.data, parameter.requires_grad)
-    new.__dict__.update(parameter.__dict__)
-    return new
 
 
 def widths(backbone: Backbone, names: Sequence[str]) -> dict[str, Widths]:
@@ -289,7 +272,7 @@ def _observe(
         what: the wanted size, for the message.
         prepare: called on each named module before a run; the module is put back after the run.
     """
-    _check_shapes(backbone)
+    _check_shapes(backbone, names)
     missing: dict[str, None] = dict.fromkeys(names)
 
     def hook_of(name: str) -> Any:
@@ -329,8 +312,16 @@ def _observe(
         raise _unknown(backbone, next(iter(missing)), what, failures)
 
 
-def _check_shapes(backbone: Backbone) -> None:
-    """Raise if a run would give lazy modules their sizes: that is for the user's own inputs."""
+def _check_shapes(backbone: Backbone, names: Sequence[str] = ()) -> None:
+    """Raise if a run would give lazy modules their sizes: that is for the user's own inputs.
+
+    Or if one of the named modules takes no hooks.
+    """
+    for name in names:
+        if isinstance(backbone.modules[name], torch.jit.ScriptModule):
+            raise SiteError(
+                f"{name!r} is compiled by TorchScript; attach before torch.jit.script", where=name
+            )
     for name, module in backbone.modules.items():
         if any(map(is_lazy, module._parameters.values())):
             raise SiteError(

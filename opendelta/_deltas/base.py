@@ -163,7 +163,9 @@ class BaseDelta:
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield the delta's parameters."""
-        return (parameter for _, parameter in self.named_parameters())
+        for layer in self.layers.values():
+            own = layer.parameters() if layer._modules else layer._parameters.values()
+            yield from (parameter for parameter in own if parameter is not None)
 
     def state_dict(self, named: str | None = None) -> dict[str, Tensor]:
         """Return the delta's tensors by full name; the same for an attached and a detached delta.

@@ -19,6 +19,7 @@ from .._modules.tensors import lasting
 from .._sites import swap
 from .._sites.stack import stack_of
 from ..errors import DeltaError, quoted
+from ..names import SLOT
 from .base import HANDLES
 from .taking import sizes_for
 
@@ -47,7 +48,8 @@ def guard(backbone: Backbone, made: dict[str, DeltaLayer]) -> None:
         if module is None:
             continue
         tied = weight is not None and _weight_of(module) is weight
-        has_own = module._modules and own & {*map(id, module.modules())}
+        parts = module.modules() if any(key != SLOT for key in module._modules) else ()
+        has_own = own & {*map(id, parts)}
         if id(module) in own or tied or (has_own and _is_bound(layer, there)):
             made.setdefault("", RootLayer()).__dict__["resizer"] = resize
             return

@@ -250,7 +250,7 @@ class DeltaLayer(nn.Module):
     # ------------------------------------------------------ methods that the library calls
     def seeded(self) -> list[nn.Module]:
         """Return the modules that may fill buffers by a method `seed`: itself and those in it."""
-        return list(self.modules())
+        return list(self.modules()) if self._modules else [self]
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         seeded.moved(self.seeded(), functools.partial(super()._apply, fn, recurse), fn)

@@ -33,17 +33,25 @@ PLACES = ("cache_position", "input_pos")  # arguments that number the tokens of 
 START = "start_pos"  # an argument that counts the tokens before
 
 
+def other_mask_in(given: Mapping[str, Any], batch: int) -> str:
+    """Return the name of an argument that may tell padding, under a name of its own; or ""."""
+    for name, value in given.items():
+        tells = "mask" in name or name.startswith("pad") or name.endswith(("lengths", "seq_lens"))
+        if name == "attention_mask" or name.startswith(NO_STATES) or "loss" in name or not tells:
+            continue
+        if isinstance(value, Tensor) and value.ndim and value.size(0) == batch:
+            return name
+    return ""
+
+
 def cache_in(given: Mapping[str, Any]) -> Any:
     """Return the cache, or the state, of earlier tokens among the arguments of a call, or None."""
     return next((given[name] for name in CACHES if given.get(name) is not None), None)
 
 
 def other_state_in(given: Mapping[str, Any]) -> str:
-    """Return the name of an argument that looks like such a state, and is not known for one; or "".
-
-    A tensor under the name of a state is one if an earlier call returned it.
-    """
-    return next((n for n, v in given.items() if _is_state(n, v)), "")
+    """Return the name of an argument that looks like such a state, under another name; or ""."""
+    return next((n for n, v in given.items() if n not in CACHES and _is_state(n, v)), "")
 
 
 def state_in(given: Mapping[str, Any]) -> str:
@@ -53,7 +61,17 @@ def state_in(given: Mapping[str, Any]) -> str:
 
 
 def _is_empty(state: Any) -> bool:
-    return isinstance(state, list | tuple | dict) and not _held_in(state)
+    """True if no values are in a state: what holds none yet, or has an axis of no tokens."""
+    counts = hasattr(state, "get_seq_length") or hasattr(state, "layers")
+    return not counts and not any(tensor.numel() for tensor in _held_in(state))
+
+
+def unnoted(given: Mapping[str, Any]) -> str:
+    """Return the name of a state with values that counts no tokens, and that no call returned."""
+    state = cache_in(given)
+    if state is None or earlier({CACHES[0]: state}) is not None or torch.compiler.is_compiling():
+        return ""
+    return "" if _noted(state) is not None else next(n for n in CACHES if given.get(n) is not None)
 
 
 def may_be_state(name: str) -> bool:
@@ -64,13 +82,12 @@ def may_be_state(name: str) -> bool:
 def _is_state(name: str, value: Any) -> bool:
     if value is None or name.startswith(NO_STATES):
         return False
-    if name in CACHES:
-        lone = isinstance(value, Tensor) and not torch.compiler.is_compiling()
-        return lone and _noted(value) is None
     if isinstance(value, Tensor):
         named = name in STATES or any(hint in name for hint in HINTS)
         return named and value.is_floating_point() and value.ndim > 1
-    return hasattr(value, "get_seq_length") or any(t.ndim > 1 for t in _held_in(value))
+    return hasattr(value, "get_seq_length") or any(
+        t.ndim > 1 and t.numel() for t in _held_in(value)
+    )
 
 
 def _held_in(value: Any) -> list[Tensor]:
@@ -126,6 +143,14 @@ def positions_of(given: Mapping[str, Any], length: int) -> Any:
 
 # {the state of earlier tokens, if it counts none: their numbers in each row [batch, 1]}
 _in_states: Any = WeakIdKeyDictionary()
+
+
+def _states_in(out: Any) -> list[Any]:
+    """Return what a call's output holds of states: by their names, or nested in a tuple."""
+    if isinstance(out, dict):
+        return [cache_in(out)]
+    items = out[1:] if isinstance(out, tuple | list) else ()
+    return [item for item in items if not isinstance(item, Tensor) and _held_in(item)]
 
 
 def _holder(state: Any) -> Any:
@@ -186,6 +211,7 @@ class Documents:
         self, given: Mapping[str, Any], batch: int, length: int, device: torch.device
     ) -> None:
         self.batch, self.length, self.device = batch, length, device
+        self.ids, self.state = given.get("input_ids"), cache_in(given)
         mask: Any = given.get("attention_mask")
         if isinstance(mask, dict):  # one for each kind of layer; a recurrent one takes it plain
             mask = next((m for m in mask.values() if getattr(m, "ndim", 0) == 2), mask)
@@ -233,7 +259,13 @@ class Documents:
             self.plain, self.mask = True, around.mask
 
     def _same(self, around: Documents) -> bool:
-        return (self.batch, self.length) == (around.batch, around.length)
+        """True if both have as many rows and tokens, and the same ids if both have ids."""
+        if (self.batch, self.length) != (around.batch, around.length):
+            return False
+        ids, other = self.ids, around.ids
+        if ids is None or other is None or ids is other or torch.compiler.is_compiling():
+            return True
+        return ids.shape != other.shape or torch.equal(ids, other.to(ids.device))
 
     def says_less_than(self, around: Documents) -> bool:
         """True if a call around this one, of as many rows and tokens, alone has a mask or ids."""
@@ -273,13 +305,13 @@ class Documents:
 
         If a layer beneath has noted it, with the rows of a prompt, this stays.
         """
-        state = cache_in(out) if isinstance(out, dict) else None
-        if _holder(state) is None or earlier({CACHES[0]: state}) is not None:
-            return
-        before = self.noted if self.held is None else self.held
-        if before is not None and _noted(state) is self.noted:
-            seen = self._seen().expand(self.batch, -1)
-            _in_states[_holder(state)] = seen.sum(-1, keepdim=True) + before
+        for state in (*_states_in(out), self.state):
+            if _holder(state) is None or earlier({CACHES[0]: state}) is not None:
+                continue
+            before = self.noted if self.held is None else self.held
+            if before is not None and _noted(state) is self.noted:
+                seen = self._seen().expand(self.batch, -1)
+                _in_states[_holder(state)] = seen.sum(-1, keepdim=True) + before
 
     def check(self, asks: Asks, where: str) -> None:
         """Raise unless the call says enough about the tokens of its rows."""

@@ -19,6 +19,7 @@ from .._modules.trials import alone
 from .._modules.wrappers import computing_device
 from ..errors import OptionError, SiteError, quoted
 from ..names import SLOT, is_inside, last
+from .rehearsal import embeds, is_own
 from .runs import is_watched
 from .site import Site
 from .tokens import arguments_of, is_beside_text
@@ -62,10 +63,31 @@ def embedding_of(module: nn.Module) -> str:
             wanted = module.get_input_embeddings()  # type: ignore[operator]
         except NotImplementedError as error:  # CANINE hashes characters
             raise SiteError(f"{type(module).__name__} has no one embedding of tokens") from error
-    for name, part in module.named_modules():
-        if part is wanted or (wanted is None and isinstance(part, nn.Embedding)):
-            return name
-    raise SiteError(f"{type(module).__name__} has no embedding of tokens inside")
+    names = [
+        name for name, part in module.named_modules()
+        if part is wanted or (wanted is None and isinstance(part, nn.Embedding))
+    ]  # fmt: skip
+    if not names:
+        raise SiteError(f"{type(module).__name__} has no embedding of tokens inside")
+    return _tried(module, names) if is_own(module) else names[0]
+
+
+def _tried(module: nn.Module, names: list[str]) -> str:
+    """Return the one of a module's embeddings by which it embeds tokens: the first, if none shows.
+
+    Raises:
+        SiteError: it makes more of token ids than each of the embeddings does.
+    """
+    results = {name: embeds(module, name, scale_of(module)) for name in names}
+    found = next((name for name, same in results.items() if same), None)
+    if found is None and False in results.values():
+        raise SiteError(
+            f"{type(module).__name__} does not compute the same of token ids as of inputs_embeds "
+            f"that {names[0]!r} makes of them, so a prompt beside them has no place: let the "
+            "forward do what it does to embedded ids, such as a scale or a norm, to inputs_embeds "
+            "too, and let get_input_embeddings() return the embedding of tokens"
+        )
+    return found or names[0]
 
 
 _cache: Any = functools.cache  # Any: its annotation allows no class as argument
@@ -166,10 +188,21 @@ def room(module: nn.Module) -> int | None:
     """
     parts = dict(module.named_modules())
     beside = [name for name, part in parts.items() if name and is_beside_text(part)]
+    own = is_own(module)
     tables = [
         part.num_embeddings - int(getattr(part, "offset", 0))
         for name, part in parts.items()
-        if isinstance(part, nn.Embedding) and last(name) in TABLES
+        if isinstance(part, nn.Embedding)
+        if last(name) in TABLES or (own and _is_of_positions(last(name)))
         if not any(is_inside(name, other) for other in beside)
     ]
+    for name, values in module.named_parameters() if own else ():
+        one = values.ndim == 2 or (values.ndim == 3 and values.size(0) == 1)
+        if one and _is_of_positions(last(name)):
+            tables.append(values.size(-2))
     return min(tables, default=None)
+
+
+def _is_of_positions(name: str) -> bool:
+    """True if a child or a parameter of somebody's own model is a table of absolute positions."""
+    return "pos" in name and "rel" not in name and not name.endswith("_pos")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import SiteError, quoted
 from ..names import ancestors
-from .documents import CACHES, NONE_HELD, PLACES, START, latest, other_state_in
+from .documents import CACHES, NONE_HELD, PLACES, START, latest
 from .site import Site
 from .tokens import EMBEDDED
 
@@ -177,14 +177,18 @@ def plain_id(reader: Any) -> int:
     return pad + 1 if pad + 1 != getattr(reader, "mask_token_id", None) else pad + 2
 
 
-def unknown(given: Mapping[str, Any], batch: int, length: int) -> str:
-    """Return which argument of a call a prompt has no value for, and why; or ""."""
-    mask, other = given.get(POSITIONS[0]), other_state_in(given)
+def unknown(given: Mapping[str, Any], batch: int, length: int, other: str) -> str:
+    """Return which argument of a call a prompt has no value for, and why; or "".
+
+    Args:
+        other: the name of a state of earlier tokens that is not known for one; or "".
+    """
+    mask = given.get(POSITIONS[0])
     if other and (mask is None or mask.size(1) == length):
         return (
             f"{other!r}, which may hold earlier tokens and the prompt, and nothing says so: give "
-            f"an attention_mask for all tokens, return it in a dict as {CACHES[0]!r}, or, "
-            f"{NONE_HELD}"
+            "an attention_mask for all tokens, None where nothing came before, and what a forward "
+            f"returned in a dict as {CACHES[0]!r}; or, {NONE_HELD}"
         )
     for name, value in given.items():
         of_tokens = _has_tokens(value, batch, length) and not name.startswith(OTHERS)

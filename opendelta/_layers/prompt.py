@@ -8,17 +8,17 @@ too.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from .._modules.kinds import Embedding, kind_of
-from ..errors import SiteError, quoted
+from ..errors import DeltaError, SiteError, quoted
 from .base import Acts, DeltaLayer, Handover
 from .costs import Flops
-from .documents import CACHES, Documents, cache_in, has_axis, other_state_in, positions_of
+from .documents import CACHES, Documents, cache_in, has_axis, other_state_in, positions_of, unnoted
 from .embedders import block_holder, in_decoders
 from .embedding import embedding_of, numbered, numbering, room, scale_of
 from .layout import (
@@ -34,11 +34,12 @@ from .layout import (
     unknown,
     widen_values,
 )
+from .rehearsal import is_own
 from .site import Site
-from .strip import Strip, StripInput, WithPrompt, check_pooled, check_positions, laid, strip
+from .strip import Strip, StripInput, WithPrompt, check_all, check_positions, laid, strip
 from .tokens import EMBEDDED, arguments, mask_around, named, noting, padding_id, with_mask
+from .widening import STATES, CrossMask, Numbered
 
-STATES = "encoder_hidden_states"
 CROSS = ("encoder_attention_mask", "encoder_padding_mask")
 IDS = (torch.int64, torch.int32)
 WHOLE = ("ReformerModel",)  # classes whose cache holds whole chunks
@@ -73,7 +74,7 @@ class PromptLayer(WithPrompt):
             )
         self.width, self.length, self.strip = kind.out_features, length, strip
         self.room = room(site.module)
-        self.library = type(site.module).__module__.startswith("transformers")
+        self.library = not is_own(site.module)
         self.scale = scale_of(site.module)
         # To strip right after the blocks, as later modules read a single position.
         self.stripper: Handover | None = None
@@ -124,14 +125,29 @@ class PromptLayer(WithPrompt):
             widened.mask = torch.where(layout.filler, 0, layout.widened(mask, 1))
         slots = layout.slot_of, layout.full
         call = functools.partial(laid, slots, call) if self.pooled else call
-        out = noting(widened, call, **given)
+        run = noting if self.library else self._explained
+        out = run(widened, call, **given)
         if not self.strip:
             return out
-        known = self.library or self.stripper is not None
-        check_positions(out, layout.full, fewer=known)
-        if not (known or self.pooled):
-            check_pooled(out, batch)
+        if self.library or self.stripper is not None:
+            check_positions(out, layout.full)
+        else:
+            check_all(out, batch, layout.full, self.pooled)
         return strip(out, layout.slot_of, layout.full, self.library)
+
+    def _explained(self, documents: Documents, call: Any, **given: Any) -> Any:
+        """Run a forward of somebody's own; an error in it tells what the prompt changed."""
+        try:
+            return noting(documents, call, **given)
+        except Exception as error:
+            if not isinstance(error, DeltaError):
+                error.add_note(
+                    f"{self.record.name!r} put {self.length} rows before the tokens of this call, "
+                    "as inputs_embeds, and widened its mask: a forward that computes with token "
+                    "ids or the mask after its blocks must expect that; strip=False keeps the rows "
+                    "of the prompt in the hidden states, too"
+                )
+            raise
 
     def _numbered(
         self,
@@ -184,9 +200,13 @@ class PromptLayer(WithPrompt):
             )
         if positions_of(given, length) is None and POSITIONS[1] not in self.arguments:
             given.pop(POSITIONS[1], None)
-        if why := unknown(given, batch, length):
+        if why := unknown(given, batch, length, self._state_in(given)):
             self._refuse(f"{kind} is given {why}")
         return batch, length
+
+    def _state_in(self, given: dict[str, Any]) -> str:
+        """Return the name of a state that may lack the prompt, as nobody knows where it is from."""
+        return other_state_in(given) or ("" if self.library else unnoted(given))
 
     def _refuse(self, why: str) -> NoReturn:
         raise SiteError(f"{self.record.name!r}: {why}")
@@ -228,7 +248,8 @@ class PromptLayer(WithPrompt):
             prompts: length of this prompt and of those beneath it, which the cache holds too.
         """
         mask, positions = (given.get(name) for name in POSITIONS)
-        if (other := other_state_in(given)) and mask is not None and mask.size(1) > length:
+        other = self._state_in(given)
+        if other and mask is not None and mask.size(1) > length:
             wanted = mask.size(1) - length + prompts
             if not has_axis(given[other], wanted):
                 self._refuse(
@@ -321,48 +342,9 @@ class PromptLayer(WithPrompt):
             holder, pooler = block_holder(modules, name), modules[name]._modules.get("pooler")
             if layer.strip and holder != name:
                 layer.stripper = Handover()
-                others[holder] = Strip(layer.stripper, pooler is not None)
+                by_own = is_own(modules[holder])
+                others[holder] = Strip(layer.stripper, pooler is not None, by_own)
             elif layer.strip and pooler is not None:
                 layer.pooled = True
                 others[f"{name}.pooler".lstrip(".")] = StripInput()
         return others
-
-
-class CrossMask(WithPrompt):
-    """Lets a decoder attend to the prompt, which is part of the encoder's output."""
-
-    acts = Acts.SERVES
-
-    def __init__(self, names: list[str], mask: str, length: int) -> None:
-        super().__init__()
-        self.arguments, self.mask, self.length = names, mask, length
-
-    def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        given = named(self.arguments, args, kwargs)
-        states, mask = given.get(STATES), given.get(self.mask)
-        if states is not None and mask is not None and mask.size(-1) < states.size(1):
-            given[self.mask] = Layout(starts(mask), self.length).widened(mask, 1)
-        return call(**given)
-
-
-class Numbered(WithPrompt):
-    """Lets a module number the positions by token ids, where it is given embeddings instead.
-
-    Args:
-        names: its arguments, the first of which are the token ids.
-        handover: passes the token ids with the prompt's.
-    """
-
-    acts = Acts.SERVES
-
-    def __init__(self, names: list[str], handover: Handover) -> None:
-        super().__init__()
-        self.arguments, self.handover = names, handover
-
-    def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        assert self.handover is not None
-        given, ids = named(self.arguments, args, kwargs), self.handover.take()
-        if ids is None:
-            return call(*args, **kwargs)
-        given.pop("inputs_embeds", None)
-        return call(**{**given, self.arguments[0]: ids})

@@ -7,10 +7,11 @@ context variable. What starts inside the block with a copy of the context has th
 from __future__ import annotations
 
 import itertools
+import threading
 import weakref
 from collections.abc import Callable, Collection, Mapping
 from contextvars import ContextVar, Token
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -18,13 +19,21 @@ from ..errors import DeltaError, listed
 from .seen import Seen
 
 CLOCK = itertools.count()
+_LOCK = threading.Lock()
 
 
 class Moment:
-    """When something changed on a model, and in which open blocks of this thread and task."""
+    """When something changed on a model, and in which open blocks of this thread and task.
+
+    Attributes:
+        latest: the time of the last one, on any model.
+    """
+
+    latest: ClassVar[int] = -1
 
     def __init__(self) -> None:
-        self.time = next(CLOCK)
+        with _LOCK:  # else an earlier one could be the latest
+            self.time = Moment.latest = next(CLOCK)
         self.blocks = weakref.WeakSet(block.key for block in CURRENT.get().blocks)
 
 
@@ -90,6 +99,8 @@ class OpenBlock:
 
     def _check_there(self) -> None:
         """Raise if what the block chose was detached or merged elsewhere while it was open."""
+        if Moment.latest < self.began:
+            return
         backbones = {*self.backbones, *(record.shared for record in self.active)}
         if any(self._saw(shared.merged) for shared in backbones):
             raise DeltaError(

@@ -11,25 +11,23 @@ from torch import Tensor
 from .._modules import calls
 from ..errors import SiteError
 from .base import Acts, DeltaLayer, Handover
-from .documents import CACHES
+from .documents import CACHES, HINTS
+
+KEPT = ("kv", "key", "present", "mem")  # in the name of what holds earlier tokens
+POOLED = (
+    "the model may read it where the prompt still is, such as from the first position, or from a "
+    "mean: let a module around it do that, give strip=False and read the tokens' positions, or "
+    "choose another method"
+)
 
 
-def check_positions(out: Any, full: int, fewer: bool = True) -> None:
-    """Raise if an output has more than `full` positions, or none.
+def check_positions(out: Any, full: int) -> None:
+    """Raise if an output has more than `full` positions, those of tokens and prompts.
 
-    Args:
-        full: number of positions of tokens and prompts.
-        fewer: it may have none, as Funnel pools them.
+    It may have fewer, as Funnel pools them.
     """
     hidden = calls.hidden(out)
-    if not fewer and hidden.ndim != 3:
-        raise SiteError(
-            f"an output {list(hidden.shape)} for {full} positions of prompt and tokens: the model "
-            "reads some of them where the prompt still is, such as the first, or their mean: give "
-            "strip=False, and read the tokens' positions, or choose another method"
-        )
-    count = hidden.size(1)
-    if count > full:
+    if hidden.ndim > 2 and (count := hidden.size(1)) > full:
         raise SiteError(
             f"an output of {count} positions for {full} of prompt and tokens: images among the "
             "tokens, or padding to whole blocks, hide where the prompt is; pad the rows before, or "
@@ -37,19 +35,27 @@ def check_positions(out: Any, full: int, fewer: bool = True) -> None:
         )
 
 
-def check_pooled(out: Any, batch: int) -> None:
-    """Raise if an output has values of whole rows, beside the hidden states.
+def check_all(out: Any, batch: int, full: int, pooled: bool = False) -> None:
+    """Raise unless each tensor of rows in an output of somebody's own forward has all positions.
 
-    The forward that made them may have read a position of the prompt, or a mean over it.
+    What has others may come from a position of the prompt, or from a mean over it.
+
+    Args:
+        pooled: values of whole rows come from a pooler that sees the tokens alone.
     """
+    hidden = calls.hidden(out)
+    if hidden.shape[:2] != (batch, full):
+        raise SiteError(
+            f"an output {list(hidden.shape)} for {full} positions of prompt and tokens: {POOLED}"
+        )
     for key, item in (calls.items_of(out) or {}).items():
-        of_rows = isinstance(item, Tensor) and item.ndim in (1, 2) and item.size(0) == batch
-        if of_rows and key not in CACHES:
+        rows = isinstance(item, Tensor) and item.ndim > 0 and item.size(0) == batch
+        if not rows or key in CACHES or (pooled and item.ndim < 3):
+            continue
+        if item.ndim < 3 or (item.size(1) != full and full not in item.shape[2:]):
             raise SiteError(
-                f"an output {key!r} of the shape {list(item.shape)} beside the hidden states: the "
-                "model may read it where the prompt still is, such as from the first position, or "
-                "from their mean: let a module around it do that, give strip=False and read the "
-                "tokens' positions, or choose another method"
+                f"an output {key!r} of the shape {list(item.shape)} beside the hidden states: "
+                f"{POOLED}"
             )
 
 
@@ -58,21 +64,26 @@ def strip(value: Any, slot_of: Tensor, full: int, nested: bool = True) -> Any:
 
     Args:
         slot_of: the slots [batch, length] of the tokens.
-        nested: lists and tuples inside hold hidden states, and no state of earlier tokens.
+        nested: lists and tuples inside hold hidden states, and no state of earlier tokens. Else the
+            key of what a mapping holds tells.
     """
     if isinstance(value, Tensor):
-        return _at_tokens(slot_of, full, value) if value.ndim == 3 else value
+        most = 3 if nested else 4  # a library's others are keys and values
+        return _at_tokens(slot_of, full, value) if 3 <= value.ndim <= most else value
     if isinstance(value, dict):  # a ModelOutput, whose fields and items are the same
-        several = (tuple, list) if nested else ()
         for key, item in value.items():
-            if key == "hidden_states" or (
-                isinstance(item, (Tensor, *several)) and key not in CACHES
-            ):
-                value[key] = strip(item, slot_of, full)
+            if isinstance(item, Tensor):
+                taken = key not in CACHES
+            elif nested:
+                taken = isinstance(item, tuple | list) and key not in CACHES
+            else:
+                taken = not any(hint in str(key) for hint in (*HINTS, *CACHES, *KEPT))
+            if taken or key == "hidden_states":
+                value[key] = strip(item, slot_of, full, nested or not isinstance(item, Tensor))
         return value
     if isinstance(value, tuple | list):
         kept = () if nested else (list, tuple, dict)
-        items = [v if isinstance(v, kept) else strip(v, slot_of, full) for v in value]
+        items = [v if isinstance(v, kept) else strip(v, slot_of, full, nested) for v in value]
         return calls.like(value, dict(enumerate(items)))
     return value
 
@@ -94,13 +105,14 @@ class Strip(WithPrompt):
     Args:
         handover: passes the slots of the tokens, and the number of all positions.
         pooled: a pooler reads the first position of the output.
+        own: the blocks are in a module of somebody's own.
     """
 
     acts = Acts.SERVES
 
-    def __init__(self, handover: Handover, pooled: bool) -> None:
+    def __init__(self, handover: Handover, pooled: bool, own: bool) -> None:
         super().__init__()
-        self.handover, self.pooled = handover, pooled
+        self.handover, self.pooled, self.own = handover, pooled, own
 
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         assert self.handover is not None
@@ -111,7 +123,11 @@ class Strip(WithPrompt):
         slot_of, full = layout
         if self.pooled:
             check_positions(out, full)
-        return strip(out, slot_of, full) if calls.hidden(out).size(1) == full else out
+        if calls.hidden(out).size(1) != full:
+            return out
+        if self.own:
+            check_all(out, slot_of.size(0), full)
+        return strip(out, slot_of, full, nested=not self.own)
 
 
 LAID = Handover()  # the layouts of the prompts in the running call, the outermost first

@@ -22,7 +22,17 @@ from ..names import ancestors
 from ..names import last as last_step
 from . import recomputing
 from .base import Acts, DeltaLayer
-from .documents import SEQUENCE, Asks, Documents, earlier, may_be_state, of_ends, state_in
+from .documents import (
+    SEQUENCE,
+    Asks,
+    Documents,
+    earlier,
+    may_be_state,
+    of_ends,
+    other_mask_in,
+    state_in,
+)
+from .rehearsal import is_own, sees_no_later
 
 READS = {"input_ids", "attention_mask"}
 EMBEDDED = ("input_ids", "inputs_embeds")
@@ -150,7 +160,7 @@ class Notes(DeltaLayer):
         super().__init__()
         recomputing.keep(of_now)
         self.arguments, self.padding = arguments(module), padding_id(module)
-        self.where, self.asks = where, asks
+        self.where, self.asks, self.own = where, asks, is_own(module)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -158,7 +168,8 @@ class Notes(DeltaLayer):
 
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         given = with_mask(named(self.arguments, args, kwargs), self.padding)
-        return noting(noted(given, self.where, self.asks), call, *args, **kwargs)
+        documents = noted(given, self.where, self.asks, self.own)
+        return noting(documents, call, *args, **kwargs)
 
 
 class Listens(DeltaLayer):
@@ -218,15 +229,26 @@ def is_beside_text(module: nn.Module) -> bool:
     return "input_ids" not in own and any(name.startswith(BESIDE_TEXT) for name in own)
 
 
-def noted(given: dict[str, Any], where: str, asks: Asks) -> Documents | None:
+def noted(given: dict[str, Any], where: str, asks: Asks, own: bool = False) -> Documents | None:
     """Return the documents that a call's arguments, by name, say; None: it has none.
+
+    Args:
+        own: the module is of somebody's own, and may call a mask as it likes.
 
     Raises:
         SiteError: the call does not say enough about the tokens of its rows.
     """
     tokens = next((given[n] for n in EMBEDDED if given.get(n) is not None), None)
-    if tokens is None or tokens.ndim < 2:
-        return None
+    if not isinstance(tokens, Tensor) or tokens.ndim != (3 if tokens.is_floating_point() else 2):
+        return None  # such as several choices for each row: a module inside takes them as rows
+    said = any(given.get(name) is not None for name in ("attention_mask", "position_ids"))
+    if own and not said and (name := other_mask_in(given, tokens.size(0))):
+        raise SiteError(
+            f"{asks.option}: the call of {quoted(where)} may say by {name!r} which tokens are "
+            "padding, and nothing tells how: call the argument 'attention_mask' [batch, length], "
+            f"give position_ids, or choose {asks.instead}",
+            where=where,
+        )
     documents = Documents(given, tokens.size(0), tokens.size(1), tokens.device)
     around = _running.documents
     documents.hears(around)
@@ -273,6 +295,7 @@ class Tokens:
         self.where, self.names = where, own
         self.arguments = own if set(own) >= READS else None
         self.padding, self.beside_text = padding_id(module), is_beside_text(module)
+        self.own = is_own(module)
 
     def chosen(
         self, h: Tensor, args: tuple, kwargs: dict[str, Any], first: int, last: int
@@ -325,11 +348,11 @@ class Tokens:
         documents = None if self.beside_text else _running.documents
         if self.arguments is not None:
             given = with_mask(named(self.arguments, args, kwargs), self.padding)
-            documents = noted(given, self.where, asks)
+            documents = noted(given, self.where, asks, self.own)
         if documents is None:
             if _running.unsaid:
                 self._refuse(asks, _running.unsaid)
-            self._check_bare(asks, args, kwargs)
+            self._check_bare(asks, args, kwargs, h.size(0))
             documents = Documents({}, 1, h.size(-2), h.device)
         elif h.size(-2) != documents.length or (h.ndim > 2 and h.size(0) != documents.batch):
             whole = h.ndim > 2 and h.size(0) == documents.batch  # blocks have this length too
@@ -341,7 +364,7 @@ class Tokens:
             )
         return documents
 
-    def _check_bare(self, asks: Asks, args: tuple, kwargs: dict[str, Any]) -> None:
+    def _check_bare(self, asks: Asks, args: tuple, kwargs: dict[str, Any], batch: int) -> None:
         """Raise if there may be padding or earlier tokens in a call that no `Notes` saw."""
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
             self._refuse(
@@ -351,7 +374,9 @@ class Tokens:
             )
         masks = [value for name, value in kwargs.items() if "mask" in name]
         masks += [value for value in args[1:] if isinstance(value, Tensor) and value.ndim == 4]
-        if state_in(named(self.names, args, kwargs)) or any(mask is not None for mask in masks):
+        given = named(self.names, args, kwargs)
+        hidden = any(mask is not None for mask in masks) or other_mask_in(given, batch)
+        if hidden or state_in(given):
             self._refuse(
                 asks,
                 "is given a mask or a cache, but no module around it that has input_ids says which "
@@ -396,6 +421,13 @@ def notes_for(
                 )
         takes = [o for o in outer if set(arguments(modules[o])) >= READS]
         takes = takes or [o for o in outer if "input_ids" in arguments(modules[o])]
+        if takes and "decoder_input_ids" in arguments(modules[takes[0]]):
+            raise SiteError(
+                f"{asks.option}: {name!r} is in {type(modules[takes[0]]).__name__}, which is given "
+                "the tokens of two texts, and nothing says which of them it computes: choose "
+                f"{asks.instead}",
+                where=name,
+            )
         inner = outer[: outer.index(takes[0])] if takes else ()
         states = [] if takes else [o for o in outer if any(map(may_be_state, _own(modules[o])))]
         found |= {o: Continued(modules[o]) for o in states if o not in made}
@@ -418,10 +450,15 @@ def check_not_causal(made: Mapping[str, DeltaLayer], modules: Mapping[str, nn.Mo
     There the mean over all tokens would tell each token of the later ones, and generation by steps
     would compute something else.
     """
+    tried = dict[str, bool]()
     for name in made:
         outer = [*ancestors(name), ""]
-        around = modules[next((o for o in outer if set(arguments(modules[o])) >= READS), "")]
-        if any(_sees_no_later(part) for part in around.modules()):
+        where = next((o for o in outer if set(arguments(modules[o])) >= READS), "")
+        around = modules[where]
+        if where not in tried:
+            own = is_own(around) and "input_ids" in arguments(around)
+            tried[where] = own and sees_no_later(around)
+        if tried[where] or any(_sees_no_later(part) for part in around.modules()):
             raise SiteError(
                 f'per="sequence": {name!r} is inside {type(around).__name__}, where a token may '
                 f"not see later ones: choose {SEQUENCE.instead}",

@@ -105,26 +105,40 @@ def on_shapes() -> Iterator[Shapes]:
 
 
 class Restoring(TorchDispatchMode):
-    """A block that puts back, at its end, the values of tensors that operations inside write to.
+    """A block that puts back, at its end, the values of tensors from before that it writes to.
 
-    Args:
-        given: the tensors. Values are kept of those alone that are written to.
+    Values are kept of those alone that are written to. A fused step of an optimizer is not seen.
     """
 
-    def __init__(self, given: Iterable[Tensor]) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.known = {memory_of(t): t for t in given if is_dense(t) and not t.is_meta}
-        self.before: dict[int, Any] = {}
+        self.made: dict[int, Tensor] = {}  # kept, so that no other tensor gets the memory's number
+        self.before: dict[int, tuple[Any, Any]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = [t for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)]
         if func._schema.is_mutable:
-            for tensor in tree_iter((args, kwargs)):
-                memory = memory_of(tensor) if isinstance(tensor, Tensor) else None
-                if memory in self.known and memory not in self.before:
-                    self.before[memory] = self.known[memory].untyped_storage().clone()
-        return func(*args, **(kwargs or {}))
+            for tensor in given:
+                self._keep(tensor)
+        out = func(*args, **(kwargs or {}))
+        known = {memory_of(tensor) for tensor in given}
+        for tensor in tree_iter(out):
+            if isinstance(tensor, Tensor) and memory_of(tensor) not in known:
+                self.made[memory_of(tensor)] = tensor
+        return out
+
+    def _keep(self, tensor: Tensor) -> None:
+        memory = memory_of(tensor)
+        plain = type(tensor) in (Tensor, torch.nn.Parameter) and is_dense(tensor)
+        if plain and not tensor.is_meta and memory not in self.made and memory not in self.before:
+            storage = tensor.untyped_storage()
+            self.before[memory] = storage, storage.clone()
+
+    def wrote_to(self, tensors: Iterable[Tensor]) -> bool:
+        """True if one of these was written to so far."""
+        return any(memory_of(tensor) in self.before for tensor in tensors)
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        for memory, values in self.before.items():
-            self.known[memory].untyped_storage().copy_(values)
+        for storage, values in self.before.values():
+            storage.copy_(values)

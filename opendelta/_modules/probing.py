@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .devices import device_and_dtype
+from .faking import Restoring
 from .kinds import Kind, Norm, kind_of
 from .process import kept_random
 from .tensors import in_full, is_plain, stored, stored_params
@@ -73,6 +74,7 @@ def factor_of(module: nn.Module) -> float | None:
         return 1.0
     if kind is None or _takes_more(cls.forward):
         return None
+    own = list(module.parameters())
     module = alone(module, writes=True)
     if stored(module, "weight") is None:
         return None
@@ -83,7 +85,7 @@ def factor_of(module: nn.Module) -> float | None:
         for mode in (False, True) if "weight" in module._parameters else (False,):
             for part in module.modules():
                 part.training = mode
-            with kept_random(), _in_full_precision(module):
+            with kept_random(), Restoring() as written, _in_full_precision(module):
                 if module.training > was_training and _is_random(module, kind):
                     continue  # as dropout is: nobody expects a merge to keep it
                 torch.manual_seed(0)
@@ -92,6 +94,8 @@ def factor_of(module: nn.Module) -> float | None:
                     factors.append(_of(module, kind, largest))
                     if kind.takes_ids and not module.training and not _is_alike(module, kind):
                         return None
+                if written.wrote_to(own):
+                    return None
         first = factors[0]
         if first is None or not all(each and _near(each, first, 1e-3) for each in factors):
             return None
@@ -211,9 +215,9 @@ def _inputs(module: nn.Module, kind: Kind, largest: float = 1.0) -> Iterator[Ten
         yield x.index_fill(kind.axis - 1, torch.tensor([0], device=device), 0)
 
 
-def _runs(module: nn.Module, x: Tensor) -> bool:
+def _runs(module: nn.Module, *args: Tensor) -> bool:
     try:
-        type(module).forward(module, x)
+        type(module).forward(module, *args)
     except Exception:  # whatever a forward of somebody's own raises on such an input
         return False
     return True
@@ -227,28 +231,68 @@ def acts_by_channel(module: nn.Module, key: str) -> bool:
         module: one without layers.
         key: "weight" or "bias".
     """
-    kind: Any = kind_of(module)
+    own, was_training = list(module.parameters()), module.training
     module = alone(module, writes=True)
-    with _in_full_precision(module):
-        own: Any = module._parameters
-        forward = type(module).forward
-        kept, bias = own[key], stored_params(module).get("bias")
-        before = {name: p.clone() for name, p in own.items() if p is not None}
-        device, dtype = device_and_dtype([module])
-        shape = kind.example(3, dtype)[0].shape
+    try:
+        for mode in (False, True):
+            for part in module.modules():
+                part.training = mode
+            with kept_random(), Restoring() as written, _in_full_precision(module):
+                torch.manual_seed(0)
+                given = list(_of_norms(module))
+                if mode > was_training and _differs(module, given[0]):
+                    continue  # as dropout is: nobody expects a merge to keep it
+                if not all(_is_by_channel(module, key, args) for args in given):
+                    return False
+                if written.wrote_to(own):
+                    return False
+        return True
+    except Exception:  # whatever a forward of somebody's own raises on such an input
+        return False
+
+
+def _of_norms(module: nn.Module) -> Iterator[tuple[Tensor, ...]]:
+    """Yield arguments of a normalisation: several lengths and rows, zeros, and all arguments."""
+    kind: Any = kind_of(module)
+    device, dtype = device_and_dtype([module])
+    for length, rows in ((3, 2), (17, 3), (2, 1)):
+        first, *others = kind.example(length, dtype)[0].shape
+        shape = (first if kind.axis == 0 else rows, *others)  # channels may come first of all
         x = torch.randn(shape, dtype=torch.float64).to(device, dtype)
-        by = torch.linspace(-49.5, 50.5, kept.numel(), device=device).to(kept.dtype)
-        by = by.view(kept.shape)
-        shift, each = 0 if bias is None else kind.per_channel(bias, x), kind.per_channel(by, x)
+        yield (x,)
+    if kind.axis == -1 and _runs(module, x[0]):
+        yield (x[0],)
+    yield (x.index_fill(-2 if kind.axis == -1 else -1, torch.tensor([0], device=device), 0),)
+    named = list(inspect.signature(type(module).forward).parameters.values())[1:]
+    count = sum(p.kind is Parameter.POSITIONAL_OR_KEYWORD for p in named)
+    every = (x, *(torch.randn_like(x) for _ in range(count - 1)))
+    if count > 1 and _runs(module, *every):
+        yield every
+
+
+def _differs(module: nn.Module, args: tuple[Tensor, ...]) -> bool:
+    forward = type(module).forward
+    return not torch.equal(forward(module, *args), forward(module, *args))
+
+
+def _is_by_channel(module: nn.Module, key: str, args: tuple[Tensor, ...]) -> bool:
+    kind: Any = kind_of(module)
+    own: Any = module._parameters
+    kept, bias, x = own[key], stored_params(module).get("bias"), args[0]
+    before = {name: p.clone() for name, p in own.items() if p is not None}
+    by = torch.linspace(-49.5, 50.5, kept.numel(), device=x.device).to(kept.dtype).view(kept.shape)
+    shift, each = 0 if bias is None else kind.per_channel(bias, x), kind.per_channel(by, x)
+    with torch.set_grad_enabled(module.training):  # a forward may go by it
+        plain = type(module).forward(module, *args).detach()
+        wanted = plain + each if key == "bias" else (plain - shift) * each + shift
+        if not all(torch.equal(own[name], values) for name, values in before.items()):
+            return False  # it writes to them itself
         try:
-            plain = forward(module, x)
-            wanted = plain + each if key == "bias" else (plain - shift) * each + shift
-            if not all(torch.equal(own[name], values) for name, values in before.items()):
-                return False  # it writes to them itself
             own[key] = nn.Parameter(kept + by if key == "bias" else kept * by, False)
-            return _close(forward(module, x), wanted, plain.dtype)
-        except Exception:  # whatever a forward of somebody's own raises on such an input
-            return False
+            out = type(module).forward(module, *args).detach()
+        finally:
+            own[key] = kept
+    return _close(out, wanted, plain.dtype)
 
 
 def _close(one: Tensor, other: Tensor, dtype: torch.dtype) -> bool:

@@ -73,7 +73,9 @@ def is_partitioned(tensor: Any) -> bool:
 
 
 def size(tensor: Tensor) -> int:
-    """Return the number of values of `tensor`, also while it is partitioned."""
+    """Return the number of values of `tensor`, also while it is partitioned; 0: it has no size."""
+    if is_lazy(tensor):
+        return 0
     return getattr(tensor, "ds_numel", None) or tensor.numel()
 
 

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ..names import SLOT
 from .copies import copied
-from .faking import Shapes
+from .faking import Restoring, Shapes
 from .process import kept_random, silent_fakes
 from .tensors import is_plain, lasting
 
@@ -65,6 +65,25 @@ def copy_parameters(module: nn.Module) -> None:
     own.update({k: nn.Parameter(p.detach().clone(), p.requires_grad) for k, p in plain.items()})
 
 
+def share_parameters(module: nn.Module) -> None:
+    """Give `module`, and those inside, other parameters of the same memory.
+
+    A forward may write to their `.data`.
+    """
+    made: dict[int, nn.Parameter] = {}
+    for part in module.modules():
+        if not isinstance(part, torch.jit.ScriptModule):
+            own = {k: p for k, p in part._parameters.items() if type(p) is nn.Parameter}
+            part._parameters.update({k: made.setdefault(id(p), twin_of(p)) for k, p in own.items()})
+
+
+def twin_of(parameter: nn.Parameter) -> nn.Parameter:
+    """Return another parameter of the same memory, whose writes are counted apart."""
+    new = nn.Parameter(parameter.data, parameter.requires_grad)
+    new.__dict__.update(parameter.__dict__)
+    return new
+
+
 def _bare_inside(module: nn.Module) -> nn.Module:
     made = bare(module)
     own: dict[str, Any] = made.__dict__["_modules"]
@@ -78,14 +97,21 @@ def without_values(module: nn.Module, mode: Shapes) -> nn.Module:
     Args:
         mode: the block of runs on shapes that is open.
     """
+    made = at_rest(module)
+    for part in made.modules():
+        for table in (part.__dict__["_parameters"], part.__dict__["_buffers"]):
+            table.update({k: mode.like(t) for k, t in table.items() if t is not None})
+    return made
+
+
+def at_rest(module: nn.Module) -> nn.Module:
+    """Return what `alone` does, in eval mode and without hooks."""
     made = alone(module)
     for part in made.modules():
         own = part.__dict__
         own.pop("forward", None)  # a wrapper of another library, around the module itself
         hooks = [key for key, table in own.items() if "_hooks" in key and isinstance(table, dict)]
         own.update({key: type(own[key])() for key in hooks})
-        for table in (own["_parameters"], own["_buffers"]):
-            table.update({k: mode.like(t) for k, t in table.items() if t is not None})
         part.training = False
     return made
 
@@ -93,10 +119,22 @@ def without_values(module: nn.Module, mode: Shapes) -> nn.Module:
 def facts(module: nn.Module) -> tuple:
     """Return what tells two modules of one class apart.
 
-    That is texts and flags, such as `data_format`, and small numbers, such as an axis.
+    That is texts and flags, such as `data_format`, and small numbers, such as an axis; also in
+    lists, tuples and dicts.
     """
-    own = [(k, v) for k, v in module.__dict__.items() if k != "training"]
-    return type(module), *((k, v) for k, v in own if type(v) in (str, bool) or _is_small(v))
+    own = [(k, v) for k, v in module.__dict__.items() if k != "training" and k not in TORCHS]
+    return type(module), *((k, repr(v)) for k, v in own if _tells(v))
+
+
+TORCHS = frozenset(vars(nn.Module()))  # the attributes of every module
+
+
+def _tells(value: Any) -> bool:
+    if isinstance(value, list | tuple | set):
+        return all(map(_tells, value))
+    if isinstance(value, dict):
+        return all(map(_tells, (*value, *value.values())))
+    return value is None or type(value) in (str, bool) or _is_small(value)
 
 
 def _is_small(value: Any) -> bool:
@@ -152,7 +190,7 @@ def takes_transposed(module: nn.Module) -> bool:
         return False
     known = _turned.get(module)
     if known is None or known[0] is not weight:
-        with lasting(), kept_random():
+        with lasting(), kept_random(), Restoring():
             _turned[module] = known = weight, _is_turned(alone(module, writes=True), weight)
     return known[1]
 
@@ -191,7 +229,7 @@ def scales_by_weight(module: nn.Module, shape: tuple[int, ...], axis: int) -> bo
         made = alone(module)
         own: Any = made._parameters
         after = (1,) * (-1 - axis)
-        with lasting(), kept_random():
+        with lasting(), kept_random(), Restoring():
             torch.manual_seed(0)
             own.update({k: torch.randn(p.shape) for k, p in own.items() if p is not None})
             x, by = torch.randn(shape), torch.linspace(-1.5, 2.5, len(own["weight"]))

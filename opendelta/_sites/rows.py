@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -153,6 +154,9 @@ def cut(value: Any, batch: int, rows: slice | Tensor) -> Any:
     return calls.like(value, {key: cut(item, batch, rows) for key, item in items.items()})
 
 
+PLAIN = bool | int | float | complex | str | bytes | torch.dtype | torch.device | enum.Enum | None
+
+
 class ShapeError(ValueError):
     """Outputs that do not fit into one batch; the message says of what shapes they are."""
 
@@ -171,8 +175,8 @@ def _together(grouped: Groups, parts: Sequence[Any]) -> Any:
     if all(part is first for part in parts):
         return first
     if not isinstance(first, Tensor):
-        cache = hasattr(first, "get_seq_length")
-        if not cache and next(calls.every(Tensor, first, objects=True), None) is not None:
+        whole = isinstance(first, PLAIN) or hasattr(first, "get_seq_length")  # a cache is shared
+        if not whole:
             raise ShapeError(f"in objects of the class {type(first).__name__}")
         return first
     counts = [part.size(0) if part.ndim else 0 for part in parts]

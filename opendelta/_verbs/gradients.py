@@ -26,6 +26,8 @@ def missing(output: Any, trainable: dict[str, nn.Parameter]) -> tuple[list[str],
     """Return the trainable parameters without gradient, and why they are not known, or None."""
     loss = (items_of(output) or {}).get("loss")
     tensors = [loss] if isinstance(loss, Tensor) else list(every(Tensor, output, objects=True))
+    if not tensors:
+        return [], f"gradients: no tensor is in the output, a {type(output).__name__}"
     ends = [t for t in tensors if t.requires_grad and t.is_floating_point()]
     if not ends or not trainable:
         return list(trainable), None

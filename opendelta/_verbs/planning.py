@@ -23,7 +23,7 @@ from .._layers.base import DeltaLayer
 from .._layers.costs import Flops
 from .._modules import tensors
 from .._modules.kinds import is_packed
-from .._modules.tensors import is_sharded
+from .._modules.tensors import is_sharded, size
 from ..errors import DeltaError, OptionError, kept_warnings, shown
 from ..names import ancestors
 from .costs import memory_of
@@ -114,7 +114,7 @@ class Planner:
         return Plan(
             model=type(model).__name__,
             deltas=list(self.deltas),
-            total_parameters=sum(p.numel() for p in model.parameters()),
+            total_parameters=sum(map(size, model.parameters())),
             added_parameters=sum(delta.parameters for delta in self.deltas),
             trainable_parameters=self._trainable(),
         )
@@ -158,7 +158,7 @@ class Planner:
         for name, parameter in self.backbone.parameters().items():
             if kept & {"", *ancestors(name)} and (parameter.requires_grad or name in frozen):
                 trains.append(parameter)
-        return sum({id(p): p.numel() for p in trains}.values())
+        return sum({id(p): size(p) for p in trains}.values())
 
     def _carrying(self, delta: BaseDelta, reads: dict[str, bool]) -> Iterator[PlannedModule]:
         others = tied(self.backbone, [w for w in delta.layers if w in delta.modified_modules])

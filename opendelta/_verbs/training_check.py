@@ -222,7 +222,7 @@ def check(
         frozen=_all_frozen(backbone),
         no_dropout=_without_dropout(backbone),
         narrow=_narrow(backbone),
-        moving=[n for n in buffers.moving(backbone, changed) if backbone.modules[n].training],
+        moving=_moving(backbone, changed),
         mixed_modes=_mixed_modes(backbone),
         trainable_parameters=sum(size(p) for p in trainable.values()),
         total_parameters=sum(size(p) for p in plain.parameters()),
@@ -374,6 +374,12 @@ def _without_dropout(backbone: Backbone) -> list[str]:
         if parts:
             found[join(where, SLOT, name)] = any(parts)
     return [] if any(found.values()) else list(found)
+
+
+def _moving(backbone: Backbone, changed: set[str]) -> list[str]:
+    """Return the frozen modules in train() whose buffers a forward changes."""
+    names = buffers.moving(backbone, changed)
+    return [name or "the root" for name in names if backbone.modules[name].training]
 
 
 def _narrow(backbone: Backbone) -> list[str]:

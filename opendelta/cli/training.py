@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from .._files.reading import as_path
 from .comparing import (
     Epochs,
     Label,
@@ -83,7 +83,7 @@ def train(
         built,
         made,
         delta,
-        Path(out),
+        as_path(out, "--out"),
         rates=rates_of(rate),
         seed=seed,
         num_train_epochs=epochs,

@@ -62,10 +62,12 @@ class DoraLayer(LoraLayer):
             return low_rank.rescaled(call, x, change, self._scale(params), weight, bias)
         out = call(*args, **kwargs)
         x = F.dropout(x, self.dropout, self.training) if self.dropout else x
-        scale = self.kind.per_channel(self._scale(params), out).type_as(out)
+        scale = self._scale(params)
+        more = self.kind.per_channel(scale - 1, out).type_as(out)  # exactly 0 at the start
+        scale = self.kind.per_channel(scale, out).type_as(out)
         bias = params.get("bias")
         bias = 0.0 if bias is None else self.kind.per_channel(bias.type_as(out), out)
-        return scale * (out - bias + self.product(x).type_as(out)) + bias
+        return out + more * (out - bias) + scale * self.product(x).type_as(out)
 
     def fold(self, params: Params) -> Params:
         matrix = self.kind.matrix(params["weight"]) + self.delta_weight()

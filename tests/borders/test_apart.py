@@ -1,5 +1,6 @@
 """A run on shapes leaves no trace on the model and on what its modules hold."""
 
+import collections
 import functools
 import threading
 from typing import ClassVar
@@ -291,3 +292,75 @@ def test_parameters_that_a_forward_writes_to_are_what_they_were(kind, mode, verb
         if name != merged:
             assert torch.equal(tensor, values), name
             assert tensor._version == version, name
+
+
+class Average(nn.Linear):
+    """It counts its calls, and averages its weight, in plain tensors, and keeps other things."""
+
+    def __init__(self):
+        super().__init__(6, 6)
+        self.slow, self.steps = self.weight.detach().clone(), torch.zeros(())
+        self.held = {"all": [torch.zeros(6)]}
+        self.log, self.generator = collections.deque(maxlen=9), torch.Generator().manual_seed(0)
+
+    def forward(self, x):
+        self.steps += 1
+        self.slow.mul_(0.9).add_(self.weight.detach(), alpha=0.1)
+        self.held["all"][0] += 1
+        self.log.append(1)
+        torch.rand((), generator=self.generator)
+        return super().forward(x)
+
+
+class Attends(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v, self.o = (Average() for _ in range(4))
+        self.own = Average().requires_grad_(False)
+
+    def forward(self, x):
+        Average.forward(self.own, x)
+        scores = self.q(x) @ self.k(x).transpose(-1, -2)
+        return self.o(scores.softmax(-1) @ self.v(x))
+
+
+class Tower(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Attends() for _ in range(2))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+
+def held(model):
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Average):
+            tensors = [module.steps, module.slow, module.held["all"][0]]
+            found[name] = [*(t.tolist() for t in tensors), len(module.log)]
+            found[name].append(module.generator.get_state().tolist())
+    return found
+
+
+@pytest.mark.covers("plan", "Composition.merge", "Composition.to_backbone")
+@pytest.mark.parametrize("verb", ["plan", "attach", "named", "merge", "to_backbone", "check"])
+def test_plain_tensors_and_objects_that_a_forward_changes_are_what_they_were(verb):
+    torch.manual_seed(0)
+    model = Tower()
+    if verb in ("merge", "to_backbone", "check"):
+        shake(LoraModel(model, modified_modules=["q"]))
+    before = held(model)
+    if verb == "plan":
+        opendelta.plan(model, opendelta.LoraConfig(modified_modules=["q"]))
+    elif verb == "attach":
+        LoraModel(model)
+    elif verb == "named":
+        LoraModel(model, modified_modules=["q"])
+    elif verb == "check":
+        opendelta.check(model)
+    else:
+        getattr(opendelta.composition(model), verb)()
+    assert held(model) == before

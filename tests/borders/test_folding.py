@@ -90,6 +90,17 @@ class Normalises(nn.Linear):
         return super().forward(x)
 
 
+class Alias(nn.Linear):
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.held = [self.weight]
+
+    def forward(self, x):
+        for weight in self.held:
+            weight.data.clamp_(-0.1, 0.1)
+        return super().forward(x)
+
+
 class Sets(nn.Linear):
     def forward(self, x):
         self.weight.data = torch.renorm(self.weight.data, 2, 0, 0.1)
@@ -184,7 +195,7 @@ OWN = [
     Activated, Damped, Clamped, Saturates, Noisy, OverRows, Fails, OfNormOne, OfSpectralNormOne,
     OtherBias, GatedByBias,
 ]  # fmt: skip
-WRITING = [Masked, Normalises, Sets]
+WRITING = [Masked, Normalises, Sets, Alias]
 
 
 @pytest.mark.parametrize("own", [*OWN, *WRITING])
@@ -244,6 +255,40 @@ class Soft(nn.LayerNorm):
         return nn.functional.silu(super().forward(x))
 
 
+class Adaptive(nn.LayerNorm):
+    def forward(self, x, scale=None):
+        out = super().forward(x)
+        return out if scale is None else out * (1 + scale)
+
+
+class OfRows(nn.LayerNorm):
+    """Rows of zeros, as padding is, stay zeros."""
+
+    def forward(self, x):
+        return super().forward(x) * x.ne(0).any(-1, keepdim=True)
+
+
+class InEval(nn.LayerNorm):
+    def forward(self, x):
+        out = super().forward(x)
+        return out if self.training else out.relu()
+
+
+class OfLength(nn.LayerNorm):
+    def forward(self, x):
+        return super().forward(x).relu() if x.size(-2) > 3 else super().forward(x)
+
+
+class OfTwoAxes(nn.LayerNorm):
+    def forward(self, x):
+        return super().forward(x).relu() if x.ndim == 2 else super().forward(x)
+
+
+class OfOneRow(nn.LayerNorm):
+    def forward(self, x):
+        return super().forward(x).relu() if x.size(0) == 1 else super().forward(x)
+
+
 class Shifts(nn.LayerNorm):
     """It writes to its own parameters."""
 
@@ -253,11 +298,17 @@ class Shifts(nn.LayerNorm):
         return super().forward(x)
 
 
+NORMS = [
+    Reversed, Clipped, Rectified, Soft, Shifts, Adaptive, OfRows, InEval, OfLength, OfTwoAxes,
+    OfOneRow,
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("own", [Reversed, Clipped, Rectified, Soft, Shifts])
+@pytest.mark.parametrize("own", NORMS)
 @pytest.mark.parametrize("cls", [BitFitModel, LNTuningModel])
 def test_a_norm_whose_parameters_act_otherwise_is_refused_by_name(cls, own, dtype):
-    model = nn.Sequential(own(6)).to(dtype)
+    model = nn.Sequential(own(6)).to(dtype).train(own is InEval)
     shake(cls(model, modified_modules=["0"]))
     with pytest.raises(SiteError, match="does not act on each channel"):
         composed(model).merge()
@@ -265,8 +316,8 @@ def test_a_norm_whose_parameters_act_otherwise_is_refused_by_name(cls, own, dtyp
 
 def test_a_norm_whose_bias_acts_as_usual_folds():
     class Own(nn.LayerNorm):
-        def forward(self, x):
-            return super().forward(x)
+        def forward(self, x, gate=None):
+            return super().forward(x if gate is None else x * gate.sigmoid())
 
     for cls in (BitFitModel, LNTuningModel):
         for off in merged_and_plain(Own(6), cls, X):
@@ -383,3 +434,19 @@ def test_a_forward_for_inputs_of_three_axes_alone_folds():
     expected = model(x)
     composed(model).merge()
     torch.testing.assert_close(model(x), expected)
+
+
+class Shrinks(nn.Linear):
+    """As a linear layer with LayerScale behind it."""
+
+    def forward(self, x):
+        return super().forward(x) * 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_dora_starts_as_the_identity_however_small_the_output_is_beside_the_bias(dtype):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Shrinks(6, 6)).to(dtype), X.to(dtype)
+    before = model(x)
+    LoraModel(model, modified_modules=["0"], use_dora=True)
+    assert torch.equal(model(x), before)

@@ -319,3 +319,39 @@ def test_a_norm_whose_weight_is_no_factor_does_not_fold():
     shake(LNTuningModel(model, modified_modules=["0"]))
     with pytest.raises(SiteError, match="does not scale by its weight"):
         opendelta.composition(model).merge()
+
+
+class NormOverAxes(nn.Module):
+    """A normalisation whose axis is in a tuple."""
+
+    def __init__(self, axes):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(6)), nn.Parameter(torch.zeros(6))
+        self.axes = axes
+
+    def forward(self, x):
+        (axis,) = self.axes
+        x = (x - x.mean(axis, True)) / x.std(axis, keepdim=True)
+        shape = [1] * x.ndim
+        shape[axis] = -1
+        return x * self.weight.view(shape) + self.bias.view(shape)
+
+
+@pytest.mark.parametrize("order", [((1,), (-1,)), ((-1,), (1,))])
+@pytest.mark.parametrize("cls", [opendelta.BitFitModel, opendelta.LNTuningModel])
+def test_two_norms_of_one_class_may_work_on_different_axes(cls, order):
+    torch.manual_seed(0)
+    model = nn.Sequential()
+    for number, axes in enumerate(order):
+        model.add_module(f"norm{number}", NormOverAxes(axes))
+    x = torch.randn(2, 6, 6, 6)
+    delta = cls(model, modified_modules=["norm0", "norm1"])
+    values = {name: torch.randn(6) for name in ("norm0", "norm1")}
+    for name, parameter in delta.named_parameters():
+        if "bias" in name.rpartition(".")[2]:
+            parameter.data.copy_(values[name.partition(".")[0]])
+    plain = nn.Sequential()
+    for number, axes in enumerate(order):
+        plain.add_module(f"norm{number}", NormOverAxes(axes))
+        plain[number].bias.data.copy_(values[f"norm{number}"])
+    torch.testing.assert_close(model(x), plain(x))

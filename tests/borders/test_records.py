@@ -1,5 +1,6 @@
 """Modules that return dataclasses, namespaces, or objects of one's own."""
 
+import collections
 import dataclasses
 import types
 from typing import Any
@@ -46,6 +47,19 @@ def nested(logits):
     return Out([Frozen(logits)])
 
 
+class WithSlots:
+    __slots__ = ("logits",)
+
+    def __init__(self, logits):
+        self.logits = logits
+
+
+class InDeque(collections.deque):
+    @property
+    def logits(self):
+        return self[0]
+
+
 RECORDS = [Out, Frozen, Slotted, namespace, nested]
 
 
@@ -89,11 +103,12 @@ def test_rows_of_several_heads_are_joined(kind):
     torch.testing.assert_close(out, torch.stack([a[0], b[1], a[2], b[3]]))
 
 
-def test_rows_in_objects_of_one_s_own_are_refused_by_name():
-    model = two_heads(Plain)
+@pytest.mark.parametrize("kind", [Plain, WithSlots, lambda logits: InDeque([logits])])
+def test_rows_in_objects_of_one_s_own_are_refused_by_name(kind):
+    model = two_heads(kind)
     with (
         opendelta.route(model, ["a", "b", "a", "b"]),
-        pytest.raises(SiteError, match="outputs of 'head' in objects of the class Plain"),
+        pytest.raises(SiteError, match=r"outputs of 'head' in objects of the class [PWI]"),
     ):
         model(X)
     with opendelta.route(model, ["a", "a", "a", "a"]):
@@ -125,3 +140,11 @@ def test_check_finds_the_gradients(kind):
     LoraModel(model, modified_modules=["body"]).freeze_module()
     report = opendelta.check(model, X)
     assert report.no_gradient == []
+
+
+def test_check_says_that_it_finds_no_tensor():
+    model = Whole(WithSlots)
+    LoraModel(model, modified_modules=["body"]).freeze_module()
+    report = opendelta.check(model, X)
+    assert report.no_gradient == []
+    assert report.not_checked == ["gradients: no tensor is in the output, a WithSlots"]

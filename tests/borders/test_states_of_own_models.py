@@ -83,14 +83,60 @@ def test_a_state_under_any_name_is_right_or_refused_by_name(put, name, masks):
             both(model, name, masks)
 
 
-@pytest.mark.parametrize("empty", [[None, None], [], (), {}])
+class Grows:
+    """A cache that a forward fills in place, and that counts nothing."""
+
+    keys = None
+
+
+def of_no_tokens():
+    return [torch.zeros(2, 0, 16), torch.zeros(2, 0, 16)]
+
+
+class GrowsInPlace(Attends):
+    def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, cache=None):
+        h = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
+        x = self.layers[0](h)
+        if cache is not None:
+            x = cache.keys = x if cache.keys is None else torch.cat([cache.keys, x], 1)
+        seen = torch.ones(h.size(1), x.size(1)).tril(x.size(1) - h.size(1)).bool()
+        return (h @ x.mT).masked_fill(~seen, -1e9).softmax(-1) @ x
+
+
+@pytest.mark.parametrize("masks", [False, True])
+@pytest.mark.parametrize("put", [prompt, loreft])
+def test_a_cache_that_grows_in_place_is_known_from_its_first_call(put, masks):
+    model = GrowsInPlace(as_dict=False)
+    put(model)
+
+    def mask(count):
+        return {"attention_mask": torch.ones(2, count)} if masks else {}
+
+    cache = Grows()
+    first = model(IDS[:, :5], **mask(5), cache=cache)
+    second = model(IDS[:, 5:], **mask(9), cache=cache)
+    torch.testing.assert_close(torch.cat([first, second], 1), model(IDS, **mask(9)))
+
+
+def test_a_state_with_values_that_no_call_returned_is_refused():
+    model = Masked(as_dict=True)
+    _, state = model(IDS[:, :5]).values()
+    prompt(model)
+    for given in ({}, {"attention_mask": torch.ones(2, 4)}):
+        with pytest.raises(SiteError, match=f"'{KNOWN}', which may .* None where nothing came"):
+            model(IDS[:, 5:], **given, **{KNOWN: state})
+    with pytest.raises(SiteError, match=f"'{KNOWN}' holds no 8 positions"):
+        model(IDS[:, 5:], torch.ones(2, 9), **{KNOWN: state})
+
+
+@pytest.mark.parametrize("empty", [[None, None], [], (), {}, Grows(), of_no_tokens()])
 @pytest.mark.parametrize("name", [KNOWN, "state", "past", "memory"])
 @pytest.mark.parametrize("put", [loreft, prompt])
 def test_an_empty_state_holds_no_tokens(put, name, empty):
     model = Masked(as_dict=True)
     given = {"attention_mask": torch.ones(2, 9)}
     run = model.run
-    model.run = lambda h, state: run(h, state if state and state[0] is not None else None)
+    model.run = lambda h, _: run(h, None)
     put(model)
     expected = model(IDS, **given)["h"]
     torch.testing.assert_close(model(IDS, **given, **{name: empty})["h"], expected)
@@ -146,10 +192,9 @@ def test_a_model_that_takes_no_mask_is_not_taken_for_one_without_a_state():
     model = Unmasked(as_dict=True)
     loreft(model)
     torch.testing.assert_close(*both(model, KNOWN, masks=False))
-    model = Unmasked(as_dict=False)  # what is in a tuple has no name
+    model = Unmasked(as_dict=False)
     loreft(model)
-    with pytest.raises(SiteError, match="how many came before"):
-        both(model, KNOWN, masks=False)
+    torch.testing.assert_close(*both(model, KNOWN, masks=False))
 
 
 @pytest.mark.parametrize("modules", [["backbone.blocks.0"], None])
@@ -242,7 +287,7 @@ def test_a_state_in_any_form_is_right_or_refused_by_name(put, form, name, masks,
     model = Formed(form, as_dict)
     torch.testing.assert_close(*both(model, name, masks))
     put(model)
-    if masks or (name == KNOWN and (as_dict or put is prompt)):
+    if masks or name == KNOWN:
         torch.testing.assert_close(*both(model, name, masks))
         return
     with pytest.raises(SiteError, match=r"may hold|how many came before"):
@@ -328,13 +373,15 @@ def test_a_classifier_in_the_forward_itself_refuses_a_prompt(how):
 
 
 @pytest.mark.parametrize("as_dict", [False, True])
-@pytest.mark.parametrize("how", ["first", "mean", "values"])
+@pytest.mark.parametrize("how", ["first", "mean", "kept", "values"])
 def test_what_a_forward_pools_beside_its_hidden_states_refuses_a_prompt(how, as_dict):
     class Both(Pools):
         def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None):
             h = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
             h = self.layers[0](h)
-            pooled = {"first": h[:, 0], "mean": h.mean(1), "values": h[..., 0]}[how]
+            pooled = {
+                "first": h[:, 0], "mean": h.mean(1), "kept": h.mean(1, True), "values": h[..., 0]
+            }[how]  # fmt: skip
             return {"h": h, "pooled": pooled} if as_dict else (h, pooled)
 
     model = Both(how)
@@ -346,6 +393,274 @@ def test_what_a_forward_pools_beside_its_hidden_states_refuses_a_prompt(how, as_
     shake(SoftPromptModel(model, soft_token_num=3, token_init=False, strip=False))
     out = model(IDS)
     assert (out["h"] if as_dict else out[0]).shape == (2, 12, 16)
+
+
+@pytest.mark.parametrize("part", [slice(1, None), slice(0, 4), slice(None, None, 2)])
+def test_a_forward_that_returns_a_part_of_the_positions_refuses_a_prompt(part):
+    class Parts(Pools):
+        def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None):
+            h = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
+            return self.layers[0](h)[:, part]
+
+    model = Parts("")
+    prompt(model)
+    with pytest.raises(SiteError, match=r"an output \[2, \d+, 16\] for 12 positions of prompt"):
+        model(IDS)
+
+
+def test_hidden_states_inside_an_output_lose_the_prompt_and_a_state_keeps_it():
+    class Nested(Pools):
+        def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None):
+            h = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
+            h = self.layers[0](h)
+            heads = h.unflatten(-1, (2, 8))
+            return {"h": h, "heads": heads, "more": {"h": h, "all": (h, h)}, "kv": [h, h]}
+
+    model = Nested("")
+    before = model(IDS)
+    prompt(model)
+    out = model(IDS)
+    torch.testing.assert_close(out["h"], before["h"])
+    torch.testing.assert_close(out["heads"], before["heads"])
+    torch.testing.assert_close(out["more"], before["more"])
+    assert out["kv"][0].shape == (2, 12, 16)
+
+
+class Inner(nn.Module):
+    def __init__(self, pools):
+        super().__init__()
+        self.layers, self.pools = nn.ModuleList([nn.Linear(16, 16)]), pools
+
+    def forward(self, h):
+        h = self.layers[0](h)
+        return (h, h.mean(1)) if self.pools else h
+
+
+class Around(nn.Module):
+    """Its blocks are in a child; it reads what that returns."""
+
+    def __init__(self, labels=3, pools=False):
+        super().__init__()
+        self.embedding, self.inner = nn.Embedding(60, 16), Inner(pools)
+        self.classifier = nn.Linear(16, labels)
+
+    def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None):
+        h = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
+        h = self.inner(h)
+        if isinstance(h, tuple):
+            return self.classifier(h[1])
+        if attention_mask is not None:
+            h = h * attention_mask[..., None]
+        return self.classifier(h[:, 0])
+
+
+@pytest.mark.parametrize("labels", [3, 12, 20])
+def test_a_classifier_around_the_blocks_reads_the_tokens(labels):
+    model = Around(labels)
+    before = model(IDS)
+    prompt(model)
+    torch.testing.assert_close(model(IDS), before)  # token by token: no prompt changes others
+
+
+def test_a_child_that_pools_its_blocks_refuses_a_prompt():
+    model = Around(pools=True)
+    prompt(model)
+    with pytest.raises(SiteError, match=r"an output 1 of the shape \[2, 16\] beside the hidden"):
+        model(IDS)
+
+
+def test_an_error_behind_a_prompt_says_what_the_prompt_changed():
+    model = Around()
+    prompt(model)
+    with pytest.raises(RuntimeError) as caught:
+        model(IDS, torch.ones(2, 9))
+    assert any("put 3 rows before the tokens" in note for note in caught.value.__notes__)
+
+
+class Embeds(nn.Module):
+    def __init__(self, how):
+        super().__init__()
+        self.how, self.norm = how, nn.LayerNorm(16)
+        if how in ("positions first", "named"):
+            self.positions = nn.Embedding(64, 16)
+        self.tokens = nn.Embedding(60, 16)
+        self.layers = nn.ModuleList([nn.Linear(16, 16)])
+
+    def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None):
+        h = inputs_embeds
+        if h is None:
+            h = self.tokens(input_ids)
+            h = {"scale": lambda h: 4 * h, "norm": self.norm}.get(self.how, lambda h: h)(h)
+        if self.how == "positions first":
+            h = h + 0 * self.positions(torch.arange(h.size(1)))
+        return self.layers[0](h)
+
+
+@pytest.mark.parametrize("how", ["plain", "positions first", "scale", "norm", "named"])
+def test_tokens_are_embedded_as_without_a_prompt_or_it_is_refused(how):
+    model = Embeds(how)
+    if how == "named":  # the wrong one
+        model.get_input_embeddings = lambda: model.positions
+    before, facts = model(IDS), opendelta.snapshot(model)
+    if how in ("plain", "positions first"):
+        prompt(model)
+        torch.testing.assert_close(model(IDS), before)
+        return
+    with pytest.raises(SiteError, match="does not compute the same of token ids as of inputs_emb"):
+        prompt(model)
+    assert opendelta.snapshot(model) == facts
+
+
+@pytest.mark.parametrize("table", ["pos_emb", "positional_embedding", "pos"])
+def test_a_prompt_longer_than_a_table_of_somebody_s_own_is_refused_with_the_numbers(table):
+    class Numbered(Embeds):
+        def __init__(self):
+            super().__init__("plain")
+            rows = nn.Embedding(10, 16) if table == "pos_emb" else nn.Parameter(torch.zeros(10, 16))
+            setattr(self, table, rows)
+
+        def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None):
+            h = self.tokens(input_ids) if inputs_embeds is None else inputs_embeds
+            rows = getattr(self, table)
+            return self.layers[0](h + getattr(rows, "weight", rows)[torch.arange(h.size(1))])
+
+    model = Numbered()
+    prompt(model)
+    with pytest.raises(SiteError, match="need 12 positions, and the model's table has 10"):
+        model(IDS)
+    assert model(IDS[:, :7]).shape == (2, 7, 16)
+
+
+class Mixes(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+
+    def forward(self, h, mask=None):
+        return h + torch.tanh(self.linear(h))
+
+
+class WithMask(nn.Module):
+    """It takes a mask under a name of its own."""
+
+    def __init__(self, name, hand_on=None):
+        super().__init__()
+        self.tokens, self.blocks = nn.Embedding(60, 16), nn.ModuleList([Mixes()])
+        self.name, self.hand_on = name, hand_on
+
+
+class ById(WithMask):
+    def forward(self, input_ids, mask=None, pad_mask=None, lengths=None):
+        return self.blocks[0](self.tokens(input_ids))
+
+
+class ByPosition(WithMask):
+    def forward(self, idx, mask=None):
+        return self.blocks[0](self.tokens(idx), mask)
+
+
+class ByKeyword(WithMask):
+    def forward(self, idx, mask=None):
+        return self.blocks[0](self.tokens(idx), mask=mask)
+
+
+@pytest.mark.parametrize(
+    ("cls", "name"),
+    [(ById, "mask"), (ById, "pad_mask"), (ById, "lengths"), (ByPosition, "mask"),
+     (ByKeyword, "mask")],
+)  # fmt: skip
+def test_a_mask_under_a_name_of_its_own_refuses_first_tokens(cls, name):
+    model = cls(name)
+    shake(LoReftModel(model, modified_modules=["[r]^blocks\\.0$"], first=1))
+    plain = model(IDS)
+    mask = torch.full((2,), 9) if name == "lengths" else torch.ones(2, 9)
+    with pytest.raises(SiteError, match=r"first= and last=: .*(mask|lengths)"):
+        model(IDS, **{name: mask})
+    if cls is ById:  # a causal mask is none of padding
+        torch.testing.assert_close(model(IDS, **{name: torch.ones(9, 9).tril()}), plain)
+
+
+def test_two_texts_in_one_forward_refuse_first_tokens():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.tokens, self.enc, self.dec = nn.Embedding(60, 16), Mixes(), Mixes()
+
+        def forward(self, input_ids, attention_mask=None, decoder_input_ids=None):
+            return self.enc(self.tokens(input_ids)), self.dec(self.tokens(decoder_input_ids))
+
+    with pytest.raises(SiteError, match="'dec' is in Two, which is given the tokens of two texts"):
+        LoReftModel(Two(), modified_modules=["[r]^dec$"], first=1)
+
+
+def test_the_mask_of_one_text_is_not_that_of_another():
+    torch.manual_seed(0)
+    config = T.LlamaConfig(
+        vocab_size=60, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=24,
+    )  # fmt: skip
+
+    class Bi(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.enc = T.LlamaModel(config)
+
+        def forward(self, input_ids, attention_mask, doc_ids):
+            first = self.enc(input_ids=input_ids, attention_mask=attention_mask)[0]
+            return first, self.enc(input_ids=doc_ids)[0], self.enc(input_ids=input_ids.clone())[0]
+
+    model, mask = Bi().eval(), torch.ones(2, 9)
+    mask[0, :4] = 0
+    shake(LoReftModel(model, modified_modules=["layers.0"], first=1))
+    documents = IDS.flip(1)
+    _, second, _ = model(IDS, mask, documents)
+    torch.testing.assert_close(second, model.enc(input_ids=documents)[0])
+
+
+def test_several_choices_for_each_row_have_first_tokens():
+    torch.manual_seed(0)
+    config = T.BertConfig(
+        vocab_size=60, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=24,
+    )  # fmt: skip
+    model = T.BertForMultipleChoice(config).eval()
+    shake(LoReftModel(model, modified_modules=["encoder.layer.0"], first=1))
+    ids, mask = IDS[:, None].repeat(1, 3, 1), torch.ones(2, 3, 9)
+    mask[0, 1, 5:] = 0
+    out = model(input_ids=ids, attention_mask=mask).logits
+    alone = model(input_ids=ids[:1, 1:2, :5]).logits
+    torch.testing.assert_close(out[0, 1], alone[0, 0])
+
+
+@pytest.mark.covers("GateModel")
+@pytest.mark.parametrize("how", ["flag", "gru", "mask", "encoder"])
+def test_a_gate_for_each_sequence_is_refused_where_tokens_see_no_later_ones(how):
+    class Causal(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.tokens, self.q = nn.Embedding(60, 16), nn.Linear(16, 16)
+            self.gru = nn.GRU(16, 16, batch_first=True)
+
+        def forward(self, input_ids):
+            h = self.q(self.tokens(input_ids))
+            if how == "gru":
+                return self.gru(h)[0]
+            if how == "flag":
+                return nn.functional.scaled_dot_product_attention(h, h, h, is_causal=True)
+            scores = h @ h.mT
+            if how == "mask":
+                seen = torch.ones_like(scores).tril().bool()
+                scores = scores.masked_fill(~seen, -1e9)
+            return scores.softmax(-1) @ h
+
+    model = Causal()
+    for name in ("a", "b"):
+        shake(opendelta.LoraModel(model, modified_modules=["q"], name=name))
+    if how == "encoder":
+        assert opendelta.GateModel(model, deltas=["a", "b"], per="sequence").attached
+        return
+    with pytest.raises(SiteError, match="'q' is inside Causal, where a token may not see later"):
+        opendelta.GateModel(model, deltas=["a", "b"], per="sequence")
 
 
 def by_hook(table):

@@ -109,6 +109,7 @@ def test_the_command_trains_with_trainer_and_goes_on_after_the_last_checkpoint(f
         "compare -d lora --task films.jsonl --model bert": "row 1 has no value in column 'text'",
         "compare -d lora --task films.jsonl --text line --label '' --model bert": "sees later",
         "train -d lora": "Missing option '--out'",
+        "train -d lora --out ''": "--out='' must be a path",
     }.items(),
 )
 def test_bad_input_is_one_line(folder, words, error):

@@ -22,6 +22,8 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from ..._modules.calls import every, has_forward
+from ..._modules.copies import copied
+from ..._modules.faking import Restoring
 from ..._modules.kinds import ACROSS_CHANNELS, Norm, kind_of
 from ..._modules.process import ignored_warnings, kept_random
 from ..._sites.swap import plain_class
@@ -336,14 +338,15 @@ def trace(block: nn.Module) -> list[Flow]:
     """Return the flows of data through `block`, for one choice of arguments after another.
 
     It stops at the first run that ends and calls each normalisation. Runs that ended come first.
-    The state of the random number generators stays as it was.
+    The state of the random number generators stays as it was, and so does what the modules hold.
     """
     flows = []
+    made = copied(block) or block
     for choose in (_likely, _needed, _all):
         flow = Flow()
-        with kept_random(), ignored_warnings():
+        with kept_random(), ignored_warnings(), Restoring():
             try:
-                flow.outputs = _run(block, flow, choose)
+                flow.outputs = _run(made, flow, choose)
             except Exception as error:  # code may do anything with stand-ins
                 flow.failure = f"{type(error).__name__}: {error}"
         flows.append(flow)
