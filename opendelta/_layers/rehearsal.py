@@ -5,6 +5,7 @@ The run changes nothing of the model. Where it fails, nothing is known.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,8 +24,9 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # 16 bits: 5e-2
 
 
 def is_own(module: nn.Module) -> bool:
-    """True if a module's class is not one of transformers', which the tables know."""
-    return not type(module).__module__.startswith("transformers")
+    """True if a module's forward is not one of transformers', which the tables know."""
+    forward = inspect.unwrap(type(module).forward)
+    return not (getattr(forward, "__module__", None) or "").startswith("transformers")
 
 
 def embeds(module: nn.Module, name: str, scale: float) -> bool | None:
@@ -67,26 +69,38 @@ def sees_no_later(module: nn.Module) -> bool:
     )
 
 
+Runs = Callable[[nn.Module, Tensor], Iterator[dict[str, Any]]]
+
+
 @lasting()
 @torch.no_grad()
-def _outputs(
-    module: nn.Module, runs: Callable[[nn.Module, Tensor], Iterator[dict[str, Any]]]
-) -> list[list[Tensor]]:
+def _outputs(module: nn.Module, runs: Runs) -> list[list[Tensor]]:
     """Return the floating tensors of each run's output; []: one failed."""
-    tables = [part for part in module.modules() if isinstance(part, nn.Embedding)]
-    size = min((table.num_embeddings for table in tables), default=0)
-    own = list(module.parameters())
-    if size < 4 or any(p.is_meta or is_sharded(p) for p in own):
+    if any(p.is_meta or is_sharded(p) for p in module.parameters()):
         return []
+    tables = [part for part in module.modules() if isinstance(part, nn.Embedding)]
+    padding = {getattr(getattr(module, "config", None), "pad_token_id", None)}
+    padding |= {table.padding_idx for table in tables}
     device, _ = device_and_dtype([module])
-    with eager(), kept_random(), Restoring():
-        torch.manual_seed(0)
-        ids = torch.randint(1, size - 1, (ROWS, LENGTH), device=device)
-        try:
-            made = at_rest(module)
-            outputs = [type(made).forward(made, **given) for given in runs(made, ids)]
-        except Exception:  # whatever a forward of somebody's own raises on such an input
-            return []
+    # The largest table may be one of positions, or of another vocabulary.
+    for size in sorted({table.num_embeddings for table in tables}, reverse=True):
+        with eager(), kept_random(), Restoring():
+            torch.manual_seed(0)
+            try:
+                chosen = [i for i in torch.randperm(size - 1).tolist() if not {i, i + 1} & padding]
+                ids = torch.tensor((chosen * LENGTH)[: ROWS * LENGTH], device=device)
+                return _run(module, ids.view(ROWS, LENGTH), runs)
+            except Exception:  # whatever a forward of somebody's own raises on such an input
+                continue
+    return []
+
+
+def _run(module: nn.Module, ids: Tensor, runs: Runs) -> list[list[Tensor]]:
+    made = at_rest(module)
+    forward = type(made).forward
+    mask = inspect.signature(forward).parameters.get("attention_mask")
+    more = {"attention_mask": torch.ones_like(ids)} if mask and mask.default is mask.empty else {}
+    outputs = [forward(made, **given, **more) for given in runs(made, ids)]
     return [
         [t for t in every(Tensor, out, objects=True) if t.is_floating_point() and t.ndim > 1]
         for out in outputs

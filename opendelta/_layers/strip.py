@@ -121,12 +121,12 @@ class Strip(WithPrompt):
         if layout is None:
             return out
         slot_of, full = layout
-        if self.pooled:
+        if self.own:
+            check_all(out, slot_of.size(0), full)
+        elif self.pooled:
             check_positions(out, full)
         if calls.hidden(out).size(1) != full:
             return out
-        if self.own:
-            check_all(out, slot_of.size(0), full)
         return strip(out, slot_of, full, nested=not self.own)
 
 

@@ -210,7 +210,7 @@ class Routed:
             rows = slice(None) if alone and others else group.rows
             given = cut(once.given, once.batch, rows)
             if path and path[0].acts is Acts.INSTEAD:
-                self._check_alone(path[0], given, "")
+                self._check_alone(path[0], given, _takes_states(path[0], once.given))
             check = functools.partial(self._check_alone, path[0] if path else None, given, whole)
             leave = all(layer.acts in (Acts.AFTER, Acts.BESIDE) for layer in path)
             inner = functools.partial(once.for_rows, rows, None if leave else given, check)
@@ -274,6 +274,13 @@ class Routed:
 
 def computing(acting: list[DeltaLayer]) -> list[DeltaLayer]:
     return [layer for layer in acting if layer.computes]
+
+
+def _takes_states(copied: DeltaLayer, given: tuple) -> str:
+    """Return why a recurrent module, given states, does not run on some rows alone; or ""."""
+    recurrent = any(isinstance(part, nn.RNNBase) for part in copied.modules())
+    several = len(list(calls.every(Tensor, list(given)))) > 1
+    return "takes states, in which the rows are no first axis" if recurrent and several else ""
 
 
 def _as_one(stack: Stack, acting: list[DeltaLayer], grouped: Groups, x: Tensor) -> Bound | None:

@@ -148,3 +148,31 @@ def test_check_says_that_it_finds_no_tensor():
     report = opendelta.check(model, X)
     assert report.no_gradient == []
     assert report.not_checked == ["gradients: no tensor is in the output, a WithSlots"]
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.rnn = nn.Linear(8, 8), nn.GRU(8, 8, num_layers=2, batch_first=True)
+
+    def forward(self, x, state=None):
+        return self.rnn(self.body(x), state)
+
+
+@pytest.mark.parametrize("batch", [2, 3])  # as many rows as layers, or not
+def test_states_of_copied_recurrent_modules_are_not_cut_by_rows(batch):
+    torch.manual_seed(0)
+    model = Recurrent()
+    for name in ("a", "b"):
+        shake(LoraModel(model, modified_modules=["body"], modules_to_save=["rnn"], name=name))
+    x, state = torch.randn(batch, 5, 8), torch.randn(2, batch, 8)
+    with (
+        opendelta.route(model, ["a", "b", "a"][:batch]),
+        pytest.raises(SiteError, match="'rnn' run on its rows by themselves, but that takes stat"),
+    ):
+        model(x, state)
+    with opendelta.composition(model).only("a"):
+        expected = model(x, state)
+    with opendelta.route(model, ["a"] * batch):
+        out = model(x, state)
+    torch.testing.assert_close(out, expected)

@@ -433,13 +433,13 @@ class Inner(nn.Module):
 
     def forward(self, h):
         h = self.layers[0](h)
-        return (h, h.mean(1)) if self.pools else h
+        return {"both": (h, h.mean(1)), "alone": h.mean(1), "": h}[self.pools]
 
 
 class Around(nn.Module):
     """Its blocks are in a child; it reads what that returns."""
 
-    def __init__(self, labels=3, pools=False):
+    def __init__(self, labels=3, pools=""):
         super().__init__()
         self.embedding, self.inner = nn.Embedding(60, 16), Inner(pools)
         self.classifier = nn.Linear(16, labels)
@@ -447,8 +447,8 @@ class Around(nn.Module):
     def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None):
         h = self.embedding(input_ids) if inputs_embeds is None else inputs_embeds
         h = self.inner(h)
-        if isinstance(h, tuple):
-            return self.classifier(h[1])
+        if self.inner.pools:
+            return self.classifier(h if self.inner.pools == "alone" else h[1])
         if attention_mask is not None:
             h = h * attention_mask[..., None]
         return self.classifier(h[:, 0])
@@ -462,10 +462,15 @@ def test_a_classifier_around_the_blocks_reads_the_tokens(labels):
     torch.testing.assert_close(model(IDS), before)  # token by token: no prompt changes others
 
 
-def test_a_child_that_pools_its_blocks_refuses_a_prompt():
-    model = Around(pools=True)
+@pytest.mark.parametrize(
+    ("pools", "says"),
+    [("both", r"an output 1 of the shape \[2, 16\] beside the hidden"),
+     ("alone", r"an output \[2, 16\] for 12 positions")],
+)  # fmt: skip
+def test_a_child_that_pools_its_blocks_refuses_a_prompt(pools, says):
+    model = Around(pools=pools)
     prompt(model)
-    with pytest.raises(SiteError, match=r"an output 1 of the shape \[2, 16\] beside the hidden"):
+    with pytest.raises(SiteError, match=says):
         model(IDS)
 
 
