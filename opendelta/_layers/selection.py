@@ -7,11 +7,10 @@ context variable. What starts inside the block with a copy of the context has th
 from __future__ import annotations
 
 import itertools
-import threading
 import weakref
 from collections.abc import Callable, Collection, Mapping
 from contextvars import ContextVar, Token
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -19,21 +18,15 @@ from ..errors import DeltaError, listed
 from .seen import Seen
 
 CLOCK = itertools.count()
-_LOCK = threading.Lock()
+_TIMES: list[int] = []  # of all moments; to append needs no lock, which Ctrl-C could leave locked
 
 
 class Moment:
-    """When something changed on a model, and in which open blocks of this thread and task.
-
-    Attributes:
-        latest: the time of the last one, on any model.
-    """
-
-    latest: ClassVar[int] = -1
+    """When something changed on a model, and in which open blocks of this thread and task."""
 
     def __init__(self) -> None:
-        with _LOCK:  # else an earlier one could be the latest
-            self.time = Moment.latest = next(CLOCK)
+        self.time = next(CLOCK)
+        _TIMES.append(self.time)
         self.blocks = weakref.WeakSet(block.key for block in CURRENT.get().blocks)
 
 
@@ -77,7 +70,7 @@ class OpenBlock:
         return twin
 
     def __enter__(self) -> None:
-        self.began = next(CLOCK)
+        self.began, self.moments = next(CLOCK), len(_TIMES)
         self.token = _select((*CURRENT.get().blocks, self))
 
     def __exit__(self, error: Any, *_: Any) -> None:
@@ -99,7 +92,7 @@ class OpenBlock:
 
     def _check_there(self) -> None:
         """Raise if what the block chose was detached or merged elsewhere while it was open."""
-        if Moment.latest < self.began:
+        if len(_TIMES) == self.moments:  # nothing changed on any model
             return
         backbones = {*self.backbones, *(record.shared for record in self.active)}
         if any(self._saw(shared.merged) for shared in backbones):
