@@ -346,7 +346,7 @@ def ddp_refuses_a_delta_inside(pair: Pair) -> None:
         LoraModel(wrapped, modified_modules=["q"])
     with pytest.raises(SiteError, match="attach to the module first, wrap it then"):
         AdapterModel(wrapped, modified_modules=["blocks.0"])
-    with pytest.raises(SiteError, match="each rank would have another delta"):
+    with pytest.raises(SiteError, match="each rank would have other values"):
         LoraModel(wrapped.module, modified_modules=["q"])
     opendelta.assert_pristine(wrapped, like=before)
     wrapped(*pair.inputs).sum().backward()
@@ -374,14 +374,14 @@ def what_is_around_the_modules_refuses_a_delta(pair: Pair, how: str) -> None:
         model = engine.module
     kind = type(engine).__name__
     for put in (LoraModel, AdapterModel):
-        with pytest.raises(SiteError, match=rf"is inside {kind}, .*each rank would have another"):
+        with pytest.raises(SiteError, match=rf"is inside {kind}, .*each rank would have other values"):
             put(model, modified_modules=["blocks.0.q"])
     assert opendelta.composition(model).names == []
 
 
 @check()
 def ddp_refuses_to_train_what_was_frozen_as_it_wrapped(pair: Pair) -> None:
-    model = network()
+    model = network().requires_grad_(True)
     first = LoraModel(model, modified_modules=["q"], name="first")
     second = LoraModel(model, modified_modules=["o"], name="second")
     first.freeze_module(exclude=["first"])
