@@ -52,6 +52,8 @@ def test_its_layers_act_as_they_say(placed):
     hook.remove()
     layer = shake(put(method, model, place)).layers[place]
     ((args, kwargs, out),) = calls
+    if layer.acts is Acts.BEFORE and not place:
+        return  # a prompt asks for an output of more positions
 
     def around(result):
         given = []
@@ -70,7 +72,7 @@ def test_its_layers_act_as_they_say(placed):
     elif layer.acts is Acts.AFTER:
         assert len(given) == 1
         assert all(new is old for new, old in zip(given[0][0], args, strict=True))
-    elif layer.acts is Acts.BEFORE and place:
+    elif layer.acts is Acts.BEFORE:
         assert changed is out
         assert given[0][0][0] is not args[0]
 
