@@ -25,7 +25,8 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}  # 16 bits: 5e-2
 
 def is_own(module: nn.Module) -> bool:
     """True if a module's forward is not one of transformers', which the tables know."""
-    forward = inspect.unwrap(type(module).forward)
+    forward: Any = getattr(type(module), "forward", None)  # TorchScript's class has none
+    forward = inspect.unwrap(forward)
     return not (getattr(forward, "__module__", None) or "").startswith("transformers")
 
 

@@ -752,3 +752,17 @@ def test_blocks_that_are_given_a_state_without_token_ids_refuse_first_tokens(whe
     state = [{}]
     with pytest.raises(SiteError, match=r"runs after earlier tokens|is given a mask or a cache"):
         both_calls(model, state)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_model_compiled_by_torchscript_is_refused_by_name():
+    class Plain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.layers = nn.Embedding(60, 16), nn.Sequential(nn.Linear(16, 16))
+
+        def forward(self, input_ids):
+            return self.layers(self.embedding(input_ids))
+
+    with pytest.raises(SiteError, match="compiled by TorchScript"):
+        loreft(torch.jit.script(Plain()))

@@ -374,7 +374,9 @@ def what_is_around_the_modules_refuses_a_delta(pair: Pair, how: str) -> None:
         model = engine.module
     kind = type(engine).__name__
     for put in (LoraModel, AdapterModel):
-        with pytest.raises(SiteError, match=rf"is inside {kind}, .*each rank would have other values"):
+        with pytest.raises(
+            SiteError, match=rf"is inside {kind}, .*each rank would have other values"
+        ):
             put(model, modified_modules=["blocks.0.q"])
     assert opendelta.composition(model).names == []
 
