@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from .._backbone import reading, roles
@@ -316,7 +317,8 @@ def misfit(module: nn.Module, layer_class: type[DeltaLayer], acts: Any) -> str |
     Args:
         acts: where the layer acts.
     """
-    if acts in (Acts.WITHIN, Acts.INSTEAD, Acts.SERVES):
+    compiled = isinstance(module, torch.jit.ScriptModule)  # it is refused by that
+    if compiled or acts in (Acts.WITHIN, Acts.INSTEAD, Acts.SERVES):
         return None
     own_class = swap.plain_class(module) or type(module)
     needs: fitting.Needs = "input" if acts is Acts.BEFORE else layer_class.needs()
