@@ -12,158 +12,23 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
-from .._modules.calls import every
 from ..errors import SiteError, quoted
-from .masks import agrees
+from .masks import agrees, shown
+from .saying import counted_before, numbers_in
+from .states import (
+    cache_in,
+    counts_none,
+    earlier,
+    holds_tensors,
+    note_of,
+    now,
+    other_state_in,
+    renew,
+)
 
-CACHES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_states", "cache")
-
-# Arguments that begin so hold no state of earlier tokens, in whatever form they come.
-NO_STATES = (
-    "encoder_", "decoder_", "cross_", "head_mask", "pixel_", "image", "video", "vision", "visual",
-    "audio", "deepstack", "position_", "input", "attention_mask", "output_", "labels", "cond",
-    "control",
-)  # fmt: skip
+OTHERS = ("encoder_hidden", "encoder_output", "memory", "context")
 NONE_HELD = "if it holds no earlier tokens, begin its name with 'cond'"
-HINTS = ("past", "prev", "history", "cache")  # in the name of a tensor that is such a state
-STATES = ("hidden", "kv", "hx", "h0", "h_0")  # or these are its name
-PLACES = ("cache_position", "input_pos")  # arguments that number the tokens of a call
-START = "start_pos"  # an argument that counts the tokens before
-
-
-def other_mask_in(given: Mapping[str, Any], batch: int) -> str:
-    """Return the name of an argument that may tell padding, under a name of its own; or ""."""
-    for name, value in given.items():
-        tells = "mask" in name or name.startswith("pad") or name.endswith(("lengths", "seq_lens"))
-        if name == "attention_mask" or name.startswith(NO_STATES) or "loss" in name or not tells:
-            continue
-        if isinstance(value, Tensor) and value.ndim and value.size(0) == batch:
-            return name
-    return ""
-
-
-def cache_in(given: Mapping[str, Any]) -> Any:
-    """Return the cache, or the state, of earlier tokens among the arguments of a call, or None."""
-    return next((given[name] for name in CACHES if given.get(name) is not None), None)
-
-
-def other_state_in(given: Mapping[str, Any]) -> str:
-    """Return the name of an argument that looks like such a state, under another name; or ""."""
-    return next((n for n, v in given.items() if n not in CACHES and _is_state(n, v)), "")
-
-
-def state_in(given: Mapping[str, Any]) -> str:
-    """Return the name of an argument that holds earlier tokens, under any name; or ""."""
-    own = (n for n in CACHES if given.get(n) is not None and earlier({CACHES[0]: given[n]}) != 0)
-    return next((n for n in own if not _is_empty(given[n])), "") or other_state_in(given)
-
-
-def _is_empty(state: Any) -> bool:
-    """True if no values are in a state: what holds none yet, or has an axis of no tokens."""
-    counts = hasattr(state, "get_seq_length") or hasattr(state, "layers")
-    return not counts and not any(tensor.numel() for tensor in _held_in(state))
-
-
-def unnoted(given: Mapping[str, Any]) -> str:
-    """Return the name of a state with values that counts no tokens, and that no call returned."""
-    state = cache_in(given)
-    if state is None or earlier({CACHES[0]: state}) is not None or torch.compiler.is_compiling():
-        return ""
-    return "" if _noted(state) is not None else next(n for n in CACHES if given.get(n) is not None)
-
-
-def may_be_state(name: str) -> bool:
-    """True if an argument of this name may hold earlier tokens."""
-    return name in (*CACHES, *STATES) or any(hint in name for hint in HINTS)
-
-
-def _is_state(name: str, value: Any) -> bool:
-    if value is None or name.startswith(NO_STATES):
-        return False
-    if isinstance(value, Tensor):
-        named = name in STATES or any(hint in name for hint in HINTS)
-        return named and value.is_floating_point() and value.ndim > 1
-    return hasattr(value, "get_seq_length") or any(
-        t.ndim > 1 and t.numel() for t in _held_in(value)
-    )
-
-
-def _held_in(value: Any) -> list[Tensor]:
-    """Return the tensors in lists, tuples, mappings and objects, at any depth."""
-    return list(every(Tensor, value, objects=True))
-
-
-def has_axis(state: Any, size: int) -> bool:
-    """True if all tensors of several axes in a state have an axis of this size."""
-    return all(size in tensor.shape for tensor in _held_in(state) if tensor.ndim > 1)
-
-
-def earlier(given: Mapping[str, Any]) -> int | None:
-    """Return the number of tokens that a call's cache holds; None: some, and it counts none."""
-    cache = cache_in(given)
-    if cache is None or _is_empty(cache):
-        return 0
-    cache = getattr(cache, "self_attention_cache", cache)
-    layers = getattr(cache, "layers", (cache,))
-    counted = [layer for layer in layers if hasattr(layer, "get_seq_length")]
-    most = max((int(layer.get_seq_length() or 0) for layer in counted), default=0)
-    if most or (counted and len(counted) == len(layers)):
-        return most
-    states = [getattr(layer, "has_previous_state", {}) for layer in layers]
-    began = not hasattr(cache, "layers") or any(any(state.values()) for state in states)
-    return None if began else 0
-
-
-def _said_before(given: Mapping[str, Any]) -> int | None:
-    """Return the number of earlier tokens that arguments say; None: some, but not how many."""
-    if isinstance(start := given.get(START), int):
-        return start
-    said = [given[name] for name in (*PLACES, START) if isinstance(given.get(name), Tensor)]
-    if not said:
-        return 0
-    return None if torch.compiler.is_compiling() else int(said[0].reshape(-1)[0])
-
-
-def positions_of(given: Mapping[str, Any], length: int) -> Any:
-    """Return the position ids of a call with `length` tokens, or None.
-
-    An encoder-decoder may hand on those of its other side, which it ignores.
-    """
-    positions = given.get("position_ids")
-    if positions is None:
-        positions = next((given[name] for name in PLACES if given.get(name) is not None), None)
-        if isinstance(positions, Tensor) and positions.ndim == 1:
-            positions = positions[None]
-    if isinstance(positions, Tensor) and (not positions.ndim or positions.size(-1) != length):
-        return None
-    return positions
-
-
-# {the state of earlier tokens, if it counts none: their numbers in each row [batch, 1]}
-_in_states: Any = WeakIdKeyDictionary()
-
-
-def _states_in(out: Any) -> list[Any]:
-    """Return what a call's output holds of states: by their names, or nested in a tuple."""
-    if isinstance(out, dict):
-        return [cache_in(out)]
-    items = out[1:] if isinstance(out, tuple | list) else ()
-    return [item for item in items if not isinstance(item, Tensor) and _held_in(item)]
-
-
-def _holder(state: Any) -> Any:
-    """Return what stays the same while a state grows: RWKV's is a list of tensors."""
-    return next(iter(_held_in(state)), None) if isinstance(state, list | tuple | dict) else state
-
-
-def _noted(state: Any) -> Tensor | None:
-    """Return the numbers of tokens that were noted for a state; None: there are none."""
-    if state is None or torch.compiler.is_compiling():
-        return None
-    holder = _holder(state)
-    return None if holder is None else _in_states.get(holder)
 
 
 class Asks(NamedTuple):
@@ -190,6 +55,13 @@ def of_ends(last: int | None) -> Asks:
     return LAST if last else FIRST
 
 
+def _states_in(out: Any) -> list[Any]:
+    """Return what a call's output holds of states: by their names, or nested in a tuple."""
+    if isinstance(out, dict):
+        return [cache_in(out)]
+    return list(filter(holds_tensors, out[1:])) if isinstance(out, tuple | list) else []
+
+
 class Documents:
     """The documents in the rows of one call.
 
@@ -205,6 +77,8 @@ class Documents:
         several: rows may hold several documents.
         continued: a cache holds earlier tokens.
         unnumbered: this call, or one around it, was given no position ids.
+        guessed: which argument holds the tokens was told by its form alone.
+        others: what the call is given of other texts, which modules inside may read.
     """
 
     def __init__(
@@ -215,19 +89,23 @@ class Documents:
         mask: Any = given.get("attention_mask")
         if isinstance(mask, dict):  # one for each kind of layer; a recurrent one takes it plain
             mask = next((m for m in mask.values() if getattr(m, "ndim", 0) == 2), mask)
-        self.positions = positions_of(given, length)
+        self.positions = numbers_in(given, batch, length, device)
         plain = mask is None or (isinstance(mask, Tensor) and mask.ndim == 2)
         self.plain = plain and given.get("input_mask") is None  # XLNet's, true for padding
         self.mask = mask if self.plain else None
         self.shown, self.unnumbered = mask, self.positions is None
         self.held = earlier(given)
-        if self.held == 0:
-            self.held = _said_before(given)
+        counts, before = counted_before(given, batch, length, device)
+        if counts and not self.held:
+            self.held = before
         self.other_state = other_state_in(given)
-        if self.held == 0 and (self.other_state or self._is_longer()):
+        if self.held == 0 and ((self.other_state and not counts) or self._is_longer()):
             self.held = None
-        self.noted = _noted(cache_in(given))
+        self.began, self.note_before = now(), note_of(self.state)
+        self.noted = None if self.note_before is None else self.note_before.counts
         self.several, self.continued = isinstance(self.positions, Tensor), self.held != 0
+        self.others = [v for n, v in given.items() if n.startswith(OTHERS) and torch.is_tensor(v)]
+        self.guessed = False
         self.found: dict[tuple[int, int], Tensor] = {}
 
     def __getitem__(self, rows: slice | Tensor) -> Documents:
@@ -267,6 +145,11 @@ class Documents:
             return True
         return ids.shape != other.shape or torch.equal(ids, other.to(ids.device))
 
+    @property
+    def says_nothing(self) -> bool:
+        """True if its call tells of no padding, no positions and no earlier tokens."""
+        return self.plain and self.mask is None and not (self.several or self.continued)
+
     def says_less_than(self, around: Documents) -> bool:
         """True if a call around this one, of as many rows and tokens, alone has a mask or ids."""
         return self._same(around) and self.plain and self.mask is None and self.positions is None
@@ -275,7 +158,7 @@ class Documents:
         """Return booleans [batch or 1, length], false for padding."""
         if self.mask is None:
             return torch.ones(1, self.length, dtype=torch.bool, device=self.device)
-        return self.mask[:, -self.length :] != 0
+        return shown(self.mask)[:, -self.length :]
 
     def _number(self, seen: Tensor) -> Tensor:
         """Return integers [batch or 1, length], which change where a document begins."""
@@ -294,8 +177,8 @@ class Documents:
         """
         counts: list[Any] = [self.noted if self.held is None else self.held]
         if self._is_longer():
-            earlier_ones = self.mask[:, : -self.length]  # type: ignore[index]
-            counts.append((earlier_ones != 0).sum(-1, keepdim=True))
+            seen = shown(self.mask)  # type: ignore[arg-type]
+            counts.append(seen[:, : -self.length].sum(-1, keepdim=True))
         if self.several and self.positions.ndim == 2:
             counts.append(self.positions[:, :1])
         return [count for count in counts if count is not None]
@@ -305,13 +188,11 @@ class Documents:
 
         If a layer beneath has noted it, with the rows of a prompt, this stays.
         """
+        before = self.noted if self.held is None else self.held
         for state in (*_states_in(out), self.state):
-            if _holder(state) is None or earlier({CACHES[0]: state}) is not None:
-                continue
-            before = self.noted if self.held is None else self.held
-            if before is not None and _noted(state) is self.noted:
-                seen = self._seen().expand(self.batch, -1)
-                _in_states[_holder(state)] = seen.sum(-1, keepdim=True) + before
+            if before is not None and counts_none(state):
+                counts = self._seen().expand(self.batch, -1).sum(-1, keepdim=True) + before
+                renew(state, counts, self.note_before, self.began)
 
     def check(self, asks: Asks, where: str) -> None:
         """Raise unless the call says enough about the tokens of its rows."""

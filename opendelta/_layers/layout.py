@@ -14,8 +14,11 @@ from torch import Tensor, nn
 
 from ..errors import SiteError, quoted
 from ..names import ancestors
-from .documents import CACHES, NONE_HELD, PLACES, START, latest
+from .documents import NONE_HELD, latest
+from .masks import marks, shown
+from .saying import PLACES, STARTS, tells_lengths
 from .site import Site
+from .states import CACHES
 from .tokens import EMBEDDED
 
 POSITIONS = "attention_mask", "position_ids"  # these are widened by rules of their own
@@ -32,7 +35,7 @@ KNOWN = (*EMBEDDED, *POSITIONS, *LIKE_FIRST, *NOTHING, ROWS)
 COUNTS = (
     "lengths", "perm_mask", "target_mapping", "input_mask", "entity_position_ids",
     "cu_seq_lens_q", "cu_seq_lens_k", "cross_attention_mask", "full_text_row_masked_out_mask",
-    *PLACES, START,
+    *PLACES, *STARTS,
 )  # fmt: skip
 BY_IDS = ("image_pixel_values", "audio_input_features")
 OTHERS = ("encoder_", "decoder_", "cross_attention", "pixel_", "image_", "visual_e", "past_")
@@ -119,6 +122,11 @@ class Layout:
         value = value.gather(1, index.expand(-1, -1, *value.shape[2:]))
         return value if fill is None else torch.where(taken, value, fill).to(value.dtype)
 
+    def widened_mask(self, mask: Tensor) -> Tensor:
+        """Return a mask [batch or 1, length], as it is, which shows the prompt and no `filler`."""
+        shows, hides = marks(mask)
+        return self.widened(mask, shows).masked_fill(self.filler, hides)
+
     def positions(self, given: Tensor) -> Tensor:
         """Return position ids [..., slots]: those of the prompt begin where its document did."""
         given = given.expand(*given.shape[:-2], *self.slot_of.shape)
@@ -177,11 +185,12 @@ def plain_id(reader: Any) -> int:
     return pad + 1 if pad + 1 != getattr(reader, "mask_token_id", None) else pad + 2
 
 
-def unknown(given: Mapping[str, Any], batch: int, length: int, other: str) -> str:
+def unknown(given: Mapping[str, Any], batch: int, length: int, other: str, own: bool) -> str:
     """Return which argument of a call a prompt has no value for, and why; or "".
 
     Args:
         other: the name of a state of earlier tokens that is not known for one; or "".
+        own: the module is of somebody's own.
     """
     mask = given.get(POSITIONS[0])
     if other and (mask is None or mask.size(1) == length):
@@ -197,7 +206,8 @@ def unknown(given: Mapping[str, Any], batch: int, length: int, other: str) -> st
                 f"{name!r}, and finds its places by token ids, which a prompt replaces by "
                 "embeddings: give text alone"
             )
-        if value is not None and (name in COUNTS or (of_tokens and name not in KNOWN)):
+        counts = name in COUNTS or (own and tells_lengths(name, value, batch))
+        if value is not None and (counts or (of_tokens and name not in KNOWN)):
             return (
                 f"{name!r}, which says something of each token, and nothing says its value for "
                 f"the prompt; known are {', '.join(KNOWN)}"
@@ -269,5 +279,5 @@ def _check_values() -> None:
 
 def starts(mask: Tensor) -> Tensor:
     """Return booleans: true for the first column of each row that is no padding."""
-    seen = mask != 0
+    seen = shown(mask)
     return seen & (seen.cumsum(-1) == 1)

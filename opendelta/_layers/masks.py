@@ -1,4 +1,7 @@
-"""Masks of who sees whom, `[batch, heads, length, keys]`: do they hide padding in a document?"""
+"""Masks: one `[batch, length]` shows which tokens are no padding, others who sees whom.
+
+Each is of numbers that are 0 for what is hidden, or is added to scores.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,24 @@ import torch
 from torch import Tensor
 
 HIDDEN = -1000.0  # an additive mask hides what has less than this; biases of neighbours are small
+
+
+def shown(mask: Tensor) -> Tensor:
+    """Return booleans like a mask [batch, length], true for what it shows.
+
+    One of floating numbers that are 0 or less is added to scores.
+    """
+    if not mask.is_floating_point():
+        return mask != 0
+    return torch.where((mask <= 0).all(), mask > HIDDEN, mask != 0)
+
+
+def marks(mask: Tensor) -> tuple[Any, Any]:
+    """Return the numbers by which a mask [batch, length] shows and hides a token."""
+    if not mask.is_floating_point():
+        return 1, 0
+    added = (mask <= 0).all()
+    return torch.where(added, 0.0, 1.0), torch.where(added, torch.finfo(mask.dtype).min, 0.0)
 
 
 def agrees(mask: Any, number: Tensor, held: int | None) -> bool:

@@ -28,8 +28,10 @@ from ..names import SLOT, ancestors
 from .base import Acts, DeltaLayer, Handover
 from .costs import Flops, counted
 from .documents import Documents
+from .masks import shown
+from .running import during, running
 from .site import Heads, Site
-from .tokens import EMBEDDED, arguments, during, named, padding_id, padding_of, running, with_mask
+from .tokens import EMBEDDED, arguments, named, padding_id, padding_of, with_mask
 
 NAME = "opendelta|"  # before the name of transformers' own function
 SUPPORTED = ("eager", "sdpa")
@@ -188,7 +190,7 @@ class Places(DeltaLayer):
             return during(documents, call, **given)
         mask = padding_of(with_mask(given, self.padding), tokens, self.where)
         if mask is not None:
-            padding = (mask.cumsum(-1) == 0).sum(-1, keepdim=True)
+            padding = (shown(mask).cumsum(-1) == 0).sum(-1, keepdim=True)
             counted = torch.arange(mask.size(1), device=mask.device)[-tokens.size(1) :]
             places = (counted - padding).clamp(min=0)
             if made is not None:

@@ -18,7 +18,7 @@ from .._modules.kinds import Embedding, kind_of
 from ..errors import DeltaError, SiteError, quoted
 from .base import Acts, DeltaLayer, Handover
 from .costs import Flops
-from .documents import CACHES, Documents, cache_in, has_axis, other_state_in, positions_of, unnoted
+from .documents import Documents
 from .embedders import block_holder, in_decoders
 from .embedding import embedding_of, numbered, numbering, room, scale_of
 from .layout import (
@@ -34,10 +34,14 @@ from .layout import (
     unknown,
     widen_values,
 )
+from .masks import shown
 from .rehearsal import is_own
+from .running import mask_around, noting
+from .saying import KEEPS, keeps_its_cache, numbers_in
 from .site import Site
+from .states import CACHES, cache_in, has_axis, other_state_in, unnoted
 from .strip import Strip, StripInput, WithPrompt, check_all, check_positions, laid, strip
-from .tokens import EMBEDDED, arguments, mask_around, named, noting, padding_id, with_mask
+from .tokens import EMBEDDED, arguments, named, padding_id, with_mask
 from .widening import STATES, CrossMask, Numbered
 
 CROSS = ("encoder_attention_mask", "encoder_padding_mask")
@@ -74,7 +78,7 @@ class PromptLayer(WithPrompt):
             )
         self.width, self.length, self.strip = kind.out_features, length, strip
         self.room = room(site.module)
-        self.library = not is_own(site.module)
+        self.library, self.cls = not is_own(site.module), type(site.module)
         self.scale = scale_of(site.module)
         # To strip right after the blocks, as later modules read a single position.
         self.stripper: Handover | None = None
@@ -122,7 +126,7 @@ class PromptLayer(WithPrompt):
             self.stripper.put((layout.slot_of, layout.full))
         widened = Documents(given, batch, layout.full, embeds.device)
         if (mask := mask_around(documents)) is not None:
-            widened.mask = torch.where(layout.filler, 0, layout.widened(mask, 1))
+            widened.mask = layout.widened_mask(mask)
         slots = layout.slot_of, layout.full
         call = functools.partial(laid, slots, call) if self.pooled else call
         run = noting if self.library else self._explained
@@ -198,10 +202,13 @@ class PromptLayer(WithPrompt):
                 f"the attention mask of {kind} must be [batch, length], so that the prompt can be "
                 "put between its columns"
             )
-        if positions_of(given, length) is None and POSITIONS[1] not in self.arguments:
+        numbers = numbers_in(given, batch, length, tokens.device)
+        if numbers is None and POSITIONS[1] not in self.arguments:
             given.pop(POSITIONS[1], None)
-        if why := unknown(given, batch, length, self._state_in(given)):
+        if why := unknown(given, batch, length, self._state_in(given), not self.library):
             self._refuse(f"{kind} is given {why}")
+        if not self.library and (name := keeps_its_cache(given, self.cls)):
+            self._refuse(f"{kind} is given {name!r}, {KEEPS}")
         return batch, length
 
     def _state_in(self, given: dict[str, Any]) -> str:
@@ -215,7 +222,7 @@ class PromptLayer(WithPrompt):
         """Widen all arguments in `given` that have a value for each token."""
         ids, mask, positions = (given.get(n) for n in ("input_ids", *POSITIONS))
         if mask is not None:
-            given["attention_mask"] = torch.where(layout.filler, 0, layout.widened(mask, 1))
+            given["attention_mask"] = layout.widened_mask(mask)
         elif layout.ragged:
             given["attention_mask"] = self._mask(module, layout)
         if positions is not None:
@@ -265,7 +272,7 @@ class PromptLayer(WithPrompt):
                 )
             self._check_began(mask, length)
             if mask.size(1) > length:  # else it is of the new tokens alone
-                given["attention_mask"] = Layout(starts(mask), self.length).widened(mask, 1)
+                given["attention_mask"] = Layout(starts(mask), self.length).widened_mask(mask)
         if positions is not None:
             if held and mask is None:
                 self._check_places(positions, held - prompts)
@@ -274,7 +281,7 @@ class PromptLayer(WithPrompt):
 
     def _check_began(self, mask: Tensor, length: int) -> None:
         """Raise if a row begins after the cache: there its prompt stands before its padding."""
-        earlier, now = mask[:, :-length] != 0, mask[:, -length:] != 0
+        earlier, now = shown(mask[:, :-length]), shown(mask[:, -length:])
         if not earlier.size(1) or torch.compiler.is_compiling():
             return
         begins = now.any(-1) & ~earlier.any(-1)

@@ -11,7 +11,7 @@ from torch import Tensor
 from .._modules import calls
 from ..errors import SiteError
 from .base import Acts, DeltaLayer, Handover
-from .documents import CACHES, HINTS
+from .states import CACHES, HINTS
 
 KEPT = ("kv", "key", "present", "mem")  # in the name of what holds earlier tokens
 POOLED = (

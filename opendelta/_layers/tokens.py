@@ -10,7 +10,6 @@ import functools
 import inspect
 import operator
 import re
-import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -26,13 +25,12 @@ from .documents import (
     SEQUENCE,
     Asks,
     Documents,
-    earlier,
-    may_be_state,
     of_ends,
-    other_mask_in,
-    state_in,
 )
 from .rehearsal import is_own, sees_no_later
+from .running import during, noting, of_now, running, unsaid, unsaid_during
+from .saying import KEEPS, by_usual_names, keeps_its_cache, other_mask_in, parts_in
+from .states import earlier, may_be_state, state_in
 
 READS = {"input_ids", "attention_mask"}
 EMBEDDED = ("input_ids", "inputs_embeds")
@@ -90,60 +88,6 @@ def with_mask(given: dict[str, Any], padding: int | None) -> dict[str, Any]:
     return {**given, "attention_mask": (ids != padding).long()}
 
 
-# --------------------------------------------------------------------------------- the running call
-class _Running(threading.local):
-    def __init__(self) -> None:
-        # In each thread from the start: a compiled graph's guard must not see it come.
-        self.documents: Documents | None = None
-        self.unsaid = ""  # why nothing says where rows begin in the running call
-
-
-_running = _Running()
-
-
-def running() -> Documents | None:
-    """Return the documents of the running call; None: no call around has said any."""
-    return _running.documents
-
-
-def mask_around(documents: Documents) -> Tensor | None:
-    """Return the mask of a call around the one of `documents` that was not handed on; or None."""
-    around = _running.documents
-    if around is None or not documents.says_less_than(around):
-        return None
-    return around.mask
-
-
-def during(documents: Documents | None, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Run `call`; modules inside find `documents`."""
-    before, _running.documents = _running.documents, documents
-    if before is not None and documents is not None and before.unnumbered:
-        documents.unnumbered = True
-    try:
-        return call(*args, **kwargs)
-    finally:
-        _running.documents = before
-
-
-def noting(documents: Documents | None, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Run `call`, the whole call that says `documents`, and note what its state holds then."""
-    out = during(documents, call, *args, **kwargs)
-    if documents is not None and not torch.compiler.is_compiling():
-        documents.note(out)
-    return out
-
-
-def of_now(call: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function that runs `call` with the documents of this moment."""
-    return functools.partial(during, _running.documents, call)
-
-
-def on_rows(rows: slice | Tensor, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Run `call`, which sees some rows of the batch alone."""
-    documents = _running.documents
-    return during(None if documents is None else documents[rows], call, *args, **kwargs)
-
-
 class Notes(DeltaLayer):
     """Notes the documents in the rows of a module's call, for layers inside the module.
 
@@ -160,7 +104,7 @@ class Notes(DeltaLayer):
         super().__init__()
         recomputing.keep(of_now)
         self.arguments, self.padding = arguments(module), padding_id(module)
-        self.where, self.asks, self.own = where, asks, is_own(module)
+        self.where, self.asks, self.own = where, asks, own_class(module)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -169,6 +113,20 @@ class Notes(DeltaLayer):
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         given = with_mask(named(self.arguments, args, kwargs), self.padding)
         documents = noted(given, self.where, self.asks, self.own)
+        return noting(documents, call, *args, **kwargs)
+
+
+class Guesses(Notes):
+    """Notes the documents of a call of somebody's own that names no `input_ids`."""
+
+    def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        given, texts = by_usual_names(named(self.arguments, args, kwargs))
+        documents = noted(given, self.where, self.asks, self.own)
+        if documents is not None:
+            documents.guessed = True
+            if texts > 1 and not documents.says_nothing:
+                why = "is in a call of several texts, and nothing says of which one its mask is"
+                return unsaid_during(why, call, *args, **kwargs)
         return noting(documents, call, *args, **kwargs)
 
 
@@ -193,7 +151,7 @@ class Apart(Listens):
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         name = _packed(named(self.arguments, args, kwargs))
         why = f"is given several images as one row ({name!r})" if name else ""
-        return _unsaid(why, during, None, call, *args, **kwargs)
+        return unsaid_during(why, during, None, call, *args, **kwargs)
 
 
 class Continued(Listens):
@@ -202,15 +160,7 @@ class Continued(Listens):
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         name = state_in(named(self.arguments, args, kwargs))
         why = f"runs after earlier tokens ({name!r}), which nothing counts" if name else ""
-        return _unsaid(why or _running.unsaid, call, *args, **kwargs)
-
-
-def _unsaid(why: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    before, _running.unsaid = _running.unsaid, why
-    try:
-        return call(*args, **kwargs)
-    finally:
-        _running.unsaid = before
+        return unsaid_during(why or unsaid(), call, *args, **kwargs)
 
 
 def _packed(given: Mapping[str, Any]) -> str:
@@ -229,33 +179,59 @@ def is_beside_text(module: nn.Module) -> bool:
     return "input_ids" not in own and any(name.startswith(BESIDE_TEXT) for name in own)
 
 
-def noted(given: dict[str, Any], where: str, asks: Asks, own: bool = False) -> Documents | None:
+def own_class(module: nn.Module) -> type | None:
+    """Return the class of a module of somebody's own; None: it is a library's."""
+    return type(module) if is_own(module) else None
+
+
+def noted(given: dict[str, Any], where: str, asks: Asks, own: type | None) -> Documents | None:
     """Return the documents that a call's arguments, by name, say; None: it has none.
 
     Args:
-        own: the module is of somebody's own, and may call a mask as it likes.
+        own: the result of `own_class`: such a module may call a mask as it likes.
 
     Raises:
         SiteError: the call does not say enough about the tokens of its rows.
     """
     tokens = next((given[n] for n in EMBEDDED if given.get(n) is not None), None)
+    if isinstance(tokens, Tensor) and own is not None and tokens.ndim == 1:
+        tokens = tokens[None]
     if not isinstance(tokens, Tensor) or tokens.ndim != (3 if tokens.is_floating_point() else 2):
         return None  # such as several choices for each row: a module inside takes them as rows
-    said = any(given.get(name) is not None for name in ("attention_mask", "position_ids"))
-    if own and not said and (name := other_mask_in(given, tokens.size(0))):
-        raise SiteError(
-            f"{asks.option}: the call of {quoted(where)} may say by {name!r} which tokens are "
-            "padding, and nothing tells how: call the argument 'attention_mask' [batch, length], "
-            f"give position_ids, or choose {asks.instead}",
-            where=where,
-        )
     documents = Documents(given, tokens.size(0), tokens.size(1), tokens.device)
-    around = _running.documents
-    documents.hears(around)
+    documents.hears(around := running())
     if around is not None and documents.says_less_than(around):
         return around
+    if own is not None:
+        _check_own(documents, given, where, asks, own)
     documents.check(asks, where)
     return documents
+
+
+def _check_own(
+    documents: Documents, given: Mapping[str, Any], where: str, asks: Asks, own: type
+) -> None:
+    """Raise if arguments may say something of the tokens, and nothing tells what."""
+    batch, length = documents.batch, documents.length
+    numbered = given.get("position_ids") is not None
+    masked = given.get("attention_mask") is not None
+    name = "" if numbered else parts_in(given, batch, length)
+    if not name and not numbered and not masked:
+        name = other_mask_in(given, batch)
+    if name:
+        raise SiteError(
+            f"{asks.option}: the call of {quoted(where)} may say by {name!r} which tokens are "
+            "padding, or where documents begin, and nothing tells how: call a mask "
+            f"'attention_mask' [batch, length], give position_ids, or choose {asks.instead}",
+            where=where,
+        )
+    kept = "" if numbered else keeps_its_cache(given, own)
+    if kept and not documents.continued:
+        raise SiteError(
+            f"{asks.option}: the call of {quoted(where)} is given {kept!r}, {KEEPS}, or choose "
+            f"{asks.instead}",
+            where=where,
+        )
 
 
 def padding_of(given: Mapping[str, Any], tokens: Tensor, where: str) -> Tensor | None:
@@ -272,7 +248,7 @@ def padding_of(given: Mapping[str, Any], tokens: Tensor, where: str) -> Tensor |
     if mask is None or (isinstance(mask, Tensor) and mask.ndim == 2):
         return mask
     documents = Documents(given, tokens.size(0), tokens.size(1), tokens.device)
-    documents.hears(_running.documents)
+    documents.hears(running())
     if not documents.plain:
         raise SiteError(
             f"prefixes: the mask that {quoted(where)} is given does not show which tokens are "
@@ -295,7 +271,7 @@ class Tokens:
         self.where, self.names = where, own
         self.arguments = own if set(own) >= READS else None
         self.padding, self.beside_text = padding_id(module), is_beside_text(module)
-        self.own = is_own(module)
+        self.own = own_class(module)
 
     def chosen(
         self, h: Tensor, args: tuple, kwargs: dict[str, Any], first: int, last: int
@@ -345,13 +321,18 @@ class Tokens:
         return found if u.ndim == 3 else found[0]
 
     def _documents(self, h: Tensor, args: tuple, kwargs: dict[str, Any], asks: Asks) -> Documents:
-        documents = None if self.beside_text else _running.documents
+        documents = None if self.beside_text else running()
         if self.arguments is not None:
             given = with_mask(named(self.arguments, args, kwargs), self.padding)
             documents = noted(given, self.where, asks, self.own)
+        if documents is not None and args and any(args[0] is each for each in documents.others):
+            self._refuse(asks, "reads another text, of which nothing here says where rows begin")
+        if documents is not None and documents.guessed and documents.says_nothing:
+            self._check_flat(asks, h, documents)
+            documents = None
         if documents is None:
-            if _running.unsaid:
-                self._refuse(asks, _running.unsaid)
+            if unsaid():
+                self._refuse(asks, unsaid())
             self._check_bare(asks, args, kwargs, h.size(0))
             documents = Documents({}, 1, h.size(-2), h.device)
         elif h.size(-2) != documents.length or (h.ndim > 2 and h.size(0) != documents.batch):
@@ -363,6 +344,17 @@ class Tokens:
                 f"{'' if whole else _block(self.where)}{asks.instead}",
             )
         return documents
+
+    def _check_flat(self, asks: Asks, h: Tensor, documents: Documents) -> None:
+        """Raise if a module's output has the tokens of all rows on one axis, or before the rows."""
+        batch, length = documents.batch, documents.length
+        flat = batch > 1 and h.ndim == 2 and h.size(0) == batch * length
+        if flat or (batch != length and h.ndim == 3 and h.shape[:2] == (length, batch)):
+            self._refuse(
+                asks,
+                f"has an output of the shape {tuple(h.shape)} for {batch} rows of {length} tokens, "
+                f"which does not show the rows: choose {_block(self.where)}{asks.instead}",
+            )
 
     def _check_bare(self, asks: Asks, args: tuple, kwargs: dict[str, Any], batch: int) -> None:
         """Raise if there may be padding or earlier tokens in a call that no `Notes` saw."""
@@ -437,6 +429,8 @@ def notes_for(
             two = around != takes[0] and "decoder_input_ids" in arguments(modules[around])
             if around not in made and not two:
                 found[around] = Notes(modules[around], around, asks)
+        if not takes and "" not in made and is_own(modules[""]):
+            found[""] = Guesses(modules[""], "", asks)
     return found
 
 

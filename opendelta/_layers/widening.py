@@ -28,7 +28,7 @@ class CrossMask(WithPrompt):
         given = named(self.arguments, args, kwargs)
         states, mask = given.get(STATES), given.get(self.mask)
         if states is not None and mask is not None and mask.size(-1) < states.size(1):
-            given[self.mask] = Layout(starts(mask), self.length).widened(mask, 1)
+            given[self.mask] = Layout(starts(mask), self.length).widened_mask(mask)
             more = sum(e.length for e in call.beneath if isinstance(e, CrossMask))
             if given[self.mask].size(-1) + more != states.size(1):
                 raise SiteError(

@@ -109,7 +109,7 @@ def every(kind: type[Any], value: Any, objects: bool = False) -> Iterator[Any]:
         objects: also among the attributes of other objects, but modules and classes.
     """
     seen: dict[int, Any] = {}
-    todo = [value]
+    todo, compiling = [value], torch.compiler.is_compiling()
     while todo:
         each = todo.pop()
         if isinstance(each, kind):
@@ -117,10 +117,23 @@ def every(kind: type[Any], value: Any, objects: bool = False) -> Iterator[Any]:
             continue
         items = items_of(each)
         if items is None and objects and not isinstance(each, nn.Module | type):
-            items = getattr(each, "__dict__", None)
-        if items and id(each) not in seen:
+            items = _attributes(each)
+        if not items or (not compiling and id(each) in seen):
+            continue
+        if not compiling:  # a graph would be guarded by the ids, which each call has anew
             seen[id(each)] = each
-            todo += reversed(items.values())
+        todo += reversed(items.values())
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    """Return the attributes of an object, in its `__dict__` and in the slots of its class."""
+    found = dict(getattr(value, "__dict__", None) or {})
+    for cls in type(value).__mro__:
+        slots = cls.__dict__.get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            if name not in ("__dict__", "__weakref__") and hasattr(value, name):
+                found[name] = getattr(value, name)
+    return found
 
 
 def change_hidden(

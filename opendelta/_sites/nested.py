@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._layers import tokens
+from .._layers import running
 from .._layers.base import DeltaLayer
 from .._modules import calls
 
@@ -38,7 +38,7 @@ def run(
     taken = [handover.take() for handover in handovers]
     outputs: list[Any] = []
     left: list[list[Any]] = [[] for _ in handovers]
-    rows, documents = args[0].size(0), tokens.running()
+    rows, documents = args[0].size(0), running.running()
     for index in range(rows):
         for handover, values in zip(handovers, taken, strict=True):
             handover.put(values[index] if isinstance(values, list) else values)
@@ -47,7 +47,7 @@ def run(
         alone = documents
         if documents is not None and documents.batch == rows:
             alone = documents.unpadded(index)
-        outputs.append(tokens.during(alone, call, *own, **named))
+        outputs.append(running.during(alone, call, *own, **named))
         for handover, values in zip(handovers, left, strict=True):
             values.append(handover.take())
     for handover, values in zip(handovers, left, strict=True):

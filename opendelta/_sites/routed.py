@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._layers import labels, low_rank, tokens
+from .._layers import labels, low_rank, running
 from .._layers.base import Acts, DeltaLayer
 from .._layers.bound import Bound
 from .._layers.low_rank import LowRank
@@ -179,7 +179,7 @@ class Routed:
             call = stack.onion(within, call, module, raw)
             if len(within) == len(acting):
                 return call(*args, **kwargs)
-        once = SharedCall(tokens.of_now(call), (args, kwargs), len(grouped.of_row), whole)
+        once = SharedCall(running.of_now(call), (args, kwargs), len(grouped.of_row), whole)
         inside = "a prefix" if within else "other deltas" if self.holds_sites else ""
         why = f"has {inside} inside" if inside else ""
         paths = [[layer for layer in path if layer not in within] for path in paths]
@@ -216,7 +216,7 @@ class Routed:
             inner = functools.partial(once.for_rows, rows, None if leave else given, check)
             cells.open(rows)
             with contextlib.nullcontext() if seen is None else seen.group(stack) as weighed:
-                out = tokens.on_rows(rows, around(path, inner), *given[0], **given[1])
+                out = running.on_rows(rows, around(path, inner), *given[0], **given[1])
             parts.append(out if rows is group.rows else cut(out, once.batch, group.rows))
             cells.close(rows, group.rows, once.batch)
             if weighed is not None:

@@ -1,0 +1,80 @@
+"""The documents of the running call, for the modules inside it."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .documents import Documents
+
+
+class _Running(threading.local):
+    def __init__(self) -> None:
+        # In each thread from the start: a compiled graph's guard must not see it come.
+        self.documents: Documents | None = None
+        self.unsaid = ""  # why nothing says where rows begin in the running call
+
+
+_running = _Running()
+
+
+def running() -> Documents | None:
+    """Return the documents of the running call; None: no call around has said any."""
+    return _running.documents
+
+
+def unsaid() -> str:
+    """Return why nothing says where rows begin in the running call; or ""."""
+    return _running.unsaid
+
+
+def mask_around(documents: Documents) -> Tensor | None:
+    """Return the mask of a call around the one of `documents` that was not handed on; or None."""
+    around = _running.documents
+    if around is None or not documents.says_less_than(around):
+        return None
+    return around.mask
+
+
+def during(documents: Documents | None, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Run `call`; modules inside find `documents`."""
+    before, _running.documents = _running.documents, documents
+    if before is not None and documents is not None and before.unnumbered:
+        documents.unnumbered = True
+    try:
+        return call(*args, **kwargs)
+    finally:
+        _running.documents = before
+
+
+def noting(documents: Documents | None, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Run `call`, the whole call that says `documents`, and note what its state holds then."""
+    out = during(documents, call, *args, **kwargs)
+    if documents is not None and not torch.compiler.is_compiling():
+        documents.note(out)
+    return out
+
+
+def of_now(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that runs `call` with the documents of this moment."""
+    return functools.partial(during, _running.documents, call)
+
+
+def on_rows(rows: slice | Tensor, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Run `call`, which sees some rows of the batch alone."""
+    documents = _running.documents
+    return during(None if documents is None else documents[rows], call, *args, **kwargs)
+
+
+def unsaid_during(why: str, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Run `call`; modules inside find that nothing says where rows begin, for this reason."""
+    before, _running.unsaid = _running.unsaid, why
+    try:
+        return call(*args, **kwargs)
+    finally:
+        _running.unsaid = before

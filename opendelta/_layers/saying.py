@@ -1,0 +1,161 @@
+"""Arguments that say something of the tokens of a call by their names: places, padding, parts."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._modules.calls import items_of
+from .states import NO_STATES, may_be_state
+
+PLACES = ("cache_position", "input_pos")  # arguments that number the tokens of a call
+STARTS = ("start_pos",)  # arguments that count the tokens before
+LENGTHS = re.compile(r"(^|_)(seq_?)?(len|lens|lengths)$|^n(um)?_tokens$")
+ENDS = re.compile(r"^cu_?(seq)?_?len")  # where packed documents end
+PARTS = re.compile(r"^(segment|doc|document|seq|sequence|example|sample)_?(ids?|idx|index)$")
+KEEPS = (
+    "and nothing tells how many tokens it keeps from earlier calls: hand the state on as an "
+    "argument, or give position_ids"
+)
+OFFSETS = re.compile(r"(^|_)(offset|past_len(gth)?|cache_len(gth)?|cur_pos)$")
+# Arguments that begin so have a value for each token, and are no text.
+BESIDE = ("label", "target", "position", "pos", "token_type", "y", "loss", "mask", "return", "use")
+
+
+def numbers_in(given: Mapping[str, Any], batch: int, length: int, device: torch.device) -> Any:
+    """Return the position ids of a call with `length` tokens, or None.
+
+    An encoder-decoder may hand on those of its other side, which it ignores.
+    """
+    names = ("position_ids", *PLACES, *STARTS)
+    name, said = next(((n, given[n]) for n in names if given.get(n) is not None), ("", None))
+    if name not in PLACES + STARTS:
+        positions = said
+    else:
+        positions = _numbers(name, said, batch, length, device)
+    if isinstance(positions, Tensor) and positions.ndim == 1:
+        positions = positions[None]
+    if isinstance(positions, Tensor) and (not positions.ndim or positions.size(-1) != length):
+        return None
+    return positions
+
+
+def _numbers(name: str, said: Any, batch: int, length: int, device: torch.device) -> Any:
+    """Return the positions that an argument says: each, or the first one of each row."""
+    steps = torch.arange(length, device=device)
+    if isinstance(said, int) and not isinstance(said, bool):
+        return steps[None] + said
+    if not isinstance(said, Tensor) or said.is_floating_point():
+        return None
+    if said.numel() == 1 and (name in STARTS or length > 1):
+        return steps[None] + said.reshape(1, 1)
+    one_each = said.numel() == batch and said.shape in ((batch,), (batch, 1))
+    if one_each and (name in STARTS or length == 1 or said.size(-1) != length):
+        return said.reshape(batch, 1) + steps
+    return said
+
+
+def counted_before(
+    given: Mapping[str, Any], batch: int, length: int, device: torch.device
+) -> tuple[bool, int | None]:
+    """Return whether arguments say how many tokens came before, and their number.
+
+    None: as many as the positions say.
+    """
+    name = next((n for n in (*STARTS, *PLACES) if given.get(n) is not None), "")
+    if not name:
+        return False, None
+    if isinstance(given[name], int):
+        return True, given[name]
+    numbers = _numbers(name, given[name], batch, length, device)
+    if not isinstance(numbers, Tensor):
+        return False, None
+    if torch.compiler.is_compiling():
+        return True, None
+    firsts = numbers.reshape(-1, numbers.size(-1))[:, 0]
+    return True, int(firsts[0]) if (firsts == firsts[0]).all() else None
+
+
+def other_mask_in(given: Mapping[str, Any], batch: int) -> str:
+    """Return the name of an argument that may tell padding, under a name of its own; or ""."""
+    for name, value in given.items():
+        if name == "attention_mask" or not isinstance(value, Tensor) or not value.ndim:
+            continue
+        tells = "mask" in name or name.startswith("pad") or bool(LENGTHS.search(name))
+        if name.startswith(NO_STATES) or "loss" in name or "label" in name or not tells:
+            continue
+        if value.size(0) == batch:
+            return name
+    return ""
+
+
+def parts_in(given: Mapping[str, Any], batch: int, length: int) -> str:
+    """Return the name of an argument that may tell several documents of a row; or ""."""
+    for name, value in given.items():
+        if not isinstance(value, Tensor) or value.is_floating_point() or not value.ndim:
+            continue
+        if ENDS.search(name):
+            return name
+        known = PARTS.search(name) and value.shape[-1] == length
+        if known and (torch.compiler.is_compiling() or (value != value[..., :1]).any()):
+            return name
+    return ""
+
+
+def tells_lengths(name: str, value: Any, batch: int) -> bool:
+    """True if an argument may tell how long each row is, or where packed documents end."""
+    if not isinstance(value, Tensor) or value.is_floating_point() or value.ndim != 1:
+        return False
+    if name.startswith(NO_STATES):
+        return False
+    return bool(ENDS.search(name)) or (len(value) == batch and bool(LENGTHS.search(name)))
+
+
+@functools.cache
+def _takes_state(cls: type) -> bool:
+    """True if modules of a class may be given a state of earlier tokens."""
+    try:
+        parameters = inspect.signature(cls.forward).parameters.values()  # type: ignore[attr-defined]
+    except (AttributeError, TypeError, ValueError):
+        return True
+    return any(p.kind is p.VAR_KEYWORD or may_be_state(p.name) for p in parameters)
+
+
+def keeps_its_cache(given: Mapping[str, Any], cls: type) -> str:
+    """Return what tells that a module of a class itself keeps a call's earlier tokens; or ""."""
+    if given.get("use_cache") is True and not _takes_state(cls):
+        return "use_cache"
+    return next((n for n, v in given.items() if OFFSETS.search(n) and type(v) is int and v > 0), "")
+
+
+def by_usual_names(given: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
+    """Return a call's arguments with its tokens as `input_ids` or `inputs_embeds`, as far as seen.
+
+    The items of a mapping or a record, such as a batch, count as arguments.
+
+    Returns:
+        The arguments, and the number of texts among them.
+    """
+    found: dict[str, Any] = {}
+    for name, value in given.items():
+        items = None if isinstance(value, tuple | list) or may_be_state(name) else items_of(value)
+        found |= {name: value} if items is None else {str(k): v for k, v in items.items()}
+    if any(found.get(name) is not None for name in ("input_ids", "inputs_embeds")):
+        return found, 1
+    tensors = {n: v for n, v in found.items() if isinstance(v, Tensor) and not _is_beside(n)}
+    texts = [v for v in tensors.values() if v.dtype in (torch.int64, torch.int32) and v.ndim == 2]
+    rows = [v for v in tensors.values() if v.is_floating_point() and v.ndim == 3]
+    if texts:
+        return {"input_ids": texts[0], **found}, len(texts)
+    return ({"inputs_embeds": rows[0], **found}, len(rows)) if rows else (found, 0)
+
+
+def _is_beside(name: str) -> bool:
+    told = "mask" in name or PARTS.search(name) or LENGTHS.search(name) or may_be_state(name)
+    return bool(told) or name in (*PLACES, *STARTS) or name.startswith(BESIDE)
