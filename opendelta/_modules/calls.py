@@ -48,20 +48,14 @@ def hidden_key(output: Any, width: int | None = None) -> Any:
     """Return the key (index or field) of the hidden states in an output; None if it is the tensor.
 
     Args:
-        output: a tensor, a tuple or list, or a mapping such as a ModelOutput.
+        output: a tensor, a tuple or list, a mapping such as a ModelOutput, or a record.
         width: the size of the last axis. None: any size.
 
     Raises:
         SiteError: the output has no floating tensor [..., width].
     """
-    items: list[tuple[Any, Any]]
-    if isinstance(output, Tensor):
-        items = [(None, output)]
-    elif isinstance(output, dict):
-        items = list(output.items())
-    else:
-        items = list(enumerate(output)) if isinstance(output, tuple | list) else []
-    for key, value in items:
+    items = {None: output} if isinstance(output, Tensor) else items_of(output) or {}
+    for key, value in items.items():
         if _is_hidden(value, width, axes=1 if key is None else 2):
             return key
     raise SiteError(
@@ -73,7 +67,11 @@ def hidden_key(output: Any, width: int | None = None) -> Any:
 def hidden(output: Any) -> Tensor:
     """Return the hidden states in an output: a tensor, or its first floating one of two axes."""
     key = hidden_key(output)
-    return output if key is None else output[key]
+    return output if key is None else _item(output, key)
+
+
+def _item(output: Any, key: Any) -> Any:
+    return output[key] if isinstance(output, dict | tuple | list) else getattr(output, key)
 
 
 def changed_in(output: Any) -> Tensor:
@@ -149,12 +147,14 @@ def change_hidden(
             return change(output)
         return change(output.movedim(axis, -1)).movedim(-1, axis)
     key = hidden_key(output, width)
-    new = change(output[key])
+    new = change(_item(output, key))
     if type(output) is dict:
         return {**output, key: new}
     if isinstance(output, dict):  # a ModelOutput sets its field along with the item
         output[key] = new
         return output
+    if _is_record(output):
+        return like(output, {key: new})
     if hasattr(output, "_replace"):
         return output._replace(**{output._fields[key]: new})
     return type(output)([*output[:key], new, *output[key + 1 :]])

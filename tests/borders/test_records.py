@@ -134,7 +134,7 @@ class Whole(nn.Module):
         return self.kind(self.body(x))
 
 
-@pytest.mark.parametrize("kind", [*RECORDS, Plain])
+@pytest.mark.parametrize("kind", [*RECORDS, Plain, WithSlots])
 def test_check_finds_the_gradients(kind):
     model = Whole(kind)
     LoraModel(model, modified_modules=["body"]).freeze_module()
@@ -143,11 +143,11 @@ def test_check_finds_the_gradients(kind):
 
 
 def test_check_says_that_it_finds_no_tensor():
-    model = Whole(WithSlots)
+    model = Whole(lambda logits: InDeque([logits]))
     LoraModel(model, modified_modules=["body"]).freeze_module()
     report = opendelta.check(model, X)
     assert report.no_gradient == []
-    assert report.not_checked == ["gradients: no tensor is in the output, a WithSlots"]
+    assert report.not_checked == ["gradients: no tensor is in the output, a InDeque"]
 
 
 class Recurrent(nn.Module):
@@ -176,3 +176,18 @@ def test_states_of_copied_recurrent_modules_are_not_cut_by_rows(batch):
     with opendelta.route(model, ["a"] * batch):
         out = model(x, state)
     torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize("kind", [Out, Frozen, Slotted, namespace])
+@pytest.mark.parametrize("cls", [opendelta.AdapterModel, opendelta.LoReftModel])
+def test_methods_change_the_hidden_states_in_a_record(cls, kind):
+    net = Net(kind).eval()
+    sizes = {"bottleneck_dim": 4} if cls is opendelta.AdapterModel else {}
+    bare = net(X)
+    delta = shake(cls(net, modified_modules=["head"], sample_inputs=X, **sizes))
+    layer, out = delta.layers["head"], net(X)
+    assert not torch.allclose(out, bare)
+    delta.detach()
+    again = cls(net, modified_modules=["head.linear"], **sizes)
+    again.layers["head.linear"].load_state_dict(layer.state_dict())
+    torch.testing.assert_close(net(X), out)
