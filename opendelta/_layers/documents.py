@@ -78,6 +78,7 @@ class Documents:
         continued: a cache holds earlier tokens.
         unnumbered: this call, or one around it, was given no position ids.
         guessed: which argument holds the tokens was told by its form alone.
+        doubt: what else the call may say of its tokens, if nothing tells how.
         others: what the call is given of other texts, which modules inside may read.
     """
 
@@ -105,7 +106,7 @@ class Documents:
         self.noted = None if self.note_before is None else self.note_before.counts
         self.several, self.continued = isinstance(self.positions, Tensor), self.held != 0
         self.others = [v for n, v in given.items() if n.startswith(OTHERS) and torch.is_tensor(v)]
-        self.guessed = False
+        self.guessed, self.doubt = False, ""
         self.found: dict[tuple[int, int], Tensor] = {}
 
     def __getitem__(self, rows: slice | Tensor) -> Documents:

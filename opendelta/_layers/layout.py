@@ -222,7 +222,7 @@ def _has_tokens(value: Any, batch: int, length: int) -> bool:
     if value.ndim == 1:
         return len(value) == length != batch
     ends = value.shape[:2], value.shape[-2:]
-    return any(tuple(end) in ((batch, length), (1, length)) for end in ends)
+    return any(tuple(end) in ((batch, length), (1, length), (length, length)) for end in ends)
 
 
 def maker_of_rows(module: nn.Module) -> tuple[str, ...]:

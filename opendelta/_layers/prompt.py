@@ -197,7 +197,8 @@ class PromptLayer(WithPrompt):
                 f"the cache of {kind} holds whole chunks, in which a prompt has no place: call "
                 "generate(use_cache=False)"
             )
-        if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
+        plain = isinstance(mask, Tensor) and mask.ndim == 2 and mask.size(0) in (1, batch)
+        if mask is not None and not plain:
             self._refuse(
                 f"the attention mask of {kind} must be [batch, length], so that the prompt can be "
                 "put between its columns"

@@ -125,8 +125,9 @@ class Guesses(Notes):
         if documents is not None:
             documents.guessed = True
             if texts > 1 and not documents.says_nothing:
-                why = "is in a call of several texts, and nothing says of which one its mask is"
-                return unsaid_during(why, call, *args, **kwargs)
+                documents.doubt = (
+                    "is in a call of several texts, and nothing says whose its mask is"
+                )
         return noting(documents, call, *args, **kwargs)
 
 
@@ -203,35 +204,25 @@ def noted(given: dict[str, Any], where: str, asks: Asks, own: type | None) -> Do
     if around is not None and documents.says_less_than(around):
         return around
     if own is not None:
-        _check_own(documents, given, where, asks, own)
+        documents.doubt = _doubt(documents, given, own)
     documents.check(asks, where)
     return documents
 
 
-def _check_own(
-    documents: Documents, given: Mapping[str, Any], where: str, asks: Asks, own: type
-) -> None:
-    """Raise if arguments may say something of the tokens, and nothing tells what."""
-    batch, length = documents.batch, documents.length
+def _doubt(documents: Documents, given: Mapping[str, Any], own: type) -> str:
+    """Return what arguments may say of the tokens, and nothing tells how; or ""."""
     numbered = given.get("position_ids") is not None
-    masked = given.get("attention_mask") is not None
-    name = "" if numbered else parts_in(given, batch, length)
-    if not name and not numbered and not masked:
-        name = other_mask_in(given, batch)
+    name = "" if numbered else parts_in(given, documents.length)
+    if not name and not numbered and given.get("attention_mask") is None:
+        name = other_mask_in(given, documents.batch)
     if name:
-        raise SiteError(
-            f"{asks.option}: the call of {quoted(where)} may say by {name!r} which tokens are "
-            "padding, or where documents begin, and nothing tells how: call a mask "
-            f"'attention_mask' [batch, length], give position_ids, or choose {asks.instead}",
-            where=where,
+        return (
+            f"is in a call that may say by {name!r} which tokens are padding, or where documents "
+            "begin, and nothing tells how: call a mask 'attention_mask' [batch, length], or give "
+            "position_ids"
         )
-    kept = "" if numbered else keeps_its_cache(given, own)
-    if kept and not documents.continued:
-        raise SiteError(
-            f"{asks.option}: the call of {quoted(where)} is given {kept!r}, {KEEPS}, or choose "
-            f"{asks.instead}",
-            where=where,
-        )
+    kept = "" if numbered or documents.continued else keeps_its_cache(given, own)
+    return f"is in a call that is given {kept!r}, {KEEPS}" if kept else ""
 
 
 def padding_of(given: Mapping[str, Any], tokens: Tensor, where: str) -> Tensor | None:
@@ -327,6 +318,8 @@ class Tokens:
             documents = noted(given, self.where, asks, self.own)
         if documents is not None and args and any(args[0] is each for each in documents.others):
             self._refuse(asks, "reads another text, of which nothing here says where rows begin")
+        if documents is not None and documents.doubt:
+            self._refuse(asks, f"{documents.doubt}; or choose {asks.instead}")
         if documents is not None and documents.guessed and documents.says_nothing:
             self._check_flat(asks, h, documents)
             documents = None
@@ -349,7 +342,8 @@ class Tokens:
         """Raise if a module's output has the tokens of all rows on one axis, or before the rows."""
         batch, length = documents.batch, documents.length
         flat = batch > 1 and h.ndim == 2 and h.size(0) == batch * length
-        if flat or (batch != length and h.ndim == 3 and h.shape[:2] == (length, batch)):
+        turned = batch != length and h.ndim == 3 and h.shape[:2] == (length, batch)
+        if flat or (turned and documents.ids is not None):
             self._refuse(
                 asks,
                 f"has an output of the shape {tuple(h.shape)} for {batch} rows of {length} tokens, "

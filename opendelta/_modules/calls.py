@@ -126,6 +126,8 @@ def every(kind: type[Any], value: Any, objects: bool = False) -> Iterator[Any]:
 def _attributes(value: Any) -> dict[str, Any]:
     """Return the attributes of an object, in its `__dict__` and in the slots of its class."""
     found = dict(getattr(value, "__dict__", None) or {})
+    if torch.compiler.is_compiling():  # which follows no `__mro__`
+        return found
     for cls in type(value).__mro__:
         slots = cls.__dict__.get("__slots__", ())
         for name in (slots,) if isinstance(slots, str) else slots:

@@ -45,8 +45,8 @@ def run(
         own = [_row(value, index) for value in args]
         named = {key: _row(value, index) for key, value in kwargs.items()}
         alone = documents
-        if documents is not None and documents.batch == rows:
-            alone = documents.unpadded(index)
+        if documents is not None and documents.batch == rows:  # without padding nothing is unsaid
+            alone = None if documents.doubt else documents.unpadded(index)
         outputs.append(running.during(alone, call, *own, **named))
         for handover, values in zip(handovers, left, strict=True):
             values.append(handover.take())

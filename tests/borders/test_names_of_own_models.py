@@ -136,6 +136,15 @@ def test_lengths_under_any_name_are_refused(put, name):
         model(IDS, **{name: COUNTS})
 
 
+@pytest.mark.parametrize("shape", [(7, 7), (1, 7, 7), (1, 1, 7, 7), (2, 1, 7, 7)])
+def test_a_mask_of_pairs_under_any_name_is_refused_behind_a_prompt(shape):
+    model = Names()
+    prompt(model)
+    for name in ("mask", "attention_mask", "bias"):
+        with pytest.raises(SiteError, match=r"mask|'bias'"):
+            model(IDS, **{name: torch.ones(shape)})
+
+
 @pytest.mark.parametrize("put", [prompt, loreft])
 def test_ends_and_numbers_of_documents_are_refused_without_position_ids(put):
     model = Names()
