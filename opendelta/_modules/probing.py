@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .devices import device_and_dtype
 from .faking import Restoring
-from .kinds import Kind, Norm, kind_of
+from .kinds import Kind, Norm, is_conv1d, kind_of, reads_plainly
 from .process import kept_random
 from .tensors import in_full, is_plain, stored, stored_params
 from .trials import alone
@@ -28,7 +28,6 @@ KNOWN = {
     nn.RMSNorm.forward,
 }
 ELSEWHERE = {  # (package, name of the forward) of libraries that may not be installed
-    ("transformers", "Conv1D.forward"),
     ("bitsandbytes", "Linear4bit.forward"),
     ("bitsandbytes", "Linear8bitLt.forward"),
 }
@@ -43,7 +42,9 @@ def is_known(cls: type[nn.Module]) -> bool:
     A subclass may have something else for what that forward names: a method, or a property.
     """
     forward: Any = cls.forward
-    if forward not in KNOWN and not _is_elsewhere(forward):
+    if forward not in KNOWN and not is_conv1d(cls) and not _is_elsewhere(forward):
+        return False
+    if not reads_plainly(cls):
         return False
     if "forward" in vars(cls):
         return True
