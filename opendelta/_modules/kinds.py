@@ -210,6 +210,7 @@ class Norm(Kind):
 
 
 ALSO_SIZES = (("nx", "nf"), ("dim_in", "dim_out"))  # as in GPT-2's code, and in ModelCenter
+CONV1D = "Conv1D.forward"
 LINEAR = nn.Linear.forward  # as torch has it: others may put another one there
 KINDS = {
     "linear": "Linear, Conv1D and quantised linears",
@@ -331,8 +332,7 @@ def kind_of(module: nn.Module) -> Kind | None:
 def is_conv1d(cls: type[nn.Module]) -> bool:
     """True if a class computes what transformers' Conv1D does; see `probing` for what it names."""
     package = (getattr(cls.forward, "__module__", None) or "").partition(".")[0]
-    name = getattr(cls.forward, "__qualname__", "")
-    return (package, name) == ("transformers", "Conv1D.forward")
+    return package == "transformers" and getattr(cls.forward, "__qualname__", "") == CONV1D
 
 
 def is_packed(module: nn.Module) -> bool:
@@ -349,13 +349,18 @@ def is_packed(module: nn.Module) -> bool:
     return kind is not None and kind.is_product and not isinstance(stored(module, "weight"), Tensor)
 
 
-def raw_forward(base: type[nn.Module]) -> Callable[..., Tensor] | None:
-    """Return the forward of a Linear or Conv1D on its stored parameters; None for other classes."""
+def raw_forward(base: type[nn.Module], named: bool = False) -> Callable[..., Tensor] | None:
+    """Return the forward of a Linear or Conv1D on its stored parameters; None for other classes.
+
+    Args:
+        named: also of a class that is called Conv1D, which may compute something else.
+    """
     if not reads_plainly(base) or not all(map(_is_stored, (base, base), ("weight", "bias"))):
         return None
     if base.forward is LINEAR:
         return _raw_linear
-    return _raw_conv1d if is_conv1d(base) else None
+    named = named and getattr(base.forward, "__qualname__", "") == CONV1D
+    return _raw_conv1d if named or is_conv1d(base) else None
 
 
 def reads_plainly(cls: type[nn.Module]) -> bool:

@@ -211,6 +211,11 @@ def test_the_names_of_gpt_2_tell_no_layout(cls, dora):
     torch.testing.assert_close(model(X), wanted)
 
 
+def test_a_weight_is_shown_to_a_reader_only_if_its_module_computes_as_conv1d():
+    with pytest.raises(SiteError, match="can be shown on Linear and Conv1D only"):
+        LoraModel(nn.Sequential(Conv1D()), modified_modules=["0"], reads=True)
+
+
 def test_sizes_with_the_names_of_gpt_2_make_no_linear_layer():
     class Grid(nn.Module):
         def __init__(self):
