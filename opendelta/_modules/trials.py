@@ -108,9 +108,13 @@ def without_values(module: nn.Module, mode: Shapes) -> nn.Module:
     return made
 
 
-def at_rest(module: nn.Module) -> nn.Module:
-    """Return what `alone` does, in eval mode and without hooks."""
-    made = alone(module)
+def at_rest(module: nn.Module, writes: bool = False) -> nn.Module:
+    """Return what `alone` does, in eval mode and without hooks.
+
+    Args:
+        writes: see `alone`.
+    """
+    made = alone(module, writes)
     for part in made.modules():
         own = part.__dict__
         own.pop("forward", None)  # a wrapper of another library, around the module itself

@@ -440,6 +440,60 @@ def test_access_that_changes_nothing_folds():
     torch.testing.assert_close(model(x), expected)
 
 
+class Clamping(nn.Linear):
+    def __call__(self, x):
+        self.weight.data.clamp_(-0.5, 0.5)
+        return super().__call__(x)
+
+
+class Exchanging(nn.Linear):
+    """Another weight is in the place of its own while it is called."""
+
+    def _call_impl(self, x):
+        own = self._parameters["weight"]
+        self._parameters["weight"] = nn.Parameter(own.clamp(-0.5, 0.5))
+        try:
+            return super()._call_impl(x)
+        finally:
+            self._parameters["weight"] = own
+
+    __call__ = _call_impl
+
+
+class Around(nn.Linear):
+    """What comes before and after the forward is before and after the deltas."""
+
+    def __call__(self, x):
+        return 2 * super().__call__(x.tanh())
+
+
+class ClampingNorm(nn.LayerNorm):
+    def __call__(self, x):
+        self.weight.data.clamp_(-0.5, 0.5)
+        return super().__call__(x)
+
+
+@pytest.mark.parametrize("cls", [Clamping, Exchanging, ClampingNorm])
+def test_a_call_that_changes_the_weight_is_refused_by_name(cls):
+    norm = cls is ClampingNorm
+    model = nn.Sequential(cls(6) if norm else cls(6, 6))
+    shake((LNTuningModel if norm else LoraModel)(model, modified_modules=["0"]))
+    model(X.float())
+    before = opendelta.snapshot(model)
+    with pytest.raises(SiteError, match=rf"'0' \({cls.__name__}\)"):
+        composed(model).merge()
+    assert opendelta.snapshot(model) == before
+
+
+def test_a_call_around_the_forward_folds():
+    model, x = nn.Sequential(Around(6, 6)), X.float()
+    shake(LoraModel(model, modified_modules=["0"]))
+    expected = model(x)
+    torch.testing.assert_close(composed(model).to_backbone()(x), expected)
+    composed(model).merge()
+    torch.testing.assert_close(model(x), expected)
+
+
 # ------------------------------------------------------------------------- a norm with one scale
 class ScaleNorm(nn.Module):
     def __init__(self, axes=1):
