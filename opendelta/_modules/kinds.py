@@ -331,8 +331,9 @@ def kind_of(module: nn.Module) -> Kind | None:
 
 def is_conv1d(cls: type[nn.Module]) -> bool:
     """True if a class computes what transformers' Conv1D does; see `probing` for what it names."""
-    package = (getattr(cls.forward, "__module__", None) or "").partition(".")[0]
-    return package == "transformers" and getattr(cls.forward, "__qualname__", "") == CONV1D
+    forward: Any = getattr(cls, "forward", None)  # a ScriptModule's class has none
+    package = (getattr(forward, "__module__", None) or "").partition(".")[0]
+    return package == "transformers" and getattr(forward, "__qualname__", "") == CONV1D
 
 
 def is_packed(module: nn.Module) -> bool:

@@ -176,7 +176,7 @@ def takes_transposed(module: nn.Module) -> bool:
         return False
     known, now = _turned.get(module), facts(module)
     if known is None or known[0] is not weight or known[1] != now:
-        with lasting(), kept_random(), Restoring():
+        with lasting(), kept_random(), Restoring(), _device_of(weight):  # not the default one
             _turned[module] = known = weight, now, _is_turned(alone(module), weight)
     return known[2]
 
@@ -185,11 +185,12 @@ def _is_turned(made: nn.Module, weight: Any) -> bool:
     """True if an output is more like x W than like x W^T."""
     torch.manual_seed(0)
     device, width = _device_of(weight), shape_of(weight)[0]
-    one, other = (torch.outer(*torch.randn(2, width)).to(device, weight.dtype) for _ in "ab")
+    drawn = torch.randn(2, 2, width, device="cpu")
+    one, other = (torch.outer(*pair).to(device, weight.dtype) for pair in drawn)
     for part in made.modules():
         part.training = False
     for shape in ((5, width), (2, 3, width)):
-        x = torch.randn(shape).to(device, weight.dtype)
+        x = torch.randn(shape, device="cpu").to(device, weight.dtype)
         with contextlib.suppress(Exception):  # whatever a forward of somebody's own raises
             rows = _with_weight(made, weight, one, x) - _with_weight(made, weight, other, x)
             sides = _sides(rows, x, one - other)
@@ -261,7 +262,7 @@ def _scales(module: nn.Module, shape: tuple[int, ...], axis: int) -> bool:
     made = alone(module)
     own: Any = made._parameters
     after = (1,) * (-1 - axis)
-    with lasting(), kept_random(), Restoring():
+    with lasting(), kept_random(), Restoring(), torch.device("cpu"):
         torch.manual_seed(0)
         own.update({k: torch.randn(p.shape) for k, p in own.items() if p is not None})
         x, by = torch.randn(shape), torch.linspace(-1.5, 2.5, len(own["weight"]))

@@ -150,6 +150,15 @@ def test_the_norms_of_dora_are_those_of_the_rows(start):
     torch.testing.assert_close(model(X), wanted)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+@pytest.mark.parametrize("start", ["zeros", "meta"])
+def test_a_layout_is_found_in_every_dtype_and_inside_the_meta_device(start, dtype):
+    module = Turned(STARTS[start].clone()).to(dtype)
+    with torch.device("meta"):
+        turned = isinstance(kind_of(module), TransposedLinear)
+    assert turned == (dtype != torch.float8_e4m3fn)  # no forward runs in that
+
+
 class Either(Turned):
     turned = True
 
