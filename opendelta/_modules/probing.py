@@ -34,7 +34,8 @@ ELSEWHERE = {  # (package, name of the forward) of libraries that may not be ins
 CALLS = ("__call__", "_wrapped_call_impl", "_call_impl")
 IDS = 2048  # looked up at once
 LARGEST = 1e10  # of the inputs that are tried: what saturates does so below
-TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+# In a float64 model some forwards compute in float32.
+TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 def is_known(cls: type[nn.Module]) -> bool:
