@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from .._modules import trials
 from .._modules.calls import has_forward
+from .._modules.facts import facts, remembered
 from .._modules.holding import beside_tables, held_by
 from .._sites import swap
 from .._sites.swap import plain_class
@@ -46,14 +46,15 @@ def weight_is_read(backbone: Backbone, where: str) -> bool:
     name = last(where)
     if name not in read & used:
         return name in read
-    key = trials.facts(around)
-    if key not in backbone.read:
+
+    def ask() -> set[str]:
         both = sorted(read & used & {*around._modules})
         watch = watching.of_children(backbone, [join(parent(where), each) for each in both])
         found = set() if watch is None else {n for n, k in watch.read if k == "weight"}
         found -= set() if watch is None else watch.called
-        backbone.read[key] = set(map(last, found))
-    return name in backbone.read[key]
+        return set(map(last, found))
+
+    return name in remembered(backbone.read, facts(around) or (id(around),), ask)
 
 
 def _class_of(module: nn.Module) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -90,6 +91,12 @@ class WeightLayer(DeltaLayer):
     def __init__(self, site: Site, dropout: float = 0.0) -> None:
         super().__init__()
         cls, kind = type(self), site.kind
+        if math.isnan(getattr(kind, "scale", 1.0)):
+            raise SiteError(
+                f"{site.name!r} ({type(site.module).__name__}) multiplies its output by its "
+                "embed_scale, which is on the meta device: load the backbone first, then attach",
+                where=site.name,
+            )
         common = cls.forward is WeightLayer.forward and cls.product is WeightLayer.product
         self.__dict__.update(
             kind=kind,

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from ..errors import SiteError
 from .calls import hidden_key
+from .facts import facts, remembered
 from .faking import on_shapes
 from .kinds import Kind, Norm, kind_of
 from .probing import is_known
-from .trials import alone, facts, without_values
+from .trials import alone, without_values
 
 # What a layer needs of the output: hidden states somewhere in it; one tensor with the channels of
 # the kind; or one tensor in the shape of the product that the kind computes. Or the input alone.
@@ -34,10 +35,9 @@ def misfit(module: nn.Module, cls: type[nn.Module], needs: Needs) -> str | None:
     kind, forward = None if is_known(cls) else kind_of(module), cls.forward
     if kind is None:
         return None
-    key = (forward, kind, *facts(module))
-    if key not in _found:
-        _found[key] = _tried(module, forward, kind)
-    run = _found[key]
+    known = facts(module)
+    key = None if known is None else (forward, kind, *known)
+    run = remembered(_found, key, lambda: _tried(module, forward, kind))
     if run is not None and not run[2]:
         return "takes its width on another axis than its class does"
     if needs == "input":

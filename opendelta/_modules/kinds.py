@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from ..names import SLOT
 from .arithmetic import linear, widened
-from .tensors import stored
+from .tensors import shape, size, stored
 from .trials import norm_axis, takes_transposed
 from .trials import scales_by_weight as scales
 
@@ -208,6 +209,8 @@ class Norm(Kind):
         return x, x, x.numel() // self.out_features
 
 
+ALSO_SIZES = (("nx", "nf"), ("dim_in", "dim_out"))  # as in GPT-2's code, and in ModelCenter
+CONV1D = "Conv1D.forward"
 LINEAR = nn.Linear.forward  # as torch has it: others may put another one there
 KINDS = {
     "linear": "Linear, Conv1D and quantised linears",
@@ -239,9 +242,9 @@ def _is_norm(module: nn.Module) -> bool:
         return False
     own = {name: p for name, p in module._parameters.items() if p is not None}
     children = module._modules.keys() - {SLOT}
-    return (
-        not children and {"weight"} <= own.keys() <= {"weight", "bias"} and own["weight"].ndim == 1
-    )
+    if children or not {"weight"} <= own.keys() <= {"weight", "bias"}:
+        return False
+    return own["weight"].ndim == 1 and size(own["weight"]) != 1  # one scale is for all channels
 
 
 def _norm(module: nn.Module, shape: tuple[int, ...], scales_by_weight: bool) -> Norm:
@@ -258,12 +261,15 @@ def _norm(module: nn.Module, shape: tuple[int, ...], scales_by_weight: bool) -> 
 
 
 def _embed_scale(module: nn.Embedding) -> float:
-    """Return the factor of an embedding's output that BART's and Gemma's classes have."""
+    """Return the factor of an embedding's output that BART's and Gemma's classes have.
+
+    NaN: it has no value yet.
+    """
     if inspect.unwrap(type(module).forward) is nn.Embedding.forward:
         return 1.0
     scale: Any = getattr(module, "embed_scale", 1.0)  # a float, or a buffer of one element
     if isinstance(scale, Tensor) and scale.is_meta:  # a backbone without values
-        scale = getattr(module, "scalar_embed_scale", 1.0)
+        scale = getattr(module, "scalar_embed_scale", math.nan)
     one = isinstance(scale, int | float) or (isinstance(scale, Tensor) and scale.numel() == 1)
     return float(scale) if one else 1.0
 
@@ -284,7 +290,8 @@ def _linear(module: nn.Module, inputs: int, outputs: int) -> Kind:
     if isinstance(module, torch.jit.ScriptModule) or _is_torchs(module):
         return Kind(inputs, outputs)
     weight = module._parameters.get("weight")
-    turned = weight is not None and weight.is_floating_point() and weight.shape == (inputs, outputs)
+    turned = weight is not None and weight.is_floating_point()
+    turned = turned and tuple(shape(weight)) == (inputs, outputs)  # type: ignore[arg-type]
     if turned and inputs == outputs:
         turned = takes_transposed(module)
     return (TransposedLinear if turned else Kind)(inputs, outputs)
@@ -308,17 +315,25 @@ def kind_of(module: nn.Module) -> Kind | None:
         return _norm(module, tuple(module.normalized_shape), module.elementwise_affine)
     if _is_norm(module):
         return _norm(module, tuple(module._parameters["weight"].shape), False)  # type: ignore
-    if hasattr(module, "nx") and hasattr(module, "nf"):
+    if is_conv1d(type(module)):
         return TransposedLinear(int(module.nx), int(module.nf))  # type: ignore[arg-type]
     sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
     if isinstance(sizes[0], int) and isinstance(sizes[1], int):
         return _linear(module, sizes[0], sizes[1]) if _is_matrix(module) else None
-    sizes = getattr(module, "dim_in", None), getattr(module, "dim_out", None)  # in ModelCenter
-    if isinstance(sizes[0], int) and isinstance(sizes[1], int):
-        weight = module._parameters.get("weight")
-        if weight is not None and tuple(weight.shape) in (sizes, sizes[::-1]):
-            return _linear(module, sizes[0], sizes[1])
+    for names in ALSO_SIZES:
+        sizes = getattr(module, names[0], None), getattr(module, names[1], None)
+        if isinstance(sizes[0], int) and isinstance(sizes[1], int):
+            weight = dict(module._parameters.items()).get("weight")
+            if weight is not None and tuple(shape(weight)) in (sizes, sizes[::-1]):
+                return _linear(module, sizes[0], sizes[1])
     return None
+
+
+def is_conv1d(cls: type[nn.Module]) -> bool:
+    """True if a class computes what transformers' Conv1D does; see `probing` for what it names."""
+    forward: Any = getattr(cls, "forward", None)  # a ScriptModule's class has none
+    package = (getattr(forward, "__module__", None) or "").partition(".")[0]
+    return package == "transformers" and getattr(forward, "__qualname__", "") == CONV1D
 
 
 def is_packed(module: nn.Module) -> bool:
@@ -335,13 +350,33 @@ def is_packed(module: nn.Module) -> bool:
     return kind is not None and kind.is_product and not isinstance(stored(module, "weight"), Tensor)
 
 
-def raw_forward(base: type[nn.Module]) -> Callable[..., Tensor] | None:
-    """Return the forward of a Linear or Conv1D on its stored parameters; None for other classes."""
+def raw_forward(base: type[nn.Module], named: bool = False) -> Callable[..., Tensor] | None:
+    """Return the forward of a Linear or Conv1D on its stored parameters; None for other classes.
+
+    Args:
+        named: also of a class that is called Conv1D, which may compute something else.
+    """
+    if not reads_plainly(base) or not all(map(_is_stored, (base, base), ("weight", "bias"))):
+        return None
     if base.forward is LINEAR:
         return _raw_linear
-    if getattr(base.forward, "__qualname__", "") == "Conv1D.forward":
-        return _raw_conv1d
-    return None
+    named = named and getattr(base.forward, "__qualname__", "") == CONV1D
+    return _raw_conv1d if named or is_conv1d(base) else None
+
+
+def reads_plainly(cls: type[nn.Module]) -> bool:
+    """True if the attributes of a module of this class are found as those of every module."""
+    own: Any = cls
+    return (
+        own.__getattribute__ is object.__getattribute__ and own.__getattr__ is nn.Module.__getattr__
+    )
+
+
+def _is_stored(base: type[nn.Module], name: str) -> bool:
+    """True if a class has nothing in the place of a parameter, but torch's parametrizations."""
+    own = getattr(base, name, None)
+    made = getattr(getattr(own, "fget", None), "__module__", "")
+    return own is None or made == "torch.nn.utils.parametrize"
 
 
 def _raw_linear(self: nn.Module, input: Tensor) -> Tensor:

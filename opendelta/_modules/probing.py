@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from .devices import device_and_dtype
 from .faking import Restoring
-from .kinds import Kind, Norm, kind_of
+from .kinds import Kind, Norm, is_conv1d, kind_of, reads_plainly
 from .process import kept_random
 from .tensors import in_full, is_plain, stored, stored_params
-from .trials import alone
+from .trials import alone, at_rest
 
 # The forwards that compute what the table of kinds says, whatever subclass of module has them.
 KNOWN = {
@@ -28,13 +28,14 @@ KNOWN = {
     nn.RMSNorm.forward,
 }
 ELSEWHERE = {  # (package, name of the forward) of libraries that may not be installed
-    ("transformers", "Conv1D.forward"),
     ("bitsandbytes", "Linear4bit.forward"),
     ("bitsandbytes", "Linear8bitLt.forward"),
 }
+CALLS = ("__call__", "_wrapped_call_impl", "_call_impl")
 IDS = 2048  # looked up at once
 LARGEST = 1e10  # of the inputs that are tried: what saturates does so below
-TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+# In a float64 model some forwards compute in float32.
+TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
 def is_known(cls: type[nn.Module]) -> bool:
@@ -43,13 +44,20 @@ def is_known(cls: type[nn.Module]) -> bool:
     A subclass may have something else for what that forward names: a method, or a property.
     """
     forward: Any = cls.forward
-    if forward not in KNOWN and not _is_elsewhere(forward):
+    if forward not in KNOWN and not is_conv1d(cls) and not _is_elsewhere(forward):
+        return False
+    if not reads_plainly(cls) or not _has_plain_call(cls):
         return False
     if "forward" in vars(cls):
         return True
     owner = next(base for base in cls.__mro__ if "forward" in vars(base))
     names = inspect.unwrap(forward).__code__.co_names
     return all(getattr(cls, name, None) is getattr(owner, name, None) for name in names)
+
+
+def _has_plain_call(cls: type[nn.Module]) -> bool:
+    """True if a call of a module of this class runs its forward as torch does."""
+    return all(getattr(cls, name) is getattr(nn.Module, name) for name in CALLS)
 
 
 def _is_elsewhere(forward: Any) -> bool:
@@ -91,6 +99,8 @@ def factor_of(module: nn.Module) -> float | None:
                 torch.manual_seed(0)
                 factors.append(_of(module, kind, largest))
                 with _other_values(module):
+                    if not _call_keeps(module, (next(_inputs(module, kind)),)):
+                        return None
                     factors.append(_of(module, kind, largest))
                     if kind.takes_ids and not module.training and not _is_alike(module, kind):
                         return None
@@ -102,6 +112,35 @@ def factor_of(module: nn.Module) -> float | None:
         return first
     except Exception:  # whatever a forward of somebody's own raises on such an input
         return None
+
+
+def _call_keeps(module: nn.Module, args: tuple[Tensor, ...]) -> bool:
+    """True if a call of a module runs its forward on its own parameters, and changes none.
+
+    It may change what the forward takes and gives.
+    """
+    if _has_plain_call(type(module)):
+        return True
+    made, same = at_rest(module, writes=True), list[bool]()
+    before = {name: p.clone() for name, p in made.named_parameters()}
+
+    def look() -> None:
+        now = dict(made.named_parameters())
+        same.append(
+            now.keys() == before.keys() and all(map(torch.equal, now.values(), before.values()))
+        )
+
+    def forward(*given: Any, **named: Any) -> Any:
+        look()
+        return type(made).forward(made, *given, **named)
+
+    for part in made.modules():
+        part.training = module.training
+    made.__dict__["forward"] = forward
+    made(*args)
+    ran = len(same)
+    look()
+    return ran > 0 and all(same)
 
 
 def _is_patched(module: nn.Module) -> bool:
@@ -240,6 +279,9 @@ def acts_by_channel(module: nn.Module, key: str) -> bool:
             with kept_random(), Restoring() as written, _in_full_precision(module):
                 torch.manual_seed(0)
                 given = list(_of_norms(module))
+                with _other_values(module):
+                    if not _call_keeps(module, given[0]):
+                        return False
                 if mode > was_training and _differs(module, given[0]):
                     continue  # as dropout is: nobody expects a merge to keep it
                 if not all(_is_by_channel(module, key, args) for args in given):

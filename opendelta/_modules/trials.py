@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -11,15 +12,18 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ..names import SLOT
 from .copies import copied
+from .facts import facts, remembered
 from .faking import Restoring, Shapes
 from .process import kept_random, silent_fakes
-from .tensors import is_plain, lasting
+from .tensors import is_dense, is_plain, lasting
+from .tensors import shape as shape_of
 
 AXES = (-1, -3, -2, -4, 1, 0, 2)  # where a normalisation may work, in the order of trial
+ALIKE = 0.3  # the least cosine of outputs that a weight has a part in
 SIZES = (2, 3, 5, 7, 11)  # of the other axes, with one to spare
 _found: dict[tuple, int | None] = {}
 _scaling: dict[tuple, bool] = {}
-_turned: Any = WeakKeyDictionary()  # {module: (its weight, whether it is stored as [in, out])}
+_turned: Any = WeakKeyDictionary()  # {module: (its weight, its facts, if that is [in, out])}
 
 
 def bare(module: nn.Module, base: type[nn.Module] | None = None) -> nn.Module:
@@ -104,9 +108,13 @@ def without_values(module: nn.Module, mode: Shapes) -> nn.Module:
     return made
 
 
-def at_rest(module: nn.Module) -> nn.Module:
-    """Return what `alone` does, in eval mode and without hooks."""
-    made = alone(module)
+def at_rest(module: nn.Module, writes: bool = False) -> nn.Module:
+    """Return what `alone` does, in eval mode and without hooks.
+
+    Args:
+        writes: see `alone`.
+    """
+    made = alone(module, writes)
     for part in made.modules():
         own = part.__dict__
         own.pop("forward", None)  # a wrapper of another library, around the module itself
@@ -116,47 +124,25 @@ def at_rest(module: nn.Module) -> nn.Module:
     return made
 
 
-def facts(module: nn.Module) -> tuple:
-    """Return what tells two modules of one class apart.
-
-    That is texts and flags, such as `data_format`, and small numbers, such as an axis; also in
-    lists, tuples and dicts.
-    """
-    own = [(k, v) for k, v in module.__dict__.items() if k != "training" and k not in TORCHS]
-    return type(module), *((k, repr(v)) for k, v in own if _tells(v))
-
-
-TORCHS = frozenset(vars(nn.Module()))  # the attributes of every module
-
-
-def _tells(value: Any) -> bool:
-    if isinstance(value, list | tuple | set):
-        return all(map(_tells, value))
-    if isinstance(value, dict):
-        return all(map(_tells, (*value, *value.values())))
-    return value is None or type(value) in (str, bool) or _is_small(value)
-
-
-def _is_small(value: Any) -> bool:
-    return type(value) is int and abs(value) < len(SIZES)
-
-
 def norm_axis(module: nn.Module, width: int) -> int | None:
     """Return the axis that a normalisation of `width` channels works on; None: it is not one.
 
     It counts from the end, or from the front if that holds for inputs of any number of axes. A
     forward is run once for its class, on shapes alone; see `facts`. -1 if it runs on no shape.
     """
-    key = (width == 1, *facts(module))
-    if key not in _found:
-        with silent_fakes(), Shapes() as mode:
-            made = without_values(module, mode)
-            counts = range(2, len(SIZES) + 1)
-            runs = [{a for a in range(n) if _runs(made, mode, width, n, a)} for n in counts]
-        taken = [(n, axes) for n, axes in enumerate(runs, 2) if axes]
-        fits = (a for a in AXES if all(-n <= a < n and a % n in axes for n, axes in taken))
-        _found[key] = next(fits, None)
-    return _found[key]
+    known = facts(module)
+    key = None if known is None else (width == 1, *known)
+    return remembered(_found, key, lambda: _axis(module, width))
+
+
+def _axis(module: nn.Module, width: int) -> int | None:
+    with silent_fakes(), Shapes() as mode:
+        made = without_values(module, mode)
+        counts = range(2, len(SIZES) + 1)
+        runs = [{a for a in range(n) if _runs(made, mode, width, n, a)} for n in counts]
+    taken = [(n, axes) for n, axes in enumerate(runs, 2) if axes]
+    fits = (a for a in AXES if all(-n <= a < n and a % n in axes for n, axes in taken))
+    return next(fits, None)
 
 
 @torch.no_grad()
@@ -182,39 +168,83 @@ def _runs(made: nn.Module, mode: Shapes, width: int, count: int, axis: int) -> b
 def takes_transposed(module: nn.Module) -> bool:
     """True if a linear module's forward takes its square weight for [in, out].
 
-    A forward is run once for each weight, on inputs of two and of three axes. False if it runs on
-    neither, or without values.
+    A forward is run once for each weight, on inputs of two and of three axes, and with other values
+    than the weight has: it may be on the meta device. False if it runs on neither.
     """
     weight: Any = module._parameters["weight"]
-    if weight.is_meta or isinstance(weight, FakeTensor):
+    if isinstance(weight, FakeTensor):
         return False
-    known = _turned.get(module)
-    if known is None or known[0] is not weight:
-        with lasting(), kept_random(), Restoring():
-            _turned[module] = known = weight, _is_turned(alone(module, writes=True), weight)
-    return known[1]
+    known, now = _turned.get(module), facts(module)
+    if known is None or known[0] is not weight or known[1] != now:
+        with lasting(), kept_random(), Restoring(), _device_of(weight):  # not the default one
+            _turned[module] = known = weight, now, _is_turned(alone(module), weight)
+    return known[2]
 
 
-def _is_turned(made: nn.Module, weight: Tensor) -> bool:
+def _is_turned(made: nn.Module, weight: Any) -> bool:
     """True if an output is more like x W than like x W^T."""
     torch.manual_seed(0)
-    for shape in ((5, len(weight)), (2, 3, len(weight))):
-        x = torch.randn(shape, dtype=weight.dtype, device=weight.device)
-        try:
-            out = type(made).forward(made, x) - type(made).forward(made, torch.zeros_like(x))
-            rows, given = out.reshape(-1, out.size(-1)).float(), x.reshape(-1, x.size(-1)).float()
-            plain, turned = given @ weight.float().T, given @ weight.float()
-            return bool(_along(rows, turned) > _along(rows, plain))
-        except Exception:  # whatever a forward of somebody's own raises on such an input
-            continue
+    device, width = _device_of(weight), shape_of(weight)[0]
+    drawn = torch.randn(2, 2, width, device="cpu")
+    one, other = (torch.outer(*pair).to(device, weight.dtype) for pair in drawn)
+    for part in made.modules():
+        part.training = False
+    for shape in ((5, width), (2, 3, width)):
+        x = torch.randn(shape, device="cpu").to(device, weight.dtype)
+        with contextlib.suppress(Exception):  # whatever a forward of somebody's own raises
+            rows = _with_weight(made, weight, one, x) - _with_weight(made, weight, other, x)
+            sides = _sides(rows, x, one - other)
+            if max(sides) < ALIKE:  # it has the weight from elsewhere
+                rows = _with_weight(made, weight, weight, x)
+                rows -= _with_weight(made, weight, weight, torch.zeros_like(x))
+                sides = _sides(rows, x, weight)
+            return sides[1] > sides[0]
     return False
 
 
-def _along(one: Tensor, other: Tensor) -> Tensor:
-    return (one * other).sum().abs() / other.norm()
+def _device_of(tensor: Tensor) -> torch.device:
+    """Return where a tensor is, or where another one with values may be in its place."""
+    return torch.device("cpu") if tensor.is_meta else tensor.device
 
 
-@torch.no_grad()
+def _with_weight(made: nn.Module, weight: Tensor, new: Tensor, x: Tensor) -> Tensor:
+    """Return the output of a forward with other values for a weight, on inputs `x`.
+
+    What else the module has without values, or zeros, is ones: it may be a factor.
+    """
+    parts: list[dict[str, Any]] = [part.__dict__ for part in made.modules()]
+    tables: list[dict[str, Any]] = [own[k] for own in parts for k in ("_parameters", "_buffers")]
+    kept = [table.copy() for table in tables]
+    try:
+        for table in tables:
+            table.update({k: new if t is weight else _valued(t) for k, t in table.items()})
+        return type(made).forward(made, x)
+    finally:
+        for table, before in zip(tables, kept, strict=True):
+            table.update(before)
+
+
+def _valued(tensor: Any) -> Any:
+    if type(tensor) not in (Tensor, nn.Parameter) or not is_dense(tensor):
+        return tensor
+    if tensor.is_meta or (tensor.is_floating_point() and not tensor.any()):
+        return torch.ones_like(tensor, device=_device_of(tensor))
+    return tensor.detach().clone()
+
+
+def _sides(out: Tensor, x: Tensor, weight: Tensor) -> tuple[float, float]:
+    """Return how much rows of outputs are like x W^T, and like x W."""
+    rows, given = out.reshape(-1, out.size(-1)).float(), x.reshape(-1, x.size(-1)).float()
+    plain, turned = (given @ matrix for matrix in (weight.float().T, weight.float()))
+    return _alike(rows, plain), _alike(rows, turned)
+
+
+def _alike(one: Tensor, other: Tensor) -> float:
+    """Return the size of the cosine of two tensors, 0 if one of them is zeros."""
+    size = one.norm() * other.norm()
+    return float((one * other).sum().abs() / size) if size else 0.0
+
+
 def scales_by_weight(module: nn.Module, shape: tuple[int, ...], axis: int) -> bool:
     """True if a normalisation's output is its weight times something else, channel by channel.
 
@@ -224,21 +254,23 @@ def scales_by_weight(module: nn.Module, shape: tuple[int, ...], axis: int) -> bo
         shape: of an input.
         axis: where the channels are in it, from the end.
     """
-    key = facts(module)
-    if key not in _scaling:
-        made = alone(module)
-        own: Any = made._parameters
-        after = (1,) * (-1 - axis)
-        with lasting(), kept_random(), Restoring():
-            torch.manual_seed(0)
-            own.update({k: torch.randn(p.shape) for k, p in own.items() if p is not None})
-            x, by = torch.randn(shape), torch.linspace(-1.5, 2.5, len(own["weight"]))
-            bias = own["bias"].view(-1, *after) if own.get("bias") is not None else 0
-            try:
-                plain = type(made).forward(made, x) - bias
-                own["weight"] = own["weight"] * by
-                out = type(made).forward(made, x) - bias
-                _scaling[key] = torch.allclose(out, plain * by.view(-1, *after), atol=1e-5)
-            except Exception:  # whatever a forward of somebody's own raises on such an input
-                _scaling[key] = False
-    return _scaling[key]
+    return remembered(_scaling, facts(module), lambda: _scales(module, shape, axis))
+
+
+@torch.no_grad()
+def _scales(module: nn.Module, shape: tuple[int, ...], axis: int) -> bool:
+    made = alone(module)
+    own: Any = made._parameters
+    after = (1,) * (-1 - axis)
+    with lasting(), kept_random(), Restoring(), torch.device("cpu"):
+        torch.manual_seed(0)
+        own.update({k: torch.randn(p.shape) for k, p in own.items() if p is not None})
+        x, by = torch.randn(shape), torch.linspace(-1.5, 2.5, len(own["weight"]))
+        bias = own["bias"].view(-1, *after) if own.get("bias") is not None else 0
+        try:
+            plain = type(made).forward(made, x) - bias
+            own["weight"] = own["weight"] * by
+            out = type(made).forward(made, x) - bias
+            return torch.allclose(out, plain * by.view(-1, *after), atol=1e-5)
+        except Exception:  # whatever a forward of somebody's own raises on such an input
+            return False

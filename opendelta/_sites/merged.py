@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -12,7 +13,7 @@ from .._layers import low_rank
 from .._layers.base import Acts, DeltaLayer, Params
 from .._layers.low_rank import LowRank
 from .._modules import probing, tensors, trials
-from .._modules.kinds import Norm, is_packed, kind_of
+from .._modules.kinds import Kind, Norm, is_packed, kind_of
 from ..errors import DeltaError, SiteError
 from . import marks
 from .stack import Stack, Step, stack_of
@@ -106,6 +107,35 @@ def factor_of(where: str, module: nn.Module, run: list[Named]) -> float:
     )
 
 
+def check_kinds(where: str, module: nn.Module, layers: Iterable[Any]) -> None:
+    """Raise if a layer was made for a module that computes otherwise than `module` does now.
+
+    Args:
+        layers: what may have a kind: delta layers.
+    """
+    now = kind_of(module)
+    for layer in layers:
+        was = getattr(layer, "kind", now)
+        if isinstance(was, Kind) and was != now:
+            raise SiteError(
+                f"{where!r} ({type(module).__name__}): {layer.record.name} cannot be merged or "
+                "combined: the module has changed since the layer was made, and now "
+                f"{_change_of_kind(was, now)}. Make the delta on the model as it is now: save it, "
+                "detach it, and load it",
+                where=where,
+            )
+
+
+def _change_of_kind(was: Kind, now: Kind | None) -> str:
+    """Return in words how a kind differs from what it was."""
+    if type(was) is not type(now):
+        return "stores its weight in another layout, or is of another kind"
+    names = [field.name for field in dataclasses.fields(was)]
+    values = [(name, getattr(was, name), getattr(now, name)) for name in names]
+    other = [f"{name} {new} instead of {old}" for name, old, new in values if new != old]
+    return f"has {', '.join(other)}"
+
+
 def _check_axis(where: str, module: nn.Module, key: str) -> None:
     """Raise if a parameter of a normalisation acts otherwise than by channel."""
     bare = trials.bare(module, plain_class(module))
@@ -185,6 +215,7 @@ def change_of(where: str, module: nn.Module, layer: Any) -> tuple[Tensor, bool]:
     _check_whole(where, module, run)
     if layer.acts is not Acts.BESIDE:
         factor = factor_of(where, module, run)
+    check_kinds(where, module, [layer])
     params, folded = folded_params(where, module, [layer], factor)
     biased = "bias" in params and not torch.equal(folded["bias"], params["bias"])
     if "weight" not in params:  # no parameter of the module's own, and `layer` did not need it

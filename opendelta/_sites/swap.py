@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .._layers import labels, prefix
 from .._layers.base import DeltaLayer
-from .._modules import calls, kinds, tensors, wrappers
+from .._modules import calls, kinds, probing, tensors, trials, wrappers
 from ..errors import SiteError, quoted
 from ..names import SLOT, join, last
 from . import compile_limit, nested
@@ -129,7 +129,7 @@ def site_class(base: type[nn.Module], reads: bool = False) -> type[nn.Module]:
         reads: `.weight` and `.bias` show the folded values, for a parent that reads them instead of
             calling the module.
     """
-    raw: Any = kinds.raw_forward(base)
+    raw: Any = kinds.raw_forward(base, reads)
     own, known = base.forward, raw is not None
 
     # It is in the class body, because transformers' checkpointing layers look there. It is wrapped,
@@ -202,7 +202,12 @@ def weight_is_read(module: nn.Module, asked: bool) -> bool:
 
 def shows_weight(module: nn.Module) -> bool:
     """True if a module can show folded weights: it computes nothing but its weight and bias."""
-    return kinds.raw_forward(plain_class(module) or type(module)) is not None
+    base = plain_class(module) or type(module)
+    if kinds.raw_forward(base) is not None:
+        return True
+    bare = trials.bare(module, base)
+    turned = isinstance(kinds.kind_of(bare), kinds.TransposedLinear)
+    return turned and kinds.raw_forward(base, True) is not None and probing.factor_of(bare) == 1
 
 
 def check_has_forward(where: str, module: nn.Module) -> None:

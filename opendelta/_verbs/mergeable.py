@@ -17,7 +17,7 @@ from .._modules import wrappers
 from .._modules.tensors import is_plain
 from .._sites import swap
 from .._sites.blocks import in_block
-from .._sites.merged import Named, factor_of
+from .._sites.merged import Named, check_kinds, factor_of
 from .._sites.stack import Stack, Step
 from ..errors import SiteError
 
@@ -54,8 +54,11 @@ def check_module(
             "there. Take it off the module, or disable the deltas",
             where=where,
         )
-    if factor_of(where, module, run) != 1 and stays:
-        _check_above(what, where, backbone.stacks[where], run)
+    factor, stack = factor_of(where, module, run), backbone.stacks[where]
+    for _, layer in run:
+        check_kinds(where, module, in_block(stack, layer).values())
+    if factor != 1 and stays:
+        _check_above(what, where, stack, run)
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         raise SiteError(
             f"{what}: its max_norm shortens the weight whenever it runs, and would shorten the "

@@ -191,6 +191,17 @@ def test_a_factor_is_found_in_every_dtype(dtype):
     assert factor_of(module) == pytest.approx(0.25, rel=1e-2)
 
 
+class InFloat32(nn.Linear):
+    def forward(self, x):
+        own = self.weight.float(), self.bias.float()
+        return nn.functional.linear(x.float(), *own).to(x.dtype)
+
+
+def test_a_linear_that_computes_in_float32_inside_a_float64_model_folds():
+    for off in merged_and_plain(InFloat32(6, 6).double(), LoraModel, X.double()):
+        assert off < 1e-4
+
+
 OWN = [
     Activated, Damped, Clamped, Saturates, Noisy, OverRows, Fails, OfNormOne, OfSpectralNormOne,
     OtherBias, GatedByBias,
