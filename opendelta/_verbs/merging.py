@@ -84,7 +84,7 @@ def _runs_to_merge(backbone: Backbone, wanted: Collection[Record] | None) -> dic
     Raises:
         SiteError: a wanted layer does not fold, or a layer beneath it does not; or nothing folds.
     """
-    runs, stopped, users = {}, "", backbone.users()
+    runs, stopped, users = {}, "", mergeable.users_of(backbone)
     for where, stack in backbone.stacks.items():
         run, stop = foldable_run(stack)
         if stop is not None and not stopped:
@@ -226,7 +226,7 @@ def check_whole(backbone: Backbone) -> None:
         SiteError: an active layer does not fold, or was lost; the message names the first.
     """
     mergeable.check_in_place(backbone)
-    users, runs = backbone.users(), {}
+    users, runs = mergeable.users_of(backbone), {}
     for where, stack in backbone.stacks.items():
         run = run_of(stack)
         for name, layer in run:
