@@ -58,6 +58,11 @@ def alone(module: nn.Module, writes: bool = False) -> nn.Module:
     return made
 
 
+def run(module: nn.Module, *args: Tensor) -> Any:
+    """Return what a module's forward gives; what it writes to its inputs, it writes to copies."""
+    return type(module).forward(module, *(each.clone() for each in args))
+
+
 def copy_parameters(module: nn.Module) -> None:
     """Give `module` copies of its own parameters: new objects with memory of their own."""
     own: dict[str, Any] = module.__dict__["_parameters"]
@@ -201,7 +206,7 @@ def _is_turned(made: nn.Module, weight: Tensor) -> bool:
     for shape in ((5, len(weight)), (2, 3, len(weight))):
         x = torch.randn(shape, dtype=weight.dtype, device=weight.device)
         try:
-            out = type(made).forward(made, x) - type(made).forward(made, torch.zeros_like(x))
+            out = run(made, x) - run(made, torch.zeros_like(x))
             rows, given = out.reshape(-1, out.size(-1)).float(), x.reshape(-1, x.size(-1)).float()
             plain, turned = given @ weight.float().T, given @ weight.float()
             return bool(_along(rows, turned) > _along(rows, plain))
@@ -235,9 +240,9 @@ def scales_by_weight(module: nn.Module, shape: tuple[int, ...], axis: int) -> bo
             x, by = torch.randn(shape), torch.linspace(-1.5, 2.5, len(own["weight"]))
             bias = own["bias"].view(-1, *after) if own.get("bias") is not None else 0
             try:
-                plain = type(made).forward(made, x) - bias
+                plain = run(made, x) - bias
                 own["weight"] = own["weight"] * by
-                out = type(made).forward(made, x) - bias
+                out = run(made, x) - bias
                 _scaling[key] = torch.allclose(out, plain * by.view(-1, *after), atol=1e-5)
             except Exception:  # whatever a forward of somebody's own raises on such an input
                 _scaling[key] = False
