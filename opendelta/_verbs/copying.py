@@ -81,6 +81,7 @@ def to_backbone(model: Module) -> Module:
     """
     backbone = Backbone.of(model)
     backbone.require_unrouted("cannot make a plain model")
+    backbone.recall()
     merging.check_whole(backbone)
     silent, read = _silent(backbone), mergeable.read_beside(backbone, backbone.stacks)
     copied = shared_copy(model)

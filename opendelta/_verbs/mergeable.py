@@ -187,6 +187,12 @@ def read_beside(backbone: Backbone, names: Iterable[str]) -> dict[str, set[str] 
     return reading.read_beside(backbone, names, missed)
 
 
+_TELLING = (
+    "; or attach it with sample_inputs={argument: tensor, ...}, inputs of the model's forward that "
+    "reach that code: then a run on their shapes tells"
+)
+
+
 def check_unread(where: str, module: nn.Module, step: Step, read: set[str] | None) -> None:
     """Raise if a merge has changed a parameter that code around the module reads, too.
 
@@ -207,10 +213,11 @@ def check_unread(where: str, module: nn.Module, step: Step, read: set[str] | Non
             where=where,
         )
     told = "reads" if read is not None else "may read (no run on shapes tells)"
+    cure = "" if read is not None else _TELLING
     raise SiteError(
         f"{where!r} ({type(module).__name__}): {', '.join(step.layers)} cannot be merged: other "
         f"code {told} its {' and '.join(changed)} besides calling it, and would compute with the "
         "merged values. Let the delta act unmerged; or attach it with reads=True, so that it acts "
-        "on both, and train it",
+        f"on both, and train it{cure}",
         where=where,
     )

@@ -179,6 +179,7 @@ def _unfolded(layer: DeltaLayer) -> str:
 def merge(backbone: Backbone, wanted: Collection[Record] | None = None) -> MergeReport:
     """Fold deltas into the weights; see `Composition.merge`."""
     backbone.require_unrouted("cannot merge")
+    backbone.recall()
     mergeable.check_in_place(backbone, wanted)
     runs = _runs_to_merge(backbone, wanted)
     mergeable.check_acting(backbone, runs)
