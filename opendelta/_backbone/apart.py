@@ -27,7 +27,8 @@ def apart(backbone: Backbone) -> Iterator[Backbone]:
         yield backbone
         return
     try:
-        yield replace(Backbone.of(model), samples=backbone.samples)
+        twin = Backbone.of(model)
+        yield replace(twin, samples=backbone.samples, before=backbone.before)
     finally:
         for module in [*model.modules()]:  # they hold each other, and the tensors, for long
             module.__dict__.clear()

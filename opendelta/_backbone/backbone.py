@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,8 @@ from .._modules.devices import device_and_dtype, is_meta
 from .._sites.stack import Stack
 from ..errors import DeltaError, OptionError
 from ..names import SLOT, ancestors, dotted, join, parent
+
+_given: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()  # {model: the last samples}
 
 
 def check_inputs(option: str, given: Any) -> None:
@@ -46,6 +49,8 @@ class Backbone:
             entries.
         stacks: {full name of the site: its stack}; each stack has one entry.
         samples: the user's inputs for a run on shapes: a mapping, a sequence or a tensor; or None.
+        before: inputs that the user gave for the model earlier, after `recall`; they are tried
+            first where there are no `samples`.
         read: {facts of a module: names of its children whose weight it reads and that it does not
             call}, as far as somebody asked.
         widths: {full name of a module: its widths}, as far as runs on shapes have found them.
@@ -57,6 +62,7 @@ class Backbone:
     modules: dict[str, nn.Module] = field(default_factory=dict)
     stacks: dict[str, Stack] = field(default_factory=dict)
     samples: Any = None
+    before: Any = None
     read: dict[tuple, set[str]] = field(default_factory=dict)
     widths: dict[str, Widths] = field(default_factory=dict)
     heads: dict[str, Heads] = field(default_factory=dict)
@@ -74,6 +80,8 @@ class Backbone:
             raise OptionError(f"model must be a torch.nn.Module, not {reprlib.repr(model)}")
         check_inputs("sample_inputs", samples)
         backbone = cls(model, samples=samples)
+        if samples is not None:
+            _given[model] = samples
         seen: set[int] = set()
         todo: list[tuple[str, nn.Module]] = [("", model)]
         while todo:
@@ -88,6 +96,10 @@ class Backbone:
                 elif child is not None:
                     todo.append((f"{start}{key}", child))
         return backbone
+
+    def recall(self) -> None:
+        """Let a run on shapes try the inputs first that the user gave last, as when attaching."""
+        self.before = _given.get(self.model)
 
     def bare(self) -> Backbone:
         """Return the same backbone without planned deltas; the two share all that runs find."""

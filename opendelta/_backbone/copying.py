@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from .._modules import wrappers
+from .._modules.copies import computed_in
 from .._sites import swap
 from ..errors import SiteError, quoted
 from ..names import SLOT
@@ -35,9 +36,7 @@ def plain_copy(backbone: Backbone, name: str, memo: dict[int, Any]) -> nn.Module
             )
     placeholder = nn.Module()
     memo = {**memo, **{id(stack): placeholder for stack in backbone.stacks.values()}}
-    for part in backbone.modules[name].modules():  # the old weight_norm holds what it computed
-        held = [v for v in part.__dict__.values() if isinstance(v, Tensor) and not v.is_leaf]
-        memo.update({id(tensor): tensor.detach().clone() for tensor in held})
+    memo |= computed_in(backbone.modules[name])
     copied = copy.deepcopy(backbone.modules[name], memo)
     for part in copied.modules():
         if part._modules.get(SLOT) is placeholder:

@@ -95,7 +95,7 @@ def _is_fresh(parameter: nn.Parameter, most: int) -> bool:
     Args:
         most: the number of writes that gave it the values of the start.
     """
-    if parameter.is_meta or parameter.is_inference() or not is_plain(parameter):
+    if not is_plain(parameter) or parameter.is_meta or parameter.is_inference():
         return False
     if _is_loaded(parameter) or parameter in _stepped_by_fused:
         return False

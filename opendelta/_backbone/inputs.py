@@ -35,13 +35,15 @@ def of_samples(samples: Samples) -> Inputs:
 def of_backbone(backbone: Backbone) -> Iterator[tuple[str, tuple, dict[str, Any]]]:
     """Yield (name of the module to run, args, kwargs) to try, the likeliest first.
 
-    The user's `sample_inputs` are the only ones if they are given. Else these are the
-    `dummy_inputs` of the model or of models inside it, inputs made from a transformers config, and
-    an input for the first layer.
+    The user's `sample_inputs` are the only ones if they are given. Else these are those that the
+    user gave before, the `dummy_inputs` of the model or of models inside it, inputs made from a
+    transformers config, and an input for the first layer.
     """
     if backbone.samples is not None:
         yield "", *of_samples(backbone.samples)
         return
+    if backbone.before is not None:
+        yield "", *of_samples(backbone.before)
     inner: list[str] = []
     for name, module in backbone.modules.items():
         if isinstance(getattr(module, "dummy_inputs", None), dict):

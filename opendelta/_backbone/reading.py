@@ -13,7 +13,7 @@ from torch import nn
 
 from .._modules.calls import has_forward
 from .._modules.facts import facts, remembered
-from .._modules.holding import beside_tables, held_by
+from .._modules.holding import beside_tables, held_by, others_among
 from .._sites import swap
 from .._sites.swap import plain_class
 from ..names import join, last, parent
@@ -146,18 +146,34 @@ def _named_in(function: FunctionType) -> set[str]:
 def _held_aside(backbone: Backbone) -> set[int]:
     """Return the ids of modules and parameters that are held beside the modules' own tables.
 
-    Attributes, hooks and the methods of own classes are looked into, with all they hold. Whoever
-    holds a module has those inside.
+    Whoever holds a module has those inside.
     """
     modules = list(backbone.modules.values())
-    todo = beside_tables(modules)
-    classes = {base for cls in {type(m) for m in modules} for base in cls.__mro__}
-    own_classes = [cls for cls in classes if not is_of_library(cls)]
-    todo += [v for cls in own_classes for v in vars(cls).values() if inspect.isfunction(v)]
-    found = held_by(todo)
+    found = held_by(_beside(modules))
     inside = [part for module in modules if id(module) in found for part in module.modules()]
     own = [parameter for part in inside for parameter in part._parameters.values()]
     return found | {id(each) for each in (*inside, *own)}
+
+
+def _beside(modules: list[nn.Module]) -> list[Any]:
+    """Return what may hold something beside the modules' own tables.
+
+    That is their attributes, their hooks and the methods of own classes.
+    """
+    classes = {base for cls in {type(m) for m in modules} for base in cls.__mro__}
+    own_classes = [cls for cls in classes if not is_of_library(cls)]
+    functions = [v for cls in own_classes for v in vars(cls).values() if inspect.isfunction(v)]
+    return beside_tables(modules) + functions
+
+
+def tied_aside(backbone: Backbone) -> dict[int, nn.Module]:
+    """Return {id of a parameter: a module that has it, and that is in no table of the model's}.
+
+    Such a module is held in a list, say, or by a function.
+    """
+    modules = list(backbone.modules.values())
+    others = others_among(_beside(modules), modules)
+    return {id(p): other for other in others for p in other._parameters.values() if p is not None}
 
 
 def read_beside(

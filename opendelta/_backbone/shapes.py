@@ -367,11 +367,12 @@ def dry_run(
     """
     _check_shapes(backbone)
     failures, ran = [], False
-    for where, args, kwargs in inputs.of_backbone(backbone):
+    given = backbone.samples is not None or backbone.before is not None  # they come first
+    for number, (where, args, kwargs) in enumerate(inputs.of_backbone(backbone)):
         with untouched(backbone), sharding.whole(backbone.model):
             prepare(backbone.modules[where])
             try:
-                _run(backbone, where, args, kwargs, True, look, backbone.samples is not None)
+                _run(backbone, where, args, kwargs, True, look, given and not number)
             except _Failed as failed:
                 failures.append(_failure(backbone, where, args, kwargs, failed.args[0]))
                 continue

@@ -169,7 +169,9 @@ def _weights(
                 break
             tensor, full = _own(backbone, module, "weight"), join(module, "weight")
             full = unwrapped(full) if wrapped_since else full
-            if tensor is None or tensor.ndim < 1 or (without and {*without} & {*ancestors(full)}):
+            if tensor is None or tensors.is_lazy(tensor) or tensor.ndim < 1:
+                continue
+            if without and {*without} & {*ancestors(full)}:
                 continue
             count += 1
             if full not in seen:

@@ -19,7 +19,7 @@ from .._deltas.buffers import saved
 from .._files import folder as files
 from .._files.reading import as_path
 from .._layers.record import Record
-from .._modules.tensors import full, in_parts, is_finite
+from .._modules.tensors import full, in_parts, is_finite, is_lazy, size
 from .._sites import merged
 from ..errors import DeltaError, UnreachedWarning, UnsavedWarning, listed, warn
 from ..names import last
@@ -165,13 +165,18 @@ def _backbone_part(backbone: Backbone, deltas: Sequence[BaseDelta]) -> dict[str,
     if others and any(delta.attached for delta in deltas):
         warn(
             f"{len(others)} trainable parameters of the backbone "
-            f"({sum(p.numel() for p in others.values()):,} values) are not saved with "
+            f"({sum(map(size, others.values())):,} values) are not saved with "
             f"{listed(repr(d.name) for d in deltas)}: freeze them with freeze_module(), or name "
             "those that belong to it in freeze_module(exclude=[...]) or unfrozen_modules=[...]",
             UnsavedWarning,
         )
     warn_of_untrained(backbone, "is not saved with the delta")
     for name, tensor in named.items():
+        if is_lazy(tensor):
+            raise DeltaError(
+                f"{name} is to be saved with the deltas, and gets its values in its module's first "
+                "forward: run the model once, then save"
+            )
         if in_parts(tensor):
             raise DeltaError(
                 f"{name} is quantised or sparse ({type(tensor).__name__}), and cannot be saved "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -140,7 +140,7 @@ def resolve(
     if by_role and not layer_class.is_block:
         modified = _acting_sites(backbone, modified, wanted, layer_class)
     owned = _owned(backbone, as_list(config.modules_to_save))
-    _check_apart(modified, owned)
+    _check_apart(backbone, modified, owned)
     unfrozen = _unfrozen(backbone, config)
     some: dict[str, Any] = {
         field.name: _some_of(backbone, modified, config, field)
@@ -171,8 +171,8 @@ def _at_children(
     """
     sites = sites_of_children(backbone, config.children)
     if config.modified_modules is not None:
-        chosen = {*select_all(backbone, config.modified_modules)}
-        sites = [name for name in sites if name in chosen]
+        chosen = {id(backbone.modules[n]) for n in select_all(backbone, config.modified_modules)}
+        sites = [name for name in sites if id(backbone.modules[name]) in chosen]
     sites = leave_out(backbone, sites, as_list(config.exclude_modules)) if sites else sites
     if not sites:
         raise AddressError(
@@ -239,6 +239,8 @@ def _pairs(
 ) -> list[str]:
     """Return full names in pairs: the start and the end of a branch, of the next branch, ...
 
+    A pair of modules with several names is returned once.
+
     Raises:
         AddressError: the names do not come in pairs, or a module would be in two pairs.
     """
@@ -261,6 +263,7 @@ def _pairs(
                 f"{', '.join(ends[:2])}, ..."
             )
         chosen += [name for pair in zip(starts, ends, strict=True) for name in pair]
+    chosen = _once(backbone, chosen)
     pairs = list(zip(chosen[::2], chosen[1::2], strict=True))
     needed = Counter(name for pair in pairs for name in dict.fromkeys(pair))
     if twice := [name for name, count in needed.items() if count > 1]:
@@ -270,6 +273,18 @@ def _pairs(
     if not chosen:
         raise AddressError(f"exclude_modules={list(excluded)} leaves no pair of modules")
     return chosen
+
+
+def _once(backbone: Backbone, chosen: list[str]) -> list[str]:
+    """Return names in pairs, each module by its first one, without pairs that are one then."""
+    first: dict[int, str] = {}
+    known: dict[tuple[str, ...], tuple[str, ...]] = {}
+    once: list[str] = []
+    for pair in zip(chosen[::2], chosen[1::2], strict=True):
+        own = tuple(first.setdefault(id(backbone.modules[name]), name) for name in pair)
+        if known.setdefault(own, pair) == pair:
+            once += own
+    return once
 
 
 def fitting_inside(
@@ -371,13 +386,30 @@ def _some(
     return select(modified, patterns, backbone.model, what="modified module")
 
 
-def _check_apart(modified: list[str], owned: Collection[str]) -> None:
+def _check_apart(backbone: Backbone, modified: list[str], owned: Mapping[str, nn.Module]) -> None:
     """Raise if a module that gets a layer is in a module that the delta owns a copy of."""
+    given = {id(module): name for name, module in owned.items()}
+    names = {n: given[id(m)] for n, m in backbone.modules.items() if id(m) in given}
     for name in modified:
-        if around := next((o for o in owned if f"{name}.".startswith(f"{o}.")), None):
+        if around := next((each for each in ancestors(name) if each in names), None):
+            also = "" if around == names[around] else f", which is {around!r} too,"
             raise AddressError(
-                f"{name!r} is selected by modified_modules, but modules_to_save={around!r} puts a "
-                f"copy in its place; add exclude_modules=[{around!r}]",
+                f"{name!r} is selected by modified_modules, but modules_to_save={names[around]!r}"
+                f"{also} puts a copy in its place; add exclude_modules=[{around!r}]",
+                pattern=name,
+            )
+
+
+def _check_distinct(backbone: Backbone, names: Iterable[str]) -> None:
+    """Raise if two of the names are names of one module."""
+    first: dict[int, str] = {}
+    for name in names:
+        other = first.setdefault(id(backbone.modules[name]), name)
+        if other != name:
+            raise AddressError(
+                f"{other!r} and {name!r} are one {type(backbone.modules[name]).__name__} in this "
+                f"{type(backbone.model).__name__}, which cannot carry a layer for each; use a "
+                "model in which they are two",
                 pattern=name,
             )
 
@@ -390,6 +422,7 @@ def take_literally(backbone: Backbone, config: Config) -> Config:
     """
     for names in (config.modified_modules, config.modules_to_save):
         literal(backbone.modules, names or [], backbone.model)
+    _check_distinct(backbone, [*(config.modified_modules or ()), *(config.modules_to_save or ())])
     if config.num_labels is not None:
         owned = {name: backbone.modules[name] for name in config.modules_to_save or ()}
         labels.check(backbone.model, owned, config.num_labels)

@@ -64,7 +64,7 @@ def freeze(
             shared.excluded |= {name} & own.keys()
         elif tensor.requires_grad:
             memories[name].add(name)
-            tensor.requires_grad_(False)
+            tensor.requires_grad = False  # the method would ask a lazy one for its values
 
 
 def _name_of(backbone: Backbone, module: nn.Module | None) -> str:
@@ -85,7 +85,7 @@ def restore(backbone: Backbone, shared: Shared, within: str = "") -> None:
         return
     for name, parameter, memory in _remembered(backbone, shared):
         if name in memory and is_inside(name, within):
-            parameter.requires_grad_(True)
+            parameter.requires_grad = True
             memory.discard(name)
 
 

@@ -5,33 +5,32 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from .._backbone import copying, shapes, sharding
+from .._backbone import shapes, sharding
 from .._backbone.backbone import Backbone
-from .._layers import labels, seeded
+from .._layers import seeded
 from .._layers.base import Acts, DeltaLayer
 from .._layers.bound import arranged
 from .._layers.dtypes import dtype_for
 from .._layers.gate import Gate
-from .._layers.owned import OwnedModule, SharedTensors, convert
+from .._layers.owned import SharedTensors
 from .._layers.record import Record, Shared
 from .._layers.site import Heads, Site, Widths
-from .._modules import wrappers
 from .._modules.kinds import is_packed, kind_of
-from .._modules.tensors import TENSOR_CLASSES, in_parts, lasting
+from .._modules.tensors import TENSOR_CLASSES, lasting
 from .._sites import swap
 from .._sites.stack import acting_on
 from ..errors import LostGradientWarning, OptionError, SiteError, TiedWeightWarning, warn
-from ..names import SLOT, join
 from . import resizing
 from .base import BaseDelta
 from .choosing import Choice
 from .options import DeltaConfig
+from .owning import owned
 from .taking import check_copies, check_kind, sizes_for
 
 # Where the values of layers come from. "new": the layers set their start values. "saved": a file
@@ -115,7 +114,7 @@ def _layers(backbone: Backbone, choice: Choice, values: Values) -> dict[str, Del
             made[around].tensors = shared
         else:
             made |= _only_new({around: SharedTensors(shared)}, made, config)
-    made |= _only_new(_owned(backbone, config, values), made, config)
+    made |= _only_new(owned(backbone, config, values), made, config)
     resizing.guard(backbone, made)
     if values == "new":
         for layer in made.values():
@@ -224,59 +223,6 @@ def _gate(layer: DeltaLayer, site: Site) -> Gate:
     if width is None:
         width = (on_input and site.in_features) or site.out_features  # a norm has no columns
     return Gate(site, width, on_input)
-
-
-def _owned(backbone: Backbone, config: DeltaConfig, values: Values) -> dict[str, DeltaLayer]:
-    """Build the layers for `modules_to_save` and `num_labels`.
-
-    Each module in `modules_to_save` gets one copy. If `num_labels` differs from the backbone's
-    number, the root gets a LabelsLayer.
-    """
-    names = config.modules_to_save or ()
-    copied = {name: _own_copy(backbone, name, config, values) for name in names}
-    more: dict[str, DeltaLayer] = {}
-    count = config.num_labels
-    if count is not None and count != labels.count_of(backbone.model):
-        heads = [n for n, own in copied.items() if labels.is_head(own, backbone.model)]
-        copied = {name: labels.resized(own, backbone.model, count) for name, own in copied.items()}
-        more[""] = labels.LabelsLayer(backbone.model, count, heads)
-    return {**{name: OwnedModule(module) for name, module in copied.items()}, **more}
-
-
-def _own_copy(backbone: Backbone, name: str, config: DeltaConfig, values: Values) -> nn.Module:
-    """Return a trainable copy of a backbone's module, without the deltas on it."""
-    if values != "saved":
-        sharding.check_copy(backbone, name)
-    if any(map(wrappers.is_offloaded, backbone.modules[name].modules())):
-        raise SiteError(
-            f"modules_to_save={name!r}: accelerate offloads the module, and brings the values of "
-            "the backbone into a copy, too. Make or load the delta first, then offload the model",
-            where=name,
-        )
-    own = backbone.modules[name].named_parameters()
-    _check_copies(name, (k for k, p in own if SLOT not in k.split(".") and in_parts(p)))
-    inside = backbone.modules[name].named_modules()
-    _check_copies(name, (join(where, "weight") for where, m in inside if is_packed(m)))
-    memo: dict[int, Any] = {}
-    for parameter in backbone.modules[name].parameters() if values != "new" else ():
-        memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), False)
-    copied = copying.plain_copy(backbone, name, memo)
-    state = copied.state_dict().items()
-    _check_copies(name, (key for key, value in state if not isinstance(value, torch.Tensor)))
-    convert(copied, lambda _, tensor: dtype_for(config.dtype, tensor.dtype))
-    for parameter in copied.parameters():
-        parameter.requires_grad_(parameter.is_floating_point())
-    return copied
-
-
-def _check_copies(name: str, odd: Iterable[str]) -> None:
-    """Raise if the module `name` has tensors of which no copy can train: the first of `odd`."""
-    if (first := next(iter(odd), None)) is not None:
-        raise SiteError(
-            f"modules_to_save={name!r}: its {first} is quantised or sparse, of which no copy can "
-            "train; put a delta on the module instead",
-            where=name,
-        )
 
 
 def _warn_of_lost_gradients(backbone: Backbone) -> None:

@@ -307,6 +307,15 @@ class DeltaLayer(nn.Module):
         return self.acts not in (Acts.INSTEAD, Acts.SERVES) and not passes_on
 
     @property
+    def keeps_input(self) -> bool:
+        """True if it may look at the input after the call beneath it, or keeps it for gradients.
+
+        A copy of the module does not: it writes to the input as the module would.
+        """
+        looks = self.gate is not None or self.sees_module or self.is_block
+        return self.acts is not Acts.INSTEAD and (looks or self.acts is Acts.BESIDE)
+
+    @property
     def shows_in_weight(self) -> bool:
         """True if it acts where other code reads the module's weight instead of calling it."""
         return self.folds

@@ -234,6 +234,7 @@ class BranchEnd(OutputLayer):
     """The end of a branch: adds the term that was computed at the start of the branch."""
 
     acts = Acts.BESIDE
+    keeps_input = False
 
     def __init__(self, width: int, handover: Handover, start: str) -> None:
         super().__init__()

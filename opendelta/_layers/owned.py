@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .._modules import calls
+from .._modules.holding import TABLES
 from .._modules.tensors import FLOATS
 from .base import Acts, DeltaLayer, Params, Passive
 from .dtypes import dtype_for
@@ -44,13 +45,25 @@ class OwnedModule(DeltaLayer):
         return []
 
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if (given := getattr(call.call, "given", None)) is not None:  # type: ignore[attr-defined]
+            args, kwargs = given(args, kwargs)
         # Not by __call__: hooks for all modules have seen the site's call already.
+        for hook in filter(computes_weight, self.module._forward_pre_hooks.values()):
+            hook(self.module, args)
         run, dtypes = self.module.forward, _differing(call.module, self.module)  # type: ignore[attr-defined]
         if dtypes is None:
             return run(*args, **kwargs)
         theirs, ours = dtypes
         args, kwargs = _cast((args, kwargs), theirs, ours)
-        return _cast(run(*args, **kwargs), ours, theirs)
+        try:
+            return _cast(run(*args, **kwargs), ours, theirs)
+        except RuntimeError as error:
+            error.add_note(
+                f"{self.record.name!r} has a copy of this {type(self.module).__name__} in {ours}, "
+                f"and the module is in {theirs}. If its forward uses tensors that no module holds, "
+                "attach the delta with dtype='backbone'"
+            )
+            raise
 
     @property
     def stand_in(self) -> nn.Module:
@@ -70,6 +83,15 @@ class OwnedModule(DeltaLayer):
             return dtype_for(asked, theirs.get(name, computes), tensor.dtype)
 
         convert(self.module, wanted)
+        _follow(self.module, module)
+
+
+def computes_weight(hook: Any) -> bool:
+    """True if a hook is one of torch's that compute a weight before each run of a module.
+
+    Those are of the old spectral_norm and weight_norm, and of pruning.
+    """
+    return type(hook).__module__.startswith("torch.nn.utils.")
 
 
 def convert(module: nn.Module, wanted: Callable[[str, Tensor], torch.dtype]) -> None:
@@ -89,12 +111,43 @@ def convert_like(module: nn.Module, other: nn.Module) -> None:
     """Give the ordinary floating tensors of `module` the dtype of those of the same name."""
     theirs = _dtypes(other)
     convert(module, lambda name, tensor: theirs.get(name, tensor.dtype))
+    _follow(module, other)
 
 
 def _floats(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if type(tensor) in (Tensor, nn.Parameter) and tensor.dtype in FLOATS:
             yield name, tensor
+
+
+def _follow(module: nn.Module, other: nn.Module) -> None:
+    """Give the tensors in no table of `module` the dtype of its parameters.
+
+    A tensor follows the parameters that have its dtype in `other`, of which `module` is a copy.
+    """
+    theirs, now = _dtypes(other), dict(_held(other))
+    dtypes = {theirs[name]: t.dtype for name, t in _floats(module) if name in theirs}
+    for name, tensor in _held(module):
+        own = now.get(name, tensor)
+        if own is not tensor and dtypes.get(own.dtype, tensor.dtype) != tensor.dtype:
+            tensor.data = tensor.data.to(dtypes[own.dtype])
+
+
+def _held(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors in no table of `module`: attributes, in containers, of modules there."""
+    seen = {id(each) for each in (*module.modules(), *module.parameters(), *module.buffers())}
+    todo: list[tuple[str, nn.Module]] = list(module.named_modules())
+    while todo:
+        where, part = todo.pop()
+        beside = [(key, value) for key, value in part.__dict__.items() if key not in TABLES]
+        for key, value in beside:
+            for index, each in enumerate(calls.every((Tensor, nn.Module), value)):
+                name = f"{where}?{key}.{index}"
+                inside = dict(each.named_modules()) if isinstance(each, nn.Module) else {}
+                own = _floats(each) if inside else [("", each)]
+                yield from ((f"{name}.{n}", t) for n, t in own if id(t) not in seen)
+                todo += [(f"{name}.{n}", m) for n, m in inside.items() if id(m) not in seen]
+                seen.update(id(m) for m in (*inside.values(), each))
 
 
 def _dtypes(module: nn.Module) -> dict[str, torch.dtype]:

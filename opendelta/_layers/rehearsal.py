@@ -40,7 +40,7 @@ def embeds(module: nn.Module, name: str, scale: float) -> bool | None:
     """
 
     def runs(made: nn.Module, ids: Tensor) -> Iterator[dict[str, Any]]:
-        yield {"input_ids": ids}
+        yield {"input_ids": ids.clone()}
         yield {"inputs_embeds": made.get_submodule(name)(ids) * scale}
 
     of_ids, of_embeddings = _outputs(module, runs) or (None, None)

@@ -100,10 +100,11 @@ def items_of(value: Any) -> dict[Any, Any] | None:
     return {name: getattr(value, name) for name in names if hasattr(value, name)}
 
 
-def every(kind: type[Any], value: Any, objects: bool = False) -> Iterator[Any]:
+def every(kind: Any, value: Any, objects: bool = False) -> Iterator[Any]:
     """Yield all instances of `kind` in `value`, at any depth of mappings, sequences and records.
 
     Args:
+        kind: a class, or several in a tuple.
         objects: also among the attributes of other objects, but modules and classes.
     """
     seen: dict[int, Any] = {}

@@ -75,6 +75,16 @@ def _is_simple(value: Any, memo: dict[int, Any]) -> bool:
     return True
 
 
+def computed_in(module: nn.Module) -> dict[int, Any]:
+    """Return {id: copy} of the computed tensors that modules hold as attributes, for a deep copy.
+
+    The old weight_norm holds such, and torch copies none.
+    """
+    held = [v for part in module.modules() for v in part.__dict__.values()]
+    computed = [v for v in held if isinstance(v, Tensor) and not v.is_leaf]
+    return {id(tensor): tensor.detach().clone() for tensor in computed}
+
+
 def hooks_of(modules: Iterable[nn.Module]) -> list[Any]:
     tables = [t for m in modules for key, t in m.__dict__.items() if "_hooks" in key]
     return [hook for table in tables if isinstance(table, dict) for hook in table.values()]

@@ -32,6 +32,18 @@ def held_by(values: Iterable[Any]) -> set[int]:
     return {id(value) for value in walk(values) if isinstance(value, nn.Module | nn.Parameter)}
 
 
+def others_among(values: Iterable[Any], known: Iterable[nn.Module]) -> list[nn.Module]:
+    """Return the modules these values hold at any depth, with those inside, but `known` ones."""
+    seen, found, todo = {*map(id, known)}, list[nn.Module](), list(values)
+    while todo:
+        held = [v for v in walk(todo) if isinstance(v, nn.Module) and id(v) not in seen]
+        parts = {id(p): p for module in held for p in module.modules() if id(p) not in seen}
+        seen |= parts.keys()
+        found += parts.values()
+        todo = beside_tables(parts.values())
+    return found
+
+
 def closed_over(values: Iterable[Any]) -> set[int]:
     """Return the ids of the modules and parameters that functions among these values close over."""
     return held_by(value for value in [*walk(values)] if inspect.isfunction(value))

@@ -17,7 +17,7 @@ from .faking import Restoring
 from .kinds import Kind, Norm, is_conv1d, kind_of, reads_plainly
 from .process import kept_random
 from .tensors import in_full, is_plain, stored, stored_params
-from .trials import alone, at_rest
+from .trials import alone, at_rest, run
 
 # The forwards that compute what the table of kinds says, whatever subclass of module has them.
 KNOWN = {
@@ -157,8 +157,8 @@ def _takes_more(forward: Callable[..., Any]) -> bool:
 
 def _is_random(module: nn.Module, kind: Kind) -> bool:
     """True if a forward gives another output each time."""
-    forward, x = type(module).forward, next(_inputs(module, kind))
-    return not torch.equal(forward(module, x), forward(module, x))
+    x = next(_inputs(module, kind))
+    return not torch.equal(run(module, x), run(module, x))
 
 
 @contextlib.contextmanager
@@ -193,7 +193,7 @@ def _of(module: nn.Module, kind: Kind, largest: float) -> float | None:
     kept = [(p, p.clone()) for p in module.parameters() if is_plain(p)]
     for x in _inputs(module, kind, largest):
         with torch.set_grad_enabled(module.training):  # a forward may go by it
-            out = type(module).forward(module, x).detach()
+            out = run(module, x).detach()
         wide = x.to(matrix.dtype) if x.is_floating_point() else x
         plain = kind.product(wide, matrix)
         rest = out.to(matrix.dtype) - (0 if bias is None else kind.per_channel(bias, out))
@@ -212,9 +212,9 @@ def _of(module: nn.Module, kind: Kind, largest: float) -> float | None:
 def _is_alike(module: nn.Module, kind: Kind) -> bool:
     """True if a lookup gives each row of the weight, times one factor; a forward may mask an id."""
     matrix, factor = kind.matrix(in_full(module, "weight")), None
-    device, forward = device_and_dtype([module])[0], type(module).forward
+    device = device_and_dtype([module])[0]
     for ids in torch.arange(kind.in_features, device=device).split(IDS):
-        out, plain = forward(module, ids[None]), kind.product(ids[None], matrix)
+        out, plain = run(module, ids[None]), kind.product(ids[None], matrix)
         if factor is None:
             factor = (out * plain).sum() / plain.square().sum()
         off = (out - factor * plain).norm(dim=-1)
@@ -256,7 +256,7 @@ def _inputs(module: nn.Module, kind: Kind, largest: float = 1.0) -> Iterator[Ten
 
 def _runs(module: nn.Module, *args: Tensor) -> bool:
     try:
-        type(module).forward(module, *args)
+        run(module, *args)
     except Exception:  # whatever a forward of somebody's own raises on such an input
         return False
     return True
@@ -313,8 +313,7 @@ def _of_norms(module: nn.Module) -> Iterator[tuple[Tensor, ...]]:
 
 
 def _differs(module: nn.Module, args: tuple[Tensor, ...]) -> bool:
-    forward = type(module).forward
-    return not torch.equal(forward(module, *args), forward(module, *args))
+    return not torch.equal(run(module, *args), run(module, *args))
 
 
 def _is_by_channel(module: nn.Module, key: str, args: tuple[Tensor, ...]) -> bool:
@@ -325,13 +324,13 @@ def _is_by_channel(module: nn.Module, key: str, args: tuple[Tensor, ...]) -> boo
     by = torch.linspace(-49.5, 50.5, kept.numel(), device=x.device).to(kept.dtype).view(kept.shape)
     shift, each = 0 if bias is None else kind.per_channel(bias, x), kind.per_channel(by, x)
     with torch.set_grad_enabled(module.training):  # a forward may go by it
-        plain = type(module).forward(module, *args).detach()
+        plain = run(module, *args).detach()
         wanted = plain + each if key == "bias" else (plain - shift) * each + shift
         if not all(torch.equal(own[name], values) for name, values in before.items()):
             return False  # it writes to them itself
         try:
             own[key] = nn.Parameter(kept + by if key == "bias" else kept * by, False)
-            out = type(module).forward(module, *args).detach()
+            out = run(module, *args).detach()
         finally:
             own[key] = kept
     return _close(out, wanted, plain.dtype)

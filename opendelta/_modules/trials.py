@@ -62,6 +62,11 @@ def alone(module: nn.Module, writes: bool = False) -> nn.Module:
     return made
 
 
+def run(module: nn.Module, *args: Tensor) -> Any:
+    """Return what a module's forward gives; what it writes to its inputs, it writes to copies."""
+    return type(module).forward(module, *(each.clone() for each in args))
+
+
 def copy_parameters(module: nn.Module) -> None:
     """Give `module` copies of its own parameters: new objects with memory of their own."""
     own: dict[str, Any] = module.__dict__["_parameters"]
@@ -218,7 +223,7 @@ def _with_weight(made: nn.Module, weight: Tensor, new: Tensor, x: Tensor) -> Ten
     try:
         for table in tables:
             table.update({k: new if t is weight else _valued(t) for k, t in table.items()})
-        return type(made).forward(made, x)
+        return run(made, x)
     finally:
         for table, before in zip(tables, kept, strict=True):
             table.update(before)
@@ -268,9 +273,9 @@ def _scales(module: nn.Module, shape: tuple[int, ...], axis: int) -> bool:
         x, by = torch.randn(shape), torch.linspace(-1.5, 2.5, len(own["weight"]))
         bias = own["bias"].view(-1, *after) if own.get("bias") is not None else 0
         try:
-            plain = type(made).forward(made, x) - bias
+            plain = run(made, x) - bias
             own["weight"] = own["weight"] * by
-            out = type(made).forward(made, x) - bias
+            out = run(made, x) - bias
             return torch.allclose(out, plain * by.view(-1, *after), atol=1e-5)
         except Exception:  # whatever a forward of somebody's own raises on such an input
             return False

@@ -19,7 +19,7 @@ from .._layers.base import DeltaLayer
 from .._modules import calls, kinds, probing, tensors, trials, wrappers
 from ..errors import SiteError, quoted
 from ..names import SLOT, join, last
-from . import compile_limit, nested
+from . import compile_limit, intact, nested
 from .blocks import note_blocks
 from .split import Split, divide
 from .stack import Stack, acting_on, stack_of
@@ -101,6 +101,17 @@ def _check_unfused(base: type, copier: FrameType | None) -> None:
         )
 
 
+def _reducing(base: type[nn.Module], reads: bool) -> Callable[..., tuple]:
+    """Return the method by which pickle and deepcopy take a site."""
+
+    def __reduce_ex__(self: nn.Module, protocol: object) -> tuple:
+        _check_unfused(base, sys._getframe(1).f_back)
+        state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
+        return _unpickle, (base, reads), state
+
+    return __reduce_ex__
+
+
 @_cache
 def _site_meta(meta: type) -> type:
     """Return the metaclass of sites: other code may use a site's class in the place of its base.
@@ -139,22 +150,20 @@ def site_class(base: type[nn.Module], reads: bool = False) -> type[nn.Module]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         # Asked each time, as other code may replace a class's forward.
         call: Callable[..., Any] = functools.partial(raw if reads else base.forward, self)
-        stack = self._modules.get(SLOT)
+        stack: Any = self._modules.get(SLOT)
         if stack is not None:
-            call = stack.around(call, self, known and base.forward is own)  # type: ignore[operator]
-            if args and nested.is_nested(args[0]) and (on := acting_on(stack)):  # type: ignore[arg-type]
+            around = stack.around
+            if intact.is_needed(stack):
+                around = functools.partial(intact.around, stack)
+            call = around(call, self, known and base.forward is own)
+            if args and nested.is_nested(args[0]) and (on := acting_on(stack)):
                 return nested.run(call, on, args, kwargs)
         return call(*args, **kwargs)
-
-    def __reduce_ex__(self: nn.Module, protocol: object) -> tuple:
-        _check_unfused(base, sys._getframe(1).f_back)
-        state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
-        return _unpickle, (base, reads), state
 
     body: dict[str, Any] = {
         "forward": forward,
         "register_parameter": _registering(base),
-        "__reduce_ex__": __reduce_ex__,
+        "__reduce_ex__": _reducing(base, reads),
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
@@ -326,6 +335,7 @@ def add(
         divide(stack, split)
     stack[name] = layer
     note_blocks(stack)
+    intact.note(stack, module)
     return stack
 
 
@@ -338,6 +348,7 @@ def remove(module: nn.Module, name: str) -> None:
         stack.ran.discard(name)
         del stack[name]
         note_blocks(stack)
+        intact.note(stack, module)
 
 
 def clear(module: nn.Module) -> None:

@@ -14,6 +14,7 @@ from .._deltas.committing import unwatch
 from .._layers import labels
 from .._layers.owned import convert_like
 from .._modules import tensors
+from .._modules.copies import computed_in
 from .._sites import merged
 from .._sites.stack import Stack, Step
 from ..errors import SiteError
@@ -80,6 +81,7 @@ def to_backbone(model: Module) -> Module:
     """
     backbone = Backbone.of(model)
     backbone.require_unrouted("cannot make a plain model")
+    backbone.recall()
     merging.check_whole(backbone)
     silent, read = _silent(backbone), mergeable.read_beside(backbone, backbone.stacks)
     copied = shared_copy(model)
@@ -166,7 +168,7 @@ def _untie(backbone: Backbone, copied: Any) -> None:
 
 def _become(module: nn.Module, other: nn.Module) -> None:
     """Let `module` be a copy of `other`, for all that hold it, under whatever name."""
-    own = copy.deepcopy(other.__dict__, {id(other): module})
+    own = copy.deepcopy(other.__dict__, {id(other): module, **computed_in(other)})
     module.__dict__.clear()
     module.__dict__.update(own)
     module.__class__ = type(other)

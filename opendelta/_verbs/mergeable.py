@@ -34,16 +34,39 @@ def _check_above(what: str, where: str, stack: Stack, run: list[Named]) -> None:
             )
 
 
+Users = tuple[Mapping[int, Sequence[str]], Mapping[int, nn.Module]]
+
+
+def users_of(backbone: Backbone) -> Users:
+    """Return {id of a parameter: the full names of its modules}, and one that has no name."""
+    return backbone.users(), reading.tied_aside(backbone)
+
+
+def _other_user(
+    backbone: Backbone, module: nn.Module, parameter: nn.Parameter, users: Users
+) -> str | None:
+    """Return what another module that has a parameter is called, or None."""
+    named, aside = users
+    for other in named[id(parameter)]:
+        if backbone.modules[other] is not module:
+            return repr(other)
+    held = aside.get(id(parameter))
+    if held is None:
+        return None
+    return f"another {type(held).__name__} that the model holds beside its modules"
+
+
 def check_module(
     backbone: Backbone,
     where: str,
     run: list[Named],
-    users: dict[int, list[str]],
+    users: Users,
     stays: bool = True,
 ) -> None:
     """Raise if the weights of a module cannot be changed without changing another module.
 
     Args:
+        users: who has which parameter; see `users_of`.
         stays: the layers that are not in `run` stay on the module.
     """
     module, names = backbone.modules[where], ", ".join(name for name, _ in run)
@@ -68,15 +91,14 @@ def check_module(
     for key, parameter in module._parameters.items():
         if parameter is None or key not in ("weight", "bias"):
             continue
-        for other in users[id(parameter)]:
-            if backbone.modules[other] is not module:
-                raise SiteError(
-                    f"{what}: its {key} is tied to that of {other!r}, which would change too. Let "
-                    f"the delta act unmerged; or train a copy, modules_to_save=[{where!r}]; or "
-                    f"untie the two before attaching: give {where!r} a {key} of its own, and set "
-                    "tie_word_embeddings=False in the config",
-                    where=where,
-                )
+        if (other := _other_user(backbone, module, parameter, users)) is not None:
+            raise SiteError(
+                f"{what}: its {key} is tied to that of {other}, which would change too. Let "
+                f"the delta act unmerged; or train a copy, modules_to_save=[{where!r}]; or "
+                f"untie the two before attaching: give {where!r} a {key} of its own, and set "
+                "tie_word_embeddings=False in the config",
+                where=where,
+            )
         if parameter.is_meta:
             raise SiteError(f"{what}: its {key} is on the meta device, without values", where=where)
 
@@ -168,6 +190,12 @@ def read_beside(backbone: Backbone, names: Iterable[str]) -> dict[str, set[str] 
     return reading.read_beside(backbone, names, missed)
 
 
+_TELLING = (
+    "; or attach it with sample_inputs={argument: tensor, ...}, inputs of the model's forward that "
+    "reach that code: then a run on their shapes tells"
+)
+
+
 def check_unread(where: str, module: nn.Module, step: Step, read: set[str] | None) -> None:
     """Raise if a merge has changed a parameter that code around the module reads, too.
 
@@ -188,10 +216,11 @@ def check_unread(where: str, module: nn.Module, step: Step, read: set[str] | Non
             where=where,
         )
     told = "reads" if read is not None else "may read (no run on shapes tells)"
+    cure = "" if read is not None else _TELLING
     raise SiteError(
         f"{where!r} ({type(module).__name__}): {', '.join(step.layers)} cannot be merged: other "
         f"code {told} its {' and '.join(changed)} besides calling it, and would compute with the "
         "merged values. Let the delta act unmerged; or attach it with reads=True, so that it acts "
-        "on both, and train it",
+        f"on both, and train it{cure}",
         where=where,
     )

@@ -84,7 +84,7 @@ def _runs_to_merge(backbone: Backbone, wanted: Collection[Record] | None) -> dic
     Raises:
         SiteError: a wanted layer does not fold, or a layer beneath it does not; or nothing folds.
     """
-    runs, stopped, users = {}, "", backbone.users()
+    runs, stopped, users = {}, "", mergeable.users_of(backbone)
     for where, stack in backbone.stacks.items():
         run, stop = foldable_run(stack)
         if stop is not None and not stopped:
@@ -179,6 +179,7 @@ def _unfolded(layer: DeltaLayer) -> str:
 def merge(backbone: Backbone, wanted: Collection[Record] | None = None) -> MergeReport:
     """Fold deltas into the weights; see `Composition.merge`."""
     backbone.require_unrouted("cannot merge")
+    backbone.recall()
     mergeable.check_in_place(backbone, wanted)
     runs = _runs_to_merge(backbone, wanted)
     mergeable.check_acting(backbone, runs)
@@ -226,7 +227,7 @@ def check_whole(backbone: Backbone) -> None:
         SiteError: an active layer does not fold, or was lost; the message names the first.
     """
     mergeable.check_in_place(backbone)
-    users, runs = backbone.users(), {}
+    users, runs = mergeable.users_of(backbone), {}
     for where, stack in backbone.stacks.items():
         run = run_of(stack)
         for name, layer in run:

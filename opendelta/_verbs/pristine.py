@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .._deltas.first_forward import FirstForward
 from .._deltas.pretrained import SavePretrained
 from .._deltas.state_dict import StateDictHook
-from .._modules.tensors import held_in
+from .._modules.tensors import held_in, is_lazy
 from .._sites.stack import stack_of
 from .._sites.swap import plain_class
 from ..errors import DeltaError, PristineError, quoted
@@ -24,6 +24,8 @@ MARKER = "_is_accelerate_prepared"
 def _bits(tensor: Tensor) -> str:
     if tensor.is_meta:
         return "meta"
+    if is_lazy(tensor):
+        return "lazy"
     bits = hashlib.blake2b(digest_size=16)
     for part in held_in(tensor):
         if isinstance(part, Tensor):

@@ -21,6 +21,7 @@ from transformers import Trainer
 from .._deltas.state_dict import frames
 from .._handles.composition import Composition
 from .._handles.delta import Delta
+from .._modules.copies import computed_in
 from .._modules.tensors import lasting
 from .._verbs.copying import shared_tensors
 from ..errors import DeltaError
@@ -47,7 +48,9 @@ def reference(model: Model, *without: str | Delta) -> Model:
     for delta in composition:
         delta.record.require_apart("cannot share the weights under")
     with lasting():
-        twin = copy.deepcopy(model, shared_tensors(model.modules(), frozen=True))
+        twin = copy.deepcopy(
+            model, {**shared_tensors(model.modules(), frozen=True), **computed_in(model)}
+        )
     for delta in list(Composition(twin)):
         if not left_out or delta.name in left_out:
             delta.detach()

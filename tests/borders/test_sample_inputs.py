@@ -1,5 +1,8 @@
 """Sizes of modules are found on every architecture, by itself or on the user's `sample_inputs`."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 import transformers as T
@@ -10,6 +13,7 @@ import opendelta
 from opendelta import (
     AdapterModel,
     AutoDeltaModel,
+    LoraModel,
     OptionError,
     ParallelAdapterModel,
     PrefixModel,
@@ -284,3 +288,79 @@ def test_hooks_that_a_forward_installs_are_not_installed_twice():
     model = T.BertModel(T.BertConfig(**SIZES, vocab_size=64)).eval()
     AdapterModel(model, modified_modules=["encoder.layer.0.attention.self"])
     assert len(model(IDS, output_hidden_states=True).hidden_states) == 2
+
+
+def scaled(module, x):
+    return module.weight * x
+
+
+class Norm(nn.Module):
+    """A function beside it reads the weight of what it is given: the code alone does not tell."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(8))
+
+    def forward(self, x):
+        return scaled(self, x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+
+
+class OfTwo(nn.Module):
+    """It runs on two arguments, which nobody could guess."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.norm, self.head = nn.Embedding(20, 8), Norm(), nn.Linear(8, 8)
+
+    def forward(self, ids, mask):
+        if mask.shape != ids.shape:
+            raise ValueError("a mask must be of the shape of the ids")
+        return self.head(self.norm(self.embed(ids) * mask[..., None]))
+
+
+class ReadsIt(OfTwo):
+    def forward(self, ids, mask):
+        return super().forward(ids, mask) + scaled(self.head, self.embed(ids)[..., None, :]).sum(-1)
+
+
+class ByValue(OfTwo):
+    def forward(self, ids, mask):
+        return super().forward(ids[:, : int(mask.sum(1).max())], mask)
+
+
+TWO = [torch.arange(10).view(2, 5), torch.ones(2, 5)]
+
+
+@pytest.mark.covers("Composition.merge", "Composition.to_backbone")
+@pytest.mark.parametrize("verb", ["merge", "to_backbone"])
+@pytest.mark.parametrize("net", [OfTwo, ByValue])
+def test_a_merge_tries_the_inputs_that_were_given_at_attaching(net, verb):
+    model = net().eval()
+    delta = shake(LoraModel(model, modified_modules=["head"]))
+    before = opendelta.snapshot(model)
+    with pytest.raises(SiteError, match=r"'head' .*no run on shapes tells.*sample_inputs="):
+        getattr(opendelta.composition(model), verb)()
+    assert opendelta.snapshot(model) == before
+    delta.detach()
+    shake(LoraModel(model, modified_modules=["head"], sample_inputs=TWO))
+    expected = model(*TWO)
+    made = getattr(opendelta.composition(model), verb)()
+    torch.testing.assert_close((model if verb == "merge" else made)(*TWO), expected)
+
+
+@pytest.mark.covers("Composition.merge", "Composition.to_backbone")
+@pytest.mark.parametrize("verb", ["merge", "to_backbone"])
+def test_a_merge_is_refused_where_they_show_that_the_weight_is_read(verb):
+    model = ReadsIt().eval()
+    shake(LoraModel(model, modified_modules=["head"], sample_inputs=TWO))
+    with pytest.raises(SiteError, match=r"'head' .*other code reads its weight"):
+        getattr(opendelta.composition(model), verb)()
+
+
+def test_a_model_that_is_gone_leaves_no_inputs():
+    model, samples = OfTwo(), [TWO[0].clone(), TWO[1]]
+    given = weakref.ref(samples[0])
+    LoraModel(model, modified_modules=["head"], sample_inputs=samples)
+    del model, samples
+    gc.collect()
+    assert given() is None

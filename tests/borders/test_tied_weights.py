@@ -1,9 +1,13 @@
 """Tied weights: the way out of a refusal, and plain models that come out untied."""
 
+import inspect
+import types
+
 import pytest
 import torch
 from support.models import build, logits
 from support.nets import shake
+from torch import nn
 
 from opendelta import LoraModel, SiteError, composition
 
@@ -59,3 +63,65 @@ def test_a_copy_that_nobody_calls_is_not_written(ran):
         expected = logits(model)
     torch.testing.assert_close(logits(plain), expected, atol=1e-5, rtol=1e-5)
     assert plain.shared.weight is plain.encoder.embed_tokens.weight
+
+
+class Tied(nn.Module):
+    """A head that has the weight of the embeddings, and that no table of the model's has."""
+
+    def __init__(self, keep):
+        super().__init__()
+        self.embed, self.body = nn.Embedding(20, 8), nn.Linear(8, 8)
+        head = nn.Linear(8, 20, bias=False)
+        head.weight = self.embed.weight
+        object.__setattr__(self, "kept", keep(head))
+
+    def forward(self, ids):
+        kept = self.kept
+        if isinstance(kept, dict | types.SimpleNamespace):
+            kept = dict(getattr(kept, "__dict__", kept))["head"]
+        head = kept[0] if isinstance(kept, tuple | list) else kept
+        x = torch.tanh(self.body(self.embed(ids)))
+        return head()(x) if inspect.isfunction(head) else head(x)
+
+
+def nested(head):
+    outer = nn.Module()
+    object.__setattr__(outer, "inner", [nn.Sequential(head)])
+    return lambda: outer.inner[0]
+
+
+KEEPERS = {
+    "attribute": lambda head: head,
+    "list": lambda head: [head],
+    "tuple": lambda head: (head,),
+    "dict": lambda head: {"head": head},
+    "namespace": lambda head: types.SimpleNamespace(head=head),
+    "closure": lambda head: lambda: head,
+    "method": lambda head: head.forward,
+    "nested": nested,
+}
+
+
+@pytest.mark.parametrize("verb", ["merge", "to_backbone"])
+@pytest.mark.parametrize("keep", KEEPERS)
+def test_a_module_that_is_not_registered_keeps_a_merge_from_its_weight(keep, verb):
+    model, ids = Tied(KEEPERS[keep]), torch.arange(20)[None]
+    delta = shake(LoraModel(model, modified_modules=["embed"]))
+    before = model(ids)
+    ways = r"'embed' \(Embedding\): .*its weight is tied to that of another Linear that the model"
+    with pytest.raises(SiteError, match=ways):
+        getattr(composition(model), verb)()
+    assert torch.equal(model(ids), before)
+    delta.detach()
+    shake(LoraModel(model, modified_modules=["body"], modules_to_save=["embed"]))
+    torch.testing.assert_close(composition(model).to_backbone()(ids), model(ids))
+
+
+@pytest.mark.parametrize("verb", ["merge", "to_backbone"])
+def test_a_module_aside_with_weights_of_its_own_hinders_no_merge(verb):
+    model, ids = Tied(KEEPERS["list"]), torch.arange(20)[None]
+    model.kept[0].weight = nn.Parameter(torch.randn(20, 8))
+    shake(LoraModel(model, modified_modules=["embed"]))
+    before = model(ids)
+    made = getattr(composition(model), verb)()
+    torch.testing.assert_close((model if verb == "merge" else made)(ids), before)
