@@ -5,7 +5,10 @@ The run changes nothing of the model. Where it fails, nothing is known.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import random
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -101,11 +104,42 @@ def _run(module: nn.Module, ids: Tensor, runs: Runs) -> list[list[Tensor]]:
     forward = type(made).forward
     mask = inspect.signature(forward).parameters.get("attention_mask")
     more = {"attention_mask": torch.ones_like(ids)} if mask and mask.default is mask.empty else {}
-    outputs = [forward(made, **given, **more) for given in runs(made, ids)]
+    todo, outputs = runs(made, ids), []
+    with drawing_alike(made) as again:
+        while again() and (given := next(todo, None)) is not None:
+            outputs.append(forward(made, **{**more, **given}))
     return [
         [t for t in every(Tensor, out, objects=True) if t.is_floating_point() and t.ndim > 1]
         for out in outputs
     ]
+
+
+@contextlib.contextmanager
+def drawing_alike(made: nn.Module) -> Iterator[Callable[[], bool]]:
+    """Yield a function after which the same random numbers are drawn as after its last call.
+
+    Inside `kept_random`. It returns true. A generator that a module holds is left as it was.
+    """
+    held = [g for part in made.modules() for g in vars(part).values() if _is_generator(g)]
+    states = [generator.get_state() for generator in held]
+
+    def again() -> bool:
+        torch.manual_seed(0)
+        random.seed(0)
+        if numpy := sys.modules.get("numpy"):
+            numpy.random.seed(0)
+        for generator, state in zip(held, states, strict=True):
+            generator.set_state(state)
+        return True
+
+    try:
+        yield again
+    finally:
+        again()
+
+
+def _is_generator(value: Any) -> bool:
+    return isinstance(value, torch.Generator)
 
 
 def _near(one: Tensor, other: Tensor) -> bool:

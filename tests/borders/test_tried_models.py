@@ -1,0 +1,75 @@
+"""Models of somebody's own are tried on a few tokens: what that tells, and what it leaves."""
+
+import pytest
+import torch
+from support.nets import shake
+from torch import nn
+
+import opendelta
+from opendelta import GateModel, LoraModel, PrefixModel, SiteError, SoftPromptModel
+
+pytestmark = pytest.mark.covers("SoftPromptModel", "SiteError")
+
+IDS = torch.randint(20, 59, (2, 7), generator=torch.Generator().manual_seed(0))
+TOKENS = [7, 9, 11]
+WRITTEN = torch.cat([torch.tensor([TOKENS] * 2), IDS], 1)
+LEFT = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [1] * 7])
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.mlp = nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def forward(self, h, keep=None, causal=True):
+        q, k, v = self.qkv(h).split(16, -1)
+        seen = torch.ones(q.size(1), k.size(1)).bool()[None]
+        seen = seen.tril() if causal else seen
+        seen = seen if keep is None else seen & keep[:, None]
+        h = h + (q @ k.mT / 4).masked_fill(~seen, -1e9).softmax(-1) @ v
+        return h + torch.tanh(self.mlp(h))
+
+
+class Net(nn.Module):
+    """Two blocks; what its forward takes and returns is written in subclasses."""
+
+    causal = True
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.tok, self.blocks = nn.Embedding(60, 16), nn.ModuleList([Attention(), Attention()])
+        self.eval()
+
+    def run(self, h, keep=None):
+        for block in self.blocks:
+            h = block(h, keep, self.causal)
+        return h
+
+    def embedded(self, ids, embeds):
+        return self.tok(ids) if embeds is None else embeds
+
+
+def prompt(model, **options):
+    return SoftPromptModel(model, soft_token_num=3, token_init=TOKENS, **options)
+
+
+# ------------------------------------------------------------------------- what a trial draws
+class Noisy(Net):
+    def __init__(self):
+        super().__init__()
+        self.generator = torch.Generator().manual_seed(3)
+
+    def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None):
+        h = self.embedded(input_ids, inputs_embeds)
+        h = h + torch.randn_like(h) + torch.randn(h.shape, generator=self.generator)
+        return self.run(h)
+
+
+def test_noise_is_no_difference_between_token_ids_and_embeddings():
+    model = Noisy()
+    states = torch.get_rng_state(), model.generator.get_state()
+    prompt(model)
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert torch.equal(model.generator.get_state(), states[1])
+    assert model(IDS).shape == (2, 7, 16)
