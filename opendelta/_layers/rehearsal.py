@@ -19,7 +19,7 @@ from .._modules.calls import every
 from .._modules.devices import device_and_dtype
 from .._modules.faking import Restoring
 from .._modules.process import eager, kept_random
-from .._modules.tensors import is_sharded, lasting
+from .._modules.tensors import is_plain, is_sharded, lasting
 from .._modules.trials import at_rest
 
 ROWS, LENGTH = 2, 6
@@ -73,13 +73,57 @@ def sees_no_later(module: nn.Module) -> bool:
     )
 
 
+@lasting()
+def is_by_position(module: nn.Module, name: str) -> bool | None:
+    """True if a module reads a row of its parameter `name` [..., rows, width] for each position.
+
+    None: it does not run on token ids alone, or reads the parameter where no gradients flow.
+    """
+    table = module.get_parameter(name)
+    if not is_plain(table) or not table.is_floating_point() or table.size(-2) < 2:
+        return None
+    where, _, key = name.rpartition(".")
+    counts = min(table.size(-2), LENGTH), min(table.size(-2), LENGTH) - 1
+    copies: list[Tensor] = []
+
+    def runs(made: nn.Module, ids: Tensor) -> Iterator[dict[str, Any]]:
+        own: Any = made.get_submodule(where)._parameters
+        for count in counts:
+            copies.append(nn.Parameter(table.detach().clone()))
+            own[key] = copies[-1]
+            yield {"input_ids": ids[:, :count]}
+        own[key] = nn.Parameter(torch.full_like(table, torch.nan))
+        yield {"input_ids": ids[:, : counts[0]]}
+
+    *outputs, lost = _outputs(module, runs, gradients=True) or ([], [], [])
+    if not lost:
+        return None
+    if not any(out.isnan().any() for out in lost):
+        return False
+    read = [_rows_read(out, copy) for out, copy in zip(outputs, copies[-2:], strict=True)]
+    return (*read,) == counts if all(read) else None
+
+
+def _rows_read(outputs: list[Tensor], table: Tensor) -> int:
+    """Return how many rows of `table` the outputs depend on."""
+    weighed = [
+        (out.flatten() * torch.linspace(1, 2, out.numel(), device=out.device)).sum()
+        for out in outputs if out.requires_grad
+    ]  # fmt: skip
+    (grads,) = torch.autograd.grad(weighed, table, allow_unused=True) if weighed else (None,)
+    return 0 if grads is None else int(grads.reshape(-1, *grads.shape[-2:]).any(0).any(-1).sum())
+
+
 Runs = Callable[[nn.Module, Tensor], Iterator[dict[str, Any]]]
 
 
 @lasting()
-@torch.no_grad()
-def _outputs(module: nn.Module, runs: Runs) -> list[list[Tensor]]:
-    """Return the floating tensors of each run's output; []: one failed."""
+def _outputs(module: nn.Module, runs: Runs, gradients: bool = False) -> list[list[Tensor]]:
+    """Return the floating tensors of each run's output; []: one failed.
+
+    Args:
+        gradients: flow to parameters that `runs` puts into the copy.
+    """
     if any(p.is_meta or is_sharded(p) for p in module.parameters()):
         return []
     tables = [part for part in module.modules() if isinstance(part, nn.Embedding)]
@@ -88,7 +132,7 @@ def _outputs(module: nn.Module, runs: Runs) -> list[list[Tensor]]:
     device, _ = device_and_dtype([module])
     # The largest table may be one of positions, or of another vocabulary.
     for size in sorted({table.num_embeddings for table in tables}, reverse=True):
-        with eager(), kept_random(), Restoring():
+        with torch.set_grad_enabled(gradients), eager(), kept_random(), Restoring():
             torch.manual_seed(0)
             try:
                 chosen = [i for i in torch.randperm(size - 1).tolist() if not {i, i + 1} & padding]

@@ -73,3 +73,49 @@ def test_noise_is_no_difference_between_token_ids_and_embeddings():
     assert torch.equal(torch.get_rng_state(), states[0])
     assert torch.equal(model.generator.get_state(), states[1])
     assert model(IDS).shape == (2, 7, 16)
+
+
+# --------------------------------------------------------------------------- tables of positions
+class Tagged(Net):
+    """What has "pos" in its name and is no table of positions."""
+
+    def __init__(self):
+        super().__init__()
+        self.pos_bias_u = nn.Parameter(torch.randn(2, 8))  # as Transformer-XL's
+        self.pos_tag_emb, self.pos_emb = nn.Embedding(6, 16), nn.Embedding(6, 16)
+        self.upos, self.composer = nn.Parameter(torch.randn(4, 16)), nn.Embedding(5, 16)
+
+    def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, tags=None):
+        h = self.embedded(input_ids, inputs_embeds) + self.pos_bias_u.flatten() + self.upos.sum(0)
+        return self.run(h if tags is None else h + self.pos_emb(tags))
+
+
+def test_a_table_of_tags_or_biases_is_none_of_positions():
+    model = Tagged()
+    prompt(model)
+    assert model(IDS).shape == (2, 7, 16)
+
+
+class Counted(Net):
+    def __init__(self, table, first=0):
+        super().__init__()
+        self.composed, self.first = table, first
+
+    def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None):
+        h = self.embedded(input_ids, inputs_embeds)
+        places = torch.arange(self.first, self.first + h.size(1))
+        rows = self.composed.squeeze(0) if isinstance(self.composed, nn.Parameter) else None
+        return self.run(h + (self.composed(places) if rows is None else rows[places]))
+
+
+@pytest.mark.parametrize("table", [
+    lambda: nn.Embedding(9, 16),
+    lambda: nn.Embedding.from_pretrained(torch.randn(9, 16)),
+    lambda: nn.Parameter(torch.randn(1, 9, 16)),
+])  # fmt: skip
+def test_a_table_that_is_read_by_position_limits_the_length(table):
+    model = Counted(table())
+    prompt(model)
+    assert model(IDS[:, :6]).shape == (2, 6, 16)
+    with pytest.raises(SiteError, match="need 10 positions, and the model's table has 9"):
+        model(IDS)
