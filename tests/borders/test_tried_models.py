@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from support.nets import shake
 from torch import nn
 
@@ -119,3 +120,54 @@ def test_a_table_that_is_read_by_position_limits_the_length(table):
     assert model(IDS[:, :6]).shape == (2, 6, 16)
     with pytest.raises(SiteError, match="need 10 positions, and the model's table has 9"):
         model(IDS)
+
+
+# ------------------------------------------------------------- what is returned beside hidden states
+class Beside(Net):
+    """It returns maps [batch, heads, length, length], heads [batch, length, ...] and a router's."""
+
+    def __init__(self, heads, scores=False):
+        super().__init__()
+        self.heads, self.scores, self.router = heads, scores, nn.Linear(16, 5)
+
+    def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None):
+        h = self.run(self.embedded(input_ids, inputs_embeds))
+        q = h.unflatten(-1, (self.heads, -1))
+        maps = q.transpose(1, 2) @ q.permute(0, 2, 3, 1)
+        maps = maps if self.scores else maps.softmax(-1)
+        return {"h": h, "maps": maps, "heads": q, "router": self.router(h.flatten(0, 1))}
+
+
+@pytest.mark.parametrize("count", [4, 5, 6])
+def test_maps_keep_their_heads_and_a_router_gives_the_tokens_rows(count):
+    model = Beside(8)
+    bare = model(WRITTEN[:, : count + 3])
+    prompt(model)
+    out = model(IDS[:, :count])
+    torch.testing.assert_close(out["maps"], bare["maps"])
+    torch.testing.assert_close(out["heads"], bare["heads"][:, 3:])
+    router = bare["router"].unflatten(0, (2, -1))[:, 3:].flatten(0, 1)
+    torch.testing.assert_close(out["router"], router)
+
+
+def test_scores_of_as_many_heads_as_positions_are_refused():
+    model = Beside(8, scores=True)
+    prompt(model)
+    assert model(IDS[:, :4])["maps"].shape == (2, 8, 7, 7)
+    with pytest.raises(SiteError, match=r"\[2, 8, 8, 8\] .* which of its axes are positions"):
+        model(IDS[:, :5])
+
+
+def test_the_routers_of_mixtral_see_the_tokens_and_its_loss_takes_them():
+    config = transformers.MixtralConfig(
+        vocab_size=60, hidden_size=16, intermediate_size=16, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, num_local_experts=4,
+        output_router_logits=True,
+    )  # fmt: skip
+    model = transformers.MixtralForCausalLM(config).eval()
+    bare = model(WRITTEN).router_logits
+    prompt(model)
+    out = model(IDS, attention_mask=torch.ones_like(IDS), labels=IDS)
+    for one, other in zip(out.router_logits, bare, strict=True):
+        torch.testing.assert_close(one, other.unflatten(0, (2, -1))[:, 3:].flatten(0, 1))
+    assert out.aux_loss.isfinite()
