@@ -29,6 +29,7 @@ NO_STATES = (
 NONE_HELD = "if it holds no earlier tokens, begin its name with 'cond'"
 HINTS = ("past", "prev", "history", "cache")  # in the name of a tensor that is such a state
 STATES = ("hidden", "kv", "hx", "h0", "h_0")  # or these are its name
+LENGTHS = ("lengths", "lens", "_length", "_len")  # ends of the names of counts of each row's tokens
 PLACES = ("cache_position", "input_pos")  # arguments that number the tokens of a call
 START = "start_pos"  # an argument that counts the tokens before
 
@@ -36,7 +37,7 @@ START = "start_pos"  # an argument that counts the tokens before
 def other_mask_in(given: Mapping[str, Any], batch: int) -> str:
     """Return the name of an argument that may tell padding, under a name of its own; or ""."""
     for name, value in given.items():
-        tells = "mask" in name or name.startswith("pad") or name.endswith(("lengths", "seq_lens"))
+        tells = "mask" in name or name.startswith("pad") or name.endswith(LENGTHS)
         if name == "attention_mask" or name.startswith(NO_STATES) or "loss" in name or not tells:
             continue
         if isinstance(value, Tensor) and value.ndim and value.size(0) == batch:

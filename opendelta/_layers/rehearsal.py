@@ -52,27 +52,6 @@ def embeds(module: nn.Module, name: str, scale: float) -> bool | None:
     return all(map(_near, of_ids, of_embeddings))
 
 
-def sees_no_later(module: nn.Module) -> bool:
-    """True if each token of a module's output depends on earlier tokens, and on no later ones."""
-
-    def runs(made: nn.Module, ids: Tensor) -> Iterator[dict[str, Any]]:
-        for place in (-1, 0, None):
-            other = ids.clone()
-            if place is not None:
-                other[:, place] += 1
-            yield {"input_ids": other}
-
-    found = _outputs(module, runs)
-    if not found:
-        return False
-    pairs = [three for three in zip(*found, strict=False) if three[0].shape[:2] == (ROWS, LENGTH)]
-    return (
-        bool(pairs)
-        and all(_near(last[:, :-1], plain[:, :-1]) for last, _, plain in pairs)
-        and any(not _near(first[:, -1], plain[:, -1]) for _, first, plain in pairs)
-    )
-
-
 @lasting()
 def is_by_position(module: nn.Module, name: str) -> bool | None:
     """True if a module reads a row of its parameter `name` [..., rows, width] for each position.
@@ -126,21 +105,38 @@ def _outputs(module: nn.Module, runs: Runs, gradients: bool = False) -> list[lis
     """
     if any(p.is_meta or is_sharded(p) for p in module.parameters()):
         return []
-    tables = [part for part in module.modules() if isinstance(part, nn.Embedding)]
-    padding = {getattr(getattr(module, "config", None), "pad_token_id", None)}
-    padding |= {table.padding_idx for table in tables}
-    device, _ = device_and_dtype([module])
-    # The largest table may be one of positions, or of another vocabulary.
-    for size in sorted({table.num_embeddings for table in tables}, reverse=True):
+    for ids in some_ids(module):
         with torch.set_grad_enabled(gradients), eager(), kept_random(), Restoring():
-            torch.manual_seed(0)
             try:
-                chosen = [i for i in torch.randperm(size - 1).tolist() if not {i, i + 1} & padding]
-                ids = torch.tensor((chosen * LENGTH)[: ROWS * LENGTH], device=device)
-                return _run(module, ids.view(ROWS, LENGTH), runs)
+                return _run(module, ids, runs)
             except Exception:  # whatever a forward of somebody's own raises on such an input
                 continue
     return []
+
+
+def some_ids(module: nn.Module) -> Iterator[Tensor]:
+    """Yield ids [rows, length] for the tables of a module, the largest first, but for padding.
+
+    The largest may be one of positions, or of another vocabulary.
+    """
+    tables = [part for part in module.modules() if isinstance(part, nn.Embedding)]
+    padding = special_ids(module)
+    device, _ = device_and_dtype([module])
+    for size in sorted({table.num_embeddings for table in tables}, reverse=True):
+        order = torch.randperm(size, generator=torch.Generator().manual_seed(0)).tolist()
+        chosen = [i for i in order if i not in padding]
+        if chosen:
+            ids = torch.tensor((chosen * ROWS * LENGTH)[: ROWS * LENGTH], device=device)
+            yield ids.view(ROWS, LENGTH)
+
+
+def special_ids(module: nn.Module) -> set[int]:
+    """Return the token ids that a module may take for padding."""
+    tables = [part for part in module.modules() if isinstance(part, nn.Embedding)]
+    found = {getattr(getattr(module, "config", None), "pad_token_id", None)}
+    found |= {table.padding_idx for table in tables}
+    found |= {v for k, v in vars(module).items() if k.startswith("pad")}
+    return {0} | {i for i in found if type(i) is int and i >= 0}
 
 
 def _run(module: nn.Module, ids: Tensor, runs: Runs) -> list[list[Tensor]]:

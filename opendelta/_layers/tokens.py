@@ -32,7 +32,7 @@ from .documents import (
     other_mask_in,
     state_in,
 )
-from .rehearsal import is_own, sees_no_later
+from .rehearsal import is_own
 
 READS = {"input_ids", "attention_mask"}
 EMBEDDED = ("input_ids", "inputs_embeds")
@@ -442,29 +442,3 @@ def notes_for(
 
 def _own(module: nn.Module) -> list[str]:
     return arguments(module)[1:]
-
-
-def check_not_causal(made: Mapping[str, DeltaLayer], modules: Mapping[str, nn.Module]) -> None:
-    """Raise if a layer is inside a model whose tokens see no later ones.
-
-    There the mean over all tokens would tell each token of the later ones, and generation by steps
-    would compute something else.
-    """
-    tried = dict[str, bool]()
-    for name in made:
-        outer = [*ancestors(name), ""]
-        where = next((o for o in outer if set(arguments(modules[o])) >= READS), "")
-        around = modules[where]
-        if where not in tried:
-            own = is_own(around) and "input_ids" in arguments(around)
-            tried[where] = own and sees_no_later(around)
-        if tried[where] or any(_sees_no_later(part) for part in around.modules()):
-            raise SiteError(
-                f'per="sequence": {name!r} is inside {type(around).__name__}, where a token may '
-                f"not see later ones: choose {SEQUENCE.instead}",
-                where=name,
-            )
-
-
-def _sees_no_later(module: nn.Module) -> bool:
-    return any(getattr(module, name, None) is True for name in ("is_causal", "is_decoder"))

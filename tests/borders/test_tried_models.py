@@ -171,3 +171,150 @@ def test_the_routers_of_mixtral_see_the_tokens_and_its_loss_takes_them():
     for one, other in zip(out.router_logits, bare, strict=True):
         torch.testing.assert_close(one, other.unflatten(0, (2, -1))[:, 3:].flatten(0, 1))
     assert out.aux_loss.isfinite()
+
+
+# ----------------------------------------------------------------- gates for each sequence
+def gate(model, where="mlp"):
+    for name in "ab":
+        shake(LoraModel(model, modified_modules=[where], name=name))
+    return shake(GateModel(model, deltas=["a", "b"], per="sequence", name="gate"))
+
+
+class Idx(Net):
+    def forward(self, idx):
+        return self.run(self.tok(idx))
+
+
+class Batch(Net):
+    def forward(self, batch):
+        return {"logits": self.run(self.tok(batch["tokens"]))}
+
+
+class Nano(Net):
+    """As nanoGPT: without targets the last position's logits alone."""
+
+    def forward(self, input_ids, targets=None):
+        h = self.run(self.tok(input_ids))
+        return (h[:, [-1]], None) if targets is None else (h, h.sum())
+
+
+class Start(Net):
+    def forward(self, input_ids, start_pos):
+        return self.run(self.tok(input_ids))
+
+
+class LengthFirst(Net):
+    def forward(self, idx):
+        return self.run(self.tok(idx)).transpose(0, 1)
+
+
+class Embedded(Net):
+    def forward(self, inputs_embeds):
+        return self.run(inputs_embeds)
+
+
+class Loss(Net):
+    def forward(self, tokens, labels):
+        logits = self.run(self.tok(tokens)) @ self.tok.weight.T
+        return nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
+class InFunctions(nn.Module):
+    """No module behind the gate shows what attention does."""
+
+    causal = True
+
+    def __init__(self):
+        super().__init__()
+        self.tok, self.mlp = nn.Embedding(60, 16), nn.Linear(16, 16)
+
+    def forward(self, tokens):
+        h = self.mlp(self.tok(tokens))
+        h = nn.functional.scaled_dot_product_attention(h, h, h, is_causal=self.causal)
+        return h.square().mean() if self.causal else h.mean(1)
+
+
+EMBEDS = torch.randn(2, 7, 16, generator=torch.Generator().manual_seed(1))
+CALLS = {
+    Idx: (IDS,), Batch: ({"tokens": IDS},), Nano: (IDS,), Start: (IDS, 0), LengthFirst: (IDS,),
+    Embedded: (EMBEDS,), Loss: (IDS, IDS), InFunctions: (IDS,),
+}  # fmt: skip
+
+
+@pytest.mark.covers("GateConfig.per")
+@pytest.mark.parametrize("cls", CALLS)
+def test_a_gate_for_each_sequence_is_refused_in_any_causal_model(cls):
+    model = cls()
+    with pytest.raises(SiteError, match=r"a token may not see later ones: choose a gate for each"):
+        gate(model)
+        model(*CALLS[cls])
+
+
+@pytest.mark.parametrize("cls", CALLS)
+def test_a_gate_for_each_sequence_acts_in_any_encoder(cls):
+    model = type("Encoder", (cls,), {"causal": False})()
+    gate(model)
+    before = torch.get_rng_state()
+    first = model(*CALLS[cls])
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.testing.assert_close(model(*CALLS[cls]), first)
+
+
+def test_where_nothing_shows_what_tokens_see_the_model_must_say_it():
+    class Odd(Net):
+        causal = False
+
+        def forward(self, text):
+            ids = torch.tensor([[ord(letter) % 60 for letter in text]])
+            return self.run(self.tok(ids)) + next(self.steps)
+
+    for said in (False, True):
+        model = Odd()
+        model.steps = iter([0.0])  # a second run fails
+        if said:
+            model.is_causal = False
+        gate(model)
+        if said:
+            assert model("some text").shape == (1, 9, 16)
+        else:
+            with pytest.raises(SiteError, match=r"around 'blocks.0.mlp', .*set model.is_causal = F"):
+                model("some text")
+
+
+def test_a_part_of_a_model_that_was_not_tried_is_refused():
+    model = Batch()
+    model.causal = False
+    gate(model)
+    with pytest.raises(SiteError, match="call the whole model once"):
+        model.blocks[0](EMBEDS)
+    model({"tokens": IDS})
+    assert model.blocks[0](EMBEDS).shape == EMBEDS.shape
+
+
+class Encoder(Net):
+    """Its mask has the usual name, its ids have not."""
+
+    causal = False
+
+    def forward(self, idx, attention_mask=None, **other):
+        other = {k: v for k, v in other.items() if v is not None}
+        (mask,) = other.values() if other else (attention_mask,)
+        if mask is not None and mask.ndim == 1:
+            mask = torch.arange(idx.size(1)) < mask[:, None]
+        return self.run(self.tok(idx), None if mask is None else mask.bool())
+
+
+def test_padding_is_heard_of_where_token_ids_have_another_name():
+    model = Encoder()
+    gate(model)
+    torch.testing.assert_close(model(IDS, LEFT)[:1, 3:], model(IDS[:1, 3:]))
+
+
+@pytest.mark.parametrize("name", ["valid_len", "src_lengths", "pad_mask"])
+def test_padding_under_another_name_is_refused(name):
+    model = Encoder()
+    gate(model)
+    model(IDS)
+    mask = LEFT.flip(1).bool() if name == "pad_mask" else torch.tensor([4, 7])
+    with pytest.raises(SiteError, match=f"may say by '{name}' which tokens are padding"):
+        model(IDS, **{name: mask})

@@ -1,0 +1,179 @@
+"""Let gates for each sequence act only in models whose tokens see later ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from .._modules.calls import every
+from ..errors import SiteError, quoted
+from ..names import ancestors
+from .base import Acts, DeltaLayer
+from .documents import SEQUENCE, other_mask_in
+from .later import few, sees_later, sees_later_on_ids
+from .rehearsal import is_own
+from .tokens import READS, arguments, during, named, noted
+
+STATED = "is_causal"  # the attribute by which a module says whether its tokens see later ones
+
+
+class Verdict:
+    """Whether it is known that the tokens around gates see later ones.
+
+    Args:
+        where: the full names of the gates' modules.
+        around: the name of the model's class.
+    """
+
+    def __init__(self, where: list[str], around: str) -> None:
+        self.known, self.where, self.around = False, where, around
+
+    def check(self, u: Tensor) -> None:
+        """Raise in a forward of modules inside that the model's own forward did not call."""
+        if not self.known and not without_values(u):
+            self.refuse("its forward has not run yet: call the whole model once")
+
+    def refuse(self, why: str) -> None:
+        raise SiteError(
+            f'per="sequence": nothing says whether the tokens of {self.around} around '
+            f"{', '.join(map(quoted, self.where))} see later ones, as {why}. If they do, set "
+            f"model.{STATED} = False before; else choose {SEQUENCE.instead}",
+            where=self.where[0],
+        )
+
+    def refuse_causal(self, name: str) -> None:
+        raise SiteError(
+            f'per="sequence": {name!r} is inside {self.around}, where a token may not see later '
+            f"ones: choose {SEQUENCE.instead}",
+            where=name,
+        )
+
+
+def without_values(*held: Any) -> bool:
+    """True if nothing can be tried with these arguments: they have shapes alone."""
+    tensors = [t for each in held for t in every(Tensor, each)]
+    return any(isinstance(t, FakeTensor) or t.is_meta for t in tensors)
+
+
+def watched(
+    made: Mapping[str, DeltaLayer], modules: Mapping[str, nn.Module], more: dict[str, DeltaLayer]
+) -> dict[str, DeltaLayer]:
+    """Return what the root needs so that the gates in `made` act where tokens see later ones.
+
+    In others the mean over all tokens would tell each token of the later ones, and generation by
+    steps would compute something else.
+
+    Args:
+        more: the other layers that the gates need, of which the root may have one.
+
+    Raises:
+        SiteError: a layer is inside a model whose tokens see no later ones.
+    """
+    unknown, deaf = list[str](), list[str]()
+    root = modules[""]
+    for name in made:
+        outer = [*ancestors(name), ""]
+        where = next((o for o in outer if set(arguments(modules[o])) >= READS), "")
+        around, verdict = modules[where], Verdict([name], type(modules[where]).__name__)
+        if any(_sees_no_later(part) for part in around.modules()):
+            verdict.refuse_causal(name)
+        stated = any(getattr(modules[o], STATED, None) is False for o in (where, ""))
+        if is_own(around) and not stated and any(around.children()):
+            inside = name.removeprefix(where).removeprefix(".")
+            found = sees_later_on_ids(around, inside)
+            if found is False:
+                verdict.refuse_causal(name)
+            unknown += [] if found else [name]
+        heard = any("input_ids" in arguments(modules[o]) for o in outer[1:])
+        deaf += [] if heard or not is_own(root) else [name]
+    if "" in made:
+        if unknown:
+            Verdict(unknown, type(root).__name__).refuse("the gate is on the model itself")
+        return {}
+    verdict = Verdict(unknown, type(root).__name__)
+    for name in unknown:
+        made[name].verdict = verdict  # type: ignore[assignment]
+    if not unknown and not deaf:
+        return {}
+    return {"": Hears(root, verdict if unknown else None, bool(deaf), more.get(""))}
+
+
+def _sees_no_later(module: nn.Module) -> bool:
+    return any(getattr(module, name, None) is True for name in (STATED, "is_decoder"))
+
+
+class Hears(DeltaLayer):
+    """Tries a model of somebody's own on the inputs of its first forward, and hears of padding.
+
+    Args:
+        module: the model, which is not kept.
+        verdict: what is to be found; None: it is known.
+        listens: modules inside are given no token ids under their usual name.
+        inner: another layer of the same delta on the model; or None.
+    """
+
+    acts = Acts.SERVES
+    routes_itself = True
+    sees_module = True
+
+    def __init__(
+        self, module: nn.Module, verdict: Verdict | None, listens: bool, inner: DeltaLayer | None
+    ) -> None:
+        super().__init__()
+        self.arguments, self.verdict, self.listens = arguments(module), verdict, listens
+        self.inner = inner
+
+    def forward(self, call: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.verdict is not None and not self.verdict.known:
+            self._try(call.module, args, kwargs)
+        if self.inner is not None:
+            return self.inner.forward(call, *args, **kwargs)
+        if not self.listens:
+            return call(*args, **kwargs)
+        given = _as_usual(named(self.arguments, args, kwargs))
+        tokens = given.get("input_ids", given.get("inputs_embeds"))
+        said = tokens is not None and (
+            given.get("attention_mask") is not None or other_mask_in(given, tokens.size(0))
+        )
+        documents = noted(given, "", SEQUENCE, own=True) if said else None
+        return during(documents, call, *args, **kwargs)
+
+    def _try(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Find by the arguments of a call whether tokens see later ones.
+
+        Raises:
+            SiteError: they do not, or nothing shows it.
+        """
+        verdict: Any = self.verdict
+        if torch.compiler.is_compiling():
+            verdict.refuse("nothing can be tried in compiled code: run a batch without it first")
+        if without_values(args, kwargs, [*module.parameters()]):
+            return
+        for name in verdict.where:
+            found = sees_later(module, name, *few((args, kwargs)))
+            found = sees_later(module, name, args, kwargs) if found is None else found
+            if found is False:
+                verdict.refuse_causal(name)
+            if found is None:
+                verdict.refuse("a trial on the inputs of this call does not show it")
+        verdict.known = True
+
+
+def _as_usual(given: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a call, and what is in a batch, with the usual name for the tokens."""
+    flat = dict[str, Any]()
+    for name, value in given.items():
+        flat |= value if isinstance(value, Mapping) else {name: value}
+    if flat.get("input_ids") is not None or flat.get("inputs_embeds") is not None:
+        return flat
+    tensors = [(name, t) for name, t in flat.items() if isinstance(t, Tensor)]
+    ids = (n for n, t in tensors if t.ndim == 2 and t.dtype in (torch.int64, torch.int32))
+    rows = (n for n, t in tensors if t.ndim == 3 and t.is_floating_point())
+    if (name := next(ids, None)) is not None:
+        return {**flat, "input_ids": flat.pop(name)}
+    name = next(rows, None)
+    return flat if name is None else {**flat, "inputs_embeds": flat.pop(name)}
