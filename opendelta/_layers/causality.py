@@ -34,7 +34,7 @@ class Verdict:
 
     def check(self, u: Tensor) -> None:
         """Raise in a forward of modules inside that the model's own forward did not call."""
-        if not self.known and not without_values(u):
+        if not self.known and u.size(-2) > 1 and not without_values(u):
             self.refuse("its forward has not run yet: call the whole model once")
 
     def refuse(self, why: str) -> None:
@@ -57,6 +57,11 @@ def without_values(*held: Any) -> bool:
     """True if nothing can be tried with these arguments: they have shapes alone."""
     tensors = [t for each in held for t in every(Tensor, each)]
     return any(isinstance(t, FakeTensor) or t.is_meta for t in tensors)
+
+
+def _is_of_one(*given: Any) -> bool:
+    """True if the arguments of a call are those of a single token."""
+    return all(t.size(1) == 1 for t in every(Tensor, given) if t.ndim > 1)
 
 
 def watched(
@@ -151,7 +156,7 @@ class Hears(DeltaLayer):
         verdict: Any = self.verdict
         if torch.compiler.is_compiling():
             verdict.refuse("nothing can be tried in compiled code: run a batch without it first")
-        if without_values(args, kwargs, [*module.parameters()]):
+        if without_values(args, kwargs, [*module.parameters()]) or _is_of_one(args, kwargs):
             return
         for name in verdict.where:
             found = sees_later(module, name, *few((args, kwargs)))

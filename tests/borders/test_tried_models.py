@@ -318,3 +318,11 @@ def test_padding_under_another_name_is_refused(name):
     mask = LEFT.flip(1).bool() if name == "pad_mask" else torch.tensor([4, 7])
     with pytest.raises(SiteError, match=f"may say by '{name}' which tokens are padding"):
         model(IDS, **{name: mask})
+
+
+def test_a_first_call_of_one_token_decides_nothing():
+    model = Batch()
+    with pytest.raises(SiteError, match="may not see later ones"):
+        gate(model)
+        model({"tokens": IDS[:, :1]})
+        model({"tokens": IDS})
