@@ -52,6 +52,64 @@ def embeds(module: nn.Module, name: str, scale: float) -> bool | None:
     return all(map(_near, of_ids, of_embeddings))
 
 
+def is_relative(module: nn.Module) -> bool | None:
+    """True if position ids matter to a module by their distances alone; None: it does not show.
+
+    So it is where queries and keys are turned by them.
+    """
+
+    def runs(made: nn.Module, ids: Tensor) -> Iterator[dict[str, Any]]:
+        places = torch.arange(LENGTH, device=ids.device).expand(ROWS, -1)
+        for moved in (places, places + 1, places + (places > 2)):
+            yield {"input_ids": ids, "position_ids": moved}
+
+    return _moves_alone(*(_outputs(module, runs) or [[]] * 3))
+
+
+def counts_distances(
+    module: nn.Module, prepare: Callable[[nn.Module], None]
+) -> bool | None:
+    """True if padding before the tokens changes nothing, and padding among them does.
+
+    None: it does not show. So it is where queries and keys are turned, or biased, by numbers that a
+    module makes itself.
+
+    Args:
+        prepare: is given the copy of the module that runs.
+    """
+
+    def runs(made: nn.Module, ids: Tensor) -> Iterator[dict[str, Any]]:
+        prepare(made)
+        ids = ids[:, :4]
+        for padding in (4, 0, 2):  # behind the tokens, before them, among them
+            order = [*range(4)]
+            order[padding:padding] = [-1, -1]
+            mask = torch.tensor([[int(place >= 0) for place in order]] * ROWS, device=ids.device)
+            yield {"input_ids": ids[:, order], "attention_mask": mask}
+
+    def tokens(outputs: list[Tensor], first: int, second: int) -> list[Tensor]:
+        rows = [out for out in outputs if out.ndim > 2 and out.shape[:2] == (ROWS, LENGTH)]
+        return [torch.cat([o[:, first : first + 2], o[:, second : second + 2]], 1) for o in rows]
+
+    behind, before, among = _outputs(module, runs) or [[]] * 3
+    return _moves_alone(tokens(behind, 0, 2), tokens(before, 2, 4), tokens(among, 0, 4))
+
+
+def _moves_alone(plain: list[Tensor], moved: list[Tensor], spread: list[Tensor]) -> bool | None:
+    """True if `spread` is another result than `plain`, and `moved` is the same; None: unclear."""
+    if not plain or not len(plain) == len(moved) == len(spread):
+        return None
+    off, differs = _distance(plain, moved), _distance(plain, spread)
+    if off < differs / 10 or not differs:
+        return bool(differs)
+    return False if all(out.dtype in TOLERANCE for out in plain) else None
+
+
+def _distance(one: list[Tensor], other: list[Tensor]) -> float:
+    pairs = zip(one, other, strict=True)
+    return sum(float((a.double() - b.double()).square().sum()) for a, b in pairs) ** 0.5
+
+
 @lasting()
 def is_by_position(module: nn.Module, name: str) -> bool | None:
     """True if a module reads a row of its parameter `name` [..., rows, width] for each position.
@@ -180,6 +238,11 @@ def drawing_alike(made: nn.Module) -> Iterator[Callable[[], bool]]:
 
 def _is_generator(value: Any) -> bool:
     return isinstance(value, torch.Generator)
+
+
+def differ(one: Tensor, other: Tensor) -> bool:
+    """True if results that should be equal are not."""
+    return not _near(one, other)
 
 
 def _near(one: Tensor, other: Tensor) -> bool:

@@ -5,6 +5,8 @@ import torch
 import transformers
 from support.nets import shake
 from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import eager_attention_forward
 
 import opendelta
 from opendelta import GateModel, LoraModel, PrefixModel, SiteError, SoftPromptModel
@@ -326,3 +328,99 @@ def test_a_first_call_of_one_token_decides_nothing():
         gate(model)
         model({"tokens": IDS[:, :1]})
         model({"tokens": IDS})
+
+
+# --------------------------------------------------------------- prefixes, and what turns queries
+def turned(x, places):
+    angles = places[:, None, :, None] / 10.0 ** (torch.arange(4) / 4)
+    a, b = x.chunk(2, -1)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+
+
+class ByInterface(nn.Module):
+    is_causal, num_key_value_groups = True, 1
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.qkv = config, nn.Linear(16, 48)
+
+    def forward(self, x, mask, places):
+        heads = (t.unflatten(-1, (2, 8)).transpose(1, 2) for t in self.qkv(x).split(16, -1))
+        q, k, v = heads
+        if places is not None:
+            q, k = turned(q, places), turned(k, places)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        return attend(self, q, k, v, mask, scaling=0.35, dropout=0.0)[0].flatten(2)
+
+
+class Turning(nn.Module):
+    """Its positions: ids or its own numbers, turned or as biases, from a table, or none."""
+
+    def __init__(self, how):
+        super().__init__()
+        torch.manual_seed(0)
+        self.how, self.config = how, transformers.PretrainedConfig()
+        self.config._attn_implementation = "sdpa"
+        self.emb, self.table = nn.Embedding(60, 16), nn.Embedding(20, 16)
+        self.h = nn.ModuleList([ByInterface(self.config) for _ in range(2)])
+        self.eval()
+
+    def run(self, input_ids, attention_mask, position_ids=None):
+        x, length = self.emb(input_ids), input_ids.size(1)
+        places = torch.arange(length)[None] if position_ids is None else position_ids
+        seen = torch.ones(length, length).tril().bool()[None, None]
+        if attention_mask is not None:
+            seen = seen & attention_mask.bool()[:, None, None]
+        mask = torch.zeros(seen.shape).masked_fill(~seen, -1e9)
+        if self.how == "bias":
+            mask = mask - (places[0] - places[0][:, None]).abs()
+        if self.how == "table":
+            x = x + self.table(places)
+        for part in self.h:
+            x = x + part(x, mask, places if self.how == "turned" else None)
+        return x
+
+
+class WithIds(Turning):
+    def forward(
+        self, input_ids=None, attention_mask=None, position_ids=None, inputs_embeds=None
+    ):
+        return self.run(input_ids, attention_mask, position_ids)
+
+
+class WithoutIds(Turning):
+    def forward(self, input_ids, attention_mask=None):
+        return self.run(input_ids, attention_mask)
+
+
+class Ignoring(WithIds):
+    def forward(
+        self, input_ids=None, attention_mask=None, position_ids=None, inputs_embeds=None
+    ):
+        return self.run(input_ids, attention_mask)
+
+
+@pytest.mark.covers("PrefixModel")
+@pytest.mark.parametrize("how", ["turned", "bias", "none", "table"])
+@pytest.mark.parametrize("cls", [WithIds, WithoutIds, Ignoring])
+def test_a_prefix_acts_on_padded_rows_as_on_rows_alone_or_refuses_them(cls, how):
+    model = cls(how)
+    shake(PrefixModel(
+        model, modified_modules=["h.0", "h.1"], prefix_token_num=3, reparameterize=False,
+        sample_inputs={"input_ids": IDS},
+    ))  # fmt: skip
+    alone = model(IDS[:1, 3:])
+    torch.testing.assert_close(model(IDS.flip(1), LEFT.flip(1))[:1, :4], model(IDS.flip(1)[:1, :4]))
+    if how == "turned" and cls is not WithIds:
+        with pytest.raises(SiteError, match="may turn queries and keys by positions that count pad"):
+            model(IDS, LEFT)
+        return
+    if how == "table" and cls is WithIds:
+        places = (LEFT.cumsum(-1) - 1).clamp(min=0)
+        torch.testing.assert_close(model(IDS, LEFT, position_ids=places)[:1, 3:], alone)
+    found = model(IDS, LEFT)[:1, 3:]
+    if how != "table":  # there the model alone counts the padding
+        torch.testing.assert_close(found, alone)
