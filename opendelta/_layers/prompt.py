@@ -18,7 +18,7 @@ from .._modules.kinds import Embedding, kind_of
 from ..errors import DeltaError, SiteError, quoted
 from .base import Acts, DeltaLayer, Handover
 from .costs import Flops
-from .documents import CACHES, Documents, cache_in, has_axis, other_state_in, positions_of, unnoted
+from .documents import CACHES, Documents, cache_in, earlier, has_axis, other_state_in, positions_of, unnoted
 from .embedders import block_holder, in_decoders
 from .embedding import embedding_of, numbered, numbering, room, scale_of
 from .layout import (
@@ -34,7 +34,7 @@ from .layout import (
     unknown,
     widen_values,
 )
-from .rehearsal import is_own
+from .rehearsal import is_own, other_ids
 from .site import Site
 from .strip import Strip, StripInput, WithPrompt, check_all, check_positions, laid, strip
 from .tokens import EMBEDDED, arguments, mask_around, named, noting, padding_id, with_mask
@@ -76,6 +76,7 @@ class PromptLayer(WithPrompt):
         self.room = room(site.module)
         self.library = not is_own(site.module)
         self.scale = scale_of(site.module)
+        self.by_id = [] if self.library else other_ids(site.module, self.embedding, self.scale)
         # To strip right after the blocks, as later modules read a single position.
         self.stripper: Handover | None = None
         self.pooled = False  # a pooler beside the blocks needs its input stripped
@@ -198,11 +199,25 @@ class PromptLayer(WithPrompt):
                 f"the attention mask of {kind} must be [batch, length], so that the prompt can be "
                 "put between its columns"
             )
+        if mask is None and tokens.dtype in IDS and self.by_id and earlier(given) == 0:
+            self._check_ids(kind, tokens)
         if positions_of(given, length) is None and POSITIONS[1] not in self.arguments:
             given.pop(POSITIONS[1], None)
         if why := unknown(given, batch, length, self._state_in(given)):
             self._refuse(f"{kind} is given {why}")
         return batch, length
+
+    def _check_ids(self, kind: str, tokens: Tensor) -> None:
+        """Raise if a call without a mask has ids by which a forward of somebody's own hides."""
+        if torch.compiler.is_compiling():
+            return
+        found = [token for token in self.by_id if (tokens == token).any()]
+        if found:
+            self._refuse(
+                f"{kind} computes something else of the token id {found[0]} than of its embedding, "
+                "as where it finds padding by ids, and behind a prompt it is given embeddings: give "
+                "an attention_mask"
+            )
 
     def _state_in(self, given: dict[str, Any]) -> str:
         """Return the name of a state that may lack the prompt, as nobody knows where it is from."""
@@ -215,7 +230,8 @@ class PromptLayer(WithPrompt):
         """Widen all arguments in `given` that have a value for each token."""
         ids, mask, positions = (given.get(n) for n in ("input_ids", *POSITIONS))
         if mask is not None:
-            given["attention_mask"] = torch.where(layout.filler, 0, layout.widened(mask, 1))
+            widened = torch.where(layout.filler, 0, layout.widened(mask, 1))
+            given["attention_mask"] = widened.to(mask.dtype)
         elif layout.ragged:
             given["attention_mask"] = self._mask(module, layout)
         if positions is not None:

@@ -66,6 +66,55 @@ def is_relative(module: nn.Module) -> bool | None:
     return _moves_alone(*(_outputs(module, runs) or [[]] * 3))
 
 
+def hidden_id(module: nn.Module) -> int | None:
+    """Return the token id that a module takes for padding where a call has no mask; or None."""
+
+    def runs(made: nn.Module, ids: Tensor) -> Iterator[dict[str, Any]]:
+        ids = _with(ids, token)
+        mask = (ids != token).long()
+        yield {"input_ids": ids}
+        yield {"input_ids": ids, "attention_mask": mask}
+        yield {"input_ids": ids, "attention_mask": torch.ones_like(mask)}
+
+    for token in sorted(special_ids(module)):
+        if _moves_alone(*(_outputs(module, runs) or [[]] * 3)):
+            return token
+    return None
+
+
+def other_ids(module: nn.Module, name: str, scale: float) -> list[int]:
+    """Return the token ids that may be padding and are more to a module than their embeddings.
+
+    The arguments are those of `embeds`.
+    """
+    found = []
+    for token in sorted(special_ids(module)):
+
+        def runs(made: nn.Module, ids: Tensor, token: int = token) -> Iterator[dict[str, Any]]:
+            for each in (_with(ids, token), ids):
+                yield {"input_ids": each}
+                yield {"inputs_embeds": made.get_submodule(name)(each) * scale}
+
+        ids, embedded, plain, of_plain = _outputs(module, runs) or [[]] * 4
+        if ids and not len(ids) == len(embedded) == len(plain) == len(of_plain):
+            continue
+        if _distance(ids, embedded) > 10 * _distance(plain, of_plain) + _least(ids):
+            found.append(token)
+    return found
+
+
+def _with(ids: Tensor, token: int) -> Tensor:
+    """Return ids with one token at both ends of the first row."""
+    ids = ids.clone()
+    ids[0, :2] = ids[0, -1] = token
+    return ids
+
+
+def _least(outputs: list[Tensor]) -> float:
+    """Return by how much outputs may differ that are the same but for rounding."""
+    return sum(1e-6 * float(out.double().norm()) for out in outputs)
+
+
 def counts_distances(
     module: nn.Module, prepare: Callable[[nn.Module], None]
 ) -> bool | None:

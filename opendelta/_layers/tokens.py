@@ -32,7 +32,7 @@ from .documents import (
     other_mask_in,
     state_in,
 )
-from .rehearsal import is_own
+from .rehearsal import hidden_id, is_own
 
 READS = {"input_ids", "attention_mask"}
 EMBEDDED = ("input_ids", "inputs_embeds")
@@ -74,6 +74,8 @@ def padding_id(module: nn.Module) -> int | None:
     """Return the token id that a module takes for padding, if a call has no mask; or None."""
     names = (base.__name__ for base in type(module).__mro__)
     attribute = next((HIDDEN_BY_ID[name] for name in names if name in HIDDEN_BY_ID), "")
+    if not attribute and is_own(module) and {*arguments(module)} >= READS:
+        return hidden_id(module)
     return operator.attrgetter(attribute)(module) if attribute else None
 
 

@@ -424,3 +424,68 @@ def test_a_prefix_acts_on_padded_rows_as_on_rows_alone_or_refuses_them(cls, how)
     found = model(IDS, LEFT)[:1, 3:]
     if how != "table":  # there the model alone counts the padding
         torch.testing.assert_close(found, alone)
+
+
+# ---------------------------------------------------------------------------- padding by id
+class ById(Net):
+    pad, name = 0, ""
+
+    def __init__(self):
+        super().__init__()
+        if self.name:
+            setattr(self, self.name, self.pad)
+
+    def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None):
+        if attention_mask is None and input_ids is not None:
+            attention_mask = input_ids != self.pad
+        h = self.embedded(input_ids, inputs_embeds)
+        return self.run(h, None if attention_mask is None else attention_mask != 0)
+
+
+class Own(ById):
+    """Its mask must be one of booleans."""
+
+    def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None):
+        assert attention_mask is None or attention_mask.dtype == torch.bool
+        return super().forward(input_ids, attention_mask, inputs_embeds)
+
+
+BY_ID = [(ById, 0, ""), (ById, 5, "pad_id"), (Own, 0, ""), (Own, 5, "padding_idx")]
+
+
+@pytest.mark.parametrize(("cls", "pad", "name"), BY_ID)
+def test_padding_by_id_stays_hidden_behind_a_prompt(cls, pad, name):
+    model = type("Padded", (cls,), {"pad": pad, "name": name})()
+    expected = model(torch.cat([torch.tensor([TOKENS]), IDS[:1, 3:]], 1))[:, 3:]
+    ids = torch.where(LEFT == 1, IDS, pad)
+    prompt(model)
+    if cls is Own:
+        with pytest.raises(SiteError, match=f"of the token id {pad} than of its .*attention_mask"):
+            model(ids)
+        model(IDS)
+        torch.testing.assert_close(model(ids, LEFT == 1)[:1, 3:], expected)
+    else:
+        torch.testing.assert_close(model(ids)[:1, 3:], expected)
+        torch.testing.assert_close(model(ids, LEFT)[:1, 3:], expected)
+
+
+def test_first_tokens_and_means_are_those_behind_padding_by_id():
+    model, ids = ById(), torch.where(LEFT == 1, IDS, 0)
+    shake(opendelta.LoReftModel(model, modified_modules=["blocks.1.mlp"], first=2))
+    torch.testing.assert_close(model(ids)[:1, 3:], model(IDS[:1, 3:]))
+    model = type("Encoder", (ById,), {"causal": False})()
+    gate(model)
+    torch.testing.assert_close(model(ids)[:1, 3:], model(IDS[:1, 3:]))
+
+
+def test_an_id_that_is_like_others_is_no_padding():
+    class Plain(Net):
+        def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None):
+            keep = None if attention_mask is None else attention_mask.bool()
+            return self.run(self.embedded(input_ids, inputs_embeds), keep)
+
+    model, ids = Plain(), IDS * LEFT
+    expected = model(torch.cat([torch.tensor([TOKENS] * 2), ids], 1))[:, 3:]
+    model.pad_id = 0
+    prompt(model)
+    torch.testing.assert_close(model(ids), expected)
