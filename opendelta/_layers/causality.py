@@ -169,7 +169,7 @@ class Hears(DeltaLayer):
 
 
 def _as_usual(given: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a call, and what is in a batch, with the usual name for the tokens."""
+    """Return the arguments of a call, and those in a batch, with the usual name of the tokens."""
     flat = dict[str, Any]()
     for name, value in given.items():
         flat |= value if isinstance(value, Mapping) else {name: value}
@@ -178,7 +178,7 @@ def _as_usual(given: dict[str, Any]) -> dict[str, Any]:
     tensors = [(name, t) for name, t in flat.items() if isinstance(t, Tensor)]
     ids = (n for n, t in tensors if t.ndim == 2 and t.dtype in (torch.int64, torch.int32))
     rows = (n for n, t in tensors if t.ndim == 3 and t.is_floating_point())
-    if (name := next(ids, None)) is not None:
-        return {**flat, "input_ids": flat.pop(name)}
-    name = next(rows, None)
-    return flat if name is None else {**flat, "inputs_embeds": flat.pop(name)}
+    for usual, found in (("input_ids", ids), ("inputs_embeds", rows)):
+        for name in found:
+            return {**flat, usual: flat[name]}
+    return flat

@@ -39,9 +39,7 @@ def sees_later_on_ids(module: nn.Module, site: str) -> bool | None:
 
 @lasting()
 @torch.no_grad()
-def sees_later(
-    module: nn.Module, site: str, args: tuple, kwargs: dict[str, Any]
-) -> bool | None:
+def sees_later(module: nn.Module, site: str, args: tuple, kwargs: dict[str, Any]) -> bool | None:
     """True if tokens see later ones, or no others; False if earlier ones alone; None: unknown.
 
     Args:
@@ -174,7 +172,7 @@ class _Record(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = [t for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)]
-        first = not func._schema.is_mutable and not any(id(tensor) in self.known for tensor in given)
+        first = not func._schema.is_mutable and not any(id(t) in self.known for t in given)
         out = func(*args, **(kwargs or {}))
         return tree_map_only(Tensor, lambda tensor: self._noted(tensor, first), out)
 
@@ -199,4 +197,3 @@ def _changed(tensor: Tensor, axis: int, place: int) -> Tensor:
     steps = torch.linspace(-1, 1.3, values.numel(), device=values.device).view(values.shape)
     values.add_((steps * size).to(values.dtype))
     return tensor
-

@@ -55,10 +55,11 @@ def places_for(
         for outer in around
         if outer in turning or _makes_them(modules[outer])
     }
-    inner = {own[0] if own else _reader_around(name, modules)
-             for name, own in zip(made, takes, strict=True)}  # fmt: skip
-    for outer in inner - found.keys() - {None}:
-        if is_own(modules[outer]) and _may_turn(modules[outer], watch):
+    inner = [own[:1] or _reader_around(name, modules)
+             for name, own in zip(made, takes, strict=True)]  # fmt: skip
+    for outer in {outer for outers in inner for outer in outers}:
+        is_new = outer not in found and is_own(modules[outer])
+        if is_new and _may_turn(modules[outer], watch):
             found[outer] = Unnumbered(modules[outer], outer)
     return found
 
@@ -74,10 +75,9 @@ def _turns(module: nn.Module) -> bool:
     return takes and is_own(module) and is_relative(module) is True
 
 
-def _reader_around(name: str, modules: Mapping[str, nn.Module]) -> str | None:
-    """Return the innermost module around `name` with token ids and a mask, or None."""
-    outer = [*ancestors(name), ""]
-    return next((o for o in outer if {*arguments(modules[o])} >= READS), None)
+def _reader_around(name: str, modules: Mapping[str, nn.Module]) -> list[str]:
+    """Return the innermost module around `name` with token ids and a mask, or none."""
+    return [o for o in [*ancestors(name), ""] if {*arguments(modules[o])} >= READS][:1]
 
 
 def _may_turn(module: nn.Module, watch: Watch) -> bool:

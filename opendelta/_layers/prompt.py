@@ -18,8 +18,18 @@ from .._modules.kinds import Embedding, kind_of
 from ..errors import DeltaError, SiteError, quoted
 from .base import Acts, DeltaLayer, Handover
 from .costs import Flops
-from .documents import CACHES, Documents, cache_in, earlier, has_axis, other_state_in, positions_of, unnoted
-from .embedders import block_holder, in_decoders
+from .crossing import crossings
+from .documents import (
+    CACHES,
+    Documents,
+    cache_in,
+    earlier,
+    has_axis,
+    other_state_in,
+    positions_of,
+    unnoted,
+)
+from .embedders import block_holder
 from .embedding import embedding_of, numbered, numbering, room, scale_of
 from .layout import (
     POSITIONS,
@@ -38,9 +48,8 @@ from .rehearsal import is_own, other_ids
 from .site import Site
 from .strip import Strip, StripInput, WithPrompt, check_all, check_positions, laid, strip
 from .tokens import EMBEDDED, arguments, mask_around, named, noting, padding_id, with_mask
-from .widening import STATES, CrossMask, Numbered
+from .widening import Numbered
 
-CROSS = ("encoder_attention_mask", "encoder_padding_mask")
 IDS = (torch.int64, torch.int32)
 WHOLE = ("ReformerModel",)  # classes whose cache holds whole chunks
 
@@ -79,6 +88,7 @@ class PromptLayer(WithPrompt):
         self.by_id = [] if self.library else other_ids(site.module, self.embedding, self.scale)
         # To strip right after the blocks, as later modules read a single position.
         self.stripper: Handover | None = None
+        self.told: Handover | None = None  # a decoder attends to the prompt
         self.pooled = False  # a pooler beside the blocks needs its input stripped
         self.numbered = numbered(site.module)
         self.ids = Handover() if self.numbered else None  # to number the positions by
@@ -121,6 +131,8 @@ class PromptLayer(WithPrompt):
         self._check_room(given, layout.full, self.length)
         if self.stripper is not None:
             self.stripper.put((layout.slot_of, layout.full))
+        if self.told is not None:
+            self.told.put(layout)
         widened = Documents(given, batch, layout.full, embeds.device)
         if (mask := mask_around(documents)) is not None:
             widened.mask = torch.where(layout.filler, 0, layout.widened(mask, 1))
@@ -215,8 +227,8 @@ class PromptLayer(WithPrompt):
         if found:
             self._refuse(
                 f"{kind} computes something else of the token id {found[0]} than of its embedding, "
-                "as where it finds padding by ids, and behind a prompt it is given embeddings: give "
-                "an attention_mask"
+                "as where it finds padding by ids, and behind a prompt it is given embeddings: "
+                "give an attention_mask"
             )
 
     def _state_in(self, given: dict[str, Any]) -> str:
@@ -337,19 +349,10 @@ class PromptLayer(WithPrompt):
         own: dict[str, Any] = {
             name: layer for name, layer in made.items() if isinstance(layer, cls)
         }
-        others: dict[str, DeltaLayer] = {}
-        decoders = in_decoders(modules)
         for name, layer in own.items():
             check_around(modules, name)
             layer.strip = layer.strip or is_read_by_ids(modules, name)
-        for name, module in modules.items():
-            names = arguments(module)
-            mask = next((mask for mask in CROSS if mask in names), None)
-            takes = {"input_ids", STATES} <= {*names} and mask is not None
-            if takes and id(module) in decoders and name not in own:
-                for layer in own.values():
-                    layer.strip = False  # the decoder attends to the prompt
-                    others[name] = CrossMask(names, str(mask), layer.length)
+        others = crossings(modules, own)
         for name, layer in own.items():
             if layer.ids is not None:
                 others[f"{name}.{layer.numbered}".lstrip(".")] = Numbered(

@@ -115,9 +115,7 @@ def _least(outputs: list[Tensor]) -> float:
     return sum(1e-6 * float(out.double().norm()) for out in outputs)
 
 
-def counts_distances(
-    module: nn.Module, prepare: Callable[[nn.Module], None]
-) -> bool | None:
+def counts_distances(module: nn.Module, prepare: Callable[[nn.Module], None]) -> bool | None:
     """True if padding before the tokens changes nothing, and padding among them does.
 
     None: it does not show. So it is where queries and keys are turned, or biased, by numbers that a

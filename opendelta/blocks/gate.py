@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._layers.documents import SEQUENCE
 from .._layers.causality import Verdict, watched
+from .._layers.documents import SEQUENCE
 from .._layers.tokens import Tokens, notes_for
 from ..author import (
     Block,

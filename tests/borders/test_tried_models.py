@@ -124,7 +124,7 @@ def test_a_table_that_is_read_by_position_limits_the_length(table):
         model(IDS)
 
 
-# ------------------------------------------------------------- what is returned beside hidden states
+# ----------------------------------------------------------- what is returned beside hidden states
 class Beside(Net):
     """It returns maps [batch, heads, length, length], heads [batch, length, ...] and a router's."""
 
@@ -247,9 +247,13 @@ CALLS = {
 @pytest.mark.parametrize("cls", CALLS)
 def test_a_gate_for_each_sequence_is_refused_in_any_causal_model(cls):
     model = cls()
-    with pytest.raises(SiteError, match=r"a token may not see later ones: choose a gate for each"):
+
+    def first_call():
         gate(model)
         model(*CALLS[cls])
+
+    with pytest.raises(SiteError, match=r"a token may not see later ones: choose a gate for each"):
+        first_call()
 
 
 @pytest.mark.parametrize("cls", CALLS)
@@ -279,7 +283,7 @@ def test_where_nothing_shows_what_tokens_see_the_model_must_say_it():
         if said:
             assert model("some text").shape == (1, 9, 16)
         else:
-            with pytest.raises(SiteError, match=r"around 'blocks.0.mlp', .*set model.is_causal = F"):
+            with pytest.raises(SiteError, match=r"around 'blocks.0.mlp', .*model.is_causal = F"):
                 model("some text")
 
 
@@ -324,9 +328,9 @@ def test_padding_under_another_name_is_refused(name):
 
 def test_a_first_call_of_one_token_decides_nothing():
     model = Batch()
+    gate(model)
+    model({"tokens": IDS[:, :1]})
     with pytest.raises(SiteError, match="may not see later ones"):
-        gate(model)
-        model({"tokens": IDS[:, :1]})
         model({"tokens": IDS})
 
 
@@ -385,9 +389,7 @@ class Turning(nn.Module):
 
 
 class WithIds(Turning):
-    def forward(
-        self, input_ids=None, attention_mask=None, position_ids=None, inputs_embeds=None
-    ):
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, inputs_embeds=None):
         return self.run(input_ids, attention_mask, position_ids)
 
 
@@ -397,9 +399,7 @@ class WithoutIds(Turning):
 
 
 class Ignoring(WithIds):
-    def forward(
-        self, input_ids=None, attention_mask=None, position_ids=None, inputs_embeds=None
-    ):
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, inputs_embeds=None):
         return self.run(input_ids, attention_mask)
 
 
@@ -415,7 +415,7 @@ def test_a_prefix_acts_on_padded_rows_as_on_rows_alone_or_refuses_them(cls, how)
     alone = model(IDS[:1, 3:])
     torch.testing.assert_close(model(IDS.flip(1), LEFT.flip(1))[:1, :4], model(IDS.flip(1)[:1, :4]))
     if how == "turned" and cls is not WithIds:
-        with pytest.raises(SiteError, match="may turn queries and keys by positions that count pad"):
+        with pytest.raises(SiteError, match="may turn queries and keys by positions that count"):
             model(IDS, LEFT)
         return
     if how == "table" and cls is WithIds:
@@ -489,3 +489,117 @@ def test_an_id_that_is_like_others_is_no_padding():
     model.pad_id = 0
     prompt(model)
     torch.testing.assert_close(model(ids), expected)
+
+
+# ------------------------------------------------------- an encoder, and a decoder beside it
+class Enc(Net):
+    causal = False
+
+    def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None):
+        keep = None if attention_mask is None else attention_mask != 0
+        return self.run(self.embedded(input_ids, inputs_embeds), keep)
+
+
+class Dec(Net):
+    def attended(self, tgt, memory, hidden):
+        h = self.run(self.tok(tgt))
+        scores = h @ memory.mT
+        if hidden is not None:
+            scores = scores.masked_fill(hidden if hidden.ndim > 2 else hidden[:, None], -1e9)
+        return h + scores.softmax(-1) @ memory
+
+
+class ByKeep(Dec):
+    def forward(self, tgt, memory, src_mask=None):
+        return self.attended(tgt, memory, None if src_mask is None else src_mask == 0)
+
+
+class ByPadding(Dec):
+    def forward(self, tgt, enc_out, enc_mask=None):  # true for padding
+        return self.attended(tgt, enc_out, enc_mask)
+
+
+class InThree(Dec):
+    def forward(self, tgt, encoder_output, padding=None):  # [batch, 1, length]
+        return self.attended(tgt, encoder_output, padding)
+
+
+class Torchs(Dec):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.TransformerDecoderLayer(16, 2, 32, batch_first=True)
+        self.eval()
+
+    def forward(self, tgt, memory, memory_key_padding_mask=None):
+        return self.inner(self.tok(tgt), memory, memory_key_padding_mask=memory_key_padding_mask)
+
+
+class Both(nn.Module):
+    def __init__(self, decoder):
+        super().__init__()
+        self.encoder, self.decoder = Enc(), decoder()
+
+    def forward(self, input_ids, decoder_input_ids, attention_mask=None):
+        memory = self.encoder(input_ids=input_ids, attention_mask=attention_mask)
+        mask = attention_mask
+        if mask is not None and not isinstance(self.decoder, ByKeep):
+            mask = mask == 0
+        if mask is not None and isinstance(self.decoder, InThree):
+            mask = mask[:, None]
+        return self.decoder(decoder_input_ids, memory, mask)
+
+
+@pytest.mark.parametrize("strip", [True, False])
+@pytest.mark.parametrize("padded", ["", "left", "right"])
+@pytest.mark.parametrize("decoder", [ByKeep, ByPadding, InThree, Torchs])
+def test_a_decoder_beside_the_encoder_attends_to_the_prompt(decoder, padded, strip):
+    model, starts = Both(decoder), IDS[:, :4]
+    mask = {"": None, "left": LEFT, "right": LEFT.flip(1)}[padded]
+    rows = [IDS[i] if mask is None else IDS[i][mask[i] == 1] for i in range(2)]
+    expected = [
+        model(torch.cat([torch.tensor(TOKENS), row])[None], starts[i : i + 1])
+        for i, row in enumerate(rows)
+    ]
+    prompt(model, strip=strip)
+    torch.testing.assert_close(model(IDS, starts, mask), torch.cat(expected))
+
+
+def test_a_decoder_that_does_not_show_what_it_attends_to_needs_strip():
+    class Bare(Dec):
+        def forward(self, tgt, h):
+            return self.attended(tgt, h, None)
+
+    model, starts = Both(Bare), IDS[:, :4]
+    model.forward = lambda ids, tgt: model.decoder(tgt, model.encoder(input_ids=ids))
+    expected, facts = model(WRITTEN, starts), opendelta.snapshot(model)
+    with pytest.raises(SiteError, match=r"'decoder' may attend to the output of 'enc.*strip=F"):
+        prompt(model)
+    assert opendelta.snapshot(model) == facts
+    prompt(model, strip=False)
+    torch.testing.assert_close(model(IDS, starts), expected)
+
+
+def test_a_decoder_attends_to_two_prompts():
+    model, starts = Both(ByPadding), IDS[:, :4]
+    row = torch.cat([torch.tensor([TOKENS + TOKENS[:2]]), IDS[:1, 3:]], 1)
+    orders = [row, torch.cat([row[:, 3:5], row[:, :3], row[:, 5:]], 1)]
+    expected = [model(ids, starts[:1]) for ids in orders]
+    prompt(model, name="one")
+    SoftPromptModel(model, soft_token_num=2, token_init=TOKENS[:2], name="two")
+    found = model(IDS, starts, LEFT)[:1]
+    assert min((found - each).abs().max() for each in expected) < 1e-5
+
+
+def test_a_decoder_that_is_a_head_sees_the_tokens():
+    class Head(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder, self.decoder = Enc(), nn.Linear(16, 5)
+
+        def forward(self, input_ids, attention_mask=None):
+            return self.decoder(self.encoder(input_ids, attention_mask))
+
+    model = Head()
+    expected = model(WRITTEN)[:, 3:]
+    prompt(model)
+    torch.testing.assert_close(model(IDS), expected)
