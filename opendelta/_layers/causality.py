@@ -123,6 +123,7 @@ class Hears(DeltaLayer):
 
     acts = Acts.SERVES
     routes_itself = True
+    watches = True
     sees_module = True
 
     def __init__(

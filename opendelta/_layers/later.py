@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_iter, tree_map_only
 
 from .._modules.calls import every, hidden, map_tensors
 from .._modules.faking import Restoring
-from .._modules.process import eager, kept_random
+from .._modules.process import eager, ignored_warnings, kept_random
 from .._modules.tensors import is_sharded, lasting
 from .._modules.trials import at_rest
 from .rehearsal import ROWS, drawing_alike, some_ids
@@ -50,7 +50,7 @@ def sees_later(module: nn.Module, site: str, args: tuple, kwargs: dict[str, Any]
     """
     if any(p.is_meta or is_sharded(p) for p in module.parameters()):
         return None
-    with eager(), kept_random(), Restoring():
+    with eager(), kept_random(), ignored_warnings(), Restoring():
         try:
             return _tried(module, site, args, kwargs)
         except Exception:  # whatever a forward of somebody's own raises on such an input

@@ -156,6 +156,7 @@ class Unnumbered(DeltaLayer):
 
     acts = Acts.SERVES
     routes_itself = True
+    watches = True
 
     def __init__(self, module: nn.Module, where: str) -> None:
         super().__init__()

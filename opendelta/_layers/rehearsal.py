@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .._modules.calls import every
 from .._modules.devices import device_and_dtype
 from .._modules.faking import Restoring
-from .._modules.process import eager, kept_random
+from .._modules.process import eager, ignored_warnings, kept_random
 from .._modules.tensors import is_plain, is_sharded, lasting
 from .._modules.trials import at_rest
 
@@ -211,12 +211,18 @@ def _outputs(module: nn.Module, runs: Runs, gradients: bool = False) -> list[lis
     if any(p.is_meta or is_sharded(p) for p in module.parameters()):
         return []
     for ids in some_ids(module):
-        with torch.set_grad_enabled(gradients), eager(), kept_random(), Restoring():
+        with torch.set_grad_enabled(gradients), _apart(), Restoring():
             try:
                 return _run(module, ids, runs)
             except Exception:  # whatever a forward of somebody's own raises on such an input
                 continue
     return []
+
+
+@contextlib.contextmanager
+def _apart() -> Iterator[None]:
+    with eager(), kept_random(), ignored_warnings():
+        yield
 
 
 def some_ids(module: nn.Module) -> Iterator[Tensor]:
