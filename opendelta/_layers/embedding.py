@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -18,8 +19,8 @@ from .._modules.tensors import full, is_plain, is_sharded, stored
 from .._modules.trials import alone
 from .._modules.wrappers import computing_device
 from ..errors import OptionError, SiteError, quoted
-from ..names import SLOT, is_inside, last
-from .rehearsal import embeds, is_own
+from ..names import SLOT, is_inside, join, last
+from .rehearsal import embeds, is_by_position, is_own
 from .runs import is_watched
 from .site import Site
 from .tokens import arguments_of, is_beside_text
@@ -37,6 +38,9 @@ TABLES = (
     "wpe", "embed_positions", "position_embeddings", "position_embedding", "pos_embed",
     "positions_embed",
 )  # fmt: skip
+
+HOLDS = "pos"  # in the name of each table of positions of somebody's own
+NAMED = re.compile(r"^(?!.*(rel|bias|tag|_pos$)).*((^|_)pos(_|$|i?emb|enc)|position)")
 
 
 def embedding_of(module: nn.Module) -> str:
@@ -193,16 +197,21 @@ def room(module: nn.Module) -> int | None:
         part.num_embeddings - int(getattr(part, "offset", 0))
         for name, part in parts.items()
         if isinstance(part, nn.Embedding)
-        if last(name) in TABLES or (own and _is_of_positions(last(name)))
+        if last(name) in TABLES or (own and HOLDS in last(name))
+        if not own or _is_of_positions(module, name, "weight")
         if not any(is_inside(name, other) for other in beside)
     ]
     for name, values in module.named_parameters() if own else ():
         one = values.ndim == 2 or (values.ndim == 3 and values.size(0) == 1)
-        if one and _is_of_positions(last(name)):
+        if one and HOLDS in last(name) and _is_of_positions(module, name):
             tables.append(values.size(-2))
     return min(tables, default=None)
 
 
-def _is_of_positions(name: str) -> bool:
-    """True if a child or a parameter of somebody's own model is a table of absolute positions."""
-    return "pos" in name and "rel" not in name and not name.endswith("_pos")
+def _is_of_positions(module: nn.Module, name: str, key: str = "") -> bool:
+    """True if a child or a parameter of somebody's own model is a table of absolute positions.
+
+    If no trial tells, its name does.
+    """
+    tried = is_by_position(module, join(name, key) if key else name)
+    return bool(NAMED.search(last(name))) if tried is None else tried

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import inspect
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -24,29 +23,22 @@ from torch import Tensor, nn
 
 from .._modules.calls import first_input
 from ..errors import SiteError
-from ..names import SLOT, ancestors
+from ..names import SLOT
 from .base import Acts, DeltaLayer, Handover
 from .costs import Flops, counted
-from .documents import Documents
-from .masks import shown
-from .running import during, running
+from .places import names_in_forward, places_for
 from .site import Heads, Site
-from .tokens import EMBEDDED, arguments, named, padding_id, padding_of, with_mask
 
 NAME = "opendelta|"  # before the name of transformers' own function
 SUPPORTED = ("eager", "sdpa")
 looking = threading.RLock()  # to hold while `observed` is set
 observed: dict[int, Heads] | None = None  # {id(module): sizes} found by a run on shapes alone
+noted: list[Tensor] | None = None  # the keys of all attention in a trial
 
 
 def uses_interface(cls: type) -> bool:
     """True if modules of this class find their function in transformers' registry."""
-    return "get_interface" in _names_in_forward(cls)
-
-
-def _names_in_forward(cls: type) -> tuple[str, ...]:
-    code = getattr(inspect.unwrap(cls.forward), "__code__", None)  # type: ignore[attr-defined]
-    return () if code is None else code.co_names
+    return "get_interface" in names_in_forward(cls)
 
 
 def is_attention(module: nn.Module) -> bool:
@@ -123,86 +115,7 @@ class PrefixLayer(DeltaLayer):
     def companions(
         cls, made: Mapping[str, DeltaLayer], modules: Mapping[str, nn.Module], config: Any
     ) -> dict[str, DeltaLayer]:
-        known = {*EMBEDDED, "attention_mask", "position_ids"}
-        takes = [
-            [outer for outer in [*ancestors(name), ""] if {*arguments(modules[outer])} >= known]
-            for name in made
-        ]
-        around = {outer for outers in takes for outer in outers}
-        turning = {outer for outer in around if _turns(modules[outer])}
-        turning |= {own[0] for name, own in zip(made, takes, strict=True)
-                    if own and _turns(modules[name])}  # fmt: skip
-        return {
-            outer: Places(modules[outer], outer, outer in turning)
-            for outer in around
-            if outer in turning or _makes_them(modules[outer])
-        }
-
-
-def _turns(module: nn.Module) -> bool:
-    """True if a child turns queries and keys by position ids; Moshi's is in each attention."""
-    return any("Rotary" in type(child).__name__ for child in module.children())
-
-
-def _makes_them(module: nn.Module) -> bool:
-    """True if modules inside are given masks or position ids that do not show the padding.
-
-    Gemma 3 with images makes such masks, and Fuyu such position ids.
-    """
-    names = _names_in_forward(type(module))
-    return "arange" in names or any(n.startswith("create_") and "_mask" in n for n in names)
-
-
-class Places(DeltaLayer):
-    """Gives a model that turns queries and keys by position the ids that padding does not shift.
-
-    By themselves such models count padding on the left too. It changes no distance between tokens,
-    but the keys of a prefix are not turned.
-
-    Args:
-        module: the model, which is not kept.
-        where: its full name.
-        turns: modules inside turn by the position ids that the model is given; else the model only
-            makes them, or masks, for a model inside.
-    """
-
-    acts = Acts.SERVES
-    routes_itself = True
-
-    def __init__(self, module: nn.Module, where: str, turns: bool) -> None:
-        super().__init__()
-        self.arguments, self.where, self.turns = arguments(module), where, turns
-        self.padding = padding_id(module)
-
-    @property
-    def watches(self) -> bool:  # type: ignore[override]
-        """Return False if it holds the tensors that the prefixes share."""
-        return not self._modules
-
-    def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        given = named(self.arguments, args, kwargs)
-        tokens = next((given[name] for name in EMBEDDED if given.get(name) is not None), None)
-        made = given.get("position_ids")  # by the user, or by a model around for this one
-        if tokens is None or (made is not None and not (self.turns and _is_made(made))):
-            return call(**given)
-        if not self.turns:
-            documents = Documents(given, tokens.size(0), tokens.size(1), tokens.device)
-            return during(documents, call, **given)
-        mask = padding_of(with_mask(given, self.padding), tokens, self.where)
-        if mask is not None:
-            padding = (shown(mask).cumsum(-1) == 0).sum(-1, keepdim=True)
-            counted = torch.arange(mask.size(1), device=mask.device)[-tokens.size(1) :]
-            places = (counted - padding).clamp(min=0)
-            if made is not None:
-                places = torch.where((made == counted).all(), places, made)
-            given["position_ids"] = places
-        return call(**given)
-
-
-def _is_made(positions: Tensor) -> bool:
-    """True if a model around was given no position ids, and made such as no image needs."""
-    around = running()
-    return around is not None and around.unnumbered and positions.ndim == 2
+        return places_for(made, modules, _key_seen)
 
 
 def _hidden_states(args: tuple, kwargs: dict[str, Any]) -> Tensor:
@@ -279,6 +192,8 @@ def _attend(
     """
     if observed is not None:
         observed[id(module)] = Heads(key.size(1), key.size(3), value.size(3), 0)
+    if noted is not None:
+        noted.append(key)
     if name not in SUPPORTED:
         raise SiteError(_refusal(type(module).__name__, name))
     inner, prefixes = _function(name, module)
@@ -364,6 +279,27 @@ def _widened(
 def show(module: nn.Module) -> None:
     """Let `module` find our functions, with or without a prefix; the caller restores its config."""
     module.__dict__["config"] = view_of(module.__dict__["config"])
+
+
+@contextlib.contextmanager
+def _key_seen(keys: list[Tensor]) -> Iterator[Callable[[nn.Module], None]]:
+    """Note the keys of attention in a block, of models on which the yielded function was called."""
+    global noted
+    register()
+    looking.acquire()
+    before, noted = noted, keys
+    try:
+        yield _show_all
+    finally:
+        noted = before
+        looking.release()
+
+
+def _show_all(model: nn.Module) -> None:
+    for module in model.modules():
+        if is_attention(module):
+            _view_class(type(module.__dict__["config"]))
+            show(module)
 
 
 @contextlib.contextmanager

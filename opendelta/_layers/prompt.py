@@ -18,8 +18,9 @@ from .._modules.kinds import Embedding, kind_of
 from ..errors import DeltaError, SiteError, quoted
 from .base import Acts, DeltaLayer, Handover
 from .costs import Flops
+from .crossing import crossings
 from .documents import Documents
-from .embedders import block_holder, in_decoders
+from .embedders import block_holder
 from .embedding import embedding_of, numbered, numbering, room, scale_of
 from .layout import (
     POSITIONS,
@@ -35,16 +36,15 @@ from .layout import (
     widen_values,
 )
 from .masks import shown
-from .rehearsal import is_own
+from .rehearsal import is_own, other_ids
 from .running import mask_around, noting
 from .saying import KEEPS, keeps_its_cache, numbers_in
 from .site import Site
-from .states import CACHES, cache_in, has_axis, other_state_in, unnoted
+from .states import CACHES, cache_in, earlier, has_axis, other_state_in, unnoted
 from .strip import Strip, StripInput, WithPrompt, check_all, check_positions, laid, strip
 from .tokens import EMBEDDED, arguments, named, padding_id, with_mask
-from .widening import STATES, CrossMask, Numbered
+from .widening import Numbered
 
-CROSS = ("encoder_attention_mask", "encoder_padding_mask")
 IDS = (torch.int64, torch.int32)
 WHOLE = ("ReformerModel",)  # classes whose cache holds whole chunks
 
@@ -80,8 +80,10 @@ class PromptLayer(WithPrompt):
         self.room = room(site.module)
         self.library, self.cls = not is_own(site.module), type(site.module)
         self.scale = scale_of(site.module)
+        self.by_id = [] if self.library else other_ids(site.module, self.embedding, self.scale)
         # To strip right after the blocks, as later modules read a single position.
         self.stripper: Handover | None = None
+        self.told: Handover | None = None  # a decoder attends to the prompt
         self.pooled = False  # a pooler beside the blocks needs its input stripped
         self.numbered = numbered(site.module)
         self.ids = Handover() if self.numbered else None  # to number the positions by
@@ -124,6 +126,8 @@ class PromptLayer(WithPrompt):
         self._check_room(given, layout.full, self.length)
         if self.stripper is not None:
             self.stripper.put((layout.slot_of, layout.full))
+        if self.told is not None:
+            self.told.put(layout)
         widened = Documents(given, batch, layout.full, embeds.device)
         if (mask := mask_around(documents)) is not None:
             widened.mask = layout.widened_mask(mask)
@@ -203,6 +207,8 @@ class PromptLayer(WithPrompt):
                 f"the attention mask of {kind} must be [batch, length], so that the prompt can be "
                 "put between its columns"
             )
+        if mask is None and tokens.dtype in IDS and self.by_id and earlier(given) == 0:
+            self._check_ids(kind, tokens)
         numbers = numbers_in(given, batch, length, tokens.device)
         if numbers is None and POSITIONS[1] not in self.arguments:
             given.pop(POSITIONS[1], None)
@@ -211,6 +217,18 @@ class PromptLayer(WithPrompt):
         if not self.library and (name := keeps_its_cache(given, self.cls)):
             self._refuse(f"{kind} is given {name!r}, {KEEPS}")
         return batch, length
+
+    def _check_ids(self, kind: str, tokens: Tensor) -> None:
+        """Raise if a call without a mask has ids by which a forward of somebody's own hides."""
+        if torch.compiler.is_compiling():
+            return
+        found = [token for token in self.by_id if (tokens == token).any()]
+        if found:
+            self._refuse(
+                f"{kind} computes something else of the token id {found[0]} than of its embedding, "
+                "as where it finds padding by ids, and behind a prompt it is given embeddings: "
+                "give an attention_mask"
+            )
 
     def _state_in(self, given: dict[str, Any]) -> str:
         """Return the name of a state that may lack the prompt, as nobody knows where it is from."""
@@ -329,19 +347,10 @@ class PromptLayer(WithPrompt):
         own: dict[str, Any] = {
             name: layer for name, layer in made.items() if isinstance(layer, cls)
         }
-        others: dict[str, DeltaLayer] = {}
-        decoders = in_decoders(modules)
         for name, layer in own.items():
             check_around(modules, name)
             layer.strip = layer.strip or is_read_by_ids(modules, name)
-        for name, module in modules.items():
-            names = arguments(module)
-            mask = next((mask for mask in CROSS if mask in names), None)
-            takes = {"input_ids", STATES} <= {*names} and mask is not None
-            if takes and id(module) in decoders and name not in own:
-                for layer in own.values():
-                    layer.strip = False  # the decoder attends to the prompt
-                    others[name] = CrossMask(names, str(mask), layer.length)
+        others = crossings(modules, own)
         for name, layer in own.items():
             if layer.ids is not None:
                 others[f"{name}.{layer.numbered}".lstrip(".")] = Numbered(

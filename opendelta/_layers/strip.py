@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor
 
 from .._modules import calls
@@ -13,12 +14,15 @@ from ..errors import SiteError
 from .base import Acts, DeltaLayer, Handover
 from .states import CACHES, HINTS
 
+ROUTER = "router"  # in the name of what a router of experts says of all rows' tokens in one list
 KEPT = ("kv", "key", "present", "mem")  # in the name of what holds earlier tokens
 POOLED = (
     "the model may read it where the prompt still is, such as from the first position, or from a "
     "mean: let a module around it do that, give strip=False and read the tokens' positions, or "
     "choose another method"
 )
+
+SUM = 1e-2  # by which a sum of 16-bit weights may be off 1
 
 
 def check_positions(out: Any, full: int) -> None:
@@ -68,10 +72,15 @@ def strip(value: Any, slot_of: Tensor, full: int, nested: bool = True) -> Any:
             key of what a mapping holds tells.
     """
     if isinstance(value, Tensor):
+        if value.ndim == 2 and not nested:  # a library's have names
+            return _of_all_rows(slot_of, full, value)
         most = 3 if nested else 4  # a library's others are keys and values
         return _at_tokens(slot_of, full, value) if 3 <= value.ndim <= most else value
     if isinstance(value, dict):  # a ModelOutput, whose fields and items are the same
         for key, item in value.items():
+            if ROUTER in str(key):
+                value[key] = calls.map_tensors(functools.partial(_of_all_rows, slot_of, full), item)
+                continue
             if isinstance(item, Tensor):
                 taken = key not in CACHES
             elif nested:
@@ -169,9 +178,35 @@ class StripInput(WithPrompt):
         )
 
 
+def _of_all_rows(slot_of: Tensor, full: int, value: Tensor) -> Tensor:
+    """Return a tensor [batch * full, ...], such as a router's, at the slots of the tokens."""
+    if value.ndim != 2 or len(value) != slot_of.size(0) * full:
+        return _at_tokens(slot_of, full, value) if value.ndim == 3 else value
+    return _at_tokens(slot_of, full, value.unflatten(0, (-1, full))).flatten(0, 1)
+
+
+def _is_map(value: Tensor, full: int) -> bool:
+    """True if a tensor [batch, heads, full, full] says who sees whom, and not [batch, full, ...].
+
+    Raises:
+        SiteError: there are as many heads as positions, and the values are no weights.
+    """
+    if value.ndim != 4 or value.shape[2:] != (full, full):
+        return False
+    if value.size(1) != full or torch.compiler.is_compiling():
+        return True
+    sums = value.float().sum(-1)
+    if (value >= 0).all() and ((sums - 1).abs() < SUM).logical_or(sums == 0).all():
+        return True
+    raise SiteError(
+        f"an output {list(value.shape)} for {full} positions of prompt and tokens does not show "
+        "which of its axes are positions: give rows of another length, or strip=False"
+    )
+
+
 def _at_tokens(slot_of: Tensor, full: int, value: Tensor) -> Tensor:
     """Return a tensor [batch, full, ...] at the slots of the tokens; another one as it is."""
-    if value.ndim < 2 or value.shape[:2] != (slot_of.size(0), full):
+    if value.ndim < 2 or value.shape[:2] != (slot_of.size(0), full) or _is_map(value, full):
         return value
     slots = slot_of.to(value.device).reshape(*slot_of.shape, *[1] * (value.ndim - 2))
     return value.gather(1, slots.expand(-1, -1, *value.shape[2:]))

@@ -27,7 +27,7 @@ from .documents import (
     Documents,
     of_ends,
 )
-from .rehearsal import is_own, sees_no_later
+from .rehearsal import hidden_id, is_own
 from .running import during, noting, of_now, running, unsaid, unsaid_during
 from .saying import KEEPS, by_usual_names, keeps_its_cache, other_mask_in, parts_in
 from .states import earlier, may_be_state, state_in
@@ -72,6 +72,8 @@ def padding_id(module: nn.Module) -> int | None:
     """Return the token id that a module takes for padding, if a call has no mask; or None."""
     names = (base.__name__ for base in type(module).__mro__)
     attribute = next((HIDDEN_BY_ID[name] for name in names if name in HIDDEN_BY_ID), "")
+    if not attribute and is_own(module) and {*arguments(module)} >= READS:
+        return hidden_id(module)
     return operator.attrgetter(attribute)(module) if attribute else None
 
 
@@ -430,29 +432,3 @@ def notes_for(
 
 def _own(module: nn.Module) -> list[str]:
     return arguments(module)[1:]
-
-
-def check_not_causal(made: Mapping[str, DeltaLayer], modules: Mapping[str, nn.Module]) -> None:
-    """Raise if a layer is inside a model whose tokens see no later ones.
-
-    There the mean over all tokens would tell each token of the later ones, and generation by steps
-    would compute something else.
-    """
-    tried = dict[str, bool]()
-    for name in made:
-        outer = [*ancestors(name), ""]
-        where = next((o for o in outer if set(arguments(modules[o])) >= READS), "")
-        around = modules[where]
-        if where not in tried:
-            own = is_own(around) and "input_ids" in arguments(around)
-            tried[where] = own and sees_no_later(around)
-        if tried[where] or any(_sees_no_later(part) for part in around.modules()):
-            raise SiteError(
-                f'per="sequence": {name!r} is inside {type(around).__name__}, where a token may '
-                f"not see later ones: choose {SEQUENCE.instead}",
-                where=name,
-            )
-
-
-def _sees_no_later(module: nn.Module) -> bool:
-    return any(getattr(module, name, None) is True for name in ("is_causal", "is_decoder"))

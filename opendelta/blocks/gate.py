@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._layers.causality import Verdict, watched
 from .._layers.documents import SEQUENCE
-from .._layers.tokens import Tokens, check_not_causal, notes_for
+from .._layers.tokens import Tokens, notes_for
 from ..author import (
     Block,
     BlockConfig,
@@ -67,6 +68,7 @@ class GateLayer(BlockLayer):
         self.bias = site.parameter(len(config.children))
         nn.init.normal_(self.weight, std=0.02)
         nn.init.zeros_(self.bias)
+        self.verdict: Verdict | None = None  # for each sequence, in a model of somebody's own
         self.tokens = Tokens(site.module, site.name) if config.per == "sequence" else None
         if self.arrow and site.new:
             self._aim(site, config.children)
@@ -90,6 +92,8 @@ class GateLayer(BlockLayer):
     def weights(self, u: Tensor | None, chosen: Chosen) -> Tensor:
         assert u is not None
         if self.tokens is not None:
+            if self.verdict is not None:
+                self.verdict.check(u)
             u = self.tokens.means(u, *chosen.given)
         rows, bias = chosen.of(self.weight), chosen.of(self.bias)
         logits = linear(u, rows).abs() + bias if self.arrow else linear(u, rows, bias)
@@ -107,8 +111,9 @@ class GateLayer(BlockLayer):
     ) -> dict[str, DeltaLayer]:
         if config.per == "token":
             return {}
-        check_not_causal(made, modules)
-        return notes_for(made, modules, SEQUENCE)
+        more = notes_for(made, modules, SEQUENCE)
+        gates = {name: layer for name, layer in made.items() if isinstance(layer, cls)}
+        return more | watched(gates, modules, more)
 
 
 class GateModel(Block):

@@ -1,0 +1,152 @@
+"""Let gates for each sequence act only in models whose tokens see later ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from .._modules.calls import every
+from ..errors import SiteError, quoted
+from ..names import ancestors
+from .base import Acts, DeltaLayer
+from .documents import SEQUENCE
+from .later import few, sees_later, sees_later_on_ids
+from .rehearsal import is_own
+from .tokens import READS, arguments
+
+STATED = "is_causal"  # the attribute by which a module says whether its tokens see later ones
+
+
+class Verdict:
+    """Whether it is known that the tokens around gates see later ones.
+
+    Args:
+        where: the full names of the gates' modules.
+        around: the name of the model's class.
+    """
+
+    def __init__(self, where: list[str], around: str) -> None:
+        self.known, self.where, self.around = False, where, around
+
+    def check(self, u: Tensor) -> None:
+        """Raise in a forward of modules inside that the model's own forward did not call."""
+        if not self.known and u.size(-2) > 1 and not without_values(u):
+            self.refuse("its forward has not run yet: call the whole model once")
+
+    def refuse(self, why: str) -> None:
+        raise SiteError(
+            f'per="sequence": nothing says whether the tokens of {self.around} around '
+            f"{', '.join(map(quoted, self.where))} see later ones, as {why}. If they do, set "
+            f"model.{STATED} = False before; else choose {SEQUENCE.instead}",
+            where=self.where[0],
+        )
+
+    def refuse_causal(self, name: str) -> None:
+        raise SiteError(
+            f'per="sequence": {name!r} is inside {self.around}, where a token may not see later '
+            f"ones: choose {SEQUENCE.instead}",
+            where=name,
+        )
+
+
+def without_values(*held: Any) -> bool:
+    """True if nothing can be tried with these arguments: they have shapes alone."""
+    tensors = [t for each in held for t in every(Tensor, each)]
+    return any(isinstance(t, FakeTensor) or t.is_meta for t in tensors)
+
+
+def _is_of_one(*given: Any) -> bool:
+    """True if the arguments of a call are those of a single token."""
+    return all(t.size(1) == 1 for t in every(Tensor, given) if t.ndim > 1)
+
+
+def watched(
+    made: Mapping[str, DeltaLayer], modules: Mapping[str, nn.Module], more: dict[str, DeltaLayer]
+) -> dict[str, DeltaLayer]:
+    """Return what the root needs so that the gates in `made` act where tokens see later ones.
+
+    In others the mean over all tokens would tell each token of the later ones, and generation by
+    steps would compute something else.
+
+    Args:
+        more: the other layers that the gates need, of which the root may have one.
+
+    Raises:
+        SiteError: a layer is inside a model whose tokens see no later ones.
+    """
+    unknown = list[str]()
+    root = modules[""]
+    for name in made:
+        outer = [*ancestors(name), ""]
+        where = next((o for o in outer if set(arguments(modules[o])) >= READS), "")
+        around, verdict = modules[where], Verdict([name], type(modules[where]).__name__)
+        if any(_sees_no_later(part) for part in around.modules()):
+            verdict.refuse_causal(name)
+        stated = any(getattr(modules[o], STATED, None) is False for o in (where, ""))
+        if is_own(around) and not stated and any(around.children()):
+            inside = name.removeprefix(where).removeprefix(".")
+            found = sees_later_on_ids(around, inside)
+            if found is False:
+                verdict.refuse_causal(name)
+            unknown += [] if found else [name]
+    if "" in made:
+        if unknown:
+            Verdict(unknown, type(root).__name__).refuse("the gate is on the model itself")
+        return {}
+    verdict = Verdict(unknown, type(root).__name__)
+    for name in unknown:
+        made[name].verdict = verdict  # type: ignore[assignment]
+    return {"": Tried(verdict, more.get(""))} if unknown else {}
+
+
+def _sees_no_later(module: nn.Module) -> bool:
+    return any(getattr(module, name, None) is True for name in (STATED, "is_decoder"))
+
+
+class Tried(DeltaLayer):
+    """Tries a model of somebody's own on the inputs of its first forward.
+
+    Args:
+        verdict: what is to be found.
+        inner: another layer of the same delta on the model; or None.
+    """
+
+    acts = Acts.SERVES
+    routes_itself = True
+    watches = True
+    sees_module = True
+
+    def __init__(self, verdict: Verdict, inner: DeltaLayer | None) -> None:
+        super().__init__()
+        self.verdict, self.inner = verdict, inner
+
+    def forward(self, call: Any, *args: Any, **kwargs: Any) -> Any:
+        if not self.verdict.known:
+            self._try(call.module, args, kwargs)
+        if self.inner is not None:
+            return self.inner.forward(call, *args, **kwargs)
+        return call(*args, **kwargs)
+
+    def _try(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Find by the arguments of a call whether tokens see later ones.
+
+        Raises:
+            SiteError: they do not, or nothing shows it.
+        """
+        verdict = self.verdict
+        if torch.compiler.is_compiling():
+            verdict.refuse("nothing can be tried in compiled code: run a batch without it first")
+        if without_values(args, kwargs, [*module.parameters()]) or _is_of_one(args, kwargs):
+            return
+        for name in verdict.where:
+            found = sees_later(module, name, *few((args, kwargs)))
+            found = sees_later(module, name, args, kwargs) if found is None else found
+            if found is False:
+                verdict.refuse_causal(name)
+            if found is None:
+                verdict.refuse("a trial on the inputs of this call does not show it")
+        verdict.known = True
