@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from .._modules.calls import every
 from ..errors import SiteError, quoted
-from ..names import ancestors
+from ..names import ancestors, is_inside
 from .base import Acts, DeltaLayer
 from .documents import SEQUENCE
 from .later import few, sees_later, sees_later_on_ids
@@ -80,6 +80,7 @@ def watched(
     """
     unknown = list[str]()
     root = modules[""]
+    tried = dict[str, dict[str, bool]]()
     for name in made:
         outer = [*ancestors(name), ""]
         where = next((o for o in outer if set(arguments(modules[o])) >= READS), "")
@@ -88,8 +89,10 @@ def watched(
             verdict.refuse_causal(name)
         stated = any(getattr(modules[o], STATED, None) is False for o in (where, ""))
         if is_own(around) and not stated and any(around.children()):
-            inside = name.removeprefix(where).removeprefix(".")
-            found = sees_later_on_ids(around, inside)
+            if where not in tried:
+                inside = [n for n in made if n == name or is_inside(n, where)]
+                tried[where] = sees_later_on_ids(around, [relative(n, where) for n in inside])
+            found = tried[where].get(relative(name, where))
             if found is False:
                 verdict.refuse_causal(name)
             unknown += [] if found else [name]
@@ -101,6 +104,11 @@ def watched(
     for name in unknown:
         made[name].verdict = verdict  # type: ignore[assignment]
     return {"": Tried(verdict, more.get(""))} if unknown else {}
+
+
+def relative(name: str, where: str) -> str:
+    """Return the name inside the module `where` of a module by its full name."""
+    return name.removeprefix(where).removeprefix(".")
 
 
 def _sees_no_later(module: nn.Module) -> bool:
@@ -142,11 +150,12 @@ class Tried(DeltaLayer):
             verdict.refuse("nothing can be tried in compiled code: run a batch without it first")
         if without_values(args, kwargs, [*module.parameters()]) or _is_of_one(args, kwargs):
             return
+        found = sees_later(module, verdict.where, *few((args, kwargs)))
+        if len(found) < len(verdict.where):
+            found |= sees_later(module, verdict.where, args, kwargs)
         for name in verdict.where:
-            found = sees_later(module, name, *few((args, kwargs)))
-            found = sees_later(module, name, args, kwargs) if found is None else found
-            if found is False:
+            if found.get(name) is False:
                 verdict.refuse_causal(name)
-            if found is None:
+            if name not in found:
                 verdict.refuse("a trial on the inputs of this call does not show it")
         verdict.known = True

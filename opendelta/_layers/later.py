@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,61 +25,70 @@ from .._modules.trials import at_rest
 from .rehearsal import ROWS, drawing_alike, some_ids
 
 SOURCES = 16  # of the first tensors of positions that a run makes: embeddings, tables, angles
+# The outputs of sites by full name, and those of the model.
+Results = tuple[dict[str, Tensor], list[Tensor]]
 NOISE = {torch.float64: 1e-12, torch.float32: 1e-6}  # by which equal results may differ; else 0
 
 
-def sees_later_on_ids(module: nn.Module, site: str) -> bool | None:
+def sees_later_on_ids(module: nn.Module, sites: Sequence[str]) -> dict[str, bool]:
     """Return what `sees_later` finds on a few token ids, as the first argument or by their name."""
     for ids in some_ids(module):
         for args, kwargs in (((), {"input_ids": ids}), ((ids,), {})):
-            found = sees_later(module, site, args, kwargs)
-            if found is not None:
+            if found := sees_later(module, sites, args, kwargs):
                 return found
-    return None
+    return {}
 
 
 @lasting()
 @torch.no_grad()
-def sees_later(module: nn.Module, site: str, args: tuple, kwargs: dict[str, Any]) -> bool | None:
-    """True if tokens see later ones, or no others; False if earlier ones alone; None: unknown.
+def sees_later(
+    module: nn.Module, sites: Sequence[str], args: tuple, kwargs: dict[str, Any]
+) -> dict[str, bool]:
+    """Return for sites of a model, by full name, whether tokens see later ones, or no others.
+
+    False if they see earlier ones alone; a site is left out if nothing shows it. What is computed
+    of its text is looked at: behind it and beside it.
 
     Args:
-        module: a model.
-        site: the full name inside of a module whose output has an axis of the tokens before the
-            last. What is computed of its text is looked at: behind it and beside it.
+        module: the model.
+        sites: modules inside whose output has the axis of the tokens before the last.
         args, kwargs: the arguments of a call.
     """
     if any(p.is_meta or is_sharded(p) for p in module.parameters()):
-        return None
+        return {}
     with eager(), kept_random(), ignored_warnings(), Restoring():
         try:
-            return _tried(module, site, args, kwargs)
+            return _tried(module, sites, args, kwargs)
         except Exception:  # whatever a forward of somebody's own raises on such an input
-            return None
+            return {}
 
 
-def _tried(module: nn.Module, site: str, args: tuple, kwargs: dict[str, Any]) -> bool | None:
+def _tried(
+    module: nn.Module, sites: Sequence[str], args: tuple, kwargs: dict[str, Any]
+) -> dict[str, bool]:
     made = at_rest(module)
-    part, seen = made.get_submodule(site), list[Tensor]()
-    hook = part.register_forward_hook(lambda _, args, out: seen.append(hidden(out)))
+    seen = dict[str, Tensor]()
+
+    def look(name: str, _: nn.Module, args: tuple, out: Any) -> None:
+        seen.setdefault(name, hidden(out))
+
+    for name in sites:
+        made.get_submodule(name).register_forward_hook(functools.partial(look, name))
     with drawing_alike(made) as again:
 
-        def run(record: _Record | None) -> list[Tensor]:
-            """Return the outputs: those of the site, then those of the module."""
+        def run(record: _Record | None) -> Results:
             seen.clear()
             again()
             given = apart((args, kwargs))
             with record or contextlib.nullcontext():
                 out = type(made).forward(made, *given[0], **given[1])
-            if not seen:
-                raise ValueError("a call that does not reach the site tells nothing")
-            return [*seen, *every(Tensor, out, objects=True)]
+            return dict(seen), list(every(Tensor, out, objects=True))
 
-        try:
-            length = run(None)[0].size(-2)
-            return None if length < 2 else _judged(run, length)
-        finally:
-            hook.remove()
+        lengths = {name: out.size(-2) for name, out in run(None)[0].items() if out.ndim > 1}
+        found = dict[str, bool]()
+        for length in {*lengths.values()} - {1}:
+            found |= _judged(run, length, [name for name in sites if lengths.get(name) == length])
+        return found
 
 
 def few(given: Any) -> Any:
@@ -94,35 +104,28 @@ def apart(given: Any) -> Any:
     return copy.deepcopy(given, memo)
 
 
-def _judged(run: Callable[[_Record | None], list[Tensor]], length: int) -> bool | None:
+def _judged(run: Run, length: int, sites: list[str]) -> dict[str, bool]:
     plain = _Record(length)
-    outputs = run(plain)
-    found = set[bool]()
+    results = run(plain)
+    found = dict[str, bool]()
     for source in plain.sources[:SOURCES]:
-        verdict = _of_source(run, plain, outputs, source)
-        if verdict is False:
-            return False
-        found |= {verdict} if verdict is not None else set()
-    return True if found else None
+        reached, sees = _of_source(run, plain, results, source)
+        found |= {name: found.get(name, True) and sees for name in sites if name in reached}
+        if len(found) == len(sites) and not any(found.values()):
+            break
+    return found
 
 
-def _of_source(
-    run: Callable[[_Record | None], list[Tensor]],
-    plain: _Record,
-    outputs: list[Tensor],
-    source: int,
-) -> bool | None:
-    """Return what the changes of one tensor of positions tell; None: they do not reach the site."""
-    length = plain.length
-    earlier, later, reached = dict[int, bool](), dict[int, bool](), False
+def _of_source(run: Run, plain: _Record, results: Results, source: int) -> tuple[set[str], bool]:
+    """Return the sites that a tensor of positions reaches, and whether tokens see later ones."""
+    length, reached = plain.length, set[str]()
+    earlier, later = dict[int, bool](), dict[int, bool]()
     for place in sorted({0, 1, length // 2, length - 2, length - 1}):
         record = _Record(length, (source, place))
-        others = run(record)
-        reached = reached or _differ(outputs[0], others[0])
-        if not reached and place == length - 1:
-            return None
+        at_sites, outputs = run(record)
+        reached |= {name for name, out in results[0].items() if _differ(out, at_sites[name])}
         pairs = [*zip(plain.made, record.made, strict=True)]
-        pairs += [(a, b) for a, b in zip(outputs[1:], others[1:], strict=True)]
+        pairs += zip(results[1], outputs, strict=True)
         for number, (one, other) in enumerate(pairs):
             if (axis := _axis(one, length)) is None:
                 continue
@@ -130,7 +133,7 @@ def _of_source(
             later[number] = later.get(number, False) or _differ(before[0], after[0])
             earlier[number] = earlier.get(number, False) or _differ(before[2], after[2])
     mixed = [number for number in later if later[number] or earlier[number]]
-    return later[max(mixed)] if mixed else True
+    return reached, later[max(mixed)] if mixed else True
 
 
 def _differ(one: Tensor, other: Tensor) -> bool:
@@ -197,3 +200,6 @@ def _changed(tensor: Tensor, axis: int, place: int) -> Tensor:
     steps = torch.linspace(-1, 1.3, values.numel(), device=values.device).view(values.shape)
     values.add_((steps * size).to(values.dtype))
     return tensor
+
+
+Run = Callable[[_Record | None], Results]
