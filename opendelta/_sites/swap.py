@@ -153,7 +153,7 @@ def site_class(base: type[nn.Module], reads: bool = False) -> type[nn.Module]:
         stack: Any = self._modules.get(SLOT)
         if stack is not None:
             around = stack.around
-            if intact.is_needed(stack):
+            if not known and intact.is_needed(stack):
                 around = functools.partial(intact.around, stack)
             call = around(call, self, known and base.forward is own)
             if args and nested.is_nested(args[0]) and (on := acting_on(stack)):

@@ -30,6 +30,13 @@ CHANGES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def gradients_are_on_after_it():
+    """Ctrl-C at the line that leaves a `with torch.no_grad()` leaves the gradients off."""
+    with torch.enable_grad():
+        yield
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("size", [6, 192])
 @pytest.mark.parametrize("change", CHANGES)
