@@ -26,7 +26,7 @@ MEMORY = re.compile(
 )
 SAYS = re.compile(r"mask|pad")
 OF_ITS_OWN = re.compile(r"^(tgt|trg|target|dec|decoder|self|causal)_")
-ATTENDS = re.compile(r"decoder|cross", re.IGNORECASE)
+ATTENDS = re.compile(r"(^|_)dec|decoder|cross", re.IGNORECASE)
 
 
 def crossings(

@@ -82,6 +82,53 @@ def hidden_id(module: nn.Module) -> int | None:
     return None
 
 
+def ignored_id(module: nn.Module, argument: str) -> int | None:
+    """Return the token id that a module without a mask hides from all other tokens; or None.
+
+    Other values in its row of the table change no other token's output, those of a plain id do.
+
+    Args:
+        argument: the name of the token ids.
+    """
+
+    def runs(made: nn.Module, ids: Tensor) -> Iterator[dict[str, Any]]:
+        tables = _tables_of_ids(made)
+        for each in (token, int(ids[1, 0])):
+            given = _with(ids, each)
+            yield {argument: given}
+            for table in tables(given):
+                weight = table.weight.detach().clone()
+                weight[each] = weight[each].flip(0) * 3 + 1
+                table._parameters["weight"] = nn.Parameter(weight, False)
+            yield {argument: given}
+
+    def others(outputs: list[Tensor]) -> list[Tensor]:
+        return [out[0, 2:-1] for out in outputs if out.shape[:2] == (ROWS, LENGTH)]
+
+    for token in sorted(special_ids(module)):
+        found = [others(run) for run in _outputs(module, runs)]
+        if found and len({*map(len, found)}) == 1 and found[0]:
+            hidden, plain = _distance(*found[:2]), _distance(*found[2:])
+            if hidden <= _least(found[0]) < plain:
+                return token
+    return None
+
+
+def _tables_of_ids(made: nn.Module) -> Callable[[Tensor], list[nn.Embedding]]:
+    """Return a function that gives the embeddings in a module which some ids went through last."""
+    seen: dict[nn.Embedding, Any] = {}
+
+    def look(part: nn.Module, args: tuple, _: Any) -> None:
+        seen[part] = args[0] if args else None  # type: ignore[index]
+
+    for part in made.modules():
+        if isinstance(part, nn.Embedding):
+            part.register_forward_hook(look)
+    return lambda ids: [
+        part for part, given in seen.items() if given is not None and torch.equal(given, ids)
+    ]
+
+
 def other_ids(module: nn.Module, name: str, scale: float) -> list[int]:
     """Return the token ids that may be padding and are more to a module than their embeddings.
 

@@ -16,8 +16,13 @@ from .states import NO_STATES, may_be_state
 
 PLACES = ("cache_position", "input_pos")  # arguments that number the tokens of a call
 STARTS = ("start_pos",)  # arguments that count the tokens before
-LENGTHS = re.compile(r"(^|_)(seq_?)?(len|lens|lengths)$|^n(um)?_tokens$")
-ENDS = re.compile(r"^cu_?(seq)?_?len")  # where packed documents end
+KNOWN = ("attention_mask", "input_ids", "inputs_embeds", *PLACES, *STARTS)
+LENGTHS = re.compile(  # of how many tokens each row has, or where they end
+    r"(^|_)([iot]|seq_?|valid_?)?len(s|gth|gths)?$|(^|_)(n|nb|num)_?(tokens|valid)$|(^|_)token_counts?$"
+    r"|^((seq|row)_)?sizes$|^ends?$|^(last|end|eos|final)_?(pos|position|index|idx)s?$"
+)
+ENDS = re.compile(r"^cu_?(seq)?_?len|^splits?$")  # where packed documents end
+OF_OTHERS = tuple(name for name in NO_STATES if name not in ("input", "attention_mask"))
 PARTS = re.compile(r"^(segment|doc|document|seq|sequence|example|sample)_?(ids?|idx|index)$")
 KEEPS = (
     "and nothing tells how many tokens it keeps from earlier calls: hand the state on as an "
@@ -82,27 +87,49 @@ def counted_before(
     return True, int(firsts[0]) if (firsts == firsts[0]).all() else None
 
 
-def other_mask_in(given: Mapping[str, Any], batch: int) -> str:
+def other_mask_in(given: Mapping[str, Any], batch: int, length: int) -> str:
     """Return the name of an argument that may tell padding, under a name of its own; or ""."""
     for name, value in given.items():
-        if name == "attention_mask" or not isinstance(value, Tensor) or not value.ndim:
+        if name in KNOWN or name.startswith(OF_OTHERS) or "loss" in name or "label" in name:
             continue
-        tells = "mask" in name or name.startswith("pad") or bool(LENGTHS.search(name))
-        if name.startswith(NO_STATES) or "loss" in name or "label" in name or not tells:
-            continue
-        if value.size(0) == batch:
+        if tells_lengths(name, value, batch) or _is_mask(name, value, batch, length):
             return name
     return ""
 
 
-def parts_in(given: Mapping[str, Any], length: int) -> str:
-    """Return the name of an argument that may tell several documents of a row; or ""."""
+def _is_mask(name: str, value: Any, batch: int, length: int) -> bool:
+    """True if an argument may say which tokens of each row are padding."""
+    if not isinstance(value, Tensor) or not value.ndim:
+        return False
+    if "mask" in name or name.startswith("pad"):
+        pairs = value.ndim == 3 and value.shape[1:] == (length, length)  # of each head
+        return value.size(0) == batch or (pairs and batch > 1 and value.size(0) % batch == 0)
+    if value.shape != (batch, length) or name.startswith((*BESIDE, "type", "seg")):
+        return False
+    return value.dtype == torch.bool or _is_run(value)
+
+
+def _is_run(value: Tensor) -> bool:
+    """True if each row [length] is of zeros and ones, the ones in one run, and some are zeros."""
+    if torch.compiler.is_compiling() or not bool(((value == 0) | (value == 1)).all()):
+        return False
+    changes = (value[:, 1:] != value[:, :-1]).sum(-1)
+    return bool(changes.any()) and int(changes.max()) <= 2
+
+
+def parts_in(given: Mapping[str, Any], length: int, masked: bool) -> str:
+    """Return the name of an argument that may tell several documents of a row; or "".
+
+    Args:
+        masked: there is a mask; then what is called segments may be types of tokens.
+    """
     for name, value in given.items():
         if not isinstance(value, Tensor) or value.is_floating_point() or not value.ndim:
             continue
         if ENDS.search(name):
             return name
-        if PARTS.search(name) and value.size(-1) == length and _has_parts(value):
+        parts = not masked and PARTS.search(name) and value.size(-1) == length
+        if parts and _has_parts(value):
             return name
     return ""
 
@@ -117,11 +144,14 @@ def _has_parts(value: Tensor) -> bool:
 
 def tells_lengths(name: str, value: Any, batch: int) -> bool:
     """True if an argument may tell how long each row is, or where packed documents end."""
-    if not isinstance(value, Tensor) or value.is_floating_point() or value.ndim != 1:
+    if name.startswith(OF_OTHERS) or not (LENGTHS.search(name) or ENDS.search(name)):
         return False
-    if name.startswith(NO_STATES):
+    if isinstance(value, list | tuple):
+        return bool(value) and all(isinstance(each, int) for each in value)
+    if not isinstance(value, Tensor) or value.is_floating_point():
         return False
-    return bool(ENDS.search(name)) or (len(value) == batch and bool(LENGTHS.search(name)))
+    one_each = value.shape in ((batch,), (batch, 1))
+    return one_each or (value.ndim == 1 and bool(ENDS.search(name)))
 
 
 @functools.cache
@@ -149,10 +179,7 @@ def by_usual_names(given: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
     Returns:
         The arguments, and the number of texts among them.
     """
-    found: dict[str, Any] = {}
-    for name, value in given.items():
-        items = None if isinstance(value, tuple | list) or may_be_state(name) else items_of(value)
-        found |= {name: value} if items is None else {str(k): v for k, v in items.items()}
+    found = _flat(given)
     if any(found.get(name) is not None for name in ("input_ids", "inputs_embeds")):
         return found, 1
     tensors = {n: v for n, v in found.items() if isinstance(v, Tensor) and not _is_beside(n)}
@@ -161,6 +188,18 @@ def by_usual_names(given: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
     if texts:
         return {"input_ids": texts[0], **found}, len(texts)
     return ({"inputs_embeds": rows[0], **found}, len(rows)) if rows else (found, 0)
+
+
+def _flat(given: Mapping[str, Any], depth: int = 3) -> dict[str, Any]:
+    """Return the arguments of a call, with the items of mappings and records in their place."""
+    found: dict[str, Any] = {}
+    for name, value in given.items():
+        items = None if isinstance(value, tuple | list) or may_be_state(name) else items_of(value)
+        if items is None or not depth:
+            found[name] = value
+        else:
+            found |= _flat({str(key): item for key, item in items.items()}, depth - 1)
+    return found
 
 
 def _is_beside(name: str) -> bool:

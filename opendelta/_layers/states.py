@@ -25,7 +25,8 @@ NO_STATES = (
 )  # fmt: skip
 OF_OWN_TEXT = ("decoder_", "input_")  # but these may go before the name of a state
 HINTS = ("past", "prev", "history", "cache")  # in the name of a tensor that is such a state
-STATES = ("hidden", "kv", "hx", "h0", "h_0")  # or these are its name
+STATES = ("hidden", "kv", "hx", "h0", "h_0", "mem")  # or these are its name
+ENDS = ("_state", "_kv", "_mem")  # or these are the end of its name
 
 
 def cache_in(given: Mapping[str, Any]) -> Any:
@@ -56,7 +57,7 @@ def may_be_state(name: str) -> bool:
     """True if an argument of this name may hold earlier tokens."""
     if name.startswith(("use_", "return_")):
         return False
-    return name in (*CACHES, *STATES) or any(hint in name for hint in HINTS)
+    return name in (*CACHES, *STATES) or name.endswith(ENDS) or any(h in name for h in HINTS)
 
 
 def _is_state(name: str, value: Any) -> bool:

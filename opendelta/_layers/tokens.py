@@ -27,7 +27,7 @@ from .documents import (
     Documents,
     of_ends,
 )
-from .rehearsal import hidden_id, is_own
+from .rehearsal import hidden_id, ignored_id, is_own
 from .running import during, noting, of_now, running, unsaid, unsaid_during
 from .saying import KEEPS, by_usual_names, keeps_its_cache, other_mask_in, parts_in
 from .states import earlier, may_be_state, state_in
@@ -72,8 +72,11 @@ def padding_id(module: nn.Module) -> int | None:
     """Return the token id that a module takes for padding, if a call has no mask; or None."""
     names = (base.__name__ for base in type(module).__mro__)
     attribute = next((HIDDEN_BY_ID[name] for name in names if name in HIDDEN_BY_ID), "")
-    if not attribute and is_own(module) and {*arguments(module)} >= READS:
+    own = arguments(module) if not attribute and is_own(module) else []
+    if {*own} >= READS:
         return hidden_id(module)
+    if own and "attention_mask" not in own:
+        return ignored_id(module, "input_ids" if "input_ids" in own else own[0])
     return operator.attrgetter(attribute)(module) if attribute else None
 
 
@@ -123,6 +126,7 @@ class Guesses(Notes):
 
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         given, texts = by_usual_names(named(self.arguments, args, kwargs))
+        given = with_mask(given, self.padding)
         documents = noted(given, self.where, self.asks, self.own)
         if documents is not None:
             documents.guessed = True
@@ -214,9 +218,10 @@ def noted(given: dict[str, Any], where: str, asks: Asks, own: type | None) -> Do
 def _doubt(documents: Documents, given: Mapping[str, Any], own: type) -> str:
     """Return what arguments may say of the tokens, and nothing tells how; or ""."""
     numbered = given.get("position_ids") is not None
-    name = "" if numbered else parts_in(given, documents.length)
-    if not name and not numbered and given.get("attention_mask") is None:
-        name = other_mask_in(given, documents.batch)
+    masked = given.get("attention_mask") is not None
+    name = "" if numbered else parts_in(given, documents.length, masked)
+    if not name and not numbered and not masked:
+        name = other_mask_in(given, documents.batch, documents.length)
     if name:
         return (
             f"is in a call that may say by {name!r} which tokens are padding, or where documents "
@@ -328,7 +333,7 @@ class Tokens:
         if documents is None:
             if unsaid():
                 self._refuse(asks, unsaid())
-            self._check_bare(asks, args, kwargs, h.size(0))
+            self._check_bare(asks, args, kwargs, h)
             documents = Documents({}, 1, h.size(-2), h.device)
         elif h.size(-2) != documents.length or (h.ndim > 2 and h.size(0) != documents.batch):
             whole = h.ndim > 2 and h.size(0) == documents.batch  # blocks have this length too
@@ -352,7 +357,7 @@ class Tokens:
                 f"which does not show the rows: choose {_block(self.where)}{asks.instead}",
             )
 
-    def _check_bare(self, asks: Asks, args: tuple, kwargs: dict[str, Any], batch: int) -> None:
+    def _check_bare(self, asks: Asks, args: tuple, kwargs: dict[str, Any], h: Tensor) -> None:
         """Raise if there may be padding or earlier tokens in a call that no `Notes` saw."""
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
             self._refuse(
@@ -362,8 +367,8 @@ class Tokens:
             )
         masks = [value for name, value in kwargs.items() if "mask" in name]
         masks += [value for value in args[1:] if isinstance(value, Tensor) and value.ndim == 4]
-        given = named(self.names, args, kwargs)
-        hidden = any(mask is not None for mask in masks) or other_mask_in(given, batch)
+        given, (batch, length) = named(self.names, args, kwargs), (h.size(0), h.size(-2))
+        hidden = any(mask is not None for mask in masks) or other_mask_in(given, batch, length)
         if hidden or state_in(given):
             self._refuse(
                 asks,

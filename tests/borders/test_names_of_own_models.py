@@ -18,6 +18,7 @@ IDS = torch.randint(20, 59, (2, 7), generator=torch.Generator().manual_seed(0))
 WRITTEN = torch.cat([torch.tensor([TOKENS] * 2), IDS], 1)
 LEFT = torch.ones(2, 7, dtype=torch.long)
 LEFT[0, :3] = 0
+PADDED = [[0, 0, 0, 1, 1, 0, 0], [1, 1, 0, 0, 0, 0, 0]]  # the first two tokens of each row
 
 
 class Attention(nn.Module):
@@ -127,13 +128,66 @@ COUNTS = torch.tensor([4, 7])
 
 @pytest.mark.parametrize("put", [prompt, loreft, lambda m: loreft(m, None, last=1)])
 @pytest.mark.parametrize(
-    "name", ["lens", "seq_lengths", "valid_len", "seqlens", "n_tokens", "src_lengths"]
-)
+    "name",
+    ["lens", "seq_lengths", "valid_len", "valid_length", "seqlens", "n_tokens", "src_lengths",
+     "ilens", "input_lengths", "num_valid", "token_counts", "eos_pos", "sizes"],
+)  # fmt: skip
 def test_lengths_under_any_name_are_refused(put, name):
     model = Names()
     put(model)
+    for counts in (COUNTS, COUNTS[:, None], COUNTS.tolist()):
+        with pytest.raises(SiteError, match=f"'{name}'"):
+            model(IDS, **{name: counts})
+
+
+@pytest.mark.parametrize("mask", [LEFT.bool(), LEFT == 0, LEFT, LEFT.float()])
+@pytest.mark.parametrize("name", ["valid", "keep", "is_pad", "attn", "input_padding_mask"])
+def test_what_may_be_a_mask_is_refused_whatever_its_name(name, mask):
+    model = Names()
+    loreft(model)
+    model(IDS, **{name: torch.ones_like(IDS)} if "mask" not in name else {})
     with pytest.raises(SiteError, match=f"'{name}'"):
-        model(IDS, **{name: COUNTS})
+        model(IDS, **{name: mask})
+
+
+def test_a_mask_of_pairs_in_each_head_is_refused():
+    model = Names()
+    loreft(model)
+    with pytest.raises(SiteError, match="'attn_mask'"):
+        model(IDS, attn_mask=torch.ones(4, 7, 7))
+
+
+def test_types_of_tokens_are_no_documents_beside_a_mask():
+    model = Names()
+    types = torch.tensor([[0, 0, 0, 1, 1, 1, 1]] * 2)
+    delta = loreft(model)
+    for name in ("segment_ids", "token_type_ids"):
+        out = changed(model, delta, lambda m, n=name: m(IDS, LEFT, **{n: types}))
+        assert out == [[0, 0, 0, 1, 1, 0, 0], [1, 1, 0, 0, 0, 0, 0]]
+
+
+class ById(Net):
+    """Hides a token by its id, and takes no mask."""
+
+    def __init__(self, pad):
+        super().__init__()
+        self.pad = pad
+
+    def forward(self, tokens):
+        return self.run(self.table(tokens), tokens != self.pad)[0]
+
+
+@pytest.mark.parametrize("pad", [0, 3])
+def test_padding_that_is_found_by_its_id_alone_is_heard(pad):
+    model = ById(pad).eval()
+    ids = torch.where(LEFT == 1, IDS, pad)
+    assert changed(model, loreft(model), lambda m: m(ids)) == PADDED
+
+
+def test_a_plain_id_is_no_padding():
+    model = Idx().eval()
+    ids = torch.where(LEFT == 1, IDS, 0)
+    assert changed(model, loreft(model), lambda m: m(ids)) == [[1, 1, 0, 0, 0, 0, 0]] * 2
 
 
 @pytest.mark.parametrize("shape", [(7, 7), (1, 7, 7), (1, 1, 7, 7), (2, 1, 7, 7)])
@@ -398,6 +452,7 @@ class Idx(Net):
 
 class Batch(Net):
     def forward(self, batch):
+        batch = batch.get("text", batch)
         return self.run(self.table(batch["input_ids"]))[0]
 
 
@@ -421,10 +476,10 @@ class Fast(Tokens):
         return super().forward(idx, int(input_pos[0]))
 
 
-PADDED = [[0, 0, 0, 1, 1, 0, 0], [1, 1, 0, 0, 0, 0, 0]]
 CALLS = [
     (Idx, lambda m: m(IDS, LEFT), PADDED),
     (Batch, lambda m: m({"input_ids": IDS, "attention_mask": LEFT}), PADDED),
+    (Batch, lambda m: m({"text": {"input_ids": IDS, "attention_mask": LEFT}}), PADDED),
     (Embeds, lambda m: m(m.table(IDS), LEFT), PADDED),
     (Idx, lambda m: m(IDS), [[1, 1, 0, 0, 0, 0, 0]] * 2),
     (Batch, lambda m: m({"input_ids": IDS}), [[1, 1, 0, 0, 0, 0, 0]] * 2),
