@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .._modules.calls import has_forward
 from ..errors import SiteError, quoted
 from ..names import ancestors, is_inside, last
 from .base import Acts, DeltaLayer, Handover
@@ -49,7 +50,7 @@ def crossings(
                 found[name] = CrossMask(names, str(mask), layer.length)
     for name, layer in prompts.items():
         own = [] if found or name == "" else list(_beside(modules, name))
-        for other in own:
+        for other in (each for each in own if each not in prompts):
             memory = next(filter(MEMORY.match, arguments(modules[other])), "")
             if memory:
                 layer.strip, layer.told = False, layer.told or Handover()
@@ -67,7 +68,7 @@ def crossings(
 def _beside(modules: Mapping[str, nn.Module], embedder: str) -> Iterable[str]:
     """Yield the names of the outermost modules beside an embedder that may attend to its output."""
     outer = [o for o in [*ancestors(embedder), ""] if o != embedder]
-    if not all(is_own(modules[o]) for o in outer):
+    if not all(has_forward(modules[o]) and is_own(modules[o]) for o in outer):
         return
     taken: list[str] = []
     for name, module in modules.items():

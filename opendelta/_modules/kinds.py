@@ -356,7 +356,7 @@ def raw_forward(base: type[nn.Module], named: bool = False) -> Callable[..., Ten
     Args:
         named: also of a class that is called Conv1D, which may compute something else.
     """
-    if not reads_plainly(base) or not all(map(_is_stored, (base, base), ("weight", "bias"))):
+    if not reads_plainly(base) or not _is_stored(base, "weight"):
         return None
     if base.forward is LINEAR:
         return _raw_linear
