@@ -334,6 +334,47 @@ def test_a_first_call_of_one_token_decides_nothing():
         model({"tokens": IDS})
 
 
+class Positioned(Net):
+    """Many blocks, a table of positions, and linears of all tokens at once."""
+
+    causal, runs = False, []  # noqa: RUF012
+
+    def __init__(self):
+        super().__init__()
+        self.pos, self.blocks = nn.Embedding(60, 16), nn.ModuleList(Attention() for _ in range(9))
+
+    def forward(self, idx):
+        self.runs.append(idx.shape)
+        h = self.tok(idx) + self.pos(torch.arange(idx.size(1)))
+        return self.run(h.flatten(0, 1).view(h.shape))
+
+
+def test_a_model_is_tried_with_few_runs():
+    model = Positioned()
+    gate(model)
+    assert 3 <= len(model.runs) <= 10
+
+
+class TwoSides(Net):
+    """Two texts of one length: the first sees all of itself, the second no later tokens."""
+
+    def forward(self, src, tgt):
+        memory = self.blocks[0](self.tok(src), causal=False)
+        return self.blocks[1](self.tok(tgt) + memory.mean(1, keepdim=True))
+
+
+def test_each_side_of_two_texts_is_tried():
+    model = TwoSides()
+    gate(model, where="blocks.0.mlp")
+    assert model(IDS, IDS).shape == EMBEDS.shape
+    model = TwoSides()
+    gate(model, where="blocks.1.mlp")
+    with pytest.raises(
+        SiteError, match=r"'blocks.1.mlp' is inside TwoSides, where a token may not"
+    ):
+        model(IDS, IDS)
+
+
 # --------------------------------------------------------------- prefixes, and what turns queries
 def turned(x, places):
     angles = places[:, None, :, None] / 10.0 ** (torch.arange(4) / 4)
