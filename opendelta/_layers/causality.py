@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -66,20 +66,20 @@ def without_values(*held: Any) -> bool:
     return any(isinstance(t, FakeTensor) or t.is_meta for t in tensors)
 
 
-def _by_name(name: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """Yield what an argument holds at any depth, with the name or the last key of each."""
+def _by_name(name: str, value: Any) -> list[tuple[str, Any]]:
+    """Return what an argument holds at any depth, with the name or the last key of each."""
     items = items_of(value)
     if items is None:
-        yield name, value
-    for key, item in (items or {}).items():
-        yield from _by_name(key if isinstance(key, str) else name, item)
+        return [(name, value)]
+    inside = [_by_name(key if isinstance(key, str) else name, item) for key, item in items.items()]
+    return [pair for pairs in inside for pair in pairs]
 
 
 def _may_hide(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of a call that may say which tokens see which, by name."""
     held = [pair for name, value in given.items() for pair in _by_name(name, value)]
     rows = [t.size(0) for name, t in held if isinstance(t, Tensor) and t.ndim and name != MASK]
-    found = dict[str, Any]()
+    found: dict[str, Any] = {}
     for name, value in held:
         if isinstance(value, Tensor):
             square = value.ndim > 1 and value.size(-1) == value.size(-2) > 1
