@@ -24,9 +24,10 @@ from .._modules.tensors import is_sharded, lasting
 from .._modules.trials import at_rest
 from .rehearsal import ROWS, drawing_alike, some_ids
 
-SOURCES = 16  # of the first tensors of positions that a run makes: embeddings, tables, angles
+SOURCES = 16  # of the first tensors of positions of each kind: embeddings; tables, angles
 # The outputs of sites by full name, and those of the model.
 Results = tuple[dict[str, Tensor], list[Tensor]]
+Pairs = list[tuple[Tensor, Tensor]]
 NOISE = {torch.float64: 1e-12, torch.float32: 1e-6}  # by which equal results may differ; else 0
 
 
@@ -80,6 +81,8 @@ def _tried(
             seen.clear()
             again()
             given = apart((args, kwargs))
+            if record:
+                record.given |= {id(t): t for t in every(Tensor, given, objects=True)}
             with record or contextlib.nullcontext():
                 out = type(made).forward(made, *given[0], **given[1])
             return dict(seen), list(every(Tensor, out, objects=True))
@@ -107,33 +110,62 @@ def apart(given: Any) -> Any:
 def _judged(run: Run, length: int, sites: list[str]) -> dict[str, bool]:
     plain = _Record(length)
     results = run(plain)
-    found = dict[str, bool]()
-    for source in plain.sources[:SOURCES]:
-        reached, sees = _of_source(run, plain, results, source)
-        found |= {name: found.get(name, True) and sees for name in sites if name in reached}
-        if len(found) == len(sites) and not any(found.values()):
+    found, decided = dict[str, bool](), set[str]()
+    for sources in (plain.of_call, plain.others):
+        for source in sources[:SOURCES]:
+            reached, sees = _of_source(run, plain, results, source)
+            told = sees is not False
+            found |= {name: found.get(name, True) and told for name in sites if name in reached}
+            decided |= set() if sees is None else reached
+            if len(found) == len(sites) and not any(found.values()):
+                return found
+        if decided.issuperset(sites):
             break
     return found
 
 
-def _of_source(run: Run, plain: _Record, results: Results, source: int) -> tuple[set[str], bool]:
-    """Return the sites that a tensor of positions reaches, and whether tokens see later ones."""
+def _of_source(
+    run: Run, plain: _Record, results: Results, source: int
+) -> tuple[set[str], bool | None]:
+    """Return the sites that a tensor of positions reaches, and whether tokens see later ones.
+
+    None: it is mixed nowhere with those of other positions.
+    """
     length, reached = plain.length, set[str]()
-    earlier, later = dict[int, bool](), dict[int, bool]()
-    for place in sorted({0, 1, length // 2, length - 2, length - 1}):
-        record = _Record(length, (source, place))
-        at_sites, outputs = run(record)
-        reached |= {name for name, out in results[0].items() if _differ(out, at_sites[name])}
-        pairs = [*zip(plain.made, record.made, strict=True)]
-        pairs += zip(results[1], outputs, strict=True)
-        for number, (one, other) in enumerate(pairs):
+    ends = {0, length - 1}
+    pairs = list[tuple[int, Pairs]]()
+    sees: bool | None = None
+    for places in (ends, {1, length // 2, length - 2} - ends):
+        for place in places:
+            record = _Record(length, (source, place))
+            at_sites, outputs = run(record)
+            reached |= {name for name, out in results[0].items() if _differ(out, at_sites[name])}
+            made = [*plain.made, *results[1]], [*record.made, *outputs]
+            pairs.append((place, [*zip(*made, strict=True)]))
+        if sees := _last_mixed(pairs, length):
+            break
+    return reached, sees
+
+
+def _last_mixed(changed: list[tuple[int, Pairs]], length: int) -> bool | None:
+    """Return whether changes show at earlier positions in the last tensors where they show at any.
+
+    Args:
+        changed: the position that was changed, with the tensors before and after, in their order.
+        length: number of positions.
+    """
+    for number in reversed(range(len(changed[0][1]))):
+        earlier = later = False
+        for place, pairs in changed:
+            one, other = pairs[number]
             if (axis := _axis(one, length)) is None:
                 continue
             before, after = (t.split([place, 1, length - place - 1], axis) for t in (one, other))
-            later[number] = later.get(number, False) or _differ(before[0], after[0])
-            earlier[number] = earlier.get(number, False) or _differ(before[2], after[2])
-    mixed = [number for number in later if later[number] or earlier[number]]
-    return reached, later[max(mixed)] if mixed else True
+            later = later or _differ(before[0], after[0])
+            earlier = earlier or _differ(before[2], after[2])
+        if earlier or later:
+            return later
+    return None
 
 
 def _differ(one: Tensor, other: Tensor) -> bool:
@@ -162,24 +194,36 @@ class _Record(TorchDispatchMode):
         change: the number of the tensor, and the position; None: nothing changes.
 
     Attributes:
+        given: by id, the tensors of the call's arguments, and those that are computed from them.
         made: these tensors, in their order.
-        sources: the numbers of those that are not computed from others.
+        of_call: the numbers of those that are computed from the arguments, but from no other one.
+        others: the numbers of those that are computed from neither.
     """
 
     def __init__(self, length: int, change: tuple[int, int] | None = None) -> None:
         super().__init__()
         self.length, self.change = length, change
+        self.given: dict[int, Tensor] = {}
         self.made: list[Tensor] = []
-        self.known = set[int]()
-        self.sources: list[int] = []
+        self.known: dict[int, Tensor] = {}  # these tensors, and all that is computed from them
+        self.of_call: list[int] = []
+        self.others: list[int] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = [t for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)]
-        first = not func._schema.is_mutable and not any(id(t) in self.known for t in given)
-        out = func(*args, **(kwargs or {}))
-        return tree_map_only(Tensor, lambda tensor: self._noted(tensor, first), out)
+        used = [id(t) for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)]
+        known, of_call = (any(i in table for i in used) for table in (self.known, self.given))
+        sources = self.of_call if of_call else self.others
+        first = not known and not func._schema.is_mutable
 
-    def _noted(self, tensor: Tensor, first: bool) -> Tensor:
+        def noted(tensor: Tensor) -> Tensor:
+            tensor = self._noted(tensor, sources if first else None)
+            self.known |= {id(tensor): tensor} if known else {}
+            self.given |= {id(tensor): tensor} if of_call else {}
+            return tensor
+
+        return tree_map_only(Tensor, noted, func(*args, **(kwargs or {})))
+
+    def _noted(self, tensor: Tensor, sources: list[int] | None) -> Tensor:
         axis = _axis(tensor, self.length)
         if axis is None:
             return tensor
@@ -187,8 +231,9 @@ class _Record(TorchDispatchMode):
         if self.change is not None and self.change[0] == number:
             tensor = _changed(tensor, axis, self.change[1])
         self.made.append(tensor)
-        self.known.add(id(tensor))
-        self.sources += [number] if first else []
+        self.known[id(tensor)] = tensor
+        if sources is not None:
+            sources.append(number)
         return tensor
 
 

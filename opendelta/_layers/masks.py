@@ -62,3 +62,23 @@ def _linked(mask: Tensor, held: int | None, length: int) -> Tensor:
     sees = sees.any(1).expand(-1, length, -1)
     own = sees.diagonal(0, -2, -1)
     return own[:, 1:] & own[:, :-1] & sees.diagonal(-1, -2, -1)
+
+
+def hides_later(mask: Tensor) -> bool:
+    """True if a mask [..., length, length] hides later tokens from some that those see.
+
+    And no earlier ones so. Padding, neighbours and documents apart are hidden both ways. A mask of
+    0 and 1 may show by either.
+    """
+    readings = [mask > HIDDEN] if mask.is_floating_point() else []
+    shows = mask != 0
+    if mask.dtype == torch.bool or bool((~shows | (mask == 1)).all()):
+        readings += [shows, ~shows]
+    return any(map(_is_one_sided, readings))
+
+
+def _is_one_sided(sees: Tensor) -> bool:
+    own = sees.diagonal(0, -2, -1)
+    alone = sees & ~sees.mT & own.unsqueeze(-1) & own.unsqueeze(-2)
+    earlier, later = (part.flatten(-2).any(-1) for part in (alone.tril(-1), alone.triu(1)))
+    return bool((earlier & ~later).any())

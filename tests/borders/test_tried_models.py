@@ -334,6 +334,125 @@ def test_a_first_call_of_one_token_decides_nothing():
         model({"tokens": IDS})
 
 
+class Positioned(Net):
+    """Many blocks, a table of positions, and linears of all tokens at once."""
+
+    causal, runs = False, []
+
+    def __init__(self):
+        super().__init__()
+        self.pos, self.blocks = nn.Embedding(60, 16), nn.ModuleList(Attention() for _ in range(9))
+
+    def forward(self, idx):
+        self.runs += [0]
+        h = self.tok(idx) + self.pos(torch.arange(idx.size(1)))
+        return self.run(h.flatten(0, 1).view(h.shape))
+
+
+def test_a_model_is_tried_with_few_runs():
+    model = Positioned()
+    gate(model)
+    assert 3 <= len(model.runs) <= 10
+
+
+class TwoSides(Net):
+    """Two texts of one length: the first sees all of itself, the second no later tokens."""
+
+    def forward(self, src, tgt):
+        memory = self.blocks[0](self.tok(src), causal=False)
+        return self.blocks[1](self.tok(tgt) + memory.mean(1, keepdim=True))
+
+
+def test_each_side_of_two_texts_is_tried():
+    model = TwoSides()
+    gate(model, where="blocks.0.mlp")
+    assert model(IDS, IDS).shape == EMBEDS.shape
+    model = TwoSides()
+    gate(model, where="blocks.1.mlp")
+    with pytest.raises(
+        SiteError, match=r"'blocks.1.mlp' is inside TwoSides, where a token may not"
+    ):
+        model(IDS, IDS)
+
+
+class ByArgument(Net):
+    """Who sees whom comes with the call, by an argument of any name."""
+
+    def forward(self, idx, batch=None, **other):
+        other = {**other, **(batch or {})}
+        (said,) = other.values() if other else (False,)
+        h, seen = self.tok(idx), torch.ones(idx.size(1), idx.size(1)).bool()
+        if isinstance(said, torch.Tensor):
+            shows = said > -1000 if said.min() < 0 else said != 0
+            shows = ~shows if said.dtype == torch.bool else shows
+            seen = shows if shows.ndim < 3 else shows.flatten(0, -3)[:1]
+        elif said:
+            seen = seen.tril()
+        for block in self.blocks:
+            q, k, v = block.qkv(h).split(16, -1)
+            h = h + (q @ k.mT / 4).masked_fill(~seen, -1e9).softmax(-1) @ v
+            h = h + torch.tanh(block.mlp(h))
+        return h
+
+
+ADDED = nn.Transformer.generate_square_subsequent_mask(7)
+HIDING = {
+    "src_mask": ADDED, "attn_bias": ADDED[None, None] - 1.0, "mask": ADDED < -1,
+    "attn_mask": (ADDED == 0).long().expand(4, 7, 7), "whom": (ADDED == 0).float()[None],
+    "causal": True, "is_causal": True,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HIDING)
+def test_a_call_that_says_that_tokens_see_no_later_ones_is_refused(name):
+    model, why = ByArgument(), f"where by '{name}' a token may not see later ones: choose a gate"
+    model(IDS, **{name: HIDING[name]})
+    gate(model)
+    model(IDS)
+    for call in (lambda **given: model(IDS, **given), lambda **given: model(IDS, batch=given)):
+        with pytest.raises(SiteError, match=why):
+            call(**{name: HIDING[name]})
+    model = ByArgument()
+    model.is_causal = False
+    gate(model)
+    model(IDS, **{name: HIDING[name]})
+
+
+NEAR = (torch.arange(7) - torch.arange(7)[:, None]).abs() < 3
+PADDED = LEFT.flip(1).bool()[1:].clone()
+PADDED[:, 5:] = False
+
+
+@pytest.mark.parametrize("given", [
+    {"mask": ~NEAR}, {"attn_mask": NEAR.long()}, {"attn_bias": torch.randn(7, 7)},
+    {"attn_mask": torch.zeros(7, 7).masked_fill(~NEAR, -torch.inf)}, {"is_causal": False},
+    {"attn_bias": PADDED[:, None].expand(2, 7, 7).long()}, {"causal": None},
+    {"mask": torch.zeros(7, 7).bool()}, {"mask": torch.ones(7, 7)},
+])  # fmt: skip
+def test_masks_that_let_tokens_see_later_ones_are_taken(given):
+    model = ByArgument()
+    gate(model)
+    assert model(IDS, **given).shape == EMBEDS.shape
+
+
+def test_a_gate_in_a_tried_model_is_compiled_in_one_graph():
+    model = Positioned()
+    gate(model)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(IDS), model(IDS))
+    model = ByArgument()
+    gate(model)
+    with pytest.raises(SiteError, match=r"may not see later ones|in compiled code"):
+        torch.compile(model, backend="eager")(IDS, src_mask=ADDED)
+
+
+def test_a_mask_of_the_other_text_is_none_of_a_gate_in_the_first():
+    model = nn.Transformer(16, 2, 1, 1, 32, dropout=0.0, batch_first=True)
+    gate(model, where="encoder.layers.0.linear1")
+    for _ in range(2):
+        assert model(EMBEDS, EMBEDS, tgt_mask=ADDED).shape == EMBEDS.shape
+
+
 # --------------------------------------------------------------- prefixes, and what turns queries
 def turned(x, places):
     angles = places[:, None, :, None] / 10.0 ** (torch.arange(4) / 4)
