@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import sys
-import sysconfig
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
@@ -315,12 +315,13 @@ class UnusedWarning(DeltaWarning):
     """
 
 
-# Code in these folders stands between a user's line and the warning that it causes.
-LIBRARIES = tuple(
-    {str(Path(__file__).parent)}.union(
-        sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")
-    )
-)
+@functools.cache
+def library_folders() -> tuple[str, ...]:
+    """Return the folders of libraries: code there stands between a user's line and its warning."""
+    import sysconfig  # for the first warning alone
+
+    names = ("stdlib", "platstdlib", "purelib", "platlib")
+    return tuple({str(Path(__file__).parent)}.union(map(sysconfig.get_path, names)))
 
 
 _keepers: ContextVar[tuple[tuple[type[DeltaWarning], list[str]], ...]] = ContextVar(
@@ -375,7 +376,7 @@ def users_line() -> dict[str, Any]:
 def _is_library(frame: FrameType) -> bool:
     """True if the code in a frame is this package's, Python's own or an installed one."""
     name = frame.f_code.co_filename
-    return name.startswith((*LIBRARIES, "<frozen"))
+    return name.startswith((*library_folders(), "<frozen"))
 
 
 def to_the_end(action: Callable[[], None]) -> None:

@@ -15,7 +15,7 @@ from torch import nn
 
 from .._modules.holding import beside_tables, is_foreign, walk
 from .._sites.swap import plain_class
-from ..errors import LIBRARIES as LIBRARY_FOLDERS
+from ..errors import library_folders
 from ..names import last, parent
 from .backbone import Backbone
 from .branches import LIBRARIES
@@ -138,7 +138,7 @@ def _named_by(function: FunctionType, words: set[str]) -> Iterator[Any]:
     for value in around + [vars(file).get(word) for file in files for word in words]:
         if isinstance(value, FunctionType | type) and not is_of_library(value):
             file = getattr(sys.modules.get(value.__module__), "__file__", None) or ""
-            if _package(value) == _package(function) or not file.startswith(LIBRARY_FOLDERS):
+            if _package(value) == _package(function) or not file.startswith(library_folders()):
                 yield value
 
 

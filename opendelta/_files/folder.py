@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import re
-import secrets
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -250,7 +249,7 @@ def replacing(folder: Path) -> Iterator[tuple[Path, Callable[[str], None]]]:
     The move is one step, and may be asked for again. The new file is in a temporary folder, and so
     is the file that safetensors leaves if it is killed.
     """
-    temporary = folder / f".delta-{secrets.token_hex(8)}.tmp"
+    temporary = folder / f".delta-{os.urandom(8).hex()}.tmp"
     new = temporary / "new"
 
     def put(name: str) -> None:

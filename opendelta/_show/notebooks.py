@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from html import escape
 from typing import Any
 
 from .tables import lines_of
-from .tree import FONT
+from .tree import FONT, escaped
 
 COLOURS = {"magenta": "#a851b8", "green": "#2d8545"}  # each can be read on white and on black
 PRE = (
@@ -24,9 +23,9 @@ class InNotebooks:
 
 def as_html(what: Any) -> str:
     """Return the text of `what` as HTML; the bold and coloured parts too, if rich draws it."""
-    font = escape(FONT)
+    font = escaped(FONT)
     if not hasattr(what, "__rich_console__"):
-        return PRE.format(font=font, space="pre-wrap", lines=escape(str(what)))
+        return PRE.format(font=font, space="pre-wrap", lines=escaped(str(what)))
     lines = ("".join(_span(text, style) for text, style, _ in line) for line in lines_of(what))
     return PRE.format(font=font, space="pre", lines="\n".join(map(str.rstrip, lines)))
 
@@ -35,4 +34,4 @@ def _span(text: str, style: Any) -> str:
     colour = COLOURS.get(style.color.name) if style and style.color else None
     css = ["font-weight: bold"] * bool(style and style.bold)
     css += [f"color: {colour}"] if colour else []
-    return f'<span style="{"; ".join(css)}">{escape(text)}</span>' if css else escape(text)
+    return f'<span style="{"; ".join(css)}">{escaped(text)}</span>' if css else escaped(text)

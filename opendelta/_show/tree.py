@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
@@ -60,6 +59,13 @@ viewBox="0 0 {{width}} {{height}}">
 </g>
 </svg>
 """
+
+
+def escaped(text: str) -> str:
+    """Return a text as HTML and SVG take it."""
+    from html import escape  # a hundredth of the start
+
+    return escape(text)
 
 
 @dataclass
@@ -209,7 +215,7 @@ def coloured(line: Iterable[Segment], tag: Literal["span", "tspan"]) -> str:
     attribute = 'fill="{}"' if tag == "tspan" else 'style="color: {}"'
     pieces = []
     for text, style, _ in line:
-        shown = escape(text)
+        shown = escaped(text)
         if tag == "tspan":  # an SVG viewer joins successive spaces
             shown = shown.replace(" ", "\u00a0")
         colour = COLOURS.get(str(style))
