@@ -31,8 +31,8 @@ def is_needed(stack: Any) -> bool:
 
 
 def _may_write(module: nn.Module) -> bool:
-    """True if a forward of somebody's own, or one in place, may run in a module."""
-    forward: Any = inspect.unwrap(type(module).forward)
+    """True if a forward of somebody's own, of TorchScript or in place may run in a module."""
+    forward: Any = inspect.unwrap(getattr(type(module), "forward", None))  # a script's class: None
     if (getattr(forward, "__module__", None) or "").partition(".")[0] not in LIBRARIES:
         return True
     if module.__dict__.get("inplace", False):

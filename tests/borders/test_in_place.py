@@ -113,6 +113,23 @@ def test_a_branch_around_it_trains(make):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+@pytest.mark.parametrize("inplace", [True, False])
+def test_a_branch_around_a_script_trains(inplace):
+    torch.manual_seed(0)
+    inner = torch.jit.script(nn.ReLU(inplace))
+    model = Net(nn.Sequential(inner, nn.Linear(8, 8)))
+    delta = shake(ParallelAdapterModel(model, modified_modules=["part", "part"], bottleneck_dim=4))
+    (layer,) = delta.layers.values()
+    x = given(True)
+    seen = x.relu() if inplace else x
+    expected = F.linear(x.relu(), model.part[1].weight, model.part[1].bias) + seen
+    out = model(x)
+    torch.testing.assert_close(out, expected + layer.branch(x), atol=1e-5, rtol=1e-5)
+    out.square().sum().backward()
+    assert all(p.grad is not None for p in delta.parameters())
+
+
 def test_in_a_block_each_layer_sees_it():
     torch.manual_seed(0)
     model = Net(Rectifies(8, 8)).eval()
