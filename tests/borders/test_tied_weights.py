@@ -10,6 +10,7 @@ from support.nets import shake
 from torch import nn
 
 from opendelta import LoraModel, SiteError, composition
+from opendelta._modules.holding import walk
 
 pytestmark = pytest.mark.covers("Composition.merge", "Composition.to_backbone")
 
@@ -125,3 +126,13 @@ def test_a_module_aside_with_weights_of_its_own_hinders_no_merge(verb):
     before = model(ids)
     made = getattr(composition(model), verb)()
     torch.testing.assert_close((model if verb == "merge" else made)(ids), before)
+
+
+# ------------------------------------------------------------------------ much held beside a model
+def test_what_is_held_among_numbers_and_texts_is_found_without_a_look_at_each():
+    rows = [(number, str(number)) for number in range(1000)]
+    held = [*rows, (1, {"deep": [2, nn.Linear(2, 2)]}), [3, "four"]]
+    found = [*walk([held, 5, None])]
+    assert sum(isinstance(value, nn.Linear) for value in found) == 1
+    assert len(found) == 5
+    assert len([*walk([held], simple=True)]) > 2000
