@@ -6,7 +6,7 @@ import functools
 import inspect
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator
-from types import CellType, FunctionType, MethodType
+from types import CellType, FunctionType, MemberDescriptorType, MethodType
 from typing import Any
 
 from torch import nn
@@ -110,5 +110,20 @@ def _held_by_function(function: FunctionType) -> list[Any]:
 
 def _attributes(value: Any) -> list[Any]:
     own = list(vars(value).values()) if hasattr(value, "__dict__") else []
-    slots = [name for cls in type(value).__mro__ for name in getattr(cls, "__slots__", ())]
-    return own + [getattr(value, name) for name in slots if hasattr(value, name)]
+    slots = [vars(cls).get(name) for cls in type(value).__mro__ for name in _slots(cls)]
+    return own + [v for slot in slots if (v := _in_slot(slot, value)) is not None]
+
+
+def _slots(cls: type) -> Collection[str]:
+    names = vars(cls).get("__slots__", ())
+    return (names,) if isinstance(names, str) else names
+
+
+def _in_slot(slot: Any, value: Any) -> Any:
+    """Return what an object has in a slot, None if nothing, without a `__getattr__` of its own."""
+    if not isinstance(slot, MemberDescriptorType):
+        return None
+    try:
+        return slot.__get__(value)
+    except AttributeError:
+        return None
