@@ -8,7 +8,7 @@ import operator
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from types import CodeType, FunctionType, ModuleType
+from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 from torch import nn
@@ -25,6 +25,7 @@ OTHERS = {*LIBRARIES, "builtins", "bitsandbytes", "torchao", "accelerate", "hqq"
 # What runs without being named.
 ENTRIES = {"forward", "__call__", "__getattr__", "__getattribute__", "__get__"}
 KEYS = ("weight", "bias")
+METHODS = (MethodType, classmethod, staticmethod)
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ class _Reached:
             taken |= dict.fromkeys(vars(base))
 
     def _add_value(self, name: str, value: Any) -> None:
-        value = getattr(value, "__func__", value)
+        value = value.__func__ if isinstance(value, METHODS) else value
         functions = [f for f in map(_function_of, walk([value])) if f is not None]
         if name in ENTRIES or name in self.named or _function_of(value) is None:
             self._todo += functions
@@ -156,8 +157,8 @@ def _function_of(value: Any) -> FunctionType | None:
             value = value.fget
         elif isinstance(value, functools.cached_property | functools.partialmethod):
             value = value.func
-        else:
-            value = getattr(value, "__func__", value)
+        elif isinstance(value, METHODS):
+            value = value.__func__
         if inspect.isfunction(value):
             return inspect.unwrap(value)
     return None

@@ -6,7 +6,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
-from types import CodeType, FunctionType
+from types import FunctionType
 from typing import Any
 
 from torch import nn
@@ -14,6 +14,7 @@ from torch import nn
 from .._modules.calls import has_forward
 from .._modules.facts import facts, remembered
 from .._modules.holding import beside_tables, held_by, others_among
+from .._modules.writing import codes_of
 from .._sites import swap
 from .._sites.swap import plain_class
 from ..names import join, last, parent
@@ -230,7 +231,7 @@ def _read_but_by_torch(cls: Any) -> set[str]:
 
     torch's own does not count: the fast path of TransformerEncoderLayer computes the same.
     """
-    codes = (code for code in _codes(cls, True) if code.co_filename not in TORCH)
+    codes = (code for code in codes_of(cls, True) if code.co_filename not in TORCH)
     return {name for code in codes for name, key, _ in chains_in(code) if key in KEYS}
 
 
@@ -247,13 +248,13 @@ def gets_parameters(backbone: Backbone, where: str) -> bool:
 @_by_forward
 def _words(cls: Any) -> set[str]:
     """Return the names and the texts in a class's code."""
-    return set[str]().union(*map(words_of, _codes(cls, True)))
+    return set[str]().union(*map(words_of, codes_of(cls, True)))
 
 
 @_by_forward
 def _reads_unnamed(cls: Any) -> bool:
     """True if code of a class, or a function beside it, reads a weight of an unnamed module."""
-    codes = list(_codes(cls))
+    codes = list(codes_of(cls))
     beside = vars(sys.modules.get(cls.__module__, cls))
     functions = [beside.get(name) for code in codes for name in code.co_names]
     codes += [function.__code__ for function in functions if inspect.isfunction(function)]
@@ -264,7 +265,7 @@ def _reads_unnamed(cls: Any) -> bool:
 def _may_read(cls: Any) -> set[str]:
     """Return the names of children whose weight or bias a class's code reads, and of `ANY`."""
     own = {name for name, key in _chains(cls, True) if key in KEYS}
-    return own.union(*(ANY & {*code.co_names} for code in _codes(cls, True)))
+    return own.union(*(ANY & {*code.co_names} for code in codes_of(cls, True)))
 
 
 @_by_forward
@@ -288,26 +289,6 @@ def _chains(cls: Any, beneath: bool = False) -> Iterator[tuple[str, str | None]]
 
     The second is `LOOK` if the code looks at a weight or a bias, and at none of its values.
     """
-    for code in _codes(cls, beneath):
+    for code in codes_of(cls, beneath):
         for name, key, _ in chains_in(code):
             yield name, key
-
-
-def _codes(cls: Any, beneath: bool = False) -> Iterator[CodeType]:
-    """Yield the code of a class's forward, of methods that it names, and of functions inside.
-
-    Args:
-        beneath: methods that others override too, as `super()` may call them.
-    """
-    methods: dict[str, list[CodeType]] = {}
-    for base in cls.__mro__:
-        for name, value in vars(base).items():
-            if base.__module__ != nn.Module.__module__ and (beneath or name not in methods):
-                code = getattr(inspect.unwrap(value), "__code__", None)
-                methods.setdefault(name, []).extend([code] if code is not None else [])
-    todo = methods.pop("forward", [])
-    while todo:
-        code = todo.pop()
-        yield code
-        todo += [const for const in code.co_consts if isinstance(const, CodeType)]
-        todo += [each for name in code.co_names for each in methods.pop(name, ())]

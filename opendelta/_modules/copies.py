@@ -65,7 +65,7 @@ def _kept(model: nn.Module) -> dict[int, Any]:
 
 def _is_simple(value: Any, memo: dict[int, Any]) -> bool:
     """True if an object can be copied and its copy deleted, which puts it into `memo`."""
-    held = list(itertools.islice(walk([value]), MOST + 1))
+    held = list(itertools.islice(walk([value], simple=True), MOST + 1))
     if len(held) > MOST or any(hasattr(type(each), "__del__") for each in held):
         return False
     try:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 import inspect
 import weakref
-from collections.abc import Collection, Iterable, Iterator
-from types import CellType, FunctionType, MethodType
+from collections.abc import Callable, Collection, Iterable, Iterator
+from types import CellType, FunctionType, MemberDescriptorType, MethodType
 from typing import Any
 
 from torch import nn
 
 TABLES = ("_modules", "_parameters", "_buffers")
-SIMPLE = (bool, int, float, str)
+SIMPLE = frozenset({bool, int, float, str, bytes, type(None)})
 
 
 def beside_tables(modules: Iterable[nn.Module]) -> list[Any]:
@@ -49,9 +49,14 @@ def closed_over(values: Iterable[Any]) -> set[int]:
     return held_by(value for value in [*walk(values)] if inspect.isfunction(value))
 
 
-def walk(values: Iterable[Any]) -> Iterator[Any]:
-    """Yield these values and all that they hold, but what is in modules and parameters."""
-    todo, seen = list(values), set[int]()
+def walk(values: Iterable[Any], simple: bool = False) -> Iterator[Any]:
+    """Yield these values and all that they hold, but what is in modules and parameters.
+
+    Args:
+        simple: also numbers, texts, and lists and tuples of nothing else.
+    """
+    taken: Callable[[Iterable[Any]], list[Any]] = list if simple else _telling
+    todo, seen = taken(values), set[int]()
     while todo:
         value = todo.pop()
         if id(value) in seen:
@@ -59,7 +64,14 @@ def walk(values: Iterable[Any]) -> Iterator[Any]:
         seen.add(id(value))
         yield value
         if not isinstance(value, nn.Module | nn.Parameter):
-            todo += _held_in(value)
+            todo += taken(_held_in(value))
+
+
+def _telling(values: Iterable[Any]) -> list[Any]:
+    """Return these values but numbers, texts, and lists and tuples of nothing else."""
+    found = [value for value in values if type(value) not in SIMPLE]
+    rows = (tuple, list)
+    return [v for v in found if type(v) not in rows or not SIMPLE.issuperset(map(type, v))]
 
 
 def is_foreign(value: Any) -> bool:
@@ -98,5 +110,20 @@ def _held_by_function(function: FunctionType) -> list[Any]:
 
 def _attributes(value: Any) -> list[Any]:
     own = list(vars(value).values()) if hasattr(value, "__dict__") else []
-    slots = [name for cls in type(value).__mro__ for name in getattr(cls, "__slots__", ())]
-    return own + [getattr(value, name) for name in slots if hasattr(value, name)]
+    slots = [vars(cls).get(name) for cls in type(value).__mro__ for name in _slots(cls)]
+    return own + [v for slot in slots if (v := _in_slot(slot, value)) is not None]
+
+
+def _slots(cls: type) -> Collection[str]:
+    names = vars(cls).get("__slots__", ())
+    return (names,) if isinstance(names, str) else names
+
+
+def _in_slot(slot: Any, value: Any) -> Any:
+    """Return what an object has in a slot, None if nothing, without a `__getattr__` of its own."""
+    if not isinstance(slot, MemberDescriptorType):
+        return None
+    try:
+        return slot.__get__(value)
+    except AttributeError:
+        return None

@@ -19,7 +19,8 @@ from .tensors import is_dense, is_plain, lasting
 from .tensors import shape as shape_of
 
 AXES = (-1, -3, -2, -4, 1, 0, 2)  # where a normalisation may work, in the order of trial
-ALIKE = 0.3  # the least cosine of outputs that a weight has a part in
+CLEAR = 0.1  # the share of a change that may be by chance
+PROBES = 4
 SIZES = (2, 3, 5, 7, 11)  # of the other axes, with one to spare
 _found: dict[tuple, int | None] = {}
 _scaling: dict[tuple, bool] = {}
@@ -187,24 +188,50 @@ def takes_transposed(module: nn.Module) -> bool:
 
 
 def _is_turned(made: nn.Module, weight: Any) -> bool:
-    """True if an output is more like x W than like x W^T."""
-    torch.manual_seed(0)
+    """True if a forward surely takes its weight for [in, out], False if it may be [out, in]."""
     device, width = _device_of(weight), shape_of(weight)[0]
-    drawn = torch.randn(2, 2, width, device="cpu")
-    one, other = (torch.outer(*pair).to(device, weight.dtype) for pair in drawn)
+    draw = torch.Generator().manual_seed(0)
     for part in made.modules():
         part.training = False
-    for shape in ((5, width), (2, 3, width)):
-        x = torch.randn(shape, device="cpu").to(device, weight.dtype)
+    for shape in ((16, width), (2, 8, width)):
+        x = torch.randn(shape, generator=draw, device="cpu").to(device, weight.dtype)
         with contextlib.suppress(Exception):  # whatever a forward of somebody's own raises
-            rows = _with_weight(made, weight, one, x) - _with_weight(made, weight, other, x)
-            sides = _sides(rows, x, one - other)
-            if max(sides) < ALIKE:  # it has the weight from elsewhere
-                rows = _with_weight(made, weight, weight, x)
-                rows -= _with_weight(made, weight, weight, torch.zeros_like(x))
-                sides = _sides(rows, x, weight)
-            return sides[1] > sides[0]
+            leaks = [_leaks(made, weight, x, draw) for _ in range(PROBES)]
+            rows, columns = torch.stack(leaks).sum(0).tolist()
+            if rows or columns:
+                return columns < CLEAR * rows
+            return _multiplies_by(made, weight, x)  # it has the weight from elsewhere
     return False
+
+
+def _leaks(made: nn.Module, weight: Tensor, x: Tensor, draw: torch.Generator) -> Tensor:
+    """Return how much other outputs change than those of the rows, and columns, that are negated.
+
+    Where a weight is [out, in], one of its rows has a part in one output: then the first is 0,
+    whatever is done with the weight and with each output. Where it is [in, out], the second is.
+    """
+    width = shape_of(weight)[0]
+    drawn = torch.randn(width, width, generator=draw, device="cpu")
+    signs = torch.ones(width, device="cpu")
+    signs[torch.randperm(width, generator=draw, device="cpu")[: width // 2]] = -1
+    values = [drawn, -drawn, signs[:, None] * drawn, drawn * signs]
+    outs = [_with_weight(made, weight, v.to(x.device, weight.dtype), x).float() for v in values]
+    same, other = (signs > 0).to(x.device), (signs < 0).to(x.device)
+    found = [_size(out - outs[0], same) + _size(out - outs[1], other) for out in outs[2:]]
+    return torch.stack(found)
+
+
+def _size(change: Tensor, channels: Tensor) -> Tensor:
+    return change[..., channels].square().sum().cpu()
+
+
+def _multiplies_by(made: nn.Module, weight: Tensor, x: Tensor) -> bool:
+    """True if a forward adds x W to what it gives for zeros, with the values that it has."""
+    outs = [_with_weight(made, weight, weight, each).float() for each in (x, torch.zeros_like(x))]
+    rows = outs[0] - outs[1]
+    plain, turned = (x.float() @ matrix for matrix in (weight.float().T, weight.float()))
+    off = float((rows - turned).norm())
+    return off < CLEAR * float(rows.norm()) and off < CLEAR * float((rows - plain).norm())
 
 
 def _device_of(tensor: Tensor) -> torch.device:
@@ -223,6 +250,7 @@ def _with_weight(made: nn.Module, weight: Tensor, new: Tensor, x: Tensor) -> Ten
     try:
         for table in tables:
             table.update({k: new if t is weight else _valued(t) for k, t in table.items()})
+        torch.manual_seed(0)  # for a forward that draws
         return run(made, x)
     finally:
         for table, before in zip(tables, kept, strict=True):
@@ -235,19 +263,6 @@ def _valued(tensor: Any) -> Any:
     if tensor.is_meta or (tensor.is_floating_point() and not tensor.any()):
         return torch.ones_like(tensor, device=_device_of(tensor))
     return tensor.detach().clone()
-
-
-def _sides(out: Tensor, x: Tensor, weight: Tensor) -> tuple[float, float]:
-    """Return how much rows of outputs are like x W^T, and like x W."""
-    rows, given = out.reshape(-1, out.size(-1)).float(), x.reshape(-1, x.size(-1)).float()
-    plain, turned = (given @ matrix for matrix in (weight.float().T, weight.float()))
-    return _alike(rows, plain), _alike(rows, turned)
-
-
-def _alike(one: Tensor, other: Tensor) -> float:
-    """Return the size of the cosine of two tensors, 0 if one of them is zeros."""
-    size = one.norm() * other.norm()
-    return float((one * other).sum().abs() / size) if size else 0.0
 
 
 def scales_by_weight(module: nn.Module, shape: tuple[int, ...], axis: int) -> bool:

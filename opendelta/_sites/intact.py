@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._modules import calls
+from .._modules import calls, writing
 from .._modules.tensors import memory_of
 from ..names import SLOT
 
 Call = Callable[..., Any]
 KEY = "intact?"  # no delta can have this name
-# Their forwards write to no input, but for what has an option `inplace`.
+CALL, CALL_IMPL = nn.Module.__call__, nn.Module._call_impl
+# Their forwards write to no input, but for what has an option `inplace`, or does so in its code.
 LIBRARIES = {"torch", "torchvision", "timm", "transformers", "bitsandbytes", "torchao", "optimum"}
 
 
@@ -31,14 +32,35 @@ def is_needed(stack: Any) -> bool:
 
 
 def _may_write(module: nn.Module) -> bool:
-    """True if a forward of somebody's own, or one in place, may run in a module."""
-    forward: Any = inspect.unwrap(type(module).forward)
-    if (getattr(forward, "__module__", None) or "").partition(".")[0] not in LIBRARIES:
+    """True if a forward of somebody's own, of TorchScript or in place may run in a module."""
+    cls: Any = type(module)
+    forward = getattr(cls, "forward", None)  # a script's class has none
+    package = "" if forward is None else _package(inspect.unwrap(forward))
+    if package not in LIBRARIES or module.__dict__.get("inplace", False):
         return True
-    if module.__dict__.get("inplace", False):
+    if package != "torch" and writing.writes(cls):
         return True
-    inside = (child for key, child in module._modules.items() if key != SLOT)
-    return any(child is not None and _may_write(child) for child in inside)
+    inside = [child for key, child in module._modules.items() if key != SLOT and child is not None]
+    return any(_is_changed(child) or _may_write(child) for child in inside)
+
+
+def _is_changed(child: nn.Module) -> bool:
+    """True if code of somebody's own may run around the forward of a class, or in its place."""
+    own, cls = child.__dict__, type(child)
+    if "forward" in own:
+        return True
+    if cls.__call__ is not CALL and _package(cls.__call__) not in LIBRARIES:
+        return True
+    if cls._call_impl is not CALL_IMPL and _package(cls._call_impl) not in LIBRARIES:
+        return True
+    hooks = (*own["_forward_pre_hooks"].values(), *own["_forward_hooks"].values())
+    return any(_package(hook) not in (*LIBRARIES, "opendelta") for hook in hooks)
+
+
+def _package(function: Any) -> str:
+    while isinstance(function, functools.partial):
+        function = function.func
+    return (getattr(function, "__module__", None) or "").partition(".")[0]
 
 
 class Intact:

@@ -113,6 +113,141 @@ def test_a_branch_around_it_trains(make):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+@pytest.mark.parametrize("inplace", [True, False])
+def test_a_branch_around_a_script_trains(inplace):
+    torch.manual_seed(0)
+    inner = torch.jit.script(nn.ReLU(inplace))
+    model = Net(nn.Sequential(inner, nn.Linear(8, 8)))
+    delta = shake(ParallelAdapterModel(model, modified_modules=["part", "part"], bottleneck_dim=4))
+    (layer,) = delta.layers.values()
+    x = given(True)
+    seen = x.relu() if inplace else x
+    expected = F.linear(x.relu(), model.part[1].weight, model.part[1].bias) + seen
+    out = model(x)
+    torch.testing.assert_close(out, expected + layer.branch(x), atol=1e-5, rtol=1e-5)
+    out.square().sum().backward()
+    assert all(p.grad is not None for p in delta.parameters())
+
+
+def before(model):
+    model[0].register_forward_pre_hook(lambda module, args: (args[0].relu_(),))
+
+
+def after(model):
+    model[0].register_forward_hook(lambda module, args, out: out.relu_())
+
+
+def instead(model):
+    model[0].forward = lambda x: x.relu_()
+
+
+def called(model):
+    def call(self, x):
+        return nn.Module.__call__(self, x.relu_())
+
+    model[0].__class__ = type("Calls", (nn.Identity,), {"__call__": call})
+
+
+def impl(model):
+    def call(self, x):
+        return nn.Module._call_impl(self, x.relu_())
+
+    model[0].__class__ = type("Calls", (nn.Identity,), {"_call_impl": call, "__call__": call})
+
+
+@pytest.mark.parametrize("change", [before, after, instead, called, impl])
+def test_a_branch_around_what_a_child_has_of_its_own_trains(change):
+    torch.manual_seed(0)
+    part = nn.Sequential(nn.Identity(), nn.Linear(8, 8))
+    change(part)
+    _check_branch(Net(part), lambda x: (x.relu(), part[1]))
+
+
+def _check_branch(model, changed):
+    """Compare with plain torch; `changed`: what a part's linear is given, and the linear."""
+    delta = shake(ParallelAdapterModel(model, modified_modules=["part", "part"], bottleneck_dim=4))
+    (layer,) = delta.layers.values()
+    x = given(True)
+    new, linear = changed(x)
+    out = model(x)
+    expected = F.linear(new, linear.weight, linear.bias) + new + layer.branch(x)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-5)
+    out.square().sum().backward()
+
+
+class Some(nn.Module):
+    """Its code counts as a library's."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.linear(self.change(x))
+
+    forward.__module__ = "transformers.models.some"
+
+
+def item(self, x):
+    x[x < 0] = 0
+    return x
+
+
+def part_of(self, x):
+    x[:, :] = x.relu()
+    return x
+
+
+def product(self, x):
+    x *= x > 0
+    return x
+
+
+def method(self, x):
+    return x.masked_fill_(x < 0, 0)
+
+
+@pytest.mark.parametrize("change", [item, part_of, product, method])
+def test_a_branch_around_a_library_s_code_in_place_trains(change):
+    torch.manual_seed(0)
+    part = type("Writes", (Some,), {"change": change})()
+    _check_branch(Net(part), lambda x: (x.relu(), part.linear))
+
+
+class Collects(nn.Module):
+    """Nothing that it writes to is a tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x, **options):
+        options["used"] = True
+        kept, text = (), "a"
+        kept += (x,)
+        text += "b"
+        text += f"{text}."
+        return self.linear(kept[0])
+
+    forward.__module__ = "transformers.models.some"
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        Collects,
+        lambda: nn.Sequential(nn.LayerNorm(8), nn.Dropout(), nn.GELU(), nn.Linear(8, 8)),
+        lambda: nn.TransformerEncoderLayer(8, 2, 16),
+        lambda: nn.Sequential(nn.utils.spectral_norm(nn.Linear(8, 8))),
+    ],
+)
+def test_what_writes_to_no_input_pays_nothing(make):
+    model = Net(make())
+    ParallelAdapterModel(model, modified_modules=["part", "part"], bottleneck_dim=4)
+    assert not model.part.deltas.__dict__["intact?"]
+
+
 def test_in_a_block_each_layer_sees_it():
     torch.manual_seed(0)
     model = Net(Rectifies(8, 8)).eval()

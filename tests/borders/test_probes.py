@@ -119,6 +119,61 @@ def test_a_turned_weight_is_found_whatever_its_values_are(start, cls):
     torch.testing.assert_close(model(X), expected)
 
 
+AROUND = {
+    "plain": lambda x, W, product: product(W),
+    "masked": lambda x, W, product: product(W * torch.tril(torch.ones_like(W))),
+    "gated": lambda x, W, product: x * torch.sigmoid(product(W)),
+    "negative": lambda x, W, product: -product(W),
+    "abs": lambda x, W, product: product(W).abs(),
+    "relu": lambda x, W, product: product(W).relu(),
+    "scaled": lambda x, W, product: product(W / W.abs().mean()),
+    "residual": lambda x, W, product: x + product(W),
+    "noisy": lambda x, W, product: product(W) + torch.randn_like(x),
+    "softmax": lambda x, W, product: product(W).softmax(-1),
+    "normalised": lambda x, W, product: F.layer_norm(product(W), x.shape[-1:]),
+    "flipped": lambda x, W, product: product(W).flip(-1),
+    "mixed": lambda x, W, product: product(W).cumsum(-1),
+}
+
+
+@pytest.mark.parametrize("around", AROUND)
+@pytest.mark.parametrize("width", [2, 3, 4, 12, 64])
+def test_a_layout_is_not_guessed(width, around):
+    class Own(nn.Linear):
+        turned = False
+
+        def forward(self, x):
+            product = (lambda W: x @ W) if self.turned else (lambda W: F.linear(x, W, self.bias))
+            return AROUND[around](x, self.weight, product)
+
+    for seed in range(6 if width < 64 else 2):
+        torch.manual_seed(seed)
+        module = Own(width, width)
+        assert not isinstance(kind_of(module), TransposedLinear)
+        module.turned = True
+        elementwise = list(AROUND).index(around) < list(AROUND).index("softmax")
+        assert not elementwise or isinstance(kind_of(module), TransposedLinear)
+
+
+class Elsewhere(nn.Linear):
+    def __init__(self, width, compute):
+        super().__init__(width, width)
+        self.held, self.compute = [self.weight], compute
+
+    def forward(self, x):
+        return self.compute(x, self.held[0])
+
+
+@pytest.mark.parametrize("width", [1, 2, 3, 64])
+def test_a_layout_of_a_weight_from_elsewhere_is_not_guessed(width):
+    for seed in range(8):
+        torch.manual_seed(seed)
+        turned = Elsewhere(width, lambda x, W: x @ W)
+        assert isinstance(kind_of(turned), TransposedLinear) == (width > 1)
+        for compute in (F.linear, lambda x, W: x * torch.sigmoid(F.linear(x, W))):
+            assert not isinstance(kind_of(Elsewhere(width, compute)), TransposedLinear)
+
+
 @pytest.mark.parametrize("start", ["zeros", "identity", "symmetric"])
 @pytest.mark.parametrize("cls", [Turned, Gated, Masked, Held])
 def test_a_probe_leaves_the_parameters_and_the_random_numbers(start, cls):

@@ -10,6 +10,7 @@ from support.nets import shake
 from torch import nn
 
 from opendelta import LoraModel, SiteError, composition
+from opendelta._modules.holding import walk
 
 pytestmark = pytest.mark.covers("Composition.merge", "Composition.to_backbone")
 
@@ -125,3 +126,41 @@ def test_a_module_aside_with_weights_of_its_own_hinders_no_merge(verb):
     before = model(ids)
     made = getattr(composition(model), verb)()
     torch.testing.assert_close((model if verb == "merge" else made)(ids), before)
+
+
+# ------------------------------------------------------------------------ much held beside a model
+def test_what_is_held_among_numbers_and_texts_is_found_without_a_look_at_each():
+    rows = [(number, str(number)) for number in range(1000)]
+    held = [*rows, (1, {"deep": [2, nn.Linear(2, 2)]}), [3, "four"]]
+    found = [*walk([held, 5, None])]
+    assert sum(isinstance(value, nn.Linear) for value in found) == 1
+    assert len(found) == 5
+    assert len([*walk([held], simple=True)]) > 2000
+
+
+class Lazy:
+    """It has no value yet, and says so of every name."""
+
+    def __getattr__(self, name):
+        raise RuntimeError("not ready")
+
+
+class LazySlots(Lazy):
+    __slots__ = ("empty", "part")
+
+
+@pytest.mark.parametrize("cls", [Lazy, LazySlots])
+def test_an_object_without_a_value_yet_is_not_asked(cls):
+    model = nn.Sequential(nn.Linear(4, 4))
+    model.held = [cls()]
+    shake(LoraModel(model, modified_modules=["0"]))
+    x = torch.randn(2, 4)
+    expected = model(x)
+    composition(model).merge()
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_what_slots_hold_is_found():
+    held, part = LazySlots(), nn.Linear(2, 2)
+    held.part = part
+    assert any(value is part for value in walk([held]))

@@ -248,8 +248,8 @@ def test_a_block_that_nobody_entered_points_at_the_users_line(tmp_path):
 
 
 def test_without_a_line_of_a_user_the_outermost_stands_for_it(monkeypatch):
-    own = (*opendelta.errors.LIBRARIES, __file__)
-    monkeypatch.setattr(opendelta.errors, "LIBRARIES", own)
+    own = (*opendelta.errors.library_folders(), __file__)
+    monkeypatch.setattr(opendelta.errors, "library_folders", lambda: own)
     with pytest.warns(opendelta.TiedWeightWarning):
         LoraModel(tied_net(), modified_modules=["0"])
 
