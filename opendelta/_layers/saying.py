@@ -103,6 +103,8 @@ def _is_mask(name: str, value: Any, batch: int, length: int) -> bool:
         return False
     if "mask" in name or name.startswith("pad"):
         pairs = value.ndim == 3 and value.shape[1:] == (length, length)  # of each head
+        if pairs and not torch.compiler.is_compiling() and (value == value[:1]).all():
+            return False  # who sees whom in all rows alike: no padding
         return value.size(0) == batch or (pairs and batch > 1 and value.size(0) % batch == 0)
     if value.shape != (batch, length) or name.startswith((*BESIDE, "type", "seg")):
         return False

@@ -430,7 +430,7 @@ def notes_for(
             two = around != takes[0] and "decoder_input_ids" in arguments(modules[around])
             if around not in made and not two:
                 found[around] = Notes(modules[around], around, asks)
-        if not takes and "" not in made and is_own(modules[""]):
+        if not takes and "" not in {*made, *found} and is_own(modules[""]):
             found[""] = Guesses(modules[""], "", asks)
     return found
 

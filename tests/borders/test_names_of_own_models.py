@@ -154,7 +154,8 @@ def test_a_mask_of_pairs_in_each_head_is_refused():
     model = Names()
     loreft(model)
     with pytest.raises(SiteError, match="'attn_mask'"):
-        model(IDS, attn_mask=torch.ones(4, 7, 7))
+        model(IDS, attn_mask=LEFT.bool()[:, None, None].expand(2, 2, 7, 7).flatten(0, 1))
+    model(IDS, attn_mask=torch.ones(4, 7, 7).tril())
 
 
 def test_types_of_tokens_are_no_documents_beside_a_mask():
