@@ -40,10 +40,8 @@ def numbers_in(given: Mapping[str, Any], batch: int, length: int, device: torch.
     """
     names = ("position_ids", *PLACES, *STARTS)
     name, said = next(((n, given[n]) for n in names if given.get(n) is not None), ("", None))
-    if name not in PLACES + STARTS:
-        positions = said
-    else:
-        positions = _numbers(name, said, batch, length, device)
+    known = name in PLACES + STARTS
+    positions = _numbers(name, said, batch, length, device) if known else said
     if isinstance(positions, Tensor) and positions.ndim == 1:
         positions = positions[None]
     if isinstance(positions, Tensor) and (not positions.ndim or positions.size(-1) != length):

@@ -215,9 +215,12 @@ def test_ends_and_numbers_of_documents_are_refused_without_position_ids(put):
 
 def test_labels_and_numbers_beside_are_no_masks():
     model = Names()
-    loreft(model)
-    model(IDS, masked_lm_labels=IDS, max_len=7, loss_mask=LEFT, embedding_lens=torch.ones(3))
-    model(IDS, LEFT, lens=COUNTS, use_cache=False)
+    delta = loreft(model)
+    beside = {"masked_lm_labels": IDS, "max_len": 7, "loss_mask": LEFT}
+    beside |= {"embedding_lens": torch.ones(3)}
+    whole = [[1, 1, 0, 0, 0, 0, 0]] * 2
+    assert changed(model, delta, lambda m: m(IDS, **beside)) == whole
+    assert changed(model, delta, lambda m: m(IDS, LEFT, lens=COUNTS, use_cache=False)) == PADDED
 
 
 # ------------------------------------------------------------------------------------------ states
@@ -295,7 +298,8 @@ def test_a_state_of_any_class_is_known_from_its_first_call(put, kind):
 def test_an_empty_state_that_counts_is_none(put):
     model = Stateful().eval()
     put(model)
-    model(IDS, LEFT.bool(), kv_cache=Counts())
+    expected = model(IDS, LEFT.bool(), cache=Counts())
+    torch.testing.assert_close(model(IDS, LEFT.bool(), kv_cache=Counts()), expected)
 
 
 class Takes(Net):
