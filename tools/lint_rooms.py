@@ -97,8 +97,8 @@ def private_names(package: Package, path: Path) -> Found:
 
 
 def layer_tests(package: Package, path: Path) -> Found:
-    """A layer answers for itself: outside its room nobody asks which class it is of."""
-    if path.parent.name == "_layers":
+    """A layer answers for itself: outside their rooms nobody asks which class it is of."""
+    if path.parent.name in ("_layers", "_sequences"):
         return
     nodes = package.nodes[path]
     imports = [alias for n in nodes if isinstance(n, ast.ImportFrom) for alias in n.names]

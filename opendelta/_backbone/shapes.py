@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._layers import prefix
 from .._layers.site import Heads, Widths
 from .._modules import calls, trials
 from .._modules.devices import device_and_dtype
@@ -24,6 +23,7 @@ from .._modules.kinds import ACROSS_CHANNELS
 from .._modules.process import eager, kept_random
 from .._modules.tensors import is_lazy
 from .._modules.wrappers import computing_device, placing_hooks
+from .._sequences import prefix
 from ..errors import SiteError
 from . import inputs, sharding
 from .apart import apart

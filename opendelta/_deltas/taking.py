@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from .._backbone.backbone import Backbone
-from .._layers import embedders, prefix
 from .._layers.base import Acts, DeltaLayer
 from .._modules.kinds import KINDS, Kind, Norm, kind_of
 from .._modules.tensors import is_lazy
+from .._sequences import embedders, prefix
 from ..errors import SiteError, quoted
 from ..names import is_inside
 from .options import DeltaConfig

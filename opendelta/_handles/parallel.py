@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from .._backbone.backbone import Backbone
-from .._layers.tokens import EMBEDDED
 from .._modules import calls
 from .._modules.detours import detour
+from .._sequences.tokens import EMBEDDED
 from .._sites.rows import cut
 from ..errors import DeltaError, OptionError, SiteError
 from .delta import Delta

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._layers import running
 from .._layers.base import DeltaLayer
 from .._modules import calls
+from .._texts import running
 
 
 def is_nested(value: Any) -> bool:

@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._layers import labels, low_rank, running
+from .._layers import labels, low_rank
 from .._layers.base import Acts, DeltaLayer
 from .._layers.bound import Bound
 from .._layers.low_rank import LowRank
 from .._layers.runs import KeptFactors, pairs
 from .._modules import arithmetic, calls
 from .._modules.tensors import is_sharded
+from .._texts import running
 from ..errors import DeltaError, SiteError, quoted
 from .blocks import has_blocks, in_place, watcher_of
 from .rows import Groups, Handovers, Rows, ShapeError, SharedCall, cut, joined

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._layers import labels, prefix
+from .._layers import labels
 from .._layers.base import DeltaLayer
 from .._modules import calls, kinds, probing, tensors, trials, wrappers
+from .._sequences import prefix
 from ..errors import SiteError, quoted
 from ..names import SLOT, join, last
 from . import compile_limit, intact, nested

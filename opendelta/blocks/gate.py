@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._layers.causality import Verdict, watched
-from .._layers.documents import SEQUENCE
-from .._layers.tokens import Tokens, notes_for
+from .._sequences.causality import Verdict, watched
+from .._sequences.tokens import Tokens, notes_for
+from .._texts.documents import SEQUENCE
 from ..author import (
     Block,
     BlockConfig,

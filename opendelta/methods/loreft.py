@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._layers import documents, matrices, tokens
+from .._layers import matrices
+from .._sequences import tokens
 from ..author import (
     Delta,
     DeltaConfig,
@@ -81,8 +82,7 @@ class LoReftLayer(OutputLayer):
     def companions(
         cls, made: Mapping[str, DeltaLayer], modules: Mapping[str, nn.Module], config: Any
     ) -> dict[str, DeltaLayer]:
-        somewhere = config.first is not None or config.last is not None
-        return tokens.notes_for(made, modules, documents.of_ends(config.last)) if somewhere else {}
+        return tokens.notes_at_ends(made, modules, config.first, config.last)
 
 
 class LoReftModel(Delta):

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .._layers.prefix import PrefixLayer as Base
+from .._sequences.prefix import PrefixLayer as Base
 from ..author import Delta, DeltaConfig, Site, option, widened
 
 

@@ -7,8 +7,8 @@ from dataclasses import KW_ONLY, dataclass
 import torch
 from torch import Tensor, nn
 
-from .._layers.embedding import rows_of
-from .._layers.prompt import PromptLayer
+from .._sequences.embedding import rows_of
+from .._sequences.prompt import PromptLayer
 from ..author import Delta, DeltaConfig, Site, option
 
 MASKED = {"attention_mask": 1}

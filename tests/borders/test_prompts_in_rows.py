@@ -19,9 +19,9 @@ from transformers.models.t5gemma.modeling_t5gemma import T5GemmaEncoder
 
 import opendelta
 from opendelta import LoReftModel, PrefixModel, SiteError, SoftPromptModel
-from opendelta._layers.embedding import SCALES
-from opendelta._layers.layout import SKIPS
-from opendelta._layers.tokens import HIDDEN_BY_ID
+from opendelta._sequences.embedding import SCALES
+from opendelta._sequences.layout import SKIPS
+from opendelta._sequences.tokens import HIDDEN_BY_ID
 
 pytestmark = pytest.mark.covers("SoftPromptModel", "SoftPromptConfig.soft_token_num", "PrefixModel")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..._layers import prefix
+from ..._sequences import prefix
 from ...names import parent
 from .._draft import keys_and_values
 from .terms import Part

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ..._backbone.backbone import Backbone
 from ..._files.reading import read_start
-from ..._layers.embedders import embedders
 from ..._modules.tensors import stored
+from ..._sequences.embedders import embedders
 from ...errors import DeltaLoadError, listed
 from ...names import ancestors
 from .._draft import CONFIG, fact, has_values

@@ -20,9 +20,9 @@ from ..._deltas.buffers import saved
 from ..._files import folder as files
 from ..._files.reading import as_path, read_start
 from ..._layers.base import Acts
-from ..._layers.layout import is_read_by_ids
 from ..._modules.kinds import TransposedLinear, kind_of
 from ..._modules.tensors import full
+from ..._sequences.layout import is_read_by_ids
 from ..._sites import swap
 from ...errors import DeltaError, listed, to_the_end
 from ...names import unwrapped

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from .._layers.base import Acts, DeltaLayer
 from .._modules.calls import every, items_of
+from .._texts.documents import SEQUENCE
+from .._texts.later import few, sees_later, sees_later_on_ids
+from .._texts.masks import hides_later
+from .._texts.rehearsal import is_own
 from ..errors import SiteError, quoted
 from ..names import ancestors, is_inside
-from .base import Acts, DeltaLayer
-from .documents import SEQUENCE
-from .later import few, sees_later, sees_later_on_ids
-from .masks import hides_later
-from .rehearsal import is_own
 from .tokens import READS, arguments, named
 
 STATED = "is_causal"  # the attribute by which a module says whether its tokens see later ones

@@ -14,12 +14,18 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from .._layers.base import Acts, DeltaLayer, Handover
+from .._layers.costs import Flops
+from .._layers.site import Site
 from .._modules.kinds import Embedding, kind_of
+from .._texts.documents import Documents
+from .._texts.masks import shown
+from .._texts.rehearsal import is_own, other_ids
+from .._texts.running import mask_around, noting
+from .._texts.saying import KEEPS, keeps_its_cache, numbers_in
+from .._texts.states import CACHES, cache_in, earlier, has_axis, other_state_in, unnoted
 from ..errors import DeltaError, SiteError, quoted
-from .base import Acts, DeltaLayer, Handover
-from .costs import Flops
 from .crossing import crossings
-from .documents import Documents
 from .embedders import block_holder
 from .embedding import embedding_of, numbered, numbering, room, scale_of
 from .layout import (
@@ -35,12 +41,6 @@ from .layout import (
     unknown,
     widen_values,
 )
-from .masks import shown
-from .rehearsal import is_own, other_ids
-from .running import mask_around, noting
-from .saying import KEEPS, keeps_its_cache, numbers_in
-from .site import Site
-from .states import CACHES, cache_in, earlier, has_axis, other_state_in, unnoted
 from .strip import Strip, StripInput, WithPrompt, check_all, check_positions, laid, strip
 from .tokens import EMBEDDED, arguments, named, padding_id, with_mask
 from .widening import Numbered

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._layers.base import Acts, DeltaLayer
+from .._texts.documents import Documents
+from .._texts.masks import shown
+from .._texts.rehearsal import counts_distances, differ, is_own, is_relative
+from .._texts.running import during, running
 from ..errors import SiteError, quoted
 from ..names import ancestors
-from .base import Acts, DeltaLayer
-from .documents import Documents
-from .masks import shown
-from .rehearsal import counts_distances, differ, is_own, is_relative
-from .running import during, running
 from .tokens import EMBEDDED, READS, arguments, named, padding_id, padding_of, with_mask
 
 # Takes a list for keys; inside its block, a model given to what it yields puts its keys there.

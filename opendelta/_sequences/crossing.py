@@ -8,14 +8,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .._layers.base import Acts, DeltaLayer, Handover
 from .._modules.calls import has_forward
+from .._texts.masks import shown
+from .._texts.rehearsal import is_own
 from ..errors import SiteError, quoted
 from ..names import ancestors, is_inside, last
-from .base import Acts, DeltaLayer, Handover
 from .embedders import in_decoders
 from .layout import Layout
-from .masks import shown
-from .rehearsal import is_own
 from .strip import WithPrompt
 from .tokens import arguments, named
 from .widening import STATES, CrossMask

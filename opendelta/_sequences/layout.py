@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._layers.site import Site
+from .._texts.documents import NONE_HELD, latest
+from .._texts.masks import marks, shown
+from .._texts.saying import PLACES, STARTS, tells_lengths
+from .._texts.states import CACHES
 from ..errors import SiteError, quoted
 from ..names import ancestors
-from .documents import NONE_HELD, latest
-from .masks import marks, shown
-from .saying import PLACES, STARTS, tells_lengths
-from .site import Site
-from .states import CACHES
 from .tokens import EMBEDDED
 
 POSITIONS = "attention_mask", "position_ids"  # these are widened by rules of their own

@@ -21,13 +21,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._layers.base import Acts, DeltaLayer, Handover
+from .._layers.costs import Flops, counted
+from .._layers.site import Heads, Site
 from .._modules.calls import first_input
 from ..errors import SiteError
 from ..names import SLOT
-from .base import Acts, DeltaLayer, Handover
-from .costs import Flops, counted
 from .places import names_in_forward, places_for
-from .site import Heads, Site
 
 NAME = "opendelta|"  # before the name of transformers' own function
 SUPPORTED = ("eager", "sdpa")

@@ -16,21 +16,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import SiteError, quoted
-from ..names import ancestors
-from ..names import last as last_step
-from . import recomputing
-from .base import Acts, DeltaLayer
-from .documents import (
+from .._layers import recomputing
+from .._layers.base import Acts, DeltaLayer
+from .._texts.documents import (
     SEQUENCE,
     Asks,
     Documents,
     of_ends,
 )
-from .rehearsal import hidden_id, ignored_id, is_own
-from .running import during, noting, of_now, running, unsaid, unsaid_during
-from .saying import KEEPS, by_usual_names, keeps_its_cache, other_mask_in, parts_in
-from .states import earlier, may_be_state, state_in
+from .._texts.rehearsal import hidden_id, ignored_id, is_own
+from .._texts.running import during, noting, of_now, running, unsaid, unsaid_during
+from .._texts.saying import KEEPS, by_usual_names, keeps_its_cache, other_mask_in, parts_in
+from .._texts.states import earlier, may_be_state, state_in
+from ..errors import SiteError, quoted
+from ..names import ancestors
+from ..names import last as last_step
 
 READS = {"input_ids", "attention_mask"}
 EMBEDDED = ("input_ids", "inputs_embeds")
@@ -388,6 +388,16 @@ def _block(where: str) -> str:
     block, number = numbered[-1], last_step(numbered[-1])
     pattern = f"[r]^{re.escape(block.removesuffix(number))}\\d+$"
     return f"the block around it, such as by modified_modules=[{pattern!r}], or "
+
+
+def notes_at_ends(
+    made: Mapping[str, DeltaLayer],
+    modules: Mapping[str, nn.Module],
+    first: int | None,
+    last: int | None,
+) -> dict[str, DeltaLayer]:
+    """Return the result of `notes_for` for layers that act at these tokens of each document."""
+    return {} if first is last is None else notes_for(made, modules, of_ends(last))
 
 
 def notes_for(

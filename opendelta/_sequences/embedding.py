@@ -12,17 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._layers.runs import is_watched
+from .._layers.site import Site
 from .._modules.kinds import kind_of
 from .._modules.probing import is_known
 from .._modules.process import kept_random
 from .._modules.tensors import full, is_plain, is_sharded, stored
 from .._modules.trials import alone
 from .._modules.wrappers import computing_device
+from .._texts.rehearsal import embeds, is_by_position, is_own
 from ..errors import OptionError, SiteError, quoted
 from ..names import SLOT, is_inside, join, last
-from .rehearsal import embeds, is_by_position, is_own
-from .runs import is_watched
-from .site import Site
 from .tokens import arguments_of, is_beside_text
 
 COUNT = "create_position_ids_from_input_ids", "make_positions"

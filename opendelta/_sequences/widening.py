@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from .._layers.base import Acts, Handover
 from ..errors import SiteError
-from .base import Acts, Handover
 from .layout import Layout, starts
 from .strip import WithPrompt
 from .tokens import named

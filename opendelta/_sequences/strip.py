@@ -9,10 +9,10 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from .._layers.base import Acts, DeltaLayer, Handover
 from .._modules import calls
+from .._texts.states import CACHES, HINTS
 from ..errors import SiteError
-from .base import Acts, DeltaLayer, Handover
-from .states import CACHES, HINTS
 
 ROUTER = "router"  # in the name of what a router of experts says of all rows' tokens in one list
 KEPT = ("kv", "key", "present", "mem")  # in the name of what holds earlier tokens
