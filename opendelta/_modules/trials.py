@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -20,10 +21,12 @@ from .tensors import shape as shape_of
 
 AXES = (-1, -3, -2, -4, 1, 0, 2)  # where a normalisation may work, in the order of trial
 CLEAR = 0.1  # the share of a change that may be by chance
-PROBES = 4
+PROBES = 4  # of a narrow weight
+WIDE = 512
 SIZES = (2, 3, 5, 7, 11)  # of the other axes, with one to spare
 _found: dict[tuple, int | None] = {}
 _scaling: dict[tuple, bool] = {}
+_turning: dict[tuple, bool | None] = {}
 _turned: Any = WeakKeyDictionary()  # {module: (its weight, its facts, if that is [in, out])}
 
 
@@ -174,8 +177,9 @@ def _runs(made: nn.Module, mode: Shapes, width: int, count: int, axis: int) -> b
 def takes_transposed(module: nn.Module) -> bool:
     """True if a linear module's forward takes its square weight for [in, out].
 
-    A forward is run once for each weight, on inputs of two and of three axes, and with other values
-    than the weight has: it may be on the meta device. False if it runs on neither.
+    A forward is run on inputs of two and of three axes, and with other values than the weight has:
+    it may be on the meta device. Once for its class, if that shows it; see `facts`. Else once for
+    each weight. False if it runs on no input.
     """
     weight: Any = module._parameters["weight"]
     if isinstance(weight, FakeTensor):
@@ -183,24 +187,38 @@ def takes_transposed(module: nn.Module) -> bool:
     known, now = _turned.get(module), facts(module)
     if known is None or known[0] is not weight or known[1] != now:
         with lasting(), kept_random(), Restoring(), _device_of(weight):  # not the default one
-            _turned[module] = known = weight, now, _is_turned(alone(module), weight)
+            own = module._parameters.items()
+            sizes = [(name, shape_of(p)) for name, p in own if p is not None]
+            key = None if now is None else (*now, weight.dtype, *sizes)
+            turned = remembered(_turning, key, lambda: _is_turned(alone(module), weight))
+            if turned is None:
+                turned = _multiplies_by(alone(module), weight)
+            _turned[module] = known = weight, now, turned
     return known[2]
 
 
-def _is_turned(made: nn.Module, weight: Any) -> bool:
-    """True if a forward surely takes its weight for [in, out], False if it may be [out, in]."""
+def _inputs(weight: Tensor) -> Iterator[Tensor]:
+    """Return inputs of two and of three axes for a linear module with a square weight."""
     device, width = _device_of(weight), shape_of(weight)[0]
+    draw = torch.Generator().manual_seed(0)
+    for shape in ((16, width), (2, 8, width)):
+        yield torch.randn(shape, generator=draw, device="cpu").to(device, weight.dtype)
+
+
+def _is_turned(made: nn.Module, weight: Any) -> bool | None:
+    """True if a forward surely takes its weight for [in, out], False if it may be [out, in].
+
+    None: it has another weight in its place.
+    """
+    width = shape_of(weight)[0]
     draw = torch.Generator().manual_seed(0)
     for part in made.modules():
         part.training = False
-    for shape in ((16, width), (2, 8, width)):
-        x = torch.randn(shape, generator=draw, device="cpu").to(device, weight.dtype)
+    for x in _inputs(weight):
         with contextlib.suppress(Exception):  # whatever a forward of somebody's own raises
-            leaks = [_leaks(made, weight, x, draw) for _ in range(PROBES)]
+            leaks = [_leaks(made, weight, x, draw) for _ in range(PROBES if width < WIDE else 1)]
             rows, columns = torch.stack(leaks).sum(0).tolist()
-            if rows or columns:
-                return columns < CLEAR * rows
-            return _multiplies_by(made, weight, x)  # it has the weight from elsewhere
+            return columns < CLEAR * rows if rows or columns else None
     return False
 
 
@@ -225,8 +243,17 @@ def _size(change: Tensor, channels: Tensor) -> Tensor:
     return change[..., channels].square().sum().cpu()
 
 
-def _multiplies_by(made: nn.Module, weight: Tensor, x: Tensor) -> bool:
+def _multiplies_by(made: nn.Module, weight: Tensor) -> bool:
     """True if a forward adds x W to what it gives for zeros, with the values that it has."""
+    for part in made.modules():
+        part.training = False
+    for x in _inputs(weight):
+        with contextlib.suppress(Exception):  # whatever a forward of somebody's own raises
+            return _is_product(made, weight, x)
+    return False
+
+
+def _is_product(made: nn.Module, weight: Tensor, x: Tensor) -> bool:
     outs = [_with_weight(made, weight, weight, each).float() for each in (x, torch.zeros_like(x))]
     rows = outs[0] - outs[1]
     plain, turned = (x.float() @ matrix for matrix in (weight.float().T, weight.float()))

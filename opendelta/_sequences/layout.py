@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from .._layers.site import Site
-from .._texts.documents import NONE_HELD, latest
+from .._texts.documents import else_say, latest
 from .._texts.masks import marks, shown
-from .._texts.saying import PLACES, STARTS, tells_lengths
+from .._texts.saying import PLACES, STARTS, counts_tokens, tells_lengths
 from .._texts.states import CACHES
 from ..errors import SiteError, quoted
 from ..names import ancestors
@@ -197,7 +197,7 @@ def unknown(given: Mapping[str, Any], batch: int, length: int, other: str, own: 
         return (
             f"{other!r}, which may hold earlier tokens and the prompt, and nothing says so: give "
             "an attention_mask for all tokens, None where nothing came before, and what a forward "
-            f"returned in a dict as {CACHES[0]!r}; or, {NONE_HELD}"
+            f"returned in a dict as {CACHES[0]!r}; {else_say(other)}"
         )
     for name, value in given.items():
         of_tokens = _has_tokens(value, batch, length) and not name.startswith(OTHERS)
@@ -206,13 +206,21 @@ def unknown(given: Mapping[str, Any], batch: int, length: int, other: str, own: 
                 f"{name!r}, and finds its places by token ids, which a prompt replaces by "
                 "embeddings: give text alone"
             )
-        counts = name in COUNTS or (own and tells_lengths(name, value, batch))
+        counts = name in COUNTS or (own and _counts(name, value, batch, length))
         if value is not None and (counts or (of_tokens and name not in KNOWN)):
             return (
                 f"{name!r}, which says something of each token, and nothing says its value for "
-                f"the prompt; known are {', '.join(KNOWN)}"
+                f"the prompt; known are {', '.join(KNOWN)}" + (f"; {else_say(name)}" if own else "")
             )
     return ""
+
+
+def _counts(name: str, value: Any, batch: int, length: int) -> bool:
+    """True if an argument of a module of somebody's own may count the tokens."""
+    known = name in KNOWN or name in CACHES
+    return not known and (
+        tells_lengths(name, value, batch) or counts_tokens(name, value, batch, length)
+    )
 
 
 def _has_tokens(value: Any, batch: int, length: int) -> bool:

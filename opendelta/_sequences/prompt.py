@@ -21,6 +21,7 @@ from .._modules.kinds import Embedding, kind_of
 from .._texts.documents import Documents
 from .._texts.masks import shown
 from .._texts.rehearsal import is_own, other_ids
+from .._texts.returned import Watch
 from .._texts.running import mask_around, noting
 from .._texts.saying import KEEPS, keeps_its_cache, numbers_in
 from .._texts.states import CACHES, cache_in, earlier, has_axis, other_state_in, unnoted
@@ -42,7 +43,7 @@ from .layout import (
     widen_values,
 )
 from .strip import Strip, StripInput, WithPrompt, check_all, check_positions, laid, strip
-from .tokens import EMBEDDED, arguments, named, padding_id, with_mask
+from .tokens import EMBEDDED, arguments, named, padding_id, stated, with_mask
 from .widening import Numbered
 
 IDS = (torch.int64, torch.int32)
@@ -78,7 +79,8 @@ class PromptLayer(WithPrompt):
             )
         self.width, self.length, self.strip = kind.out_features, length, strip
         self.room = room(site.module)
-        self.library, self.cls = not is_own(site.module), type(site.module)
+        self.said = stated(site.module)
+        self.library = not self.said.own
         self.scale = scale_of(site.module)
         self.by_id = [] if self.library else other_ids(site.module, self.embedding, self.scale)
         # To strip right after the blocks, as later modules read a single position.
@@ -145,6 +147,8 @@ class PromptLayer(WithPrompt):
 
     def _explained(self, documents: Documents, call: Any, **given: Any) -> Any:
         """Run a forward of somebody's own; an error in it tells what the prompt changed."""
+        if not torch.compiler.is_compiling():
+            documents.watch = Watch(self, self.said.telling(given))
         try:
             return noting(documents, call, **given)
         except Exception as error:
@@ -212,9 +216,10 @@ class PromptLayer(WithPrompt):
         numbers = numbers_in(given, batch, length, tokens.device)
         if numbers is None and POSITIONS[1] not in self.arguments:
             given.pop(POSITIONS[1], None)
-        if why := unknown(given, batch, length, self._state_in(given), not self.library):
+        told = self.said.telling(given)
+        if why := unknown(told, batch, length, self._state_in(told), not self.library):
             self._refuse(f"{kind} is given {why}")
-        if not self.library and (name := keeps_its_cache(given, self.cls)):
+        if self.said.own and (name := keeps_its_cache(told, self.said.cls)):
             self._refuse(f"{kind} is given {name!r}, {KEEPS}")
         return batch, length
 
@@ -232,7 +237,9 @@ class PromptLayer(WithPrompt):
 
     def _state_in(self, given: dict[str, Any]) -> str:
         """Return the name of a state that may lack the prompt, as nobody knows where it is from."""
-        return other_state_in(given) or ("" if self.library else unnoted(given))
+        if (name := other_state_in(given)) or self.library:
+            return name
+        return unnoted(given) or ("" if torch.compiler.is_compiling() else Watch(self, given).known)
 
     def _refuse(self, why: str) -> NoReturn:
         raise SiteError(f"{self.record.name!r}: {why}")
@@ -274,7 +281,7 @@ class PromptLayer(WithPrompt):
             prompts: length of this prompt and of those beneath it, which the cache holds too.
         """
         mask, positions = (given.get(name) for name in POSITIONS)
-        other = self._state_in(given)
+        other = self._state_in(self.said.telling(given))
         if other and mask is not None and mask.size(1) > length:
             wanted = mask.size(1) - length + prompts
             if not has_axis(given[other], wanted):

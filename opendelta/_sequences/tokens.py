@@ -11,7 +11,7 @@ import inspect
 import operator
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +19,15 @@ from torch import Tensor, nn
 from .._layers import recomputing
 from .._layers.base import Acts, DeltaLayer
 from .._texts.documents import (
+    BESIDE,
     SEQUENCE,
     Asks,
     Documents,
+    else_say,
     of_ends,
 )
 from .._texts.rehearsal import hidden_id, ignored_id, is_own
+from .._texts.returned import RETURNED, Watch
 from .._texts.running import during, noting, of_now, running, unsaid, unsaid_during
 from .._texts.saying import KEEPS, by_usual_names, keeps_its_cache, other_mask_in, parts_in
 from .._texts.states import earlier, may_be_state, state_in
@@ -109,7 +112,7 @@ class Notes(DeltaLayer):
         super().__init__()
         recomputing.keep(of_now)
         self.arguments, self.padding = arguments(module), padding_id(module)
-        self.where, self.asks, self.own = where, asks, own_class(module)
+        self.where, self.asks, self.said = where, asks, stated(module)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -117,7 +120,7 @@ class Notes(DeltaLayer):
 
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         given = with_mask(named(self.arguments, args, kwargs), self.padding)
-        documents = noted(given, self.where, self.asks, self.own)
+        documents = noted(given, self.where, self.asks, self.said, self)
         return noting(documents, call, *args, **kwargs)
 
 
@@ -127,7 +130,7 @@ class Guesses(Notes):
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         given, texts = by_usual_names(named(self.arguments, args, kwargs))
         given = with_mask(given, self.padding)
-        documents = noted(given, self.where, self.asks, self.own)
+        documents = noted(given, self.where, self.asks, self.said, self)
         if documents is not None:
             documents.guessed = True
             if texts > 1 and not documents.says_nothing:
@@ -186,22 +189,44 @@ def is_beside_text(module: nn.Module) -> bool:
     return "input_ids" not in own and any(name.startswith(BESIDE_TEXT) for name in own)
 
 
-def own_class(module: nn.Module) -> type | None:
-    """Return the class of a module of somebody's own; None: it is a library's."""
-    return type(module) if is_own(module) else None
+class Stated(NamedTuple):
+    """What is known of a module's arguments.
+
+    Attributes:
+        cls: its class.
+        own: it is somebody's own, and may call a mask, or a state, as it likes.
+        beside: the arguments that stand beside the tokens and tell nothing of them, as it says.
+    """
+
+    cls: type
+    own: bool
+    beside: tuple[str, ...]
+
+    def telling(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the arguments of a call that may tell of its tokens."""
+        return {name: value for name, value in given.items() if name not in self.beside}
 
 
-def noted(given: dict[str, Any], where: str, asks: Asks, own: type | None) -> Documents | None:
+def stated(module: nn.Module) -> Stated:
+    """Return what is known of a module's arguments."""
+    return Stated(type(module), is_own(module), tuple(getattr(module, BESIDE, ())))
+
+
+def noted(
+    given: dict[str, Any], where: str, asks: Asks, said: Stated, owner: Any
+) -> Documents | None:
     """Return the documents that a call's arguments, by name, say; None: it has none.
 
     Args:
-        own: the result of `own_class`: such a module may call a mask as it likes.
+        said: the result of `stated`.
+        owner: what notes the calls of the module.
 
     Raises:
         SiteError: the call does not say enough about the tokens of its rows.
     """
+    given = said.telling(given)
     tokens = next((given[n] for n in EMBEDDED if given.get(n) is not None), None)
-    if isinstance(tokens, Tensor) and own is not None and tokens.ndim == 1:
+    if isinstance(tokens, Tensor) and said.own and tokens.ndim == 1:
         tokens = tokens[None]
     if not isinstance(tokens, Tensor) or tokens.ndim != (3 if tokens.is_floating_point() else 2):
         return None  # such as several choices for each row: a module inside takes them as rows
@@ -209,26 +234,33 @@ def noted(given: dict[str, Any], where: str, asks: Asks, own: type | None) -> Do
     documents.hears(around := running())
     if around is not None and documents.says_less_than(around):
         return around
-    if own is not None:
-        documents.doubt = _doubt(documents, given, own)
+    if said.own:
+        documents.watch = None if torch.compiler.is_compiling() else Watch(owner, given)
+        documents.doubt = _doubt(documents, given, said.cls)
     documents.check(asks, where)
     return documents
 
 
-def _doubt(documents: Documents, given: Mapping[str, Any], own: type) -> str:
+def _doubt(documents: Documents, given: Mapping[str, Any], cls: type) -> str:
     """Return what arguments may say of the tokens, and nothing tells how; or ""."""
     numbered = given.get("position_ids") is not None
     masked = given.get("attention_mask") is not None
-    name = "" if numbered else parts_in(given, documents.length, masked)
+    seen = documents.seen() if masked else None
+    batch, length = documents.batch, documents.length
+    name = "" if numbered else parts_in(given, batch, length, seen)
     if not name and not numbered and not masked:
-        name = other_mask_in(given, documents.batch, documents.length)
+        name = other_mask_in(given, batch, length)
     if name:
         return (
             f"is in a call that may say by {name!r} which tokens are padding, or where documents "
             "begin, and nothing tells how: call a mask 'attention_mask' [batch, length], or give "
-            "position_ids"
+            f"position_ids; {else_say(name)}"
         )
-    kept = "" if numbered or documents.continued else keeps_its_cache(given, own)
+    if numbered or documents.continued:
+        return ""
+    if documents.watch is not None and (name := documents.watch.known):
+        return f"is in a call that is given {name!r}, {RETURNED}; {else_say(name)}"
+    kept = keeps_its_cache(given, cls)
     return f"is in a call that is given {kept!r}, {KEEPS}" if kept else ""
 
 
@@ -269,7 +301,7 @@ class Tokens:
         self.where, self.names = where, own
         self.arguments = own if set(own) >= READS else None
         self.padding, self.beside_text = padding_id(module), is_beside_text(module)
-        self.own = own_class(module)
+        self.said = stated(module)
 
     def chosen(
         self, h: Tensor, args: tuple, kwargs: dict[str, Any], first: int, last: int
@@ -322,7 +354,7 @@ class Tokens:
         documents = None if self.beside_text else running()
         if self.arguments is not None:
             given = with_mask(named(self.arguments, args, kwargs), self.padding)
-            documents = noted(given, self.where, asks, self.own)
+            documents = noted(given, self.where, asks, self.said, self)
         if documents is not None and args and any(args[0] is each for each in documents.others):
             self._refuse(asks, "reads another text, of which nothing here says where rows begin")
         if documents is not None and documents.doubt:
@@ -368,7 +400,10 @@ class Tokens:
         masks = [value for name, value in kwargs.items() if "mask" in name]
         masks += [value for value in args[1:] if isinstance(value, Tensor) and value.ndim == 4]
         given, (batch, length) = named(self.names, args, kwargs), (h.size(0), h.size(-2))
-        hidden = any(mask is not None for mask in masks) or other_mask_in(given, batch, length)
+        given = self.said.telling(given)
+        hidden = any(mask is not None for mask in masks) or other_mask_in(
+            given, batch, length, numbers=self.said.own
+        )
         if hidden or state_in(given):
             self._refuse(
                 asks,

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..errors import SiteError, quoted
 from .masks import agrees, shown
+from .returned import Watch
 from .saying import counted_before, numbers_in
 from .states import (
     cache_in,
@@ -27,8 +28,13 @@ from .states import (
     renew,
 )
 
+BESIDE = "beside_tokens"  # by which attribute a module says which arguments tell nothing of tokens
 OTHERS = ("encoder_hidden", "encoder_output", "memory", "context")
-NONE_HELD = "if it holds no earlier tokens, begin its name with 'cond'"
+
+
+def else_say(name: str) -> str:
+    """Return advice for an argument that tells nothing of the tokens."""
+    return f"if it tells nothing of them, set model.{BESIDE} = [{name!r}] before attaching"
 
 
 class Asks(NamedTuple):
@@ -80,6 +86,7 @@ class Documents:
         guessed: which argument holds the tokens was told by its form alone.
         doubt: what else the call may say of its tokens, if nothing tells how.
         others: what the call is given of other texts, which modules inside may read.
+        watch: the call's arguments, to know them in a later one; None: nobody asks.
     """
 
     def __init__(
@@ -107,6 +114,7 @@ class Documents:
         self.several, self.continued = isinstance(self.positions, Tensor), self.held != 0
         self.others = [v for n, v in given.items() if n.startswith(OTHERS) and torch.is_tensor(v)]
         self.guessed, self.doubt = False, ""
+        self.watch: Watch | None = None
         self.found: dict[tuple[int, int], Tensor] = {}
 
     def __getitem__(self, rows: slice | Tensor) -> Documents:
@@ -123,7 +131,7 @@ class Documents:
     def unpadded(self, row: int) -> Documents:
         """Return the documents of one row, without its padding."""
         new = self[row : row + 1]
-        seen = new._seen()[0]
+        seen = new.seen()[0]
         new.found, new.mask, new.length = {}, None, int(seen.sum())
         if self.several:
             new.positions = new.positions[..., seen]
@@ -155,7 +163,7 @@ class Documents:
         """True if a call around this one, of as many rows and tokens, alone has a mask or ids."""
         return self._same(around) and self.plain and self.mask is None and self.positions is None
 
-    def _seen(self) -> Tensor:
+    def seen(self) -> Tensor:
         """Return booleans [batch or 1, length], false for padding."""
         if self.mask is None:
             return torch.ones(1, self.length, dtype=torch.bool, device=self.device)
@@ -189,16 +197,18 @@ class Documents:
 
         If a layer beneath has noted it, with the rows of a prompt, this stays.
         """
+        if self.watch is not None:
+            self.watch.end(out)
         before = self.noted if self.held is None else self.held
         for state in (*_states_in(out), self.state):
             if before is not None and counts_none(state):
-                counts = self._seen().expand(self.batch, -1).sum(-1, keepdim=True) + before
+                counts = self.seen().expand(self.batch, -1).sum(-1, keepdim=True) + before
                 renew(state, counts, self.note_before, self.began)
 
     def check(self, asks: Asks, where: str) -> None:
         """Raise unless the call says enough about the tokens of its rows."""
         padding = self.plain or (
-            self.several and agrees(self.shown, self._number(self._seen()), self.held)
+            self.several and agrees(self.shown, self._number(self.seen()), self.held)
         )
         if not padding or (self.continued and not self._before()):
             raise SiteError(
@@ -217,11 +227,13 @@ class Documents:
     def _way_out(self) -> str:
         if not self.other_state:
             return ": give position_ids, or an attention_mask [batch, length] for all tokens"
-        return f", as {self.other_state!r} may hold: give position_ids, or, {NONE_HELD}"
+        return (
+            f", as {self.other_state!r} may hold: give position_ids; {else_say(self.other_state)}"
+        )
 
     def firsts(self) -> Tensor:
         """Return booleans [batch or 1, length]: true for the first token of each document."""
-        seen = self._seen()
+        seen = self.seen()
         return seen & (_ranks(seen, self._number(seen)) == 1)
 
     def chosen(self, first: int, last: int) -> Tensor:
@@ -232,7 +244,7 @@ class Documents:
 
     def means(self, u: Tensor) -> Tensor:
         """Return for each token the mean of `u` [batch, length, width] over its document."""
-        seen = self._seen().to(u.device).expand(u.size(0), -1)
+        seen = self.seen().to(u.device).expand(u.size(0), -1)
         counted = torch.where(seen[..., None], u, 0)
         if not self.several:
             mean = counted.sum(1, keepdim=True) / seen.sum(1)[:, None, None].clamp(min=1)
@@ -246,11 +258,11 @@ class Documents:
 
     def one_each(self, values: Tensor) -> Tensor:
         """Return for each token one of the `values` [batch, length, n]: that of its document."""
-        number = self._number(self._seen()).to(values.device)
+        number = self._number(self.seen()).to(values.device)
         return values.gather(1, number[..., None].expand_as(values))
 
     def _chosen(self, first: int, last: int) -> Tensor:
-        seen = self._seen()
+        seen = self.seen()
         number = self._number(seen)
         ranks = _ranks(seen, number)
         if self.continued:

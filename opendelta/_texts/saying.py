@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .._modules.calls import items_of
+from .numbers import are_full, may_part, may_tell
 from .states import NO_STATES, may_be_state
 
 PLACES = ("cache_position", "input_pos")  # arguments that number the tokens of a call
@@ -22,11 +23,17 @@ LENGTHS = re.compile(  # of how many tokens each row has, or where they end
     r"|^((seq|row)_)?sizes$|^ends?$|^(last|end|eos|final)_?(pos|position|index|idx)s?$"
 )
 ENDS = re.compile(r"^cu_?(seq)?_?len|^splits?$")  # where packed documents end
-OF_OTHERS = tuple(name for name in NO_STATES if name not in ("input", "attention_mask"))
+OF_TEXT = ("input", "attention_mask", "position_", "output_")
+OF_OTHERS = tuple(name for name in NO_STATES if name not in OF_TEXT)
 PARTS = re.compile(r"^(segment|doc|document|seq|sequence|example|sample)_?(ids?|idx|index)$")
 KEEPS = (
     "and nothing tells how many tokens it keeps from earlier calls: hand the state on as an "
     "argument, or give position_ids"
+)
+# Such names say that what they hold is of something else, such as a class of each row.
+ELSE = re.compile(
+    r"^(labels?|targets?|tgt|y|class(es)?|tasks?|lang(uage)?s?|speakers?|users?|domains?|styles?|t|"
+    r"(token_)?types?|loss(es)?|return|use|time_?steps?|weights?|seeds?)(_|$)|_(labels?|targets?)$"
 )
 OFFSETS = re.compile(r"(^|_)(offset|past_len(gth)?|cache_len(gth)?|cur_pos)$")
 # Arguments that begin so have a value for each token, and are no text.
@@ -85,14 +92,27 @@ def counted_before(
     return True, int(firsts[0]) if (firsts == firsts[0]).all() else None
 
 
-def other_mask_in(given: Mapping[str, Any], batch: int, length: int) -> str:
-    """Return the name of an argument that may tell padding, under a name of its own; or ""."""
+def other_mask_in(given: Mapping[str, Any], batch: int, length: int, numbers: bool = True) -> str:
+    """Return the name of an argument that may tell padding, under a name of its own; or "".
+
+    Args:
+        numbers: what the numbers of an argument may tell counts, too, whatever its name.
+    """
     for name, value in given.items():
         if name in KNOWN or name.startswith(OF_OTHERS) or "loss" in name or "label" in name:
             continue
-        if tells_lengths(name, value, batch) or _is_mask(name, value, batch, length):
+        lengths = tells_lengths(name, value, batch) and not are_full(value, length)
+        if lengths or _is_mask(name, value, batch, length):
+            return name
+        if numbers and counts_tokens(name, value, batch, length):
             return name
     return ""
+
+
+def counts_tokens(name: str, value: Any, batch: int, length: int) -> bool:
+    """True if an argument's numbers may tell of the tokens, and its name says nothing else."""
+    other = name in KNOWN or ELSE.search(name) or name.startswith(OF_OTHERS)
+    return not other and may_tell(value, batch, length)
 
 
 def _is_mask(name: str, value: Any, batch: int, length: int) -> bool:
@@ -104,31 +124,26 @@ def _is_mask(name: str, value: Any, batch: int, length: int) -> bool:
         if pairs and not torch.compiler.is_compiling() and (value == value[:1]).all():
             return False  # who sees whom in all rows alike: no padding
         return value.size(0) == batch or (pairs and batch > 1 and value.size(0) % batch == 0)
-    if value.shape != (batch, length) or name.startswith((*BESIDE, "type", "seg")):
-        return False
-    return value.dtype == torch.bool or _is_run(value)
+    return value.shape == (batch, length) and value.dtype == torch.bool and not ELSE.search(name)
 
 
-def _is_run(value: Tensor) -> bool:
-    """True if each row [length] is of zeros and ones, the ones in one run, and some are zeros."""
-    if torch.compiler.is_compiling() or not bool(((value == 0) | (value == 1)).all()):
-        return False
-    changes = (value[:, 1:] != value[:, :-1]).sum(-1)
-    return bool(changes.any()) and int(changes.max()) <= 2
-
-
-def parts_in(given: Mapping[str, Any], length: int, masked: bool) -> str:
+def parts_in(given: Mapping[str, Any], batch: int, length: int, seen: Tensor | None) -> str:
     """Return the name of an argument that may tell several documents of a row; or "".
 
     Args:
-        masked: there is a mask; then what is called segments may be types of tokens.
+        seen: booleans [batch, length], false for padding; then what is called segments may be types
+            of tokens. None: there is no mask.
     """
     for name, value in given.items():
+        if name in KNOWN or ELSE.search(name) or name.startswith(OF_OTHERS):
+            continue
+        if seen is not None and may_part(value, batch, length, seen):
+            return name
         if not isinstance(value, Tensor) or value.is_floating_point() or not value.ndim:
             continue
         if ENDS.search(name):
             return name
-        parts = not masked and PARTS.search(name) and value.size(-1) == length
+        parts = seen is None and PARTS.search(name) and value.size(-1) == length
         if parts and _has_parts(value):
             return name
     return ""
@@ -186,8 +201,14 @@ def by_usual_names(given: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
     texts = [v for v in tensors.values() if v.dtype in (torch.int64, torch.int32) and v.ndim == 2]
     rows = [v for v in tensors.values() if v.is_floating_point() and v.ndim == 3]
     if texts:
-        return {"input_ids": texts[0], **found}, len(texts)
-    return ({"inputs_embeds": rows[0], **found}, len(rows)) if rows else (found, 0)
+        return {"input_ids": texts[0], **_without(found, texts[0])}, len(texts)
+    if rows:
+        return {"inputs_embeds": rows[0], **_without(found, rows[0])}, len(rows)
+    return found, 0
+
+
+def _without(given: Mapping[str, Any], tokens: Tensor) -> dict[str, Any]:
+    return {name: value for name, value in given.items() if value is not tokens}
 
 
 def _flat(given: Mapping[str, Any], depth: int = 3) -> dict[str, Any]:

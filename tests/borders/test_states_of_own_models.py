@@ -159,7 +159,7 @@ def test_a_vector_under_the_name_of_a_state_is_refused_by_name(name, masks):
     model = Styled(as_dict=True)
     prompt(model)
     given = {"attention_mask": torch.ones(2, 9)} if masks else {}
-    with pytest.raises(SiteError, match=f"'{name}', which may .* begin its name with 'cond'"):
+    with pytest.raises(SiteError, match=f"'{name}', which may .*beside_tokens"):
         model(IDS, **given, **{name: torch.randn(2, 1, 16)})
 
 
@@ -168,7 +168,7 @@ def test_conditions_in_a_mapping_are_told_apart_by_their_name(put):
     model = Styled(as_dict=True)
     put(model)
     mask, style = torch.ones(2, 9), {"vector": torch.randn(2, 1, 16)}
-    with pytest.raises(SiteError, match=r"'style'.* begin its name with 'cond'"):
+    with pytest.raises(SiteError, match=r"'style.*beside_tokens"):
         model(IDS, mask, style=style)
     expected = model(IDS, mask, cond=style["vector"])["h"]
     torch.testing.assert_close(model(IDS, mask, cond_style=style)["h"], expected)
@@ -580,7 +580,7 @@ def test_a_mask_under_a_name_of_its_own_refuses_first_tokens(cls, name):
     model = cls(name)
     shake(LoReftModel(model, modified_modules=["[r]^blocks\\.0$"], first=1))
     plain = model(IDS)
-    mask = torch.full((2,), 9) if name == "lengths" else torch.ones(2, 9)
+    mask = torch.tensor([9, 7]) if name == "lengths" else torch.ones(2, 9)
     with pytest.raises(SiteError, match=r"first= and last=: .*(mask|lengths)"):
         model(IDS, **{name: mask})
     if cls is ById:  # a causal mask is none of padding
@@ -750,7 +750,7 @@ def test_blocks_that_are_given_a_state_without_token_ids_refuse_first_tokens(whe
     shake(LoReftModel(model, modified_modules=[where], first=2))
     model(IDS)
     state = [{}]
-    with pytest.raises(SiteError, match=r"not show the tokens|which nothing counts"):
+    with pytest.raises(SiteError, match=r"not show the tokens|which nothing counts|a mask or a cache"):
         both_calls(model, state)
 
 
