@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from .._backbone.backbone import Backbone
 from .._modules import calls
 from .._modules.detours import detour
-from .._sequences.tokens import EMBEDDED
 from .._sites.rows import cut
+from .._texts.arguments import EMBEDDED
 from ..errors import DeltaError, OptionError, SiteError
 from .delta import Delta
 from .route import Row, routed

@@ -12,13 +12,13 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from .._layers.base import Acts, DeltaLayer
 from .._modules.calls import every, items_of
+from .._texts.arguments import READS, arguments, named
 from .._texts.documents import SEQUENCE
 from .._texts.later import few, sees_later, sees_later_on_ids
 from .._texts.masks import hides_later
 from .._texts.rehearsal import is_own
 from ..errors import SiteError, quoted
 from ..names import ancestors, is_inside
-from .tokens import READS, arguments, named
 
 STATED = "is_causal"  # the attribute by which a module says whether its tokens see later ones
 MASK = "attention_mask"  # with two axes it shows padding

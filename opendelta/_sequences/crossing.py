@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .._layers.base import Acts, DeltaLayer, Handover
 from .._modules.calls import has_forward
+from .._texts.arguments import arguments, named
 from .._texts.masks import shown
 from .._texts.rehearsal import is_own
 from ..errors import SiteError, quoted
@@ -17,7 +18,6 @@ from ..names import ancestors, is_inside, last
 from .embedders import in_decoders
 from .layout import Layout
 from .strip import WithPrompt
-from .tokens import arguments, named
 from .widening import STATES, CrossMask
 
 CROSS = ("encoder_attention_mask", "encoder_padding_mask")

@@ -8,8 +8,8 @@ from typing import Any
 from torch import nn
 
 from .._modules.calls import has_forward
+from .._texts.arguments import arguments
 from ..names import is_inside, parent
-from .tokens import arguments
 
 TAKES = {"input_ids", "inputs_embeds", "attention_mask"}
 

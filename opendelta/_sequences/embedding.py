@@ -20,10 +20,10 @@ from .._modules.process import kept_random
 from .._modules.tensors import full, is_plain, is_sharded, stored
 from .._modules.trials import alone
 from .._modules.wrappers import computing_device
+from .._texts.arguments import arguments_of, is_beside_text
 from .._texts.rehearsal import embeds, is_by_position, is_own
 from ..errors import OptionError, SiteError, quoted
 from ..names import SLOT, is_inside, join, last
-from .tokens import arguments_of, is_beside_text
 
 COUNT = "create_position_ids_from_input_ids", "make_positions"
 # {class: its attribute that multiplies the embeddings of token ids, and not embeddings given}

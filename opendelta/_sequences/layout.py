@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from .._layers.site import Site
+from .._texts.arguments import EMBEDDED
 from .._texts.documents import else_say, latest
 from .._texts.masks import marks, shown
 from .._texts.saying import PLACES, STARTS, counts_tokens, tells_lengths
 from .._texts.states import CACHES
 from ..errors import SiteError, quoted
 from ..names import ancestors
-from .tokens import EMBEDDED
 
 POSITIONS = "attention_mask", "position_ids"  # these are widened by rules of their own
 # The prompt gets the values of its document's first token.

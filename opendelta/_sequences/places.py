@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from .._layers.base import Acts, DeltaLayer
+from .._texts.arguments import EMBEDDED, READS, arguments, named, padding_id, with_mask
 from .._texts.documents import Documents
 from .._texts.masks import shown
 from .._texts.rehearsal import counts_distances, differ, is_own, is_relative
 from .._texts.running import during, running
 from ..errors import SiteError, quoted
 from ..names import ancestors
-from .tokens import EMBEDDED, READS, arguments, named, padding_id, padding_of, with_mask
+from .tokens import padding_of
 
 # Takes a list for keys; inside its block, a model given to what it yields puts its keys there.
 Watch = Callable[[list[Tensor]], AbstractContextManager[Callable[[nn.Module], None]]]

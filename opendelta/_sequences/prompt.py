@@ -18,6 +18,7 @@ from .._layers.base import Acts, DeltaLayer, Handover
 from .._layers.costs import Flops
 from .._layers.site import Site
 from .._modules.kinds import Embedding, kind_of
+from .._texts.arguments import EMBEDDED, arguments, named, padding_id, stated, with_mask
 from .._texts.documents import Documents
 from .._texts.masks import shown
 from .._texts.rehearsal import is_own, other_ids
@@ -43,7 +44,6 @@ from .layout import (
     widen_values,
 )
 from .strip import Strip, StripInput, WithPrompt, check_all, check_positions, laid, strip
-from .tokens import EMBEDDED, arguments, named, padding_id, stated, with_mask
 from .widening import Numbered
 
 IDS = (torch.int64, torch.int32)
@@ -79,10 +79,9 @@ class PromptLayer(WithPrompt):
             )
         self.width, self.length, self.strip = kind.out_features, length, strip
         self.room = room(site.module)
-        self.said = stated(site.module)
-        self.library = not self.said.own
-        self.scale = scale_of(site.module)
-        self.by_id = [] if self.library else other_ids(site.module, self.embedding, self.scale)
+        self.said, self.scale = stated(site.module), scale_of(site.module)
+        own = self.said.own
+        self.by_id = other_ids(site.module, self.embedding, self.scale) if own else []
         # To strip right after the blocks, as later modules read a single position.
         self.stripper: Handover | None = None
         self.told: Handover | None = None  # a decoder attends to the prompt
@@ -135,20 +134,18 @@ class PromptLayer(WithPrompt):
             widened.mask = layout.widened_mask(mask)
         slots = layout.slot_of, layout.full
         call = functools.partial(laid, slots, call) if self.pooled else call
-        run = noting if self.library else self._explained
-        out = run(widened, call, **given)
+        out = (self._explained if self.said.own else noting)(widened, call, **given)
         if not self.strip:
             return out
-        if self.library or self.stripper is not None:
+        if not self.said.own or self.stripper is not None:
             check_positions(out, layout.full)
         else:
             check_all(out, batch, layout.full, self.pooled)
-        return strip(out, layout.slot_of, layout.full, self.library)
+        return strip(out, layout.slot_of, layout.full, not self.said.own)
 
     def _explained(self, documents: Documents, call: Any, **given: Any) -> Any:
         """Run a forward of somebody's own; an error in it tells what the prompt changed."""
-        if not torch.compiler.is_compiling():
-            documents.watch = Watch(self, self.said.telling(given))
+        documents.watch = Watch(self, self.said.telling(given))
         try:
             return noting(documents, call, **given)
         except Exception as error:
@@ -217,7 +214,7 @@ class PromptLayer(WithPrompt):
         if numbers is None and POSITIONS[1] not in self.arguments:
             given.pop(POSITIONS[1], None)
         told = self.said.telling(given)
-        if why := unknown(told, batch, length, self._state_in(told), not self.library):
+        if why := unknown(told, batch, length, self._state_in(told), self.said.own):
             self._refuse(f"{kind} is given {why}")
         if self.said.own and (name := keeps_its_cache(told, self.said.cls)):
             self._refuse(f"{kind} is given {name!r}, {KEEPS}")
@@ -237,9 +234,8 @@ class PromptLayer(WithPrompt):
 
     def _state_in(self, given: dict[str, Any]) -> str:
         """Return the name of a state that may lack the prompt, as nobody knows where it is from."""
-        if (name := other_state_in(given)) or self.library:
-            return name
-        return unnoted(given) or ("" if torch.compiler.is_compiling() else Watch(self, given).known)
+        name = other_state_in(given)
+        return name or ((unnoted(given) or Watch(self, given).known) if self.said.own else "")
 
     def _refuse(self, why: str) -> NoReturn:
         raise SiteError(f"{self.record.name!r}: {why}")

@@ -6,94 +6,43 @@ given all of it: they find the `Documents` of the running call.
 
 from __future__ import annotations
 
-import functools
-import inspect
-import operator
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .._layers import recomputing
 from .._layers.base import Acts, DeltaLayer
+from .._texts.arguments import (
+    EMBEDDED,
+    READS,
+    Stated,
+    arguments,
+    is_beside_text,
+    named,
+    padding_id,
+    stated,
+    with_mask,
+)
 from .._texts.documents import (
-    BESIDE,
     SEQUENCE,
     Asks,
     Documents,
     else_say,
     of_ends,
 )
-from .._texts.rehearsal import hidden_id, ignored_id, is_own
+from .._texts.rehearsal import is_own
 from .._texts.returned import RETURNED, Watch
 from .._texts.running import during, noting, of_now, running, unsaid, unsaid_during
 from .._texts.saying import KEEPS, by_usual_names, keeps_its_cache, other_mask_in, parts_in
-from .._texts.states import earlier, may_be_state, state_in
+from .._texts.states import may_be_state, state_in
 from ..errors import SiteError, quoted
 from ..names import ancestors
 from ..names import last as last_step
 
-READS = {"input_ids", "attention_mask"}
-EMBEDDED = ("input_ids", "inputs_embeds")
 TOKENS_FIRST = ("FSMTEncoder", "FSMTDecoder", "XLNetModel")
-# Arguments that begin so hold no text: a module with one of them is beside the text.
-BESIDE_TEXT = (
-    "pixel_values", "input_features", "input_values", "audio_values", "flattened_patches",
-    "patch_embeds", "query_embeds", "grid_thw",
-)  # fmt: skip
-# {class that takes the token of this id for padding, if a call has no mask: the attribute}
-HIDDEN_BY_ID = {
-    "XLMModel": "pad_index",
-    "FlaubertModel": "pad_index",
-    "T5GemmaEncoder": "config.pad_token_id",
-}
-
-
-def arguments(module: nn.Module) -> list[str]:
-    """Return the names of the arguments of a module's forward."""
-    cls: Any = type(module)
-    return list(arguments_of(cls))
-
-
-@functools.cache
-def arguments_of(cls: type) -> tuple[str, ...]:
-    """Return the names of the arguments of a class's forward."""
-    try:
-        return tuple(inspect.signature(cls.forward).parameters)[1:]  # type: ignore[attr-defined]
-    except (AttributeError, TypeError, ValueError):  # compiled by TorchScript, or written in C
-        return ()
-
-
-def named(names: list[str], args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return all arguments of a call by name."""
-    return {**dict(zip(names, args, strict=False)), **kwargs}
-
-
-def padding_id(module: nn.Module) -> int | None:
-    """Return the token id that a module takes for padding, if a call has no mask; or None."""
-    names = (base.__name__ for base in type(module).__mro__)
-    attribute = next((HIDDEN_BY_ID[name] for name in names if name in HIDDEN_BY_ID), "")
-    own = arguments(module) if not attribute and is_own(module) else []
-    if {*own} >= READS:
-        return hidden_id(module)
-    if own and "attention_mask" not in own:
-        return ignored_id(module, "input_ids" if "input_ids" in own else own[0])
-    return operator.attrgetter(attribute)(module) if attribute else None
-
-
-def with_mask(given: dict[str, Any], padding: int | None) -> dict[str, Any]:
-    """Return the arguments of a call, with the mask that its module would make of the token ids.
-
-    Args:
-        padding: the result of `padding_id`.
-    """
-    said = any(given.get(name) is not None for name in ("attention_mask", "lengths"))
-    ids = given.get("input_ids")
-    if padding is None or ids is None or said or earlier(given) != 0:
-        return given
-    return {**given, "attention_mask": (ids != padding).long()}
 
 
 class Notes(DeltaLayer):
@@ -183,35 +132,6 @@ def _packed(given: Mapping[str, Any]) -> str:
     return next(grids, next(ends, ""))
 
 
-def is_beside_text(module: nn.Module) -> bool:
-    """True if a module takes images or sounds, and no token ids."""
-    own = arguments(module)
-    return "input_ids" not in own and any(name.startswith(BESIDE_TEXT) for name in own)
-
-
-class Stated(NamedTuple):
-    """What is known of a module's arguments.
-
-    Attributes:
-        cls: its class.
-        own: it is somebody's own, and may call a mask, or a state, as it likes.
-        beside: the arguments that stand beside the tokens and tell nothing of them, as it says.
-    """
-
-    cls: type
-    own: bool
-    beside: tuple[str, ...]
-
-    def telling(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the arguments of a call that may tell of its tokens."""
-        return {name: value for name, value in given.items() if name not in self.beside}
-
-
-def stated(module: nn.Module) -> Stated:
-    """Return what is known of a module's arguments."""
-    return Stated(type(module), is_own(module), tuple(getattr(module, BESIDE, ())))
-
-
 def noted(
     given: dict[str, Any], where: str, asks: Asks, said: Stated, owner: Any
 ) -> Documents | None:
@@ -235,13 +155,13 @@ def noted(
     if around is not None and documents.says_less_than(around):
         return around
     if said.own:
-        documents.watch = None if torch.compiler.is_compiling() else Watch(owner, given)
-        documents.doubt = _doubt(documents, given, said.cls)
+        documents.watch = Watch(owner, given)
+        documents.doubt = _doubt(documents, documents.watch, given, said.cls)
     documents.check(asks, where)
     return documents
 
 
-def _doubt(documents: Documents, given: Mapping[str, Any], cls: type) -> str:
+def _doubt(documents: Documents, watch: Watch, given: Mapping[str, Any], cls: type) -> str:
     """Return what arguments may say of the tokens, and nothing tells how; or ""."""
     numbered = given.get("position_ids") is not None
     masked = given.get("attention_mask") is not None
@@ -258,7 +178,7 @@ def _doubt(documents: Documents, given: Mapping[str, Any], cls: type) -> str:
         )
     if numbered or documents.continued:
         return ""
-    if documents.watch is not None and (name := documents.watch.known):
+    if name := watch.known:
         return f"is in a call that is given {name!r}, {RETURNED}; {else_say(name)}"
     kept = keeps_its_cache(given, cls)
     return f"is in a call that is given {kept!r}, {KEEPS}" if kept else ""

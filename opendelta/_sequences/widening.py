@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 from .._layers.base import Acts, Handover
+from .._texts.arguments import named
 from ..errors import SiteError
 from .layout import Layout, starts
 from .strip import WithPrompt
-from .tokens import named
 
 STATES = "encoder_hidden_states"
 

@@ -1,4 +1,4 @@
-"""What the numbers in an argument may tell of a call's tokens, whatever the argument is called.
+"""Numbers in an argument that may tell of a call's tokens, whatever the argument is called.
 
 A name says what its author thought of; numbers that count, or that part a row in runs, tell of
 places, padding or documents under any name. A graph that is compiled has no values to look at.

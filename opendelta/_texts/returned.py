@@ -26,7 +26,7 @@ _known: WeakKeyDictionary[Any, dict[int, StorageWeakRef]] = WeakKeyDictionary()
 
 
 class Watch:
-    """What one call of a module is given, to know it again.
+    """Tensors that one call of a module is given, to know them again.
 
     Args:
         owner: what watches the calls of the module.
@@ -34,10 +34,12 @@ class Watch:
     """
 
     def __init__(self, owner: Any, given: Mapping[str, Any]) -> None:
-        self.owner = owner
+        self.owner, self.given = owner, list[tuple[str, Tensor, int]]()
+        if torch.compiler.is_compiling():
+            return
         tokens = [given.get(name) for name in TOKENS]
         self.given = [
-            (name, tensor, _version(tensor))
+            (name, tensor, _writes_to(tensor))
             for name, value in given.items()
             if name not in (*TOKENS, *CACHES) and not name.startswith(NO_STATES)
             for tensor in _states(value)
@@ -56,7 +58,9 @@ class Watch:
 
     def end(self, out: Any) -> None:
         """Remember what the call returned, and what of its arguments it wrote to."""
-        written = [tensor for _, tensor, version in self.given if _version(tensor) != version]
+        if torch.compiler.is_compiling():
+            return
+        written = [tensor for _, tensor, version in self.given if _writes_to(tensor) != version]
         known = _known.get(self.owner, {})
         kept = {address: each for address, each in known.items() if not each.expired()}
         for tensor in (*_states(out), *written):
@@ -73,5 +77,6 @@ def _states(value: Any) -> Iterator[Tensor]:
             yield tensor
 
 
-def _version(tensor: Tensor) -> int:
+def _writes_to(tensor: Tensor) -> int:
+    """Return how often a tensor was written to; -1 if nobody counts it."""
     return -1 if tensor.is_inference() else tensor._version

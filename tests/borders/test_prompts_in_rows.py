@@ -21,7 +21,7 @@ import opendelta
 from opendelta import LoReftModel, PrefixModel, SiteError, SoftPromptModel
 from opendelta._sequences.embedding import SCALES
 from opendelta._sequences.layout import SKIPS
-from opendelta._sequences.tokens import HIDDEN_BY_ID
+from opendelta._texts.arguments import HIDDEN_BY_ID
 
 pytestmark = pytest.mark.covers("SoftPromptModel", "SoftPromptConfig.soft_token_num", "PrefixModel")
 

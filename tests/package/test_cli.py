@@ -141,15 +141,23 @@ BAD = {  # command: arguments, what the error says
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("command", BAD)
-def test_every_command_on_bad_input(folder, command):
-    arguments, said = BAD[command]
-    code, out, errors = process(folder, command, *arguments)
+def check_bad(said, code, out, errors):
     assert (code, out) == (2, "")
     assert errors.startswith("opendelta: ")
     assert said in errors
     assert errors.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", BAD)
+def test_every_command_on_bad_input(run, command):
+    arguments, said = BAD[command]
+    check_bad(said, *run(command, *arguments))
+
+
+@pytest.mark.slow
+def test_bad_input_ends_a_process_alike(folder):
+    arguments, said = BAD["show"]
+    check_bad(said, *process(folder, "show", *arguments))
 
 
 MISUSED = {  # arguments: what the error says
@@ -403,7 +411,8 @@ def test_show_reads_the_folders_of_other_libraries(run, path):
     assert OTHERS[path] in " ".join(out.split())  # a long path wraps the line
 
 
-def test_the_class_is_the_config_s_a_checkpoint_s_or_the_one_that_is_asked_for(run):
+def test_the_class_is_the_config_s_a_checkpoint_s_or_the_one_that_is_asked_for(run, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # else it tries for long
     asked = ["--class", "BertForSequenceClassification"]
     assert "classifier (Linear) weight:[2, 32]" in run("tree", "my-model", *asked)[1]
     code, _, errors = run("tree", "my-model", "--class", "BertForMasked")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import write_stubs
+from support import ROOT
 
 import opendelta
 from opendelta import methods
@@ -74,10 +75,12 @@ def programs(tmp_path):
 
 
 def test_mypy_finds_the_wrong_calls_and_no_others(programs, tmp_path):
-    command = [TOOLS / "mypy", "--no-incremental", "--show-error-codes", *programs]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    settings = ["--config-file", ROOT / "pyproject.toml"]  # so that what `make lint` read is known
+    settings += ["--cache-dir", ROOT / ".mypy_cache", "--show-error-codes"]
+    command = [TOOLS / "mypy", *settings, *(tmp_path / name for name in programs)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     errors = {name: set() for name in programs}
-    for name, line in re.findall(r"^(\w+\.py):(\d+): error", done.stdout, re.MULTILINE):
+    for name, line in re.findall(r"(\w+\.py):(\d+): error", done.stdout):
         errors[name].add(int(line))
     assert {name: sorted(lines) for name, lines in errors.items()} == programs, done.stdout
 

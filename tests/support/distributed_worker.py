@@ -437,8 +437,9 @@ def fsdp_trains_deltas_attached_before(pair: Pair, how: str) -> None:
     torch.testing.assert_close(output(model), output(expected))
 
 
-@check(["block-wise", "leaf-wise"], ["before", "after"])
-def fsdp_takes_layers_off_and_on(pair: Pair, how: str, attached: str) -> None:
+@check(["block-wise before", "leaf-wise after"])
+def fsdp_takes_layers_off_and_on(pair: Pair, way: str) -> None:
+    how, attached = way.split()
     model = network()
     if attached == "after":
         shard(model, pair.mesh, how)
