@@ -34,7 +34,8 @@ class Watch:
     """
 
     def __init__(self, owner: Any, given: Mapping[str, Any]) -> None:
-        self.owner, self.given = owner, list[tuple[str, Tensor, int]]()
+        self.owner = owner
+        self.given: list[tuple[str, Tensor, int]] = []
         if torch.compiler.is_compiling():
             return
         tokens = [given.get(name) for name in TOKENS]
@@ -49,6 +50,8 @@ class Watch:
     @property
     def known(self) -> str:
         """Return the name of an argument that an earlier call returned or wrote to; or ""."""
+        if not self.given:
+            return ""
         known = _known.get(self.owner, {})
         for name, tensor, _ in self.given:
             reference = known.get(tensor.untyped_storage()._cdata)
