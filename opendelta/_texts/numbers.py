@@ -9,8 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+from torch import Tensor, nn
 
 HIDES = -1e3  # what is added to scores and is not above this hides a token
 
@@ -55,19 +54,29 @@ def may_part(value: Any, batch: int, length: int, seen: Tensor) -> bool:
 
 
 def are_full(value: Any, length: int) -> bool:
-    """True if numbers of tokens are the `length` of all rows: there is no padding."""
+    """True if numbers of tokens, or shares, are the `length` of all rows: there is no padding."""
     tensor = _tensor(value)
-    return tensor is not None and bool((tensor == length).all())
+    if tensor is None:
+        return False
+    full = 1 if tensor.is_floating_point() and bool((tensor <= 1).all()) else length
+    return bool((tensor == full).all())
 
 
 def _tensor(value: Any) -> Tensor | None:
     """Return an argument as a tensor with values; None: it holds no numbers that can be read."""
-    if isinstance(value, list | tuple) and value and all(type(each) is int for each in value):
-        value = torch.tensor(value)
-    if not isinstance(value, Tensor) or isinstance(value, FakeTensor) or value.is_meta:
+    if torch.compiler.is_compiling():
         return None
-    known = value.numel() and value.layout is torch.strided and not value.is_complex()
-    return None if not known or torch.compiler.is_compiling() else value.detach()
+    if not isinstance(value, Tensor):
+        if not isinstance(value, list | tuple) and not hasattr(value, "__array__"):
+            return None
+        try:
+            value = torch.as_tensor(value)
+        except (TypeError, ValueError, RuntimeError):  # texts, objects, rows of several lengths
+            return None
+    plain = type(value) in (Tensor, nn.Parameter) and value.layout is torch.strided
+    if not plain or value.is_meta or value.is_nested or value.is_complex() or not value.numel():
+        return None
+    return value.detach()
 
 
 def _rows(tensor: Tensor, batch: int, length: int) -> Tensor | None:

@@ -162,8 +162,8 @@ def tells_lengths(name: str, value: Any, batch: int) -> bool:
     if name.startswith(OF_OTHERS) or not (LENGTHS.search(name) or ENDS.search(name)):
         return False
     if isinstance(value, list | tuple):
-        return bool(value) and all(isinstance(each, int) for each in value)
-    if not isinstance(value, Tensor) or value.is_floating_point():
+        return bool(value) and all(isinstance(each, int | float) for each in value)
+    if not isinstance(value, Tensor):
         return False
     one_each = value.shape in ((batch,), (batch, 1))
     return one_each or (value.ndim == 1 and bool(ENDS.search(name)))

@@ -19,6 +19,8 @@ PADDING = {
     "counts": torch.tensor([3, 5]),
     "counts as a column": torch.tensor([[3], [5]]),
     "booleans": SHOWN.bool(),
+    "rows of a list": SHOWN.tolist(),
+    "an array": SHOWN.numpy(),
     "ones": SHOWN.float(),
     "ones of keys": SHOWN[:, None, None],
     "added to scores": (1 - SHOWN.float()) * -1e9,
@@ -49,6 +51,8 @@ NOTHING = {
     "numbers from 1": torch.arange(1, 6).expand(2, 5),
     "kinds of words": torch.tensor([[3, 7, 1, 3, 9], [2, 2, 8, 1, 0]]),
     "full lengths": torch.tensor([5, 5]),
+    "words": ["a", "b"],
+    "lists of several lengths": [[1, 0], [1]],
     "names of rows": torch.tensor([100, 230]),
     "a vector of each row": torch.ones(2, 8),
     "a flag": True,
@@ -98,6 +102,14 @@ def test_a_mask_says_the_padding(given):
     model = Net()
     with_ends(model)
     torch.testing.assert_close(model(IDS, SHOWN, genre=given), model(IDS, SHOWN))
+
+
+def test_shares_of_a_row_are_lengths():
+    model = Net()
+    with_ends(model)
+    with pytest.raises(SiteError, match="'wav_lens'"):
+        model(IDS, wav_lens=torch.tensor([0.6, 1.0]))
+    torch.testing.assert_close(model(IDS, wav_lens=torch.ones(2)), model(IDS))
 
 
 @cases(NOTHING)
