@@ -114,23 +114,30 @@ def _engines() -> list[Any]:
     if not is_distributed():
         return []
     kinds: dict[type, str] = {}
-    found = []
-    for each in _all_objects():  # a module does not know what is around it
-        cls = type(each)
-        if cls not in kinds:
-            kinds[cls] = next((b.__name__ for b in cls.__mro__ if b.__name__ in ENGINES), "")
-        if kinds[cls] and isinstance(each, nn.Module):
-            found.append((each, ENGINES[kinds[cls]]))
+    for cls in _kinds_of(nn.Module):
+        if name := next((b.__name__ for b in cls.__mro__ if b.__name__ in ENGINES), ""):
+            kinds[cls] = name
+    found = _referrers(*kinds)  # a module does not know what is around it, but refers to its class
+    return [(each, ENGINES[kinds[type(each)]]) for each in found if type(each) in kinds]
+
+
+def _kinds_of(cls: type) -> set[type]:
+    """Return all classes that derive from `cls`."""
+    found, left = set[type](), [cls]
+    while left:
+        new: set[type] = {*left.pop().__subclasses__()} - found
+        found |= new
+        left += new
     return found
 
 
-def _all_objects() -> list[Any]:
-    """Return all objects that Python tracks, also those that gc.freeze() set aside."""
+def _referrers(*objects: Any) -> list[Any]:
+    """Return all that refers to one of `objects`, also what gc.freeze() set aside."""
     if not gc.get_freeze_count():
-        return gc.get_objects()
+        return gc.get_referrers(*objects)
     gc.unfreeze()
     try:
-        return gc.get_objects()
+        return gc.get_referrers(*objects)
     finally:
         gc.freeze()
 

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ..names import SLOT
 from .holding import is_foreign, walk
 
 TRIES = 3
@@ -28,28 +29,43 @@ class _Sharing(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def copied(model: nn.Module) -> nn.Module | None:
+def copied(model: nn.Module, layers: bool = True) -> nn.Module | None:
     """Return a copy of a module, with copies of those inside and of what they hold, but tensors.
 
     None: it cannot be copied, or its copy holds modules of the first one.
+
+    Args:
+        layers: the copy has copies of the layers on them, too; else None is in their place.
     """
+    modules = [*model.modules()] if layers else [*_without_layers(model, {})]
+    stacks = [] if layers else [m._modules[SLOT] for m in modules if SLOT in m._modules]
     for _ in range(TRIES):  # another thread may change an attribute meanwhile
         try:
             with _Sharing():
-                copied = copy.deepcopy(model, _kept(model))
+                kept = _kept(modules) | dict.fromkeys(map(id, stacks))
+                copied = copy.deepcopy(model, kept)
         except Exception:  # whatever an object on a module raises
             continue
         return None if {*map(id, copied.modules())} & {*map(id, model.modules())} else copied
     return None
 
 
-def _kept(model: nn.Module) -> dict[int, Any]:
+def _without_layers(module: nn.Module, seen: dict[int, nn.Module]) -> Iterable[nn.Module]:
+    """Return a module and those inside, each once, but no layers on them."""
+    if id(module) not in seen:
+        seen[id(module)] = module
+        for key, child in module._modules.items():
+            if child is not None and key != SLOT:
+                _without_layers(child, seen)
+    return seen.values()
+
+
+def _kept(modules: list[nn.Module]) -> dict[int, Any]:
     """Return {id: object} of what a copy shares: tensors, hooks, and what is not to be copied.
 
     Our own hooks know the deltas of their model, so that a copy has its own. It also has a copy of
     each object of somebody's own, in which a forward may keep something, if that is simple.
     """
-    modules = [*model.modules()]
     parts = {id(module) for module in modules}
     shared: list[Any] = [hook for hook in hooks_of(modules) if not is_of_model(hook, parts)]
     for module in modules:

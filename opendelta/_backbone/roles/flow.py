@@ -341,7 +341,7 @@ def trace(block: nn.Module) -> list[Flow]:
     The state of the random number generators stays as it was, and so does what the modules hold.
     """
     flows = []
-    made = copied(block) or block
+    made = copied(block, layers=False) or block
     for choose in (_likely, _needed, _all):
         flow = Flow()
         with kept_random(), ignored_warnings(), Restoring():
@@ -350,7 +350,7 @@ def trace(block: nn.Module) -> list[Flow]:
             except Exception as error:  # code may do anything with stand-ins
                 flow.failure = f"{type(error).__name__}: {error}"
         flows.append(flow)
-        if not flow.failure and _has_all(flow, block):
+        if not flow.failure and _has_all(flow, made):
             break
     return sorted(flows, key=lambda flow: bool(flow.failure))
 
