@@ -276,8 +276,10 @@ def _observe(
     missing: dict[str, None] = dict.fromkeys(names)
 
     def hook_of(name: str) -> Any:
-        def hook(_module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
             if PROBING.get():  # else another thread runs a backbone that has no copy
+                names = calls.names_of(type(module).forward)
+                kwargs = calls.in_order(names, args, kwargs)
                 note(name, calls.first_input(args, kwargs) if args or kwargs else None, output)
                 missing.pop(name, None)
                 if not missing and not torch.compiler.is_compiling():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from .._modules import calls
 from .._modules.holding import TABLES
 from .._modules.tensors import FLOATS
+from .._modules.writing import may_write, through
 from .base import Acts, DeltaLayer, Params, Passive
 from .dtypes import dtype_for
 
@@ -38,7 +40,7 @@ class OwnedModule(DeltaLayer):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self.module = module
+        self.module, self.writes_input = module, may_write(module)
 
     def seeded(self) -> list[nn.Module]:
         """Return none: a method `seed` of the copied module is its own."""
@@ -54,7 +56,11 @@ class OwnedModule(DeltaLayer):
         if dtypes is None:
             return run(*args, **kwargs)
         theirs, ours = dtypes
-        args, kwargs = _cast((args, kwargs), theirs, ours)
+        given = args, kwargs
+        args, kwargs = _cast(given, theirs, ours)
+        if self.writes_input:
+            tensors = (calls.every(Tensor, each) for each in (given, (args, kwargs)))
+            run = functools.partial(through, [*zip(*tensors, strict=True)], run)
         try:
             return _cast(run(*args, **kwargs), ours, theirs)
         except RuntimeError as error:

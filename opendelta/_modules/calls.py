@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -18,6 +19,28 @@ from ..errors import SiteError
 def has_forward(module: nn.Module) -> bool:
     """True if `module` has a forward; ModuleList, for example, has none."""
     return getattr(type(module), "forward", None) is not nn.Module.forward
+
+
+def names_of(forward: Any) -> tuple[str, ...]:
+    """Return the names of a forward's parameters, in their order; (): it does not tell."""
+    try:
+        return tuple(inspect.signature(forward).parameters)[1:]
+    except (TypeError, ValueError):  # compiled by TorchScript, or written in C
+        return ()
+
+
+def in_order(names: Sequence[str], args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the keywords of a call with the first parameter that is given before the others.
+
+    Args:
+        names: of the forward's parameters, in their order.
+    """
+    if args or not kwargs:
+        return kwargs
+    first = next((name for name in names if kwargs.get(name) is not None), None)
+    if first is None or first == next(iter(kwargs)):
+        return kwargs
+    return {first: kwargs[first], **kwargs}
 
 
 def first_input(args: tuple, kwargs: dict[str, Any]) -> Tensor:

@@ -6,13 +6,19 @@ import dis
 import functools
 import inspect
 import itertools
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from types import CodeType
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+from ..names import SLOT
 
 ENTRIES = ("forward", "__call__", "_call_impl")
+CALL, CALL_IMPL = nn.Module.__call__, nn.Module._call_impl
+# Their forwards write to no input, but for what has an option `inplace`, or does so in its code.
+LIBRARIES = {"torch", "torchvision", "timm", "transformers", "bitsandbytes", "torchao", "optimum"}
 NO_TENSORS = ("BUILD_TUPLE", "BUILD_LIST", "BUILD_STRING")  # what lists and texts grow by
 
 
@@ -70,3 +76,63 @@ def _step_writes(before: dis.Instruction, step: dis.Instruction) -> bool:
         return not text  # a key
     in_place = step.opname == "BINARY_OP" and step.argrepr.endswith("=")
     return in_place and not text and before.opname not in NO_TENSORS
+
+
+def may_write(module: nn.Module) -> bool:
+    """True if a forward of somebody's own, of TorchScript or in place may run in a module."""
+    cls: Any = type(module)
+    forward = getattr(cls, "forward", None)  # a script's class has none
+    package = "" if forward is None else _package(inspect.unwrap(forward))
+    if package not in LIBRARIES or module.__dict__.get("inplace", False):
+        return True
+    if package != "torch" and writes(cls):
+        return True
+    inside = [child for key, child in module._modules.items() if key != SLOT and child is not None]
+    return any(_is_changed(child) or may_write(child) for child in inside)
+
+
+def _is_changed(child: nn.Module) -> bool:
+    """True if code of somebody's own may run around the forward of a class, or in its place."""
+    own, cls = child.__dict__, type(child)
+    if "forward" in own:
+        return True
+    if cls.__call__ is not CALL and _package(cls.__call__) not in LIBRARIES:
+        return True
+    if cls._call_impl is not CALL_IMPL and _package(cls._call_impl) not in LIBRARIES:
+        return True
+    hooks = (*own["_forward_pre_hooks"].values(), *own["_forward_hooks"].values())
+    return any(_package(hook) not in (*LIBRARIES, "opendelta") for hook in hooks)
+
+
+def _package(function: Any) -> str:
+    while isinstance(function, functools.partial):
+        function = function.func
+    return (getattr(function, "__module__", None) or "").partition(".")[0]
+
+
+def through(
+    pairs: Sequence[tuple[Tensor, Tensor]], call: Callable[..., Any], /, *args: Any, **kwargs: Any
+) -> Any:
+    """Run `call`, and write to tensors what it writes to others that it is given in their place.
+
+    Args:
+        pairs: a tensor, and the one in its place; equal ones are left alone.
+    """
+    if torch.compiler.is_compiling():
+        return call(*args, **kwargs)
+    begun = [(x, new, _state_of(new)) for x, new in pairs if new is not x]
+    out = call(*args, **kwargs)
+    for x, new, before in begun:
+        if _is_written(new, before):
+            x.copy_(new)
+    return out
+
+
+def _state_of(tensor: Tensor) -> Any:
+    return tensor.clone() if tensor.is_inference() else tensor._version
+
+
+def _is_written(tensor: Tensor, before: Any) -> bool:
+    if isinstance(before, Tensor):
+        return not torch.equal(tensor, before)
+    return tensor._version != before

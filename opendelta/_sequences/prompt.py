@@ -216,7 +216,7 @@ class PromptLayer(WithPrompt):
         told = self.said.telling(given)
         if why := unknown(told, batch, length, self._state_in(told), self.said.own):
             self._refuse(f"{kind} is given {why}")
-        if self.said.own and (name := keeps_its_cache(told, self.said.cls)):
+        if self.said.own and (name := keeps_its_cache(told, self.said.keeps)):
             self._refuse(f"{kind} is given {name!r}, {KEEPS}")
         return batch, length
 

@@ -156,12 +156,12 @@ def noted(
         return around
     if said.own:
         documents.watch = Watch(owner, given)
-        documents.doubt = _doubt(documents, documents.watch, given, said.cls)
+        documents.doubt = _doubt(documents, documents.watch, given, said.keeps)
     documents.check(asks, where)
     return documents
 
 
-def _doubt(documents: Documents, watch: Watch, given: Mapping[str, Any], cls: type) -> str:
+def _doubt(documents: Documents, watch: Watch, given: Mapping[str, Any], keeps: bool) -> str:
     """Return what arguments may say of the tokens, and nothing tells how; or ""."""
     numbered = given.get("position_ids") is not None
     masked = given.get("attention_mask") is not None
@@ -180,7 +180,7 @@ def _doubt(documents: Documents, watch: Watch, given: Mapping[str, Any], cls: ty
         return ""
     if name := watch.known:
         return f"is in a call that is given {name!r}, {RETURNED}; {else_say(name)}"
-    kept = keeps_its_cache(given, cls)
+    kept = keeps_its_cache(given, keeps)
     return f"is in a call that is given {kept!r}, {KEEPS}" if kept else ""
 
 

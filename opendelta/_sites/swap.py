@@ -142,7 +142,7 @@ def site_class(base: type[nn.Module], reads: bool = False) -> type[nn.Module]:
             calling the module.
     """
     raw: Any = kinds.raw_forward(base, reads)
-    own, known = base.forward, raw is not None
+    own, known, names = base.forward, raw is not None, calls.names_of(base.forward)
 
     # It is in the class body, because transformers' checkpointing layers look there. It is wrapped,
     # because Trainer and generate() read its signature. It does not use super(), because other code
@@ -153,6 +153,7 @@ def site_class(base: type[nn.Module], reads: bool = False) -> type[nn.Module]:
         call: Callable[..., Any] = functools.partial(raw if reads else base.forward, self)
         stack: Any = self._modules.get(SLOT)
         if stack is not None:
+            kwargs = calls.in_order(names, args, kwargs)
             around = stack.around
             if not known and intact.is_needed(stack):
                 around = functools.partial(intact.around, stack)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import operator
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from torch import nn
 
+from .._modules.calls import names_of
 from .documents import BESIDE
 from .rehearsal import hidden_id, ignored_id, is_own
+from .saying import takes_state
 from .states import earlier
 
 READS = {"input_ids", "attention_mask"}
@@ -38,10 +39,7 @@ def arguments(module: nn.Module) -> list[str]:
 @functools.cache
 def arguments_of(cls: type) -> tuple[str, ...]:
     """Return the names of the arguments of a class's forward."""
-    try:
-        return tuple(inspect.signature(cls.forward).parameters)[1:]  # type: ignore[attr-defined]
-    except (AttributeError, TypeError, ValueError):  # compiled by TorchScript, or written in C
-        return ()
+    return names_of(getattr(cls, "forward", None))
 
 
 def named(names: list[str], args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -84,12 +82,12 @@ class Stated(NamedTuple):
     """Facts about the arguments of a module, known or stated.
 
     Attributes:
-        cls: its class.
+        keeps: it may keep earlier tokens itself, as no argument takes a state of them.
         own: it is somebody's own, and may call a mask, or a state, as it likes.
         beside: the arguments that stand beside the tokens and tell nothing of them, as it says.
     """
 
-    cls: type
+    keeps: bool
     own: bool
     beside: tuple[str, ...]
 
@@ -100,4 +98,5 @@ class Stated(NamedTuple):
 
 def stated(module: nn.Module) -> Stated:
     """Return what is known of a module's arguments."""
-    return Stated(type(module), is_own(module), tuple(getattr(module, BESIDE, ())))
+    cls: Any = type(module)
+    return Stated(not takes_state(cls), is_own(module), tuple(getattr(module, BESIDE, ())))

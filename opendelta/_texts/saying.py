@@ -170,7 +170,7 @@ def tells_lengths(name: str, value: Any, batch: int) -> bool:
 
 
 @functools.cache
-def _takes_state(cls: type) -> bool:
+def takes_state(cls: type) -> bool:
     """True if modules of a class may be given a state of earlier tokens."""
     try:
         parameters = inspect.signature(cls.forward).parameters.values()  # type: ignore[attr-defined]
@@ -179,9 +179,13 @@ def _takes_state(cls: type) -> bool:
     return any(p.kind is p.VAR_KEYWORD or may_be_state(p.name) for p in parameters)
 
 
-def keeps_its_cache(given: Mapping[str, Any], cls: type) -> str:
-    """Return what tells that a module of a class itself keeps a call's earlier tokens; or ""."""
-    if given.get("use_cache") is True and not _takes_state(cls):
+def keeps_its_cache(given: Mapping[str, Any], keeps: bool) -> str:
+    """Return what tells that a module itself keeps a call's earlier tokens; or "".
+
+    Args:
+        keeps: no argument takes a state of them.
+    """
+    if given.get("use_cache") is True and keeps:
         return "use_cache"
     return next((n for n, v in given.items() if OFFSETS.search(n) and type(v) is int and v > 0), "")
 

@@ -1,0 +1,127 @@
+"""Calls of own modules by keywords in any order, and forwards that write to what they are given."""
+
+import pickle
+
+import pytest
+import torch
+import transformers as T
+from support.nets import shake
+from torch import nn
+from torch.nn import functional as F
+
+import opendelta
+from opendelta import (
+    AdapterModel,
+    GateModel,
+    HRAModel,
+    IA3Model,
+    LohaModel,
+    LoraModel,
+    OFTModel,
+    ParallelAdapterModel,
+    VeraModel,
+)
+
+X = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+
+
+class Masked(nn.Linear):
+    def forward(self, x, mask=None):
+        return F.linear(x, self.weight, self.bias) * (1 if mask is None else mask)
+
+
+class ByKeyword(nn.Module):
+    def __init__(self, reverse):
+        super().__init__()
+        self.fc, self.reverse = Masked(8, 8), reverse
+
+    def forward(self, x, mask=None):
+        return self.fc(mask=mask, x=x) if self.reverse else self.fc(x=x, mask=mask)
+
+
+METHODS = [
+    (LoraModel, {}),
+    (LoraModel, {"use_dora": True}),
+    (LohaModel, {}),
+    (VeraModel, {}),
+    (OFTModel, {"oft_block_size": 4}),
+    (HRAModel, {"r": 2}),
+    (IA3Model, {"feedforward_modules": ["fc"]}),
+    (AdapterModel, {"bottleneck_dim": 4}),
+    (ParallelAdapterModel, {"bottleneck_dim": 4, "modified_modules": ["fc", "fc"]}),
+]
+
+
+@pytest.mark.covers("first_input", "replace_input")
+@pytest.mark.parametrize("mask", [None, torch.full((2, 5, 1), 0.5), torch.full((2, 5, 8), 0.5)])
+@pytest.mark.parametrize(("method", "options"), METHODS)
+def test_keywords_come_in_any_order(method, options, mask):
+    outs = []
+    for reverse in (False, True):
+        torch.manual_seed(0)
+        model = ByKeyword(reverse)
+        shake(method(model, **{"modified_modules": ["fc"], **options}))
+        outs.append(model(X, mask))
+    torch.testing.assert_close(*outs)
+
+
+@pytest.mark.covers("GateModel")
+def test_a_gate_reads_the_input_whatever_comes_first():
+    outs = []
+    for reverse in (False, True):
+        torch.manual_seed(0)
+        model = ByKeyword(reverse)
+        for name in ("a", "b"):
+            shake(LoraModel(model, modified_modules=["fc"], name=name))
+        shake(GateModel(model, ["a", "b"]))
+        outs.append(model(X, torch.full((2, 5, 8), 0.5)))
+    torch.testing.assert_close(*outs)
+
+
+class InPlace(nn.Linear):
+    def forward(self, x):
+        return F.linear(F.relu_(x), self.weight, self.bias)
+
+
+class Residual(nn.Module):
+    def __init__(self, fc):
+        super().__init__()
+        self.inp, self.fc = nn.Linear(8, 8), fc
+
+    def forward(self, x):
+        h = self.inp(x)
+        return h + self.fc(h)
+
+
+@pytest.mark.covers("IA3Model", "OFTModel", "HRAModel")
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize(("method", "options"), METHODS)
+def test_what_a_forward_writes_to_its_input_is_seen_behind_any_method(method, options, mode):
+    torch.manual_seed(0)
+    model = Residual(InPlace(8, 8))
+    with mode():
+        expected = model(X)
+        method(model, **{"modified_modules": ["fc"], **options})
+        torch.testing.assert_close(model(X), expected)
+
+
+@pytest.mark.covers("DeltaConfig.modules_to_save")
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_what_a_copy_in_another_dtype_writes_to_its_input_is_seen(mode):
+    torch.manual_seed(0)
+    model = Residual(nn.Sequential(nn.ReLU(inplace=True), nn.Linear(8, 8))).bfloat16()
+    with mode():
+        expected = model(X.bfloat16())
+        LoraModel(model, modified_modules=["inp"], modules_to_save=["fc"])
+        torch.testing.assert_close(model(X.bfloat16()), expected, atol=0.05, rtol=0.05)
+
+
+@pytest.mark.covers("LoReftModel", "SoftPromptModel")
+def test_several_deltas_that_note_the_tokens_are_pickled():
+    model = T.GPT2LMHeadModel(T.GPT2Config(vocab_size=50, n_embd=8, n_layer=2, n_head=2)).eval()
+    ids = torch.arange(6)[None]
+    for name in ("a", "b"):
+        shake(opendelta.LoReftModel(model, first=1, name=name))
+    shake(opendelta.SoftPromptModel(model, soft_token_num=2))
+    again = pickle.loads(pickle.dumps(model))
+    torch.testing.assert_close(again(ids).logits, model(ids).logits)
