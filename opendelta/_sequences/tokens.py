@@ -35,8 +35,24 @@ from .._texts.documents import (
 )
 from .._texts.rehearsal import is_own
 from .._texts.returned import RETURNED, Watch
-from .._texts.running import during, noting, of_now, running, unsaid, unsaid_during
-from .._texts.saying import KEEPS, by_usual_names, keeps_its_cache, other_mask_in, parts_in
+from .._texts.running import (
+    during,
+    noting,
+    of_now,
+    running,
+    unheard,
+    unheard_during,
+    unsaid,
+    unsaid_during,
+)
+from .._texts.saying import (
+    KEEPS,
+    by_usual_names,
+    keeps_its_cache,
+    other_mask_in,
+    parts_in,
+    unheard_in,
+)
 from .._texts.states import may_be_state, state_in
 from ..errors import SiteError, quoted
 from ..names import ancestors
@@ -70,6 +86,8 @@ class Notes(DeltaLayer):
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         given = with_mask(named(self.arguments, args, kwargs), self.padding)
         documents = noted(given, self.where, self.asks, self.said, self)
+        if documents is None and self.said.own:
+            return unheard_during(self.said.telling(given), call, *args, **kwargs)
         return noting(documents, call, *args, **kwargs)
 
 
@@ -77,15 +95,14 @@ class Guesses(Notes):
     """Notes the documents of a call of somebody's own that names no `input_ids`."""
 
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        given, texts = by_usual_names(named(self.arguments, args, kwargs))
+        given, texts = by_usual_names(self.said.telling(named(self.arguments, args, kwargs)))
         given = with_mask(given, self.padding)
-        documents = noted(given, self.where, self.asks, self.said, self)
-        if documents is not None:
-            documents.guessed = True
-            if texts > 1 and not documents.says_nothing:
-                documents.doubt = (
-                    "is in a call of several texts, and nothing says whose its mask is"
-                )
+        documents = noted(given, self.where, self.asks, self.said, self, *texts[:1])
+        if documents is None:
+            return unheard_during(given, call, *args, **kwargs)
+        documents.guessed = True
+        if len(texts) > 1 and not documents.says_nothing:
+            documents.doubt = "is in a call of several texts, and nothing says whose its mask is"
         return noting(documents, call, *args, **kwargs)
 
 
@@ -101,14 +118,18 @@ class Listens(DeltaLayer):
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self.arguments = arguments(module)
+        self.arguments, self.said = arguments(module), stated(module)
+
+    def told(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Return the arguments of a call that may tell of its tokens."""
+        return self.said.telling(named(self.arguments, args, kwargs))
 
 
 class Apart(Listens):
     """Lets modules inside know of no text, as images and sounds have tokens of their own."""
 
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        name = _packed(named(self.arguments, args, kwargs))
+        name = _packed(self.told(args, kwargs))
         why = f"is given several images as one row ({name!r})" if name else ""
         return unsaid_during(why, during, None, call, *args, **kwargs)
 
@@ -117,9 +138,10 @@ class Continued(Listens):
     """Lets layers inside a module know that it is given earlier tokens, which nothing counts."""
 
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        name = state_in(named(self.arguments, args, kwargs))
-        why = f"runs after earlier tokens ({name!r}), which nothing counts" if name else ""
-        return unsaid_during(why or unsaid(), call, *args, **kwargs)
+        name = state_in(self.told(args, kwargs))
+        why = f"runs after earlier tokens ({name!r}), which nothing counts; {else_say(name)}"
+        why = why if name else unsaid()
+        return unsaid_during(why, call, *args, **kwargs)
 
 
 def _packed(given: Mapping[str, Any]) -> str:
@@ -133,13 +155,14 @@ def _packed(given: Mapping[str, Any]) -> str:
 
 
 def noted(
-    given: dict[str, Any], where: str, asks: Asks, said: Stated, owner: Any
+    given: dict[str, Any], where: str, asks: Asks, said: Stated, owner: Any, name: str = ""
 ) -> Documents | None:
     """Return the documents that a call's arguments, by name, say; None: it has none.
 
     Args:
         said: the result of `stated`.
         owner: what notes the calls of the module.
+        name: what the module calls its tokens.
 
     Raises:
         SiteError: the call does not say enough about the tokens of its rows.
@@ -156,26 +179,32 @@ def noted(
         return around
     if said.own:
         documents.watch = Watch(owner, given)
-        documents.doubt = _doubt(documents, documents.watch, given, said.keeps)
+        documents.doubt = _doubt(documents, documents.watch, given, said.keeps, name)
     documents.check(asks, where)
     return documents
 
 
-def _doubt(documents: Documents, watch: Watch, given: Mapping[str, Any], keeps: bool) -> str:
+def _may_say(name: str) -> str:
+    return (
+        f"is in a call that may say by {name!r} which tokens are padding, or where documents "
+        "begin, and nothing tells how: call a mask 'attention_mask' [batch, length], or give "
+        f"position_ids; {else_say(name)}"
+    )
+
+
+def _doubt(
+    documents: Documents, watch: Watch, given: Mapping[str, Any], keeps: bool, own: str
+) -> str:
     """Return what arguments may say of the tokens, and nothing tells how; or ""."""
     numbered = given.get("position_ids") is not None
     masked = given.get("attention_mask") is not None
     seen = documents.seen() if masked else None
     batch, length = documents.batch, documents.length
-    name = "" if numbered else parts_in(given, batch, length, seen)
+    name = "" if numbered else parts_in(given, batch, length, seen, own)
     if not name and not numbered and not masked:
-        name = other_mask_in(given, batch, length)
+        name = other_mask_in(given, batch, length, own=own)
     if name:
-        return (
-            f"is in a call that may say by {name!r} which tokens are padding, or where documents "
-            "begin, and nothing tells how: call a mask 'attention_mask' [batch, length], or give "
-            f"position_ids; {else_say(name)}"
-        )
+        return _may_say(name)
     if numbered or documents.continued:
         return ""
     if name := watch.known:
@@ -285,6 +314,8 @@ class Tokens:
         if documents is None:
             if unsaid():
                 self._refuse(asks, unsaid())
+            if h.ndim > 2 and (name := unheard_in(unheard(), h.size(0), h.size(-2))):
+                self._refuse(asks, _may_say(name))
             self._check_bare(asks, args, kwargs, h)
             documents = Documents({}, 1, h.size(-2), h.device)
         elif h.size(-2) != documents.length or (h.ndim > 2 and h.size(0) != documents.batch):

@@ -6,10 +6,13 @@ places, padding or documents under any name. A graph that is compiled has no val
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from .._modules.calls import every, items_of
 
 HIDES = -1e3  # what is added to scores and is not above this hides a token
 
@@ -19,18 +22,10 @@ def may_tell(value: Any, batch: int, length: int) -> bool:
 
     False for numbers that are the same for all tokens, count them from 0 or 1, or do not fit.
     """
-    tensor = _tensor(value)
-    if tensor is None or are_full(tensor, length):
-        return False
-    rows = _rows(tensor, batch, length)
-    if _parts_pairs(tensor, length, None) or (rows is not None and _parts_rows(rows)):
-        return True
-    if tensor.is_floating_point() or tensor.dtype == torch.bool:
-        return False
-    one_each = tensor.shape in ((batch,), (batch, 1)) and (rows is None or length == batch)
-    if one_each and bool((tensor != length).any() and (tensor.abs() <= length).all()):
-        return True
-    return rows is None and _ends(tensor, batch, length)
+    rows = value if isinstance(value, list | tuple) and len(value) == batch else [None]
+    if all(isinstance(each, Mapping | slice | range) for each in rows):
+        return True  # something is said of each row
+    return any(_tells(tensor, batch, length) for tensor in _tensors(value))
 
 
 def may_part(value: Any, batch: int, length: int, seen: Tensor) -> bool:
@@ -39,55 +34,98 @@ def may_part(value: Any, batch: int, length: int, seen: Tensor) -> bool:
     Args:
         seen: booleans [batch or 1, length], false for padding.
     """
-    tensor = _tensor(value)
-    if tensor is None:
+    near = seen[:, 1:] & seen[:, :-1]
+    return any(_parts(tensor, batch, length, near) for tensor in _tensors(value))
+
+
+def are_full(value: Any, length: int) -> bool:
+    """True if numbers of tokens, or shares, are the `length` of all rows: there is no padding."""
+    tensors = [*_tensors(value)]
+    return bool(tensors) and all(_is_full(tensor, length) for tensor in tensors)
+
+
+def shows(tensor: Tensor) -> bool:
+    """True if numbers are ones, for what is shown, and zeros."""
+    return not torch.compiler.is_compiling() and bool(((tensor == 0) | (tensor == 1)).all())
+
+
+def is_causal(tensor: Tensor) -> bool:
+    """True if a square shows that no token sees later ones, and nothing else."""
+    hidden = None if torch.compiler.is_compiling() else _hidden(tensor)
+    if hidden is None or hidden.ndim != 2:
         return False
-    near = (seen[:, 1:] & seen[:, :-1]).to(tensor.device)
+    later = torch.ones_like(hidden).triu(1)
+    return torch.equal(hidden, later) or torch.equal(~hidden, later)
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Yield the numbers in an argument as tensors, at any depth."""
+    if torch.compiler.is_compiling() or isinstance(value, str | bytes | int | float | None):
+        return
+    if isinstance(value, list | tuple) or (
+        hasattr(value, "__array__") and not torch.is_tensor(value)
+    ):
+        try:
+            value = torch.as_tensor(value)
+        except (TypeError, ValueError, RuntimeError):  # texts, objects, rows of several lengths
+            value = dict(enumerate(value))
+    if isinstance(value, Tensor):
+        plain = type(value) in (Tensor, nn.Parameter) and value.layout is torch.strided
+        if plain and not (value.is_meta or value.is_nested or value.is_complex()) and value.numel():
+            yield value.detach()
+    elif (items := items_of(value)) is not None:
+        for each in items.values():
+            yield from _tensors(each)
+    else:
+        for each in every(Tensor, value, objects=True):
+            yield from _tensors(each)
+
+
+def _tells(tensor: Tensor, batch: int, length: int) -> bool:
+    if _is_full(tensor, length):
+        return False
+    if tensor.ndim == 3 and tensor.shape[:2] == (batch, length):  # of each channel
+        hidden = _hidden(tensor)
+        return hidden is not None and any(map(_parts_rows, (hidden.all(-1), hidden.any(-1))))
     rows = _rows(tensor, batch, length)
+    if _parts_pairs(tensor, length, None) or (rows is not None and _parts_rows(rows)):
+        return True
+    one_each = tensor.shape in ((batch,), (batch, 1)) and (rows is None or length == batch)
+    if tensor.is_floating_point():  # shares of the longest row
+        return one_each and bool((tensor > 0).all() and tensor.max() == 1)
+    if one_each and tensor.dtype != torch.bool and bool((tensor.abs() <= length).all()):
+        return True
+    return rows is None and _ends(tensor, batch, length)
+
+
+def _parts(tensor: Tensor, batch: int, length: int, near: Tensor) -> bool:
+    near, rows = near.to(tensor.device), _rows(tensor, batch, length)
     if _parts_pairs(tensor, length, near):
         return True
-    if tensor.is_floating_point() or tensor.dtype == torch.bool:
+    if not _is_whole(tensor):
         return False
     if rows is not None:
         return _count(rows) and bool(((rows.diff() < 0) & near).any())
     return tensor.shape != (batch,) and _ends(tensor, batch, length)
 
 
-def are_full(value: Any, length: int) -> bool:
-    """True if numbers of tokens, or shares, are the `length` of all rows: there is no padding."""
-    tensor = _tensor(value)
-    if tensor is None:
-        return False
-    full = 1 if tensor.is_floating_point() and bool((tensor <= 1).all()) else length
-    return bool((tensor == full).all())
+def _is_full(tensor: Tensor, length: int) -> bool:
+    share = tensor.is_floating_point() and bool((tensor <= 1).all())
+    return bool((tensor == (1 if share else length)).all())
 
 
-def _tensor(value: Any) -> Tensor | None:
-    """Return an argument as a tensor with values; None: it holds no numbers that can be read."""
-    if torch.compiler.is_compiling():
-        return None
-    if not isinstance(value, Tensor):
-        if not isinstance(value, list | tuple) and not hasattr(value, "__array__"):
-            return None
-        try:
-            value = torch.as_tensor(value)
-        except (TypeError, ValueError, RuntimeError):  # texts, objects, rows of several lengths
-            return None
-    plain = type(value) in (Tensor, nn.Parameter) and value.layout is torch.strided
-    if not plain or value.is_meta or value.is_nested or value.is_complex() or not value.numel():
-        return None
-    return value.detach()
+def _is_whole(tensor: Tensor) -> bool:
+    """True for integers, also in floating numbers."""
+    if tensor.is_floating_point():
+        return bool((tensor == tensor.round()).all())
+    return tensor.dtype != torch.bool
 
 
 def _rows(tensor: Tensor, batch: int, length: int) -> Tensor | None:
     """Return numbers for each token [batch or 1, length], or None."""
     outer = tensor.shape[:-1]
-    fits = (
-        tensor.shape[-1:] == (length,)
-        and outer.numel() in (1, batch)
-        and max(outer[1:], default=1) == 1
-    )
-    return tensor.reshape(-1, length) if fits else None
+    fits = outer.numel() in (1, batch) and max(outer[1:], default=1) == 1
+    return tensor.reshape(-1, length) if fits and tensor.shape[-1:] == (length,) else None
 
 
 def _hidden(tensor: Tensor) -> Tensor | None:
@@ -123,15 +161,13 @@ def _parts_pairs(tensor: Tensor, length: int, near: Tensor | None) -> bool:
 
 def _parts_rows(rows: Tensor) -> bool:
     """True if numbers [rows, length] part the tokens in runs, or count them from elsewhere."""
-    if not rows.is_floating_point() and rows.dtype != torch.bool and _count(rows):
+    if _is_whole(rows) and _count(rows):
         return bool((rows.diff() != 1).any() or (rows[:, 0] > 1).any())
-    hidden = _hidden(rows)
-    if hidden is None and rows.is_floating_point():
-        return False
-    changes = (rows.diff() != 0 if hidden is None else hidden[:, 1:] != hidden[:, :-1]).sum(-1)
-    return bool(changes.any()) and int(changes.max()) <= (
-        2 if hidden is not None else rows.size(1) // 2
-    )
+    hidden = rows if rows.dtype == torch.bool else _hidden(rows)
+    if hidden is not None:
+        return bool((hidden != hidden[:, :1]).any())
+    changes = (rows.diff() != 0).sum(-1)
+    return _is_whole(rows) and 0 < int(changes.max()) <= rows.size(1) // 2
 
 
 def _count(rows: Tensor) -> bool:
@@ -140,7 +176,9 @@ def _count(rows: Tensor) -> bool:
 
 
 def _ends(numbers: Tensor, batch: int, length: int) -> bool:
-    """True if several numbers may be the lengths or the ends of parts of a row or of all rows."""
+    """True if several numbers may be the lengths, the ends or the bounds of parts of rows."""
+    if numbers.ndim == 2 and numbers.size(1) == 2:
+        numbers = torch.cat([numbers[:1, 0], numbers[:, 1]])
     if numbers.ndim != 1 or len(numbers) < 2:
         return False
     totals = (length, batch * length)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ class _Running(threading.local):
         # In each thread from the start: a compiled graph's guard must not see it come.
         self.documents: Documents | None = None
         self.unsaid = ""  # why nothing says where rows begin in the running call
+        self.unheard: Mapping[str, Any] = {}  # what a call is given whose tokens nobody knows
 
 
 _running = _Running()
@@ -31,6 +32,22 @@ def running() -> Documents | None:
 def unsaid() -> str:
     """Return why nothing says where rows begin in the running call; or ""."""
     return _running.unsaid
+
+
+def unheard() -> Mapping[str, Any]:
+    """Return the arguments of the running call by name, if its tokens are in no known form."""
+    return _running.unheard
+
+
+def unheard_during(
+    given: Mapping[str, Any], call: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    """Run `call`; modules inside find that nobody knows its tokens among what it is given."""
+    before, _running.unheard = _running.unheard, given
+    try:
+        return during(None, call, *args, **kwargs)
+    finally:
+        _running.unheard = before
 
 
 def mask_around(documents: Documents) -> Tensor | None:

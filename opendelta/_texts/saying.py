@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .._modules.calls import items_of
-from .numbers import are_full, may_part, may_tell
+from .numbers import are_full, is_causal, may_part, may_tell, shows
 from .states import NO_STATES, may_be_state
 
 PLACES = ("cache_position", "input_pos")  # arguments that number the tokens of a call
@@ -92,27 +92,55 @@ def counted_before(
     return True, int(firsts[0]) if (firsts == firsts[0]).all() else None
 
 
-def other_mask_in(given: Mapping[str, Any], batch: int, length: int, numbers: bool = True) -> str:
+def other_mask_in(
+    given: Mapping[str, Any], batch: int, length: int, numbers: bool = True, own: str = ""
+) -> str:
     """Return the name of an argument that may tell padding, under a name of its own; or "".
 
     Args:
         numbers: what the numbers of an argument may tell counts, too, whatever its name.
+        own: the name of the tokens; those that begin like it speak of them.
     """
     for name, value in given.items():
-        if name in KNOWN or name.startswith(OF_OTHERS) or "loss" in name or "label" in name:
+        if name in KNOWN or _is_of_others(name, own) or "loss" in name or "label" in name:
             continue
-        lengths = tells_lengths(name, value, batch) and not are_full(value, length)
+        lengths = tells_lengths(name, value, batch, own) and not are_full(value, length)
         if lengths or _is_mask(name, value, batch, length):
             return name
-        if numbers and counts_tokens(name, value, batch, length):
+        if numbers and counts_tokens(name, value, batch, length, own):
             return name
     return ""
 
 
-def counts_tokens(name: str, value: Any, batch: int, length: int) -> bool:
+def _is_of_others(name: str, own: str) -> bool:
+    return name.startswith(tuple(each for each in OF_OTHERS if not own.startswith(each)))
+
+
+def counts_tokens(name: str, value: Any, batch: int, length: int, own: str = "") -> bool:
     """True if an argument's numbers may tell of the tokens, and its name says nothing else."""
-    other = name in KNOWN or ELSE.search(name) or name.startswith(OF_OTHERS)
+    other = name in KNOWN or ELSE.search(name) or _is_of_others(name, own)
     return not other and may_tell(value, batch, length)
+
+
+def unheard_in(given: Mapping[str, Any], batch: int, length: int) -> str:
+    """Return the name of an argument that may tell padding of tokens in no known form; or "".
+
+    Args:
+        batch, length: of the hidden states somewhere inside.
+    """
+    for name, value in flat(given).items():
+        if value is None or ELSE.search(name) or "loss" in name or "label" in name:
+            continue
+        if isinstance(value, list | tuple) and not all(isinstance(v, int | float) for v in value):
+            return name  # texts, or tensors of several lengths
+        if not isinstance(value, Tensor | list | tuple):
+            continue
+        if "mask" in name or LENGTHS.search(name) or ENDS.search(name):
+            return name
+        one_each = isinstance(value, Tensor) and value.shape in ((batch,), (batch, 1))
+        if one_each or may_tell(value, batch, length):
+            return name
+    return ""
 
 
 def _is_mask(name: str, value: Any, batch: int, length: int) -> bool:
@@ -120,6 +148,8 @@ def _is_mask(name: str, value: Any, batch: int, length: int) -> bool:
     if not isinstance(value, Tensor) or not value.ndim:
         return False
     if "mask" in name or name.startswith("pad"):
+        if value.shape == (length, length) and "pad" not in name and is_causal(value):
+            return False
         pairs = value.ndim == 3 and value.shape[1:] == (length, length)  # of each head
         if pairs and not torch.compiler.is_compiling() and (value == value[:1]).all():
             return False  # who sees whom in all rows alike: no padding
@@ -127,15 +157,18 @@ def _is_mask(name: str, value: Any, batch: int, length: int) -> bool:
     return value.shape == (batch, length) and value.dtype == torch.bool and not ELSE.search(name)
 
 
-def parts_in(given: Mapping[str, Any], batch: int, length: int, seen: Tensor | None) -> str:
+def parts_in(
+    given: Mapping[str, Any], batch: int, length: int, seen: Tensor | None, own: str = ""
+) -> str:
     """Return the name of an argument that may tell several documents of a row; or "".
 
     Args:
         seen: booleans [batch, length], false for padding; then what is called segments may be types
             of tokens. None: there is no mask.
+        own: the name of the tokens.
     """
     for name, value in given.items():
-        if name in KNOWN or ELSE.search(name) or name.startswith(OF_OTHERS):
+        if name in KNOWN or ELSE.search(name) or _is_of_others(name, own):
             continue
         if seen is not None and may_part(value, batch, length, seen):
             return name
@@ -157,9 +190,9 @@ def _has_parts(value: Tensor) -> bool:
     return bool(changes.any()) and int(changes.max()) * 2 <= value.size(-1)
 
 
-def tells_lengths(name: str, value: Any, batch: int) -> bool:
+def tells_lengths(name: str, value: Any, batch: int, own: str = "") -> bool:
     """True if an argument may tell how long each row is, or where packed documents end."""
-    if name.startswith(OF_OTHERS) or not (LENGTHS.search(name) or ENDS.search(name)):
+    if _is_of_others(name, own) or not (LENGTHS.search(name) or ENDS.search(name)):
         return False
     if isinstance(value, list | tuple):
         return bool(value) and all(isinstance(each, int | float) for each in value)
@@ -190,32 +223,38 @@ def keeps_its_cache(given: Mapping[str, Any], keeps: bool) -> str:
     return next((n for n, v in given.items() if OFFSETS.search(n) and type(v) is int and v > 0), "")
 
 
-def by_usual_names(given: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
+def by_usual_names(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Return a call's arguments with its tokens as `input_ids` or `inputs_embeds`, as far as seen.
 
     The items of a mapping or a record, such as a batch, count as arguments.
 
     Returns:
-        The arguments, and the number of texts among them.
+        The arguments, and the names of the texts among them, the tokens first.
     """
-    found = _flat(given)
-    if any(found.get(name) is not None for name in ("input_ids", "inputs_embeds")):
-        return found, 1
+    found = flat(given)
+    for known in ("input_ids", "inputs_embeds"):
+        if found.get(known) is not None:
+            return found, [known]
     tensors = {n: v for n, v in found.items() if isinstance(v, Tensor) and not _is_beside(n)}
-    texts = [v for v in tensors.values() if v.dtype in (torch.int64, torch.int32) and v.ndim == 2]
-    rows = [v for v in tensors.values() if v.is_floating_point() and v.ndim == 3]
-    if texts:
-        return {"input_ids": texts[0], **_without(found, texts[0])}, len(texts)
-    if rows:
-        return {"inputs_embeds": rows[0], **_without(found, rows[0])}, len(rows)
-    return found, 0
+    rows = [n for n, v in tensors.items() if v.is_floating_point() and v.ndim == 3]
+    shapes = [tensors[name].shape[:2] for name in rows]
+    texts = [
+        name
+        for name, v in tensors.items()
+        if v.dtype in (torch.int64, torch.int32) and v.ndim == 2
+        if v.shape not in shapes or not shows(v)
+    ]
+    for usual, names in (("input_ids", texts), ("inputs_embeds", rows)):
+        if names:
+            return {usual: tensors[names[0]], **_without(found, tensors[names[0]])}, names
+    return found, []
 
 
 def _without(given: Mapping[str, Any], tokens: Tensor) -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not tokens}
 
 
-def _flat(given: Mapping[str, Any], depth: int = 3) -> dict[str, Any]:
+def flat(given: Mapping[str, Any], depth: int = 3) -> dict[str, Any]:
     """Return the arguments of a call, with the items of mappings and records in their place."""
     found: dict[str, Any] = {}
     for name, value in given.items():
@@ -223,7 +262,7 @@ def _flat(given: Mapping[str, Any], depth: int = 3) -> dict[str, Any]:
         if items is None or not depth:
             found[name] = value
         else:
-            found |= _flat({str(key): item for key, item in items.items()}, depth - 1)
+            found |= flat({str(key): item for key, item in items.items()}, depth - 1)
     return found
 
 

@@ -52,7 +52,6 @@ NOTHING = {
     "kinds of words": torch.tensor([[3, 7, 1, 3, 9], [2, 2, 8, 1, 0]]),
     "full lengths": torch.tensor([5, 5]),
     "words": ["a", "b"],
-    "lists of several lengths": [[1, 0], [1]],
     "names of rows": torch.tensor([100, 230]),
     "a vector of each row": torch.ones(2, 8),
     "a flag": True,
