@@ -16,7 +16,7 @@ from .._layers.site import Site
 from .._texts.arguments import EMBEDDED
 from .._texts.documents import else_say, latest
 from .._texts.masks import marks, shown
-from .._texts.saying import PLACES, STARTS, counts_tokens, tells_lengths
+from .._texts.saying import PLACES, STARTS, counts_tokens, says_else, tells_lengths
 from .._texts.states import CACHES
 from ..errors import SiteError, quoted
 from ..names import ancestors
@@ -185,19 +185,22 @@ def plain_id(reader: Any) -> int:
     return pad + 1 if pad + 1 != getattr(reader, "mask_token_id", None) else pad + 2
 
 
-def unknown(given: Mapping[str, Any], batch: int, length: int, other: str, own: bool) -> str:
+def unknown(
+    given: Mapping[str, Any], batch: int, length: int, other: str, own: bool, where: str
+) -> str:
     """Return which argument of a call a prompt has no value for, and why; or "".
 
     Args:
         other: the name of a state of earlier tokens that is not known for one; or "".
         own: the module is of somebody's own.
+        where: its full name.
     """
     mask = given.get(POSITIONS[0])
     if other and (mask is None or mask.size(1) == length):
         return (
             f"{other!r}, which may hold earlier tokens and the prompt, and nothing says so: give "
             "an attention_mask for all tokens, None where nothing came before, and what a forward "
-            f"returned in a dict as {CACHES[0]!r}; {else_say(other)}"
+            f"returned in a dict as {CACHES[0]!r}; {else_say(other, where)}"
         )
     for name, value in given.items():
         of_tokens = _has_tokens(value, batch, length) and not name.startswith(OTHERS)
@@ -210,9 +213,18 @@ def unknown(given: Mapping[str, Any], batch: int, length: int, other: str, own: 
         if value is not None and (counts or (of_tokens and name not in KNOWN)):
             return (
                 f"{name!r}, which says something of each token, and nothing says its value for "
-                f"the prompt; known are {', '.join(KNOWN)}" + (f"; {else_say(name)}" if own else "")
+                f"the prompt; known are {', '.join(KNOWN)}{_way_out(name, own, where)}"
             )
     return ""
+
+
+def _way_out(name: str, own: bool, where: str) -> str:
+    if says_else(name):
+        return (
+            ". If a loss is computed of it, compute that outside of the model, or put the blocks "
+            "in a child that returns hidden states: the rows of the prompt are still among them"
+        )
+    return f"; {else_say(name, where)}" if own else ""
 
 
 def _counts(name: str, value: Any, batch: int, length: int) -> bool:

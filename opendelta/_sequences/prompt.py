@@ -79,7 +79,7 @@ class PromptLayer(WithPrompt):
             )
         self.width, self.length, self.strip = kind.out_features, length, strip
         self.room = room(site.module)
-        self.said, self.scale = stated(site.module), scale_of(site.module)
+        self.said, self.scale, self.where = stated(site.module), scale_of(site.module), site.name
         own = self.said.own
         self.by_id = other_ids(site.module, self.embedding, self.scale) if own else []
         # To strip right after the blocks, as later modules read a single position.
@@ -214,7 +214,7 @@ class PromptLayer(WithPrompt):
         if numbers is None and POSITIONS[1] not in self.arguments:
             given.pop(POSITIONS[1], None)
         told = self.said.telling(given)
-        if why := unknown(told, batch, length, self._state_in(told), self.said.own):
+        if why := unknown(told, batch, length, self._state_in(told), self.said.own, self.where):
             self._refuse(f"{kind} is given {why}")
         if self.said.own and (name := keeps_its_cache(told, self.said.keeps)):
             self._refuse(f"{kind} is given {name!r}, {KEEPS}")

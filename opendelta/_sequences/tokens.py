@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .._layers import recomputing
 from .._layers.base import Acts, DeltaLayer
+from .._modules.calls import first_input
 from .._texts.arguments import (
     EMBEDDED,
     READS,
@@ -111,14 +112,15 @@ class Listens(DeltaLayer):
 
     Args:
         module: the module, which is not kept.
+        where: its full name.
     """
 
     acts = Acts.SERVES
     routes_itself = True
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, where: str) -> None:
         super().__init__()
-        self.arguments, self.said = arguments(module), stated(module)
+        self.arguments, self.said, self.where = arguments(module), stated(module), where
 
     def told(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Return the arguments of a call that may tell of its tokens."""
@@ -139,7 +141,8 @@ class Continued(Listens):
 
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         name = state_in(self.told(args, kwargs))
-        why = f"runs after earlier tokens ({name!r}), which nothing counts; {else_say(name)}"
+        advice = else_say(name, self.where)
+        why = f"runs after earlier tokens ({name!r}), which nothing counts; {advice}"
         why = why if name else unsaid()
         return unsaid_during(why, call, *args, **kwargs)
 
@@ -179,21 +182,21 @@ def noted(
         return around
     if said.own:
         documents.watch = Watch(owner, given)
-        documents.doubt = _doubt(documents, documents.watch, given, said.keeps, name)
+        documents.doubt = _doubt(documents, documents.watch, given, said.keeps, name, where)
     documents.check(asks, where)
     return documents
 
 
-def _may_say(name: str) -> str:
+def _may_say(name: str, where: str) -> str:
     return (
         f"is in a call that may say by {name!r} which tokens are padding, or where documents "
         "begin, and nothing tells how: call a mask 'attention_mask' [batch, length], or give "
-        f"position_ids; {else_say(name)}"
+        f"position_ids; {else_say(name, where)}"
     )
 
 
 def _doubt(
-    documents: Documents, watch: Watch, given: Mapping[str, Any], keeps: bool, own: str
+    documents: Documents, watch: Watch, given: Mapping[str, Any], keeps: bool, own: str, where: str
 ) -> str:
     """Return what arguments may say of the tokens, and nothing tells how; or ""."""
     numbered = given.get("position_ids") is not None
@@ -204,11 +207,11 @@ def _doubt(
     if not name and not numbered and not masked:
         name = other_mask_in(given, batch, length, own=own)
     if name:
-        return _may_say(name)
+        return _may_say(name, where)
     if numbered or documents.continued:
         return ""
     if name := watch.known:
-        return f"is in a call that is given {name!r}, {RETURNED}; {else_say(name)}"
+        return f"is in a call that is given {name!r}, {RETURNED}; {else_say(name, where)}"
     kept = keeps_its_cache(given, keeps)
     return f"is in a call that is given {kept!r}, {KEEPS}" if kept else ""
 
@@ -315,7 +318,7 @@ class Tokens:
             if unsaid():
                 self._refuse(asks, unsaid())
             if h.ndim > 2 and (name := unheard_in(unheard(), h.size(0), h.size(-2))):
-                self._refuse(asks, _may_say(name))
+                self._refuse(asks, _may_say(name, ""))
             self._check_bare(asks, args, kwargs, h)
             documents = Documents({}, 1, h.size(-2), h.device)
         elif h.size(-2) != documents.length or (h.ndim > 2 and h.size(0) != documents.batch):
@@ -348,13 +351,13 @@ class Tokens:
                 "runs again in a backward, where nothing says where its rows begin and end: call "
                 "the whole model, which notes that, and use torch.utils.checkpoint",
             )
+        x, given = first_input(args, kwargs), self.said.telling(named(self.names, args, kwargs))
+        given = {name: value for name, value in given.items() if value is not x}
+        if self.said.own and (name := other_mask_in(given, h.size(0), h.size(-2))):
+            self._refuse(asks, _may_say(name, self.where))
         masks = [value for name, value in kwargs.items() if "mask" in name]
         masks += [value for value in args[1:] if isinstance(value, Tensor) and value.ndim == 4]
-        given, (batch, length) = named(self.names, args, kwargs), (h.size(0), h.size(-2))
-        given = self.said.telling(given)
-        hidden = any(mask is not None for mask in masks) or other_mask_in(
-            given, batch, length, numbers=self.said.own
-        )
+        hidden = not self.said.own and any(mask is not None for mask in masks)
         if hidden or state_in(given):
             self._refuse(
                 asks,
@@ -419,9 +422,9 @@ def notes_for(
             )
         inner = outer[: outer.index(takes[0])] if takes else ()
         states = [] if takes else [o for o in outer if any(map(may_be_state, _own(modules[o])))]
-        found |= {o: Continued(modules[o]) for o in states if o not in made}
+        found |= {o: Continued(modules[o], o) for o in states if o not in made}
         beside = [o for o in inner if is_beside_text(modules[o])]
-        found |= {o: Apart(modules[o]) for o in beside[-1:] if o not in made}
+        found |= {o: Apart(modules[o], o) for o in beside[-1:] if o not in made}
         for around in dict.fromkeys((*takes[:1], *takes[-1:])):
             two = around != takes[0] and "decoder_input_ids" in arguments(modules[around])
             if around not in made and not two:

@@ -55,7 +55,7 @@ def padding_id(module: nn.Module) -> int | None:
     if {*own} >= READS:
         return hidden_id(module)
     if own and "attention_mask" not in own:
-        return ignored_id(module, "input_ids" if "input_ids" in own else own[0])
+        return ignored_id(module)
     return operator.attrgetter(attribute)(module) if attribute else None
 
 

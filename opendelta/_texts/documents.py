@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SiteError, quoted
+from ..names import join
 from .masks import agrees, shown
 from .returned import Watch
 from .saying import counted_before, numbers_in
@@ -32,9 +33,10 @@ BESIDE = "beside_tokens"  # by which attribute a module says which arguments tel
 OTHERS = ("encoder_hidden", "encoder_output", "memory", "context")
 
 
-def else_say(name: str) -> str:
-    """Return advice for an argument that tells nothing of the tokens."""
-    return f"if it tells nothing of them, set model.{BESIDE} = [{name!r}] before attaching"
+def else_say(name: str, where: str) -> str:
+    """Return advice for an argument, of the module called `where`, that tells nothing of tokens."""
+    model = join("model", where) if where else "model"
+    return f"if it tells nothing of them, set {model}.{BESIDE} = [{name!r}] before attaching"
 
 
 class Asks(NamedTuple):
@@ -213,7 +215,8 @@ class Documents:
         if not padding or (self.continued and not self._before()):
             raise SiteError(
                 f"{asks.option}: the call of {quoted(where)} does not say by its mask, position "
-                f"ids and cache which tokens are padding and how many came before{self._way_out()}",
+                "ids and cache which tokens are padding and how many came before"
+                + self._way_out(where),
                 where=where,
             )
         if asks.all_tokens and self.continued:
@@ -224,12 +227,11 @@ class Documents:
                 where=where,
             )
 
-    def _way_out(self) -> str:
-        if not self.other_state:
+    def _way_out(self, where: str) -> str:
+        state = self.other_state
+        if not state:
             return ": give position_ids, or an attention_mask [batch, length] for all tokens"
-        return (
-            f", as {self.other_state!r} may hold: give position_ids; {else_say(self.other_state)}"
-        )
+        return f", as {state!r} may hold: give position_ids; {else_say(state, where)}"
 
     def firsts(self) -> Tensor:
         """Return booleans [batch or 1, length]: true for the first token of each document."""

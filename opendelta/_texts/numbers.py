@@ -82,7 +82,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _tells(tensor: Tensor, batch: int, length: int) -> bool:
-    if _is_full(tensor, length):
+    if _is_full(tensor, length) or (tensor.shape == (length, length) and is_causal(tensor)):
         return False
     if tensor.ndim == 3 and tensor.shape[:2] == (batch, length):  # of each channel
         hidden = _hidden(tensor)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -82,36 +83,54 @@ def hidden_id(module: nn.Module) -> int | None:
     return None
 
 
-def ignored_id(module: nn.Module, argument: str) -> int | None:
+def ignored_id(module: nn.Module) -> int | None:
     """Return the token id that a module without a mask hides from all other tokens; or None.
 
-    Other values in its row of the table change no other token's output, those of a plain id do.
+    Other values in its row of the table change no other token's output, or none that is of a whole
+    row; those of a plain id do. It is tried behind the tokens and before them.
+    """
+    own = inspect.signature(type(module).forward).parameters.values()
+    needed = [p.name for p in [*own][1:] if p.default is p.empty and p.kind is not p.VAR_POSITIONAL]
+    for argument in (["input_ids"] if "input_ids" in needed else needed) or [[*own][1].name]:
+        others = [name for name in needed if name != argument]
+        for token, at_end in itertools.product(sorted(special_ids(module)), (True, False)):
+            if _is_ignored(module, argument, others, token, at_end):
+                return token
+    return None
+
+
+def _is_ignored(
+    module: nn.Module, argument: str, others: list[str], token: int, at_end: bool
+) -> bool:
+    """True if a module hides a token id, at one end of a row, from all other tokens.
 
     Args:
         argument: the name of the token ids.
+        others: the names of what else it is given: one id for each row.
     """
+    hides = slice(-2, None) if at_end else slice(2)
 
     def runs(made: nn.Module, ids: Tensor) -> Iterator[dict[str, Any]]:
-        tables = _tables_of_ids(made)
-        for each in (token, int(ids[1, 0])):
-            given = _with(ids, each)
-            yield {argument: given}
+        tables, more = _tables_of_ids(made), {name: ids[:, 3].clone() for name in others}
+        for each in (token, int(ids[1, 2])):
+            given = ids.clone()
+            given[0, hides] = each
+            yield {argument: given, **more}
             for table in tables(given):
                 weight = table.weight.detach().clone()
                 weight[each] = weight[each].flip(0) * 3 + 1
                 table._parameters["weight"] = nn.Parameter(weight, False)
-            yield {argument: given}
+            yield {argument: given, **more}
 
-    def others(outputs: list[Tensor]) -> list[Tensor]:
-        return [out[0, 2:-1] for out in outputs if out.shape[:2] == (ROWS, LENGTH)]
+    def seen(outputs: list[Tensor]) -> list[Tensor]:
+        whole = [out for out in outputs if out.size(0) == ROWS]
+        return [out[0, 2:-2] if out.shape[:2] == (ROWS, LENGTH) else out[0] for out in whole]
 
-    for token in sorted(special_ids(module)):
-        found = [others(run) for run in _outputs(module, runs)]
-        if found and len({*map(len, found)}) == 1 and found[0]:
-            hidden, plain = _distance(*found[:2]), _distance(*found[2:])
-            if hidden <= _least(found[0]) < plain:
-                return token
-    return None
+    found = [seen(run) for run in _outputs(module, runs)]
+    if not found or len({*map(len, found)}) > 1 or not found[0]:
+        return False
+    hidden, plain = _distance(*found[:2]), _distance(*found[2:])
+    return hidden <= _least(found[0]) < plain
 
 
 def _tables_of_ids(made: nn.Module) -> Callable[[Tensor], list[nn.Embedding]]:

@@ -21,8 +21,10 @@ RETURNED = (
     "which an earlier call returned or wrote to: it may hold earlier tokens, and nothing tells how "
     "many; call it 'past_key_values', or give position_ids"
 )
-# {what watches a module's calls: {address of memory: a reference that keeps none}}
-_known: WeakKeyDictionary[Any, dict[int, StorageWeakRef]] = WeakKeyDictionary()
+# {what watches a module's calls: ({address of memory: a reference that keeps none}, the shapes of
+# what was returned beside the first tensor)}
+_known: WeakKeyDictionary[Any, tuple[dict[int, StorageWeakRef], set[torch.Size]]]
+_known = WeakKeyDictionary()
 
 
 class Watch:
@@ -35,7 +37,7 @@ class Watch:
 
     def __init__(self, owner: Any, given: Mapping[str, Any]) -> None:
         self.owner = owner
-        self.given: list[tuple[str, Tensor, int]] = []
+        self.given: list[tuple[str, Tensor, float]] = []
         if torch.compiler.is_compiling():
             return
         tokens = [given.get(name) for name in TOKENS]
@@ -52,10 +54,12 @@ class Watch:
         """Return the name of an argument that an earlier call returned or wrote to; or ""."""
         if not self.given:
             return ""
-        known = _known.get(self.owner, {})
+        known, shapes = _known.get(self.owner, ({}, set()))
         for name, tensor, _ in self.given:
             reference = known.get(tensor.untyped_storage()._cdata)
             if reference is not None and not reference.expired():
+                return name
+            if tensor.shape in shapes and bool(tensor.any()):  # maybe a copy, and no fresh state
                 return name
         return ""
 
@@ -64,12 +68,13 @@ class Watch:
         if torch.compiler.is_compiling():
             return
         written = [tensor for _, tensor, version in self.given if _writes_to(tensor) != version]
-        known = _known.get(self.owner, {})
+        known, shapes = _known.get(self.owner, ({}, set()))
         kept = {address: each for address, each in known.items() if not each.expired()}
-        for tensor in (*_states(out), *written):
+        returned = [*_states(out)]
+        for tensor in (*returned, *written):
             reference = StorageWeakRef(tensor.untyped_storage())
             kept[reference.cdata] = reference
-        _known[self.owner] = kept
+        _known[self.owner] = kept, shapes | {tensor.shape for tensor in returned[1:]}
 
 
 def _states(value: Any) -> Iterator[Tensor]:
@@ -80,6 +85,6 @@ def _states(value: Any) -> Iterator[Tensor]:
             yield tensor
 
 
-def _writes_to(tensor: Tensor) -> int:
-    """Return how often a tensor was written to; -1 if nobody counts it."""
-    return -1 if tensor.is_inference() else tensor._version
+def _writes_to(tensor: Tensor) -> float:
+    """Return a number that another one follows where a tensor was written to."""
+    return tensor.nansum().item() if tensor.is_inference() else tensor._version

@@ -92,13 +92,10 @@ def counted_before(
     return True, int(firsts[0]) if (firsts == firsts[0]).all() else None
 
 
-def other_mask_in(
-    given: Mapping[str, Any], batch: int, length: int, numbers: bool = True, own: str = ""
-) -> str:
+def other_mask_in(given: Mapping[str, Any], batch: int, length: int, own: str = "") -> str:
     """Return the name of an argument that may tell padding, under a name of its own; or "".
 
     Args:
-        numbers: what the numbers of an argument may tell counts, too, whatever its name.
         own: the name of the tokens; those that begin like it speak of them.
     """
     for name, value in given.items():
@@ -107,13 +104,18 @@ def other_mask_in(
         lengths = tells_lengths(name, value, batch, own) and not are_full(value, length)
         if lengths or _is_mask(name, value, batch, length):
             return name
-        if numbers and counts_tokens(name, value, batch, length, own):
+        if counts_tokens(name, value, batch, length, own):
             return name
     return ""
 
 
 def _is_of_others(name: str, own: str) -> bool:
     return name.startswith(tuple(each for each in OF_OTHERS if not own.startswith(each)))
+
+
+def says_else(name: str) -> bool:
+    """True if the name of an argument says that it is of something else, such as labels."""
+    return ELSE.search(name) is not None
 
 
 def counts_tokens(name: str, value: Any, batch: int, length: int, own: str = "") -> bool:

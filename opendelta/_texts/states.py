@@ -21,7 +21,7 @@ CACHES = ("past_key_values", "cache_params", "state", "mems", "past_buckets_stat
 NO_STATES = (
     "encoder_", "decoder_", "cross_", "head_mask", "pixel_", "image", "video", "vision", "visual",
     "audio", "deepstack", "position_", "input", "attention_mask", "output_", "labels", "cond",
-    "control",
+    "control", "freqs", "rope", "rotary", "cos", "sin",
 )  # fmt: skip
 OF_OWN_TEXT = ("decoder_", "input_")  # but these may go before the name of a state
 HINTS = ("past", "prev", "history", "cache")  # in the name of a tensor that is such a state

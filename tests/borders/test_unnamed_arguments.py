@@ -1,5 +1,7 @@
 """Arguments of somebody's own models that tell of tokens under names that nobody can know."""
 
+import types
+
 import pytest
 import torch
 from support.nets import shake
@@ -26,6 +28,11 @@ PADDING = {
     "added to scores": (1 - SHOWN.float()) * -1e9,
     "numbers behind padding": torch.tensor([[0, 0, 0, 1, 2], [0, 1, 2, 3, 4]]),
     "numbers that go on": torch.tensor([[7, 8, 9, 10, 11]]),
+    "of one channel": SHOWN[..., None],
+    "of each channel": SHOWN[..., None].expand(2, 5, 3).bool(),
+    "shares": torch.tensor([0.6, 1.0]),
+    "something of each row": [{"n": 3}, {"n": 5}],
+    "a count in an object": types.SimpleNamespace(n=torch.tensor([3, 5])),
     "who sees whom": SEES,
     "who sees whom in each head": SEES[:, None],
     "added to the scores of pairs": torch.where(SEES, 0.0, -1e9)[:, None],
@@ -34,11 +41,16 @@ DOCUMENTS = {
     "numbers that begin again": torch.tensor([[0, 1, 2, 0, 1], [0, 1, 2, 3, 4]]),
     "numbers of all rows": torch.tensor([0, 1, 2, 0, 1]),
     "ends": torch.tensor([0, 3, 5]),
+    "ends in a tuple": (torch.tensor([0, 3, 5]), 3),
+    "bounds": [(0, 3), (3, 5)],
+    "numbers as floats": torch.tensor([[0.0, 1.0, 2.0, 0.0, 1.0]]),
     "blocks of pairs": PARTS,
     "blocks of pairs, causal": PARTS & CAUSAL,
 }
 IN_RUNS = {
     "runs": torch.tensor([[0, 0, 0, 1, 1], [0, 0, 0, 0, 0]]),
+    "runs as floats": torch.tensor([[1.0, 1.0, 1.0, 2.0, 2.0]]),
+    "flags where parts begin": torch.tensor([[1, 0, 1, 0, 1], [1, 0, 0, 0, 0]]),
     "lengths of parts": torch.tensor([3, 2, 5]),
 }
 NOTHING = {
@@ -185,3 +197,174 @@ def test_what_a_prompted_call_wrote_to_holds_the_prompt():
         model(IDS, ring=ring)
         with pytest.raises(SiteError, match="'ring', which may hold earlier tokens"):
             model(IDS[:, :1], ring=ring)
+
+
+@pytest.mark.parametrize("change", [torch.clone, lambda h: h[[1, 0]], lambda h: h * 1])
+def test_a_copy_of_what_a_call_returned_holds_earlier_tokens(change):
+    model = Carries(writes=False)
+    with_ends(model)
+    with torch.inference_mode(), pytest.raises(SiteError, match="'ring'"):
+        model(IDS[:, :1], ring=change(model(IDS)[1]))
+
+
+def test_a_buffer_that_a_call_in_inference_mode_wrote_to_holds_earlier_tokens():
+    model = Carries(writes=True)
+    with_ends(model)
+    with torch.inference_mode():
+        ring = torch.zeros(2, 1, 8)
+        model(IDS, ring=ring)
+        with pytest.raises(SiteError, match="'ring'"):
+            model(IDS[:, :1], ring=ring)
+
+
+class Sounds(nn.Module):
+    """Its tokens are frames of whatever it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = nn.Linear(2, 2)
+
+    def forward(self, sound, **more):
+        if isinstance(sound, tuple | list):
+            sound = sound[0] if isinstance(sound[0], torch.Tensor) else torch.ones(2, 10)
+        return self.block(sound.reshape(2, 5, 2))
+
+
+SOUND = torch.randn(2, 10, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(("args", "more"), [
+    ((SOUND,), {"attention_mask": SHOWN}), ((SOUND,), {"wav_lens": torch.tensor([6, 10])}),
+    ((SOUND,), {"sound_lengths": [6, 10]}), ((SOUND,), {"k": torch.tensor([6, 10])}),
+    (((SOUND, torch.tensor([6, 10])),), {}), (([SOUND, SOUND[:, :6]],), {}),
+    ((["one", "two"],), {}),
+])  # fmt: skip
+def test_what_may_tell_the_padding_of_tokens_in_no_known_form_is_refused(args, more):
+    model = Sounds()
+    with_ends(model)
+    with pytest.raises(SiteError, match=r"may say by '(sound|\w*mask|\w*len\w*|k)'"):
+        model(*args, **more)
+
+
+def test_tokens_in_no_known_form_are_all_tokens_where_nothing_tells_otherwise():
+    model = Sounds()
+    with_ends(model)
+    torch.testing.assert_close(model(SOUND, labels=torch.tensor([1, 0])), model(SOUND))
+    model(SOUND[:, None], t=torch.tensor([1, 0]), temperature=0.5)
+
+
+@pytest.mark.parametrize("name", ["audio_lengths", "audio_mask"])
+def test_names_that_begin_like_the_tokens_speak_of_them(name):
+    class Audio(Sounds):
+        def forward(self, audio, **more):
+            return self.block(audio)
+
+    model = Audio()
+    with_ends(model)
+    with pytest.raises(SiteError, match=name):
+        model(SOUND.view(2, 5, 2), **{name: SHOWN if name.endswith("k") else torch.tensor([3, 5])})
+
+
+def test_an_int_mask_is_no_text_beside_frames():
+    model = Sounds()
+    with_ends(model)
+    with pytest.raises(SiteError, match="'keep'"):
+        model(SOUND.view(2, 5, 2), keep=SHOWN)
+
+
+@pytest.mark.parametrize("ids", [[[1, 1, 1, 2, 2, 2]], [[2, 3, 4, 5, 6]], [[5]], [[0, 0, 1, 1]]])
+def test_token_ids_are_no_mask_of_themselves(ids):
+    model = nn.Sequential(nn.Embedding(30, 8), nn.Linear(8, 8))
+    shake(LoReftModel(model, modified_modules=["0"], first=1))
+    model(torch.tensor(ids))
+
+
+class Torchs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(30, 8)
+        layer = nn.TransformerEncoderLayer(8, 2, 16, 0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 1)
+
+    def forward(self, src, src_mask):
+        return self.encoder(self.table(src), mask=src_mask, is_causal=True)
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors")
+@pytest.mark.parametrize("batch", [1, 2, 5])
+@pytest.mark.parametrize("where", ["table", "encoder.layers.0", "encoder.layers.0.linear2"])
+def test_a_causal_mask_tells_of_no_padding_however_many_rows_there_are(where, batch):
+    model = Torchs()
+    ids, mask = IDS[:1].expand(batch, -1), nn.Transformer.generate_square_subsequent_mask(5)
+    shake(LoReftModel(model, modified_modules=[where], first=2))
+    torch.testing.assert_close(model(ids, mask), model(ids[:1], mask).expand(batch, -1, -1))
+
+
+def test_a_module_that_may_be_given_a_state_says_what_is_none():
+    class Forecast(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = nn.Linear(8, 8)
+
+        def forward(self, x, past_covariates):
+            return self.block(x + past_covariates)
+
+    x = torch.randn(2, 5, 8)
+    model = Forecast()
+    with_ends(model)
+    with pytest.raises(SiteError, match=r"model.beside_tokens = \['past_covariates'\]"):
+        model(x, x)
+    model = Forecast()
+    model.beside_tokens = ["past_covariates"]
+    with_ends(model)
+    model(x, x)
+
+
+def test_the_advice_names_the_module_that_has_the_argument():
+    class Around(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = Net()
+
+        def forward(self, ids, genre):
+            return self.net(ids, genre=genre)
+
+    model = Around()
+    shake(LoReftModel(model, modified_modules=["block"], first=1))
+    with pytest.raises(SiteError, match=r"set model\.net\.beside_tokens = \['genre'\]"):
+        model(IDS, torch.tensor([3, 5]))
+
+
+def test_labels_beside_a_prompt_are_for_outside():
+    model = Net()
+    SoftPromptModel(model, soft_token_num=2)
+    with pytest.raises(SiteError, match="compute that outside of the model"):
+        model(IDS, labels=IDS)
+
+
+class Hides(nn.Module):
+    """Finds padding by its id."""
+
+    def __init__(self, pools):
+        super().__init__()
+        self.table, self.pools = nn.Embedding(30, 8, padding_idx=0), pools
+        self.block = nn.Linear(8, 8)
+        self.rnn = nn.GRU(8, 8, batch_first=True, bidirectional=True)
+
+    def forward(self, user, ids):
+        lengths = (ids != 0).sum(1)
+        h = self.block(self.table(ids))
+        packed = nn.utils.rnn.pack_padded_sequence(h, lengths, True, False)
+        h = nn.utils.rnn.pad_packed_sequence(self.rnn(packed)[0], True, total_length=ids.size(1))[0]
+        h = h + user[:, None, None]
+        return (h * (ids != 0)[..., None]).sum(1) / lengths[:, None] if self.pools else h
+
+
+@pytest.mark.parametrize("pools", [False, True])
+def test_padding_by_id_is_found_behind_the_tokens_and_where_rows_are_pooled(pools):
+    torch.manual_seed(0)
+    model, user = Hides(pools), torch.tensor([3, 4])
+    shake(LoReftModel(model, modified_modules=["block"], last=1))
+    ids = torch.tensor([[4, 5, 6, 7, 8], [9, 8, 7, 0, 0]])
+    together, alone = model(user, ids)[1:], model(user[1:], ids[1:, :3])
+    torch.testing.assert_close(together if pools else together[:, :3], alone)
