@@ -44,7 +44,10 @@ def in_order(names: Sequence[str], args: tuple, kwargs: dict[str, Any]) -> dict[
 
 
 def first_input(args: tuple, kwargs: dict[str, Any]) -> Tensor:
-    """Return the first argument of a call, positional or by keyword."""
+    """Return the first argument of a call, positional or by keyword.
+
+    A site's layers are given the keywords in the order of the forward's parameters.
+    """
     return args[0] if args else next(iter(kwargs.values()))
 
 
