@@ -93,25 +93,30 @@ def ignored_id(module: nn.Module) -> int | None:
     needed = [p.name for p in [*own][1:] if p.default is p.empty and p.kind is not p.VAR_POSITIONAL]
     for argument in (["input_ids"] if "input_ids" in needed else needed) or [[*own][1].name]:
         others = [name for name in needed if name != argument]
-        for token, at_end in itertools.product(sorted(special_ids(module)), (True, False)):
-            if _is_ignored(module, argument, others, token, at_end):
+        ends, texts = (True, False), (False, True)[: 1 + bool(others)]
+        for token, *how in itertools.product(sorted(special_ids(module)), ends, texts):
+            if _is_ignored(module, argument, others, token, *how):
                 return token
     return None
 
 
 def _is_ignored(
-    module: nn.Module, argument: str, others: list[str], token: int, at_end: bool
+    module: nn.Module, argument: str, others: list[str], token: int, at_end: bool, texts: bool
 ) -> bool:
     """True if a module hides a token id, at one end of a row, from all other tokens.
 
     Args:
         argument: the name of the token ids.
-        others: the names of what else it is given: one id for each row.
+        others: the names of what else it is given.
+        texts: the others are texts, too; else one id for each row.
     """
     hides = slice(-2, None) if at_end else slice(2)
 
     def runs(made: nn.Module, ids: Tensor) -> Iterator[dict[str, Any]]:
-        tables, more = _tables_of_ids(made), {name: ids[:, 3].clone() for name in others}
+        tables, more = (
+            _tables_of_ids(made),
+            {name: (ids if texts else ids[:, 3]).clone() for name in others},
+        )
         for each in (token, int(ids[1, 2])):
             given = ids.clone()
             given[0, hides] = each

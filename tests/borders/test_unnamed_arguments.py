@@ -368,3 +368,26 @@ def test_padding_by_id_is_found_behind_the_tokens_and_where_rows_are_pooled(pool
     ids = torch.tensor([[4, 5, 6, 7, 8], [9, 8, 7, 0, 0]])
     together, alone = model(user, ids)[1:], model(user[1:], ids[1:, :3])
     torch.testing.assert_close(together if pools else together[:, :3], alone)
+
+
+class Both(nn.Module):
+    """Torch's own encoder and decoder, with masks of padding made inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.source, self.target = nn.Embedding(30, 8, 0), nn.Embedding(30, 8, 0)
+        self.both = nn.Transformer(8, 2, 1, 1, 16, 0.0, batch_first=True)
+
+    def forward(self, src, tgt):
+        pads = {"src_key_padding_mask": src == 0, "tgt_key_padding_mask": tgt == 0}
+        pads |= {"memory_key_padding_mask": src == 0}
+        return self.both(self.source(src), self.target(tgt), **pads)
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors")
+@pytest.mark.parametrize("where", ["source", "target"])
+def test_two_texts_with_padding_by_id_are_refused(where):
+    model, ids = Both(), torch.tensor([[4, 5, 6, 7, 8], [9, 8, 7, 0, 0]])
+    shake(LoReftModel(model, modified_modules=[where], last=1))
+    with pytest.raises(SiteError, match="several texts"):
+        model(ids, ids)
