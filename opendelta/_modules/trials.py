@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from ..names import SLOT
 from .copies import copied
@@ -186,6 +186,11 @@ def takes_transposed(module: nn.Module) -> bool:
     weight: Any = module._parameters["weight"]
     if isinstance(weight, FakeTensor):
         return False
+    with unset_fake_temporarily():  # in a run on shapes, too: the weight has values
+        return _is_known_turned(module, weight)
+
+
+def _is_known_turned(module: nn.Module, weight: Any) -> bool:
     known, now = _turned.get(module), facts(module)
     now = None if now is None else (*now, weight.dtype, *_flags(module, weight))
     if known is None or known[0] is not weight or now is None or known[1] != now:

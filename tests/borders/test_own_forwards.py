@@ -24,6 +24,8 @@ from opendelta import (
     SiteError,
     VeraModel,
 )
+from opendelta._modules.faking import on_shapes
+from opendelta._modules.kinds import TransposedLinear, kind_of
 
 pytestmark = pytest.mark.covers("DeltaConfig.modified_modules", "SiteError")
 
@@ -582,3 +584,10 @@ def test_a_number_in_a_tensor_may_be_a_flag(flag):
 def test_a_factor_of_zero_hides_no_layout():
     assert is_turned(Mixing(0.0))
     assert is_turned(Mixing(0.5))
+
+
+def test_a_layout_that_is_asked_for_in_a_run_on_shapes_is_found_with_values():
+    module = ByATensor(nn.Parameter(torch.tensor(1.0)))
+    with on_shapes():
+        assert isinstance(kind_of(module), TransposedLinear)
+    assert is_turned(module)
