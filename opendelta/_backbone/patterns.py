@@ -2,7 +2,8 @@
 
 A pattern is the last steps of a module's full name, such as "fc2", "attention.output", or the full
 name. Or it is `[r]` and a regular expression that matches such last steps whole, as in OpenDelta
-0.3. Modules inside a delta are never selected."""
+0.3. Modules inside a delta are never selected, and those inside torch's `parametrizations`, which
+compute a weight, only by a pattern with that word."""
 
 from __future__ import annotations
 
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from ..errors import AddressError, UnusedWarning, listed, nearest, warn
 from ..names import ancestors, last, tails
 from .backbone import Backbone
+
+COMPUTING = "parametrizations"  # torch has the modules there that compute a weight
 
 
 def compile_pattern(pattern: str) -> Callable[[str], bool]:
@@ -114,7 +117,7 @@ def select(
         AddressError: a pattern selects none of the names.
     """
     names = list(names)
-    chosen, unused = _hits(names, patterns, inside)
+    chosen, unused = _hits(names, patterns, inside, what)
     for pattern in unused:
         raise no_match(pattern, names, where, what)
     return chosen
@@ -137,7 +140,7 @@ def select_known(
         UnusedWarning: a pattern selects none of the names.
     """
     names = list(names)
-    chosen, unused = _hits(names, patterns, inside)
+    chosen, unused = _hits(names, patterns, inside, what)
     for pattern in unused:
         warn_unused(option, no_match(pattern, names, where, what))
     return chosen
@@ -149,20 +152,25 @@ def warn_unused(option: str, error: AddressError) -> None:
 
 
 def _hits(
-    names: Sequence[str], patterns: Sequence[str], inside: bool
+    names: Sequence[str], patterns: Sequence[str], inside: bool, what: str
 ) -> tuple[list[str], list[str]]:
     """Return the names that any of `patterns` selects, and the patterns that select none."""
     tests = {pattern: compile_pattern(pattern) for pattern in patterns}
     plain = {pattern for pattern in patterns if not pattern.startswith("[r]")}
     regular = [(pattern, test) for pattern, test in tests.items() if pattern not in plain]
+    deep = {pattern for pattern in patterns if COMPUTING in pattern or what == "name"}
+
+    def hits_of(name: str) -> set[str]:
+        hits = plain & {*tails(name)}
+        hits |= {pattern for pattern, test in regular if test(name)}
+        return hits & deep if hits and f".{COMPUTING}." in f".{name}." else hits
+
     used: set[str] = set()
     chosen = []
     for name in names if tests else ():
-        around = list(ancestors(name)) if inside else [name]
-        hits = plain & {tail for each in around for tail in tails(each)}
-        hits |= {pattern for pattern, test in regular if any(test(a) for a in around)}
-        used |= hits
-        if hits:
+        around = ancestors(name) if inside else [name]
+        if hits := set[str]().union(*map(hits_of, around)):
+            used |= hits
             chosen.append(name)
     return chosen, [pattern for pattern in patterns if pattern not in used]
 

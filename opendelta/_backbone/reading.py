@@ -55,7 +55,7 @@ def weight_is_read(backbone: Backbone, where: str) -> bool:
         found -= set() if watch is None else watch.called
         return set(map(last, found))
 
-    return name in remembered(backbone.read, facts(around) or (id(around),), ask)
+    return name in remembered(backbone.read, facts(around), ask)
 
 
 def _class_of(module: nn.Module) -> Any:

@@ -278,8 +278,7 @@ def _observe(
     def hook_of(name: str) -> Any:
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
             if PROBING.get():  # else another thread runs a backbone that has no copy
-                names = calls.names_of(type(module).forward)
-                kwargs = calls.in_order(names, args, kwargs)
+                kwargs = calls.in_order(calls.names_of(type(module).forward), args, kwargs)
                 note(name, calls.first_input(args, kwargs) if args or kwargs else None, output)
                 missing.pop(name, None)
                 if not missing and not torch.compiler.is_compiling():
@@ -294,12 +293,11 @@ def _observe(
                 prepare(backbone.modules[name])
                 hook = backbone.modules[name].register_forward_hook(hook_of(name), with_kwargs=True)
                 hooks.callback(hook.remove)
+            hooks.enter_context(contextlib.suppress(_Enough))  # all that is wanted is known
             try:
                 _run(backbone, where, args, kwargs, values=values)
             except _Failed as failed:
                 return [_failure(backbone, where, args, kwargs, failed.args[0])]
-            except _Enough:  # all that is wanted is known
-                return []
         return []
 
     failures: list[str] = []

@@ -110,8 +110,13 @@ def _held_by_function(function: FunctionType) -> list[Any]:
 
 def _attributes(value: Any) -> list[Any]:
     own = list(vars(value).values()) if hasattr(value, "__dict__") else []
+    return own + [each for each in in_slots(value) if each is not None]
+
+
+def in_slots(value: Any) -> list[Any]:
+    """Return what an object has in each slot of its classes, None where that is nothing."""
     slots = [vars(cls).get(name) for cls in type(value).__mro__ for name in _slots(cls)]
-    return own + [v for slot in slots if (v := _in_slot(slot, value)) is not None]
+    return [_in_slot(slot, value) for slot in slots]
 
 
 def _slots(cls: type) -> Collection[str]:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import math
 from collections.abc import Iterator
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from ..names import SLOT
 from .copies import copied
-from .facts import facts, remembered
+from .facts import facts, parts, remembered
 from .faking import Restoring, Shapes
 from .process import kept_random, silent_fakes
 from .tensors import is_dense, is_plain, lasting
@@ -184,17 +186,28 @@ def takes_transposed(module: nn.Module) -> bool:
     weight: Any = module._parameters["weight"]
     if isinstance(weight, FakeTensor):
         return False
+    with unset_fake_temporarily():  # in a run on shapes, too: the weight has values
+        return _is_known_turned(module, weight)
+
+
+def _is_known_turned(module: nn.Module, weight: Any) -> bool:
     known, now = _turned.get(module), facts(module)
-    if known is None or known[0] is not weight or known[1] != now:
+    now = None if now is None else (*now, weight.dtype, *_flags(module, weight))
+    if known is None or known[0] is not weight or now is None or known[1] != now:
         with lasting(), kept_random(), Restoring(), _device_of(weight):  # not the default one
-            own = module._parameters.items()
-            sizes = [(name, shape_of(p)) for name, p in own if p is not None]
-            key = None if now is None else (*now, weight.dtype, *sizes)
-            turned = remembered(_turning, key, lambda: _is_turned(alone(module), weight))
+            turned = remembered(_turning, now, lambda: _is_turned(alone(module), weight))
             if turned is None:
                 turned = _multiplies_by(alone(module), weight)
             _turned[module] = known = weight, now, turned
     return known[2]
+
+
+def _flags(module: nn.Module, weight: Tensor) -> Iterator[Any]:
+    """Yield what a forward may go by in tensors: single numbers, and if others are all zero."""
+    tables: list[Any] = [t for part in parts(module) for t in (part._parameters, part._buffers)]
+    for tensor in [each for table in tables for each in table.values()]:
+        if tensor is not weight and _is_usual(tensor) and not tensor.is_meta:
+            yield tensor.item() if tensor.numel() == 1 else bool(tensor.any())
 
 
 def _inputs(weight: Tensor) -> Iterator[Tensor]:
@@ -214,26 +227,34 @@ def _is_turned(made: nn.Module, weight: Any) -> bool | None:
     draw = torch.Generator().manual_seed(0)
     for part in made.modules():
         part.training = False
-    for x in _inputs(weight):
+    ran = False
+    for ones, x in itertools.product((False, True), _inputs(weight)):
         with contextlib.suppress(Exception):  # whatever a forward of somebody's own raises
-            leaks = [_leaks(made, weight, x, draw) for _ in range(PROBES if width < WIDE else 1)]
+            count = PROBES if width < WIDE else 1
+            leaks = [_leaks(made, weight, x, draw, ones) for _ in range(count)]
             rows, columns = torch.stack(leaks).sum(0).tolist()
-            return columns < CLEAR * rows if rows or columns else None
-    return False
+            if 0 < rows + columns < math.inf:
+                return columns < CLEAR * rows
+            ran = True
+    return None if ran else False
 
 
-def _leaks(made: nn.Module, weight: Tensor, x: Tensor, draw: torch.Generator) -> Tensor:
+def _leaks(made: nn.Module, weight: Tensor, x: Tensor, draw: torch.Generator, ones: bool) -> Tensor:
     """Return how much other outputs change than those of the rows, and columns, that are negated.
 
     Where a weight is [out, in], one of its rows has a part in one output: then the first is 0,
     whatever is done with the weight and with each output. Where it is [in, out], the second is.
+
+    Args:
+        ones: see `_with_weight`.
     """
     width = shape_of(weight)[0]
     drawn = torch.randn(width, width, generator=draw, device="cpu")
     signs = torch.ones(width, device="cpu")
     signs[torch.randperm(width, generator=draw, device="cpu")[: width // 2]] = -1
     values = [drawn, -drawn, signs[:, None] * drawn, drawn * signs]
-    outs = [_with_weight(made, weight, v.to(x.device, weight.dtype), x).float() for v in values]
+    values = [value.to(x.device, weight.dtype) for value in values]
+    outs = [_with_weight(made, weight, value, x, ones).float() for value in values]
     same, other = (signs > 0).to(x.device), (signs < 0).to(x.device)
     found = [_size(out - outs[0], same) + _size(out - outs[1], other) for out in outs[2:]]
     return torch.stack(found)
@@ -247,18 +268,25 @@ def _multiplies_by(made: nn.Module, weight: Tensor) -> bool:
     """True if a forward adds x W to what it gives for zeros, with the values that it has."""
     for part in made.modules():
         part.training = False
-    for x in _inputs(weight):
+    for ones, x in itertools.product((False, True), _inputs(weight)):
         with contextlib.suppress(Exception):  # whatever a forward of somebody's own raises
-            return _is_product(made, weight, x)
+            found = _is_product(made, weight, x, ones)
+            if found is not None:
+                return found
     return False
 
 
-def _is_product(made: nn.Module, weight: Tensor, x: Tensor) -> bool:
-    outs = [_with_weight(made, weight, weight, each).float() for each in (x, torch.zeros_like(x))]
+def _is_product(made: nn.Module, weight: Tensor, x: Tensor, ones: bool) -> bool | None:
+    """True if a forward adds x W, False if another product; None: its output shows nothing."""
+    given = (x, torch.zeros_like(x))
+    outs = [_with_weight(made, weight, weight, each, ones).float() for each in given]
     rows = outs[0] - outs[1]
+    size = float(rows.norm())
+    if not 0 < size < math.inf:
+        return None
     plain, turned = (x.float() @ matrix for matrix in (weight.float().T, weight.float()))
     off = float((rows - turned).norm())
-    return off < CLEAR * float(rows.norm()) and off < CLEAR * float((rows - plain).norm())
+    return off < CLEAR * size and off < CLEAR * float((rows - plain).norm())
 
 
 def _device_of(tensor: Tensor) -> torch.device:
@@ -266,17 +294,20 @@ def _device_of(tensor: Tensor) -> torch.device:
     return torch.device("cpu") if tensor.is_meta else tensor.device
 
 
-def _with_weight(made: nn.Module, weight: Tensor, new: Tensor, x: Tensor) -> Tensor:
+def _with_weight(made: nn.Module, weight: Tensor, new: Tensor, x: Tensor, ones: bool) -> Tensor:
     """Return the output of a forward with other values for a weight, on inputs `x`.
 
-    What else the module has without values, or zeros, is ones: it may be a factor.
+    What else the module has without values is ones.
+
+    Args:
+        ones: so are zeros, which may be a factor. Else they stay: they may be a flag.
     """
-    parts: list[dict[str, Any]] = [part.__dict__ for part in made.modules()]
-    tables: list[dict[str, Any]] = [own[k] for own in parts for k in ("_parameters", "_buffers")]
+    own = [part.__dict__ for part in made.modules()]
+    tables: list[dict[str, Any]] = [each[k] for each in own for k in ("_parameters", "_buffers")]
     kept = [table.copy() for table in tables]
     try:
         for table in tables:
-            table.update({k: new if t is weight else _valued(t) for k, t in table.items()})
+            table.update({k: new if t is weight else _valued(t, ones) for k, t in table.items()})
         torch.manual_seed(0)  # for a forward that draws
         return run(made, x)
     finally:
@@ -284,12 +315,16 @@ def _with_weight(made: nn.Module, weight: Tensor, new: Tensor, x: Tensor) -> Ten
             table.update(before)
 
 
-def _valued(tensor: Any) -> Any:
-    if type(tensor) not in (Tensor, nn.Parameter) or not is_dense(tensor):
+def _valued(tensor: Any, ones: bool) -> Any:
+    if not _is_usual(tensor):
         return tensor
-    if tensor.is_meta or (tensor.is_floating_point() and not tensor.any()):
+    if tensor.is_meta or (ones and tensor.is_floating_point() and not tensor.any()):
         return torch.ones_like(tensor, device=_device_of(tensor))
     return tensor.detach().clone()
+
+
+def _is_usual(tensor: Any) -> bool:
+    return type(tensor) in (Tensor, nn.Parameter) and is_dense(tensor)
 
 
 def scales_by_weight(module: nn.Module, shape: tuple[int, ...], axis: int) -> bool:

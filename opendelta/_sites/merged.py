@@ -272,7 +272,7 @@ def _float_of(parameter: Any) -> torch.dtype:
 
 def check_unchanged(where: str, module: nn.Module, stack: Stack, key: str, what: str) -> None:
     """Raise if a merged parameter was changed since the merge: `what` would lose the change."""
-    newest = [step.marks[key] for step in stack.steps if key in step.marks][-1]
+    newest = [step for step in stack.steps if key in step.marks][-1]
     parameter = module._parameters.get(key)
     if parameter is None:
         raise DeltaError(
@@ -286,9 +286,13 @@ def check_unchanged(where: str, module: nn.Module, stack: Stack, key: str, what:
             "them: if accelerate offloaded the model, call "
             "accelerate.hooks.remove_hook_from_submodules(model) first"
         )
-    if marks.mark_of(module, key, newest.sizes) != newest:
+    mark, then = newest.marks[key], newest.originals[key]
+    if marks.mark_of(module, key, mark.sizes) != mark:
+        told = ""
+        if isinstance(then, Tensor) and then.dtype != parameter.dtype:
+            told = f" (it was cast from {then.dtype} to {parameter.dtype}; unmerge before a cast)"
         raise DeltaError(
-            f"{where}.{key} was changed after the merge, and {what} would lose that; "
+            f"{where}.{key} was changed after the merge{told}, and {what} would lose that; "
             "merge after training and loading, or keep the merged model as it is"
         )
 

@@ -82,21 +82,20 @@ def to_backbone(model: Module) -> Module:
     backbone = Backbone.of(model)
     backbone.require_unrouted("cannot make a plain model")
     backbone.recall()
-    merging.check_whole(backbone)
-    silent, read = _silent(backbone), mergeable.read_beside(backbone, backbone.stacks)
+    copies = _copies(backbone)
+    merging.check_whole(backbone, copies)
+    read = mergeable.read_beside(backbone, backbone.stacks)
     copied = shared_copy(model)
     for where, stack in backbone.stacks.items():
         run = merging.run_of(stack)
-        stand_ins = [own for name, own in _stand_ins(stack) if (where, name) not in silent]
-        if stand_ins:
-            _check_unread_copy(where, backbone.modules[where], stand_ins[-1], read)
-        if stand_ins:
-            _become(copied.get_submodule(where), stand_ins[-1])
+        if where in copies:
+            _check_unread_copy(where, backbone.modules[where], copies[where], read)
+            _become(copied.get_submodule(where), copies[where])
         if run:
             step = Step(dict(run))
             merged.fold_into(where, copied.get_submodule(where), run, step)
             mergeable.check_unread(where, backbone.modules[where], step, read.get(where, set()))
-        if stand_ins:
+        if where in copies:
             convert_like(copied.get_submodule(where), backbone.modules[where])
     labels.hand_on(model, copied)
     _untie(backbone, copied)
@@ -126,6 +125,16 @@ def _stand_ins(stack: Stack) -> list[tuple[str, nn.Module]]:
     """Return (name of an active delta, its module for a plain model in the place of the site)."""
     found = [(n, ly.stand_in) for n, ly in stack.in_order() if ly.record.active]
     return [(name, module) for name, module in found if module is not None]
+
+
+def _copies(backbone: Backbone) -> dict[str, nn.Module]:
+    """Return {site: what comes in its place in a plain model} for the copies that act."""
+    silent, found = _silent(backbone), {}
+    for where, stack in backbone.stacks.items():
+        for name, module in _stand_ins(stack):
+            if (where, name) not in silent:
+                found[where] = module  # the last one
+    return found
 
 
 def _silent(backbone: Backbone) -> set[tuple[str, str]]:

@@ -20,6 +20,7 @@ from .._sites.blocks import in_block
 from .._sites.merged import Named, check_kinds, factor_of
 from .._sites.stack import Stack, Step
 from ..errors import SiteError
+from ..names import ancestors
 
 
 def _check_above(what: str, where: str, stack: Stack, run: list[Named]) -> None:
@@ -37,9 +38,21 @@ def _check_above(what: str, where: str, stack: Stack, run: list[Named]) -> None:
 Users = tuple[Mapping[int, Sequence[str]], Mapping[int, nn.Module]]
 
 
-def users_of(backbone: Backbone) -> Users:
-    """Return {id of a parameter: the full names of its modules}, and one that has no name."""
-    return backbone.users(), reading.tied_aside(backbone)
+def users_of(backbone: Backbone, copies: Mapping[str, nn.Module] | None = None) -> Users:
+    """Return {id of a parameter: the full names of its modules}, and one that has no name.
+
+    Args:
+        copies: {full name of a module: what comes in its place}; it has only what that has.
+    """
+    named = backbone.users()
+    kept = {where: {*map(id, copied.parameters())} for where, copied in (copies or {}).items()}
+
+    def stays(name: str, number: int) -> bool:
+        return all(number in kept[around] for around in ancestors(name) if around in kept)
+
+    if kept:
+        named = {n: [name for name in names if stays(name, n)] for n, names in named.items()}
+    return named, reading.tied_aside(backbone)
 
 
 def _other_user(

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+
+from torch import nn
 
 from .._backbone.backbone import Backbone
 from .._layers.base import Acts, DeltaLayer
@@ -220,14 +222,17 @@ def _step(stack: Stack, run: Sequence[Named]) -> Step:
     return Step({n: ly for _, layer in run for n, ly in in_block(stack, layer).items()})
 
 
-def check_whole(backbone: Backbone) -> None:
+def check_whole(backbone: Backbone, copies: Mapping[str, nn.Module]) -> None:
     """Raise unless all active layers can be in the weights after a merge.
+
+    Args:
+        copies: {full name of a module: what comes in its place, with parameters of its own}.
 
     Raises:
         SiteError: an active layer does not fold, or was lost; the message names the first.
     """
     mergeable.check_in_place(backbone)
-    users, runs = mergeable.users_of(backbone), {}
+    users, runs = mergeable.users_of(backbone, copies), {}
     for where, stack in backbone.stacks.items():
         run = run_of(stack)
         for name, layer in run:

@@ -1,5 +1,7 @@
 """Subclasses of known modules whose output has another form are refused by name when attaching."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import transformers
@@ -22,6 +24,8 @@ from opendelta import (
     SiteError,
     VeraModel,
 )
+from opendelta._modules.faking import on_shapes
+from opendelta._modules.kinds import TransposedLinear, kind_of
 
 pytestmark = pytest.mark.covers("DeltaConfig.modified_modules", "SiteError")
 
@@ -484,3 +488,106 @@ def test_a_turned_weight_is_found_however_the_forward_is_written(make):
     expected = x @ (weight.norm(dim=1) / changed.norm(dim=1) * changed.T) + own.bias
     torch.testing.assert_close(model(x), expected)
     torch.testing.assert_close(opendelta.composition(model).to_backbone()(x), expected)
+
+
+class ByItsClass(nn.Linear):
+    turned = False
+
+    def forward(self, x):
+        return x @ self.oriented().T + self.bias
+
+    def oriented(self):
+        return self.weight.T if self.turned else self.weight
+
+
+class Slotted:
+    __slots__ = ("turned",)
+
+
+class ByASlot(nn.Linear):
+    def __init__(self, turned, held=()):
+        super().__init__(6, 6)
+        self.settings, self.held = Slotted(), held
+        self.settings.turned = turned
+
+    def forward(self, x):
+        return x @ (self.weight if self.settings.turned else self.weight.T) + self.bias
+
+
+class ByATensor(nn.Linear):
+    def __init__(self, flag):
+        super().__init__(6, 6)
+        self.flag = flag  # a parameter
+        self.register_buffer("kept", flag.detach().clone())
+
+    def forward(self, x):
+        return x @ (self.weight if self.flag + self.kept > 0 else self.weight.T) + self.bias
+
+
+class Mixing(nn.Linear):
+    def __init__(self, share):
+        super().__init__(6, 6)
+        self.share = nn.Parameter(torch.tensor(share))
+
+    def forward(self, x):
+        return self.share * (x @ self.weight) + self.bias
+
+
+def is_turned(module):
+    """True if DoRA on `module` takes its weight for [in, out]."""
+    delta = LoraModel(nn.Sequential(module), modified_modules=["0"], lora_r=2, use_dora=True)
+    found = next(p.detach().flatten() for p in delta.parameters() if p.numel() == 6)
+    delta.detach()
+    turned, plain = (module.weight.detach().norm(dim=axis) for axis in (0, 1))
+    assert torch.allclose(found, turned) or torch.allclose(found, plain)
+    return torch.allclose(found, turned)
+
+
+def mended(self, x):
+    return x @ self.weight + self.bias
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("turned", True), ("forward", mended), ("oriented", lambda self: self.weight.T)],
+)
+def test_what_changes_on_a_class_is_seen(key, value, monkeypatch):
+    assert not is_turned(ByItsClass(6, 6))
+    monkeypatch.setattr(ByItsClass, key, value)
+    assert is_turned(ByItsClass(6, 6))
+
+
+@pytest.mark.parametrize("held", [(), tuple(range(30_000))], ids=["little", "much"])
+def test_a_layout_that_changes_is_seen_however_much_a_module_holds(held):
+    module = ByASlot(False, held)
+    assert not is_turned(module)
+    module.settings.turned = True
+    assert is_turned(module)
+    assert is_turned(ByASlot(True, held))
+
+
+def test_an_object_that_holds_itself_is_compared_by_its_values():
+    settings = SimpleNamespace(turned=False)
+    settings.around = {"own": settings, "many": [settings] * 50}
+    for turned in (False, True):
+        settings.turned = turned
+        module = ByASlot(turned)
+        module.settings = settings
+        assert is_turned(module) is turned
+
+
+@pytest.mark.parametrize("flag", [0.0, 1.0, -1.0])
+def test_a_number_in_a_tensor_may_be_a_flag(flag):
+    assert is_turned(ByATensor(nn.Parameter(torch.tensor(flag)))) is (flag > 0)
+
+
+def test_a_factor_of_zero_hides_no_layout():
+    assert is_turned(Mixing(0.0))
+    assert is_turned(Mixing(0.5))
+
+
+def test_a_layout_that_is_asked_for_in_a_run_on_shapes_is_found_with_values():
+    module = ByATensor(nn.Parameter(torch.tensor(1.0)))
+    with on_shapes():
+        assert isinstance(kind_of(module), TransposedLinear)
+    assert is_turned(module)

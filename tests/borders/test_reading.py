@@ -190,6 +190,33 @@ def test_a_flag_and_the_inputs_of_a_user_tell_what_is_read(apart):
     assert not opendelta.unreached(model)
 
 
+class BySize(nn.Module):
+    """The number of its factors tells if it reads the weight."""
+
+    def __init__(self, factors):
+        super().__init__()
+        self.fc, self.factors = nn.Linear(6, 6), nn.Parameter(torch.ones(factors, 1))
+
+    def forward(self, x):
+        if len(self.factors) > 1:
+            return F.linear(x, self.fc.weight * self.factors, self.fc.bias)
+        return self.fc(x)
+
+
+@pytest.mark.parametrize("sizes", [(1, 6), (6, 1)])
+def test_the_size_of_a_parameter_may_tell_what_is_read(sizes):
+    model = nn.Sequential(*map(BySize, sizes))
+    before = model(X)
+    delta = shake(LoraModel(model, modified_modules=["fc"]))
+    expected = X
+    for part, layer in zip(model, delta.layers.values(), strict=True):
+        weight = dict(part.fc._parameters)["weight"]
+        weight = weight + layer.scaling * layer.lora_B @ layer.lora_A
+        expected = F.linear(expected, weight, dict(part.fc._parameters)["bias"])
+    assert torch.allclose(model(X), expected, atol=1e-4)
+    assert not torch.allclose(model(X), before)
+
+
 def test_where_a_part_does_not_run_the_whole_model_tells():
     class Net(nn.Module):
         def __init__(self):

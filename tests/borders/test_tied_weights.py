@@ -164,3 +164,56 @@ def test_what_slots_hold_is_found():
     held, part = LazySlots(), nn.Linear(2, 2)
     held.part = part
     assert any(value is part for value in walk([held]))
+
+
+class Inside(nn.Module):
+    """A head in a module."""
+
+    def __init__(self, embedding):
+        super().__init__()
+        self.proj = nn.Linear(6, 9, bias=False)
+        self.proj.weight = embedding.weight
+
+    def forward(self, x):
+        return self.proj(x)
+
+
+class TiedHead(nn.Module):
+    def __init__(self, inside=False):
+        super().__init__()
+        self.emb, self.mid = nn.Embedding(9, 6), nn.Linear(6, 6)
+        self.head = Inside(self.emb)
+        if not inside:
+            self.head = self.head.proj
+
+    def forward(self, ids):
+        return self.head(self.mid(self.emb(ids)))
+
+
+@pytest.mark.filterwarnings("ignore::opendelta.TiedWeightWarning")
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("ran", [False, True])
+def test_what_is_tied_to_a_module_with_a_copy_is_free_in_a_plain_model(ran, inside):
+    torch.manual_seed(0)
+    model, ids = TiedHead(inside), torch.arange(9)[None]
+    before = model(ids)
+    delta = shake(LoraModel(model, modified_modules=["emb"], modules_to_save=["head"]))
+    expected = model(ids) if ran else None
+    plain = composition(model).to_backbone()
+    expected = model(ids) if expected is None else expected
+    assert not torch.allclose(expected, before, atol=1e-3)
+    torch.testing.assert_close(plain(ids), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model(ids), expected)
+    with pytest.raises(SiteError, match="would change too"):
+        composition(model).merge()
+    delta.disable()
+    torch.testing.assert_close(model(ids), before)
+
+
+@pytest.mark.filterwarnings("ignore::opendelta.TiedWeightWarning")
+def test_a_tied_module_without_an_acting_copy_still_hinders_a_plain_model():
+    model = TiedHead()
+    LoraModel(model, modified_modules=["emb"], name="own")
+    LoraModel(model, modified_modules=["mid"], modules_to_save=["head"], name="copy").disable()
+    with pytest.raises(SiteError, match="would change too"):
+        composition(model).to_backbone()

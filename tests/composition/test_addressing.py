@@ -9,7 +9,7 @@ from support.nets import net, places_of, put, untouched
 from torch import nn
 
 import opendelta
-from opendelta import AdapterModel, LoraModel
+from opendelta import AdapterModel, AddressError, LoraModel, SiteError
 from opendelta._deltas.registry import METHODS
 
 pytestmark = pytest.mark.covers(
@@ -335,3 +335,26 @@ def test_hints_for_those_who_write_a_regular_expression_or_another_name(bert):
         LoraModel(bert, r=4)
     with pytest.raises(opendelta.OptionError, match=r"from_config\(config, model\)"):
         LoraModel(bert, opendelta.LoraConfig())
+
+
+def parametrized():
+    return nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.Linear(4, 4))
+
+
+@pytest.mark.parametrize("pattern", ["0", "[r]0", r"[r]0|weight\.0"])
+def test_modules_that_compute_a_weight_are_chosen_by_that_name_alone(pattern):
+    model = parametrized()
+    inner = "0.parametrizations.weight.0"
+    assert [*LoraModel(model, modified_modules=[pattern]).layers] == ["0"]
+    with pytest.raises(AddressError, match="no module matches"):
+        LoraModel(model, modified_modules=["weight"])
+    for naming in (inner, "parametrizations.weight.0", r"[r]parametrizations\..*0"):
+        with pytest.raises(SiteError, match=inner):
+            LoraModel(model, modified_modules=[naming])
+    assert inner not in opendelta.roles(parametrized(), override={pattern: "attn.q"})
+
+
+def test_excluding_a_module_excludes_what_computes_its_weight():
+    model, patterns = parametrized(), ["[r].+", "[r].*parametrizations.*"]
+    delta = LoraModel(model, modified_modules=patterns, exclude_modules=["0"])
+    assert [*delta.layers] == ["1"]

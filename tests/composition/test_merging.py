@@ -200,6 +200,22 @@ def test_weights_that_were_changed_after_merging_are_not_overwritten():
         c.unmerge()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_cast_of_merged_weights_is_named(dtype):
+    model = net()
+    shake(LoraModel(model, modified_modules=["linear"]))
+    c = opendelta.composition(model)
+    c.merge()
+    model.to(dtype)
+    says = rf"linear.weight was changed .* \(it was cast from torch.float32 to {dtype}; unmerge"
+    with pytest.raises(opendelta.DeltaError, match=says):
+        c.unmerge()
+    with torch.no_grad():
+        model.float().linear.weight[0, 0] += 1
+    with pytest.raises(opendelta.DeltaError, match="changed after the merge, and unmerging"):
+        c.unmerge()
+
+
 @pytest.mark.parametrize(
     "change",
     [

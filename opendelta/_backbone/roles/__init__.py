@@ -14,7 +14,7 @@ from ..._modules.kinds import Embedding, kind_of
 from ...errors import AddressError, OptionError, nearest
 from ...names import ancestors, join, last
 from ..backbone import Backbone
-from ..patterns import compile_pattern, no_match, repeated, warn_unused
+from ..patterns import repeated, select, warn_unused
 from .blocks import Tree, units
 from .deciding import Decision, by_names, is_linear
 from .flow import is_norm
@@ -120,11 +120,7 @@ def _decisions(
                 f"override[{pattern!r}]={role!r} is no role; nearest: "
                 f"{', '.join(nearest(role, ROLES)) or ', '.join(ROLES)}"
             )
-        matches = compile_pattern(pattern)
-        chosen = [name for name in backbone.modules if name and matches(name)]
-        if not chosen:
-            raise no_match(pattern, backbone.modules, backbone.model)
-        for name in chosen:
+        for name in select(filter(None, backbone.modules), [pattern], backbone.model):
             decided.pop(name, None)
             if role is not None:
                 decided[name] = role, f"override: {pattern!r}"
