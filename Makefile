@@ -16,14 +16,15 @@ demo: .venv/.demo  ## Train, save and share small deltas on a small real model
 	$(BIN)/opendelta demo
 
 test: .venv/.dev  ## Run the tests of the library; extra pytest arguments through ARGS='-k lora'
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --ignore=tests/examples --ignore=tests/benchmarks $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not distributed' --ignore=tests/examples --ignore=tests/benchmarks $(ARGS)
 
 examples: .venv/.dev  ## Run the scripts in examples/ and benchmarks/, the recipes and the demo on little data
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/examples tests/benchmarks $(ARGS)
 
 # The tools warn of much that is theirs, so that warnings are no errors here.
-tools: .venv-tools/.done  ## Run the tests that drive Lightning, DeepSpeed, TRL, Ray and other tools
-	OMP_NUM_THREADS=1 .venv-tools/bin/python -m pytest -n 2 -W default tests/tools $(ARGS)
+tools: .venv-tools/.done  ## Run the tests that drive Lightning, DeepSpeed, TRL, Ray and other tools, and those in two processes
+	OMP_NUM_THREADS=1 .venv-tools/bin/python -m pytest -n 2 -W default tests/tools \
+		tests/ecosystem/test_distributed.py::test_two_processes $(ARGS)
 
 bench: .venv/.dev  ## Run all benchmarks, in about ten minutes; rewrites benchmarks/RESULTS.md
 	$(BIN)/python benchmarks/run.py $(ARGS)

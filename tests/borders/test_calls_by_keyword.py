@@ -52,7 +52,6 @@ METHODS = [
 ]
 
 
-@pytest.mark.covers("first_input", "replace_input")
 @pytest.mark.parametrize("mask", [None, torch.full((2, 5, 1), 0.5), torch.full((2, 5, 8), 0.5)])
 @pytest.mark.parametrize(("method", "options"), METHODS)
 def test_keywords_come_in_any_order(method, options, mask):
