@@ -99,4 +99,6 @@ class Stated(NamedTuple):
 def stated(module: nn.Module) -> Stated:
     """Return what is known of a module's arguments."""
     cls: Any = type(module)
-    return Stated(not takes_state(cls), is_own(module), tuple(getattr(module, BESIDE, ())))
+    beside = getattr(module, BESIDE, ())
+    names = (beside,) if isinstance(beside, str) else tuple(beside)
+    return Stated(not takes_state(cls), is_own(module), names)

@@ -141,11 +141,12 @@ def test_a_prompt_is_not_put_beside_numbers_that_may_tell_of_the_tokens(given):
         model(IDS, genre=given)
 
 
+@pytest.mark.parametrize("names", [["genre"], "genre"])
 @pytest.mark.parametrize("put", [with_ends, lambda model: SoftPromptModel(model, soft_token_num=2)])
-def test_a_model_says_that_an_argument_tells_nothing_of_its_tokens(put):
+def test_a_model_says_that_an_argument_tells_nothing_of_its_tokens(put, names):
     model, told = Net(), Net()
     told.load_state_dict(model.state_dict())
-    told.beside_tokens = ["genre"]
+    told.beside_tokens = names
     for each in (model, told):
         torch.manual_seed(0)
         put(each)
