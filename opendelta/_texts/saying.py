@@ -178,18 +178,11 @@ def parts_in(
             continue
         if ENDS.search(name):
             return name
-        parts = seen is None and PARTS.search(name) and value.size(-1) == length
-        if parts and _has_parts(value):
+        # Where there are values, their runs tell of parts under any name; see `other_mask_in`.
+        named = torch.compiler.is_compiling() and seen is None and PARTS.search(name)
+        if named and value.size(-1) == length:
             return name
     return ""
-
-
-def _has_parts(value: Tensor) -> bool:
-    """True if neighbours mostly share a number, and not all do; ids of tokens seldom repeat."""
-    if torch.compiler.is_compiling():
-        return True
-    changes = (value[..., 1:] != value[..., :-1]).sum(-1)
-    return bool(changes.any()) and int(changes.max()) * 2 <= value.size(-1)
 
 
 def tells_lengths(name: str, value: Any, batch: int, own: str = "") -> bool:
