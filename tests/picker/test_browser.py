@@ -212,6 +212,27 @@ def test_blocks_that_were_taken_apart_are_folded_from_one_of_them(page):
     shown.python('["query", "key"]')
 
 
+@pytest.mark.parametrize("part", ["name", "box", "twist"])
+def test_a_row_that_is_drawn_anew_under_the_pointer_is_clicked_on(page, part):
+    from selenium.webdriver.common.action_chains import ActionChains
+
+    shown = page(lambda: opendelta.pick(bert(), LoraConfig(modified_modules=["value"])))
+    shown.wait(lambda: shown.rows()["query"]["checked"])
+    name = "0-3" if part == "twist" else "query"
+    path = f"//*[@class='name' and text()='{name}']/ancestor::*[@role='treeitem']"
+    row = shown.browser.find_element("xpath", path)
+    ActionChains(shown.browser).click_and_hold(row.find_element("class name", part)).perform()
+    shown.browser.execute_script(
+        "document.getElementById('tree').dispatchEvent(new Event('scroll'))"
+    )
+    ActionChains(shown.browser).release().perform()
+    shown.wait(lambda: shown.rows()[name]["at"])
+    if part == "box":
+        shown.python("LoraModel(model)")  # query and value are the default
+    if part == "twist":
+        shown.wait(lambda: shown.rows()[name]["expanded"] == "false")
+
+
 def test_the_focus_stays_where_one_works(page):
     start = [LoraConfig(modified_modules=["query"]), AdapterConfig(modified_modules=["query"])]
     shown = page(lambda: opendelta.pick(bert(), start))

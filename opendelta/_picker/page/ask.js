@@ -72,12 +72,40 @@ export function settled(action, pause) {
   };
 }
 
+// An element that is replaced while the pointer is down on it gets no click: its box is drawn once
+// the pointer is up.
+let pressed = null;
+const late = new Map(); // box: what it shows then
+addEventListener("pointerdown", (event) => (pressed = event.target), true);
+for (const name of ["pointerup", "pointercancel"])
+  addEventListener(
+    name,
+    () => {
+      pressed = null;
+      setTimeout(() => [...late].forEach(([box, show]) => late.delete(box) && show()));
+    },
+    true,
+  );
+
+function draw(box, show) {
+  late.delete(box);
+  if (pressed !== box && box.contains(pressed)) late.set(box, show);
+  else show();
+}
+
+// Replace what is in a box.
+export function replace(box, ...children) {
+  draw(box, () => box.replaceChildren(...children));
+}
+
 // Replace what is in a box. The focus stays on the part with the same `data-focus`, else it goes to
 // what `other` returns.
 export function redraw(box, other, ...children) {
-  const held = box.contains(document.activeElement) && document.activeElement.dataset.focus;
-  box.replaceChildren(...children);
-  if (held) (box.querySelector(`[data-focus="${held}"]:not(:disabled)`) ?? other(held)).focus();
+  draw(box, () => {
+    const held = box.contains(document.activeElement) && document.activeElement.dataset.focus;
+    box.replaceChildren(...children);
+    if (held) (box.querySelector(`[data-focus="${held}"]:not(:disabled)`) ?? other(held)).focus();
+  });
 }
 
 // Make an element; texts come from models of others, so they are only ever set as text.

@@ -411,6 +411,8 @@ class Page {
     const button = (focus, text, action) =>
       make("button", { type: "button", "data-focus": focus, onclick: action }, text);
     const several = this.tree.lines.length > 1 && /(^|\.)\d+(\.|$)/.test(names[0]);
+    const formula = make("code", { id: "formula" });
+    const steps = make("span", { id: "steps", class: "quiet" });
     redraw(
       at("module"),
       () => at("tree"),
@@ -422,7 +424,7 @@ class Page {
         line.node.role ? make("span", { class: "role" }, line.node.role) : "",
       ),
       why ? make("p", { class: "hint" }, why) : "",
-      make("p", { class: "formula" }, make("code", { id: "formula" }), make("span", { id: "steps", class: "quiet" })),
+      make("p", { class: "formula" }, formula, steps),
       make(
         "p",
         { class: "actions" },
@@ -443,10 +445,10 @@ class Page {
       ),
     );
     const reply = await ask("explain", { name: names[0], deltas: this.wire() });
-    if (reply.error || !at("formula")) return;
+    if (reply.error) return;
     if (this.tree.lines[this.tree.at]?.key !== line.key) return;
-    at("formula").textContent = reply.formula;
-    at("steps").textContent = reply.steps.slice(1).join(" · ");
+    formula.textContent = reply.formula;
+    steps.textContent = reply.steps.slice(1).join(" · ");
   }
 
   // Where the branch of a method that takes pairs ends: a choice among the modules of the block.

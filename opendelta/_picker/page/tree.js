@@ -1,6 +1,6 @@
 // The tree of modules: repeated blocks folded, and only the lines in view in the document.
 
-import { ask, make } from "./ask.js";
+import { ask, make, replace } from "./ask.js";
 
 const KINDS = { linear: "linear", embedding: "embedding", norm: "norm", conv2d: "conv" };
 const MARGIN = 8; // lines that are drawn above and below the lines in view
@@ -143,7 +143,7 @@ export class Tree {
     const last = Math.ceil((this.box.scrollTop + this.box.clientHeight) / height) + MARGIN;
     this.list.style.height = `${this.lines.length * height}px`;
     const drawn = this.lines.slice(first, last);
-    this.list.replaceChildren(...drawn.map((line, index) => this.row(line, first + index)));
+    replace(this.list, ...drawn.map((line, index) => this.row(line, first + index)));
     this.box.setAttribute("aria-activedescendant", `row-${this.at}`);
     this.picks.need(drawn.map((line) => this.namesOf(line)[0]));
   }
@@ -159,7 +159,7 @@ export class Tree {
       id: `row-${index}`,
       class: `row${why ? " unfit" : ""}${index === this.at ? " at" : ""}${opens ? "" : " leaf"}`,
       role: "treeitem",
-      "data-index": index,
+      "data-key": line.key,
       "data-name": names[0],
       "aria-level": line.shown,
       "aria-posinset": line.place,
@@ -233,9 +233,9 @@ export class Tree {
   }
 
   async click(event) {
-    const row = event.target.closest(".row");
-    if (!row) return;
-    const index = +row.dataset.index;
+    const { key } = event.target.closest(".row")?.dataset ?? {};
+    const index = this.lines.findIndex((line) => line.key === key);
+    if (index < 0) return;
     const line = this.lines[index];
     if (event.target.classList.contains("twist") && line.node.children.length) {
       this.choose(index);
