@@ -4,9 +4,17 @@ import gc
 from collections.abc import Iterator
 
 import pytest
+import torch
 from support.nets import net, shake
 
 from opendelta import AdapterModel, LoraModel
+
+
+# For each device that is not there, torch notes the stack of each seed, which takes longer than the
+# rest of many tests.
+for device in (torch.cuda, torch.xpu, torch.mtia):
+    if not device.is_available():
+        device.manual_seed_all = lambda seed: None
 
 
 @pytest.fixture(scope="module", autouse=True)

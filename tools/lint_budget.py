@@ -6,6 +6,7 @@ may lower a number there; to raise one, it has to say so in that file.
 """
 
 import ast
+import functools
 import io
 import json
 import sys
@@ -42,7 +43,8 @@ def _functions(node: ast.AST, prefix: str = "") -> Iterator[tuple[str, int, int]
         yield from _functions(child, f"{prefix}{name}." if scope else prefix)
 
 
-def _lines(text: str) -> set[int]:
+@functools.cache
+def _lines(text: str) -> frozenset[int]:
     """Find the numbers of the code lines; a string that is a statement of its own is no code."""
     docs: set[int] = set()
     for node in ast.walk(ast.parse(text)):
@@ -54,7 +56,7 @@ def _lines(text: str) -> set[int]:
         doc = token.type == tokenize.STRING and token.start[0] in docs
         if token.string.strip() and token.type != tokenize.COMMENT and not doc:
             code.update(range(token.start[0], token.end[0] + 1))
-    return code
+    return frozenset(code)
 
 
 def broken() -> list[str]:

@@ -317,16 +317,24 @@ def kind_of(module: nn.Module) -> Kind | None:
         return _norm(module, tuple(module._parameters["weight"].shape), False)  # type: ignore
     if is_conv1d(type(module)):
         return TransposedLinear(int(module.nx), int(module.nf))  # type: ignore[arg-type]
-    sizes = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    sizes = _size(module, "in_features"), _size(module, "out_features")
     if isinstance(sizes[0], int) and isinstance(sizes[1], int):
         return _linear(module, sizes[0], sizes[1]) if _is_matrix(module) else None
     for names in ALSO_SIZES:
-        sizes = getattr(module, names[0], None), getattr(module, names[1], None)
+        sizes = _size(module, names[0]), _size(module, names[1])
         if isinstance(sizes[0], int) and isinstance(sizes[1], int):
             weight = dict(module._parameters.items()).get("weight")
             if weight is not None and tuple(shape(weight)) in (sizes, sizes[::-1]):
                 return _linear(module, sizes[0], sizes[1])
     return None
+
+
+def _size(module: nn.Module, name: str) -> object:
+    """Return an attribute; None if there is none, without torch's slow search for it."""
+    plain = type(module).__getattr__ is nn.Module.__getattr__
+    if plain and name not in vars(module) and not hasattr(type(module), name):
+        return None
+    return getattr(module, name, None)
 
 
 def is_conv1d(cls: type[nn.Module]) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .devices import device_and_dtype
 from .faking import Restoring
 from .kinds import Kind, Norm, is_conv1d, kind_of, reads_plainly
-from .process import kept_random
+from .process import kept_random, seed_all
 from .tensors import in_full, is_plain, stored, stored_params
 from .trials import alone, at_rest, run
 
@@ -96,7 +96,7 @@ def factor_of(module: nn.Module) -> float | None:
             with kept_random(), Restoring() as written, _in_full_precision(module):
                 if module.training > was_training and _is_random(module, kind):
                     continue  # as dropout is: nobody expects a merge to keep it
-                torch.manual_seed(0)
+                seed_all()
                 factors.append(_of(module, kind, largest))
                 with _other_values(module):
                     if not _call_keeps(module, (next(_inputs(module, kind)),)):
@@ -277,7 +277,7 @@ def acts_by_channel(module: nn.Module, key: str) -> bool:
             for part in module.modules():
                 part.training = mode
             with kept_random(), Restoring() as written, _in_full_precision(module):
-                torch.manual_seed(0)
+                seed_all()
                 given = list(_of_norms(module))
                 with _other_values(module):
                     if not _call_keeps(module, given[0]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import logging
 import random
 import sys
@@ -74,18 +75,39 @@ def _silent() -> Iterator[None]:
         logger.disabled = before
 
 
+def _generators() -> list[torch.Generator]:
+    """Return torch's own generators: the CPU's, and those of devices that the process uses."""
+    apple = [torch.mps._get_default_mps_generator()] if torch.backends.mps.is_available() else []
+    others = torch.cuda.default_generators, torch.xpu.default_generators  # empty until in use
+    return [torch.default_generator, *apple, *itertools.chain(*others)]
+
+
 @contextlib.contextmanager
 def _drawn() -> Iterator[None]:
     numpy: Any = sys.modules.get("numpy")
     before = random.getstate(), numpy.random.get_state() if numpy else None
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=list(devices)):
-        try:
-            yield
-        finally:
-            random.setstate(before[0])
-            if numpy:
-                numpy.random.set_state(before[1])
+    states = [(generator, generator.get_state()) for generator in _generators()]
+    try:
+        yield
+    finally:
+        for generator, state in states:
+            generator.set_state(state)
+        random.setstate(before[0])
+        if numpy:
+            numpy.random.set_state(before[1])
+
+
+def seed_all(seed: int = 0) -> None:
+    """Seed all generators, inside `kept_random`.
+
+    `torch.manual_seed` would seed a device that is not in use yet too, and nothing would put the
+    user's seed back once it is.
+    """
+    for generator in _generators():
+        generator.manual_seed(seed)
+    random.seed(seed)
+    if numpy := sys.modules.get("numpy"):
+        numpy.random.seed(seed)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from ..names import SLOT
 from .copies import copied
 from .facts import facts, parts, remembered
 from .faking import Restoring, Shapes
-from .process import kept_random, silent_fakes
+from .process import kept_random, seed_all, silent_fakes
 from .tensors import is_dense, is_plain, lasting
 from .tensors import shape as shape_of
 
@@ -308,7 +308,7 @@ def _with_weight(made: nn.Module, weight: Tensor, new: Tensor, x: Tensor, ones: 
     try:
         for table in tables:
             table.update({k: new if t is weight else _valued(t, ones) for k, t in table.items()})
-        torch.manual_seed(0)  # for a forward that draws
+        seed_all()  # for a forward that draws
         return run(made, x)
     finally:
         for table, before in zip(tables, kept, strict=True):
@@ -345,7 +345,7 @@ def _scales(module: nn.Module, shape: tuple[int, ...], axis: int) -> bool:
     own: Any = made._parameters
     after = (1,) * (-1 - axis)
     with lasting(), kept_random(), Restoring(), torch.device("cpu"):
-        torch.manual_seed(0)
+        seed_all()
         own.update({k: torch.randn(p.shape) for k, p in own.items() if p is not None})
         x, by = torch.randn(shape), torch.linspace(-1.5, 2.5, len(own["weight"]))
         bias = own["bias"].view(-1, *after) if own.get("bias") is not None else 0

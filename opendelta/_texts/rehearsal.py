@@ -8,8 +8,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import itertools
-import random
-import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,7 +17,7 @@ from torch import Tensor, nn
 from .._modules.calls import every
 from .._modules.devices import device_and_dtype
 from .._modules.faking import Restoring
-from .._modules.process import eager, ignored_warnings, kept_random
+from .._modules.process import eager, ignored_warnings, kept_random, seed_all
 from .._modules.tensors import is_plain, is_sharded, lasting
 from .._modules.trials import at_rest
 
@@ -346,10 +344,7 @@ def drawing_alike(made: nn.Module) -> Iterator[Callable[[], bool]]:
     states = [generator.get_state() for generator in held]
 
     def again() -> bool:
-        torch.manual_seed(0)
-        random.seed(0)
-        if numpy := sys.modules.get("numpy"):
-            numpy.random.seed(0)
+        seed_all()
         for generator, state in zip(held, states, strict=True):
             generator.set_state(state)
         return True

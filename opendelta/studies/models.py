@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from .._backbone.backbone import Backbone
+from .._modules.process import kept_random, seed_all
 from ..demo import data, load_backbone
 from ..demo.training import quiet_libraries
 from ..errors import DeltaError, reason
@@ -86,8 +87,8 @@ def by_name(
 
     if (str(name), labels is None) in ((MINILM, True), (SMOLLM2, False)):
         raise DeltaError(f"{name} is for texts {'with' if labels is None else 'without'} classes")
-    with torch.random.fork_rng([]), quiet_libraries():
-        torch.manual_seed(0)
+    with kept_random(), quiet_libraries():
+        seed_all()
         try:
             if str(name) == MINILM:
                 data.check_packages(MINILM)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .._backbone.backbone import Backbone
 from .._backbone.counting import statistics
 from .._handles.composition import Composition
+from .._modules.process import seed_all
 from .._show.data import for_json
 from .._verbs.pristine import assert_pristine, snapshot
 from .._verbs.put_back import put_back
@@ -123,7 +124,7 @@ def learn(
         on_step: is called with the loss of each step.
     """
     with left_as_it_was(model), contextlib.ExitStack() as stack:
-        torch.manual_seed(seed)
+        seed_all(seed)
         made = contender.attach(model, task)
         next(iter(made)).freeze_module(exclude=["deltas"])
         stack.enter_context(_own_values_kept(model, made))

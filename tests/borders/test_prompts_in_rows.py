@@ -1,6 +1,7 @@
 """Soft prompts in rows with padding, packed documents and caches: as their tokens written there."""
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -575,15 +576,25 @@ def test_what_esm_does_to_token_ids_alone_it_does_behind_a_prompt(
     near(model(ids, attention_mask=seen.long()).logits[seen], expected[seen])
 
 
+@functools.cache
+def classes():
+    """The syntax of all of transformers' classes of models that have a forward, and of that."""
+    files = Path(T.__file__).parent.glob("models/*/modeling_*.py")
+    found = [part for file in files for part in ast.parse(file.read_text()).body]
+    return [
+        (part, call)
+        for part in found
+        if isinstance(part, ast.ClassDef)
+        for call in part.body
+        if isinstance(call, ast.FunctionDef) and call.name == "forward"
+    ]
+
+
 def forwards():
-    """(class, its syntax) of all that take token ids or embeddings, in all of transformers."""
-    for file in Path(T.__file__).parent.glob("models/*/modeling_*.py"):
-        for part in ast.parse(file.read_text()).body:
-            parts = getattr(part, "body", [])
-            call = next((f for f in parts if getattr(f, "name", "") == "forward"), None)
-            names = {a.arg for a in call.args.args} if isinstance(call, ast.FunctionDef) else set()
-            if isinstance(part, ast.ClassDef) and {"input_ids", "inputs_embeds"} <= names:
-                yield part, call
+    """Those that take token ids or embeddings."""
+    for part, call in classes():
+        if {"input_ids", "inputs_embeds"} <= {a.arg for a in call.args.args}:
+            yield part, call
 
 
 def test_all_classes_that_skip_a_child_where_embeddings_are_given_are_known():
@@ -1080,15 +1091,13 @@ def test_all_classes_that_have_no_place_for_a_prompt_are_known():
     multiplied = re.compile(r"hidden_states \* \w*attention_mask")
     pooled = re.compile(r"hidden_states? \* \w*mask\b")
     found = set()
-    for file in Path(T.__file__).parent.glob("models/*/modeling_*.py"):
-        for part in ast.parse(file.read_text()).body:
-            calls = [f for f in getattr(part, "body", []) if getattr(f, "name", "") == "forward"]
-            texts = [ast.unparse(call) for call in calls]
-            embeds = any("inputs_embeds" in {a.arg for a in f.args.args} for f in calls)
-            by_mask = any("encoder_outputs" in t and multiplied.search(t) for t in texts)
-            after = embeds and any("create_" in t and pooled.search(t) for t in texts)
-            if by_mask or after or any(pieces.search(text) for text in texts):
-                found.add(part.name)
+    for part, call in classes():
+        text = ast.unparse(call)
+        by_mask = "encoder_outputs" in text and multiplied.search(text)
+        embeds = "inputs_embeds" in {a.arg for a in call.args.args}
+        after = embeds and "create_" in text and pooled.search(text)
+        if by_mask or after or pieces.search(text):
+            found.add(part.name)
     assert found == {cls.__name__ for cls, *_ in AROUND.values()} - {"LxmertModel"}
 
 

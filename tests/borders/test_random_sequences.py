@@ -507,6 +507,6 @@ class Sequences(Deltas):
 
 TestSequences = Sequences.TestCase
 TestSequences.settings = settings(
-    max_examples=60, stateful_step_count=20, deadline=None, derandomize=True,
+    max_examples=40, stateful_step_count=20, deadline=None, derandomize=True,
     suppress_health_check=list(HealthCheck),
 )  # fmt: skip

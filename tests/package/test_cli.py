@@ -1,4 +1,4 @@
-"""The command `opendelta`: every subcommand as a process, on good and bad input."""
+"""The command `opendelta`: every subcommand on good and bad input, and as a process."""
 
 import json
 import math
@@ -89,7 +89,7 @@ def run(folder, monkeypatch, capsys):
     return call
 
 
-# ------------------------------------------------------------------------------ each as a process
+# ------------------------------------------------------------------------------- good and bad input
 GOOD = {
     "tree": (["my-model", "--json"], '"type": "BertForMaskedLM"'),
     "plan": (
@@ -112,13 +112,23 @@ GOOD = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("command", GOOD)
-def test_every_command_on_good_input(folder, command):
-    arguments, shown = GOOD[command]
-    code, out, errors = process(folder, command, *arguments)
+def check_good(shown, code, out, errors):
     assert (code, errors) == (0, "")
     assert shown in out
+
+
+@pytest.mark.parametrize("command", GOOD)
+def test_every_command_on_good_input(run, command):
+    arguments, shown = GOOD[command]
+    check_good(shown, *run(command, *arguments))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["show", "merge"])
+def test_good_input_ends_a_process_alike(folder, tmp_path, command):
+    arguments, shown = GOOD[command]
+    arguments = [str(tmp_path) if each == "merged" else each for each in arguments]
+    check_good(shown.replace("merged\n", f"{tmp_path}\n"), *process(folder, command, *arguments))
 
 
 BAD = {  # command: arguments, what the error says
