@@ -9,7 +9,6 @@ from support.nets import net, shake
 
 from opendelta import AdapterModel, LoraModel
 
-
 # For each device that is not there, torch notes the stack of each seed, which takes longer than the
 # rest of many tests.
 for device in (torch.cuda, torch.xpu, torch.mtia):

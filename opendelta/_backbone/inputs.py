@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._modules.calls import map_tensors
 from .._modules.kinds import Embedding, Kind, kind_of
 from ..names import is_inside
 from .backbone import Backbone
@@ -26,7 +27,11 @@ def blank(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def of_samples(samples: Samples) -> Inputs:
-    """Return the arguments in the user's `sample_inputs`: a mapping, a sequence, or one tensor."""
+    """Return the arguments in the user's `sample_inputs`: a mapping, a sequence, or one tensor.
+
+    What was made inside `torch.inference_mode()`, where no gradients flow, is copied.
+    """
+    samples = map_tensors(lambda t: t.clone() if t.is_inference() else t, samples)
     if isinstance(samples, Mapping):
         return (), dict(samples)
     return ((samples,) if isinstance(samples, Tensor) else tuple(samples)), {}

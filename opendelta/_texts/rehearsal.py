@@ -257,6 +257,7 @@ def is_by_position(module: nn.Module, name: str) -> bool | None:
     return (*read,) == counts if all(read) else None
 
 
+@torch.enable_grad()
 def _rows_read(outputs: list[Tensor], table: Tensor) -> int:
     """Return how many rows of `table` the outputs depend on."""
     weighed = [

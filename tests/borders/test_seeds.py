@@ -1,4 +1,4 @@
-"""A run that finds out what a model computes draws numbers of its own, and keeps the user's seeds."""
+"""Runs that find out what a model computes draw numbers of their own, and keep the seeds."""
 
 import random
 

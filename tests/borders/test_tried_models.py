@@ -124,6 +124,15 @@ def test_a_table_that_is_read_by_position_limits_the_length(table):
         model(IDS)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_table_is_found_where_no_gradients_flow_too(mode):
+    model = Counted(nn.Embedding(9, 16))
+    with mode():
+        prompt(model)
+    with pytest.raises(SiteError, match="need 10 positions, and the model's table has 9"):
+        model(IDS)
+
+
 # ----------------------------------------------------------- what is returned beside hidden states
 class Beside(Net):
     """It returns maps [batch, heads, length, length], heads [batch, length, ...] and a router's."""

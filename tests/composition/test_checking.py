@@ -116,6 +116,15 @@ def test_on_the_meta_device_too():
     assert opendelta.check(model)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_where_no_gradients_flow_too(mode):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    LoraModel(model, modified_modules=["0"]).freeze_module()
+    with mode():
+        found = opendelta.check(model, torch.randn(2, 4))
+    assert found, found
+
+
 def test_wrappers_are_looked_through():
     model = tower()
     LoraModel(model, modified_modules=["fc"])
