@@ -279,7 +279,7 @@ def _observe(
         def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
             if PROBING.get():  # else another thread runs a backbone that has no copy
                 kwargs = calls.in_order(calls.names_of(type(module).forward), args, kwargs)
-                note(name, calls.first_input(args, kwargs) if args or kwargs else None, output)
+                note(name, calls.first_given(args, kwargs), output)
                 missing.pop(name, None)
                 if not missing and not torch.compiler.is_compiling():
                     raise _Enough

@@ -26,7 +26,7 @@ from .._backbone.patterns import (
 from .._layers import labels
 from .._layers.base import Acts, DeltaLayer
 from .._layers.record import Record
-from .._modules import fitting
+from .._modules import first_argument, fitting
 from .._modules.kinds import kind_of
 from .._sites import swap
 from .._sites.stack import check_name
@@ -337,7 +337,7 @@ def misfit(module: nn.Module, layer_class: type[DeltaLayer], acts: Any) -> str |
         return None
     own_class = swap.plain_class(module) or type(module)
     needs: fitting.Needs = "input" if acts is Acts.BEFORE else layer_class.needs()
-    return fitting.misfit(module, own_class, needs)
+    return first_argument.misfit(module, own_class) or fitting.misfit(module, own_class, needs)
 
 
 def _acting_at(backbone: Backbone, name: str, layer_class: type[DeltaLayer]) -> str | None:

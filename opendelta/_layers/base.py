@@ -537,11 +537,11 @@ def _gated(layer: DeltaLayer, call: Call, *args: Any, **kwargs: Any) -> Any:
     reads it (`gate.on_input`), else the output.
     """
     gate: Any = layer.gate
-    x = calls.first_input(args, kwargs)
+    x = calls.first_given(args, kwargs)
     plain: list[Tensor] = []
 
     def inner(*new: Any, **options: Any) -> Any:
-        changed = calls.first_input(new, options)
+        changed = calls.first_given(new, options)
         if changed is not x:
             plain_x = calls.dense(x)
             mixed = plain_x + gate(x) * (changed - plain_x)

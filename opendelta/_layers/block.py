@@ -268,7 +268,7 @@ class BlockLayer(DeltaLayer):
     ) -> Tensor:
         """Return what the block adds to `out`, or to the input if all children add to that."""
         chosen.given = args, kwargs
-        x, h = calls.first_input(args, kwargs), calls.hidden(out)
+        x, h = calls.first_given(args, kwargs), calls.hidden(out)
         run = _factors(children) if self.weighs else None
         if run is not None:
             g = self._weights(x, h, chosen)

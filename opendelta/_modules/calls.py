@@ -43,12 +43,27 @@ def in_order(names: Sequence[str], args: tuple, kwargs: dict[str, Any]) -> dict[
     return {first: kwargs[first], **kwargs}
 
 
-def first_input(args: tuple, kwargs: dict[str, Any]) -> Tensor:
-    """Return the first argument of a call, positional or by keyword.
+def first_given(args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Return the first argument of a call, positional or by keyword; None if there is none.
 
     A site's layers are given the keywords in the order of the forward's parameters.
     """
-    return args[0] if args else next(iter(kwargs.values()))
+    return args[0] if args else next(iter(kwargs.values()), None)
+
+
+def first_input(args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    """Return the first argument of a call, positional or by keyword.
+
+    Raises:
+        SiteError: it is no tensor.
+    """
+    x = first_given(args, kwargs)
+    if isinstance(x, Tensor):
+        return x
+    raise SiteError(
+        f"a delta acts on the first argument of a module's call, which is a {type(x).__name__} "
+        "here and no tensor; choose a module inside, which is given the tensor itself"
+    )
 
 
 def dense(x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .._layers import recomputing
 from .._layers.base import Acts, DeltaLayer
-from .._modules.calls import first_input
+from .._modules.calls import first_given
 from .._texts.arguments import (
     EMBEDDED,
     READS,
@@ -351,7 +351,7 @@ class Tokens:
                 "runs again in a backward, where nothing says where its rows begin and end: call "
                 "the whole model, which notes that, and use torch.utils.checkpoint",
             )
-        x, given = first_input(args, kwargs), self.said.telling(named(self.names, args, kwargs))
+        x, given = first_given(args, kwargs), self.said.telling(named(self.names, args, kwargs))
         given = {name: value for name, value in given.items() if value is not x}
         if self.said.own and (name := other_mask_in(given, h.size(0), h.size(-2))):
             self._refuse(asks, _may_say(name, self.where))

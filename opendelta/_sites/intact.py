@@ -44,13 +44,13 @@ class Intact:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         args, kwargs = self.given(args, kwargs)
-        x = calls.first_input(args, kwargs)
+        x = calls.first_given(args, kwargs)
         changed = x if isinstance(x, Tensor) and x.shape == self.x.shape else self.x
         return writing.through([(self.x, changed)], self.call, *args, **kwargs)
 
     def given(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """Return arguments with the input itself in the place of the copy; later, another copy."""
-        x = calls.first_input(args, kwargs)
+        x = calls.first_given(args, kwargs)
         if x is self.copy:
             new = self.copy.clone() if self.ran else self.x
             self.ran = True
@@ -70,7 +70,7 @@ def around(stack: Any, call: Call, module: nn.Module, raw: bool) -> Call:
 
 
 def _run(around: Callable[[Call], Call], call: Call, /, *args: Any, **kwargs: Any) -> Any:
-    x = calls.first_input(args, kwargs) if args or kwargs else None
+    x = calls.first_given(args, kwargs)
     if not isinstance(x, Tensor):
         return around(call)(*args, **kwargs)
     inner = Intact(call, x)

@@ -15,10 +15,12 @@ from opendelta import (
     GateModel,
     HRAModel,
     IA3Model,
+    LNTuningModel,
     LohaModel,
     LoraModel,
     OFTModel,
     ParallelAdapterModel,
+    SiteError,
     VeraModel,
 )
 
@@ -124,3 +126,95 @@ def test_several_deltas_that_note_the_tokens_are_pickled():
     shake(opendelta.SoftPromptModel(model, soft_token_num=2))
     again = pickle.loads(pickle.dumps(model))
     torch.testing.assert_close(again(ids).logits, model(ids).logits)
+
+
+# ------------------------------------------------------------- what is not the first argument
+class Behind(nn.Linear):
+    def forward(self, residual, x):
+        return residual + super().forward(x)
+
+
+class BehindMask(nn.Linear):
+    def forward(self, mask, x, scale=1.0):
+        return mask * F.linear(x, self.weight, self.bias) * scale
+
+
+class AnyName(nn.Linear):
+    def forward(self, **inputs):
+        return super().forward(inputs["x"])
+
+
+class BehindIds(nn.Embedding):
+    def forward(self, kinds, ids):
+        return super().forward(ids) * kinds[..., None]
+
+
+class BehindScale(nn.LayerNorm):
+    def forward(self, scale, x):
+        return scale * super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("module", "method", "said"),
+    [
+        (Behind(8, 8), LoraModel, "takes its input as 'x', behind 'residual'"),
+        (Behind(8, 8), OFTModel, "takes its input as 'x', behind 'residual'"),
+        (BehindMask(8, 8), IA3Model, "takes its input as 'x', behind 'mask'"),
+        (AnyName(8, 8), LoraModel, "takes arguments of any name"),
+        (BehindIds(9, 8), LoraModel, "takes its input as 'ids', behind 'kinds'"),
+        (BehindScale(8), LNTuningModel, "takes its input as 'x', behind 'scale'"),
+    ],
+)
+def test_an_input_behind_another_argument_is_refused_when_attaching(module, method, said):
+    model = nn.Sequential(module)
+    with pytest.raises(SiteError, match=said):
+        method(model, modified_modules=["0"])
+    opendelta.assert_pristine(model)
+
+
+class Ahead(nn.Linear):
+    def forward(self, x, residual):
+        return residual + super().forward(x)
+
+
+class AheadOfAll(nn.Linear):
+    def forward(self, x, *more, **options):
+        return super().forward(x)
+
+
+class Passing(nn.Linear):
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("module", "given"), [(Ahead(8, 8), (X, X)), (AheadOfAll(8, 8), (X, 1)), (Passing(8, 8), (X,))]
+)
+def test_an_input_before_other_arguments_is_taken(module, given):
+    model = nn.ModuleDict({"fc": module})
+    plain = module(*given)
+    delta = shake(LoraModel(model, modified_modules=["fc"], lora_r=2, lora_alpha=2))
+    layer = delta.layers["fc"]
+    wanted = plain + X @ layer.lora_A.T @ layer.lora_B.T
+    torch.testing.assert_close(model["fc"](*given), wanted)
+
+
+class FromDict(nn.Linear):
+    def forward(self, batch):
+        return super().forward(batch["x"])
+
+
+@pytest.mark.parametrize(("method", "options"), METHODS[:7])
+def test_a_first_argument_that_is_no_tensor_is_named(method, options):
+    model = nn.ModuleDict({"fc": FromDict(8, 8)})
+    method(model, **{"modified_modules": ["fc"], **options})
+    with pytest.raises(SiteError, match="which is a dict here and no tensor"):
+        model["fc"]({"x": X})
+
+
+def test_what_changes_the_output_alone_needs_no_tensor_first():
+    model = nn.ModuleDict({"fc": FromDict(8, 8)})
+    plain = model["fc"]({"x": X})
+    delta = shake(AdapterModel(model, modified_modules=["fc"], bottleneck_dim=4))
+    layer = delta.layers["fc"]
+    torch.testing.assert_close(model["fc"]({"x": X}), plain + layer.bottleneck(plain))
