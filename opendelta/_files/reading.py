@@ -122,7 +122,7 @@ def parsed(path: Path) -> Any:
         content = read_start(path)
         if problem := excess(content):
             raise DeltaLoadError(f"{path} {problem}")
-        return json.loads(content.decode("utf-8"))
+        return json.loads(content.decode("utf-8-sig"))
     except DeltaLoadError:
         raise
     except (ValueError, RecursionError, OSError) as error:

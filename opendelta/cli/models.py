@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from .._files.reading import parsed, readable
 from ..errors import DeltaError, nearest, reason
 
 NO_MODEL = re.compile(r"^Auto|Config|Tokenizer|Process|Extractor|Output|Pipeline|Onnx|_|^[a-z]")
+MOST_MODULES = 300_000  # ten times those of the largest models
 HUB_NAME = re.compile(r"[\w-][\w.-]*(?:/[\w-][\w.-]*)?")
 
 
@@ -29,12 +34,28 @@ def without_weights(model: str, class_name: str | None = None, saved_from: str =
     config = _config(model)
     cls = _class_of(config, class_name, saved_from)
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _no_more_than(MOST_MODULES):
             if cls is None:
                 return _transformers().AutoModel.from_config(config, trust_remote_code=False)
             return cls._from_config(config)
     except Exception as error:  # whatever a config makes a model raise
         raise DeltaError(f"no model can be made of {model!r}: {_why(error)}") from None
+
+
+@contextlib.contextmanager
+def _no_more_than(most: int) -> Iterator[None]:
+    """Let a config ask for so many modules, and not for memory without end."""
+    count = itertools.count(1)
+
+    def counted(module: nn.Module, name: str, child: nn.Module | None) -> None:
+        if next(count) > most:
+            raise DeltaError(f"its config asks for more than {most:,} modules")
+
+    handle = register_module_module_registration_hook(counted)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def with_weights(model: str, class_name: str | None = None, saved_from: str = "") -> nn.Module:

@@ -19,7 +19,7 @@ from torch import nn
 import opendelta
 from opendelta import DeltaLoadError, LoraModel
 from opendelta._files import folder as files
-from opendelta.cli import looking, main
+from opendelta.cli import looking, main, models
 from opendelta.interop import legacy, peft
 
 BERT = {
@@ -451,6 +451,26 @@ def test_what_may_not_be_read_is_named(folder, monkeypatch):
     monkeypatch.setattr(os, "stat", forbidden)
     with pytest.raises(DeltaLoadError, match=r"cannot be read: .*Permission denied"):
         opendelta.load(folder, net())
+
+
+def test_a_config_as_an_editor_of_windows_saves_it(folder):
+    config = folder / "config.json"
+    config.write_bytes(b"\xef\xbb\xbf" + config.read_bytes().replace(b"\n", b"\r\n"))
+    model = net()
+    opendelta.load(folder, model)
+    x = torch.ones(1, 8)
+    assert not torch.equal(model(x), net()(x))
+
+
+def test_a_config_of_more_layers_than_memory_holds(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(models, "MOST_MODULES", 1_000)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({**BERT, "num_hidden_layers": 10**8}))
+    monkeypatch.setattr(sys, "argv", ["opendelta", "tree", str(config)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert "its config asks for more than 1,000 modules" in capsys.readouterr().err
 
 
 @POSIX
