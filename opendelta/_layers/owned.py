@@ -13,6 +13,7 @@ from .._modules import calls
 from .._modules.holding import TABLES
 from .._modules.tensors import FLOATS
 from .._modules.writing import may_write, through
+from ..names import SLOT
 from .base import Acts, DeltaLayer, Params, Passive
 from .dtypes import dtype_for
 
@@ -140,9 +141,12 @@ def _follow(module: nn.Module, other: nn.Module) -> None:
 
 
 def _held(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors in no table of `module`: attributes, in containers, of modules there."""
+    """Yield the tensors in no table of `module`: attributes, in containers, of modules there.
+
+    Those of the deltas on it are none of its own.
+    """
     seen = {id(each) for each in (*module.modules(), *module.parameters(), *module.buffers())}
-    todo: list[tuple[str, nn.Module]] = list(module.named_modules())
+    todo = [(n, part) for n, part in module.named_modules() if SLOT not in n.split(".")]
     while todo:
         where, part = todo.pop()
         beside = [(key, value) for key, value in part.__dict__.items() if key not in TABLES]
