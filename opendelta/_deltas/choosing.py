@@ -36,7 +36,7 @@ from .base import BaseDelta
 from .blocks import sites_of_children
 from .options import DeltaConfig
 from .order import check_root, free_name, known_records
-from .taking import is_empty, kinds_of
+from .taking import is_empty, kinds_of, other_axis
 
 Config = TypeVar("Config", bound=DeltaConfig)
 
@@ -138,7 +138,7 @@ def resolve(
         names = fitting_inside(backbone, select_all(backbone, wanted), layer_class, by_role)
         modified = leave_out(backbone, names, as_list(config.exclude_modules))
     if by_role and not layer_class.is_block:
-        modified = _acting_sites(backbone, modified, wanted, layer_class)
+        modified = _acting_sites(backbone, modified, wanted, config, layer_class)
     owned = _owned(backbone, as_list(config.modules_to_save))
     _check_apart(backbone, modified, owned)
     unfrozen = _unfrozen(backbone, config)
@@ -307,21 +307,25 @@ def fitting_inside(
 
 
 def _acting_sites(
-    backbone: Backbone, names: list[str], wanted: Sequence[str], layer_class: type[DeltaLayer]
+    backbone: Backbone,
+    names: list[str],
+    wanted: Sequence[str],
+    config: DeltaConfig,
+    layer_class: type[DeltaLayer],
 ) -> list[str]:
     """Return where layers for the modules `names`, which roles selected, act.
 
     Raises:
         AddressError: they act nowhere.
     """
-    sites = (_acting_at(backbone, name, layer_class) for name in names)
+    sites = (_acting_at(backbone, name, config, layer_class) for name in names)
     acting = [site for site in sites if site is not None]
     if not acting:
         raise AddressError(
             f"the modules that {list(wanted)} selects are never called, or return something else "
             f"than their kind: the modules around read their weights, which a "
-            f"{layer_class.__name__} does not fold into, or they have forwards of their own; "
-            "choose others"
+            f"{layer_class.__name__} does not fold into, or they have forwards of their own, which "
+            "may work on another axis or on one that depends on their input; choose others"
         )
     return acting
 
@@ -340,14 +344,18 @@ def misfit(module: nn.Module, layer_class: type[DeltaLayer], acts: Any) -> str |
     return first_argument.misfit(module, own_class) or fitting.misfit(module, own_class, needs)
 
 
-def _acting_at(backbone: Backbone, name: str, layer_class: type[DeltaLayer]) -> str | None:
+def _acting_at(
+    backbone: Backbone, name: str, config: DeltaConfig, layer_class: type[DeltaLayer]
+) -> str | None:
     """Return where a layer for the module `name` acts: there, or on the module around it.
 
     A module that reads the weight of `name` never calls `name`. A layer that no weight can hold
     acts on the module around, if its kind fits. None: the layer acts on neither.
     """
     module = backbone.modules[name]
-    if is_empty(kind_of(module)) or misfit(module, layer_class, layer_class.acts) is not None:
+    kind = kind_of(module)
+    unfit = is_empty(kind) or other_axis(kind, config, layer_class) is not None
+    if unfit or misfit(module, layer_class, layer_class.acts) is not None:
         return None
     read = swap.weight_is_read(module, reading.weight_is_read(backbone, name))
     if not read or layer_class.can_fold_on(module):

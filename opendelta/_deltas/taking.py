@@ -53,27 +53,14 @@ def _check_parameters(name: str, module: nn.Module) -> None:
             raise SiteError(f"{quoted(name)} ({type(module).__name__}) {problem}", where=name)
 
 
-def _check_axis(
-    name: str,
-    module: nn.Module,
-    kind: Norm,
-    config: DeltaConfig,
-    layer_class: type[DeltaLayer],
-) -> None:
-    """Raise unless the layer acts on the axis that a normalisation works on."""
-    what = f"{quoted(name)} ({type(module).__name__}) normalises"
-    if not kind.settled:
-        raise SiteError(
-            f"{what} an axis that depends on how many axes its input has, so that no delta knows "
-            "it; choose other modules",
-            where=name,
-        )
-    if kind.axis != -1 and not layer_class.any_axis:
-        raise SiteError(
-            f"{what} axis {kind.axis} of its input, and {config.delta_type!r} acts on the last "
-            "axis; choose other modules",
-            where=name,
-        )
+def other_axis(kind: Kind | None, config: DeltaConfig, layer_class: type[DeltaLayer]) -> str | None:
+    """Return in words why the layer does not act on the axis of a normalisation, or None."""
+    if isinstance(kind, Norm) and not kind.settled:
+        return "an axis that depends on how many axes its input has, so that no delta knows it"
+    if isinstance(kind, Norm) and kind.axis != -1 and not layer_class.any_axis:
+        axis = f"axis {kind.axis} of its input"
+        return f"{axis}, and {config.delta_type!r} acts on the last axis"
+    return None
 
 
 def check_kind(
@@ -86,8 +73,12 @@ def check_kind(
     """Raise unless the layer takes the module `name`, which has this kind."""
     _check_parameters(name, backbone.modules[name])
     wanted = {*layer_class.kinds}
-    if isinstance(kind, Norm):
-        _check_axis(name, backbone.modules[name], kind, config, layer_class)
+    if (axis := other_axis(kind, config, layer_class)) is not None:
+        raise SiteError(
+            f"{quoted(name)} ({type(backbone.modules[name]).__name__}) normalises {axis}; choose "
+            f"other modules, or leave it out: exclude_modules=[{name!r}]",
+            where=name,
+        )
     if is_empty(kind):
         raise SiteError(
             f"{quoted(name)} ({type(backbone.modules[name]).__name__}) has a size of 0, on which "

@@ -2,26 +2,46 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_iter
 
 from ..errors import SiteError
 from .calls import hidden_key
 from .facts import facts, remembered
-from .faking import on_shapes
+from .faking import Shapes, on_shapes
 from .kinds import Kind, Norm, kind_of
 from .probing import is_known
-from .trials import alone, without_values
+from .trials import SIZES, alone, common_axis, shape_with, without_values
 
 # What a layer needs of the output: hidden states somewhere in it; one tensor with the channels of
 # the kind; or one tensor in the shape of the product that the kind computes. Or the input alone.
 Needs = Literal["hidden", "channels", "product", "input"]
-_found: dict[tuple, tuple[Any, Tensor, bool] | None] = {}
 MOST = 64  # groups that a module may split its input into
+ELSEWHERE = "another axis than its class does"
+BY_COUNT = "an axis that depends on how many axes its input has"
+
+
+class _Run(NamedTuple):
+    """A run on shapes of one forward.
+
+    Attributes:
+        output: what the forward returned.
+        plain: what the kind computes from the input.
+        axis: in words, where the forward takes its width; None: where its kind does.
+    """
+
+    output: Any
+    plain: Tensor
+    axis: str | None
+
+
+_found: dict[tuple, _Run | None] = {}
 
 
 def misfit(module: nn.Module, cls: type[nn.Module], needs: Needs) -> str | None:
@@ -38,13 +58,13 @@ def misfit(module: nn.Module, cls: type[nn.Module], needs: Needs) -> str | None:
     known = facts(module)
     key = None if known is None else (forward, kind, *known)
     run = remembered(_found, key, lambda: _tried(module, forward, kind))
-    if run is not None and not run[2]:
-        return "takes its width on another axis than its class does"
+    if run is not None and run.axis is not None:
+        return f"takes its width on {run.axis}"
     if needs == "input":
         return None
-    if run is not None and needs == "hidden" and not isinstance(run[0], Tensor):
-        return _without_hidden(run[0], kind)
-    if run is not None and (why := _other_shape(*run[:2], kind, needs)) is not None:
+    if run is not None and needs == "hidden" and not isinstance(run.output, Tensor):
+        return _without_hidden(run.output, kind)
+    if run is not None and (why := _other_shape(run.output, run.plain, kind, needs)) is not None:
         return why
     if needs == "product" and kind.takes_ids and not _looks_up(module, forward, kind):
         return "does not look its input up in its weight"
@@ -73,13 +93,8 @@ def _other_shape(output: Any, plain: Tensor, kind: Kind, needs: Needs) -> str | 
 
 
 @torch.no_grad()
-def _tried(
-    module: nn.Module, forward: Callable[..., Any], kind: Kind
-) -> tuple[Any, Tensor, bool] | None:
-    """Return the output of a forward on shapes, what the kind says, and if its axis is usual.
-
-    None: it fails.
-    """
+def _tried(module: nn.Module, forward: Callable[..., Any], kind: Kind) -> _Run | None:
+    """Return a run of a forward on shapes; None: it fails."""
     with on_shapes() as mode:
         try:
             made = without_values(module, mode)
@@ -89,10 +104,42 @@ def _tried(
         like = next(own, torch.empty(0))
         for x, plain, usual in _examples(module, kind, like.dtype):
             try:
-                return forward(made, mode.empty(x.shape, x.dtype, like.device)), plain, usual
+                output = forward(made, mode.empty(x.shape, x.dtype, like.device))
             except Exception:  # whatever a forward of somebody's own raises on such an input
                 continue
+            axis = None if usual else ELSEWHERE
+            if usual and kind.is_product:
+                takes = functools.partial(_takes, forward, made, mode, kind, like)
+                axis = {-1: None, None: BY_COUNT}.get(common_axis(takes), ELSEWHERE)
+            return _Run(output, plain, axis)
     return None
+
+
+def _takes(
+    forward: Callable[..., Any],
+    made: nn.Module,
+    mode: Shapes,
+    kind: Kind,
+    like: Tensor,
+    count: int,
+    axis: int,
+) -> bool:
+    """True if a product's forward takes an input of `count` axes with its width at `axis`.
+
+    On another axis than the last one, it must also give its output's width there.
+
+    Args:
+        made: a module without values.
+    """
+    widths = (kind.in_features, kind.out_features)
+    others = [size for size in SIZES if size not in widths][: count - 1]
+    given, wanted = (shape_with(width, axis, others) for width in widths)
+    try:
+        output = forward(made, mode.empty(given, like.dtype, like.device))
+    except Exception:  # whatever a forward of somebody's own raises on such an input
+        return False
+    shapes = [tuple(t.shape) for t in tree_iter(output) if isinstance(t, Tensor)]
+    return axis == count - 1 or wanted in shapes
 
 
 def _examples(
@@ -102,11 +149,12 @@ def _examples(
 
     Some forwards split an axis.
     """
-    x, plain, _ = kind.example(3, dtype)
+    square = 3 in (kind.in_features, kind.out_features)  # it would hide a wrong axis
+    x, plain, _ = kind.example(5 if square else 3, dtype)
     yield x, plain, True
     if kind.is_product:
-        sizes = [size for size in (3, 5, 7) if size != kind.in_features]
-        images = [(2, *sizes[:count]) for count in (2, 1)]
+        sizes = [size for size in (3, 5, 7, 11) if size != kind.in_features]
+        images = [(2, *sizes[:count]) for count in (2, 1, 3)]
         for before in images:
             yield x.new_empty(*before, x.size(-1)), plain.new_empty(*before, plain.size(-1)), True
         for batch, *rest in images:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -25,7 +26,8 @@ AXES = (-1, -3, -2, -4, 1, 0, 2)  # where a normalisation may work, in the order
 CLEAR = 0.1  # the share of a change that may be by chance
 PROBES = 4  # of a narrow weight
 WIDE = 512
-SIZES = (2, 3, 5, 7, 11)  # of the other axes, with one to spare
+MOST_AXES = 5  # of an input that is tried
+SIZES = (2, 3, 5, 7, 11, 13)  # of the other axes, with two to spare
 _found: dict[tuple, int | None] = {}
 _scaling: dict[tuple, bool] = {}
 _turning: dict[tuple, bool | None] = {}
@@ -149,11 +151,31 @@ def norm_axis(module: nn.Module, width: int) -> int | None:
 def _axis(module: nn.Module, width: int) -> int | None:
     with silent_fakes(), Shapes() as mode:
         made = without_values(module, mode)
-        counts = range(2, len(SIZES) + 1)
-        runs = [{a for a in range(n) if _runs(made, mode, width, n, a)} for n in counts]
-    taken = [(n, axes) for n, axes in enumerate(runs, 2) if axes]
-    fits = (a for a in AXES if all(-n <= a < n and a % n in axes for n, axes in taken))
-    return next(fits, None)
+        return common_axis(functools.partial(_runs, made, mode, width))
+
+
+def common_axis(takes: Callable[[int, int], bool]) -> int | None:
+    """Return the axis of the width that fits inputs of any number of axes; None: there is none.
+
+    It counts from the end, or from the front. -1 if no input is taken.
+
+    Args:
+        takes: tells if inputs of so many axes are taken with the width at this one, from the front.
+    """
+    tried = functools.cache(takes)
+
+    def fits(axis: int, count: int) -> bool:
+        if -count <= axis < count and tried(count, axis % count):
+            return True
+        return not any(tried(count, other) for other in range(count))
+
+    counts = range(2, MOST_AXES + 1)
+    return next((axis for axis in AXES if all(fits(axis, n) for n in counts)), None)
+
+
+def shape_with(width: int, axis: int, others: Sequence[int]) -> tuple[int, ...]:
+    """Return the shape that has `width` at `axis`, from the front, and the other sizes around."""
+    return (*others[:axis], width, *others[axis:])
 
 
 @torch.no_grad()
@@ -163,9 +185,8 @@ def _runs(made: nn.Module, mode: Shapes, width: int, count: int, axis: int) -> b
     Args:
         made: a module without values.
     """
-    shape = [size for size in SIZES if size != width]  # the same size would hide a wrong axis
-    shape = shape[: count - 1]
-    shape.insert(axis, width)
+    others = [size for size in SIZES if size != width]  # the same size would hide a wrong axis
+    shape = shape_with(width, axis, others[: count - 1])
     own = (t for t in made._parameters.values() if t is not None)
     like = next(own, torch.empty(0))
     try:

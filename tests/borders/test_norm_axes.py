@@ -274,6 +274,44 @@ def test_an_axis_that_depends_on_the_rank_is_refused_by_name(cls):
         cls(nn.Sequential(ByRank(6)), modified_modules=["0"])
 
 
+class OfTime(nn.LayerNorm):
+    """After a Conv1d: [batch, channels, length]."""
+
+    def forward(self, x):
+        return super().forward(x.transpose(1, 2)).transpose(1, 2)
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv1d(3, 8, 3), OfTime(8)
+        self.last, self.fc = nn.LayerNorm(8), nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.fc(self.last(self.norm(self.conv(x)).mean(-1)))
+
+
+@pytest.mark.parametrize("cls", [BitFitModel, LNTuningModel])
+def test_a_norm_on_an_axis_that_no_delta_knows_is_none_of_the_default_places(cls):
+    model, x = Net(), torch.randn(2, 3, 12)
+    plain = model(x)
+    delta = cls(model)
+    assert "norm" not in delta.layers
+    assert "last" in delta.layers
+    shake(delta)
+    assert not torch.allclose(model(x), plain)
+    says = r"'norm' \(OfTime\) normalises an axis .* exclude_modules=\['norm'\]"
+    with pytest.raises(SiteError, match=says):
+        cls(Net(), modified_modules=["last", "norm"])
+    cls(Net(), modified_modules=["last", "norm"], exclude_modules=["norm"])
+
+
+def test_default_places_that_are_all_on_such_axes_say_so():
+    model = nn.Sequential(nn.Conv1d(3, 8, 3), OfTime(8))
+    with pytest.raises(opendelta.AddressError, match="one that depends on their input"):
+        LNTuningModel(model)
+
+
 class OnePlus(nn.Module):
     """As Gemma's: its weight is no factor."""
 

@@ -278,6 +278,40 @@ class ChannelsLast(nn.Conv2d):
         return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
+class OfTime(nn.Linear):
+    """As a convolution with a kernel of 1, after a Conv1d: [batch, channels, length]."""
+
+    def forward(self, x):
+        return super().forward(x.transpose(1, 2)).transpose(1, 2)
+
+
+class Linear3d(nn.Linear):
+    def forward(self, x):
+        return F.conv3d(x, self.weight[:, :, None, None, None], self.bias)
+
+
+class TwoOfTime(OfTime):
+    def forward(self, x):
+        out = super().forward(x)
+        return out.sigmoid(), out
+
+
+class ByCount(nn.Linear):
+    """Tokens [batch, length, channels] and images [batch, channels, height, width]."""
+
+    def forward(self, x):
+        if x.ndim == 4:
+            return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+        return super().forward(x)
+
+
+class AtFrontOf(nn.Linear):
+    """A matrix times columns."""
+
+    def forward(self, x):
+        return self.weight @ x + self.bias[:, None]
+
+
 class OfImages(nn.Linear):
     """It takes images [batch, height, width, channels] alone."""
 
@@ -286,21 +320,83 @@ class OfImages(nn.Linear):
         return super().forward(x.reshape(batch, -1, channels)).view(batch, height, width, -1)
 
 
-AXES = [Linear2d(6, 6), Linear2d(6, 4), Linear1d(6, 6), ChannelsFirst(6, 6), ChannelsLast(6, 4, 1)]
+AXES = [
+    Linear2d(6, 6), Linear2d(6, 4), Linear1d(6, 6), ChannelsFirst(6, 6), ChannelsLast(6, 4, 1),
+    Linear3d(6, 6), AtFrontOf(6, 6),
+]  # fmt: skip
+BY_COUNT = [
+    OfTime(6, 6), OfTime(3, 3), OfTime(6, 4), TwoOfTime(6, 6), ByCount(6, 6), ByCount(3, 5),
+]  # fmt: skip
+EVERY = [
+    LoraModel, LohaModel, VeraModel, FourierFTModel, BitFitModel, IA3Model, AdapterModel, OFTModel,
+    HRAModel,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("module", AXES, ids=lambda module: type(module).__name__)
-@pytest.mark.parametrize(
-    "method",
-    [LoraModel, LohaModel, VeraModel, FourierFTModel, BitFitModel, IA3Model, AdapterModel,
-     OFTModel, HRAModel],
-)  # fmt: skip
+@pytest.mark.parametrize("method", EVERY)
 def test_a_width_on_another_axis_is_refused(module, method):
     model = nn.Sequential(module)
     before = opendelta.snapshot(model)
     with pytest.raises(SiteError, match=r"takes its width on another axis|cannot carry"):
         method(model, modified_modules=["0"])
     opendelta.assert_pristine(model, like=before)
+
+
+@pytest.mark.parametrize("module", BY_COUNT, ids=lambda module: type(module).__name__)
+@pytest.mark.parametrize("method", EVERY)
+def test_a_width_whose_axis_depends_on_the_number_of_axes_is_refused(module, method):
+    model = nn.Sequential(module)
+    before = opendelta.snapshot(model)
+    says = r"'0' .*its width on an axis that depends on how many axes .* exclude_modules=\['0'\]"
+    with pytest.raises(SiteError, match=says):
+        method(model, modified_modules=["0"])
+    opendelta.assert_pristine(model, like=before)
+
+
+class ByRows(nn.Linear):
+    """As mT5's and others': it takes any input for rows of its width."""
+
+    def forward(self, x):
+        rows = super().forward(x.reshape(-1, self.in_features))
+        return rows.view(*x.shape[:-1], self.out_features)
+
+
+class OfTokens(nn.Linear):
+    """It takes inputs of three axes alone, and keeps what it saw."""
+
+    def forward(self, x):
+        batch, length, _ = x.shape
+        return super().forward(x.flatten(0, 1)).unflatten(0, (batch, length))
+
+
+class Gathered(nn.Linear):
+    """It moves its last axis there and back."""
+
+    def forward(self, x):
+        return super().forward(x.movedim(-1, 0).movedim(0, -1))
+
+
+@pytest.mark.parametrize("cls", [ByRows, OfTokens, Gathered])
+@pytest.mark.parametrize("sizes", [(6, 6), (3, 6), (15, 4)])
+def test_a_forward_of_one_s_own_over_the_last_axis_takes_deltas(cls, sizes):
+    model, x = nn.Sequential(cls(*sizes)), torch.randn(2, 4, sizes[0])
+    plain = model(x)
+    (bias,) = shake(BitFitModel(model, modified_modules=["0"])).parameters()
+    torch.testing.assert_close(model(x), plain + bias)
+
+
+class Channels(nn.Embedding):
+    """As for convolutions: [batch, channels, length]."""
+
+    def forward(self, ids):
+        return super().forward(ids).transpose(1, 2)
+
+
+@pytest.mark.parametrize("width", [3, 5])
+def test_an_embedding_with_its_width_on_another_axis_is_refused(width):
+    with pytest.raises(SiteError, match=r"'0' .*returns \["):
+        LoraModel(nn.Sequential(Channels(9, width)), modified_modules=["0"])
 
 
 def test_a_linear_over_the_last_axis_of_images_takes_deltas():
