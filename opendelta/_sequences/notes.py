@@ -6,6 +6,7 @@ given all of it: they find the `Documents` of the running call.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -24,12 +25,21 @@ from .._texts.arguments import (
 )
 from .._texts.documents import Asks, else_say, of_ends
 from .._texts.rehearsal import is_own
-from .._texts.running import during, noting, of_now, unheard_during, unsaid, unsaid_during
+from .._texts.running import (
+    beginning,
+    during,
+    earlier_in,
+    noting,
+    of_now,
+    unheard_during,
+    unsaid,
+    unsaid_during,
+)
 from .._texts.saying import by_usual_names
-from .._texts.states import may_be_state, state_in
+from .._texts.states import may_be_state
 from ..errors import SiteError
-from ..names import ancestors
-from .tokens import noted
+from ..names import ancestors, join
+from .tokens import beside_input, noted
 
 TOKENS_FIRST = ("FSMTEncoder", "FSMTDecoder", "XLNetModel")
 
@@ -68,11 +78,18 @@ class Guesses(Notes):
     """Notes the documents of a call of somebody's own that names no `input_ids`."""
 
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        given, texts = by_usual_names(self.said.telling(named(self.arguments, args, kwargs)))
+        told = self.said.telling(named(self.arguments, args, kwargs))
+        return beginning(self._noting, told, call, *args, **kwargs)
+
+    def _noting(
+        self, told: dict[str, Any], call: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        given, texts = by_usual_names(told)
         given = with_mask(given, self.padding)
         documents = noted(given, self.where, self.asks, self.said, self, *texts[:1])
         if documents is None:
-            return unheard_during(given, call, *args, **kwargs)
+            why = after_earlier(told, args, kwargs, self.where)
+            return unsaid_during(why, unheard_during, given, call, *args, **kwargs)
         documents.guessed = True
         if len(texts) > 1 and not documents.says_nothing:
             documents.doubt = "is in a call of several texts, and nothing says whose its mask is"
@@ -112,11 +129,20 @@ class Continued(Listens):
     """Lets layers inside a module know that it is given earlier tokens, which nothing counts."""
 
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        name = state_in(self.told(args, kwargs))
-        advice = else_say(name, self.where)
-        why = f"runs after earlier tokens ({name!r}), which nothing counts; {advice}"
-        why = why if name else unsaid()
-        return unsaid_during(why, call, *args, **kwargs)
+        why = after_earlier(self.told(args, kwargs), args, kwargs, self.where)
+        return unsaid_during(why or unsaid(), call, *args, **kwargs)
+
+
+def after_earlier(told: Mapping[str, Any], args: tuple, kwargs: dict[str, Any], where: str) -> str:
+    """Return why nothing counts the tokens before those of a call, if there are some; or "".
+
+    Args:
+        told: what may tell of its tokens, of the call's arguments by name.
+        where: the full name of the module.
+    """
+    name = earlier_in(beside_input(told, args, kwargs))
+    advice = else_say(name, where)
+    return f"runs after earlier tokens ({name!r}), which nothing counts; {advice}" if name else ""
 
 
 def _packed(given: Mapping[str, Any]) -> str:
@@ -171,7 +197,7 @@ def notes_for(
                 where=name,
             )
         inner = outer[: outer.index(takes[0])] if takes else ()
-        states = [] if takes else [o for o in outer if any(map(may_be_state, _own(modules[o])))]
+        states = [] if takes else _given_states(name, modules)
         found |= {o: Continued(modules[o], o) for o in states if o not in made}
         beside = [o for o in inner if is_beside_text(modules[o])]
         found |= {o: Apart(modules[o], o) for o in beside[-1:] if o not in made}
@@ -179,10 +205,26 @@ def notes_for(
             two = around != takes[0] and "decoder_input_ids" in arguments(modules[around])
             if around not in made and not two:
                 found[around] = Notes(modules[around], around, asks)
-        if not takes and "" not in {*made, *found} and is_own(modules[""]):
+        if not takes and "" not in made and is_own(modules[""]):
             found[""] = Guesses(modules[""], "", asks)
     return found
 
 
-def _own(module: nn.Module) -> list[str]:
-    return arguments(module)[1:]
+def _given_states(name: str, modules: Mapping[str, nn.Module]) -> list[str]:
+    """Return the modules at and around `name` that may be given a state, and those before them.
+
+    The first of several siblings is given the state that they share before it holds anything.
+    """
+    found = [o for o in [*ancestors(name), ""] if may_be_given_state(modules[o])]
+    firsts = []
+    for where in found:
+        parent = where.rpartition(".")[0]
+        siblings = modules[parent].named_children() if where else ()
+        likely = (join(parent, n) for n, child in siblings if may_be_given_state(child))
+        firsts += [first for first in itertools.islice(likely, 1) if first in modules]
+    return [*dict.fromkeys((*found, *firsts))]
+
+
+def may_be_given_state(module: nn.Module) -> bool:
+    """True if an argument beside a module's input may hold earlier tokens."""
+    return any(map(may_be_state, arguments(module)[1:]))

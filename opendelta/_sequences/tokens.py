@@ -30,6 +30,8 @@ from .._texts.documents import (
 )
 from .._texts.returned import RETURNED, Watch
 from .._texts.running import (
+    earlier_in,
+    meets,
     running,
     unheard,
     unsaid,
@@ -41,7 +43,6 @@ from .._texts.saying import (
     parts_in,
     unheard_in,
 )
-from .._texts.states import state_in
 from ..errors import SiteError, quoted
 from ..names import ancestors
 from ..names import last as last_step
@@ -130,6 +131,12 @@ def padding_of(given: Mapping[str, Any], tokens: Tensor, where: str) -> Tensor |
     return documents.mask
 
 
+def beside_input(told: Mapping[str, Any], args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments `told` of a call but for its input, the first one."""
+    x = first_input(args, kwargs) if args or kwargs else None
+    return {name: value for name, value in told.items() if value is not x}
+
+
 class Tokens:
     """Chooses tokens of the rows that go through a module.
 
@@ -144,6 +151,14 @@ class Tokens:
         self.arguments = own if set(own) >= READS else None
         self.padding, self.beside_text = padding_id(module), is_beside_text(module)
         self.said = stated(module)
+
+    def hearing(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run `call`, the module's, after a look at what it is given and may fill."""
+        meets(self._beside(args, kwargs))
+        return call(*args, **kwargs)
+
+    def _beside(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+        return beside_input(self.said.telling(named(self.names, args, kwargs)), args, kwargs)
 
     def chosen(
         self, h: Tensor, args: tuple, kwargs: dict[str, Any], first: int, last: int
@@ -241,14 +256,13 @@ class Tokens:
                 "runs again in a backward, where nothing says where its rows begin and end: call "
                 "the whole model, which notes that, and use torch.utils.checkpoint",
             )
-        x, given = first_input(args, kwargs), self.said.telling(named(self.names, args, kwargs))
-        given = {name: value for name, value in given.items() if value is not x}
+        given = self._beside(args, kwargs)
         if self.said.own and (name := other_mask_in(given, h.size(0), h.size(-2))):
             self._refuse(asks, _may_say(name, self.where))
         masks = [value for name, value in kwargs.items() if "mask" in name]
         masks += [value for value in args[1:] if isinstance(value, Tensor) and value.ndim == 4]
         hidden = not self.said.own and any(mask is not None for mask in masks)
-        if hidden or state_in(given):
+        if hidden or earlier_in(given):
             self._refuse(
                 asks,
                 "is given a mask or a cache, but no module around it that has input_ids says which "

@@ -68,7 +68,7 @@ class LoReftLayer(OutputLayer):
         return h + (self.learned_source(h) - h @ R.T) @ R
 
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        out = call(*args, **kwargs)
+        out = self.tokens.hearing(call, *args, **kwargs)
         if self.first is None and self.last is None:
             return change_hidden(out, self.width, self.scaled)
 
