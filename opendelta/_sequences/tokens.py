@@ -1,8 +1,4 @@
-"""Hand the documents in the rows of a call on to the modules inside it, and choose tokens by them.
-
-A module that embeds tokens is given what says where they begin and end. Modules inside it are not
-given all of it: they find the `Documents` of the running call.
-"""
+"""Choose tokens of the rows in the running call, by the documents that its arguments say."""
 
 from __future__ import annotations
 
@@ -13,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._layers import recomputing
-from .._layers.base import Acts, DeltaLayer
 from .._modules.calls import first_given
 from .._texts.arguments import (
     EMBEDDED,
@@ -34,127 +28,24 @@ from .._texts.documents import (
     else_say,
     of_ends,
 )
-from .._texts.rehearsal import is_own
 from .._texts.returned import RETURNED, Watch
 from .._texts.running import (
-    during,
-    noting,
-    of_now,
+    earlier_in,
+    meets,
     running,
     unheard,
-    unheard_during,
     unsaid,
-    unsaid_during,
 )
 from .._texts.saying import (
     KEEPS,
-    by_usual_names,
     keeps_its_cache,
     other_mask_in,
     parts_in,
     unheard_in,
 )
-from .._texts.states import may_be_state, state_in
 from ..errors import SiteError, quoted
 from ..names import ancestors
 from ..names import last as last_step
-
-TOKENS_FIRST = ("FSMTEncoder", "FSMTDecoder", "XLNetModel")
-
-
-class Notes(DeltaLayer):
-    """Notes the documents in the rows of a module's call, for layers inside the module.
-
-    Args:
-        module: the module, which is not kept.
-        where: its full name.
-        asks: what the layers ask.
-    """
-
-    acts = Acts.SERVES
-    routes_itself = True
-
-    def __init__(self, module: nn.Module, where: str, asks: Asks) -> None:
-        super().__init__()
-        recomputing.keep(of_now)
-        self.arguments, self.padding = arguments(module), padding_id(module)
-        self.where, self.asks, self.said = where, asks, stated(module)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        recomputing.keep(of_now)  # an unpickled model may be in another process
-
-    def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        given = with_mask(named(self.arguments, args, kwargs), self.padding)
-        documents = noted(given, self.where, self.asks, self.said, self)
-        if documents is None and self.said.own:
-            return unheard_during(self.said.telling(given), call, *args, **kwargs)
-        return noting(documents, call, *args, **kwargs)
-
-
-class Guesses(Notes):
-    """Notes the documents of a call of somebody's own that names no `input_ids`."""
-
-    def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        given, texts = by_usual_names(self.said.telling(named(self.arguments, args, kwargs)))
-        given = with_mask(given, self.padding)
-        documents = noted(given, self.where, self.asks, self.said, self, *texts[:1])
-        if documents is None:
-            return unheard_during(given, call, *args, **kwargs)
-        documents.guessed = True
-        if len(texts) > 1 and not documents.says_nothing:
-            documents.doubt = "is in a call of several texts, and nothing says whose its mask is"
-        return noting(documents, call, *args, **kwargs)
-
-
-class Listens(DeltaLayer):
-    """Hears by what arguments a module is called, for layers inside it that choose tokens.
-
-    Args:
-        module: the module, which is not kept.
-        where: its full name.
-    """
-
-    acts = Acts.SERVES
-    routes_itself = True
-
-    def __init__(self, module: nn.Module, where: str) -> None:
-        super().__init__()
-        self.arguments, self.said, self.where = arguments(module), stated(module), where
-
-    def told(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Return the arguments of a call that may tell of its tokens."""
-        return self.said.telling(named(self.arguments, args, kwargs))
-
-
-class Apart(Listens):
-    """Lets modules inside know of no text, as images and sounds have tokens of their own."""
-
-    def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        name = _packed(self.told(args, kwargs))
-        why = f"is given several images as one row ({name!r})" if name else ""
-        return unsaid_during(why, during, None, call, *args, **kwargs)
-
-
-class Continued(Listens):
-    """Lets layers inside a module know that it is given earlier tokens, which nothing counts."""
-
-    def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        name = state_in(self.told(args, kwargs))
-        advice = else_say(name, self.where)
-        why = f"runs after earlier tokens ({name!r}), which nothing counts; {advice}"
-        why = why if name else unsaid()
-        return unsaid_during(why, call, *args, **kwargs)
-
-
-def _packed(given: Mapping[str, Any]) -> str:
-    """Return the name of an argument that says that several images are one row; or ""."""
-    sizes = {
-        name: value for name, value in given.items() if isinstance(value, Tensor) and value.ndim
-    }
-    grids = (name for name, value in sizes.items() if "grid" in name and value.size(0) > 1)
-    ends = (name for name, value in sizes.items() if name == "cu_seqlens" and len(value) > 2)
-    return next(grids, next(ends, ""))
 
 
 def noted(
@@ -240,6 +131,12 @@ def padding_of(given: Mapping[str, Any], tokens: Tensor, where: str) -> Tensor |
     return documents.mask
 
 
+def beside_input(told: Mapping[str, Any], args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments `told` of a call but for its input, the first one."""
+    x = first_given(args, kwargs)
+    return {name: value for name, value in told.items() if value is not x}
+
+
 class Tokens:
     """Chooses tokens of the rows that go through a module.
 
@@ -254,6 +151,14 @@ class Tokens:
         self.arguments = own if set(own) >= READS else None
         self.padding, self.beside_text = padding_id(module), is_beside_text(module)
         self.said = stated(module)
+
+    def hearing(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Run `call`, the module's, after a look at what it is given and may fill."""
+        meets(self._beside(args, kwargs))
+        return call(*args, **kwargs)
+
+    def _beside(self, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+        return beside_input(self.said.telling(named(self.names, args, kwargs)), args, kwargs)
 
     def chosen(
         self, h: Tensor, args: tuple, kwargs: dict[str, Any], first: int, last: int
@@ -351,14 +256,13 @@ class Tokens:
                 "runs again in a backward, where nothing says where its rows begin and end: call "
                 "the whole model, which notes that, and use torch.utils.checkpoint",
             )
-        x, given = first_given(args, kwargs), self.said.telling(named(self.names, args, kwargs))
-        given = {name: value for name, value in given.items() if value is not x}
+        given = self._beside(args, kwargs)
         if self.said.own and (name := other_mask_in(given, h.size(0), h.size(-2))):
             self._refuse(asks, _may_say(name, self.where))
         masks = [value for name, value in kwargs.items() if "mask" in name]
         masks += [value for value in args[1:] if isinstance(value, Tensor) and value.ndim == 4]
         hidden = not self.said.own and any(mask is not None for mask in masks)
-        if hidden or state_in(given):
+        if hidden or earlier_in(given):
             self._refuse(
                 asks,
                 "is given a mask or a cache, but no module around it that has input_ids says which "
@@ -377,62 +281,3 @@ def _block(where: str) -> str:
     block, number = numbered[-1], last_step(numbered[-1])
     pattern = f"[r]^{re.escape(block.removesuffix(number))}\\d+$"
     return f"the block around it, such as by modified_modules=[{pattern!r}], or "
-
-
-def notes_at_ends(
-    made: Mapping[str, DeltaLayer],
-    modules: Mapping[str, nn.Module],
-    first: int | None,
-    last: int | None,
-) -> dict[str, DeltaLayer]:
-    """Return the result of `notes_for` for layers that act at these tokens of each document."""
-    return {} if first is last is None else notes_for(made, modules, of_ends(last))
-
-
-def notes_for(
-    made: Mapping[str, DeltaLayer], modules: Mapping[str, nn.Module], asks: Asks
-) -> dict[str, DeltaLayer]:
-    """Return `Notes` for the innermost module with token ids around each layer in `made`.
-
-    And for the outermost one: RWKV's, for example, takes a mask and does not hand it on. That of an
-    encoder-decoder says nothing of its decoder's tokens. Encoders of images beside the text, which
-    may happen to have as many tokens, get an `Apart`.
-
-    Raises:
-        SiteError: the modules around a layer put the tokens before the rows.
-    """
-    found: dict[str, DeltaLayer] = {}
-    for name in made:
-        outer = [*ancestors(name), ""][1:]
-        for kind in (type(modules[o]) for o in outer):
-            if any(base.__name__ in TOKENS_FIRST for base in kind.__mro__):
-                raise SiteError(
-                    f"{asks.option}: {name!r} is inside {kind.__name__}, where hidden states are "
-                    f"[length, batch, width]: choose {asks.instead}",
-                    where=name,
-                )
-        takes = [o for o in outer if set(arguments(modules[o])) >= READS]
-        takes = takes or [o for o in outer if "input_ids" in arguments(modules[o])]
-        if takes and "decoder_input_ids" in arguments(modules[takes[0]]):
-            raise SiteError(
-                f"{asks.option}: {name!r} is in {type(modules[takes[0]]).__name__}, which is given "
-                "the tokens of two texts, and nothing says which of them it computes: choose "
-                f"{asks.instead}",
-                where=name,
-            )
-        inner = outer[: outer.index(takes[0])] if takes else ()
-        states = [] if takes else [o for o in outer if any(map(may_be_state, _own(modules[o])))]
-        found |= {o: Continued(modules[o], o) for o in states if o not in made}
-        beside = [o for o in inner if is_beside_text(modules[o])]
-        found |= {o: Apart(modules[o], o) for o in beside[-1:] if o not in made}
-        for around in dict.fromkeys((*takes[:1], *takes[-1:])):
-            two = around != takes[0] and "decoder_input_ids" in arguments(modules[around])
-            if around not in made and not two:
-                found[around] = Notes(modules[around], around, asks)
-        if not takes and "" not in {*made, *found} and is_own(modules[""]):
-            found[""] = Guesses(modules[""], "", asks)
-    return found
-
-
-def _own(module: nn.Module) -> list[str]:
-    return arguments(module)[1:]

@@ -27,6 +27,7 @@ from .states import (
     now,
     other_state_in,
     renew,
+    state_in,
 )
 
 BESIDE = "beside_tokens"  # by which attribute a module says which arguments tell nothing of tokens
@@ -84,6 +85,7 @@ class Documents:
     Attributes:
         several: rows may hold several documents.
         continued: a cache holds earlier tokens.
+        uncounted: the argument that may hold earlier tokens, which it does not count; or "".
         unnumbered: this call, or one around it, was given no position ids.
         guessed: which argument holds the tokens was told by its form alone.
         doubt: what else the call may say of its tokens, if nothing tells how.
@@ -108,9 +110,10 @@ class Documents:
         counts, before = counted_before(given, batch, length, device)
         if counts and not self.held:
             self.held = before
-        self.other_state = other_state_in(given)
-        if self.held == 0 and ((self.other_state and not counts) or self._is_longer()):
+        other = other_state_in(given)
+        if self.held == 0 and ((other and not counts) or self._is_longer()):
             self.held = None
+        self.uncounted = state_in(given) if self.held is None else ""
         self.began, self.note_before = now(), note_of(self.state)
         self.noted = None if self.note_before is None else self.note_before.counts
         self.several, self.continued = isinstance(self.positions, Tensor), self.held != 0
@@ -228,10 +231,10 @@ class Documents:
             )
 
     def _way_out(self, where: str) -> str:
-        state = self.other_state
-        if not state:
-            return ": give position_ids, or an attention_mask [batch, length] for all tokens"
-        return f", as {state!r} may hold: give position_ids; {else_say(state, where)}"
+        ways = "give position_ids, or an attention_mask [batch, length] for all tokens"
+        if not (state := self.uncounted):
+            return f": {ways}"
+        return f", as {state!r} may hold: {ways}; {else_say(state, where)}"
 
     def firsts(self) -> Tensor:
         """Return booleans [batch or 1, length]: true for the first token of each document."""

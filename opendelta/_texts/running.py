@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .documents import Documents
+from .states import is_new, state_in
 
 
 class _Running(threading.local):
@@ -19,6 +20,8 @@ class _Running(threading.local):
         self.documents: Documents | None = None
         self.unsaid = ""  # why nothing says where rows begin in the running call
         self.unheard: Mapping[str, Any] = {}  # what a call is given whose tokens nobody knows
+        # What holds no earlier tokens, as it was empty in the running call; None: nobody looks.
+        self.begun: tuple[Any, ...] | None = None
 
 
 _running = _Running()
@@ -48,6 +51,30 @@ def unheard_during(
         return during(None, call, *args, **kwargs)
     finally:
         _running.unheard = before
+
+
+def beginning(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Run `call`; what `meets` finds empty inside holds tokens of this call alone."""
+    before, _running.begun = _running.begun, ()
+    try:
+        return call(*args, **kwargs)
+    finally:
+        _running.begun = before
+
+
+def meets(given: Mapping[str, Any]) -> None:
+    """Look at arguments of a call before it runs: what is empty holds no earlier tokens."""
+    if _running.begun is not None:
+        new = (value for value in given.values() if is_new(value))
+        _running.begun = (*_running.begun, *new)
+
+
+def earlier_in(given: Mapping[str, Any]) -> str:
+    """Return the name of an argument that holds tokens from before the running call; or ""."""
+    meets(given)
+    begun = _running.begun or ()
+    left = {n: v for n, v in given.items() if not any(v is each for each in begun)}
+    return state_in(left)
 
 
 def mask_around(documents: Documents) -> Tensor | None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .._modules.calls import items_of
 from .numbers import are_full, is_causal, may_part, may_tell, shows
-from .states import NO_STATES, may_be_state
+from .states import NO_STATES, may_be_state, other_state_in
 
 PLACES = ("cache_position", "input_pos")  # arguments that number the tokens of a call
 STARTS = ("start_pos",)  # arguments that count the tokens before
@@ -246,7 +246,8 @@ def by_usual_names(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]
 
 
 def _without(given: Mapping[str, Any], tokens: Tensor) -> dict[str, Any]:
-    return {name: value for name, value in given.items() if value is not tokens}
+    """Return the arguments but for the tokens, which are no state, whatever else they are."""
+    return {n: value for n, value in given.items() if value is not tokens or may_be_state(n)}
 
 
 def flat(given: Mapping[str, Any], depth: int = 3) -> dict[str, Any]:
@@ -254,11 +255,17 @@ def flat(given: Mapping[str, Any], depth: int = 3) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in given.items():
         items = None if isinstance(value, tuple | list) or may_be_state(name) else items_of(value)
-        if items is None or not depth:
+        if items is None or not depth or _is_by_number(name, value, items):
             found[name] = value
         else:
             found |= flat({str(key): item for key, item in items.items()}, depth - 1)
     return found
+
+
+def _is_by_number(name: str, value: Any, items: Mapping[Any, Any]) -> bool:
+    """True if a mapping holds states by the numbers of the layers, and not arguments by name."""
+    named = all(isinstance(key, str) for key in items)
+    return not named and bool(other_state_in({name: value}))
 
 
 def _is_beside(name: str) -> bool:

@@ -45,6 +45,12 @@ def state_in(given: Mapping[str, Any]) -> str:
     return next((n for n in own if not _is_empty(given[n])), "") or other_state_in(given)
 
 
+def is_new(value: Any) -> bool:
+    """True if a value may hold tokens later, and holds none yet."""
+    plain = value is None or isinstance(value, Tensor | str | int | float)
+    return not plain and earlier({CACHES[0]: value}) == 0
+
+
 def unnoted(given: Mapping[str, Any]) -> str:
     """Return the name of a state with values that counts no tokens, and that no call returned."""
     state = cache_in(given)

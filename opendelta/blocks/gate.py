@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from .._sequences.causality import Verdict, watched
-from .._sequences.tokens import Tokens, notes_for
+from .._sequences.notes import notes_for
+from .._sequences.tokens import Tokens
 from .._texts.documents import SEQUENCE
 from ..author import (
     Block,

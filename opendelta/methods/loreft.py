@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .._layers import matrices
-from .._sequences import tokens
+from .._sequences import notes, tokens
 from ..author import (
     Delta,
     DeltaConfig,
@@ -68,7 +68,7 @@ class LoReftLayer(OutputLayer):
         return h + (self.learned_source(h) - h @ R.T) @ R
 
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        out = call(*args, **kwargs)
+        out = self.tokens.hearing(call, *args, **kwargs)
         if self.first is None and self.last is None:
             return change_hidden(out, self.width, self.scaled)
 
@@ -82,7 +82,7 @@ class LoReftLayer(OutputLayer):
     def companions(
         cls, made: Mapping[str, DeltaLayer], modules: Mapping[str, nn.Module], config: Any
     ) -> dict[str, DeltaLayer]:
-        return tokens.notes_at_ends(made, modules, config.first, config.last)
+        return notes.notes_at_ends(made, modules, config.first, config.last)
 
 
 class LoReftModel(Delta):

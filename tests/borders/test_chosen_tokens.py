@@ -268,7 +268,7 @@ def test_states_of_unknown_tokens_are_refused_or_need_a_mask():
         full = model(IDS).last_hidden_state[:, -1:]
         with delta.disabled():
             state = model(IDS[:, :4], use_cache=True).cache_params
-        with pytest.raises(SiteError, match="how many came before: give position_ids, or an att"):
+        with pytest.raises(SiteError, match="as 'cache_params' may hold: give position_ids, or"):
             model(IDS[:, 4:], cache_params=state)
         out = model(IDS[:, :11], use_cache=True)
         found = model(IDS[:, 11:], cache_params=out.cache_params, attention_mask=IDS > 0)
