@@ -178,6 +178,11 @@ def notes_for(
         SiteError: the modules around a layer put the tokens before the rows.
     """
     found: dict[str, DeltaLayer] = {}
+
+    def put(where: str, cls: Any, *more: Any) -> None:
+        if where not in made and type(found.get(where)) is not cls:
+            found[where] = cls(modules[where], where, *more)
+
     for name in made:
         outer = [*ancestors(name), ""][1:]
         for kind in (type(modules[o]) for o in outer):
@@ -197,16 +202,19 @@ def notes_for(
                 where=name,
             )
         inner = outer[: outer.index(takes[0])] if takes else ()
+        own_root = not takes and is_own(modules[""])
         states = [] if takes else _given_states(name, modules)
-        found |= {o: Continued(modules[o], o) for o in states if o not in made}
-        beside = [o for o in inner if is_beside_text(modules[o])]
-        found |= {o: Apart(modules[o], o) for o in beside[-1:] if o not in made}
+        for where in states:
+            if where or not own_root:
+                put(where, Continued)
+        for where in [o for o in inner if is_beside_text(modules[o])][-1:]:
+            put(where, Apart)
         for around in dict.fromkeys((*takes[:1], *takes[-1:])):
             two = around != takes[0] and "decoder_input_ids" in arguments(modules[around])
-            if around not in made and not two:
-                found[around] = Notes(modules[around], around, asks)
-        if not takes and "" not in made and is_own(modules[""]):
-            found[""] = Guesses(modules[""], "", asks)
+            if not two:
+                put(around, Notes, asks)
+        if own_root:
+            put("", Guesses, asks)
     return found
 
 

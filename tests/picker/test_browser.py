@@ -220,8 +220,13 @@ def test_a_row_that_is_drawn_anew_under_the_pointer_is_clicked_on(page, part):
     shown.wait(lambda: shown.rows()["query"]["checked"])
     name = "0-3" if part == "twist" else "query"
     path = f"//*[@class='name' and text()='{name}']/ancestor::*[@role='treeitem']"
-    row = shown.browser.find_element("xpath", path)
-    ActionChains(shown.browser).click_and_hold(row.find_element("class name", part)).perform()
+
+    def hold():
+        row = shown.browser.find_element("xpath", path).find_element("class name", part)
+        ActionChains(shown.browser).click_and_hold(row).perform()
+        return True
+
+    shown.wait(hold)
     shown.browser.execute_script(
         "document.getElementById('tree').dispatchEvent(new Event('scroll'))"
     )
