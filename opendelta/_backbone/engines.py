@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import weakref
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from typing import Any
@@ -117,8 +118,7 @@ def _engines() -> list[Any]:
     for cls in _kinds_of(nn.Module):
         if name := next((b.__name__ for b in cls.__mro__ if b.__name__ in ENGINES), ""):
             kinds[cls] = name
-    found = _referrers(*kinds)  # a module does not know what is around it, but refers to its class
-    return [(each, ENGINES[kinds[type(each)]]) for each in found if type(each) in kinds]
+    return [(each, ENGINES[kinds[type(each)]]) for each in _frozen.instances(kinds)]
 
 
 def _kinds_of(cls: type) -> set[type]:
@@ -131,15 +131,37 @@ def _kinds_of(cls: type) -> set[type]:
     return found
 
 
-def _referrers(*objects: Any) -> list[Any]:
-    """Return all that refers to one of `objects`, also what gc.freeze() set aside."""
-    if not gc.get_freeze_count():
-        return gc.get_referrers(*objects)
-    gc.unfreeze()
-    try:
-        return gc.get_referrers(*objects)
-    finally:
-        gc.freeze()
+class _Frozen:
+    """What gc.freeze() set aside: it is looked through once, not for each delta.
+
+    To be looked through, it must be among all objects for a moment; then all are set aside.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0  # of the objects there
+        self.found: list[weakref.ref[Any]] = []
+
+    def instances(self, kinds: Collection[type]) -> list[Any]:
+        """Return all instances of these classes, which they refer to and know nothing of."""
+        count = gc.get_freeze_count()
+        if count <= self.count:
+            self.count = count
+            known = [each for ref in self.found if (each := ref()) is not None]
+            return [*_instances(kinds), *known]
+        gc.unfreeze()
+        try:
+            found = _instances(kinds)
+        finally:
+            gc.freeze()
+        self.count, self.found = gc.get_freeze_count(), [*map(weakref.ref, found)]
+        return found
+
+
+_frozen = _Frozen()
+
+
+def _instances(kinds: Collection[type]) -> list[Any]:
+    return [each for each in gc.get_referrers(*kinds) if type(each) in kinds]
 
 
 def _known_to(engine: nn.Module, tables: Sequence[str]) -> set[int]:

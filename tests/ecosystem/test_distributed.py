@@ -1,5 +1,6 @@
 """Deltas on models that several processes share: DDP, FSDP2, tensor parallelism."""
 
+import gc
 import json
 import os
 import warnings
@@ -150,6 +151,22 @@ def test_a_delta_that_was_off_while_the_model_was_sharded(mesh: DeviceMesh) -> N
     attach_all(deltas)
     assert all(isinstance(parameter, DTensor) for parameter in parameters(deltas))
     torch.testing.assert_close(output(model), output(reference))
+
+
+def test_what_was_set_aside_from_collection_is_looked_through_once(
+    mesh: DeviceMesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, other = network(), network()
+    wrapped = nn.parallel.DistributedDataParallel(model.requires_grad_(True))
+    gc.freeze()
+    looks = []
+    monkeypatch.setattr(gc, "unfreeze", lambda look=gc.unfreeze: (looks.append(1), look()))
+    for _ in range(3):
+        with pytest.raises(SiteError, match="would not synchronise"):
+            LoraModel(model, modified_modules=["q"])
+        LoraModel(other, modified_modules=["q"])
+    assert len(looks) == 1
+    assert wrapped.module is model
 
 
 def test_a_module_whose_unit_has_no_parameters(mesh: DeviceMesh) -> None:
