@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from .._layers.site import Site
 from .._texts.arguments import EMBEDDED
-from .._texts.documents import else_say, latest
-from .._texts.masks import marks, shown
+from .._texts.documents import BESIDE, else_say, latest
+from .._texts.masks import NUMBERED, marks, numbers_documents, shown
 from .._texts.saying import PLACES, STARTS, counts_tokens, says_else, tells_lengths
 from .._texts.states import CACHES
 from ..errors import SiteError, quoted
-from ..names import ancestors
+from ..names import ancestors, join
 
 POSITIONS = "attention_mask", "position_ids"  # these are widened by rules of their own
 # The prompt gets the values of its document's first token.
@@ -124,6 +124,8 @@ class Layout:
 
     def widened_mask(self, mask: Tensor) -> Tensor:
         """Return a mask [batch or 1, length], as it is, which shows the prompt and no `filler`."""
+        if numbers_documents(mask):
+            raise SiteError(f"a soft prompt has no place in this mask: {NUMBERED}")
         shows, hides = marks(mask)
         return self.widened(mask, shows).masked_fill(self.filler, hides)
 
@@ -221,8 +223,9 @@ def unknown(
 def _way_out(name: str, own: bool, where: str) -> str:
     if says_else(name):
         return (
-            ". If a loss is computed of it, compute that outside of the model, or put the blocks "
-            "in a child that returns hidden states: the rows of the prompt are still among them"
+            ". If a loss is computed of it, compute that outside of the model; or put the blocks "
+            "in a child that returns hidden states, which the prompt is taken out of, and set "
+            f"{join('model', where) if where else 'model'}.{BESIDE} = [{name!r}]"
         )
     return f"; {else_say(name, where)}" if own else ""
 

@@ -41,6 +41,7 @@ from ..errors import SiteError
 from ..names import ancestors, join
 from .tokens import beside_input, noted
 
+TORCHS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 TOKENS_FIRST = ("FSMTEncoder", "FSMTDecoder", "XLNetModel")
 
 
@@ -185,11 +186,11 @@ def notes_for(
 
     for name in made:
         outer = [*ancestors(name), ""][1:]
-        for kind in (type(modules[o]) for o in outer):
-            if any(base.__name__ in TOKENS_FIRST for base in kind.__mro__):
+        for holder in (modules[o] for o in (name, *outer)):
+            if _has_tokens_first(holder):
                 raise SiteError(
-                    f"{asks.option}: {name!r} is inside {kind.__name__}, where hidden states are "
-                    f"[length, batch, width]: choose {asks.instead}",
+                    f"{asks.option}: {name!r} is in a {type(holder).__name__}, where hidden states "
+                    f"are [length, batch, width]: choose {asks.instead}",
                     where=name,
                 )
         takes = [o for o in outer if set(arguments(modules[o])) >= READS]
@@ -216,6 +217,14 @@ def notes_for(
         if own_root:
             put("", Guesses, asks)
     return found
+
+
+def _has_tokens_first(module: nn.Module) -> bool:
+    """True if hidden states in a module are [length, batch, width], as by default in torch's."""
+    if any(base.__name__ in TOKENS_FIRST for base in type(module).__mro__):
+        return True
+    attention = getattr(module, "self_attn", None) if isinstance(module, TORCHS) else None
+    return getattr(attention, "batch_first", True) is False
 
 
 def _given_states(name: str, modules: Mapping[str, nn.Module]) -> list[str]:

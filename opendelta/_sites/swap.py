@@ -20,7 +20,7 @@ from .._modules import calls, kinds, probing, tensors, trials, wrappers
 from .._sequences import prefix
 from ..errors import SiteError, quoted
 from ..names import SLOT, join, last
-from . import compile_limit, intact, nested
+from . import compile_limit, intact, nested, one_tensor
 from .blocks import note_blocks
 from .split import Split, divide
 from .stack import Stack, acting_on, stack_of
@@ -155,8 +155,10 @@ def site_class(base: type[nn.Module], reads: bool = False) -> type[nn.Module]:
         if stack is not None:
             kwargs = calls.in_order(names, args, kwargs)
             around = stack.around
-            if not known and intact.is_needed(stack):
-                around = functools.partial(intact.around, stack)
+            if not known:
+                call = one_tensor.of_call(call, self, acting_on(stack))
+                if intact.is_needed(stack):
+                    around = functools.partial(intact.around, stack)
             call = around(call, self, known and base.forward is own)
             if args and nested.is_nested(args[0]) and (on := acting_on(stack)):
                 return nested.run(call, on, args, kwargs)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import SiteError, quoted
 from ..names import join
-from .masks import agrees, shown
+from .masks import NUMBERED, agrees, numbers_documents, shown
 from .returned import Watch
 from .saying import counted_before, numbers_in
 from .states import (
@@ -222,6 +222,9 @@ class Documents:
                 + self._way_out(where),
                 where=where,
             )
+        if self.mask is not None and not self.several and numbers_documents(self.mask):
+            problem = f"{asks.option}: in the call of {quoted(where)}, {NUMBERED}"
+            raise SiteError(problem, where=where)
         if asks.all_tokens and self.continued:
             raise SiteError(
                 f"{asks.all_tokens} needs all tokens at once, and the cache given to "

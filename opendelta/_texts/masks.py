@@ -32,6 +32,21 @@ def marks(mask: Tensor) -> tuple[Any, Any]:
     return torch.where(added, 0.0, 1.0), torch.where(added, torch.finfo(mask.dtype).min, 0.0)
 
 
+def numbers_documents(mask: Tensor) -> bool:
+    """True if a mask [batch, length] has 1 for the tokens of a row's first document, 2, 3, ..."""
+    if mask.is_floating_point() or mask.dtype == torch.bool or torch.compiler.is_compiling():
+        return False
+    before, after = mask[:, :-1], mask[:, 1:]
+    grows = (after >= before) | (after == 0)  # unlike Longformer's 2 for a global token
+    return bool(((mask > 1).any() & grows.all()).item())
+
+
+NUMBERED = (
+    "attention_mask numbers the documents of a row: give a mask of 0 and 1, and position_ids that "
+    "begin anew with each document"
+)
+
+
 def agrees(mask: Any, number: Tensor, held: int | None) -> bool:
     """False if a mask hides tokens of one document from themselves, or one from the next.
 

@@ -1,5 +1,6 @@
 """Calls of own modules by keywords in any order, and forwards that write to what they are given."""
 
+import copy
 import pickle
 
 import pytest
@@ -12,12 +13,14 @@ from torch.nn import functional as F
 import opendelta
 from opendelta import (
     AdapterModel,
+    BitFitModel,
     GateModel,
     HRAModel,
     IA3Model,
     LNTuningModel,
     LohaModel,
     LoraModel,
+    LoReftModel,
     OFTModel,
     ParallelAdapterModel,
     SiteError,
@@ -218,3 +221,59 @@ def test_what_changes_the_output_alone_needs_no_tensor_first():
     delta = shake(AdapterModel(model, modified_modules=["fc"], bottleneck_dim=4))
     layer = delta.layers["fc"]
     torch.testing.assert_close(model["fc"]({"x": X}), plain + layer.bottleneck(plain))
+
+
+# ---------------------------------------------------- what another argument adds to the output
+class WithBias(nn.Linear):
+    def forward(self, x, return_bias=False):
+        y = F.linear(x, self.weight)
+        return (y, self.bias) if return_bias else y + self.bias
+
+
+class Fused(nn.Module):
+    """An RMSNorm as in flash-attn."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(8))
+
+    def forward(self, x, residual=None):
+        x = x if residual is None else x + residual
+        y = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * self.weight
+        return y if residual is None else (y, x)
+
+
+FusedRMSNorm = type("FusedRMSNorm", (Fused,), {})
+
+
+@pytest.mark.parametrize(
+    ("method", "module", "more"),
+    [
+        (LoraModel, WithBias(8, 8), {"return_bias": True}),
+        (IA3Model, WithBias(8, 8), {"return_bias": True}),
+        (BitFitModel, WithBias(8, 8), {"return_bias": True}),
+        (LNTuningModel, FusedRMSNorm(), {"residual": X}),
+        (BitFitModel, FusedRMSNorm(), {"residual": X}),
+    ],
+)
+def test_a_tuple_that_an_argument_asks_for_is_refused_by_name(method, module, more):
+    model = nn.ModuleDict({"fc": copy.deepcopy(module)})
+    plain = module(X, **more)
+    delta = shake(method(model, modified_modules=["fc"]))
+    assert not torch.equal(model["fc"](X), module(X))
+    with pytest.raises(SiteError, match=rf"{type(module).__name__} returned a tuple, and a delta"):
+        model["fc"](X, **more)
+    with delta.disabled():
+        torch.testing.assert_close(model["fc"](X, **more), plain)
+    delta.detach()
+    torch.testing.assert_close(model["fc"](X, **more), plain)
+
+
+@pytest.mark.parametrize("method", [AdapterModel, LoReftModel])
+def test_hidden_states_in_a_tuple_that_an_argument_asks_for_are_changed(method):
+    model = nn.ModuleDict({"fc": WithBias(8, 8)})
+    plain = model["fc"](X, return_bias=True)
+    shake(method(model, modified_modules=["fc"]))
+    changed, bias = model["fc"](X, return_bias=True)
+    assert not torch.equal(changed, plain[0])
+    assert torch.equal(bias, plain[1])

@@ -346,6 +346,34 @@ def test_tokens_before_rows_are_refused_by_name_when_attaching(make, modules):
     put(model, modules, first=None)
 
 
+@pytest.mark.parametrize("modules", [["layers.0"], ["layers.0.linear2"]])
+def test_torchs_own_blocks_have_tokens_before_rows_unless_told_otherwise(modules):
+    for batch_first in (False, True):
+        block = torch.nn.TransformerEncoderLayer(16, 2, 24, batch_first=batch_first)
+        model = torch.nn.TransformerEncoder(block, 1, enable_nested_tensor=False)
+        if batch_first:
+            put(model, modules)
+            continue
+        with untouched(model), pytest.raises(SiteError, match=r"are \[length, batch, width\]"):
+            put(model, modules)
+        put(model, modules, first=None)
+
+
+@pytest.mark.parametrize("numbers", [[1, 1, 2, 2, 2, 3, 0], [0, 0, 1, 1, 2, 2, 2]])
+def test_a_mask_that_numbers_documents_is_refused_without_position_ids(numbers):
+    model, mask = build("llama"), torch.tensor([numbers])
+    ids = torch.randint(2, 59, (1, 7), generator=torch.Generator().manual_seed(0))
+    delta = put(model)
+    with pytest.raises(SiteError, match="attention_mask numbers the documents of a row"):
+        model(ids, attention_mask=mask)
+    model(ids, attention_mask=mask, position_ids=torch.tensor([[0, 1, 0, 1, 2, 0, 1]]))
+    model(ids, attention_mask=torch.tensor([[2, 1, 1, 1, 1, 1, 0]]))  # as Longformer's
+    delta.detach()
+    opendelta.SoftPromptModel(model, soft_token_num=2)
+    with pytest.raises(SiteError, match="no place in this mask: attention_mask numbers"):
+        model(ids, attention_mask=mask)
+
+
 T5 = {
     "vocab_size": 60, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4,
     "pad_token_id": 0, "decoder_start_token_id": 0,

@@ -133,6 +133,36 @@ def test_a_table_is_found_where_no_gradients_flow_too(mode):
         model(IDS)
 
 
+class Tagger(nn.Module):
+    """The loss is computed of labels around the child that has the blocks."""
+
+    def __init__(self):
+        super().__init__()
+        self.tok, self.head = nn.Embedding(60, 16), nn.Linear(16, 3)
+        block = nn.TransformerEncoderLayer(16, 2, 24, 0.0, batch_first=True)
+        self.encoder = nn.TransformerEncoder(block, 1, enable_nested_tensor=False)
+
+    def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, labels=None):
+        h = self.tok(input_ids) if inputs_embeds is None else inputs_embeds
+        hides = None if attention_mask is None else attention_mask == 0
+        logits = self.head(self.encoder(h, src_key_padding_mask=hides))
+        if labels is None:
+            return logits
+        return logits, nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
+def test_labels_of_a_loss_around_the_blocks_are_named_with_the_way_out():
+    model, labels = Tagger().eval(), IDS % 3
+    prompt(model)
+    with pytest.raises(SiteError, match=r"set model.beside_tokens = \['labels'\]"):
+        model(IDS, labels=labels)
+    model = Tagger().eval()
+    model.beside_tokens = ["labels"]
+    prompt(model)
+    wanted = nn.functional.cross_entropy(model(IDS).flatten(0, 1), labels.flatten())
+    assert torch.equal(model(IDS, labels=labels)[1], wanted)
+
+
 # ----------------------------------------------------------- what is returned beside hidden states
 class Beside(Net):
     """It returns maps [batch, heads, length, length], heads [batch, length, ...] and a router's."""
