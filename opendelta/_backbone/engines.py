@@ -132,7 +132,7 @@ def _kinds_of(cls: type) -> set[type]:
 
 
 class _Frozen:
-    """What gc.freeze() set aside: it is looked through once, not for each delta.
+    """Finds instances of classes, once among what gc.freeze() set aside, not for each delta.
 
     To be looked through, it must be among all objects for a moment; then all are set aside.
     """

@@ -156,9 +156,7 @@ def site_class(base: type[nn.Module], reads: bool = False) -> type[nn.Module]:
             kwargs = calls.in_order(names, args, kwargs)
             around = stack.around
             if not known:
-                call = one_tensor.of_call(call, self, acting_on(stack))
-                if intact.is_needed(stack):
-                    around = functools.partial(intact.around, stack)
+                call, around = _of_own(call, self, stack)
             call = around(call, self, known and base.forward is own)
             if args and nested.is_nested(args[0]) and (on := acting_on(stack)):
                 return nested.run(call, on, args, kwargs)
@@ -187,6 +185,13 @@ def site_class(base: type[nn.Module], reads: bool = False) -> type[nn.Module]:
     made = _site_meta(type(base))(base.__name__, (base,), body)
     compile_limit.SITE_CLASSES.update((id(base), id(made)))
     return made
+
+
+def _of_own(call: Any, module: nn.Module, stack: Stack) -> tuple[Any, Any]:
+    """Return a forward of somebody's own, and what puts the layers of a stack around it."""
+    call = one_tensor.of_call(call, module, acting_on(stack))
+    needed = intact.is_needed(stack)
+    return call, functools.partial(intact.around, stack) if needed else stack.around
 
 
 def _unpickle(base: type[nn.Module], reads: bool) -> nn.Module:
