@@ -11,6 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+NUMBERED = (
+    "attention_mask numbers the documents of a row: give a mask of 0 and 1, and position_ids that "
+    "begin anew with each document"
+)
 HIDDEN = -1000.0  # an additive mask hides what has less than this; biases of neighbours are small
 
 
@@ -34,17 +38,13 @@ def marks(mask: Tensor) -> tuple[Any, Any]:
 
 def numbers_documents(mask: Tensor) -> bool:
     """True if a mask [batch, length] has 1 for the tokens of a row's first document, 2, 3, ..."""
-    if mask.is_floating_point() or mask.dtype == torch.bool or torch.compiler.is_compiling():
+    recorded = torch.compiler.is_compiling()  # then nothing can be looked at
+    recorded = recorded or (mask.is_cuda and torch.cuda.is_current_stream_capturing())
+    if recorded or mask.is_floating_point() or mask.dtype == torch.bool:
         return False
     before, after = mask[:, :-1], mask[:, 1:]
     grows = (after >= before) | (after == 0)  # unlike Longformer's 2 for a global token
     return bool(((mask > 1).any() & grows.all()).item())
-
-
-NUMBERED = (
-    "attention_mask numbers the documents of a row: give a mask of 0 and 1, and position_ids that "
-    "begin anew with each document"
-)
 
 
 def agrees(mask: Any, number: Tensor, held: int | None) -> bool:
