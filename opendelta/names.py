@@ -25,6 +25,11 @@ def dotted(name: str) -> str:
     return f"{name}." if name else ""
 
 
+def relative(name: str, where: str) -> str:
+    """Return the name inside the module `where` of a module by its full name."""
+    return name.removeprefix(where).removeprefix(".")
+
+
 def is_inside(name: str, around: str) -> bool:
     """True if the module or tensor `name` is inside the module `around`, the root "" for example.
 

@@ -16,7 +16,8 @@ from .._layers.record import Record
 from .._layers.selection import OpenBlock
 from .._sites.routed import Routed
 from .._sites.rows import Rows
-from ..errors import DeltaError, OptionError, shown
+from .._texts.moved import ROW, moved_before
+from ..errors import DeltaError, OptionError, SiteError, shown
 from ..names import ancestors, is_inside
 from .composition import Composition, Model
 from .delta import Delta
@@ -138,6 +139,14 @@ def routed(model: Any, rows: Sequence[Row], repeats: int = 1, inside: str = "") 
     routers = {
         stack: Routed(where, shared, where in around, in_shards) for where, stack in stacks.items()
     }
+    moved = moved_before(backbone.modules[""], list(stacks))
+    for where in (name for name, what in moved.items() if what == ROW):
+        raise SiteError(
+            f"route(): {type(model).__name__} puts the rows of a batch in another order before "
+            f"{where!r}, as a run on a few tokens shows: give it rows that it leaves in order, one "
+            "at a time with only(), or take the delta off this module",
+            where=where,
+        )
     switches = {record: record in chosen for record in records}
     backbones = {record.shared for record in records}
     with OpenBlock(switches, routers, backbones=backbones):

@@ -18,7 +18,7 @@ from .._texts.later import few, sees_later, sees_later_on_ids
 from .._texts.masks import hides_later
 from .._texts.rehearsal import is_own
 from ..errors import SiteError, quoted
-from ..names import ancestors, is_inside
+from ..names import ancestors, is_inside, relative
 
 STATED = "is_causal"  # the attribute by which a module says whether its tokens see later ones
 MASK = "attention_mask"  # with two axes it shows padding
@@ -139,11 +139,6 @@ def watched(
     for name in unknown:
         made[name].verdict = verdict  # type: ignore[assignment]
     return {"": Tried(verdict, arguments(root), more.get(""))} if own else {}
-
-
-def relative(name: str, where: str) -> str:
-    """Return the name inside the module `where` of a module by its full name."""
-    return name.removeprefix(where).removeprefix(".")
 
 
 def _sees_no_later(module: nn.Module) -> bool:

@@ -24,6 +24,7 @@ from .._texts.arguments import (
     with_mask,
 )
 from .._texts.documents import Asks, else_say, of_ends
+from .._texts.moved import moved_before
 from .._texts.rehearsal import is_own
 from .._texts.running import (
     beginning,
@@ -38,7 +39,7 @@ from .._texts.running import (
 from .._texts.saying import by_usual_names
 from .._texts.states import may_be_state
 from ..errors import SiteError
-from ..names import ancestors, join
+from ..names import ancestors, join, relative
 from .tokens import beside_input, noted
 
 TORCHS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
@@ -176,9 +177,10 @@ def notes_for(
     may happen to have as many tokens, get an `Apart`.
 
     Raises:
-        SiteError: the modules around a layer put the tokens before the rows.
+        SiteError: the modules around a layer put the tokens before the rows, or in another order.
     """
     found: dict[str, DeltaLayer] = {}
+    innermost: dict[str, list[str]] = {}
 
     def put(where: str, cls: Any, *more: Any) -> None:
         if where not in made and type(found.get(where)) is not cls:
@@ -186,13 +188,7 @@ def notes_for(
 
     for name in made:
         outer = [*ancestors(name), ""][1:]
-        for holder in (modules[o] for o in (name, *outer)):
-            if _has_tokens_first(holder):
-                raise SiteError(
-                    f"{asks.option}: {name!r} is in a {type(holder).__name__}, where hidden states "
-                    f"are [length, batch, width]: choose {asks.instead}",
-                    where=name,
-                )
+        _check_axes(name, [modules[o] for o in (name, *outer)], asks)
         takes = [o for o in outer if set(arguments(modules[o])) >= READS]
         takes = takes or [o for o in outer if "input_ids" in arguments(modules[o])]
         if takes and "decoder_input_ids" in arguments(modules[takes[0]]):
@@ -216,7 +212,33 @@ def notes_for(
                 put(around, Notes, asks)
         if own_root:
             put("", Guesses, asks)
+        if takes or own_root:
+            innermost.setdefault(takes[0] if takes else "", []).append(name)
+    for around, names in innermost.items():
+        _check_order(modules[around], around, names, asks)
     return found
+
+
+def _check_axes(name: str, around: list[nn.Module], asks: Asks) -> None:
+    """Raise if one of the modules around a layer, or its own, puts the tokens before the rows."""
+    for holder in filter(_has_tokens_first, around):
+        raise SiteError(
+            f"{asks.option}: {name!r} is in a {type(holder).__name__}, where hidden states "
+            f"are [length, batch, width]: choose {asks.instead}",
+            where=name,
+        )
+
+
+def _check_order(module: nn.Module, around: str, names: list[str], asks: Asks) -> None:
+    """Raise if a module puts the tokens of its call in another order before one of these inside."""
+    moved = moved_before(module, [relative(name, around) for name in names])
+    for name in names:
+        if what := moved.get(relative(name, around)):
+            raise SiteError(
+                f"{asks.option}: {type(module).__name__} puts the {what} of its call in another "
+                f"order before {name!r}, as a run on a few tokens shows: choose {asks.instead}",
+                where=name,
+            )
 
 
 def _has_tokens_first(module: nn.Module) -> bool:

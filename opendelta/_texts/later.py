@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,12 +16,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 
-from .._modules.calls import every, hidden, map_tensors
+from .._modules.calls import every, map_tensors
 from .._modules.faking import Restoring
 from .._modules.process import eager, ignored_warnings, kept_random
 from .._modules.tensors import is_sharded, lasting
-from .._modules.trials import at_rest
-from .rehearsal import ROWS, drawing_alike, some_ids
+from .rehearsal import ROWS, some_ids, watched
 
 SOURCES = 16  # of the first tensors of positions of each kind: embeddings; tables, angles
 # The outputs of sites by full name, and those of the model.
@@ -67,25 +65,15 @@ def sees_later(
 def _tried(
     module: nn.Module, sites: Sequence[str], args: tuple, kwargs: dict[str, Any]
 ) -> dict[str, bool]:
-    made = at_rest(module)
-    seen = dict[str, Tensor]()
-
-    def look(name: str, _: nn.Module, args: tuple, out: Any) -> None:
-        seen.setdefault(name, hidden(out))
-
-    for name in sites:
-        made.get_submodule(name).register_forward_hook(functools.partial(look, name))
-    with drawing_alike(made) as again:
+    with watched(module, sites) as called:
 
         def run(record: _Record | None) -> Results:
-            seen.clear()
-            again()
             given = apart((args, kwargs))
             if record:
                 record.given |= {id(t): t for t in every(Tensor, given, objects=True)}
             with record or contextlib.nullcontext():
-                out = type(made).forward(made, *given[0], **given[1])
-            return dict(seen), list(every(Tensor, out, objects=True))
+                seen, out = called(*given)
+            return seen, list(every(Tensor, out, objects=True))
 
         lengths = {name: out.size(-2) for name, out in run(None)[0].items() if out.ndim > 1}
         found = dict[str, bool]()

@@ -6,15 +6,16 @@ The run changes nothing of the model. Where it fails, nothing is known.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .._modules.calls import every
+from .._modules.calls import every, hidden
 from .._modules.devices import device_and_dtype
 from .._modules.faking import Restoring
 from .._modules.process import eager, ignored_warnings, kept_random, seed_all
@@ -354,6 +355,31 @@ def drawing_alike(made: nn.Module) -> Iterator[Callable[[], bool]]:
         yield again
     finally:
         again()
+
+
+@contextlib.contextmanager
+def watched(module: nn.Module, sites: Sequence[str]) -> Iterator[Callable[..., Any]]:
+    """Yield a function that runs a module like `module` and returns what came out.
+
+    Given the arguments of a call, it returns ({full name: what a site gave first}, the output).
+    """
+    made = at_rest(module)
+    seen = dict[str, Tensor]()
+
+    def look(name: str, _: nn.Module, args: tuple, out: Any) -> None:
+        seen.setdefault(name, hidden(out))
+
+    for name in sites:
+        made.get_submodule(name).register_forward_hook(functools.partial(look, name))
+    with drawing_alike(made) as again:
+
+        def run(args: tuple, kwargs: dict[str, Any]) -> tuple[dict[str, Tensor], Any]:
+            seen.clear()
+            again()
+            out = type(made).forward(made, *args, **kwargs)
+            return dict(seen), out
+
+        yield run
 
 
 def _is_generator(value: Any) -> bool:

@@ -242,6 +242,8 @@ def run(rank: int, folder: Path, names: Sequence[str]) -> None:
     """
     torch.set_num_threads(1)
     warnings.simplefilter("error")
+    # hqq, which transformers imports where it is installed, compiles as it is imported.
+    warnings.filterwarnings("ignore", "`torch.jit.script_method` is deprecated", DeprecationWarning)
     for number, name in enumerate(names):
         dist.init_process_group(
             "gloo",
