@@ -189,7 +189,7 @@ def site_class(base: type[nn.Module], reads: bool = False) -> type[nn.Module]:
 
 def _of_own(call: Any, module: nn.Module, stack: Stack) -> tuple[Any, Any]:
     """Return a forward of somebody's own, and what puts the layers of a stack around it."""
-    call = one_tensor.of_call(call, module, acting_on(stack))
+    call = functools.partial(one_tensor.called, call, module, stack)
     needed = intact.is_needed(stack)
     return call, functools.partial(intact.around, stack) if needed else stack.around
 
