@@ -7,7 +7,6 @@ runs change nothing of the model. Where they fail, nothing is known.
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -37,14 +36,14 @@ def moved_before(module: nn.Module, sites: Sequence[str]) -> dict[str, str]:
     """
     if not is_own(module) or any(p.is_meta or is_sharded(p) for p in module.parameters()):
         return {}
-    key = type(module).forward, frozenset(sites)
+    key = getattr(type(module), "forward", None), frozenset(sites)  # TorchScript's class has none
     if _found.get(module, (None,))[:2] != key:
         _found[module] = *key, _on_ids(module, sites)
     return _found[module][2]
 
 
 def _on_ids(module: nn.Module, sites: Sequence[str]) -> dict[str, str]:
-    names = names_of(type(module).forward)
+    names = names_of(getattr(type(module), "forward", None))
     for ids in some_ids(module):
         for call in _calls(names) if names else ():
             with eager(), kept_random(), ignored_warnings(), Restoring():
@@ -84,7 +83,7 @@ def _tried(
     padding = max(special_ids(module) & {*range(int(ids.max()) + 1)}, default=0)
     found: dict[str, str] = {}
     with watched(module, sites) as run:
-        for short, at_end in itertools.product(range(ROWS), (True, False)):
+        for short, at_end in ((0, True), (1, False)):  # sorts of both directions, pads at both ends
             hidden = slice(LENGTH - PAD, None) if at_end else slice(PAD)
             shown = torch.ones_like(ids, dtype=torch.bool)
             shown[short, hidden] = False
