@@ -138,30 +138,34 @@ class _Frozen:
     """
 
     def __init__(self) -> None:
-        self.count = 0  # of the objects there
         self.found: list[weakref.ref[Any]] = []
+        self._mark()
+
+    def _mark(self) -> None:
+        self.target = object()
+        self.mark = [self.target]  # is no longer among all objects after the next gc.freeze()
 
     def instances(self, kinds: Collection[type]) -> list[Any]:
         """Return all instances of these classes, which they refer to and know nothing of."""
-        count = gc.get_freeze_count()
-        if count <= self.count:
-            self.count = count
+        around = gc.get_referrers(*kinds, self.target)
+        if any(each is self.mark for each in around):
             known = [each for ref in self.found if (each := ref()) is not None]
-            return [*_instances(kinds), *known]
+            return [*{id(each): each for each in (*_of_kinds(kinds, around), *known)}.values()]
         gc.unfreeze()
         try:
-            found = _instances(kinds)
+            found = _of_kinds(kinds, gc.get_referrers(*kinds))
         finally:
             gc.freeze()
-        self.count, self.found = gc.get_freeze_count(), [*map(weakref.ref, found)]
+        self.found = [*map(weakref.ref, found)]
+        self._mark()
         return found
 
 
 _frozen = _Frozen()
 
 
-def _instances(kinds: Collection[type]) -> list[Any]:
-    return [each for each in gc.get_referrers(*kinds) if type(each) in kinds]
+def _of_kinds(kinds: Collection[type], objects: Iterable[Any]) -> list[Any]:
+    return [each for each in objects if type(each) in kinds]
 
 
 def _known_to(engine: nn.Module, tables: Sequence[str]) -> set[int]:
