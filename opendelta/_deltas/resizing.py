@@ -19,7 +19,7 @@ from .._modules.tensors import lasting
 from .._sites import swap
 from .._sites.stack import stack_of
 from ..errors import DeltaError, quoted
-from ..names import SLOT
+from ..names import SLOT, ancestors, is_inside
 from .base import HANDLES
 from .taking import sizes_for
 
@@ -38,21 +38,33 @@ def embeddings_of(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def guard(backbone: Backbone, made: dict[str, DeltaLayer]) -> None:
-    """Let a layer on the root watch over a resize, if `made` has one on what it changes."""
-    model = backbone.model
+    """Let layers watch over the resizes of transformers models that change what `made` is on.
+
+    Each model around a delta can be resized, in a model of somebody's own too.
+    """
+    for where in dict.fromkeys(outer for name in [*made] for outer in (*ancestors(name), "")):
+        model = backbone.modules.get(where)
+        if any(hasattr(type(model), verb) for verb in swap.RESIZING):
+            inside = {n: layer for n, layer in made.items() if is_inside(n, where)}
+            if _changes(backbone, cast(nn.Module, model), inside):
+                made.setdefault(where, WatchLayer()).__dict__["resizer"] = resize
+
+
+def _changes(backbone: Backbone, model: nn.Module, inside: dict[str, DeltaLayer]) -> bool:
+    """True if a resize of a model changes the module of one of these layers."""
     there = embeddings_of(model)
     own = {id(module) for module in (*there.values(), *_tables_of_positions(model))}
     weight = _weight_of(there.get("input"))
-    for name, layer in [*made.items()] if own else ():
-        module = backbone.modules.get(name) if name else None
+    for name, layer in inside.items() if own else ():
+        module = backbone.modules.get(name)
         if module is None:
             continue
         tied = weight is not None and _weight_of(module) is weight
         parts = module.modules() if any(key != SLOT for key in module._modules) else ()
         has_own = own & {*map(id, parts)}
         if id(module) in own or tied or (has_own and _is_bound(layer, there)):
-            made.setdefault("", RootLayer()).__dict__["resizer"] = resize
-            return
+            return True
+    return False
 
 
 def _is_bound(layer: DeltaLayer, there: dict[str, nn.Module]) -> str:
@@ -83,8 +95,8 @@ def _weight_of(module: nn.Module | None) -> Any:
 POSITIONS = "resize_position_embeddings"
 
 
-class RootLayer(Passive):
-    """A layer on the root that changes nothing, for a delta that has no other layer there."""
+class WatchLayer(Passive):
+    """A layer on a model that changes nothing, for a delta that has no other layer there."""
 
     watches = True
 
@@ -216,7 +228,7 @@ def _put_on(model: nn.Module, head: nn.Module, taken: Taken, anew: bool) -> None
         beneath.append(own)
         for handle in HANDLES:
             if getattr(handle, "record", None) is layer.record:
-                handle.layers[where] = own
+                handle.layers.update({k: own for k, each in handle.layers.items() if each is layer})
 
 
 @lasting()

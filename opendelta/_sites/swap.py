@@ -20,7 +20,7 @@ from .._modules import calls, kinds, probing, tensors, trials, wrappers
 from .._sequences import prefix
 from ..errors import SiteError, quoted
 from ..names import SLOT, join, last
-from . import compile_limit, intact, nested, one_tensor
+from . import compile_limit, intact, nested, one_tensor, tables
 from .blocks import note_blocks
 from .split import Split, divide
 from .stack import Stack, acting_on, stack_of
@@ -79,7 +79,7 @@ def _resizing(base: Any, verb: str) -> Callable[..., Any]:
 
 
 def _registering(base: type[nn.Module]) -> Callable[..., None]:
-    """Return the method by which torch's tensor parallelism gives a module parts of its weight."""
+    """Return the method by which other code gives a module another weight, or parts of its own."""
 
     def register_parameter(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
         stack, before = stack_of(self), self._parameters.get(name)
@@ -88,6 +88,8 @@ def _registering(base: type[nn.Module]) -> Callable[..., None]:
                 f"{', '.join(stack)} on this {base.__name__} cannot be split with it: call "
                 "detach(), parallelize the model, then attach()"
             )
+        if issubclass(base, nn.Embedding):
+            tables.check_rows(self, before, param)
         base.register_parameter(self, name, param)
 
     return register_parameter
@@ -175,6 +177,8 @@ def site_class(base: type[nn.Module], reads: bool = False) -> type[nn.Module]:
     if issubclass(base, nn.Sequential):  # its items are its own modules, without the stack
         body["__iter__"] = lambda self: iter([m for n, m in self._modules.items() if n != SLOT])
         body["__len__"] = lambda self: len(self._modules) - (SLOT in self._modules)
+    if issubclass(base, nn.Embedding) and not hasattr(base, "num_embeddings"):
+        body["num_embeddings"] = tables.counting()
     if reads:
         body |= {"weight": _reading("weight"), "bias": _reading("bias")}
     if prefix.uses_interface(base) or hasattr(base, "config_class"):
