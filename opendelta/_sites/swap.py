@@ -173,12 +173,11 @@ def site_class(base: type[nn.Module], reads: bool = False) -> type[nn.Module]:
         "__doc__": base.__doc__,
         "_site_of": base,
         "_site_reads": reads,
+        **tables.counting(base),
     }
     if issubclass(base, nn.Sequential):  # its items are its own modules, without the stack
         body["__iter__"] = lambda self: iter([m for n, m in self._modules.items() if n != SLOT])
         body["__len__"] = lambda self: len(self._modules) - (SLOT in self._modules)
-    if issubclass(base, nn.Embedding) and not hasattr(base, "num_embeddings"):
-        body["num_embeddings"] = tables.counting()
     if reads:
         body |= {"weight": _reading("weight"), "bias": _reading("bias")}
     if prefix.uses_interface(base) or hasattr(base, "config_class"):

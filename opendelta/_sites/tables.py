@@ -20,27 +20,34 @@ def check_rows(module: nn.Module, before: Any, now: Any) -> None:
         _refuse(module, len(before), len(now))
 
 
-def counting() -> property:
-    """Return the number of a table's rows as a property, which other code sets in a resize."""
+def counting(base: Any) -> dict[str, property]:
+    """Return what a site's class shows of the number of a table's rows, which a resize sets.
+
+    Args:
+        base: the class of the module.
+    """
+    if not issubclass(base, nn.Embedding) or hasattr(base, "num_embeddings"):
+        return {}
 
     def read(self: nn.Module) -> int:
         return self.__dict__["num_embeddings"]
 
     def write(self: nn.Module, count: int) -> None:
-        before, weight = self.__dict__.get("num_embeddings", count), self._parameters["weight"]
+        before: int = self.__dict__.get("num_embeddings", count)
+        weight: Any = self._parameters["weight"]
         if bound_by(self) and tensors.is_plain(weight) and len(weight) > before:
-            weight.data = weight.data[:before].clone()  # type: ignore[union-attr, index]
+            weight.data = weight.data[:before].clone()
         if count != before:
             _refuse(self, before, count)
         self.__dict__["num_embeddings"] = count
 
-    return property(read, write)
+    return {"num_embeddings": property(read, write)}
 
 
 def bound_by(module: nn.Module) -> list[str]:
     """Return the deltas on a table that have a value for each of its rows."""
     stack = stack_of(module)
-    layers = stack.items() if stack is not None else ()
+    layers = stack.in_order() if stack is not None else ()
     return [name for name, layer in layers if any(rows for rows, _ in layer.made_for)]
 
 

@@ -98,7 +98,7 @@ def test_a_copy_of_the_head_of_a_model_inside_refuses_its_resize():
     model = Policy().eval()
     LoraModel(model, modified_modules=["q_proj"], modules_to_save=["lm_head"])
     expected = model(IDS)
-    with pytest.raises(DeltaError, match="on 'lm_head' .* cannot grow.*Resize first, then attach"):
+    with pytest.raises(DeltaError, match=r"on 'lm_head' .* cannot grow.*Resize first, then attach"):
         model.lm.resize_token_embeddings(44)
     torch.testing.assert_close(model(IDS), expected)
 
@@ -123,7 +123,7 @@ def test_deltas_on_embeddings_refuse_a_resize_of_any_model_around(which, kind):
     before = model(IDS)
     before = before if isinstance(before, torch.Tensor) else before.logits
     keys = {key: tensor.shape for key, tensor in model.state_dict().items()}
-    with pytest.raises(DeltaError, match="[Rr]esize first, then attach"):
+    with pytest.raises(DeltaError, match=r"[Rr]esize first, then attach"):
         resized.resize_token_embeddings(44)
     after = model(IDS)
     torch.testing.assert_close(after if isinstance(after, torch.Tensor) else after.logits, before)
