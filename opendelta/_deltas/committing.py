@@ -14,8 +14,9 @@ from .._modules.tensors import lasting
 from .._sites import compile_limit, swap
 from ..errors import to_the_end
 from .base import HANDLES, BaseDelta
-from .first_forward import unwatch_forward, watch_forward, watch_head
+from .first_forward import unwatch_forward, watch_forward
 from .freezing import restore
+from .head_watch import watch_heads
 from .order import renumber
 from .placing import Placed
 from .pretrained import unwatch_saving, watch_saving
@@ -91,7 +92,7 @@ def _take_off(backbone: Backbone, record: Record) -> None:
     record.left = selection.Moment()
     shared = record.shared
     shared.records = [other for other in shared.records if other is not record]
-    watch_head(backbone)
+    watch_heads(backbone)
     if not any(len(stack) for stack in backbone.stacks.values()):
         unwatch(backbone)
         restore(backbone, shared)

@@ -26,7 +26,7 @@ from .taking import sizes_for
 
 def embeddings_of(model: nn.Module) -> dict[str, nn.Module]:
     """Return a transformers model's embeddings of inputs and outputs, as "input" and "output"."""
-    if not hasattr(model, "resize_token_embeddings"):
+    if not hasattr(type(model), "resize_token_embeddings"):
         return {}
     found: dict[str, Any] = {}
     for which in ("input", "output"):

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import pickle
 import warnings
 
 import pytest
@@ -402,3 +403,78 @@ def test_a_head_that_trains_after_sampling_is_not_told_of():
     opendelta.composition(model)["lora"].detach()
     assert not model._forward_pre_hooks
     assert not model._forward_hooks
+
+
+class Policy(torch.nn.Module):
+    """A language model with a value head, of which a loop calls the parts."""
+
+    def __init__(self):
+        super().__init__()
+        self.lm, self.value = tiny_llama(), torch.nn.Linear(16, 1)
+
+    def forward(self, input_ids):
+        states = self.lm(input_ids, output_hidden_states=True).hidden_states[-1]
+        return self.value(states)
+
+
+def reading(lm, states):
+    return torch.nn.functional.linear(states, lm.lm_head.weight)
+
+
+def calling(lm, states):
+    return lm.lm_head(states)
+
+
+def calling_in_parts(lm, states):
+    return torch.cat([lm.lm_head(part) for part in states.split(1, 1)], 1)
+
+
+def by_parts(lm, head, passes=1):
+    """Train as a loop does that calls the parts of a model, maybe for several texts at once."""
+    ids = torch.tensor([[5, 6, 7]])
+    states = [lm.model(ids + n).last_hidden_state for n in range(passes)]
+    sum(head(lm, each).square().sum() for each in states).backward()
+
+
+def told_of(function):
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        function()
+    return [str(each.message) for each in told if each.category is UnreachedWarning]
+
+
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize("reads", [False, True])
+@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("passes", [1, 2])
+def test_a_loop_over_parts_that_reads_the_head_is_told(wrapped, reads, copied, passes):
+    model = Policy() if wrapped else tiny_llama()
+    lm = model.lm if wrapped else model
+    places = {"modules_to_save": ["lm_head"]} if copied else {"modified_modules": ["lm_head"]}
+    LoraModel(model, reads=reads, **places).freeze_module(exclude=["deltas", "norm"])
+    assert not told_of(lambda: by_parts(model.eval() and lm, reading, passes))
+    model.train()
+    told = told_of(lambda: [by_parts(lm, reading, passes) for _ in range(2)])
+    assert len(told) == (not reads)
+    where = "lm.lm_head" if wrapped else "lm_head"
+    assert all(f"LlamaModel that trains: {where}.deltas.lora" in text for text in told)
+
+
+@pytest.mark.parametrize("head", [calling, calling_in_parts])
+@pytest.mark.parametrize("passes", [1, 2])
+def test_a_loop_over_parts_that_calls_the_head_is_not_told(head, passes):
+    model = tiny_llama().train()
+    delta = LoraModel(model, modified_modules=["lm_head"])
+    assert not told_of(lambda: [by_parts(model, head, passes) for _ in range(2)])
+    with delta.disabled():
+        assert not told_of(lambda: by_parts(model, reading))
+    assert not told_of(lambda: by_parts(model, head))
+
+
+def test_a_part_alone_takes_no_head_along():
+    model = tiny_llama().train()
+    LoraModel(model, modified_modules=["lm_head"])
+    for part in (copy.deepcopy(model.model), pickle.loads(pickle.dumps(model.model))):
+        assert part.train()(torch.tensor([[5, 6, 7]])).last_hidden_state.requires_grad
+        (watch,) = part._forward_hooks.values()
+        assert vars(watch) == vars(type(watch)())

@@ -1,0 +1,159 @@
+"""Warn of layers on the head that do not run where the model trains: a loss may read its weight."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._backbone.backbone import Backbone
+from .._backbone.shapes import PROBING
+from .._modules.calls import every
+from .._sites import swap
+from .._sites.stack import Stack, acting_on, stack_of
+from ..errors import UnreachedWarning, listed, warn
+from ..names import SLOT, ancestors, join
+from .resizing import embeddings_of
+
+
+class HeadWatch:
+    """Hooks that warn, once each, of layers on the head that do not run in a forward that trains.
+
+    The first forward of all may have called the head, as sampling and checks do; a loss that comes
+    later may read its weight instead.
+
+    Args:
+        stack: that of the head.
+        where: the head's full name.
+    """
+
+    def __init__(self, stack: Stack, where: str) -> None:
+        self.stack, self.where = stack, where
+        self.ran: set[str] | None = None
+        self.told: set[str] = set()
+
+    def __call__(self, model: nn.Module, _args: Any, *output: Any) -> None:
+        if torch.compiler.is_compiling() or PROBING.get():
+            return
+        if not output:
+            if _trains(model):
+                self.ran, self.stack.ran = self.stack.ran, set()
+            return
+        if self.ran is None:
+            return
+        own, self.stack.ran, self.ran = self.stack.ran, self.stack.ran | self.ran, None
+        names = self.acting() - own - self.told
+        if names and not is_compiled(Backbone.of(model).chain(self._inside(model))):
+            self.tell(model, names)
+
+    def _inside(self, model: nn.Module) -> str:
+        stacks = Backbone.of(model).stacks.items()
+        return next((where for where, stack in stacks if stack is self.stack), "")
+
+    def acting(self) -> set[str]:
+        """Return the deltas on the head that would act in a call of it."""
+        layers = [layer for layer in acting_on(self.stack) if layer.computes and not layer.missed]
+        return {layer.record.name for layer in layers}
+
+    def tell(self, model: nn.Module, names: set[str]) -> None:
+        """Warn of deltas that did not run after a forward of `model`, once of each."""
+        self.told |= names
+        silent = [join(self.where, SLOT, name) for name in sorted(names)]
+        warn(
+            f"{len(silent)} delta layers on the head did not run in a forward of "
+            f"{type(model).__name__} that trains: {listed(silent)}. If a loss, such as TRL's, "
+            "reads the head's weight instead of calling it, attach with reads=True",
+            UnreachedWarning,
+        )
+
+
+class Counted(set[str]):
+    """The names that ran, and how often each did since this was made."""
+
+    def __init__(self, before: Iterable[str]) -> None:
+        super().__init__(before)
+        self.times: Counter[str] = Counter()
+
+    def add(self, name: str) -> None:
+        super().add(name)
+        self.times[name] += 1
+
+
+class PartWatch:
+    """A hook of the model beneath the head: a loop may call it, and then read the head's weight.
+
+    When gradients come back to what it gave, the head has been called, or is not. A copy of the
+    part alone has no head, so that it takes nothing along.
+
+    Args:
+        watch: that of the head, or None.
+        chain: the head and the modules around it.
+    """
+
+    def __init__(self, watch: HeadWatch | None = None, chain: Sequence[nn.Module] = ()) -> None:
+        self.watch, self.chain = watch, chain
+
+    def __reduce__(self) -> tuple[type, tuple]:
+        return PartWatch, ()
+
+    def __call__(self, part: nn.Module, _args: Any, output: Any) -> None:
+        watch = self.watch
+        if watch is None or torch.compiler.is_compiling() or PROBING.get():
+            return
+        names = watch.acting() - watch.told
+        if watch.ran is not None or not names or not _trains(part):
+            return
+        given = next((t for t in every(Tensor, output, objects=True) if t.requires_grad), None)
+        if given is None or is_compiled(self.chain):
+            return
+        ran: Any = watch.stack.ran
+        if not isinstance(ran, Counted):
+            watch.stack.ran = ran = Counted(ran)
+        before = ran.times.copy()
+
+        def look(_: Tensor) -> None:
+            silent = {name for name in names - watch.told if ran.times[name] == before[name]}
+            if silent and ran is watch.stack.ran:
+                watch.tell(part, silent)
+
+        given.register_hook(look)
+
+
+def _trains(model: nn.Module) -> bool:
+    return model.training and torch.is_grad_enabled() and "_is_replica" not in model.__dict__
+
+
+def is_compiled(chain: Iterable[nn.Module]) -> bool:
+    """True if one of these modules is compiled by itself."""
+    return any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in chain)
+
+
+HOOKS = HeadWatch, PartWatch
+
+
+def watch_heads(backbone: Backbone) -> None:
+    """Check the heads in all forwards that train, if their deltas do not show in their weights."""
+    take_away(backbone, *HOOKS)
+    for where in dict.fromkeys(o for name in backbone.stacks for o in (*ancestors(name), "")):
+        model = backbone.modules[where]
+        head = embeddings_of(model).get("output")
+        stack = None if head is None else stack_of(head)
+        if head is None or stack is None or swap.weight_is_read(head, False):
+            continue
+        name = next(name for name, each in backbone.stacks.items() if each is stack)
+        watch, part = HeadWatch(stack, name), getattr(model, "base_model", model)
+        model.register_forward_pre_hook(watch)
+        model.register_forward_hook(watch)
+        if part is not model:
+            part.register_forward_hook(PartWatch(watch, [*backbone.chain(name)]))
+
+
+def take_away(backbone: Backbone, *kinds: type) -> None:
+    """Take away the hooks of these kinds."""
+    for module in backbone.modules.values():
+        for hooks in filter(None, (module._forward_hooks, module._forward_pre_hooks)):
+            for key in [k for k, hook in hooks.items() if isinstance(hook, kinds)]:
+                del hooks[key]
