@@ -227,6 +227,8 @@ class UntrainedWarning(DeltaWarning):
 class UnreachedWarning(DeltaWarning):
     """An active delta layer that did not run in a whole forward of the backbone.
 
+    On a head, also in a training loop that calls the model beneath it, and reads the head's weight.
+
     Cause:
         Code around the module reads its weight instead of calling it, the module was replaced after
         attaching, or this forward skipped it, as experts are skipped.

@@ -105,6 +105,8 @@ def _known(config: Any) -> dict[str, Tensor]:
     frames = blank(1, 16, features or 1)
     if of("max_source_positions", None) and mels:  # Whisper's
         frames = blank(1, mels, 2 * of("max_source_positions"))
+    if size := of("spec_size", 0):  # CLAP's, of one channel
+        frames = blank(1, 1, size * (size // (mels or 1)), mels or 1)
     ahead, channels = of("prediction_length"), of("num_input_channels", 0) or of("input_size", 1)
     series = (channels,) if channels > 1 or of("num_input_channels", None) else ()
     return {

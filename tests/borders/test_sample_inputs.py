@@ -88,6 +88,10 @@ def sam():
     )
 
 
+SPECTRUM = {
+    "spec_size": 32, "num_mel_bins": 8, "patch_size": 2, "patch_stride": [2, 2], "window_size": 4,
+    "patch_embeds_hidden_size": 8, "depths": [1, 1], "num_attention_heads": [1, 2],
+}  # fmt: skip
 MODELS = {  # (model, inputs, sites of a prefix, sites of parallel adapters at default places)
     "clip": (lambda: two_towers(T.CLIPModel, T.CLIPConfig),
              {"input_ids": IDS, "pixel_values": PIXELS}, 2, 6),
@@ -100,6 +104,8 @@ MODELS = {  # (model, inputs, sites of a prefix, sites of parallel adapters at d
               {"input_values": torch.randn(1, 800)}, 0, 3),
     "ast": (lambda: T.ASTModel(T.ASTConfig(**SIZES, max_length=32)),
             {"input_values": torch.ones(1, 32, 128)}, 1, 3),
+    "clap": (lambda: T.ClapAudioModel(T.ClapAudioConfig(**{**SIZES, **SPECTRUM})),
+             {"input_features": torch.ones(1, 1, 128, 8)}, 0, 6),
     "patchtst": (lambda: T.PatchTSTModel(T.PatchTSTConfig(
         d_model=16, num_attention_heads=2, num_hidden_layers=1, ffn_dim=32, context_length=32,
         patch_length=4)), {"past_values": torch.randn(1, 32, 1)}, 1, 3),
