@@ -103,8 +103,7 @@ class PartWatch:
         watch = self.watch
         if watch is None or torch.compiler.is_compiling() or PROBING.get():
             return
-        names = watch.acting() - watch.told
-        if watch.ran is not None or not names or not _trains(part):
+        if watch.ran is not None or not _trains(part) or not (names := watch.acting() - watch.told):
             return
         given = next((t for t in every(Tensor, output, objects=True) if t.requires_grad), None)
         if given is None or is_compiled(self.chain):
