@@ -203,7 +203,12 @@ def widths(backbone: Backbone, names: Sequence[str]) -> dict[str, Widths]:
         hidden = calls.hidden(output)
         check_hidden(name, backbone.modules[name], hidden)
         reads = isinstance(given, Tensor) and given.is_floating_point() and given.ndim
-        found[name] = Widths(given.size(-1) if reads else None, hidden.size(-1))
+        if not reads:
+            found[name] = Widths(None, hidden.size(-1))
+            return
+        before, after = list(given.shape[:-1]), list(hidden.shape[:-1])
+        moved = (before, after) if before != after else None
+        found[name] = Widths(given.size(-1), hidden.size(-1), moved)
 
     if wanted := [name for name in names if name not in found]:
         with apart(backbone) as twin:
