@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 
 SLOT = "deltas"  # the child of a site that holds its delta layers
+COMPUTING = "parametrizations"  # the child in which torch has the modules that compute a weight
 NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")  # a step that is a number, as of a block
 WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
@@ -55,6 +56,11 @@ def ancestors(name: str) -> Iterator[str]:
     while name:
         yield name
         name = name.rpartition(".")[0]
+
+
+def computes_weight(name: str) -> bool:
+    """True if the module `name` is inside torch's `parametrizations`, and no place of a model."""
+    return COMPUTING in name.split(".")
 
 
 def tails(name: str) -> Iterator[str]:

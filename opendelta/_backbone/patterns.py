@@ -14,10 +14,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from torch import Tensor, nn
 
 from ..errors import AddressError, UnusedWarning, listed, nearest, warn
-from ..names import ancestors, last, tails
+from ..names import COMPUTING, ancestors, computes_weight, last, tails
 from .backbone import Backbone
-
-COMPUTING = "parametrizations"  # torch has the modules there that compute a weight
 
 
 def compile_pattern(pattern: str) -> Callable[[str], bool]:
@@ -163,7 +161,7 @@ def _hits(
     def hits_of(name: str) -> set[str]:
         hits = plain & {*tails(name)}
         hits |= {pattern for pattern, test in regular if test(name)}
-        return hits & deep if hits and f".{COMPUTING}." in f".{name}." else hits
+        return hits & deep if hits and computes_weight(name) else hits
 
     used: set[str] = set()
     chosen = []

@@ -19,7 +19,6 @@ from .._layers.site import Heads, Widths
 from .._modules import calls, trials
 from .._modules.devices import device_and_dtype
 from .._modules.faking import Restoring, on_shapes
-from .._modules.kinds import ACROSS_CHANNELS
 from .._modules.process import eager, kept_random
 from .._modules.tensors import is_lazy
 from .._modules.wrappers import computing_device, placing_hooks
@@ -28,8 +27,8 @@ from ..errors import SiteError
 from . import inputs, sharding
 from .apart import apart
 from .backbone import Backbone
+from .hidden_axes import check_hidden
 
-ConvolutionOfTime = nn.Conv1d | nn.ConvTranspose1d
 PROBING: ContextVar[bool] = ContextVar("opendelta_probing", default=False)
 
 
@@ -202,32 +201,14 @@ def widths(backbone: Backbone, names: Sequence[str]) -> dict[str, Widths]:
 
     def note(name: str, given: Any, output: Any) -> None:
         hidden = calls.hidden(output)
-        if hidden.ndim > 3 and not _ends_in_width(backbone.modules[name], hidden):
-            raise SiteError(
-                f"{name!r} ({type(backbone.modules[name]).__name__}) returns an image or so, "
-                f"{list(hidden.shape)}: hidden states must be [..., width] in 2 or 3 axes",
-                where=name,
-            )
-        if hidden.ndim > 2 and isinstance(backbone.modules[name], ACROSS_CHANNELS):
-            raise SiteError(
-                f"{name!r} ({type(backbone.modules[name]).__name__}) returns [batch, channels, "
-                f"...], {list(hidden.shape)}: hidden states must be [..., width]",
-                where=name,
-            )
-        if hidden.ndim == 3 and _is_channels_first(backbone.modules[name], hidden):
-            raise SiteError(
-                f"{name!r} ({type(backbone.modules[name]).__name__}) returns [batch, channels, "
-                f"time], {list(hidden.shape)}: hidden states must be [..., width]",
-                where=name,
-            )
-        if not hidden.size(-1):
-            raise SiteError(
-                f"{name!r} ({type(backbone.modules[name]).__name__}) returns hidden states of "
-                "width 0, on which a delta has nothing to change; choose other modules",
-                where=name,
-            )
+        check_hidden(name, backbone.modules[name], hidden)
         reads = isinstance(given, Tensor) and given.is_floating_point() and given.ndim
-        found[name] = Widths(given.size(-1) if reads else None, hidden.size(-1))
+        if not reads:
+            found[name] = Widths(None, hidden.size(-1))
+            return
+        before, after = list(given.shape[:-1]), list(hidden.shape[:-1])
+        moved = (before, after) if before != after else None
+        found[name] = Widths(given.size(-1), hidden.size(-1), moved)
 
     if wanted := [name for name in names if name not in found]:
         with apart(backbone) as twin:
@@ -394,20 +375,6 @@ def _failure(
     reason = (str(error).strip().splitlines() or [""])[0]
     called = f"{type(backbone.modules[where]).__name__}({', '.join(given)})"
     return f"{called}: {type(error).__name__}: {reason}"
-
-
-def _ends_in_width(module: nn.Module, output: Tensor) -> bool:
-    """True if a weight shows that the last axis is the width, as a norm's weight does for heads."""
-    sizes = {p.numel() for p in module.parameters() if p.ndim == 1}
-    return output.size(-1) in sizes and output.size(1) not in sizes
-
-
-def _is_channels_first(module: nn.Module, output: Tensor) -> bool:
-    """True if convolutions over time show that axis 1 is the channels, and the last is no width."""
-    convolutions = [part for part in module.modules() if isinstance(part, ConvolutionOfTime)]
-    sizes = {p.numel() for p in module.parameters() if p.ndim == 1}
-    sizes |= {part.out_channels for part in convolutions}
-    return bool(convolutions) and output.size(1) in sizes and output.size(-1) not in sizes
 
 
 def _shape(value: Any) -> str:

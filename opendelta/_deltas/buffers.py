@@ -57,18 +57,20 @@ def saved(backbone: Backbone, records: list[Record]) -> dict[str, Tensor]:
 def moving(backbone: Backbone, changed: Collection[str] = ()) -> list[str]:
     """Return the frozen modules whose buffers move in training, and are in no file.
 
-    A module does not count if an active delta's own copy takes its place, or if nothing is frozen.
+    A module does not count if nothing is frozen, or if an active delta's own copy takes its place,
+    unless it is known to move: a hook on it, as of the old spectral_norm, runs all the same.
 
     Args:
         changed: modules whose buffers are known to move, beside normalisations with statistics.
     """
     if all(parameter.requires_grad for parameter in backbone.parameters().values()):
         return []
-    kept = named(backbone.records()) | backbone.replaced()
+    kept, replaced = named(backbone.records()), backbone.replaced()
     return [
         name
         for name, module in backbone.modules.items()
         if name in changed or _moves(backbone, name)
+        if name in changed or not replaced & {"", *ancestors(name)}
         if not trains_in_place(module)
         if not kept & {"", *ancestors(name), *(join(name, key) for key in module._buffers)}
     ]

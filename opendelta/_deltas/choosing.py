@@ -31,7 +31,7 @@ from .._modules.kinds import kind_of
 from .._sites import swap
 from .._sites.stack import check_name
 from ..errors import AddressError, OptionError, SiteError
-from ..names import SLOT, ancestors, is_inside, parent
+from ..names import SLOT, ancestors, computes_weight, is_inside, parent
 from .base import BaseDelta
 from .blocks import sites_of_children
 from .options import DeltaConfig
@@ -298,10 +298,10 @@ def fitting_inside(
     """
     if not layer_class.inside:
         return names
-    fitting = {name for name in backbone.modules if kinds_of(backbone, name) & {*layer_class.kinds}}
+    fitting = [name for name in backbone.modules if kinds_of(backbone, name) & {*layer_class.kinds}]
     expanded = []
     for name in names:
-        within = [n for n in backbone.modules if n in fitting and is_inside(n, name)]
+        within = [n for n in fitting if is_inside(n, name) and not computes_weight(n)]
         expanded += [name] if name in fitting or not (within or by_role) else within
     return list(dict.fromkeys(expanded)) or names
 

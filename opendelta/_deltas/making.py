@@ -71,6 +71,8 @@ def make(
     delta = choice.method.__new__(choice.method) if into is None else into
     known = choice.known
     delta.layers = _layers(backbone, choice, values)
+    if choice.layer_class.paired:
+        _check_rows(backbone, choice.config)
     rank, shared = (known[-1].rank + 1, known[0].shared) if known else (0, Shared())
     delta.record = Record(choice.name, choice.config.fixed(), rank, shared, tuple(delta.layers))
     delta.backbone_model = backbone.model
@@ -213,6 +215,22 @@ def _sites(backbone: Backbone, choice: Choice, values: Values) -> dict[str, Site
         for start, end in zip(names[::2], names[1::2], strict=True):
             sites[start].end = sites[end]
     return sites
+
+
+def _check_rows(backbone: Backbone, config: DeltaConfig) -> None:
+    """Raise if a branch would be around a module that a run has shown to give other tokens."""
+    names = config.modified_modules or []
+    around = [start for start, end in zip(names[::2], names[1::2], strict=True) if start == end]
+    widths = {name: backbone.widths.get(name) for name in around}
+    moved = {name: each.moved for name, each in widths.items() if each is not None and each.moved}
+    for name, axes in moved.items():
+        before, after = (f"[{', '.join(map(str, each))}, width]" for each in axes)
+        raise SiteError(
+            f"{config.delta_type!r} around {name!r}: its output is {after}, its input {before}; "
+            "a branch needs the same rows and tokens at its start and end: choose other modules, "
+            f"or leave it out: exclude_modules={[*moved]}",
+            where=name,
+        )
 
 
 def _gate(layer: DeltaLayer, site: Site) -> Gate:

@@ -11,9 +11,16 @@ import torch
 from torch import nn
 
 from ..errors import OptionError
-from ..names import SLOT
+from ..names import SLOT, ancestors
 from .base import Acts, Passive
 from .record import Record
+
+# {class of transformers: the heads whose logits it averages}
+AVERAGED = {
+    "DeiTForImageClassificationWithTeacher": ("cls_classifier", "distillation_classifier"),
+    "LevitForImageClassificationWithTeacher": ("classifier", "classifier_distill"),
+    "SwiftFormerForImageClassification": ("head", "dist_head"),
+}
 
 
 def count_of(model: nn.Module) -> int | None:
@@ -45,10 +52,13 @@ def check(model: nn.Module, owned: Mapping[str, nn.Module], labels: int | None) 
         labels: the option `num_labels`.
 
     Raises:
-        OptionError: `labels` is given, but no owned layer has one output per label of the backbone.
+        OptionError: `labels` is given, but no owned layer has one output per label of the backbone,
+            or the backbone averages the logits of a head and of another one that is not owned.
     """
     before = count_of(model)
     if any(head_of(module, before) is not None for module in owned.values()):
+        if labels not in (None, before):
+            _check_averaged(model, owned, labels)
         return labels or before
     if labels is None:
         return None
@@ -64,6 +74,16 @@ def check(model: nn.Module, owned: Mapping[str, nn.Module], labels: int | None) 
         f"the {before} outputs that {kind} has labels, so there is none to replace: name the "
         "classifier in it"
     )
+
+
+def _check_averaged(model: nn.Module, owned: Mapping[str, nn.Module], labels: int | None) -> None:
+    kind = type(model).__name__
+    heads = next((AVERAGED[b.__name__] for b in type(model).__mro__ if b.__name__ in AVERAGED), ())
+    if left := [name for name in heads if not owned.keys() & {*ancestors(name)}]:
+        raise OptionError(
+            f"num_labels={labels}: {kind} averages the logits of {' and '.join(map(repr, heads))}, "
+            f"and modules_to_save={list(owned)} leaves out {', '.join(map(repr, left))}: copy both"
+        )
 
 
 def resized(module: nn.Module, model: nn.Module, labels: int) -> nn.Module:

@@ -42,10 +42,12 @@ class Widths:
     Attributes:
         input: None if the first input is no floating tensor, such as token ids.
         output: width of the hidden states.
+        moved: the other axes of that input and of the hidden states, if they differ.
     """
 
     input: int | None
     output: int
+    moved: tuple[list[int], list[int]] | None = None
 
 
 @dataclass

@@ -19,7 +19,7 @@ from .copies import copied
 from .facts import facts, parts, remembered
 from .faking import Restoring, Shapes
 from .process import kept_random, seed_all, silent_fakes
-from .tensors import is_dense, is_plain, lasting
+from .tensors import is_dense, is_plain, lasting, size
 from .tensors import shape as shape_of
 
 AXES = (-1, -3, -2, -4, 1, 0, 2)  # where a normalisation may work, in the order of trial
@@ -148,6 +148,21 @@ def norm_axis(module: nn.Module, width: int) -> int | None:
     return remembered(_found, key, lambda: _axis(module, width))
 
 
+def own_axis(module: nn.Module) -> tuple[int, int] | None:
+    """Return the one width of a module's parameters, and the axis that `norm_axis` finds for it.
+
+    None: the parameters have several widths, or there is no such axis.
+    """
+    own = [p for p in module.parameters() if size(p) != 1]
+    widths = {size(p) for p in own}
+    if len(widths) != 1 or 0 in widths or any(max(shape_of(p)) != size(p) for p in own):
+        return None
+    (width,) = widths
+    with unset_fake_temporarily():
+        axis = norm_axis(module, width)
+    return None if axis is None else (width, axis)
+
+
 def _axis(module: nn.Module, width: int) -> int | None:
     with silent_fakes(), Shapes() as mode:
         made = without_values(module, mode)
@@ -187,8 +202,7 @@ def _runs(made: nn.Module, mode: Shapes, width: int, count: int, axis: int) -> b
     """
     others = [size for size in SIZES if size != width]  # the same size would hide a wrong axis
     shape = shape_with(width, axis, others[: count - 1])
-    own = (t for t in made._parameters.values() if t is not None)
-    like = next(own, torch.empty(0))
+    like = next(made.parameters(), torch.empty(0))
     try:
         x = mode.empty(shape, like.dtype, like.device)
         return type(made).forward(made, x).shape == x.shape

@@ -20,10 +20,10 @@ from .._modules.process import kept_random
 from .._modules.tensors import full, is_plain, is_sharded, stored
 from .._modules.trials import alone
 from .._modules.wrappers import computing_device
-from .._texts.arguments import arguments_of, is_beside_text
+from .._texts.arguments import EMBEDDED, READS, arguments, arguments_of, is_beside_text
 from .._texts.rehearsal import embeds, is_by_position, is_own
 from ..errors import OptionError, SiteError, quoted
-from ..names import SLOT, is_inside, join, last
+from ..names import SLOT, ancestors, is_inside, join, last
 
 COUNT = "create_position_ids_from_input_ids", "make_positions"
 # {class: its attribute that multiplies the embeddings of token ids, and not embeddings given}
@@ -73,7 +73,22 @@ def embedding_of(module: nn.Module) -> str:
     ]  # fmt: skip
     if not names:
         raise SiteError(f"{type(module).__name__} has no embedding of tokens inside")
-    return _tried(module, names) if is_own(module) else names[0]
+    if is_own(module):
+        return _tried(module, names)
+    _check_given_on(module, names[0])
+    return names[0]
+
+
+def _check_given_on(module: nn.Module, embedding: str) -> None:
+    """Raise if a model inside that embeds the tokens takes ids alone: it is given no embeddings."""
+    for name in [*ancestors(embedding)][1:]:
+        takes = {*arguments(module.get_submodule(name))}
+        if takes >= READS and EMBEDDED[1] not in takes:
+            raise SiteError(
+                f"{type(module).__name__} takes no embeddings in the place of token ids: "
+                f"{EMBEDDED[1]} is no argument of {name!r} "
+                f"({type(module.get_submodule(name)).__name__}), which embeds them"
+            )
 
 
 def _tried(module: nn.Module, names: list[str]) -> str:

@@ -56,6 +56,7 @@ AROUND = {
     "MusicgenMelodyForConditionalGeneration": MULTIPLIES,
     "BridgeTowerModel": "runs the blocks of its text model, and never that model",
     "Tipsv2TextModel": "multiplies the blocks' output by the mask of the prompt and the tokens",
+    "ProphetNetDecoder": "returns several streams, which its head cuts by the number of tokens",
     "LxmertModel": "returns the tokens' hidden states in tuples beside those of images",
 }
 LAST = {"last_non_pad_token", "sequence_lengths"}  # what code calls the place of each row's last

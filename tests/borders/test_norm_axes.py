@@ -393,3 +393,92 @@ def test_two_norms_of_one_class_may_work_on_different_axes(cls, order):
         plain.add_module(f"norm{number}", NormOverAxes(axes))
         plain[number].bias.data.copy_(values[f"norm{number}"])
     torch.testing.assert_close(model(x), plain(x))
+
+
+class OwnNames(nn.Module):
+    """As in VITS and Glow-TTS: [batch, channels, time], with parameters of other names."""
+
+    def __init__(self, width, shape=(-1,)):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(width).view(shape))
+        self.beta = nn.Parameter(torch.zeros(width).view(shape))
+
+    def forward(self, x):
+        x = x.transpose(1, -1)
+        x = torch.nn.functional.layer_norm(x, x.shape[-1:], self.gamma.view(-1), self.beta.view(-1))
+        return x.transpose(1, -1)
+
+
+class Scale(nn.Module):
+    """As a layer scale, or a global one, over channels."""
+
+    def __init__(self, *shape):
+        super().__init__()
+        self.scale, self.factor = nn.Parameter(torch.ones(shape)), nn.Parameter(torch.ones(()))
+
+    def forward(self, x):
+        return x * self.scale * self.factor
+
+
+class Sound(nn.Module):
+    def __init__(self, inner, width=6):
+        super().__init__()
+        self.conv, self.inner, self.head = nn.Conv1d(1, width, 5, padding=2), inner, nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(self.inner(self.conv(x)).mean(-1))
+
+
+ON_CHANNELS = {
+    "names of its own": lambda: OwnNames(6),
+    "three axes": lambda: OwnNames(6, (1, -1, 1)),
+    "scale": lambda: Scale(6, 1),
+    "prelu": lambda: nn.PReLU(6),
+    "inside": lambda: nn.Sequential(nn.BatchNorm1d(6), nn.ReLU()),
+    "two": lambda: nn.Sequential(OwnNames(6), Scale(6, 1), nn.Dropout(0.1)),
+}
+
+
+@pytest.mark.parametrize("time", [40, 6])
+@pytest.mark.parametrize("make", ON_CHANNELS.values(), ids=ON_CHANNELS)
+@pytest.mark.parametrize("cls", [*NETWORKS, ParallelAdapterModel])
+def test_a_module_of_unknown_kind_whose_parameters_are_on_another_axis_is_refused(cls, make, time):
+    model = Sound(make())
+    before = opendelta.snapshot(model)
+    names = ["inner"] * (2 if cls is ParallelAdapterModel else 1)
+    with pytest.raises(SiteError, match=r"'inner' .* has its width, 6, on axis 1 of .*\[2, 6, "):
+        cls(model, modified_modules=names, sample_inputs=torch.randn(2, 1, time))
+    opendelta.assert_pristine(model, like=before)
+
+
+class OnTokens(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.table, self.inner, self.head = nn.Embedding(9, 6), inner, nn.Linear(6, 3)
+
+    def forward(self, ids):
+        return self.head(self.inner(self.table(ids)))
+
+
+class Attends(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.temperature = nn.Parameter(torch.ones(2))  # of each head
+
+    def forward(self, x):
+        heads = x.unflatten(-1, (2, 3)).transpose(1, 2)
+        scores = heads @ heads.mT * self.temperature[:, None, None]
+        return (scores.softmax(-1) @ heads).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("time", [2, 6, 4])
+@pytest.mark.parametrize(
+    "make",
+    [lambda: Scale(6), lambda: Scale(1, 1, 6), lambda: nn.Sequential(nn.LayerNorm(6), nn.ReLU()),
+     lambda: nn.PReLU(), Attends],
+)  # fmt: skip
+def test_a_module_of_unknown_kind_with_its_width_last_is_taken(make, time):
+    model, ids = OnTokens(make()), torch.randint(9, (2, time))
+    delta = AdapterModel(model, modified_modules=["inner"], sample_inputs=ids)
+    assert {6} < {size for p in delta.parameters() for size in p.shape}
+    assert model(torch.randint(9, (3, 5))).shape == (3, 5, 3)

@@ -1075,6 +1075,11 @@ AROUND = {  # (model, config, its options, why it is refused)
         "vocab_size": 60, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24,
         "l_layers": 1, "x_layers": 1, "r_layers": 1,
     }, "the root .* it returns the tokens' hidden states in tuples beside those of images"),
+    "prophetnet": (T.ProphetNetForCausalLM, T.ProphetNetConfig, {
+        "vocab_size": 60, "hidden_size": 16, "decoder_ffn_dim": 24, "num_decoder_layers": 1,
+        "num_decoder_attention_heads": 2, "encoder_ffn_dim": 24, "num_encoder_layers": 1,
+        "num_encoder_attention_heads": 2,
+    }, "'prophetnet.decoder' .* it returns several streams, which its head cuts by the number"),
 }  # fmt: skip
 
 
@@ -1098,7 +1103,19 @@ def test_all_classes_that_have_no_place_for_a_prompt_are_known():
         after = embeds and "create_" in text and pooled.search(text)
         if by_mask or after or pieces.search(text):
             found.add(part.name)
-    assert found == {cls.__name__ for cls, *_ in AROUND.values()} - {"LxmertModel"}
+    assert found == {cls.__name__ for cls, *_ in AROUND.values()} - {
+        "LxmertModel", "ProphetNetForCausalLM",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["SequenceClassification", "TokenClassification"])
+def test_a_head_around_a_model_that_takes_token_ids_alone_is_refused_when_attaching(kind):
+    cls = getattr(T, f"EsmcFor{kind}")
+    model = cls(T.EsmcConfig(vocab_size=60, hidden_size=16, num_hidden_layers=1, head_dim=8,
+                             num_attention_heads=2, intermediate_size=24))  # fmt: skip
+    why = rf"{cls.__name__} takes no embeddings .* no argument of 'esmc' \(EsmcModel\)"
+    with untouched(model), pytest.raises(SiteError, match=why):
+        put(model)
 
 
 def test_without_what_asks_for_token_ids_they_take_a_prompt():

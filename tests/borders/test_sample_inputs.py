@@ -1,6 +1,7 @@
 """Sizes of modules are found on every architecture, by itself or on the user's `sample_inputs`."""
 
 import gc
+import re
 import weakref
 
 import pytest
@@ -370,3 +371,45 @@ def test_a_model_that_is_gone_leaves_no_inputs():
     del model, samples
     gc.collect()
     assert given() is None
+
+
+def hiera():
+    torch.manual_seed(0)
+    sizes = {"embed_dim": 8, "depths": [1, 2, 1, 1], "num_heads": [1, 1, 2, 2]}
+    image = {"image_size": [64, 64], "masked_unit_size": [8, 8]}
+    return T.HieraForImageClassification(T.HieraConfig(**sizes, **image, mlp_ratio=2.0)).eval()
+
+
+class Pools(nn.Module):
+    """Attention of its own that halves the tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.proj = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.proj(x[:, ::2])
+
+
+def test_a_branch_around_a_module_that_changes_the_tokens_is_refused_when_attaching():
+    model, images = hiera(), torch.randn(1, 3, 64, 64)
+    before = opendelta.snapshot(model)
+    with pytest.raises(SiteError, match=r"around 'hiera.*same rows and tokens") as caught:
+        ParallelAdapterModel(model)
+    opendelta.assert_pristine(model, like=before)
+    left_out = re.findall(r"'(hiera\.\S+)'", str(caught.value).rpartition("exclude_modules")[2])
+    assert "hiera.encoder.stages.3.layers.0.attn" in left_out
+    delta = ParallelAdapterModel(model, exclude_modules=left_out)
+    assert "hiera.encoder.stages.1.layers.1.attn" in delta.modified_modules
+    plain = model(images).logits
+    shake(delta)
+    assert not torch.allclose(model(images).logits, plain)
+
+
+def test_only_a_branch_asks_for_the_same_tokens():
+    model, x = nn.Sequential(nn.Linear(4, 8), Pools(), nn.Linear(8, 2)), torch.randn(2, 6, 4)
+    why = r"its output is \[2, 3, width\], its input \[2, 6, width\].*exclude_modules=\['1'\]"
+    with pytest.raises(SiteError, match=why):
+        ParallelAdapterModel(model, modified_modules=["1", "1"], sample_inputs=x)
+    AdapterModel(model, modified_modules=["1"], sample_inputs=x)
+    assert model(x).shape == (2, 3, 2)

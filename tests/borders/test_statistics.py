@@ -161,6 +161,20 @@ def test_check_names_any_buffer_that_moves_with_a_batch():
     assert torch.equal(model[1].average, torch.zeros(8))
 
 
+def test_check_names_a_copied_module_whose_own_hook_moves_its_buffers():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.utils.spectral_norm(nn.Linear(8, 8)), Codebook())
+    x, before = torch.randn(4, 8), model[1].weight_u.clone()
+    delta = LoraModel(model, modified_modules=["0"], modules_to_save=["1", "2"])
+    delta.freeze_module()
+    assert opendelta.check(model.train(), x).moving == ["1"]
+    assert torch.equal(model[1].weight_u, before)
+    model[1].eval()
+    assert opendelta.check(model, x).moving == []
+    model(x).sum().backward()
+    assert torch.equal(model[1].weight_u, before)
+
+
 def test_a_normalisation_without_statistics_is_no_matter():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, track_running_stats=False))
     model.extend([nn.InstanceNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2)])

@@ -1,5 +1,6 @@
 """Which modules a pattern selects, and what the error says when it selects none."""
 
+import copy
 import warnings
 
 import pytest
@@ -358,3 +359,47 @@ def test_excluding_a_module_excludes_what_computes_its_weight():
     model, patterns = parametrized(), ["[r].+", "[r].*parametrizations.*"]
     delta = LoraModel(model, modified_modules=patterns, exclude_modules=["0"])
     assert [*delta.layers] == ["1"]
+
+
+class NormedWeight(torch.nn.Module):
+    """A parametrization of somebody's own, with a linear layer inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.mix = torch.nn.Linear(8, 8)
+
+    def forward(self, weight):
+        return self.mix(weight)
+
+
+def normed(layer):
+    return nn.utils.parametrizations.weight_norm(layer)
+
+
+def mixed(layer):
+    nn.utils.parametrize.register_parametrization(layer, "weight", NormedWeight())
+    return layer
+
+
+@pytest.mark.parametrize("change", [normed, mixed])
+def test_what_computes_a_weight_is_no_default_place(change):
+    sound = nn.Sequential(*(normed(nn.Conv1d(4, 4, 3, padding=1)) for _ in range(2)))
+    for cls in (opendelta.LNTuningModel, opendelta.BitFitModel):
+        with pytest.raises(AddressError, match="no module of Sequential has the role"):
+            cls(sound)
+    with pytest.raises(AddressError, match="no module of Sequential has the role"):
+        opendelta.plan(sound, opendelta.LNTuningConfig())
+    plain = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 1)
+    plain = plain.eval().requires_grad_(False)
+    model = copy.deepcopy(plain)
+    change(model.layers[0].linear1)
+    assert opendelta.roles(model) == opendelta.roles(plain)
+    for cls in (
+        opendelta.LNTuningModel,
+        opendelta.BitFitModel,
+        opendelta.LoReftModel,
+        AdapterModel,
+    ):
+        places = cls(copy.deepcopy(plain)).modified_modules
+        assert cls(model).modified_modules == places
+        assert model(torch.randn(2, 3, 8)).shape == (2, 3, 8)

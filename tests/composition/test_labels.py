@@ -324,3 +324,62 @@ def test_the_last_head_that_acts_says_the_number_of_labels_the_backbones_own_too
             assert found.logits.shape[-1] == model.num_labels == model.config.num_labels == wanted
     composition["task2"].disable()
     assert model.num_labels == model(**BATCH).logits.shape[-1] != 2
+
+
+def two_heads():
+    """Models of transformers that average the logits of two heads."""
+    vit = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32}
+    levit = {"hidden_sizes": [16, 16, 16], "depths": [1, 1, 1], "key_dim": [8, 8, 8],
+             "num_attention_heads": [2, 2, 2], "image_size": 64}  # fmt: skip
+    swift = {"depths": [1, 1, 1, 1], "embed_dims": [8, 8, 8, 8]}
+    t = transformers
+    return {
+        "deit": lambda: t.DeiTForImageClassificationWithTeacher(
+            t.DeiTConfig(**vit, intermediate_size=32, patch_size=8)
+        ),
+        "levit": lambda: t.LevitForImageClassificationWithTeacher(t.LevitConfig(**levit)),
+        "swiftformer": lambda: t.SwiftFormerForImageClassification(t.SwiftFormerConfig(**swift)),
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "heads"),
+    [
+        ("deit", ["cls_classifier", "distillation_classifier"]),
+        ("levit", ["classifier", "classifier_distill"]),
+        ("swiftformer", ["dist_head", "head"]),
+    ],
+)
+def test_heads_that_a_model_averages_change_their_size_together(name, heads):
+    model = two_heads()[name]().eval()
+    images = torch.randn(2, 3, *[64 if name == "levit" else 32] * 2)
+    before = opendelta.snapshot(model)
+    for one, other in (heads, heads[::-1]):
+        wanted = f"{type(model).__name__} averages .*{other!r}.*: copy both"
+        with pytest.raises(opendelta.OptionError, match=wanted):
+            opendelta.BitFitModel(model, modules_to_save=[f"[r]^{one}$"], num_labels=5)
+    opendelta.assert_pristine(model, like=before)
+    one_head = opendelta.BitFitModel(model, modules_to_save=[f"[r]^{heads[0]}$"])
+    assert model(pixel_values=images).logits.shape == (2, 2)
+    one_head.detach()
+    opendelta.BitFitModel(model, modules_to_save=[f"[r]^{each}$" for each in heads], num_labels=5)
+    assert model(pixel_values=images).logits.shape == (2, 5)
+
+
+class TwoHeads(torch.nn.Module):
+    """Two heads of one size that are two outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.config = transformers.PretrainedConfig(num_labels=2)
+        self.body = torch.nn.Linear(4, 4)
+        self.head, self.dist_head = torch.nn.Linear(4, 2), torch.nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.head(self.body(x)), self.dist_head(self.body(x))
+
+
+def test_two_heads_of_a_model_of_ones_own_may_have_two_sizes():
+    model = TwoHeads()
+    LoraModel(model, modified_modules=["body"], modules_to_save=["[r]^head$"], num_labels=5)
+    assert [out.shape[-1] for out in model(torch.randn(3, 4))] == [5, 2]

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..._modules.kinds import Embedding, kind_of
 from ...errors import AddressError, OptionError, nearest
-from ...names import ancestors, join, last
+from ...names import ancestors, computes_weight, join, last
 from ..backbone import Backbone
 from ..patterns import repeated, select, warn_unused
 from .blocks import Tree, units
@@ -246,7 +246,8 @@ def with_roles(
         if role == "root":
             hits = {""}
         elif role == "layer_norm":
-            hits = {name for name, module in backbone.modules.items() if is_norm(module)}
+            norms = (name for name, module in backbone.modules.items() if is_norm(module))
+            hits = {name for name in norms if not computes_weight(name)}
         elif "." not in role and role not in known.values():
             hits = set(_sublayers(backbone, known, role))
         if not hits:

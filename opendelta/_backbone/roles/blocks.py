@@ -11,7 +11,7 @@ from torch import nn
 from ..._modules.calls import has_forward
 from ..._modules.kinds import kind_of
 from ..._sites.swap import plain_class
-from ...names import ancestors, last, parent
+from ...names import ancestors, computes_weight, last, parent
 from ..backbone import Backbone
 from . import naming
 from .flow import is_node
@@ -26,7 +26,7 @@ def class_of(module: nn.Module) -> str:
 
 @dataclass
 class Tree:
-    """A backbone, with the names of the children of each module."""
+    """A backbone, with the names of the children of each module, without what computes weights."""
 
     backbone: Backbone
     children: dict[str, list[str]]
@@ -36,7 +36,7 @@ class Tree:
         """Return the tree of a backbone."""
         children: dict[str, list[str]] = defaultdict(list)
         for name in backbone.modules:
-            if name:
+            if name and not computes_weight(name):
                 children[parent(name)].append(name)
         return cls(backbone, children)
 
@@ -68,7 +68,8 @@ def units(tree: Tree) -> list[str]:
     blocks, as in Swin's stages; else they are the parts of a block, as in T5. A module outside of
     lists is a block if it is of a block's class. A model without lists is one block.
     """
-    items = [name for name in tree.backbone.modules if _is_item(tree, name)]
+    places = [name for name in tree.backbone.modules if not computes_weight(name)]
+    items = [name for name in places if _is_item(tree, name)]
     known = set(items)
     inner: set[str] = set()
     for name in items:

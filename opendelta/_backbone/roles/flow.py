@@ -27,7 +27,7 @@ from ..._modules.faking import Restoring
 from ..._modules.kinds import ACROSS_CHANNELS, Norm, kind_of
 from ..._modules.process import ignored_warnings, kept_random
 from ..._sites.swap import plain_class
-from ...names import SLOT, join
+from ...names import SLOT, computes_weight, join
 
 LIMIT = 40_000  # steps of one run; a longer run is a loop that does not end on stand-ins
 SIZES = re.compile(r"size|dim|numel|stride|new_.*|(?:zeros|ones|empty|full|rand|randn)_like")
@@ -356,7 +356,8 @@ def trace(block: nn.Module) -> list[Flow]:
 
 
 def _has_all(flow: Flow, block: nn.Module) -> bool:
-    return all(n in flow.calls or not is_norm(m) for n, m in block.named_modules())
+    norms = (n for n, m in block.named_modules() if is_norm(m) and not computes_weight(n))
+    return all(name in flow.calls for name in norms)
 
 
 def _likely(parameter: inspect.Parameter, first: bool) -> bool:
