@@ -462,15 +462,66 @@ def test_a_config_as_an_editor_of_windows_saves_it(folder):
     assert not torch.equal(model(x), net()(x))
 
 
-def test_a_config_of_more_layers_than_memory_holds(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(models, "MOST_MODULES", 1_000)
-    config = tmp_path / "config.json"
-    config.write_text(json.dumps({**BERT, "num_hidden_layers": 10**8}))
-    monkeypatch.setattr(sys, "argv", ["opendelta", "tree", str(config)])
+def said_by(monkeypatch, capsys, *words):
+    """Return what a command prints as it ends with exit code 2, in one line."""
+    monkeypatch.setattr(sys, "argv", ["opendelta", *map(str, words)])
     with pytest.raises(SystemExit) as ended:
         main()
+    said = capsys.readouterr().err
     assert ended.value.code == 2
-    assert "its config asks for more than 1,000 modules" in capsys.readouterr().err
+    assert len(said.splitlines()) == 1
+    return said
+
+
+def test_a_config_of_more_modules_than_memory_holds(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(models, "MOST_MODULES", 1_000)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({**BERT, "num_hidden_layers": 200}))
+    said = said_by(monkeypatch, capsys, "tree", config)
+    assert "its config asks for more than 1,000 modules" in said
+
+
+COUNTED = {
+    "num_hidden_layers": {"model_type": "qwen3"},  # it makes a list as long
+    "n_layer": {"model_type": "gpt2"},
+    "num_layers": {"model_type": "t5"},
+    "encoder_layers": {"model_type": "bart"},
+    "num_local_experts": {"model_type": "mixtral"},
+    "num_labels": {"model_type": "bert"},
+    "depths": {"model_type": "swin"},
+}
+
+
+@pytest.mark.parametrize("key", COUNTED)
+def test_a_config_that_counts_without_end_is_refused_at_once(key, tmp_path, capsys, monkeypatch):
+    count = [2, 10**12] if key == "depths" else 10**12
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**COUNTED[key], key: count}))
+    assert f"its config has {key}=1,000,000,000,000, and no" in said_by(
+        monkeypatch, capsys, "tree", path
+    )
+
+
+@pytest.mark.parametrize("verb", ["tree", "plan", "explain", "verify", "merge", "report"])
+def test_every_command_refuses_such_a_config(verb, folder, tmp_path, capsys, monkeypatch):
+    path = tmp_path / "model" / "config.json"
+    path.parent.mkdir()
+    inner = {"text_config": {"model_type": "llama", "num_hidden_layers": 10**12}}
+    path.write_text(json.dumps({"model_type": "llava", **inner}))
+    model, out = path.parent, tmp_path / "out"
+    words = {
+        "tree": [model], "plan": [model, "--delta", "lora"], "explain": [folder, model],
+        "verify": [folder, model], "merge": [folder, model, out],
+        "report": [folder, model],
+    }[verb]  # fmt: skip
+    said = said_by(monkeypatch, capsys, verb, *words)
+    assert "its config has text_config.num_hidden_layers=1,000,000,000,000" in said
+
+
+def test_labels_of_a_config_are_no_counts(tmp_path):
+    labels = {"layers": 3_000, "experts": 0}
+    (tmp_path / "config.json").write_text(json.dumps({**BERT, "label2id": labels}))
+    assert models.without_weights(str(tmp_path))
 
 
 @POSIX
