@@ -3,6 +3,7 @@
 import contextlib
 import faulthandler
 import functools
+import io
 import json
 import operator
 import os
@@ -19,6 +20,7 @@ from torch import nn
 import opendelta
 from opendelta import DeltaLoadError, LoraModel
 from opendelta._files import folder as files
+from opendelta._files import reading
 from opendelta.cli import looking, main, models
 from opendelta.interop import legacy, peft
 
@@ -451,6 +453,35 @@ def test_what_may_not_be_read_is_named(folder, monkeypatch):
     monkeypatch.setattr(os, "stat", forbidden)
     with pytest.raises(DeltaLoadError, match=r"cannot be read: .*Permission denied"):
         opendelta.load(folder, net())
+
+
+def test_a_config_that_gives_nothing_is_no_file(folder, monkeypatch):
+    class Waits(io.BytesIO):
+        def read(self, *_):  # as of /proc/kmsg, before anything is there
+            return None
+
+    monkeypatch.setattr(reading, "open_file", lambda path: Waits())
+    for step in (lambda: attached().save_finetuned(folder), lambda: opendelta.load(folder, net())):
+        with pytest.raises(opendelta.DeltaError, match="cannot be read: it is no file"):
+            step()
+
+
+@pytest.mark.parametrize("verb", ["train", "compare"])
+def test_a_training_into_a_file_is_refused(verb, tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").touch()
+    said = said_by(monkeypatch, capsys, verb, "--delta", "lora", "--out", tmp_path / "file")
+    assert "file is a file; give a folder" in said
+
+
+@pytest.mark.parametrize("how", ["old", "cut"])
+def test_weights_of_an_old_torch_or_cut_off_say_so(how, tmp_path):
+    model, path = net(), tmp_path / "pytorch_model.bin"
+    LoraModel(model, modified_modules=["0"])
+    torch.save({"weight": torch.ones(9)}, path, _use_new_zipfile_serialization=how != "old")
+    if how == "cut":
+        path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(DeltaLoadError, match=r"is damaged, or in the format of torch before 1\.6"):
+        legacy.load_state_dict(model, path)
 
 
 def test_a_config_as_an_editor_of_windows_saves_it(folder):
