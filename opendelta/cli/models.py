@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -127,9 +128,8 @@ def _check_counts(config: Any, name: str = "") -> None:
         for key in config.keys() - {"label2id"}:  # its keys are a user's labels
             _check_counts(config[key], f"{name}.{key}" if name else str(key))
         return
-    most = next((most for ends, most in MOST_OF.items() if ends.search(name)), None)
-    counts = config if isinstance(config, list) else [config]
-    for count in counts if most is not None else ():
+    most = next((most for ends, most in MOST_OF.items() if ends.search(name)), math.inf)
+    for count in config if isinstance(config, list) else [config]:
         if isinstance(count, int) and count > most:
             raise DeltaError(f"its config has {name}={count:,}, and no model has over {most:,}")
 
