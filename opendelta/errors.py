@@ -286,10 +286,12 @@ class TiedWeightWarning(DeltaWarning):
 
     Cause:
         The weight is tied, as that of the embeddings and the head of a language model. The delta
-        changes one use of it.
+        changes one use of it. Or a plain model has weights apart that its config, once loaded, says
+        to tie, as T5's.
 
     Cure:
-        If one use was meant, nothing is wrong. Else put a delta on each of the modules.
+        If one use was meant, nothing is wrong. Else put a delta on each of the modules. Such a
+        plain model is not to be tied anew, by `tie_weights()` or `resize_token_embeddings()`.
     """
 
 

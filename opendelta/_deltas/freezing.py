@@ -51,9 +51,10 @@ def freeze(
         for name, tensor in everything.items()
         if (SLOT in exclude and name in added) or (kept and kept & {"", *ancestors(name)})
     }
-    if spared and _any_frozen(shared) and is_distributed():
-        before = ((n, t) for n, t, memory in _remembered(backbone, shared) if n in memory)
-        engines.check_trains(backbone, {n for n, t in before if id(t) in spared})
+    if spared and is_distributed():
+        trains = ((n, t) for n, t, m in _remembered(backbone, shared) if t.requires_grad or n in m)
+        chosen = {n for n, t in trains if id(t) in spared and is_inside(n, within)}
+        engines.check_trains(backbone, chosen)
     restore(backbone, shared, within)
     memories = {name: memory for name, _, memory in _remembered(backbone, shared)}
     shared.excluded -= {name for name in shared.excluded if is_inside(name, within)}

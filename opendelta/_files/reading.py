@@ -93,9 +93,16 @@ def open_file(path: Path) -> BinaryIO:
 
 
 def read_start(path: Path) -> bytes:
-    """Return the first bytes of a file: all of a file that is not larger than the limit."""
+    """Return the first bytes of a file: all of a file that is not larger than the limit.
+
+    Raises:
+        DeltaLoadError: it is no file, or a link to one of the system that gives nothing.
+    """
     with open_file(path) as file:
-        return file.read(LARGEST + 1)
+        content: bytes | None = file.read(LARGEST + 1)
+    if content is None:  # it would have to be waited for, as for /proc/kmsg
+        raise DeltaLoadError(f"{path} cannot be read: it is no file")
+    return content
 
 
 def read_json(path: Path, longest: int = LONGEST) -> Any:

@@ -19,6 +19,7 @@ from .._sites import merged
 from .._sites.stack import Stack, Step
 from ..errors import SiteError
 from . import mergeable, merging
+from .untying import untie
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -98,7 +99,7 @@ def to_backbone(model: Module) -> Module:
         if where in copies:
             convert_like(copied.get_submodule(where), backbone.modules[where])
     labels.hand_on(model, copied)
-    _untie(backbone, copied)
+    untie(backbone, copied)
     if model.training:
         copied.train()
     return copied
@@ -150,29 +151,6 @@ def _silent(backbone: Backbone) -> set[tuple[str, str]]:
     }
     reached = mergeable.reached_by(backbone) if unseen else None
     return set() if reached is None else unseen - reached
-
-
-def _untie(backbone: Backbone, copied: Any) -> None:
-    """Let the config of a transformers model say so if a copy of a head untied its weights.
-
-    Else the weights would be tied again when the plain model is loaded.
-    """
-    config = copied.__dict__.get("config")
-    if not getattr(config, "tie_word_embeddings", False):
-        return
-    fresh = Backbone.of(copied)
-    left = list(fresh.users().values())
-    if all(names in left for names in backbone.users().values() if len(names) > 1):
-        return
-    copied.config = copy.copy(config)
-    copied.config.tie_word_embeddings = False
-    known: set[int] = set()  # now each module has a weight of its own in the file
-    for module in fresh.modules.values():
-        for key, parameter in module._parameters.items():
-            if parameter is not None and id(parameter) in known:
-                own = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
-                module._parameters[key] = parameter = own
-            known.add(id(parameter))
 
 
 def _become(module: nn.Module, other: nn.Module) -> None:

@@ -128,7 +128,7 @@ def verify(
     """Check that CHECKPOINT is whole, and fits MODEL and its weights. Exit code 1 if not.
 
     If MODEL is a config.json, or CHECKPOINT has no values of its weights, only the names and shapes
-    are compared.
+    are compared, and the output says so.
 
     Example: opendelta verify my-composition roberta-base
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,12 @@ from ..errors import DeltaError, nearest, reason
 
 NO_MODEL = re.compile(r"^Auto|Config|Tokenizer|Process|Extractor|Output|Pipeline|Onnx|_|^[a-z]")
 MOST_MODULES = 300_000  # ten times those of the largest models
+# {ends of the keys in a config that count things: far more than any model has of them}
+MOST_OF = {
+    re.compile(r"(layers?|depths?|blocks?|stages?)$"): 2_000,
+    re.compile(r"(experts?|groups?|codebooks?|quantizers?|repeats?)$"): 20_000,
+    re.compile(r"(labels|classes)$"): 1_000_000,
+}
 HUB_NAME = re.compile(r"[\w-][\w.-]*(?:/[\w-][\w.-]*)?")
 
 
@@ -102,6 +109,7 @@ def _config(model: str) -> Any:
     elif not HUB_NAME.fullmatch(model):
         raise DeltaError(f"no model {model!r}: there is no such folder or file")
     try:
+        _check_counts(_transformers().PreTrainedConfig.get_config_dict(model)[0])
         return _transformers().AutoConfig.from_pretrained(model, trust_remote_code=False)
     except Exception as error:  # whatever stands in a config
         what = "" if there else "there is no such folder or file here, and the hub says: "
@@ -112,6 +120,18 @@ def _check_json(path: Path) -> None:
     given = parsed(path)
     if not isinstance(given, dict) or "model_type" not in given:
         raise DeltaError(f"{path} is no config of a transformers model: it has no model_type")
+
+
+def _check_counts(config: Any, name: str = "") -> None:
+    """Raise for a number in a config that would take time and memory without end."""
+    if isinstance(config, dict):
+        for key in config.keys() - {"label2id"}:  # its keys are a user's labels
+            _check_counts(config[key], f"{name}.{key}" if name else str(key))
+        return
+    most = next((most for ends, most in MOST_OF.items() if ends.search(name)), math.inf)
+    for count in config if isinstance(config, list) else [config]:
+        if isinstance(count, int) and count > most:
+            raise DeltaError(f"its config has {name}={count:,}, and no model has over {most:,}")
 
 
 def _class_of(config: Any, class_name: str | None, saved_from: str) -> Any:

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from .._files.folder import check_folder
 from .._files.reading import as_path
 from .comparing import (
     Epochs,
@@ -75,6 +76,8 @@ def train(
 
     Example: opendelta train --task reviews.csv --model my-model --delta lora --out reviews
     """
+    folder = as_path(out, "--out")
+    check_folder(folder)
     from ..studies import door, models  # start-up: they import transformers, 3 s
 
     texts = texts_of(task, test, text, label, train_size, test_size, max_length)
@@ -83,7 +86,7 @@ def train(
         built,
         made,
         delta,
-        as_path(out, "--out"),
+        folder,
         rates=rates_of(rate),
         seed=seed,
         num_train_epochs=epochs,

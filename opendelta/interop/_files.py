@@ -71,6 +71,11 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
             given = StateDict(archive, size).run()
     except DeltaLoadError:
         raise
+    except zipfile.BadZipFile as error:
+        raise DeltaLoadError(
+            f"{path} is damaged, or in the format of torch before 1.6: {error}. In the second case "
+            "save it anew: torch.save(torch.load(path, weights_only=True), path)"
+        ) from None
     except Exception as error:  # a damaged program may do any step at any time
         first = f"{type(error).__name__}: " * (type(error) is not ValueError) + str(error)
         raise DeltaLoadError(

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from .._files.folder import check_folder
 from .._handles.composition import composition
 from ..errors import DeltaError, shown
 from . import models
@@ -172,6 +173,7 @@ class Done:
 
     def __init__(self, folder: Path, facts: dict[str, Any]) -> None:
         self.folder, self.file, self.facts = folder, folder / RUNS, facts
+        check_folder(folder)
         folder.mkdir(parents=True, exist_ok=True)
         settings = folder / SETTINGS
         if settings.exists():

@@ -3,6 +3,7 @@
 import contextlib
 import faulthandler
 import functools
+import io
 import json
 import operator
 import os
@@ -19,6 +20,7 @@ from torch import nn
 import opendelta
 from opendelta import DeltaLoadError, LoraModel
 from opendelta._files import folder as files
+from opendelta._files import reading
 from opendelta.cli import looking, main, models
 from opendelta.interop import legacy, peft
 
@@ -453,6 +455,35 @@ def test_what_may_not_be_read_is_named(folder, monkeypatch):
         opendelta.load(folder, net())
 
 
+def test_a_config_that_gives_nothing_is_no_file(folder, monkeypatch):
+    class Waits(io.BytesIO):
+        def read(self, *_):  # as of /proc/kmsg, before anything is there
+            return None
+
+    monkeypatch.setattr(reading, "open_file", lambda path: Waits())
+    for step in (lambda: attached().save_finetuned(folder), lambda: opendelta.load(folder, net())):
+        with pytest.raises(opendelta.DeltaError, match="cannot be read: it is no file"):
+            step()
+
+
+@pytest.mark.parametrize("verb", ["train", "compare"])
+def test_a_training_into_a_file_is_refused(verb, tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").touch()
+    said = said_by(monkeypatch, capsys, verb, "--delta", "lora", "--out", tmp_path / "file")
+    assert "file is a file; give a folder" in said
+
+
+@pytest.mark.parametrize("how", ["old", "cut"])
+def test_weights_of_an_old_torch_or_cut_off_say_so(how, tmp_path):
+    model, path = net(), tmp_path / "pytorch_model.bin"
+    LoraModel(model, modified_modules=["0"])
+    torch.save({"weight": torch.ones(9)}, path, _use_new_zipfile_serialization=how != "old")
+    if how == "cut":
+        path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(DeltaLoadError, match=r"is damaged, or in the format of torch before 1\.6"):
+        legacy.load_state_dict(model, path)
+
+
 def test_a_config_as_an_editor_of_windows_saves_it(folder):
     config = folder / "config.json"
     config.write_bytes(b"\xef\xbb\xbf" + config.read_bytes().replace(b"\n", b"\r\n"))
@@ -462,15 +493,66 @@ def test_a_config_as_an_editor_of_windows_saves_it(folder):
     assert not torch.equal(model(x), net()(x))
 
 
-def test_a_config_of_more_layers_than_memory_holds(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(models, "MOST_MODULES", 1_000)
-    config = tmp_path / "config.json"
-    config.write_text(json.dumps({**BERT, "num_hidden_layers": 10**8}))
-    monkeypatch.setattr(sys, "argv", ["opendelta", "tree", str(config)])
+def said_by(monkeypatch, capsys, *words):
+    """Return what a command prints as it ends with exit code 2, in one line."""
+    monkeypatch.setattr(sys, "argv", ["opendelta", *map(str, words)])
     with pytest.raises(SystemExit) as ended:
         main()
+    said = capsys.readouterr().err
     assert ended.value.code == 2
-    assert "its config asks for more than 1,000 modules" in capsys.readouterr().err
+    assert len(said.splitlines()) == 1
+    return said
+
+
+def test_a_config_of_more_modules_than_memory_holds(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(models, "MOST_MODULES", 1_000)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({**BERT, "num_hidden_layers": 200}))
+    said = said_by(monkeypatch, capsys, "tree", config)
+    assert "its config asks for more than 1,000 modules" in said
+
+
+COUNTED = {
+    "num_hidden_layers": {"model_type": "qwen3"},  # it makes a list as long
+    "n_layer": {"model_type": "gpt2"},
+    "num_layers": {"model_type": "t5"},
+    "encoder_layers": {"model_type": "bart"},
+    "num_local_experts": {"model_type": "mixtral"},
+    "num_labels": {"model_type": "bert"},
+    "depths": {"model_type": "swin"},
+}
+
+
+@pytest.mark.parametrize("key", COUNTED)
+def test_a_config_that_counts_without_end_is_refused_at_once(key, tmp_path, capsys, monkeypatch):
+    count = [2, 10**12] if key == "depths" else 10**12
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**COUNTED[key], key: count}))
+    assert f"its config has {key}=1,000,000,000,000, and no" in said_by(
+        monkeypatch, capsys, "tree", path
+    )
+
+
+@pytest.mark.parametrize("verb", ["tree", "plan", "explain", "verify", "merge", "report"])
+def test_every_command_refuses_such_a_config(verb, folder, tmp_path, capsys, monkeypatch):
+    path = tmp_path / "model" / "config.json"
+    path.parent.mkdir()
+    inner = {"text_config": {"model_type": "llama", "num_hidden_layers": 10**12}}
+    path.write_text(json.dumps({"model_type": "llava", **inner}))
+    model, out = path.parent, tmp_path / "out"
+    words = {
+        "tree": [model], "plan": [model, "--delta", "lora"], "explain": [folder, model],
+        "verify": [folder, model], "merge": [folder, model, out],
+        "report": [folder, model],
+    }[verb]  # fmt: skip
+    said = said_by(monkeypatch, capsys, verb, *words)
+    assert "its config has text_config.num_hidden_layers=1,000,000,000,000" in said
+
+
+def test_labels_of_a_config_are_no_counts(tmp_path):
+    labels = {"layers": 3_000, "experts": 0}
+    (tmp_path / "config.json").write_text(json.dumps({**BERT, "label2id": labels}))
+    assert models.without_weights(str(tmp_path))
 
 
 @POSIX

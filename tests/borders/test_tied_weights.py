@@ -5,11 +5,12 @@ import types
 
 import pytest
 import torch
+import transformers
 from support.models import build, logits
 from support.nets import shake
 from torch import nn
 
-from opendelta import LoraModel, SiteError, composition
+from opendelta import LoraModel, SiteError, TiedWeightWarning, composition
 from opendelta._modules.holding import walk
 
 pytestmark = pytest.mark.covers("Composition.merge", "Composition.to_backbone")
@@ -27,6 +28,7 @@ def test_the_refusal_names_the_ways_out(verb):
         getattr(composition(model), verb)()
 
 
+@pytest.mark.filterwarnings("ignore:this plain T5.*:opendelta.TiedWeightWarning")
 @pytest.mark.parametrize("name", HEADS)
 def test_a_plain_model_that_came_out_untied_is_loaded_as_it_is(name, tmp_path):
     model = build(name)
@@ -43,6 +45,59 @@ def test_a_plain_model_that_came_out_untied_is_loaded_as_it_is(name, tmp_path):
     loaded = type(plain).from_pretrained(tmp_path).eval()
     for each in (plain, loaded):
         torch.testing.assert_close(logits(each), expected, atol=1e-5, rtol=1e-5)
+
+
+T5S = {
+    "T5": "lm_head", "LongT5": "lm_head", "MT5": "lm_head", "UMT5": "lm_head", "Udop": "lm_head",
+    "SwitchTransformers": "lm_head", "Pop2Piano": "encoder.embed_tokens",
+}  # fmt: skip
+SMALL = {
+    "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "vocab_size": 50,
+    "decoder_start_token_id": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", T5S)
+def test_a_config_that_ties_whatever_is_loaded_is_warned_of(name, tmp_path):
+    config = getattr(transformers, f"{name}Config")
+    cls = getattr(transformers, f"{name}ForConditionalGeneration")
+    torch.manual_seed(0)
+    model = cls(config(**SMALL)).eval()
+    shake(LoraModel(model, modules_to_save=[T5S[name]], modified_modules=["q"]))
+    rows = {"input_ids": torch.tensor([[5, 6, 7]]), "decoder_input_ids": torch.tensor([[0, 4]])}
+    if name == "Udop":
+        rows["bbox"] = torch.rand(1, 3, 4)
+    expected = model(**rows).logits.detach()
+    ways = rf"its {config.__name__}, once loaded, says .* do not call tie_weights\(\) or resize_"
+    with pytest.warns(TiedWeightWarning, match=ways):
+        plain = composition(model).to_backbone()
+    plain.save_pretrained(tmp_path)
+    for each in (plain, cls.from_pretrained(tmp_path).eval()):
+        torch.testing.assert_close(each(**rows).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_model_that_is_tied_inside_another_comes_out_untied(tmp_path):
+    vision = transformers.ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        image_size=8, patch_size=4,
+    )  # fmt: skip
+    text = transformers.GPT2Config(
+        vocab_size=50, n_positions=32, n_embd=16, n_layer=1, n_head=2, add_cross_attention=True
+    )
+    cls = transformers.VisionEncoderDecoderModel
+    config = transformers.VisionEncoderDecoderConfig
+    torch.manual_seed(0)
+    model = cls(config.from_encoder_decoder_configs(vision, text)).eval()
+    shake(LoraModel(model, modules_to_save=["lm_head"], modified_modules=["c_attn"]))
+    rows = {"pixel_values": torch.randn(1, 3, 8, 8), "decoder_input_ids": torch.tensor([[3, 4]])}
+    expected = model(**rows).logits.detach()
+    plain = composition(model).to_backbone()
+    plain.save_pretrained(tmp_path)
+    loaded = cls.from_pretrained(tmp_path).eval()
+    for each in (plain, loaded):
+        torch.testing.assert_close(each(**rows).logits, expected, atol=1e-5, rtol=1e-5)
+        each.tie_weights()
+        torch.testing.assert_close(each(**rows).logits, expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "t5"])

@@ -296,6 +296,10 @@ def test_verify_says_of_which_weights_it_compared_the_values(run, folder):
     )
     found = json.loads(run("verify", "unread", "another-model", "--json")[1])
     assert (found["weights_compared"], len(found["unread"])) == (False, 8)
+    path.write_text(json.dumps({**facts, "fingerprint": {}}))
+    assert alone in run("verify", "unread", "another-model")[1]
+    found = json.loads(run("verify", "unread", "another-model", "--json")[1])
+    assert (found["weights_compared"], len(found["unread"])) == (False, 8)
     first["shape"] = [9, 9]
     path.write_text(json.dumps(facts))
     code, out, _ = run("verify", "unread", "my-model")

@@ -422,6 +422,23 @@ def ddp_refuses_to_train_what_was_frozen_as_it_wrapped(pair: Pair) -> None:
         gc.unfreeze()
 
 
+@check()
+def ddp_refuses_to_train_the_backbone_after_a_delta_left_and_came_back(pair: Pair) -> None:
+    model = network().requires_grad_(True)
+    delta = LoraModel(model, modified_modules=["q", "o"])
+    delta.freeze_module(exclude=["deltas", "blocks.1.o"])
+    wrapped = DistributedDataParallel(model)
+    delta.detach()
+    delta.attach()
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    with pytest.raises(SiteError, match="attach and unfreeze first, wrap or initialize then"):
+        delta.freeze_module(exclude=["deltas", "blocks.0.q.weight"])
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == flags
+    delta.freeze_module(model.blocks[1], exclude=["deltas", "blocks.1.o"])  # that one is known
+    delta.freeze_module(exclude=["deltas", "blocks.1.o"])
+    assert not opendelta.check(wrapped, batch(0)).unsynchronised
+
+
 @check(["block-wise", "leaf-wise"])
 def fsdp_trains_deltas_attached_before(pair: Pair, how: str) -> None:
     model = network()
