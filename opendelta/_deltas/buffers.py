@@ -10,8 +10,11 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
 from .._backbone.backbone import Backbone
 from .._layers.record import Record
+from .._modules.tensors import is_plain
 from ..errors import DeltaError, UnsavedWarning, listed, warn
 from ..names import ancestors, join, parent
+
+FEW = 64  # values of a parameter that are compared
 
 
 def trains_in_place(module: nn.Module) -> bool:
@@ -55,13 +58,13 @@ def saved(backbone: Backbone, records: list[Record]) -> dict[str, Tensor]:
 
 
 def moving(backbone: Backbone, changed: Collection[str] = ()) -> list[str]:
-    """Return the frozen modules whose buffers move in training, and are in no file.
+    """Return the frozen modules whose tensors move in training, and are in no file.
 
     A module does not count if nothing is frozen, or if an active delta's own copy takes its place,
     unless it is known to move: a hook on it, as of the old spectral_norm, runs all the same.
 
     Args:
-        changed: modules whose buffers are known to move, beside normalisations with statistics.
+        changed: modules whose tensors are known to move, beside normalisations with statistics.
     """
     if all(parameter.requires_grad for parameter in backbone.parameters().values()):
         return []
@@ -77,25 +80,40 @@ def moving(backbone: Backbone, changed: Collection[str] = ()) -> list[str]:
 
 
 def copies(backbone: Backbone) -> dict[str, dict[str, Tensor]]:
-    """Return copies of the floating buffers in a state dict, of all modules in training mode.
+    """Return copies of what a forward may change, of all modules in training mode.
 
-    The result is {full name of a module: {name of a buffer in it: its copy}}.
+    That is the floating buffers in a state dict, and a few values of each frozen parameter, which a
+    momentum encoder moves. The result is {full name of a module: {name in it: the copy}}.
     """
     found: dict[str, dict[str, Tensor]] = {}
     for name, module in backbone.modules.items():
-        for key, buffer in module._buffers.items() if module.training else ():
-            if buffer is None or buffer.is_meta or not buffer.is_floating_point():
-                continue
-            if key not in module._non_persistent_buffers_set:
-                found.setdefault(name, {})[key] = buffer.detach().clone()
+        tables = (module._buffers, module._parameters) if module.training else ()
+        for key, tensor in [item for table in tables for item in table.items()]:
+            values = None if tensor is None else _values(tensor)
+            if values is not None and key not in module._non_persistent_buffers_set:
+                found.setdefault(name, {})[key] = values.clone()
     return found
 
 
+def _values(tensor: Tensor) -> Tensor | None:
+    """Return the values of a buffer, or a few of a frozen parameter; None: it is of no use here."""
+    own = tensor.detach()
+    if own.is_meta or not own.is_floating_point():
+        return None
+    if not isinstance(tensor, nn.Parameter):
+        return own
+    if tensor.requires_grad or not is_plain(tensor) or not own.is_contiguous():
+        return None
+    return own.view(-1)[:: own.numel() // FEW + 1]
+
+
 def changed(backbone: Backbone, before: dict[str, dict[str, Tensor]]) -> set[str]:
-    """Return the names of the modules whose buffers differ from the `copies` before."""
+    """Return the names of the modules whose tensors differ from the `copies` before."""
 
     def differs(name: str, key: str, old: Tensor) -> bool:
-        now = backbone.modules[name]._buffers.get(key)
+        module = backbone.modules[name]
+        tensor = {**module._buffers, **module._parameters}.get(key)
+        now = None if tensor is None else _values(tensor)
         return now is None or now.shape != old.shape or not torch.equal(now, old)
 
     return {n for n, own in before.items() if any(differs(n, key, b) for key, b in own.items())}

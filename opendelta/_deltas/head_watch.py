@@ -13,9 +13,10 @@ from .._backbone.backbone import Backbone
 from .._backbone.shapes import PROBING
 from .._modules.calls import every
 from .._sites import swap
-from .._sites.stack import Stack, acting_on, stack_of
+from .._sites.stack import Stack, acting_on
+from .._texts.arguments import is_beside_text
 from ..errors import UnreachedWarning, listed, warn
-from ..names import SLOT, ancestors, join
+from ..names import SLOT, is_inside, join
 from .resizing import embeddings_of
 
 
@@ -134,20 +135,27 @@ HOOKS = HeadWatch, PartWatch
 
 
 def watch_heads(backbone: Backbone) -> None:
-    """Check the heads in all forwards that train, if their deltas do not show in their weights."""
+    """Check the heads in all that trains, if their deltas do not show in their weights."""
     take_away(backbone, *HOOKS)
-    for where in dict.fromkeys(o for name in backbone.stacks for o in (*ancestors(name), "")):
-        model = backbone.modules[where]
-        head = embeddings_of(model).get("output")
-        stack = None if head is None else stack_of(head)
-        if head is None or stack is None or swap.weight_is_read(head, False):
-            continue
-        name = next(name for name, each in backbone.stacks.items() if each is stack)
-        watch, part = HeadWatch(stack, name), getattr(model, "base_model", model)
-        model.register_forward_pre_hook(watch)
-        model.register_forward_hook(watch)
-        if part is not model:
-            part.register_forward_hook(PartWatch(watch, [*backbone.chain(name)]))
+    models = {n: m for n, m in backbone.modules.items() if hasattr(type(m), "base_model")}
+    for where, model in models.items():
+        inner = {name: m for name, m in models.items() if is_inside(name, where)}
+        head, base = embeddings_of(model).get("output"), getattr(model, "base_model", model)
+        for name in backbone.stacks:
+            module = backbone.modules[name]
+            apart = is_inside(name, where) and not any(is_inside(name, each) for each in inner)
+            if (module is not head and not apart) or swap.weight_is_read(module, False):
+                continue
+            watch = HeadWatch(backbone.stacks[name], name)
+            parts = [base] if base is not model else []
+            if module is head:
+                model.register_forward_pre_hook(watch)
+                model.register_forward_hook(watch)
+                parts = [
+                    m for n, m in inner.items() if not is_inside(name, n) and not is_beside_text(m)
+                ]
+            for part in parts:
+                part.register_forward_hook(PartWatch(watch, [*backbone.chain(name)]))
 
 
 def take_away(backbone: Backbone, *kinds: type) -> None:

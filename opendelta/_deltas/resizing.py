@@ -53,15 +53,16 @@ def guard(backbone: Backbone, made: dict[str, DeltaLayer]) -> None:
 def _changes(backbone: Backbone, model: nn.Module, inside: dict[str, DeltaLayer]) -> bool:
     """True if a resize of a model changes the module of one of these layers."""
     there = embeddings_of(model)
-    own = {id(module) for module in (*there.values(), *_tables_of_positions(model))}
+    parts = [part for verb in GETTERS for part in _changed_by(verb, model)]
+    own = {id(module) for module in (*there.values(), *parts)}
     weight = _weight_of(there.get("input"))
     for name, layer in inside.items() if own else ():
         module = backbone.modules.get(name)
         if module is None:
             continue
         tied = weight is not None and _weight_of(module) is weight
-        parts = module.modules() if any(key != SLOT for key in module._modules) else ()
-        has_own = own & {*map(id, parts)}
+        inner = module.modules() if any(key != SLOT for key in module._modules) else ()
+        has_own = own & {*map(id, inner)}
         if id(module) in own or tied or (has_own and _is_bound(layer, there)):
             return True
     return False
@@ -76,15 +77,17 @@ def _is_bound(layer: DeltaLayer, there: dict[str, nn.Module]) -> str:
     return "has the size of the vocabulary" if kind and kind.out_features in sizes else ""
 
 
-def _tables_of_positions(model: nn.Module) -> list[nn.Module]:
-    """Return the tables of positions that a transformers model can resize."""
-    if not hasattr(model, POSITIONS):
-        return []
-    try:
-        found: Any = model.get_position_embeddings()  # type: ignore[operator]
-    except Exception:  # models without one raise whatever they like
-        return []
-    found = found if isinstance(found, tuple) else (found,)
+def _changed_by(verb: str, model: nn.Module) -> list[nn.Module]:
+    """Return the modules that a resize, other than that of all token embeddings, changes."""
+    found: list[Any] = []
+    for getter in GETTERS[verb] if hasattr(type(model), verb) else ():
+        for holder in (model, getattr(model, "model", None)):
+            try:
+                each = getattr(holder, getter)()
+            except Exception:  # models without one raise whatever they like
+                continue
+            found += each if isinstance(each, tuple) else (each,)
+            break
     return [module for module in found if isinstance(module, nn.Module)]
 
 
@@ -92,7 +95,12 @@ def _weight_of(module: nn.Module | None) -> Any:
     return None if module is None else module._parameters.get("weight")
 
 
-POSITIONS = "resize_position_embeddings"
+# {how a model resizes a part: how it gives what is changed}
+GETTERS = {
+    "resize_position_embeddings": ("get_position_embeddings",),
+    "resize_decoder_token_embeddings": ("get_decoder_input_embeddings", "get_output_embeddings"),
+    "resize_num_qa_labels": ("get_qa_logit_layer",),
+}
 
 
 class WatchLayer(Passive):
@@ -105,20 +113,20 @@ def resize(verb: str, call: Callable[..., Any], model: nn.Module, *args: Any, **
     """Resize the embeddings by `call`; deltas on an untied head are put on the new head.
 
     Args:
-        verb: the name of the model's method: "resize_token_embeddings" or `POSITIONS`.
+        verb: the name of the model's method: "resize_token_embeddings" or one of `GETTERS`.
 
     Raises:
         DeltaError: a delta cannot follow; nothing has changed.
     """
-    if verb != POSITIONS:
+    if verb not in GETTERS:
         return _resize_tokens(call, model, *args, **kwargs)
-    tables = {id(module) for module in _tables_of_positions(model)}
+    tables = {id(module) for module in _changed_by(verb, model)}
     for where, module in Backbone.of(model).modules.items():
         stack = stack_of(module) if where else None
         if stack is not None and len(stack) and tables & {*map(id, module.modules())}:
             name, layer = stack.in_order()[-1]
             if id(module) in tables or layer.acts is Acts.INSTEAD:
-                raise _refusal(verb, name, where, "is on a table of positions")
+                raise _refusal(verb, name, where, "is on what it changes")
     return call(*args, **kwargs)
 
 

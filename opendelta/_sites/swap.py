@@ -61,7 +61,10 @@ def _showing_config() -> property:
     return property(read, write)
 
 
-RESIZING = "resize_token_embeddings", "resize_position_embeddings"
+RESIZING = (
+    "resize_token_embeddings", "resize_position_embeddings", "resize_decoder_token_embeddings",
+    "resize_num_qa_labels",
+)  # fmt: skip
 
 
 def _resizing(base: Any, verb: str) -> Callable[..., Any]:

@@ -55,7 +55,7 @@ class CheckReport(InNotebooks):
         frozen: the active deltas, if none of them trains.
         no_dropout: delta layers with dropout, of which none drops, as they are in eval mode.
         narrow: trainable 16-bit tensors of deltas whose option `dtype` does not ask for 16 bits.
-        moving: frozen modules in training mode whose buffers move, such as BatchNorm's statistics,
+        moving: frozen modules in training mode whose tensors move, such as BatchNorm's statistics,
             though no file of a delta holds them.
         mixed_modes: {full name: "train" or "eval"} of modules in train mode inside a module in eval
             mode, and of delta layers in another mode than the module that they are on.
@@ -117,9 +117,10 @@ class CheckReport(InNotebooks):
             (self.narrow, "trainable delta tensors have 16 bits, which lose small steps", "call "
              "delta.to('float32'), then make the optimizer; model.to(...) casts deltas along, and "
              "a file may hold 16 bits. If 16 bits are meant, call delta.to('backbone')"),
-            (self.moving, "frozen modules change buffers in train(), such as BatchNorm's, which no "
-             "file of a delta holds", "name the modules in modules_to_save=[...], so that the "
-             "delta has its own, or keep them in eval()"),
+            (self.moving, "frozen modules change tensors in train(), as BatchNorm does its "
+             "statistics and a momentum encoder its weights, which no file of a delta holds",
+             "name the modules in modules_to_save=[...], so that the delta has its own, or keep "
+             "them in eval()"),
             (inside, "modules are in another mode than what is around them", "call model.train() "
              "or model.eval() after attaching, and delta.train() for a delta alone"),
         ]  # fmt: skip
@@ -300,7 +301,7 @@ def _run(
     """Return layers that did not run, parameters without gradient, and checks left out.
 
     Args:
-        changed: gets the names of the modules whose buffers the forward changed.
+        changed: gets the names of the modules whose tensors the forward changed.
         seen: gets the weights of blocks.
     """
     buffers.require_values(backbone)
@@ -377,7 +378,7 @@ def _without_dropout(backbone: Backbone) -> list[str]:
 
 
 def _moving(backbone: Backbone, changed: set[str]) -> list[str]:
-    """Return the frozen modules in train() whose buffers a forward changes."""
+    """Return the frozen modules in train() whose tensors a forward changes."""
     names = buffers.moving(backbone, changed)
     return [name or "the root" for name in names if backbone.modules[name].training]
 

@@ -478,3 +478,74 @@ def test_a_part_alone_takes_no_head_along():
         assert part.train()(torch.tensor([[5, 6, 7]])).last_hidden_state.requires_grad
         (watch,) = part._forward_hooks.values()
         assert vars(watch) == vars(type(watch)())
+
+
+SMALL = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "vocab_size": 50}
+IDS = torch.tensor([[5, 6, 7]])
+
+
+def t5():
+    config = transformers.T5Config(
+        d_model=16, d_kv=8, d_ff=24, num_heads=2, num_layers=1, vocab_size=50,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    return transformers.T5ForConditionalGeneration(config)
+
+
+def opt():
+    config = transformers.OPTConfig(
+        **SMALL, ffn_dim=24, word_embed_proj_dim=16, tie_word_embeddings=False
+    )
+    return transformers.OPTForCausalLM(config)
+
+
+def bert():
+    config = transformers.BertConfig(**SMALL, intermediate_size=24)
+    return transformers.BertForSequenceClassification(config)
+
+
+def decoded(model):
+    return model.decoder(IDS, encoder_hidden_states=model.encoder(IDS)[0])[0]
+
+
+LOOPS = {  # {name: (model, head, what a loop computes of its parts)}
+    "encoder and decoder": (t5, "lm_head", decoded),
+    "a part of the base": (opt, "lm_head", lambda m: m.model.decoder(IDS)[0]),
+    "classifier": (bert, "classifier", lambda m: m.bert(IDS).pooler_output),
+}
+
+
+@pytest.mark.filterwarnings("ignore::opendelta.TiedWeightWarning")  # T5's
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_loop_over_any_parts_is_told_if_it_reads_the_head_alone(loop):
+    make, head, states = LOOPS[loop]
+    torch.manual_seed(0)
+    model = make().train()
+    LoraModel(model, modified_modules=[head])
+
+    def by_calling():
+        getattr(model, head)(states(model)).sum().backward()
+
+    def by_reading():
+        (states(model) @ getattr(model, head).weight.T).sum().backward()
+
+    model.requires_grad_(True)
+    assert not told_of(by_calling)
+    (text,) = told_of(lambda: [by_reading() for _ in range(2)])
+    assert f"that trains: {head}.deltas.lora. If a loss" in text
+    assert not told_of(by_calling)
+
+
+def test_parts_of_two_towers_train_apart():
+    small = {**SMALL, "intermediate_size": 24}
+    image = {**small, "image_size": 16, "patch_size": 8}
+    config = transformers.CLIPConfig(text_config=small, vision_config=image, projection_dim=8)
+    model = transformers.CLIPModel(config).train()
+    LoraModel(model, modified_modules=["text_projection", "visual_projection"])
+
+    def look():
+        images = model.get_image_features(torch.randn(1, 3, 16, 16))
+        texts = model.get_text_features(IDS)
+        (images.pooler_output * texts.pooler_output).sum().backward()
+
+    assert not told_of(look)

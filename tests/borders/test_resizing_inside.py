@@ -143,3 +143,52 @@ def test_a_table_that_nothing_depends_on_takes_other_rows():
         with pytest.raises(SiteError, match=f"lora on this Embedding .* of {size} rows in the pl"):
             model[0].weight = nn.Parameter(torch.randn(size, 8))
     assert len(model[0].weight) == model[0].num_embeddings == 44
+
+
+def marian(tied):
+    sizes = {
+        f"{part}_{what}": value
+        for part in ("encoder", "decoder")
+        for what, value in (("layers", 1), ("ffn_dim", 16), ("attention_heads", 2))
+    }
+    config = transformers.MarianConfig(
+        d_model=16, vocab_size=40, decoder_vocab_size=40, pad_token_id=0, tie_word_embeddings=tied,
+        share_encoder_decoder_embeddings=False, **sizes,
+    )  # fmt: skip
+    return transformers.MarianMTModel(config).eval()
+
+
+def lxmert():
+    layers = {f"{which}_layers": 1 for which in "lxr"}
+    sizes = {**SIZES, **layers, "num_qa_labels": 5, "visual_feat_dim": 8}
+    return transformers.LxmertForQuestionAnswering(transformers.LxmertConfig(**sizes)).eval()
+
+
+OTHERS = {  # {verb: (the model, what it changes, what it leaves)}
+    "resize_decoder_token_embeddings": (lambda: marian(False), "lm_head", "q_proj"),
+    "resize_num_qa_labels": (lxmert, "answer_head.logit_fc.3", "query"),
+}
+
+
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize("verb", OTHERS)
+def test_a_resize_of_a_part_is_refused_where_a_delta_is_on_it(verb, copied):
+    make, changed, left = OTHERS[verb]
+    model = make()
+    on = {"modules_to_save": [changed]} if copied else {}
+    delta = LoraModel(model, modified_modules=[left if copied else changed], **on)
+    keys = {key: tensor.shape for key, tensor in model.state_dict().items()}
+    with pytest.raises(DeltaError, match=f"{verb}: 'lora' on {changed!r} is on what it changes"):
+        getattr(model, verb)(44)
+    assert {key: tensor.shape for key, tensor in model.state_dict().items()} == keys
+    delta.detach()
+    LoraModel(model, modified_modules=[left])
+    assert getattr(model, verb)(44).weight.size(0) == 44
+
+
+@pytest.mark.filterwarnings("ignore::opendelta.TiedWeightWarning")
+def test_a_tied_decoder_is_not_resized_under_a_delta_on_its_head():
+    model = marian(True)
+    LoraModel(model, modified_modules=["lm_head"])
+    with pytest.raises(DeltaError, match="is on what it changes"):
+        model.resize_decoder_token_embeddings(44)

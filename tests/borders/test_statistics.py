@@ -230,3 +230,35 @@ def test_statistics_that_move_in_some_other_way_are_told(which):
 def test_a_model_in_eval_will_move_its_statistics_once_it_trains():
     with pytest.warns(UnsavedWarning, match=r"1\.0"):
         attached(net().eval())
+
+
+class Momentum(nn.Module):
+    """An encoder, and one that follows it in training."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.fast, self.slow = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.slow.requires_grad_(False)
+
+    def forward(self, x):
+        if self.training:
+            with torch.no_grad():
+                self.follow(self.slow.weight, self.fast.weight)
+        return self.fast(x) * self.slow(x)
+
+    def follow(self, slow, fast):
+        slow.lerp_(fast, 0.1)
+
+
+class ByData(Momentum):
+    def follow(self, slow, fast):
+        slow.data = slow.data * 0.9 + fast.data * 0.1
+
+
+@pytest.mark.parametrize("cls", [Momentum, ByData])
+def test_weights_that_follow_others_are_told(cls):
+    model, x = cls(), torch.randn(2, 4)
+    LoraModel(model, modified_modules=["fast"]).freeze_module()
+    assert opendelta.check(model.train(), x).moving == ["slow"]
+    assert opendelta.check(model.eval(), x).moving == []
