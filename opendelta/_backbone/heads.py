@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -30,13 +31,18 @@ def untrained(backbone: Backbone) -> list[str]:
     """
     own = backbone.parameters()
     pretrained = {name for name, m in backbone.modules.items() if hasattr(m, "base_model_prefix")}
-    if "" in pretrained and getattr(backbone.model, "base_model", None) is backbone.model:
-        return []  # it has no head; a pooler that its checkpoint lacked may not be in use
     # transformers draws values once where it loads the others, and twice where it loads none.
     most = 1 if any(map(_is_loaded, own.values())) else 2
-    fresh = {n for n, p in own.items() if _is_fresh(p, most if _around(n) & pretrained else 1)}
+    draws = {name: most if _around(name) & pretrained else 1 for name in own}
+    if most == 1:
+        draws |= {n: 1 + _drawn_by(backbone, n) for n, p in own.items() if p._version == 2}
+    fresh = {name for name, p in own.items() if _is_fresh(p, draws[name])}
     if 2 * len(fresh) >= len(own):
         return []
+    # A model without a head may have a pooler that its checkpoint lacked, and that nobody uses.
+    alone = {n for n in pretrained if not _around(n) & pretrained or not n}
+    bases = {name for name in alone if _has_no_head(backbone.modules[name])}
+    fresh = {name for name in fresh if not _around(name) & bases}
     copies = _copies(backbone)
     untrained_copies = [
         join(where, SLOT, layer.record.name) for where, layer in copies.items()
@@ -49,6 +55,24 @@ def untrained(backbone: Backbone) -> list[str]:
     heads = {where for name in linear for where in _around(f"{name}.weight")} & found
     outermost = [n for n in backbone.modules if n in heads and parent(n) not in heads]
     return outermost + untrained_copies
+
+
+def _drawn_by(backbone: Backbone, name: str) -> bool:
+    """True if a module around a parameter's own draws its values too, as T5's classifiers do."""
+    inside, outer = parent(name), [*list(ancestors(name))[2:], ""]
+    for where in outer if inside else ():
+        step = inside[len(where) :].lstrip(".").partition(".")[0]
+        for around in {where, *_around(where)}:
+            draws: Any = getattr(type(backbone.modules[around]), "_init_weights", None)
+            known = getattr(getattr(inspect.unwrap(draws), "__code__", None), "co_names", ())
+            if {type(backbone.modules[where]).__name__, step} <= {*known}:
+                return True
+    return False
+
+
+def _has_no_head(module: nn.Module) -> bool:
+    """True for a model of transformers that is the base of others."""
+    return getattr(module, "base_model", None) is module and "For" not in type(module).__name__
 
 
 def _copies(backbone: Backbone) -> dict[str, Any]:

@@ -286,7 +286,7 @@ def _groups(optimizer: Any) -> list[dict[str, Any]]:
 def _at_rest(optimizer: Any) -> set[int]:
     """Return the ids of the tensors whose learning rate is 0, and was 0 for each scheduler."""
     groups = _groups(optimizer) if optimizer is not None else []
-    still = [group for group in groups if not group.get("lr", 1) and not group.get("initial_lr")]
+    still = [g for g in groups if g.get("lr", 1) == 0 and not g.get("initial_lr")]  # None: its own
     return {id(p) for group in still for p in group["params"]}
 
 

@@ -14,6 +14,7 @@ from opendelta.errors import UntrainedWarning
 pytestmark = pytest.mark.covers("Delta.freeze_module", "Delta.save_finetuned", "UntrainedWarning")
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 99}
 SMALL |= {"num_attention_heads": 2, "pad_token_id": 0}
+WHISPER = {"layers": 1, "attention_heads": 2, "ffn_dim": 24}
 HEADS = {
     "BertForSequenceClassification": ["classifier"],
     "BertForQuestionAnswering": ["qa_outputs"],
@@ -189,3 +190,55 @@ def test_a_model_that_is_random_as_a_whole_is_not_named(recwarn):
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
     LoraModel(model, modified_modules=["0"]).freeze_module()
     assert list(recwarn) == []
+
+
+class Tagger(nn.Module):
+    """A head on the tokens of a base model whose checkpoint has no pooler."""
+
+    def __init__(self, folder):
+        super().__init__()
+        self.encoder = transformers.AutoModel.from_pretrained(folder)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, input_ids):
+        return self.head(self.encoder(input_ids).last_hidden_state)
+
+
+@pytest.mark.parametrize("kind", ["Roberta", "Bert"])
+def test_a_pooler_of_a_base_model_that_its_checkpoint_lacks_is_not_named(kind, tmp_path):
+    made(f"{kind}ForTokenClassification").save_pretrained(tmp_path)
+    model = Tagger(tmp_path)
+    delta = LoraModel(model, modified_modules=["query"], modules_to_save=["head"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        delta.freeze_module()
+        delta.save_finetuned(tmp_path / "delta")
+    assert not opendelta.check(model, {"input_ids": torch.tensor([[5, 6]])}).untrained
+
+
+def test_the_head_of_a_model_that_names_no_base_is_named(tmp_path):
+    sizes = {f"{part}_{what}": n for part in ("encoder", "decoder") for what, n in WHISPER.items()}
+    config = transformers.WhisperConfig(
+        **sizes, d_model=16, vocab_size=60, num_mel_bins=8, max_source_positions=10,
+        max_target_positions=10, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        decoder_start_token_id=1, classifier_proj_size=8,
+    )  # fmt: skip
+    transformers.WhisperForConditionalGeneration(config).save_pretrained(tmp_path)
+    delta = LoraModel(transformers.WhisperForAudioClassification.from_pretrained(tmp_path))
+    with pytest.warns(UntrainedWarning, match="^'projector', 'classifier' of Whisper"):
+        delta.freeze_module()
+
+
+@pytest.mark.parametrize("task", ["SequenceClassification", "TokenClassification"])
+def test_a_head_that_its_model_draws_twice_is_named_until_it_has_other_values(task, tmp_path):
+    config = transformers.T5Config(
+        vocab_size=40, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, num_labels=3,
+        decoder_start_token_id=0,
+    )  # fmt: skip
+    transformers.T5ForConditionalGeneration(config).save_pretrained(tmp_path)
+    kind = getattr(transformers, f"T5For{task}")
+    model = kind.from_pretrained(tmp_path, num_labels=3)
+    (head,) = opendelta.check(LoraModel(model).backbone_model).untrained
+    other = getattr(kind(config), head).state_dict()
+    getattr(model, head).load_state_dict(other)
+    assert not opendelta.check(model).untrained

@@ -6,6 +6,7 @@ import random
 import numpy as np
 import pytest
 import torch
+import transformers
 from support.models import build, by_hand, inputs, tower, vectors
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -176,6 +177,8 @@ def test_a_learning_rate_of_0_is_named_unless_a_scheduler_changes_it():
     torch.optim.lr_scheduler.LambdaLR(warmed, lambda step: step)
     assert warmed.param_groups[0]["lr"] == 0
     assert opendelta.check(model, x, warmed)
+    own = transformers.optimization.Adafactor(trained, relative_step=True, lr=None)
+    assert opendelta.check(model, x, own)  # it chooses its own rate
 
 
 def test_deltas_that_train_with_a_scale_of_0_are_named():
