@@ -238,7 +238,9 @@ def test_a_head_that_its_model_draws_twice_is_named_until_it_has_other_values(ta
     transformers.T5ForConditionalGeneration(config).save_pretrained(tmp_path)
     kind = getattr(transformers, f"T5For{task}")
     model = kind.from_pretrained(tmp_path, num_labels=3)
-    (head,) = opendelta.check(LoraModel(model).backbone_model).untrained
+    with pytest.warns(UntrainedWarning, match=f"of T5For{task} is frozen"):
+        LoraModel(model).freeze_module()
+    (head,) = opendelta.check(model).untrained
     other = getattr(kind(config), head).state_dict()
     getattr(model, head).load_state_dict(other)
     assert not opendelta.check(model).untrained
