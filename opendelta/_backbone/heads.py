@@ -35,7 +35,7 @@ def untrained(backbone: Backbone) -> list[str]:
     most = 1 if any(map(_is_loaded, own.values())) else 2
     draws = {name: most if _around(name) & pretrained else 1 for name in own}
     if most == 1:
-        draws |= {n: 1 + _drawn_by(backbone, n) for n, p in own.items() if p._version == 2}
+        draws |= {n: 1 + _drawn_by(backbone, n) for n, p in own.items() if _was_written_twice(p)}
     fresh = {name for name, p in own.items() if _is_fresh(p, draws[name])}
     if 2 * len(fresh) >= len(own):
         return []
@@ -55,6 +55,10 @@ def untrained(backbone: Backbone) -> list[str]:
     heads = {where for name in linear for where in _around(f"{name}.weight")} & found
     outermost = [n for n in backbone.modules if n in heads and parent(n) not in heads]
     return outermost + untrained_copies
+
+
+def _was_written_twice(parameter: nn.Parameter) -> bool:
+    return not parameter.is_inference() and parameter._version == 2
 
 
 def _drawn_by(backbone: Backbone, name: str) -> bool:
