@@ -143,7 +143,8 @@ def watch_heads(backbone: Backbone) -> None:
         head, base = embeddings_of(model).get("output"), getattr(model, "base_model", model)
         for name in backbone.stacks:
             module = backbone.modules[name]
-            apart = is_inside(name, where) and not any(is_inside(name, each) for each in inner)
+            near = (n == name or is_inside(n, name) or is_inside(name, n) for n in inner)
+            apart = is_inside(name, where) and not any(near)
             if (module is not head and not apart) or swap.weight_is_read(module, False):
                 continue
             watch = HeadWatch(backbone.stacks[name], name)

@@ -73,8 +73,9 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
         raise
     except zipfile.BadZipFile as error:
         raise DeltaLoadError(
-            f"{path} is damaged, or in the format of torch before 1.6: {error}. In the second case "
-            "save it anew: torch.save(torch.load(path, weights_only=True), path)"
+            f"{path} is no state dict of plain tensors, and nothing else is unpickled: it is "
+            f"damaged, or in the format of torch before 1.6 ({error}). In the second case save it "
+            "anew: torch.save(torch.load(path, weights_only=True), path)"
         ) from None
     except Exception as error:  # a damaged program may do any step at any time
         first = f"{type(error).__name__}: " * (type(error) is not ValueError) + str(error)
