@@ -58,7 +58,8 @@ def untrained(backbone: Backbone) -> list[str]:
 
 
 def _was_written_twice(parameter: nn.Parameter) -> bool:
-    return not parameter.is_inference() and parameter._version == 2
+    known = parameter.is_inference() or _is_loaded(parameter)
+    return not known and parameter._version == 2
 
 
 def _drawn_by(backbone: Backbone, name: str) -> bool:

@@ -16,7 +16,7 @@ from .._sites import swap
 from .._sites.stack import Stack, acting_on
 from .._texts.arguments import is_beside_text
 from ..errors import UnreachedWarning, listed, warn
-from ..names import SLOT, is_inside, join
+from ..names import SLOT, dotted, is_inside, join
 from .resizing import embeddings_of
 
 
@@ -141,11 +141,16 @@ def watch_heads(backbone: Backbone) -> None:
     for where, model in models.items():
         inner = {name: m for name, m in models.items() if is_inside(name, where)}
         head, base = embeddings_of(model).get("output"), getattr(model, "base_model", model)
+        parts_of = tuple(map(dotted, inner))
         for name in backbone.stacks:
             module = backbone.modules[name]
-            near = (n == name or is_inside(n, name) or is_inside(name, n) for n in inner)
-            apart = is_inside(name, where) and not any(near)
-            if (module is not head and not apart) or swap.weight_is_read(module, False):
+            if module is not head and (
+                name.startswith(parts_of)
+                or not is_inside(name, where)
+                or any(n == name or is_inside(n, name) for n in inner)
+            ):
+                continue
+            if swap.weight_is_read(module, False):
                 continue
             watch = HeadWatch(backbone.stacks[name], name)
             parts = [base] if base is not model else []

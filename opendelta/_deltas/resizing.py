@@ -44,7 +44,7 @@ def guard(backbone: Backbone, made: dict[str, DeltaLayer]) -> None:
     """
     for where in dict.fromkeys(outer for name in [*made] for outer in (*ancestors(name), "")):
         model = backbone.modules.get(where)
-        if any(hasattr(type(model), verb) for verb in swap.RESIZING):
+        if hasattr(type(model), swap.RESIZING[0]):  # all models of transformers
             inside = {n: layer for n, layer in made.items() if is_inside(n, where)}
             if _changes(backbone, cast(nn.Module, model), inside):
                 made.setdefault(where, WatchLayer()).__dict__["resizer"] = resize

@@ -34,10 +34,12 @@ def moved_before(module: nn.Module, sites: Sequence[str]) -> dict[str, str]:
         module: the model.
         sites: modules inside, by full name.
     """
-    if not is_own(module) or any(p.is_meta or is_sharded(p) for p in module.parameters()):
+    if not is_own(module):
         return {}
     key = getattr(type(module), "forward", None), frozenset(sites)  # TorchScript's class has none
     if _found.get(module, (None,))[:2] != key:
+        if any(p.is_meta or is_sharded(p) for p in module.parameters()):
+            return {}
         _found[module] = *key, _on_ids(module, sites)
     return _found[module][2]
 
