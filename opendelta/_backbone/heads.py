@@ -17,6 +17,7 @@ from ..errors import UntrainedWarning, warn
 from ..names import SLOT, ancestors, is_inside, join, parent
 from .backbone import Backbone
 
+MOST = 2  # writes that give a parameter the values of its start
 _stepped_by_fused: Any = WeakIdKeyDictionary()  # parameters
 # with a hash of those that it changed last
 _noted: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
@@ -30,13 +31,16 @@ def untrained(backbone: Backbone) -> list[str]:
     such modules are named too, with the names of their layers.
     """
     own = backbone.parameters()
+    young = {name: p for name, p in own.items() if _is_fresh(p, MOST)}
+    if not young:
+        return []
     pretrained = {name for name, m in backbone.modules.items() if hasattr(m, "base_model_prefix")}
     # transformers draws values once where it loads the others, and twice where it loads none.
-    most = 1 if any(map(_is_loaded, own.values())) else 2
-    draws = {name: most if _around(name) & pretrained else 1 for name in own}
+    most = 1 if any(map(_is_loaded, own.values())) else MOST
+    draws = {name: most if _around(name) & pretrained else 1 for name in young}
     if most == 1:
-        draws |= {n: 1 + _drawn_by(backbone, n) for n, p in own.items() if _was_written_twice(p)}
-    fresh = {name for name, p in own.items() if _is_fresh(p, draws[name])}
+        draws |= {n: 1 + _drawn_by(backbone, n) for n, p in young.items() if p._version == MOST}
+    fresh = {name for name, p in young.items() if _is_fresh(p, draws[name])}
     if 2 * len(fresh) >= len(own):
         return []
     # A model without a head may have a pooler that its checkpoint lacked, and that nobody uses.
@@ -55,11 +59,6 @@ def untrained(backbone: Backbone) -> list[str]:
     heads = {where for name in linear for where in _around(f"{name}.weight")} & found
     outermost = [n for n in backbone.modules if n in heads and parent(n) not in heads]
     return outermost + untrained_copies
-
-
-def _was_written_twice(parameter: nn.Parameter) -> bool:
-    known = parameter.is_inference() or _is_loaded(parameter)
-    return not known and parameter._version == 2
 
 
 def _drawn_by(backbone: Backbone, name: str) -> bool:
@@ -103,7 +102,7 @@ def _is_untrained(copied: nn.Module, fresh: dict[str, nn.Parameter], where: str)
 
 def _is_as_made(parameter: nn.Parameter, start: Any) -> bool:
     if parameter.shape != start.shape:  # it has another number of labels: no copy of values
-        return _is_fresh(parameter, most=2)
+        return _is_fresh(parameter, MOST)
     return torch.equal(parameter.to(start), start)
 
 
@@ -124,11 +123,11 @@ def _is_fresh(parameter: nn.Parameter, most: int) -> bool:
     Args:
         most: the number of writes that gave it the values of the start.
     """
-    if not is_plain(parameter) or parameter.is_meta or parameter.is_inference():
+    if _is_loaded(parameter) or not is_plain(parameter) or parameter.is_meta:
         return False
-    if _is_loaded(parameter) or parameter in _stepped_by_fused:
+    if parameter.is_inference() or not 1 <= parameter._version <= most:
         return False
-    return 1 <= parameter._version <= most
+    return parameter not in _stepped_by_fused
 
 
 def _note_fused(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:

@@ -160,14 +160,15 @@ def _hits(
 
     def hits_of(name: str) -> set[str]:
         hits = plain & {*tails(name)}
-        hits |= {pattern for pattern, test in regular if test(name)}
+        if regular:
+            hits |= {pattern for pattern, test in regular if test(name)}
         return hits & deep if hits and computes_weight(name) else hits
 
     used: set[str] = set()
     chosen = []
     for name in names if tests else ():
         around = ancestors(name) if inside else [name]
-        if hits := set[str]().union(*map(hits_of, around)):
+        if hits := set().union(*map(hits_of, around)):
             used |= hits
             chosen.append(name)
     return chosen, [pattern for pattern in patterns if pattern not in used]

@@ -28,6 +28,7 @@ from .._layers.base import Acts, DeltaLayer
 from .._layers.record import Record
 from .._modules import first_argument, fitting
 from .._modules.kinds import kind_of
+from .._modules.probing import is_known
 from .._sites import swap
 from .._sites.stack import check_name
 from ..errors import AddressError, OptionError, SiteError
@@ -340,6 +341,8 @@ def misfit(module: nn.Module, layer_class: type[DeltaLayer], acts: Any) -> str |
     if compiled or acts in (Acts.WITHIN, Acts.INSTEAD, Acts.SERVES):
         return None
     own_class = swap.plain_class(module) or type(module)
+    if is_known(own_class):
+        return None
     needs: fitting.Needs = "input" if acts is Acts.BEFORE else layer_class.needs()
     return first_argument.misfit(module, own_class) or fitting.misfit(module, own_class, needs)
 
@@ -398,7 +401,7 @@ def _check_apart(backbone: Backbone, modified: list[str], owned: Mapping[str, nn
     """Raise if a module that gets a layer is in a module that the delta owns a copy of."""
     given = {id(module): name for name, module in owned.items()}
     names = {n: given[id(m)] for n, m in backbone.modules.items() if id(m) in given}
-    for name in modified:
+    for name in modified if names else ():
         if around := next((each for each in ancestors(name) if each in names), None):
             also = "" if around == names[around] else f", which is {around!r} too,"
             raise AddressError(

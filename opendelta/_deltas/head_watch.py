@@ -141,27 +141,29 @@ def watch_heads(backbone: Backbone) -> None:
     for where, model in models.items():
         inner = {name: m for name, m in models.items() if is_inside(name, where)}
         head, base = embeddings_of(model).get("output"), getattr(model, "base_model", model)
-        parts_of = tuple(map(dotted, inner))
-        for name in backbone.stacks:
-            module = backbone.modules[name]
-            if module is not head and (
-                name.startswith(parts_of)
-                or not is_inside(name, where)
-                or any(n == name or is_inside(n, name) for n in inner)
-            ):
-                continue
-            if swap.weight_is_read(module, False):
+        parts = [base] if base is not model else []
+        beside = _beside(backbone, where, [*inner]) if parts else []
+        heads = [name for name in backbone.stacks if backbone.modules[name] is head]
+        for name in dict.fromkeys([*beside, *heads]):
+            if swap.weight_is_read(backbone.modules[name], False):
                 continue
             watch = HeadWatch(backbone.stacks[name], name)
-            parts = [base] if base is not model else []
-            if module is head:
+            run_before = parts
+            if name in heads:
                 model.register_forward_pre_hook(watch)
                 model.register_forward_hook(watch)
-                parts = [
+                run_before = [
                     m for n, m in inner.items() if not is_inside(name, n) and not is_beside_text(m)
                 ]
-            for part in parts:
+            for part in run_before:
                 part.register_forward_hook(PartWatch(watch, [*backbone.chain(name)]))
+
+
+def _beside(backbone: Backbone, where: str, inner: Sequence[str]) -> list[str]:
+    """Return the sites of the model `where` that lie beside the models `inner`, in no one."""
+    within = tuple(map(dotted, inner))
+    sites = [n for n in backbone.stacks if is_inside(n, where) and not n.startswith(within)]
+    return [n for n in sites if not any(each == n or is_inside(each, n) for each in inner)]
 
 
 def take_away(backbone: Backbone, *kinds: type) -> None:

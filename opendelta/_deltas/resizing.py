@@ -19,7 +19,7 @@ from .._modules.tensors import lasting
 from .._sites import swap
 from .._sites.stack import stack_of
 from ..errors import DeltaError, quoted
-from ..names import SLOT, ancestors, is_inside
+from ..names import ancestors, is_inside
 from .base import HANDLES
 from .taking import sizes_for
 
@@ -42,11 +42,10 @@ def guard(backbone: Backbone, made: dict[str, DeltaLayer]) -> None:
 
     Each model around a delta can be resized, in a model of somebody's own too.
     """
-    for where in dict.fromkeys(outer for name in [*made] for outer in (*ancestors(name), "")):
-        model = backbone.modules.get(where)
+    for where, model in backbone.modules.items():
         if hasattr(type(model), swap.RESIZING[0]):  # all models of transformers
             inside = {n: layer for n, layer in made.items() if is_inside(n, where)}
-            if _changes(backbone, cast(nn.Module, model), inside):
+            if inside and _changes(backbone, model, inside):
                 made.setdefault(where, WatchLayer()).__dict__["resizer"] = resize
 
 
@@ -55,17 +54,16 @@ def _changes(backbone: Backbone, model: nn.Module, inside: dict[str, DeltaLayer]
     there = embeddings_of(model)
     parts = [part for verb in GETTERS for part in _changed_by(verb, model)]
     own = {id(module) for module in (*there.values(), *parts)}
+    if not own:
+        return False
+    changed = {name for name, module in backbone.modules.items() if id(module) in own}
     weight = _weight_of(there.get("input"))
-    for name, layer in inside.items() if own else ():
-        module = backbone.modules.get(name)
-        if module is None:
-            continue
-        tied = weight is not None and _weight_of(module) is weight
-        inner = module.modules() if any(key != SLOT for key in module._modules) else ()
-        has_own = own & {*map(id, inner)}
-        if id(module) in own or tied or (has_own and _is_bound(layer, there)):
-            return True
-    return False
+    if weight is not None and any(
+        _weight_of(backbone.modules.get(name)) is weight for name in inside
+    ):
+        return True
+    around = {outer for name in changed for outer in ancestors(name)} & inside.keys()
+    return any(name in changed or _is_bound(inside[name], there) for name in around)
 
 
 def _is_bound(layer: DeltaLayer, there: dict[str, nn.Module]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
+import operator
 from collections.abc import Callable, Iterator
 from inspect import Parameter
 from typing import Any
@@ -31,7 +32,7 @@ ELSEWHERE = {  # (package, name of the forward) of libraries that may not be ins
     ("bitsandbytes", "Linear4bit.forward"),
     ("bitsandbytes", "Linear8bitLt.forward"),
 }
-CALLS = ("__call__", "_wrapped_call_impl", "_call_impl")
+calls_of = operator.attrgetter("__call__", "_wrapped_call_impl", "_call_impl")
 IDS = 2048  # looked up at once
 LARGEST = 1e10  # of the inputs that are tried: what saturates does so below
 # In a float64 model some forwards compute in float32.
@@ -57,7 +58,7 @@ def is_known(cls: type[nn.Module]) -> bool:
 
 def _has_plain_call(cls: type[nn.Module]) -> bool:
     """True if a call of a module of this class runs its forward as torch does."""
-    return all(getattr(cls, name) is getattr(nn.Module, name) for name in CALLS)
+    return calls_of(cls) == calls_of(nn.Module)
 
 
 def _is_elsewhere(forward: Any) -> bool:

@@ -45,19 +45,6 @@ def codes_of(
         todo += [each for name in code.co_names for each in methods.pop(name, ())]
 
 
-def writes(cls: Any) -> bool:
-    """True if the code of a class stores to items or computes in place, which may be its input's.
-
-    It is looked at once for each class and forward.
-    """
-    return _writes(cls, getattr(cls, "forward", None))
-
-
-@functools.cache
-def _writes(cls: Any, _: Any) -> bool:
-    return any(map(_code_writes, codes_of(cls, entries=ENTRIES)))
-
-
 @functools.cache
 def _code_writes(code: CodeType) -> bool:
     steps = list(dis.get_instructions(code))
@@ -82,13 +69,23 @@ def may_write(module: nn.Module) -> bool:
     """True if a forward of somebody's own, of TorchScript or in place may run in a module."""
     cls: Any = type(module)
     forward = getattr(cls, "forward", None)  # a script's class has none
-    package = "" if forward is None else _package(inspect.unwrap(forward))
-    if package not in LIBRARIES or module.__dict__.get("inplace", False):
-        return True
-    if package != "torch" and writes(cls):
+    if module.__dict__.get("inplace", False) or _class_may_write(cls, forward):
         return True
     inside = [child for key, child in module._modules.items() if key != SLOT and child is not None]
     return any(_is_changed(child) or may_write(child) for child in inside)
+
+
+@functools.cache
+def _class_may_write(cls: Any, forward: Any) -> bool:
+    """True if the code of a class is somebody's own, stores to items or computes in place.
+
+    Args:
+        forward: that of the class now.
+    """
+    package = "" if forward is None else _package(inspect.unwrap(forward))
+    if package not in LIBRARIES:
+        return True
+    return package != "torch" and any(map(_code_writes, codes_of(cls, entries=ENTRIES)))
 
 
 def _is_changed(child: nn.Module) -> bool:
