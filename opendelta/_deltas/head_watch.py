@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Variable
 
 from .._backbone.backbone import Backbone
 from .._backbone.shapes import PROBING
@@ -32,9 +33,10 @@ class HeadWatch:
     """
 
     def __init__(self, stack: Stack, where: str) -> None:
-        self.stack, self.where = stack, where
+        self.stack, self.where, self.called = stack, where, False
         self.ran: set[str] | None = None
         self.told: set[str] = set()
+        self.reached: Counter[str] = Counter()  # the gradients that came to their calls
 
     def __call__(self, model: nn.Module, _args: Any, *output: Any) -> None:
         if torch.compiler.is_compiling() or PROBING.get():
@@ -48,7 +50,7 @@ class HeadWatch:
         own, self.stack.ran, self.ran = self.stack.ran, self.stack.ran | self.ran, None
         names = self.acting() - own - self.told
         if names and not is_compiled(Backbone.of(model).chain(self._inside(model))):
-            self.tell(model, names)
+            self.tell(names, "did not run in a forward of", model)
 
     def _inside(self, model: nn.Module) -> str:
         stacks = Backbone.of(model).stacks.items()
@@ -59,35 +61,23 @@ class HeadWatch:
         layers = [layer for layer in acting_on(self.stack) if layer.computes and not layer.missed]
         return {layer.record.name for layer in layers}
 
-    def tell(self, model: nn.Module, names: set[str]) -> None:
-        """Warn of deltas that did not run after a forward of `model`, once of each."""
+    def tell(self, names: set[str], what: str, model: nn.Module) -> None:
+        """Warn of deltas that a loss does not reach, once of each; `what` happened in `model`."""
         self.told |= names
         silent = [join(self.where, SLOT, name) for name in sorted(names)]
         warn(
-            f"{len(silent)} delta layers on the head did not run in a forward of "
-            f"{type(model).__name__} that trains: {listed(silent)}. If a loss, such as TRL's, "
-            "reads the head's weight instead of calling it, attach with reads=True",
+            f"{len(silent)} delta layers on the head {what} {type(model).__name__} that trains: "
+            f"{listed(silent)}. If a loss, such as TRL's, reads the head's weight instead of "
+            "calling it, attach with reads=True",
             UnreachedWarning,
         )
 
 
-class Counted(set[str]):
-    """The names that ran, and how often each did since this was made."""
-
-    def __init__(self, before: Iterable[str]) -> None:
-        super().__init__(before)
-        self.times: Counter[str] = Counter()
-
-    def add(self, name: str) -> None:
-        super().add(name)
-        self.times[name] += 1
-
-
 class PartWatch:
-    """A hook of the model beneath the head: a loop may call it, and then read the head's weight.
+    """A hook of the model beneath the head: a loss may call it, and read the head's weight.
 
-    When gradients come back to what it gave, the head has been called, or is not. A copy of the
-    part alone has no head, so that it takes nothing along.
+    When gradients come back to what it gave, they come to a call of the head in the same backward
+    pass, or not. A copy of the part alone has no head, so that it takes nothing along.
 
     Args:
         watch: that of the head, or None.
@@ -102,24 +92,53 @@ class PartWatch:
 
     def __call__(self, part: nn.Module, _args: Any, output: Any) -> None:
         watch = self.watch
-        if watch is None or torch.compiler.is_compiling() or PROBING.get():
+        if watch is None or torch.compiler.is_compiling() or PROBING.get() or not _trains(part):
             return
-        if watch.ran is not None or not _trains(part) or not (names := watch.acting() - watch.told):
+        names, given = watch.acting() - watch.told, _of_gradients(output)
+        if given is None or not names or is_compiled(self.chain):
             return
-        given = next((t for t in every(Tensor, output, objects=True) if t.requires_grad), None)
-        if given is None or is_compiled(self.chain):
-            return
-        ran: Any = watch.stack.ran
-        if not isinstance(ran, Counted):
-            watch.stack.ran = ran = Counted(ran)
-        before = ran.times.copy()
+        before = watch.reached.copy()
 
-        def look(_: Tensor) -> None:
-            silent = {name for name in names - watch.told if ran.times[name] == before[name]}
-            if silent and ran is watch.stack.ran:
-                watch.tell(part, silent)
+        def look() -> None:
+            silent = {name for name in names - watch.told if watch.reached[name] == before[name]}
+            if silent and (swap.was_read(self.chain[0]) or not watch.called):
+                watch.tell(silent, "got no gradient in a backward pass through", part)
 
-        given.register_hook(look)
+        given.register_hook(lambda _: at_the_end(look))
+
+
+class CallWatch:
+    """Hooks of the head: they count the gradients that come to its calls, and no read inside one.
+
+    Args:
+        watch: that of the head.
+    """
+
+    def __init__(self, watch: HeadWatch) -> None:
+        self.watch, self.before = watch, True
+
+    def __call__(self, head: nn.Module, _args: Any, *output: Any) -> None:
+        if not torch.compiler.is_exporting():
+            self.watch.called = True
+        if torch.compiler.is_compiling():
+            return
+        if output:
+            swap.was_read(head, now=self.before)
+        else:
+            self.before = swap.was_read(head)
+        if (given := _of_gradients(output)) is not None:
+            names = self.watch.acting()
+            given.register_hook(lambda _: self.watch.reached.update(names))
+
+
+def at_the_end(function: Callable[[], None]) -> None:
+    """Run a function at the end of this backward pass."""
+    Variable._execution_engine.queue_callback(function)
+
+
+def _of_gradients(output: Any) -> Tensor | None:
+    """Return the first tensor in an output that gradients come back to."""
+    return next((t for t in every(Tensor, output, objects=True) if t.requires_grad), None)
 
 
 def _trains(model: nn.Module) -> bool:
@@ -131,7 +150,7 @@ def is_compiled(chain: Iterable[nn.Module]) -> bool:
     return any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in chain)
 
 
-HOOKS = HeadWatch, PartWatch
+HOOKS = HeadWatch, PartWatch, CallWatch
 
 
 def watch_heads(backbone: Backbone) -> None:
@@ -148,6 +167,10 @@ def watch_heads(backbone: Backbone) -> None:
             if swap.weight_is_read(backbone.modules[name], False):
                 continue
             watch = HeadWatch(backbone.stacks[name], name)
+            called, head_calls = backbone.modules[name], CallWatch(watch)
+            called.register_forward_pre_hook(head_calls)
+            called.register_forward_hook(head_calls)
+            swap.note_reads(called)
             run_before = parts
             if name in heads:
                 model.register_forward_pre_hook(watch)

@@ -29,6 +29,29 @@ _cache: Any = functools.cache  # Any: its annotation allows no class of a module
 FUSES = "torch.nn.utils.fusion"  # its functions write new weights into a copy of a module
 
 
+READ = "was_read?"  # no delta can have this name
+
+
+def _noting() -> property:
+    """Return a property `weight` that notes when other code than a call of the module reads it."""
+
+    def read(self: nn.Module) -> Tensor | None:
+        stack = stack_of(self)
+        if stack is not None and not torch.compiler.is_compiling():
+            stack.__dict__[READ] = True
+        return tensors.stored(self, "weight")
+
+    return property(read, _write_as("weight"))
+
+
+def _write_as(name: str) -> Callable[[nn.Module, Tensor], None]:
+    def write(self: nn.Module, value: Tensor) -> None:
+        # nn.Module stores Parameters elsewhere; only plain tensors of a replica come here.
+        self.__dict__[name] = value
+
+    return write
+
+
 def _reading(name: str) -> property:
     """Return a property that shows a parameter with the deltas folded in, for a parent to read."""
 
@@ -39,11 +62,7 @@ def _reading(name: str) -> property:
             return raw
         return stack.fold(tensors.stored_params(self)).get(name)
 
-    def write(self: nn.Module, value: Tensor) -> None:
-        # nn.Module stores Parameters elsewhere; only plain tensors of a replica come here.
-        self.__dict__[name] = value
-
-    return property(read, write)
+    return property(read, _write_as(name))
 
 
 def _showing_config() -> property:
@@ -139,12 +158,13 @@ def _site_meta(meta: type) -> type:
 
 
 @_cache
-def site_class(base: type[nn.Module], reads: bool = False) -> type[nn.Module]:
+def site_class(base: type[nn.Module], reads: bool = False, notes: bool = False) -> type[nn.Module]:
     """Return the subclass of `base` whose forward runs the stack; other code sees it as `base`.
 
     Args:
         reads: `.weight` and `.bias` show the folded values, for a parent that reads them instead of
             calling the module.
+        notes: `was_read` tells if other code read `.weight`.
     """
     raw: Any = kinds.raw_forward(base, reads)
     own, known, names = base.forward, raw is not None, calls.names_of(base.forward)
@@ -176,6 +196,7 @@ def site_class(base: type[nn.Module], reads: bool = False) -> type[nn.Module]:
         "__doc__": base.__doc__,
         "_site_of": base,
         "_site_reads": reads,
+        "_site_notes": notes,
         **tables.counting(base),
     }
     if issubclass(base, nn.Sequential):  # its items are its own modules, without the stack
@@ -183,6 +204,8 @@ def site_class(base: type[nn.Module], reads: bool = False) -> type[nn.Module]:
         body["__len__"] = lambda self: len(self._modules) - (SLOT in self._modules)
     if reads:
         body |= {"weight": _reading("weight"), "bias": _reading("bias")}
+    elif notes:
+        body["weight"] = _noting()
     if prefix.uses_interface(base) or hasattr(base, "config_class"):
         body["config"] = _showing_config()
     if hasattr(base, "config_class"):  # a transformers model
@@ -222,6 +245,27 @@ def weight_is_read(module: nn.Module, asked: bool) -> bool:
         type(module).__name__ == "NonDynamicallyQuantizableLinear"
     )  # MultiheadAttention.out_proj
     return asked or known or getattr(type(module), "_site_reads", False)
+
+
+def note_reads(module: nn.Module) -> None:
+    """Let `was_read` tell from now on if other code reads the weight of a site."""
+    base, own = plain_class(module), type(module)
+    if base is not None and "weight" in module._parameters and not vars(own)["_site_reads"]:
+        wrappers.set_class(module, site_class(base, notes=True))
+
+
+def was_read(module: nn.Module, now: bool | None = None) -> bool:
+    """True if other code may have read the weight of a site.
+
+    Args:
+        now: what is to be said of it from now on; None: the same.
+    """
+    stack = stack_of(module)
+    if stack is None or not getattr(type(module), "_site_notes", False):
+        return True
+    if now is not None:
+        stack.__dict__[READ] = now
+    return stack.__dict__.get(READ, False)
 
 
 def shows_weight(module: nn.Module) -> bool:

@@ -471,6 +471,79 @@ def test_a_loop_over_parts_that_calls_the_head_is_not_told(head, passes):
     assert not told_of(lambda: by_parts(model, head))
 
 
+def by_its_states(model):
+    states = model(IDS, output_hidden_states=True, logits_to_keep=1).hidden_states[-1]
+    reading(model, states).sum().backward()
+
+
+def by_a_weight_kept(model):
+    weight = model.lm_head.weight
+    (model.model(IDS).last_hidden_state @ weight.T).sum().backward()
+
+
+def by_a_compiled_loss(model):
+    loss = torch.compile(lambda states: reading(model, states).sum(), backend="eager")
+    loss(model.model(IDS).last_hidden_state).backward()
+
+
+@pytest.mark.parametrize("step", [by_its_states, by_a_weight_kept, by_a_compiled_loss])
+@pytest.mark.parametrize("reads", [False, True])
+def test_a_loss_that_reads_the_head_is_told_also_if_the_head_ran(step, reads):
+    model = tiny_llama().train()
+    delta = LoraModel(model, modified_modules=["lm_head"], reads=reads)
+    delta.freeze_module(exclude=["deltas", "norm"])
+    told = told_of(lambda: [step(model) for _ in range(2)])
+    assert len(told) == (not reads)
+    assert all("got no gradient in a backward pass through LlamaModel" in text for text in told)
+
+
+def beside_its_loss(model):
+    loss = model(IDS, labels=IDS).loss
+    (loss + model.model(IDS).last_hidden_state.mean(1).square().sum()).backward()
+
+
+def before_its_loss(model):
+    aside = model.model(IDS).last_hidden_state.mean(1).square().sum()
+    (aside + model(IDS, labels=IDS).loss).backward()
+
+
+def after_its_loss(model):
+    model(IDS, labels=IDS).loss.backward()
+    model.model(IDS).last_hidden_state.sum().backward()
+
+
+def of_its_states_alone(model):
+    model(IDS, output_hidden_states=True).hidden_states[-1].sum().backward()
+
+
+def by_a_compiled_head(model):
+    head = torch.compile(model.lm_head, backend="eager")
+    head(model.model(IDS).last_hidden_state).sum().backward()
+
+
+LOSSES = [beside_its_loss, before_its_loss, after_its_loss, of_its_states_alone, by_a_compiled_head]
+
+
+@pytest.mark.parametrize("step", LOSSES)
+def test_a_loss_of_hidden_states_is_not_told_of_a_head_that_nobody_reads(step):
+    model = tiny_llama().train()
+    LoraModel(model, modified_modules=["q_proj", "lm_head"]).freeze_module()
+    assert not told_of(lambda: [step(model) for _ in range(2)])
+
+
+def test_a_head_that_is_watched_is_copied_pickled_and_left_as_it_was():
+    model = tiny_llama().train()
+    before = opendelta.snapshot(model)
+    delta = shake(LoraModel(model, modified_modules=["lm_head"]))
+    expected = model(IDS).logits
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(IDS).logits, expected)
+        assert twin.lm_head.weight is twin.lm_head._parameters["weight"]
+    delta.detach()
+    opendelta.assert_pristine(model, like=before)
+    assert type(model.lm_head) is nn.Linear
+
+
 def test_a_part_alone_takes_no_head_along():
     model = tiny_llama().train()
     LoraModel(model, modified_modules=["lm_head"])
