@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -16,7 +15,6 @@ from .._backbone import reading, roles
 from .._backbone.backbone import Backbone
 from .._backbone.patterns import (
     as_list,
-    excluded_by,
     leave_out,
     literal,
     select,
@@ -37,6 +35,7 @@ from .base import BaseDelta
 from .blocks import sites_of_children
 from .options import DeltaConfig
 from .order import check_root, free_name, known_records
+from .pairing import in_pairs
 from .taking import is_empty, kinds_of, other_axis
 
 Config = TypeVar("Config", bound=DeltaConfig)
@@ -126,20 +125,7 @@ def resolve(
     Raises:
         AddressError: a pattern or a role selects nothing, or exclusions leave nothing.
     """
-    wanted = list(defaults) if config.modified_modules is None else config.modified_modules
-    if not wanted and not (layer_class.is_block and config.modified_modules is None):
-        raise AddressError("modified_modules is an empty list; None selects the default places")
-    select_all = _selection(config, layer_class)
-    by_role = select_all is not _by_name
-    if layer_class.is_block:
-        modified = _at_children(backbone, config, select_all)
-    elif layer_class.paired:
-        modified = _pairs(backbone, wanted, select_all, as_list(config.exclude_modules))
-    else:
-        names = fitting_inside(backbone, select_all(backbone, wanted), layer_class, by_role)
-        modified = leave_out(backbone, names, as_list(config.exclude_modules))
-    if by_role and not layer_class.is_block:
-        modified = _acting_sites(backbone, modified, wanted, config, layer_class)
+    modified = _modified(backbone, config, defaults, layer_class)
     owned = _owned(backbone, as_list(config.modules_to_save))
     _check_apart(backbone, modified, owned)
     unfrozen = _unfrozen(backbone, config)
@@ -158,6 +144,35 @@ def resolve(
         unfrozen_modules=unfrozen or None,
         **some,
     )
+
+
+def _modified(
+    backbone: Backbone, config: DeltaConfig, defaults: Sequence[str], layer_class: type[DeltaLayer]
+) -> list[str]:
+    """Return the full names of the modules that get a layer; see `resolve`.
+
+    With an empty list of them, a delta that has copies (`modules_to_save`) has no other layers.
+    """
+    if config.modified_modules == []:
+        if config.modules_to_save and not layer_class.is_block:
+            return []
+        raise AddressError(
+            "modified_modules is an empty list; None selects the default places, and "
+            "modules_to_save gives a delta of copies alone"
+        )
+    wanted = list(defaults) if config.modified_modules is None else config.modified_modules
+    select_all = _selection(config, layer_class)
+    if layer_class.is_block:
+        return _at_children(backbone, config, select_all)
+    by_role = select_all is not _by_name
+    if layer_class.paired:
+        modified = in_pairs(backbone, wanted, select_all, as_list(config.exclude_modules))
+    else:
+        names = fitting_inside(backbone, select_all(backbone, wanted), layer_class, by_role)
+        modified = leave_out(backbone, names, as_list(config.exclude_modules))
+    if by_role:
+        modified = _acting_sites(backbone, modified, wanted, config, layer_class)
+    return modified
 
 
 def _at_children(
@@ -230,62 +245,6 @@ def _owned(backbone: Backbone, wanted: Sequence[str]) -> dict[str, nn.Module]:
     outermost = [n for n in chosen if not ({*ancestors(n)} - {n}) & {*chosen}]
     names = {id(backbone.modules[name]): name for name in reversed(outermost)}
     return {name: backbone.modules[name] for name in reversed(names.values())}
-
-
-def _pairs(
-    backbone: Backbone,
-    wanted: Sequence[str],
-    select_all: Callable[[Backbone, Sequence[str]], list[str]],
-    excluded: Sequence[str],
-) -> list[str]:
-    """Return full names in pairs: the start and the end of a branch, of the next branch, ...
-
-    A pair of modules with several names is returned once.
-
-    Raises:
-        AddressError: the names do not come in pairs, or a module would be in two pairs.
-    """
-    if len(wanted) % 2:
-        raise AddressError(
-            f"modified_modules={list(wanted)} must come in pairs: where a branch starts, where it "
-            "ends; name a module twice for a branch around it"
-        )
-    out = excluded_by(backbone, excluded)
-    chosen: list[str] = []
-    for one, other in zip(wanted[::2], wanted[1::2], strict=True):
-        starts, ends = (
-            [name for name in select_all(backbone, [pattern]) if name not in out]
-            for pattern in (one, other)
-        )
-        if len(starts) != len(ends):
-            raise AddressError(
-                f"modified_modules: {one!r} selects {len(starts)} modules and {other!r} "
-                f"{len(ends)}, which make no pairs: {', '.join(starts[:2])}, ... and "
-                f"{', '.join(ends[:2])}, ..."
-            )
-        chosen += [name for pair in zip(starts, ends, strict=True) for name in pair]
-    chosen = _once(backbone, chosen)
-    pairs = list(zip(chosen[::2], chosen[1::2], strict=True))
-    needed = Counter(name for pair in pairs for name in dict.fromkeys(pair))
-    if twice := [name for name, count in needed.items() if count > 1]:
-        raise AddressError(
-            f"modified_modules={list(wanted)}: {twice[0]!r} is in two pairs; make two deltas"
-        )
-    if not chosen:
-        raise AddressError(f"exclude_modules={list(excluded)} leaves no pair of modules")
-    return chosen
-
-
-def _once(backbone: Backbone, chosen: list[str]) -> list[str]:
-    """Return names in pairs, each module by its first one, without pairs that are one then."""
-    first: dict[int, str] = {}
-    known: dict[tuple[str, ...], tuple[str, ...]] = {}
-    once: list[str] = []
-    for pair in zip(chosen[::2], chosen[1::2], strict=True):
-        own = tuple(first.setdefault(id(backbone.modules[name]), name) for name in pair)
-        if known.setdefault(own, pair) == pair:
-            once += own
-    return once
 
 
 def fitting_inside(

@@ -14,6 +14,7 @@ from .._backbone.backbone import Backbone
 from .._backbone.shapes import PROBING
 from .._modules.calls import every
 from .._sites import swap
+from .._sites.showing import was_read
 from .._sites.stack import Stack, acting_on
 from .._texts.arguments import is_beside_text
 from ..errors import UnreachedWarning, listed, warn
@@ -101,7 +102,7 @@ class PartWatch:
 
         def look() -> None:
             silent = {name for name in names - watch.told if watch.reached[name] == before[name]}
-            if silent and (swap.was_read(self.chain[0]) or not watch.called):
+            if silent and (was_read(self.chain[0]) or not watch.called):
                 watch.tell(silent, "got no gradient in a backward pass through", part)
 
         given.register_hook(lambda _: at_the_end(look))
@@ -123,9 +124,9 @@ class CallWatch:
         if torch.compiler.is_compiling():
             return
         if output:
-            swap.was_read(head, now=self.before)
+            was_read(head, now=self.before)
         else:
-            self.before = swap.was_read(head)
+            self.before = was_read(head)
         if (given := _of_gradients(output)) is not None:
             names = self.watch.acting()
             given.register_hook(lambda _: self.watch.reached.update(names))

@@ -93,7 +93,7 @@ def _layers(backbone: Backbone, choice: Choice, values: Values) -> dict[str, Del
     if layer_class.can_fold():
         _warn_if_tied(backbone, list(sites), config.delta_type)
     needed = layer_class.check_written()
-    shared = make_shared(list(starts.values()), config) if make_shared is not None else None
+    shared = make_shared([*starts.values()], config) if make_shared and starts else None
     made: dict[str, DeltaLayer] = {}
     for name, site in starts.items():
         site.shared = shared

@@ -115,7 +115,8 @@ class DeltaConfig(Fixed):
 
     Attributes:
         modified_modules: the modules that get a layer: ends of names, or `[r]` and a regular
-            expression. None: the method's default places.
+            expression. None: the method's default places. An empty list: none, for a delta of
+            copies alone (`modules_to_save`).
         exclude_modules: modules that get no layer, and neither do the modules inside them.
         unfrozen_modules: backbone modules or parameters that `freeze_module` leaves trainable and
             that are saved with the delta.
@@ -134,8 +135,10 @@ class DeltaConfig(Fixed):
         dtype: dtype of the delta's tensors, such as "bfloat16"; "backbone": the dtype in which the
             module computes. None: float32, also on a 16-bit backbone; float64 on a float64 one.
         reads: other code, such as the parent or a loss, reads `.weight` of these modules and of
-            linear ones in modules_to_save instead of calling them, so the weight must show the
-            change. For MultiheadAttention this is known.
+            those in modules_to_save instead of calling them, so the weight must show the change.
+            What is read of a copied module is the copy's: all parameters, and the modules inside.
+            Beside a copy, layers that no weight can show act in calls alone; without one they are
+            refused. For MultiheadAttention this is known.
         gate: multiply the delta's change by a learned gate, as UniPELT does (arXiv:2110.07577); the
             gate starts at 1/2.
     """

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from .._backbone import engines, reading, sharding
 from .._backbone.backbone import Backbone
@@ -17,7 +18,7 @@ from .._backbone.patterns import no_match
 from .._layers.base import Acts, DeltaLayer
 from .._layers.record import Record
 from .._modules import wrappers
-from .._sites import swap
+from .._sites import showing, swap
 from .._sites.stack import Stack, stack_of
 from ..errors import SiteError
 from ..names import ancestors
@@ -114,11 +115,10 @@ def place(
 def _placing(backbone: Backbone, delta: BaseDelta, where: str, layer: DeltaLayer) -> Placing:
     module = backbone.modules[where]
     stack = backbone.stacks.get(where, stack_of(module))
-    copied = layer.stand_in is not None and swap.shows_weight(module)
-    asked = delta.config.reads and (copied or where in (delta.config.modified_modules or ()))
-    asked = asked or reading.weight_is_read(backbone, where)
-    asked = asked or (isinstance(stack, PretendedStack) and stack.weight_is_read)
-    is_read = swap.weight_is_read(module, asked)
+    known = reading.weight_is_read(backbone, where)
+    known = known or (isinstance(stack, PretendedStack) and stack.weight_is_read)
+    known = swap.weight_is_read(module, known)
+    is_read = known or _must_show(delta, where, module, stack)
     if is_read and reading.gets_parameters(backbone, where):
         raise SiteError(
             f"{where!r} ({type(module).__name__}): the code around it calls get_parameter, which "
@@ -126,7 +126,7 @@ def _placing(backbone: Backbone, delta: BaseDelta, where: str, layer: DeltaLayer
             "code read the attribute .weight, or choose other modules",
             where=where,
         )
-    swap.check(where, module, delta.name, layer, is_read, stack)
+    swap.check(where, module, delta.name, layer, is_read, stack, asked=not known)
     passes_on = layer.hands_over and layer.handover is not None
     why = None if passes_on else misfit(module, type(layer), layer.acts)
     if why is not None:
@@ -137,6 +137,23 @@ def _placing(backbone: Backbone, delta: BaseDelta, where: str, layer: DeltaLayer
         )
     ranks = sharding.group_of(backbone, where, is_read, layer)
     return Placing(is_read, ranks, *backbone.device_and_dtype_of(where))
+
+
+def _must_show(delta: BaseDelta, where: str, module: nn.Module, stack: Stack | None) -> bool:
+    """True if the option `reads` lets `module` show its weight with the layers of `delta`.
+
+    In a delta whose copies show theirs, a layer that no weight can show acts in calls alone.
+    """
+    if not delta.config.reads:
+        return False
+    layer = delta.layers[where]
+    if layer.stand_in is not None:
+        return bool(showing.parts_of(module))
+    if where not in (delta.config.modified_modules or ()):
+        return False
+    copies = filter(None, (each.stand_in for each in delta.layers.values()))
+    shown = any(map(showing.parts_of, copies))
+    return not shown or swap.why_unshown(module, delta.name, layer, stack) is None
 
 
 class PretendedStack(Stack):

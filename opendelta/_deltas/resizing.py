@@ -17,6 +17,7 @@ from .._layers.site import Site
 from .._modules.kinds import kind_of
 from .._modules.tensors import lasting
 from .._sites import swap
+from .._sites.showing import own_parts
 from .._sites.stack import stack_of
 from ..errors import DeltaError, quoted
 from ..names import ancestors, is_inside
@@ -31,7 +32,8 @@ def embeddings_of(model: nn.Module) -> dict[str, nn.Module]:
     found: dict[str, Any] = {}
     for which in ("input", "output"):
         try:
-            found[which] = getattr(model, f"get_{which}_embeddings")()
+            with own_parts():
+                found[which] = getattr(model, f"get_{which}_embeddings")()
         except Exception:  # models without one raise whatever they like
             continue
     return {which: module for which, module in found.items() if isinstance(module, nn.Module)}
@@ -81,7 +83,8 @@ def _changed_by(verb: str, model: nn.Module) -> list[nn.Module]:
     for getter in GETTERS[verb] if hasattr(type(model), verb) else ():
         for holder in (model, getattr(model, "model", None)):
             try:
-                each = getattr(holder, getter)()
+                with own_parts():
+                    each = getattr(holder, getter)()
             except Exception:  # models without one raise whatever they like
                 continue
             found += each if isinstance(each, tuple) else (each,)

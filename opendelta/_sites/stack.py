@@ -193,10 +193,7 @@ class Stack(nn.ModuleDict):
 
     def fold(self, params: Params) -> Params:
         """Return `params` with all active layers folded in; a module's copy gives its own."""
-        compiling = torch.compiler.is_compiling()
-        acting = acting_on(self) if compiling else self._acting(CURRENT.get(), self.ran)
-        if self.routed is not None:
-            self.routed.check_alike(acting)
+        acting = shown_on(self)
         for layer in arranged(acting) if has_blocks(self) else acting:
             if layer.stand_in is None:
                 params = layer.fold(params)
@@ -282,6 +279,19 @@ def acting_on(stack: Stack) -> list[DeltaLayer]:
     if torch.compiler.is_compiling():
         return [ly for n, ly in stack.in_order() if ly.record.active and not stack.holds(n)]
     return stack._acting(CURRENT.get(), set())
+
+
+def shown_on(stack: Stack) -> list[DeltaLayer]:
+    """Return the layers that act where other code reads the module's weight, the innermost first.
+
+    Raises:
+        SiteError: some rows of the batch take a layer, and others do not.
+    """
+    compiling = torch.compiler.is_compiling()
+    acting = acting_on(stack) if compiling else stack._acting(CURRENT.get(), stack.ran)
+    if stack.routed is not None:
+        stack.routed.check_alike(acting)
+    return acting
 
 
 def now(stack: Stack) -> tuple[list[DeltaLayer], Any]:

@@ -12,7 +12,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .._layers import labels
 from .._layers.base import DeltaLayer
@@ -20,49 +20,13 @@ from .._modules import calls, kinds, probing, tensors, trials, wrappers
 from .._sequences import prefix
 from ..errors import SiteError, quoted
 from ..names import SLOT, join, last
-from . import compile_limit, intact, nested, one_tensor, tables
+from . import compile_limit, intact, nested, one_tensor, showing, tables
 from .blocks import note_blocks
 from .split import Split, divide
 from .stack import Stack, acting_on, stack_of
 
 _cache: Any = functools.cache  # Any: its annotation allows no class of a module as argument
 FUSES = "torch.nn.utils.fusion"  # its functions write new weights into a copy of a module
-
-
-READ = "was_read?"  # no delta can have this name
-
-
-def _noting() -> property:
-    """Return a property `weight` that notes when other code than a call of the module reads it."""
-
-    def read(self: nn.Module) -> Tensor | None:
-        stack = stack_of(self)
-        if stack is not None and not torch.compiler.is_compiling():
-            stack.__dict__[READ] = True
-        return tensors.stored(self, "weight")
-
-    return property(read, _write_as("weight"))
-
-
-def _write_as(name: str) -> Callable[[nn.Module, Tensor], None]:
-    def write(self: nn.Module, value: Tensor) -> None:
-        # nn.Module stores Parameters elsewhere; only plain tensors of a replica come here.
-        self.__dict__[name] = value
-
-    return write
-
-
-def _reading(name: str) -> property:
-    """Return a property that shows a parameter with the deltas folded in, for a parent to read."""
-
-    def read(self: nn.Module) -> Tensor | None:
-        raw = tensors.stored(self, name)
-        stack = stack_of(self)
-        if not stack or tensors.is_sharded(raw):  # FSDP2 reads the parameter while it shards it
-            return raw
-        return stack.fold(tensors.stored_params(self)).get(name)
-
-    return property(read, _write_as(name))
 
 
 def _showing_config() -> property:
@@ -126,13 +90,13 @@ def _check_unfused(base: type, copier: FrameType | None) -> None:
         )
 
 
-def _reducing(base: type[nn.Module], reads: bool) -> Callable[..., tuple]:
+def _reducing(base: type[nn.Module], *shows: Any) -> Callable[..., tuple]:
     """Return the method by which pickle and deepcopy take a site."""
 
     def __reduce_ex__(self: nn.Module, protocol: object) -> tuple:
         _check_unfused(base, sys._getframe(1).f_back)
         state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
-        return _unpickle, (base, reads), state
+        return _unpickle, (base, *shows), state
 
     return __reduce_ex__
 
@@ -157,16 +121,9 @@ def _site_meta(meta: type) -> type:
     )
 
 
-@_cache
-def site_class(base: type[nn.Module], reads: bool = False, notes: bool = False) -> type[nn.Module]:
-    """Return the subclass of `base` whose forward runs the stack; other code sees it as `base`.
-
-    Args:
-        reads: `.weight` and `.bias` show the folded values, for a parent that reads them instead of
-            calling the module.
-        notes: `was_read` tells if other code read `.weight`.
-    """
-    raw: Any = kinds.raw_forward(base, reads)
+def _forward(base: type[nn.Module], folds: bool, copied: bool) -> Callable[..., Any]:
+    """Return the forward of a site, which runs the stack; see `site_class`."""
+    raw: Any = kinds.raw_forward(base, folds)
     own, known, names = base.forward, raw is not None, calls.names_of(base.forward)
 
     # It is in the class body, because transformers' checkpointing layers look there. It is wrapped,
@@ -175,9 +132,11 @@ def site_class(base: type[nn.Module], reads: bool = False, notes: bool = False) 
     @functools.wraps(base.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         # Asked each time, as other code may replace a class's forward.
-        call: Callable[..., Any] = functools.partial(raw if reads else base.forward, self)
+        call: Callable[..., Any] = functools.partial(raw if folds else base.forward, self)
         stack: Any = self._modules.get(SLOT)
         if stack is not None:
+            if copied and not folds and stack.routed is not None:  # for rows without the copy
+                call = functools.partial(base.forward, showing.itself(self, base))
             kwargs = calls.in_order(names, args, kwargs)
             around = stack.around
             if not known:
@@ -187,30 +146,51 @@ def site_class(base: type[nn.Module], reads: bool = False, notes: bool = False) 
                 return nested.run(call, on, args, kwargs)
         return call(*args, **kwargs)
 
+    return forward
+
+
+@_cache
+def site_class(
+    base: type[nn.Module], folds: bool, copied: tuple[str, ...], notes: bool = False
+) -> type[nn.Module]:
+    """Return the subclass of `base` whose forward runs the stack; other code sees it as `base`.
+
+    Args:
+        folds: `.weight` and `.bias` show the folded values, for a parent that reads them instead of
+            calling the module.
+        copied: the attributes that show those of a delta's own copy while it acts.
+        notes: `showing.was_read` tells if other code reads `.weight`.
+    """
     body: dict[str, Any] = {
-        "forward": forward,
+        "forward": _forward(base, folds, bool(copied)),
         "register_parameter": _registering(base),
-        "__reduce_ex__": _reducing(base, reads),
+        "__reduce_ex__": _reducing(base, folds, copied),
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
         "_site_of": base,
-        "_site_reads": reads,
+        "_site_reads": folds or bool(copied),
         "_site_notes": notes,
+        "_site_copied": copied,
         **tables.counting(base),
     }
     if issubclass(base, nn.Sequential):  # its items are its own modules, without the stack
         body["__iter__"] = lambda self: iter([m for n, m in self._modules.items() if n != SLOT])
         body["__len__"] = lambda self: len(self._modules) - (SLOT in self._modules)
-    if reads:
-        body |= {"weight": _reading("weight"), "bias": _reading("bias")}
-    elif notes:
-        body["weight"] = _noting()
+        body |= showing.items_of_copy(base) if copied else {}
+    body |= {name: showing.of_copy(name) for name in copied}
+    if folds:
+        body |= {"weight": showing.folded("weight"), "bias": showing.folded("bias")}
+    if notes:
+        body["weight"] = showing.noted()
     if prefix.uses_interface(base) or hasattr(base, "config_class"):
         body["config"] = _showing_config()
     if hasattr(base, "config_class"):  # a transformers model
         body["num_labels"] = labels.showing_count()
     body |= {verb: _resizing(base, verb) for verb in RESIZING if hasattr(base, verb)}
+    for verb in ("tie_weights", *(("_apply", "__setstate__") if copied else ())):
+        if hasattr(base, verb):
+            body[verb] = showing.with_own_parts(base, verb)
     made = _site_meta(type(base))(base.__name__, (base,), body)
     compile_limit.SITE_CLASSES.update((id(base), id(made)))
     return made
@@ -223,9 +203,28 @@ def _of_own(call: Any, module: nn.Module, stack: Stack) -> tuple[Any, Any]:
     return call, functools.partial(intact.around, stack) if needed else stack.around
 
 
-def _unpickle(base: type[nn.Module], reads: bool) -> nn.Module:
-    cls = site_class(base, reads)
+def _unpickle(base: type[nn.Module], folds: bool, copied: tuple[str, ...] = ()) -> nn.Module:
+    cls = site_class(base, folds, copied)
     return cls.__new__(cls)
+
+
+def _class_for(module: nn.Module, base: type[nn.Module], reads: bool) -> type[nn.Module]:
+    """Return the class of a site for `module`, of the class `base`.
+
+    Args:
+        reads: other code reads its weight.
+    """
+    if not reads:
+        return site_class(base, False, ())
+    if not _folds(module):
+        return site_class(base, False, showing.parts_of(module))
+    copied = tuple(name for name in showing.parts_of(module) if name not in ("weight", "bias"))
+    return site_class(base, True, copied)
+
+
+def _folds(module: nn.Module) -> bool:
+    """True if a module can show its own weight with layers folded in."""
+    return "weight" in module._parameters and shows_weight(module)
 
 
 def plain_class(module: nn.Module) -> type[nn.Module] | None:
@@ -248,24 +247,10 @@ def weight_is_read(module: nn.Module, asked: bool) -> bool:
 
 
 def note_reads(module: nn.Module) -> None:
-    """Let `was_read` tell from now on if other code reads the weight of a site."""
+    """Let `showing.was_read` tell from now on if other code reads the weight of a site."""
     base, own = plain_class(module), type(module)
     if base is not None and "weight" in module._parameters and not vars(own)["_site_reads"]:
-        wrappers.set_class(module, site_class(base, notes=True))
-
-
-def was_read(module: nn.Module, now: bool | None = None) -> bool:
-    """True if other code may have read the weight of a site.
-
-    Args:
-        now: what is to be said of it from now on; None: the same.
-    """
-    stack = stack_of(module)
-    if stack is None or not getattr(type(module), "_site_notes", False):
-        return True
-    if now is not None:
-        stack.__dict__[READ] = now
-    return stack.__dict__.get(READ, False)
+        wrappers.set_class(module, site_class(base, False, (), notes=True))
 
 
 def shows_weight(module: nn.Module) -> bool:
@@ -292,6 +277,16 @@ def check_has_forward(where: str, module: nn.Module) -> None:
     )
 
 
+# {only the option `reads` asks for it: (who reads a weight, what to do if it cannot show)}
+READERS = {
+    False: ("its parent reads", "Choose the parent module instead"),
+    True: (
+        "reads=True lets other code read its",
+        "Leave reads=True out, or let the delta own a copy of what is read (modules_to_save)",
+    ),
+}
+
+
 def check(
     where: str,
     module: nn.Module,
@@ -299,11 +294,14 @@ def check(
     layer: DeltaLayer,
     reads: bool,
     stack: Stack | None,
+    asked: bool = False,
 ) -> None:
     """Raise if the module `where` cannot take the layer. Nothing is changed.
 
     Args:
+        reads: other code reads its weight.
         stack: the stack that the module will have before the layer, or None.
+        asked: only the option `reads` says that it does.
     """
     here = f"{where!r} ({(plain_class(module) or type(module)).__name__})"
     if isinstance(module, torch.jit.ScriptModule):
@@ -326,11 +324,19 @@ def check(
             "never run. Attach before that replacement, or remove it",
             where=where,
         )
-    if reads:
-        _check_reads(where, here, module, stack, (name, layer))
+    if reads and (why := why_unshown(module, name, layer, stack)):
+        reader, advice = READERS[asked]
+        raise SiteError(
+            f"{here}: {reader} .weight instead of calling it, {why}. {advice}", where=where
+        )
+    if stack_of(module) is None:
+        _check_class(where, here, module, reads)
+
+
+def _check_class(where: str, here: str, module: nn.Module, reads: bool) -> None:
+    """Raise if the class of `module` lets no subclass be made."""
     try:
-        if stack_of(module) is None:
-            site_class(type(module), reads)
+        _class_for(module, type(module), reads)
     except Exception as error:  # of the author of the class
         raise SiteError(
             f"{here}: its class refuses a subclass, which a module with deltas gets: {error}",
@@ -338,39 +344,46 @@ def check(
         ) from None
 
 
-def _check_reads(
-    where: str, here: str, module: nn.Module, stack: Stack | None, new: tuple[str, DeltaLayer]
-) -> None:
-    """Raise if `module` cannot show its weight with the layers of `stack` and the new one."""
-    acting = [*(stack.in_order() if stack is not None else ()), new]
-    for each, other in acting:
-        if not other.shows_in_weight and (
-            other.stand_in is None or not shows_weight(other.stand_in)
-        ):
-            raise SiteError(
-                f"{here}: its parent reads .weight instead of calling it, so only layers that fold "
-                f"into the weight act there; {each!r} ({type(other).__name__}) does not. Choose "
-                "the parent module instead",
-                where=where,
-            )
-    if not shows_weight(module) or "weight" not in module._parameters:
-        raise SiteError(
-            f"{here}: folded weights can be shown on Linear and Conv1D only", where=where
+def why_unshown(module: nn.Module, name: str, layer: DeltaLayer, stack: Stack | None) -> str | None:
+    """Return in words why `module` cannot show its weight with all its layers; None: it can.
+
+    Args:
+        name: the delta of `layer`, the new one.
+        stack: the stack that the module will have before it, or None.
+    """
+    before = stack.in_order() if stack is not None else []
+    acting = [(n, each) for n, each in (*before, (name, layer)) if each.computes]
+    folds = _folds(module)
+    other = next((each for each in acting if not _is_shown(each[1], folds)), None)
+    if other is not None and not other[1].shows_in_weight:
+        return (
+            "so only layers that fold into the weight act there; "
+            f"{other[0]!r} ({type(other[1]).__name__}) does not"
         )
-    weight = module._parameters["weight"]
-    if not tensors.is_plain(weight) and not tensors.is_sharded(weight):
-        raise SiteError(
-            f"{here}: its parent reads .weight, and one that is quantised or sparse "
-            f"({type(weight).__name__}) can show no change. Choose the parent module instead",
-            where=where,
+    if other is not None:
+        return (
+            f"and folded weights can be shown on Linear and Conv1D only; {other[0]!r} would not "
+            "show here"
         )
+    weight = module._parameters.get("weight")
+    if folds and not tensors.is_plain(weight) and not tensors.is_sharded(weight):
+        return f"and one that is quantised or sparse ({type(weight).__name__}) can show no change"
     shown = getattr(type(module), "_site_reads", False)
     if stack_of(module) is not None and plain_class(module) is None and not shown:
-        raise SiteError(
-            f"{here} was subclassed by {type(module).__module__}; pass reads=True when the first "
-            "delta is attached",
-            where=where,
+        return (
+            f"and it was subclassed by {type(module).__module__}: pass reads=True when the first "
+            "delta is attached"
         )
+    return None
+
+
+def _is_shown(layer: DeltaLayer, folds: bool) -> bool:
+    """True if a layer acts on what a module shows.
+
+    Args:
+        folds: the module shows its own weight with layers folded in.
+    """
+    return layer.stand_in is not None or (folds and layer.shows_in_weight)
 
 
 def add(
@@ -387,9 +400,9 @@ def add(
     layer.train(module.training)
     if stack is None:
         stack = module._modules[SLOT] = Stack().train(module.training)
-        wrappers.set_class(module, site_class(type(module), reads))
+        wrappers.set_class(module, _class_for(module, type(module), reads))
     elif base is not None and reads != vars(type(module))["_site_reads"]:
-        wrappers.set_class(module, site_class(base, reads))
+        wrappers.set_class(module, _class_for(module, base, reads))
     if split is not None:
         divide(stack, split)
     stack[name] = layer

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..._modules.kinds import Embedding, kind_of
+from ..._sites.showing import own_parts
 from ...errors import AddressError, OptionError, nearest
 from ...names import ancestors, computes_weight, join, last
 from ..backbone import Backbone
@@ -165,7 +166,8 @@ def _embeddings(backbone: Backbone) -> dict[str, str]:
 def _given(module: nn.Module, method: str) -> Any:
     """Return what a method of a transformers model returns; None if there is nothing."""
     try:
-        return getattr(module, method)()
+        with own_parts():
+            return getattr(module, method)()
     except (NotImplementedError, AttributeError):  # the model embeds no tokens
         return None
 

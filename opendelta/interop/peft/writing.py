@@ -134,6 +134,8 @@ def _check_writable(delta: BaseDelta, backbone: Backbone) -> None:
         )
     if name not in METHODS:
         raise DeltaError(f"{what}it has no {name!r}; it has {', '.join(METHODS)}")
+    if not delta.modified_modules:
+        raise DeltaError(f"{what}it has no copies (modules_to_save) without layers beside them")
     if config.gate:
         raise DeltaError(f"{what}it has no gates; make the delta with gate=False")
     if delta.scale != 1 and not ALPHAS & METHODS[name].options.keys():

@@ -1,0 +1,148 @@
+"""Properties of a site's class that show folded weights, or the copy's parts, to other code."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._layers.base import DeltaLayer
+from .._modules import tensors
+from ..names import SLOT
+from .stack import Stack, shown_on, stack_of
+
+READ = "was_read?"  # no delta can have this name
+OWN: ContextVar[bool] = ContextVar("own", default=False)
+
+
+@contextlib.contextmanager
+def own_parts() -> Iterator[None]:
+    """Let all sites show what they hold themselves, as code needs it that changes the backbone."""
+    token = OWN.set(True)
+    try:
+        yield
+    finally:
+        OWN.reset(token)
+
+
+def with_own_parts(base: Any, verb: str) -> Callable[..., Any]:
+    """Return a method of a class, during which all sites show what they hold themselves."""
+
+    @functools.wraps(getattr(base, verb))
+    def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with own_parts():
+            return getattr(base, verb)(self, *args, **kwargs)
+
+    return run
+
+
+def folded(name: str) -> property:
+    """Return a property that shows a parameter with the deltas folded in, for a parent to read."""
+
+    def show(stack: Stack, module: nn.Module, _: Any) -> Any:
+        return stack.fold(tensors.stored_params(module)).get(name)
+
+    return _shown(name, show)
+
+
+def of_copy(name: str) -> property:
+    """Return a property that shows a parameter, or a module inside, of the copy that acts."""
+
+    def show(stack: Stack, _: nn.Module, own: Any) -> Any:
+        copied = _copy_of(shown_on(stack))
+        found = own if copied is None else getattr(copied, name)
+        return found.to(own.dtype) if isinstance(found, Tensor) and found is not own else found
+
+    return _shown(name, show)
+
+
+def noted() -> property:
+    """Return a property `weight` that notes that other code reads it."""
+
+    def show(stack: Stack, _: nn.Module, own: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            stack.__dict__[READ] = True
+        return own
+
+    return _shown("weight", show)
+
+
+def was_read(module: nn.Module, now: bool | None = None) -> bool:
+    """True if other code may have read the weight of a site.
+
+    Args:
+        now: what is to be said of it from now on; None: the same.
+    """
+    stack = stack_of(module)
+    if stack is None or not getattr(type(module), "_site_notes", False):
+        return True
+    if now is not None:
+        stack.__dict__[READ] = now
+    return stack.__dict__.get(READ, False)
+
+
+def _shown(name: str, show: Callable[[Stack, nn.Module, Any], Any]) -> property:
+    def read(self: nn.Module) -> Any:
+        own: Any = self._modules[name] if name in self._modules else tensors.stored(self, name)
+        stack = stack_of(self)
+        if not stack or tensors.is_sharded(own):  # FSDP2 reads the parameter while it shards it
+            return own
+        if not torch.compiler.is_compiling() and OWN.get():
+            return own
+        return show(stack, self, own)
+
+    def write(self: nn.Module, value: Tensor) -> None:
+        # nn.Module stores Parameters elsewhere; only plain tensors of a replica come here.
+        self.__dict__[name] = value
+
+    return property(read, write)
+
+
+def parts_of(module: nn.Module) -> tuple[str, ...]:
+    """Return the names of all of a module that its copy has too: its tensors, the modules inside.
+
+    Buffers are left out: code that reads them may write to them.
+    """
+    children = [name for name, child in module._modules.items() if child is not None]
+    own = [name for name, parameter in module._parameters.items() if parameter is not None]
+    computed = [name for name, value in module.__dict__.items() if isinstance(value, Tensor)]
+    return tuple(name for name in (*own, *children, *computed) if name != SLOT)
+
+
+def items_of_copy(base: Any) -> dict[str, Callable[..., Any]]:
+    """Return the methods by which a Sequential, of the class `base`, gives the copy's items."""
+
+    def shown(site: nn.Module) -> nn.Module:
+        stack = stack_of(site)
+        if not stack or (not torch.compiler.is_compiling() and OWN.get()):
+            return site
+        return _copy_of(shown_on(stack)) or site
+
+    def __iter__(self: nn.Module) -> Iterator[Any]:
+        return iter([m for n, m in shown(self)._modules.items() if n != SLOT])
+
+    def __getitem__(self: nn.Module, index: Any) -> Any:
+        return base.__getitem__(shown(self), index)
+
+    return {"__iter__": __iter__, "__getitem__": __getitem__}
+
+
+def _copy_of(layers: list[DeltaLayer]) -> nn.Module | None:
+    """Return the copy that acts in a module's place; None: the module does."""
+    return next((ly.stand_in for ly in reversed(layers) if ly.stand_in is not None), None)
+
+
+def itself(module: nn.Module, base: type[nn.Module]) -> nn.Module:
+    """Return another object with all that `module` holds, which shows none of its deltas.
+
+    Args:
+        base: the class of the module, without deltas.
+    """
+    plain = object.__new__(base)
+    object.__setattr__(plain, "__dict__", module.__dict__)
+    return plain
