@@ -80,6 +80,10 @@ def check_folder(folder: Path) -> None:
     if "\0" in str(folder):
         raise DeltaError(f"{shown(str(folder))} holds a NUL, which no name of a file may hold")
     with writable(folder):
+        around = next((each for each in folder.parents if each.exists()), None)
+        if around is not None and not around.is_dir():
+            where = shown(str(folder))
+            raise DeltaError(f"cannot write into {where}: {around} is a file; give another folder")
         there = folder.exists() or folder.is_symlink()
         what = "a file" if folder.exists() else "a link to nothing"
         if there and not folder.is_dir():

@@ -74,7 +74,8 @@ class PromptLayer(WithPrompt):
         kind = kind_of(site.module.get_submodule(self.embedding))
         if not isinstance(kind, Embedding):
             raise SiteError(
-                f"{quoted(site.name)}: its embedding {self.embedding!r} has no known width",
+                f"{quoted(site.name)}: its embedding {self.embedding!r} has no known width; choose "
+                "another module (modified_modules=), or another method, such as PrefixModel",
                 where=site.name,
             )
         self.width, self.length, self.strip = kind.out_features, length, strip
@@ -88,8 +89,7 @@ class PromptLayer(WithPrompt):
         self.pooled = False  # a pooler beside the blocks needs its input stripped
         self.numbered = numbered(site.module)
         self.ids = Handover() if self.numbered else None  # to number the positions by
-        self.skipped = skipped_by(site.module)
-        self.makes_rows = maker_of_rows(site.module)
+        self.skipped, self.makes_rows = skipped_by(site.module), maker_of_rows(site.module)
 
     @property
     def extra_positions(self) -> int:  # type: ignore[override]

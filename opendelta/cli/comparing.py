@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Annotated, Any
 
 import typer
@@ -18,7 +19,20 @@ TaskName = Annotated[
 ModelName = Annotated[
     str, typer.Option("--model", help="Folder or hub name of a model; MiniLM is the demo's.")
 ]
-Epochs = Annotated[int, typer.Option(help="How often each text is learnt from.", min=1)]
+MOST = 2**31 - 1  # of what is counted
+MOST_TRAININGS = 10_000
+Epochs = Annotated[int, typer.Option(help="How often each text is learnt from.", min=1, max=MOST)]
+Seeds = Annotated[
+    int, typer.Option("--seeds", help="How often each is trained.", min=1, max=MOST_TRAININGS)
+]
+Sweep = Annotated[
+    int, typer.Option("--sweep", help="Learning rates to try for each.", min=0, max=MOST_TRAININGS)
+]
+MaxSteps = Annotated[
+    int | None,
+    typer.Option("--max-steps", help="The most steps of a training.", min=1, max=MOST),
+]
+BatchSize = Annotated[int, typer.Option("--batch-size", help="Texts in a step.", min=1, max=MOST)]
 Rates = Annotated[
     list[str] | None,
     typer.Option(
@@ -34,10 +48,14 @@ Label = Annotated[
     str, typer.Option("--label", help="Column of the classes; '' to continue texts instead.")
 ]
 TrainSize = Annotated[
-    int | None, typer.Option("--train-size", help="The most texts to learn from.", min=1)
+    int | None, typer.Option("--train-size", help="The most texts to learn from.", min=1, max=MOST)
 ]
-TestSize = Annotated[int | None, typer.Option("--test-size", help="Texts to hold out.", min=1)]
-MaxLength = Annotated[int, typer.Option("--max-length", help="The most tokens of a text.", min=1)]
+TestSize = Annotated[
+    int | None, typer.Option("--test-size", help="Texts to hold out.", min=1, max=MOST)
+]
+MaxLength = Annotated[
+    int, typer.Option("--max-length", help="The most tokens of a text.", min=1, max=MOST)
+]
 
 
 def compare(
@@ -50,14 +68,12 @@ def compare(
     out: Annotated[
         str | None, typer.Option(metavar="FOLDER", help="Write the report and the best here.")
     ] = None,
-    seeds: Annotated[int, typer.Option(help="How often each is trained.", min=1)] = 1,
+    seeds: Seeds = 1,
     epochs: Epochs = 2,
-    max_steps: Annotated[
-        int | None, typer.Option(help="The most steps of a training.", min=1)
-    ] = None,
-    batch_size: Annotated[int, typer.Option(help="Texts in a step.", min=1)] = 32,
+    max_steps: MaxSteps = None,
+    batch_size: BatchSize = 32,
     rate: Rates = None,
-    sweep: Annotated[int, typer.Option(help="Learning rates to try for each.", min=0)] = 0,
+    sweep: Sweep = 0,
     test: Test = None,
     text: Text = "text",
     label: Label = "label",
@@ -79,6 +95,7 @@ def compare(
     """
     from .. import studies  # start-up: it imports transformers with the first model
 
+    chosen = rates_of(rate)
     report = studies.compare(
         model,
         texts_of(task, test, text, label, train_size, test_size, max_length),
@@ -87,7 +104,7 @@ def compare(
         epochs=epochs,
         max_steps=max_steps,
         batch_size=batch_size,
-        rates=rates_of(rate),
+        rates=chosen,
         sweep=sweep,
         out=out,
     )
@@ -102,13 +119,21 @@ def texts_of(task: str, test: str | None, text: str, label: str, *sizes: Any) ->
 
 
 def rates_of(rate: Rates) -> dict[str, float]:
-    """Return {name: learning rate} of the options --rate."""
+    """Return {name: learning rate} of the options --rate.
+
+    Raises:
+        DeltaError: one is written otherwise, or no training can have it.
+    """
     return dict(map(_rate, rate or []))
 
 
 def _rate(text: str) -> tuple[str, float]:
+    from ..studies.comparing import HIGHEST  # start-up: the demo is beneath it
+
     name, _, value = text.partition("=")
-    try:
-        return name, float(value)
-    except ValueError:
-        raise DeltaError(f"--rate {text!r} must be NAME=RATE, such as lora=1e-3") from None
+    with contextlib.suppress(ValueError):
+        if name and 0 < (rate := float(value)) <= HIGHEST:
+            return name, rate
+    raise DeltaError(
+        f"--rate {text!r} must be NAME=RATE, such as lora=1e-3; a rate is above 0, up to {HIGHEST}"
+    )

@@ -10,6 +10,8 @@ import typer
 from .._files.folder import check_folder
 from .._files.reading import as_path
 from .comparing import (
+    MOST,
+    BatchSize,
     Epochs,
     Label,
     MaxLength,
@@ -30,8 +32,12 @@ ENOUGH = 0.9  # the demo's accuracy on its first task
 
 def demo(
     train_size: Annotated[int, typer.Option(help="Questions to train on, 1 to 4,481.")] = 3600,
-    epochs: Annotated[int, typer.Option(help="How often to train on each text.", min=1)] = 2,
-    seed: Annotated[int, typer.Option(help="Seed of split, new weights and order.")] = 0,
+    epochs: Annotated[
+        int, typer.Option(help="How often to train on each text.", min=1, max=MOST)
+    ] = 2,
+    seed: Annotated[
+        int, typer.Option(help="Seed of split, new weights and order.", min=0, max=MOST)
+    ] = 0,
 ) -> None:
     """Teach a MiniLM two tasks with small deltas, save, switch and combine them.
 
@@ -52,11 +58,11 @@ def train(
     task: TaskName = "trec",
     model: ModelName = "MiniLM",
     epochs: Epochs = 2,
-    batch_size: Annotated[int, typer.Option(help="Texts in a step.", min=1)] = 32,
+    batch_size: BatchSize = 32,
     rate: Rates = None,
-    seed: Annotated[int, typer.Option(help="Seed of new weights and order.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of new weights and order.", min=0, max=MOST)] = 0,
     save_steps: Annotated[
-        int, typer.Option(help="Keep a checkpoint after so many steps.", min=1)
+        int, typer.Option(help="Keep a checkpoint after so many steps.", min=1, max=MOST)
     ] = 500,
     test: Test = None,
     text: Text = "text",
@@ -70,7 +76,7 @@ def train(
 
     DELTAS is as for `compare`. The deltas are saved in FOLDER/deltas, which `opendelta.load` reads,
     and the score, the settings and the time in FOLDER/training.json. If FOLDER has checkpoints, the
-    training goes on after the last one.
+    training goes on after the last whole one; checkpoints of other settings are refused.
 
     Example: opendelta train --delta lora+adapter --out trec
 
@@ -78,6 +84,7 @@ def train(
     """
     folder = as_path(out, "--out")
     check_folder(folder)
+    chosen = rates_of(rate)
     from ..studies import door, models  # start-up: they import transformers, 3 s
 
     texts = texts_of(task, test, text, label, train_size, test_size, max_length)
@@ -87,7 +94,7 @@ def train(
         made,
         delta,
         folder,
-        rates=rates_of(rate),
+        rates=chosen,
         seed=seed,
         num_train_epochs=epochs,
         per_device_train_batch_size=batch_size,
@@ -100,6 +107,8 @@ def train(
 
 def _told(facts: dict[str, Any], out: str) -> Iterator[str]:
     """Yield the lines to print after a training."""
+    if facts["resumed_from"]:
+        yield f"the training went on after {facts['resumed_from']} in {out}"
     baseline = facts["baseline"]
     yield (
         f"{facts['unit']} on {facts['test']:,} held-out examples of {facts['task']}: "

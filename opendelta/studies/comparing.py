@@ -20,6 +20,7 @@ from . import models
 from .comparison import Comparison
 from .contenders import Contender, Deltas, contenders, remove
 from .fingerprints import of_model
+from .keeping import keep_settings
 from .progress import Progress
 from .sweeping import best_factor
 from .tasks import Task, Texts
@@ -100,6 +101,8 @@ def compare(
     chosen = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     rates, settings = dict(rates or {}), Settings(epochs, max_steps, batch_size)
     _check(chosen, settings, sweep, rates)
+    if out is not None:
+        check_folder(Path(out))
     model, task = _both(model, task)
     _try(model, task, every)
     with tempfile.TemporaryDirectory() as scratch:
@@ -173,19 +176,7 @@ class Done:
 
     def __init__(self, folder: Path, facts: dict[str, Any]) -> None:
         self.folder, self.file, self.facts = folder, folder / RUNS, facts
-        check_folder(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        settings = folder / SETTINGS
-        if settings.exists():
-            before = json.loads(settings.read_text(encoding="utf-8"))
-            other = [k for k in {**before, **facts} if before.get(k) != facts.get(k)]
-            if other:
-                raise DeltaError(
-                    f"{folder} holds a comparison with other settings ("
-                    + ", ".join(f"{k}: {before.get(k)} there, {facts.get(k)} now" for k in other)
-                    + "): give another out= (--out), or delete it"
-                )
-        settings.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        keep_settings(folder / SETTINGS, facts, "a comparison")
         text = self.file.read_text(encoding="utf-8") if self.file.exists() else ""
         whole = text[: text.rfind("\n") + 1]
         if whole != text:  # a line that was cut off

@@ -1091,6 +1091,13 @@ def test_models_that_have_no_place_for_a_prompt_are_refused_when_attaching(name)
         put(model)
 
 
+def test_an_embedding_of_unknown_width_says_what_to_do():
+    model = T.MusicgenForCausalLM(T.MusicgenDecoderConfig(**MUSICGEN["decoder"]))
+    said = "'embed_tokens' has no known width; choose another module .* or .* such as PrefixModel"
+    with untouched(model), pytest.raises(SiteError, match=said):
+        put(model)
+
+
 def test_all_classes_that_have_no_place_for_a_prompt_are_known():
     pieces = re.compile(r"in self\.(text_model|language_model|text_encoder)\.encoder\.")
     multiplied = re.compile(r"hidden_states \* \w*attention_mask")

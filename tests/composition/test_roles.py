@@ -12,7 +12,7 @@ from support.truth import TRUTH
 from torch import nn
 
 import opendelta
-from opendelta import AdapterModel, BitFitModel, IA3Model, LoraModel
+from opendelta import AdapterModel, BitFitModel, IA3Model, LoraModel, ParallelAdapterModel
 
 pytestmark = pytest.mark.covers("roles")
 
@@ -225,6 +225,111 @@ def test_the_flow_tells_what_names_do_not():
         f"blocks.{block}.x.{name}" for block in range(3) for name in "ac"
     ]
     assert opendelta.roles(model) == found  # with deltas on it
+
+
+class FeedForward(nn.Module):
+    """Linears of these names: two in a row, or a pair of which one gates, and the last."""
+
+    def __init__(self, names, width):
+        super().__init__()
+        self.names = names.split()
+        for number, name in enumerate(self.names, 1):
+            end = number == len(self.names)
+            setattr(self, name, nn.Linear(*((width, 8) if end else (8, width))))
+
+    def forward(self, x):
+        *pair, last = (getattr(self, name) for name in self.names)
+        h = F.silu(pair[0](x))
+        return last(h * pair[1](x) if len(pair) == 2 else h)
+
+
+def in_a_row(*parts, width):
+    """A Sequential of these modules; what is between its linears has that width."""
+    linears = [part for part in parts if part == "linear"]
+    made, size = [], 8
+    for part in parts:
+        if part == "linear":
+            linears.pop()
+            out = width if linears else 8
+            made.append(nn.Linear(size, out))
+            size = out
+        else:
+            made.append(part())
+    return nn.Sequential(*made)
+
+
+class WithFeedForward(nn.Module):
+    """One block of attention and a given feed-forward."""
+
+    def __init__(self, ff):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(8), nn.LayerNorm(8)
+        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (nn.Linear(8, 8) for _ in range(4))
+        self.ff = ff
+
+    def forward(self, x):
+        h = self.norm1(x)
+        h = F.scaled_dot_product_attention(self.q_proj(h), self.k_proj(h), self.v_proj(h))
+        x = x + self.o_proj(h)
+        return x + self.ff(self.norm2(x))
+
+
+def ff_roles(make):
+    """The roles in the feed-forward of two blocks, without the norm."""
+    model = nn.Sequential(WithFeedForward(make()), WithFeedForward(make()))
+    ParallelAdapterModel(model, bottleneck_dim=2).detach()
+    found = opendelta.roles(model)
+    assert {k: v for k, v in found.items() if v.startswith("attn") and "norm" not in v} == {
+        f"{block}.{part}_proj": f"attn.{'proj' if part == 'o' else part}"
+        for block in (0, 1)
+        for part in "qkvo"
+    }
+    return {n[5:]: r[3:] for n, r in found.items() if n.startswith("1.ff.")}
+
+
+@pytest.mark.parametrize("width", [8, 24])
+@pytest.mark.parametrize(
+    ("parts", "ends"),
+    [
+        (("linear", nn.GELU, "linear"), (0, 2)),
+        (("linear", nn.GELU, nn.Dropout, "linear"), (0, 3)),
+        ((nn.Dropout, "linear", nn.GELU, "linear"), (1, 3)),
+        (("linear", nn.GELU, nn.Dropout, nn.Dropout, "linear"), (0, 4)),
+        (("linear", nn.GELU, "linear", nn.GELU, "linear"), (0, 4)),
+        (("linear", "linear"), (0, 1)),
+    ],
+)
+def test_numbers_say_the_order_and_no_width_makes_a_gate_of_a_first_linear(parts, ends, width):
+    first, last = map(str, ends)
+    assert ff_roles(lambda: in_a_row(*parts, width=width)) == {first: "w1", last: "w2"}
+
+
+@pytest.mark.parametrize("width", [8, 24])
+@pytest.mark.parametrize(
+    ("names", "parts"),
+    [
+        ("fc1 fc2", "w1 w2"),
+        ("fc1 fc3", "w1 w2"),
+        ("layer0 layer1", "w1 w2"),
+        ("dense dense_1", "w1 w2"),
+        ("a b", "w1 w2"),
+        ("gate_proj up_proj down_proj", "gate w1 w2"),
+        ("w1 w3 w2", "gate w1 w2"),
+        ("w1 w2 w3", "gate w1 w2"),
+        ("a b c", "gate w1 w2"),
+    ],
+)
+def test_a_square_feed_forward_has_the_roles_of_a_wide_one(names, parts, width):
+    expected = dict(zip(names.split(), parts.split(), strict=True))
+    assert ff_roles(lambda: FeedForward(names, width)) == expected
+
+
+def test_a_square_patchtst_has_no_gate():
+    config = transformers.PatchTSTConfig(d_model=16, ffn_dim=16, num_hidden_layers=1)
+    with torch.device("meta"):
+        model = transformers.PatchTSTModel(config)
+    ff = {n.partition(".ff.")[2]: r for n, r in opendelta.roles(model).items() if ".ff." in n}
+    assert ff == {"0": "ff.w1", "3": "ff.w2"}
 
 
 def test_each_decision_has_a_reason():

@@ -189,7 +189,25 @@ MISUSED = {  # arguments: what the error says
     "plan my-model -d lora -o lora_r=8 -o lora_r=4": "option lora_r=... is given 2 times",
     "plan my-model -d lora:lora_r=8,lora_r=8": "option lora_r=... is given 2 times",
     f"plan my-model -d lora:lora_r={'[' * 100_000}": "lora_r=... has too many brackets inside",
-    "merge my-lora my-model my-lora/config.json/x": "cannot write into 'my-lora/config.json/x': F",
+    "merge my-lora my-model my-lora/config.json/x": "config.json is a file; give another folder",
+    "convert my-peft my-lora/config.json/x --to opendelta --model my-model": "json is a file",
+    "compare -d lora --out my-lora/config.json/x --task none.csv": "config.json/x': my-lora/config",
+    "train -d lora --out my-lora/config.json/x": "my-lora/config.json is a file; give another fold",
+    **{
+        f"{command} -d lora --out x --rate {rate}": f"--rate '{rate}' must be NAME=RATE"
+        for command in ("train", "compare")
+        for rate in ("lora=nan", "lora=inf", "lora=-1", "lora=0", "=1", "lora")
+    },
+    **{
+        f"{command} -d lora --out x {option} {10**30}": f"Invalid value for '{option}'"
+        for command, options in {
+            "train": "--epochs --batch-size --seed --save-steps --test-size --max-length",
+            "compare": "--epochs --batch-size --seeds --max-steps --sweep --train-size",
+        }.items()
+        for option in options.split()
+    },
+    f"demo --epochs {10**30}": "Invalid value for '--epochs'",
+    f"demo --seed {10**30}": "Invalid value for '--seed'",
     "merge my-lora my-model /proc/x": "cannot write into '/proc/x': No such file or directory; giv",
     "convert my-peft /proc/x --to opendelta --model my-model": "cannot write into '/proc/x': No su",
     "tree my-model --class BertConfig": "of transformers, but of no model; nearest: BertModel",

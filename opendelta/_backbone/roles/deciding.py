@@ -195,7 +195,7 @@ def _feed_forward(block: Block, scope: Scope) -> None:
     for name in block.linears(scope):
         own = block.own_name(name, scope)
         if name not in block.roles and not own.endswith("expert_gate"):
-            names[name] = naming.feed_forward_part(own)
+            names[name] = None if own.isdigit() else naming.feed_forward_part(own)
     parts_of_feed_forward(block, names, scope)
 
 
@@ -236,7 +236,9 @@ def parts_of_feed_forward(block: Block, names: dict[str, str | None], scope: Sco
     unknown = [n for n, part in names.items() if part is None]
     if not last and len(names) > 1:
         last = [list(names)[-1]]
-    first = [n for n, part in names.items() if part in ("first", "gate", "gate_up")]
+    if len(last) == 1:  # as the third of w1, w2 and w3, which may gate or not
+        last = [n for n in names if names[n] == "first" and _feeds(block, last[0], n)][-1:] or last
+    first = [n for n, part in names.items() if part and n not in last]
     first += [n for n in unknown if n not in last and not first]
     if not last or not first:
         return
@@ -250,12 +252,21 @@ def parts_of_feed_forward(block: Block, names: dict[str, str | None], scope: Sco
             block.give(name, "ff.gate_up", f"{own!r} {why}; it is twice as wide as {last[0]!r} in")
         elif names[name] == "gate" and out == block.size(last[0])[1] != width:
             block.give(name, "ff.gate", f"{own!r} {why}; it gates what {last[0]!r} gives")
+    if len(wide) == 2 and (_feeds(block, *wide) or _feeds(block, *wide[::-1])):
+        wide.pop()  # one of them is between the other and the last
     if len(wide) == 2:
         gate, reason = _gate(block, wide, names)
         block.give(gate, "ff.gate", f"{reason} {why}")
         wide.remove(gate)
     for name in wide:
         block.give(name, "ff.w1", f"{block.own_name(name, scope)!r} {why}")
+
+
+def _feeds(block: Block, one: str, other: str) -> bool:
+    """True if what the linear `one` gives reaches `other`, as the flow of data shows."""
+    flow = block.flow_of(one, other)
+    after = () if flow is None else walk(flow.calls[one][0], outputs, lambda _: True)
+    return flow is not None and flow.calls[other][0] in after
 
 
 def _gate(block: Block, pair: list[str], names: dict[str, str | None]) -> tuple[str, str]:
