@@ -1,12 +1,16 @@
-"""Let deltas on the head follow `resize_token_embeddings` of a transformers model, or refuse it.
+"""Let deltas on the head follow a resize of a transformers model, or undo it and refuse it.
 
-transformers puts a new module in the place of an untied head, and changes embeddings in place.
+transformers puts a new module in the place of an untied head, and changes embeddings in place; a
+model's own class may change more. So what was changed is looked at after the call.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+import functools
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from itertools import zip_longest
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -14,20 +18,23 @@ from torch import nn
 from .._backbone.backbone import Backbone
 from .._layers.base import Acts, DeltaLayer, Passive
 from .._layers.site import Site
+from .._modules import tensors
 from .._modules.kinds import kind_of
-from .._modules.tensors import lasting
-from .._sites import swap
+from .._modules.undoing import Remembered
+from .._sites import swap, tables
 from .._sites.showing import own_parts
-from .._sites.stack import stack_of
+from .._sites.stack import Stack, stack_of
 from ..errors import DeltaError, quoted
-from ..names import ancestors, is_inside
+from ..names import ancestors, is_inside, relative
 from .base import HANDLES
 from .taking import sizes_for
+
+TOKENS, *_, LABELS = swap.RESIZING
 
 
 def embeddings_of(model: nn.Module) -> dict[str, nn.Module]:
     """Return a transformers model's embeddings of inputs and outputs, as "input" and "output"."""
-    if not hasattr(type(model), "resize_token_embeddings"):
+    if not hasattr(type(model), TOKENS):
         return {}
     found: dict[str, Any] = {}
     for which in ("input", "output"):
@@ -39,158 +46,209 @@ def embeddings_of(model: nn.Module) -> dict[str, nn.Module]:
     return {which: module for which, module in found.items() if isinstance(module, nn.Module)}
 
 
-def guard(backbone: Backbone, made: dict[str, DeltaLayer]) -> None:
-    """Let layers watch over the resizes of transformers models that change what `made` is on.
-
-    Each model around a delta can be resized, in a model of somebody's own too.
-    """
-    for where, model in backbone.modules.items():
-        if hasattr(type(model), swap.RESIZING[0]):  # all models of transformers
-            inside = {n: layer for n, layer in made.items() if is_inside(n, where)}
-            if inside and _changes(backbone, model, inside):
-                made.setdefault(where, WatchLayer()).__dict__["resizer"] = resize
-
-
-def _changes(backbone: Backbone, model: nn.Module, inside: dict[str, DeltaLayer]) -> bool:
-    """True if a resize of a model changes the module of one of these layers."""
-    there = embeddings_of(model)
-    parts = [part for verb in GETTERS for part in _changed_by(verb, model)]
-    own = {id(module) for module in (*there.values(), *parts)}
-    if not own:
-        return False
-    changed = {name for name, module in backbone.modules.items() if id(module) in own}
-    weight = _weight_of(there.get("input"))
-    if weight is not None and any(
-        _weight_of(backbone.modules.get(name)) is weight for name in inside
-    ):
-        return True
-    around = {outer for name in changed for outer in ancestors(name)} & inside.keys()
-    return any(name in changed or _is_bound(inside[name], there) for name in around)
-
-
-def _is_bound(layer: DeltaLayer, there: dict[str, nn.Module]) -> str:
-    """Return why a layer around the embeddings or the head depends on their size; or ""."""
-    if layer.acts is Acts.INSTEAD:
-        return "holds a copy of them"
-    kind = kind_of(there["output"]) if "output" in there else None
-    sizes = {size for p in layer.parameters() for size in p.shape}
-    return "has the size of the vocabulary" if kind and kind.out_features in sizes else ""
-
-
-def _changed_by(verb: str, model: nn.Module) -> list[nn.Module]:
-    """Return the modules that a resize, other than that of all token embeddings, changes."""
-    found: list[Any] = []
-    for getter in GETTERS[verb] if hasattr(type(model), verb) else ():
-        for holder in (model, getattr(model, "model", None)):
-            try:
-                with own_parts():
-                    each = getattr(holder, getter)()
-            except Exception:  # models without one raise whatever they like
-                continue
-            found += each if isinstance(each, tuple) else (each,)
-            break
-    return [module for module in found if isinstance(module, nn.Module)]
-
-
-def _weight_of(module: nn.Module | None) -> Any:
-    return None if module is None else module._parameters.get("weight")
-
-
-# {how a model resizes a part: how it gives what is changed}
-GETTERS = {
-    "resize_position_embeddings": ("get_position_embeddings",),
-    "resize_decoder_token_embeddings": ("get_decoder_input_embeddings", "get_output_embeddings"),
-    "resize_num_qa_labels": ("get_qa_logit_layer",),
-}
-
-
+# -------------------------------------------------------------------------------------- who watches
 class WatchLayer(Passive):
     """A layer on a model that changes nothing, for a delta that has no other layer there."""
 
     watches = True
 
 
-def resize(verb: str, call: Callable[..., Any], model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Resize the embeddings by `call`; deltas on an untied head are put on the new head.
+def guard(backbone: Backbone, made: dict[str, DeltaLayer]) -> None:
+    """Let layers watch over the resizes of transformers models that may change what `made` needs.
+
+    Each model around a delta can be resized, in a model of somebody's own too; and a model beside
+    it, whose table the delta's module shares.
+    """
+    models = {n: m for n, m in backbone.modules.items() if hasattr(type(m), TOKENS)}
+    needs = _needs(backbone, models.values(), made) if models else {}
+    for where, model in models.items():
+        inside = {part: sites for part, sites in needs.items() if is_inside(part, where)}
+        tied = {
+            relative(part, where): site
+            for part, sites in inside.items()
+            for site in sites
+            if site != where and not is_inside(site, where)
+        }
+        if inside or (hasattr(type(model), LABELS) and any(is_inside(n, where) for n in made)):
+            layer = made.setdefault(where, WatchLayer())
+            layer.__dict__["resizer"] = functools.partial(resize, tied)
+
+
+def _needs(
+    backbone: Backbone, models: Iterable[nn.Module], made: Mapping[str, DeltaLayer]
+) -> dict[str, list[str]]:
+    """Return {full name of a module that a resize may change: the sites in `made` that need it}.
+
+    These are tables, heads, what shares their weights, and what has the size of the vocabulary.
+    """
+    ends = [part for model in models for part in embeddings_of(model).values()]
+    parts = [module for part in ends for module in part.modules()]
+    weights = [weight for weight in map(_weight_of, parts) if weight is not None]
+    rows = {size for weight in weights for size in tensors.shape(weight)[:1]}
+    needs = {n: [n] for n in made if _has(backbone.modules[n], rows)}
+    parts += [m for m in backbone.modules.values() if isinstance(m, nn.Embedding)]
+    known = {id(weight) for weight in map(_weight_of, parts) if weight is not None}
+    users: dict[int, list[str]] = defaultdict(list)
+    for name, module in backbone.modules.items():
+        if (key := id(module._parameters.get("weight"))) in known:
+            users[key].append(name)
+    for names in users.values():
+        sites = [
+            outer
+            for name in names
+            for outer in (*ancestors(name), "")
+            if outer in made and (outer == name or _depends(made[outer], rows))
+        ]
+        if sites:
+            needs |= dict.fromkeys(names, sites)
+    return needs
+
+
+def _weight_of(module: nn.Module) -> Any:
+    """Return the stored weight of a module, if it has a shape; or None."""
+    weight = module._parameters.get("weight")
+    return None if weight is None or tensors.is_lazy(weight) else weight
+
+
+def _shapes_of(module: nn.Module) -> dict[str, torch.Size]:
+    own = module._parameters.items()
+    return {n: tensors.shape(p) for n, p in own if p is not None and not tensors.is_lazy(p)}
+
+
+def _has(module: nn.Module, sizes: set[int]) -> bool:
+    """True if a module's weight has one of these sizes."""
+    weight = _weight_of(module)
+    return weight is not None and not sizes.isdisjoint(tensors.shape(weight))
+
+
+def _depends(layer: DeltaLayer, sizes: set[int]) -> str:
+    """Return why a layer around modules depends on sizes that these have; or ""."""
+    if layer.acts is Acts.INSTEAD:
+        return "holds a copy of what it changes"
+    own = {size for p in layer.parameters() for size in p.shape}
+    return "has the size of the vocabulary" if own & sizes else ""
+
+
+# ----------------------------------------------------------------------------------------- a resize
+def resize(
+    tied: Mapping[str, str],
+    delta: str,
+    verb: str,
+    call: Callable[..., Any],
+    model: nn.Module,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """Resize a model by `call`; deltas on an untied head are put on the new head.
 
     Args:
-        verb: the name of the model's method: "resize_token_embeddings" or one of `GETTERS`.
+        tied: {name of a module: the site outside of the model that shares its weight}.
+        delta: the name of the delta on these sites.
+        verb: the name of the model's method, one of `swap.RESIZING`.
 
     Raises:
         DeltaError: a delta cannot follow; nothing has changed.
     """
-    if verb not in GETTERS:
-        return _resize_tokens(call, model, *args, **kwargs)
-    tables = {id(module) for module in _changed_by(verb, model)}
-    for where, module in Backbone.of(model).modules.items():
-        stack = stack_of(module) if where else None
-        if stack is not None and len(stack) and tables & {*map(id, module.modules())}:
-            name, layer = stack.in_order()[-1]
-            if id(module) in tables or layer.acts is Acts.INSTEAD:
-                raise _refusal(verb, name, where, "is on what it changes")
-    return call(*args, **kwargs)
-
-
-def _resize_tokens(
-    call: Callable[..., Any],
-    model: nn.Module,
-    new_num_tokens: int | None = None,
-    pad_to_multiple_of: int | None = None,
-    *args: Any,
-    **kwargs: Any,
-) -> Any:
-    there = embeddings_of(model)
-    head, weight = there.get("output"), there["input"]._parameters["weight"]
-    same = new_num_tokens in (None, len(weight)) and pad_to_multiple_of is None  # type: ignore
-    if not same:
-        for which, module in there.items():
-            _check(model, which, module, weight)
-        _check_around(model, there)
-    for module in model.modules():  # such as an encoder's, whose place the inputs' one may take
-        if _weight_of(module) is weight and all(module is not each for each in there.values()):
-            _check(model, "tied", module, weight)
-    taken = _take_off(head)
-    now = head
+    before, remembered = Before(model), Remembered(model)
+    head = before.growing() if verb == TOKENS else None
     try:
-        out = call(new_num_tokens, pad_to_multiple_of, *args, **kwargs)
-        now = embeddings_of(model).get("output")
-    finally:
-        if now is not None:
-            _put_on(model, now, taken, anew=now is not head)
+        with tables.watched(), own_parts():
+            out = call(*args, **kwargs)
+        for part, site in tied.items():
+            if before.is_moved(part):
+                raise _refusal(verb, delta, site, "is tied")
+        before.check(verb, model, head)
+        if head is not None:
+            _follow(model, head, embeddings_of(model)["output"])
+    except BaseException:
+        remembered.put_back()
+        raise
     return out
 
 
-def _check(model: nn.Module, which: str, module: nn.Module, shared: Any) -> None:
-    """Raise if a delta on `module` cannot follow a resize of the model's embeddings."""
-    stack = stack_of(module)
-    if stack is None or not len(stack):
-        return
-    alone = which == "output" and module._parameters["weight"] is not shared
-    for name, layer in stack.in_order():
-        why = None
-        if not alone:
-            why = "is on embeddings that are resized in place" if which == "input" else "is tied"
-        elif stack.steps:
-            why = "is merged"
-        elif stack.routed is not None:
-            why = "is routed"
-        elif not layer.grows or (layer.gate is not None and not layer.gate.on_input):
-            why = f"({type(layer).__name__}) cannot grow"
-        if why is not None:
-            where = next(n for n, m in Backbone.of(model).modules.items() if m is module)
-            raise _refusal("resize_token_embeddings", name, where, why)
+class Before:
+    """How a model was before its resize."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.backbone = Backbone.of(model)
+        self.there = embeddings_of(model)
+        self.layers = {where: stack.in_order() for where, stack in self.backbone.stacks.items()}
+        self.shapes = {name: _shapes_of(m) for name, m in self.backbone.modules.items()}
+        self.weights = {name: _weight_of(m) for name, m in self.backbone.modules.items()}
+
+    def is_moved(self, name: str) -> bool:
+        """True if the weight that a module had, which others may share, has another shape now."""
+        weight = self.weights[name]
+        return weight is not None and tensors.shape(weight) != self.shapes[name]["weight"]
+
+    def growing(self) -> nn.Module | None:
+        """Return the head, if all layers on it can follow it; else None."""
+        head = self.there.get("output")
+        stack = None if head is None else stack_of(head)
+        if head is None or stack is None or self._is_tied(head):
+            return None
+        return None if any(_why_not(stack, layer) for layer in stack.values()) else head
+
+    def check(self, verb: str, model: nn.Module, head: nn.Module | None) -> None:
+        """Raise if a layer does not fit what the resize has changed.
+
+        Args:
+            head: its layers are made anew.
+        """
+        now = Backbone.of(model)
+        changed = {
+            name: _shapes_of(now.modules[name]) if name in now.modules else {}
+            for name, module in self.backbone.modules.items()
+            if now.modules.get(name) is not module or self.shapes[name] != _shapes_of(module)
+        }
+        for where, layers in self.layers.items():
+            if not changed or self.backbone.modules[where] is head:
+                continue
+            gone = {
+                was
+                for name, shapes in changed.items()
+                if name == where or is_inside(name, where)
+                for key, shape in self.shapes[name].items()
+                for was, size in zip_longest(shape, shapes.get(key, ()))
+                if was != size
+            }
+            for name, layer in layers:
+                if not layer.watches and self._is_unfit(now, where, layer, gone):
+                    own = self._reason(verb, where, layer) if where in changed else ""
+                    raise _refusal(verb, name, where, own or _depends(layer, gone))
+
+    def _is_unfit(self, now: Backbone, where: str, layer: DeltaLayer, gone: set[Any]) -> bool:
+        if now.modules.get(where) is not self.backbone.modules[where]:
+            return True
+        if not gone or not layer.made_for or layer.acts is Acts.INSTEAD:
+            return bool(gone and _depends(layer, gone))
+        rows = all(size for size, _ in layer.made_for)  # a Linear that is tied keeps out_features
+        return rows or layer.made_for != sizes_for(now, where, layer)
+
+    def _reason(self, verb: str, where: str, layer: DeltaLayer) -> str:
+        module = self.backbone.modules[where]
+        if verb == TOKENS and module is self.there.get("input"):
+            return "is on embeddings that are resized in place"
+        if verb == TOKENS and self._is_tied(module):
+            return "is tied"
+        if verb == TOKENS and module is self.there.get("output"):
+            return _why_not(self.backbone.stacks[where], layer)
+        return "is on what it changes"
+
+    def _is_tied(self, module: nn.Module) -> bool:
+        others = {id(w) for n, w in self.weights.items() if self.backbone.modules[n] is not module}
+        own = [w for n, w in self.weights.items() if self.backbone.modules[n] is module]
+        return own[0] is not None and id(own[0]) in others
 
 
-def _check_around(model: nn.Module, there: dict[str, nn.Module]) -> None:
-    """Raise if a delta on a module around the embeddings or the head cannot follow a resize."""
-    own = {id(module) for module in there.values()}
-    for where, module in Backbone.of(model).modules.items():
-        stack = stack_of(module) if where else None
-        if stack is None or id(module) in own or not own & {*map(id, module.modules())}:
-            continue
-        for name, layer in stack.in_order():
-            if why := _is_bound(layer, there):
-                raise _refusal("resize_token_embeddings", name, where, why)
+def _why_not(stack: Stack, layer: DeltaLayer) -> str:
+    """Return why a layer on an untied head cannot follow it; or ""."""
+    if stack.steps:
+        return "is merged"
+    if stack.routed is not None:
+        return "is routed"
+    grows = layer.grows and (layer.gate is None or layer.gate.on_input)
+    return "" if grows else f"({type(layer).__name__}) cannot grow"
 
 
 def _refusal(verb: str, name: str, where: str, why: str) -> DeltaError:
@@ -200,47 +258,28 @@ def _refusal(verb: str, name: str, where: str, why: str) -> DeltaError:
     )
 
 
-class Taken(NamedTuple):
-    """The layers of a head that is resized, and how they were on it."""
-
-    layers: list[tuple[str, DeltaLayer]]
-    reads: bool
-    training: bool
-
-
-def _take_off(head: nn.Module | None) -> Taken:
-    """Take the layers off a head, so that its weight shows none of them."""
-    stack = None if head is None else stack_of(head)
-    if head is None or stack is None:
-        return Taken([], False, False)
-    taken = Taken(stack.in_order(), swap.weight_is_read(head, False), head.training)
-    for name, _ in taken.layers:
-        swap.remove(head, name)
-    return taken
-
-
-def _put_on(model: nn.Module, head: nn.Module, taken: Taken, anew: bool) -> None:
-    """Put layers on a head.
-
-    Args:
-        anew: the head is a new module; the layers get its size.
-    """
-    if not taken.layers:
-        return
-    backbone = Backbone.of(model)
-    where = next(name for name, module in backbone.modules.items() if module is head)
-    head.train(taken.training)
-    beneath: list[DeltaLayer] = []
-    for name, layer in taken.layers:
-        own = _grown(backbone, where, layer, beneath) if anew else layer
-        swap.add(head, name, own, taken.reads).ran.add(name)
-        beneath.append(own)
-        for handle in HANDLES:
-            if getattr(handle, "record", None) is layer.record:
-                handle.layers.update({k: own for k, each in handle.layers.items() if each is layer})
+def _follow(model: nn.Module, head: nn.Module, now: nn.Module) -> None:
+    """Put the layers of a head on the one that is now in its place, with as many outputs."""
+    backbone, layers = Backbone.of(model), cast(Stack, stack_of(head)).in_order()
+    where = next(name for name, module in backbone.modules.items() if module is now)
+    own: list[DeltaLayer] = []
+    for _, layer in layers:
+        fits = layer.made_for == sizes_for(backbone, where, layer)
+        own.append(layer if fits else _grown(backbone, where, layer, [*own]))
+    reads = swap.weight_is_read(head, False)
+    now.train(head.training)
+    for (name, layer), each in zip(layers, own, strict=True):
+        if each is not layer or now is not head:
+            swap.remove(head, name)
+            swap.add(now, name, each, reads).ran.add(name)
+    instead = {layer: each for (_, layer), each in zip(layers, own, strict=True)}
+    records = {layer.record for layer in own}
+    for handle in HANDLES:
+        if getattr(handle, "record", None) in records:
+            handle.layers.update({k: instead.get(ly, ly) for k, ly in handle.layers.items()})
 
 
-@lasting()
+@tensors.lasting()
 @torch.no_grad()
 def _grown(
     backbone: Backbone, where: str, layer: DeltaLayer, beneath: list[DeltaLayer]

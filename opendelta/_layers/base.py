@@ -127,7 +127,7 @@ class DeltaLayer(nn.Module):
         shows_config: while it acts, the module shows another config, its `shown_config`.
         grows: its tensors' first rows belong to the first outputs of a linear module, so that it
             can follow a head that gets more outputs.
-        resizer: on the root of a transformers model, what `resize` calls; the library sets it.
+        resizer: on a transformers model, what `resize` calls; the library sets it.
         any_axis: it can be put on a normalisation whose width is not on the last axis. A subclass
             with its own forward must set it again.
         axis: the axis of the width of the module's output; the library sets it.
@@ -346,7 +346,7 @@ class DeltaLayer(nn.Module):
         """
         if self.resizer is None:
             return call(*args, **kwargs)
-        return self.resizer(verb, call, model, *args, **kwargs)
+        return self.resizer(self.record.name, verb, call, model, *args, **kwargs)
 
     def shows(self, module: nn.Module) -> bool:
         """True if `module` shows the layer's config now; for layers that `shows_config`."""
