@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -14,10 +13,12 @@ from torch.utils.weak import WeakIdKeyDictionary
 from .._layers.base import Acts
 from .._modules.tensors import is_plain
 from ..errors import UntrainedWarning, warn
-from ..names import SLOT, ancestors, is_inside, join, parent
+from ..names import SLOT, ancestors, is_inside, join, last, parent
 from .backbone import Backbone
+from .drawn import LAYERS, is_pretrained, replayed, resized, zero_biased
 
-MOST = 2  # writes that give a parameter the values of its start
+TWICE = 2
+MOST = 8  # writes that give a parameter the values of its start: `trunc_normal_` alone has several
 _stepped_by_fused: Any = WeakIdKeyDictionary()  # parameters
 # with a hash of those that it changed last
 _noted: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
@@ -31,23 +32,31 @@ def untrained(backbone: Backbone) -> list[str]:
     such modules are named too, with the names of their layers.
     """
     own = backbone.parameters()
-    young = {name: p for name, p in own.items() if _is_fresh(p, MOST)}
+    loaded = any(map(_is_loaded, own.values()))
+    # A copy of a model has no marks of transformers, and nothing was written into it.
+    least = 1 if loaded or any(map(_writes, own.values())) else 0
+    young = {name for name, p in own.items() if _is_fresh(p, MOST, least)}
     if not young:
         return []
-    pretrained = {name for name, m in backbone.modules.items() if hasattr(m, "base_model_prefix")}
-    # transformers draws values once where it loads the others, and twice where it loads none.
-    most = 1 if any(map(_is_loaded, own.values())) else MOST
-    draws = {name: most if _around(name) & pretrained else 1 for name in young}
-    if most == 1:
-        draws |= {n: 1 + _drawn_by(backbone, n) for n, p in young.items() if p._version == MOST}
-    fresh = {name for name, p in young.items() if _is_fresh(p, draws[name])}
-    if 2 * len(fresh) >= len(own):
+    copies = _copies(backbone)
+    pretrained = {name for name, m in backbone.modules.items() if is_pretrained(m)}
+    fresh = {name for name in young if _is_fresh(own[name], 1)}
+    more = {n for n in young - fresh if _writes(own[n]) > 1}
+    if loaded:
+        asked = {n for n in more if not own[n].requires_grad or _around(n) & copies.keys()}
+        fresh |= {n for n, most in replayed(backbone, asked).items() if own[n]._version <= most}
+    else:  # transformers draws the values that the layers drew before, too
+        fresh |= {n for n in more if own[n]._version == TWICE and _around(n) & pretrained}
+    fresh |= _beside_biases(backbone, fresh) & young
+    fresh |= zero_biased(backbone, young, loaded)
+    if not fresh or 2 * len(fresh) >= len(own):
         return []
+    old = resized(backbone, loaded)
+    fresh = {name for name in fresh if id(own[name]) not in old}
     # A model without a head may have a pooler that its checkpoint lacked, and that nobody uses.
     alone = {n for n in pretrained if not _around(n) & pretrained or not n}
     bases = {name for name in alone if _has_no_head(backbone.modules[name])}
     fresh = {name for name in fresh if not _around(name) & bases}
-    copies = _copies(backbone)
     untrained_copies = [
         join(where, SLOT, layer.record.name) for where, layer in copies.items()
         if _is_untrained(layer.stand_in, {n: own[n] for n in fresh if is_inside(n, where)}, where)
@@ -55,23 +64,17 @@ def untrained(backbone: Backbone) -> list[str]:
     fresh = {n for n in fresh if not own[n].requires_grad and not _around(n) & copies.keys()}
     mixed = {where for name in own.keys() - fresh for where in _around(name)}
     found = {where for name in fresh for where in _around(name)} - mixed
-    linear = {n for n, m in backbone.modules.items() if n in found and isinstance(m, nn.Linear)}
+    linear = {n for n, m in backbone.modules.items() if n in found and isinstance(m, LAYERS)}
     heads = {where for name in linear for where in _around(f"{name}.weight")} & found
     outermost = [n for n in backbone.modules if n in heads and parent(n) not in heads]
     return outermost + untrained_copies
 
 
-def _drawn_by(backbone: Backbone, name: str) -> bool:
-    """True if a module around a parameter's own draws its values too, as T5's classifiers do."""
-    inside, outer = parent(name), [*list(ancestors(name))[2:], ""]
-    for where in outer if inside else ():
-        step = inside[len(where) :].lstrip(".").partition(".")[0]
-        for around in {where, *_around(where)}:
-            draws: Any = getattr(type(backbone.modules[around]), "_init_weights", None)
-            known = getattr(getattr(inspect.unwrap(draws), "__code__", None), "co_names", ())
-            if {type(backbone.modules[where]).__name__, step} <= {*known}:
-                return True
-    return False
+def _beside_biases(backbone: Backbone, fresh: set[str]) -> set[str]:
+    """Return the weights of layers with fresh biases: who loads or trains a layer writes both."""
+    users, own = backbone.users(), backbone.parameters()
+    found = {join(parent(name), "weight") for name in fresh if last(name) == "bias"}
+    return {name for name in found & own.keys() if len(users[id(own[name])]) == 1}
 
 
 def _has_no_head(module: nn.Module) -> bool:
@@ -94,7 +97,7 @@ def _is_untrained(copied: nn.Module, fresh: dict[str, nn.Parameter], where: str)
     """
     own = dict(copied.named_parameters())
     pairs = [(p, fresh[full]) for key, p in own.items() if (full := join(where, key)) in fresh]
-    linear = any(isinstance(part, nn.Linear) for part in copied.modules())
+    linear = any(isinstance(part, LAYERS) for part in copied.modules())
     if not linear or len(pairs) < len(own) or any(p.requires_grad for p in own.values()):
         return False
     return all(_is_as_made(p, start) for p, start in pairs)
@@ -102,7 +105,7 @@ def _is_untrained(copied: nn.Module, fresh: dict[str, nn.Parameter], where: str)
 
 def _is_as_made(parameter: nn.Parameter, start: Any) -> bool:
     if parameter.shape != start.shape:  # it has another number of labels: no copy of values
-        return _is_fresh(parameter, MOST)
+        return _is_fresh(parameter, TWICE)
     return torch.equal(parameter.to(start), start)
 
 
@@ -115,17 +118,22 @@ def _is_loaded(parameter: nn.Parameter) -> bool:
     return getattr(parameter, "_is_hf_initialized", False)
 
 
-def _is_fresh(parameter: nn.Parameter, most: int) -> bool:
+def _writes(parameter: nn.Parameter) -> int:
+    """Return how often torch counted a write into a parameter; tensors of inference mode: 0."""
+    return 0 if parameter.is_inference() else parameter._version
+
+
+def _is_fresh(parameter: nn.Parameter, most: int, least: int = 1) -> bool:
     """True if a parameter has the values of its start, as far as torch and transformers know.
 
     torch counts the writes into a tensor. transformers marks what it loaded.
 
     Args:
-        most: the number of writes that gave it the values of the start.
+        most, least: the numbers of writes that may have given it the values of the start.
     """
     if _is_loaded(parameter) or not is_plain(parameter) or parameter.is_meta:
         return False
-    if parameter.is_inference() or not 1 <= parameter._version <= most:
+    if parameter.is_inference() or not least <= parameter._version <= most:
         return False
     return parameter not in _stepped_by_fused
 
@@ -162,7 +170,7 @@ def warn_of_untrained(backbone: Backbone, verb: str) -> None:
         warn(
             f"{what}, with the values of a random start: the outputs are random too, and another "
             f"process makes others. To {advice(heads)}. If you wrote its values through .data, "
-            "which torch does not count, all is well",
+            "which torch does not count, or gave it a bias of zeros, all is well",
             UntrainedWarning,
         )
 

@@ -1,4 +1,4 @@
-"""After the first whole forward of a backbone, warn of active delta layers that did not run."""
+"""After the first whole forwards of a backbone, warn of active delta layers that did not run."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from ..errors import UnreachedWarning, listed, warn
 from ..names import SLOT, join, unwrapped
 from .head_watch import HOOKS, is_compiled, take_away, watch_heads
 from .state_dict import state_hook
+
+FORWARDS = 6  # after so many, a layer that layer drop leaves out now and then has run
 
 
 def unreached(model: nn.Module) -> list[str]:
@@ -69,8 +71,11 @@ def _lost(backbone: Backbone) -> Iterator[tuple[Record, str]]:
 
 def _names(silent: list[tuple[str, str]], backbone: Backbone) -> list[str]:
     """Return the full names of silent layers, and of those that are lost."""
-    lost = [(site, record.name) for record, site in _lost(backbone)]
-    return [join(where, SLOT, name) for where, name in silent + lost]
+    return _full(silent + [(site, record.name) for record, site in _lost(backbone)])
+
+
+def _full(layers: list[tuple[str, str]]) -> list[str]:
+    return [join(where, SLOT, name) for where, name in layers]
 
 
 def replaced(backbone: Backbone) -> list[tuple[Record, str]]:
@@ -83,29 +88,62 @@ def replaced(backbone: Backbone) -> list[tuple[Record, str]]:
     ]
 
 
+def left_out(backbone: Backbone) -> set[tuple[str, str]]:
+    """Return (site, delta) of the silent layers in blocks that training may leave out at random.
+
+    Layer drop does so: each such layer is in a block with a number, others of which ran.
+    """
+    alike = {(_pattern(where), n) for where, stack in backbone.stacks.items() for n in stack.ran}
+    silent = _silent(backbone) if backbone.model.training else []
+    return {(where, name) for where, name in silent if (_pattern(where), name) in alike}
+
+
+def _pattern(where: str) -> str:
+    """Return a full name without the numbers in it."""
+    return join(*("*" if step.isdigit() else step for step in where.split(".")))
+
+
 class FirstForward:
-    """A hook that warns, after the next whole forward, of active layers that did not run."""
+    """A hook that warns, after the next whole forward, of active layers that did not run.
+
+    Of a layer that the forward may have left out at random it warns after more forwards, or after
+    one in eval mode.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.waits: set[tuple[str, str]] = set()
 
     def __call__(self, model: nn.Module, _args: Any, _output: Any) -> None:
         replica = "_is_replica" in model.__dict__  # its thread does not know which deltas act
         if torch.compiler.is_compiling() or PROBING.get() or replica:
             return
         backbone = Backbone.of(model)
-        take_away(backbone, FirstForward)
-        silent = _silent(backbone, compiled=False)
+        silent, before = _silent(backbone, compiled=False), self.waits
+        self.count += 1
+        self.waits = left_out(backbone) if self.count < FORWARDS else set()
+        if not self.waits:
+            take_away(backbone, FirstForward)
+        if self.count > 1:  # the others were told after the first
+            self.tell(model, _full([e for e in silent if e in before and e not in self.waits]))
+            return
         for where, name in silent:
             backbone.stacks[where][name].__dict__["missed"] = True
-        unrun = _names(silent, backbone)
-        if unrun:
-            shown = listed(unrun)
-            warn(
-                f"{len(unrun)} delta layers did not run in the first forward of "
-                f"{type(model).__name__}: {shown}. If other code, such as a loss of TRL's, reads "
-                "the module's weight instead of calling it, attach with reads=True, or choose the "
-                "parent; if the module was replaced since, attach anew; if this forward skipped it "
-                "(experts, layer drop), all is well",
-                UnreachedWarning,
-            )
+        self.tell(model, _names([e for e in silent if e not in self.waits], backbone))
+
+    def tell(self, model: nn.Module, unrun: list[str]) -> None:
+        """Warn of layers that did not run, if there are any."""
+        if not unrun:
+            return
+        when = "first forward" if self.count == 1 else f"first {self.count} forwards"
+        warn(
+            f"{len(unrun)} delta layers did not run in the {when} of {type(model).__name__}: "
+            f"{listed(unrun)}. If other code, such as a loss of TRL's, reads the module's weight "
+            "instead of calling it, attach with reads=True, or choose the parent; if the module "
+            "was replaced since, attach anew; if this forward skipped it (experts, layer drop), "
+            "all is well",
+            UnreachedWarning,
+        )
 
 
 def watch_forward(backbone: Backbone) -> None:

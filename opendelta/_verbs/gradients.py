@@ -42,6 +42,14 @@ def missing(output: Any, trainable: dict[str, nn.Parameter]) -> tuple[list[str],
     return [name for name, grad in zip(trainable, grads, strict=True) if grad is None], None
 
 
+def not_finite(output: Any) -> list[str]:
+    """Return the losses in an output that are infinite or no number, such as "loss = nan"."""
+    items = (items_of(output) or {}).items()
+    losses = {name: t for name, t in items if "loss" in str(name) and isinstance(t, Tensor)}
+    single = {name: t.detach() for name, t in losses.items() if t.numel() == 1 and not t.is_meta}
+    return [f"{name} = {t.item()}" for name, t in single.items() if not t.isfinite().all()]
+
+
 def _recomputes(end: Tensor) -> bool:
     """True if reentrant checkpointing hides a part of the graph from `torch.autograd.grad`."""
     todo: list[Any] = [end.grad_fn]

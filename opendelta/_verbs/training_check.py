@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +29,9 @@ from .._show.notebooks import InNotebooks
 from ..errors import DeltaError, listed
 from ..names import SLOT, join, parent
 from . import gradients
+from .optimized import at_rest_in, held_by
 from .put_back import put_back
+from .reruns import until_all_ran
 
 SHOWN = 4  # names in a list; more are left out
 
@@ -43,12 +45,14 @@ class CheckReport(InNotebooks):
         unreached: active delta layers that did not run.
         unchosen: deltas in blocks that no token of the batch chose, on no module.
         no_gradient: trainable parameters that got no gradient in a backward.
+        not_finite: the losses of the batch that are no finite numbers, such as "loss = nan".
         not_optimized: trainable parameters that the optimizer does not hold.
         optimized_twice: parameters that the optimizer holds more than once.
         strangers: number of tensors in the optimizer that are no parameters of the model.
         at_rest: trainable parameters in groups of the optimizer whose learning rate is 0, and
             that no scheduler changes.
-        scaled_to_0: active deltas that train, and whose `scale` is 0.
+        scaled_to_0: active deltas that train, and whose `scale`, or a factor that an option such as
+            `lora_alpha` gives, is 0: by name, or by layer if it is so on some modules alone.
         unsynchronised: trainable parameters that DistributedDataParallel or another
             wrapper around the model found frozen, or did not find, so that ranks diverge.
         untrained: heads that are frozen with the values of their start.
@@ -69,6 +73,7 @@ class CheckReport(InNotebooks):
     unreached: list[str]
     unchosen: list[str] = field(default_factory=list)
     no_gradient: list[str] = field(default_factory=list)
+    not_finite: list[str] = field(default_factory=list)
     not_optimized: list[str] = field(default_factory=list)
     optimized_twice: list[str] = field(default_factory=list)
     strangers: int = 0
@@ -101,13 +106,16 @@ class CheckReport(InNotebooks):
              "batches do so too, train with balance_loss(), or with noise= or a larger top_k="),
             (self.no_gradient, "trainable parameters got no gradient", "what they belong to is "
              "disabled, merged, not reached or behind a detach; freeze it, or let it act"),
+            (self.not_finite, "losses are no finite numbers", "look at the batch (are all labels "
+             "-100?) and at values too large for 16 bits"),
             (self.not_optimized, "trainable parameters are not in the optimizer", "make it after "
              "attaching, from [p for p in model.parameters() if p.requires_grad]"),
             (self.optimized_twice, "parameters are in the optimizer more than once", "each step "
              "would change them twice; give each to one group of one optimizer"),
             (self.at_rest, "trainable parameters have a learning rate of 0", "give their group "
              "of the optimizer another lr"),
-            (self.scaled_to_0, "deltas train with a scale of 0", "set delta.scale, or freeze them"),
+            (self.scaled_to_0, "deltas train with a scale of 0", "set delta.scale, attach with "
+             "another lora_alpha, alpha or scaling, or freeze them"),
             (self.unsynchronised, "trainable parameters are not synchronised by what is around the "
              "model", "each rank would have others; let them train before the model is wrapped"),
             (self.untrained, "modules are frozen and were never trained", advice(self.untrained)),
@@ -172,9 +180,10 @@ def check(
     """Run `model` forward and backward once, and report the mistakes that would spoil training.
 
     Inside a block such as `only("a")` the deltas that do not act are left out: others train them.
-    A compiled model runs eagerly. Gradients, buffers such as BatchNorm's statistics, random number
-    generators and modes are afterwards as they were. With a batch, what the forward itself writes
-    into parameters and lists stays, as a momentum encoder's values do.
+    A compiled model runs eagerly. One that leaves out layers at random, by layer drop, runs a few
+    times more. Gradients, buffers such as BatchNorm's statistics, random number generators and
+    modes are afterwards as they were. With a batch, what the forward itself writes into parameters
+    and lists stays, as a momentum encoder's values do.
 
     Args:
         batch: the arguments of the forward: by keyword in a mapping, by position in a sequence, or
@@ -203,16 +212,17 @@ def check(
     plain = _inner(model)
     backbone = _settled(plain, sample_inputs)
     trainable = _trainable(backbone, plain)
-    held = None if optimizer is None else _held(optimizer)
-    at_rest = _at_rest(optimizer)
-    changed, seen = set[str](), Seen()
-    missed, no_gradient, not_checked = _run(backbone, batch, trainable, changed, seen)
+    held = None if optimizer is None else held_by(optimizer)
+    at_rest = at_rest_in(optimizer)
+    changed, seen, losses = set[str](), Seen(), list[str]()
+    missed, no_gradient, not_checked = _run(backbone, batch, trainable, changed, seen, losses)
     names = {id(p): name for name, p in plain.named_parameters()}
     return CheckReport(
         model=type(plain).__name__,
         unreached=missed,
         unchosen=_unchosen(seen),
         no_gradient=no_gradient,
+        not_finite=losses,
         not_optimized=[n for n, p in trainable.items() if held is not None and id(p) not in held],
         optimized_twice=[names[i] for i, n in (held or {}).items() if n > 1 and i in names],
         strangers=len((held or {}).keys() - names.keys()),
@@ -267,29 +277,6 @@ def _inner(model: nn.Module) -> nn.Module:
             return model
 
 
-def _held(optimizer: Any) -> Counter[int]:
-    """Return {id of a tensor: how often the optimizers hold it}."""
-    return Counter(id(p) for group in _groups(optimizer) for p in group["params"])
-
-
-def _groups(optimizer: Any) -> list[dict[str, Any]]:
-    """Return the groups of one optimizer, or of several in a list."""
-    several = optimizer if isinstance(optimizer, list | tuple) else [optimizer]
-    for each in several:
-        if not isinstance(getattr(each, "param_groups", None), list):
-            raise DeltaError(
-                f"optimizer must be a torch optimizer, or several, not {type(each).__name__}"
-            )
-    return [group for each in several for group in each.param_groups]
-
-
-def _at_rest(optimizer: Any) -> set[int]:
-    """Return the ids of the tensors whose learning rate is 0, and was 0 for each scheduler."""
-    groups = _groups(optimizer) if optimizer is not None else []
-    still = [g for g in groups if g.get("lr", 1) == 0 and not g.get("initial_lr")]  # None: its own
-    return {id(p) for group in still for p in group["params"]}
-
-
 # ------------------------------------------------------------------------------- forward, backward
 def _run(
     backbone: Backbone,
@@ -297,12 +284,14 @@ def _run(
     trainable: dict[str, nn.Parameter],
     changed: set[str],
     seen: Seen,
+    losses: list[str],
 ) -> tuple[list[str], list[str], list[str]]:
     """Return layers that did not run, parameters without gradient, and checks left out.
 
     Args:
         changed: gets the names of the modules whose tensors the forward changed.
         seen: gets the weights of blocks.
+        losses: gets the losses that are no numbers.
     """
     buffers.require_values(backbone)
     watched = OpenBlock(watchers={record.shared: seen for record in backbone.records()})
@@ -311,7 +300,7 @@ def _run(
     results: list[Any] = []
 
     def look(output: Any, backbone: Backbone = backbone) -> None:
-        results.append(unreached_in(backbone))
+        results[:] = [unreached_in(backbone)]
         own = dict(backbone.model.named_parameters())
         now = {name: own.get(name, parameter) for name, parameter in trainable.items()}
         results.append(([], f"gradients: {why}") if why else gradients.missing(output, now))
@@ -328,12 +317,29 @@ def _run(
             seen.begin()
             with put_back(backbone), torch.set_grad_enabled(why is None), eager(), watched:
                 args, kwargs = of_samples(batch)
-                look(backbone.model(*args, **kwargs))
+                run = functools.partial(backbone.model, *args, **kwargs)
+                look(output := run())
+                losses += gradients.not_finite(output)
                 changed |= buffers.changed(backbone, before)
+                results[:] = _settle(backbone, run, look, results)
     finally:
         PROBING.reset(token)
     missed, (without, problem) = results
     return missed, without, [problem] if problem else []
+
+
+def _settle(
+    backbone: Backbone, run: Callable[[], Any], look: Callable[[Any], None], results: list[Any]
+) -> list[Any]:
+    """Return what `look` puts into `results`, after further runs if layer drop may be at work."""
+    _, (without, problem) = results
+
+    def trained() -> list[str]:
+        look(run())
+        return results[1][0]
+
+    without = until_all_ran(backbone, run, without, trained)
+    return [unreached_in(backbone), (without, problem)]
 
 
 def _unchosen(seen: Seen) -> list[str]:
@@ -360,10 +366,22 @@ def _all_frozen(backbone: Backbone) -> list[str]:
 
 
 def _scaled_to_0(backbone: Backbone) -> list[str]:
-    """Return the names of the active deltas whose layers train, multiplied by 0."""
-    layers = [layer for *_, layer in backbone.delta_layers() if layer.scales]
-    still = [layer.record for layer in layers if any(p.requires_grad for p in layer.parameters())]
-    return list(dict.fromkeys(r.name for r in still if r.active and r.scale == 0))
+    """Return the active deltas whose layers train, multiplied by 0: by name, or some by layer."""
+    still: dict[str, dict[str, bool]] = {}
+    for where, name, layer in backbone.delta_layers():
+        if (
+            layer.scales
+            and layer.record.active
+            and any(p.requires_grad for p in layer.parameters())
+        ):
+            # A layer that sees the weight, as DoRA's, trains more than what is scaled.
+            factor = 1 if layer.sees_module else getattr(layer, "scaling", 1)
+            own = still.setdefault(name, {})
+            own[join(where, SLOT, name)] = layer.record.scale == 0 or factor == 0
+    named = [
+        ([name] if all(own.values()) else [n for n in own if own[n]]) for name, own in still.items()
+    ]
+    return [name for names in named for name in names]
 
 
 def _without_dropout(backbone: Backbone) -> list[str]:

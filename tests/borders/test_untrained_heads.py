@@ -1,5 +1,6 @@
 """A head with random values that is frozen is named when it is frozen, saved and checked."""
 
+import copy
 import warnings
 
 import pytest
@@ -244,3 +245,170 @@ def test_a_head_that_its_model_draws_twice_is_named_until_it_has_other_values(ta
     other = getattr(kind(config), head).state_dict()
     getattr(model, head).load_state_dict(other)
     assert not opendelta.check(model).untrained
+
+
+MODERN = {"bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
+VISION = {k: SMALL[k] for k in SMALL if k not in ("vocab_size", "pad_token_id")}
+VISION |= {"image_size": 16, "patch_size": 8}
+HIERA = {"embed_dim": 8, "image_size": [16, 16], "depths": [1, 1], "num_heads": [1, 2]}
+HIERA |= {f"patch_{key}": [n, n] for key, n in {"size": 4, "stride": 2, "padding": 1}.items()}
+HIERA |= {"num_query_pool": 1, "query_stride": [2, 2], "masked_unit_size": [2, 2]}
+DRAWN_MORE = {
+    "ModernBertForSequenceClassification": (SMALL | MODERN, "'head', 'classifier'"),
+    "Dinov2ForImageClassification": (VISION, "'classifier'"),
+    "HieraForImageClassification": (HIERA, "'classifier'"),
+}
+
+
+@pytest.mark.parametrize("name", DRAWN_MORE)
+def test_a_head_that_its_model_draws_in_several_writes_is_named_until_it_is_loaded(name, tmp_path):
+    config, heads = DRAWN_MORE[name]
+    kind = getattr(transformers, name)
+    torch.manual_seed(0)
+    config = kind.config_class(**config)
+    kind(config).base_model.save_pretrained(tmp_path)
+    model = kind.from_pretrained(tmp_path)
+    before = {n: p._version for n, p in model.named_parameters()}
+    delta = LoraModel(model, modified_modules=[next(find_linear(model))])
+    drawn = torch.get_rng_state()
+    with pytest.warns(UntrainedWarning, match=f"^{heads} of {name} is frozen"):
+        delta.freeze_module()
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert {n: model.get_parameter(n)._version for n in before} == before
+    model.classifier.load_state_dict(kind(config).classifier.state_dict())
+    assert "classifier" not in opendelta.check(model).untrained
+
+
+def find_linear(model):
+    parts = model.base_model.named_modules(prefix=model.base_model_prefix)
+    return (name for name, module in parts if isinstance(module, nn.Linear))
+
+
+UNTIED = {"tie_word_embeddings": False}
+RESIZES = {"mean": {}, "drawn": {"mean_resizing": False}, "padded": {"pad_to_multiple_of": 64}}
+
+
+@pytest.mark.parametrize("how", [*RESIZES, "smaller"])
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "BertForMaskedLM"])
+def test_a_head_that_was_resized_for_other_tokens_is_not_named(name, how, tmp_path, recwarn):
+    kind = getattr(transformers, name)
+    kind(kind.config_class(**SMALL, **UNTIED)).save_pretrained(tmp_path)
+    model = kind.from_pretrained(tmp_path)
+    model.resize_token_embeddings(90 if how == "smaller" else 103, **RESIZES.get(how, {}))
+    LoraModel(model).freeze_module()
+    assert [str(each.message) for each in recwarn if each.category is UntrainedWarning] == []
+
+
+@pytest.mark.parametrize("resize", [False, True])
+def test_a_language_head_that_the_checkpoint_lacked_is_named(resize, tmp_path):
+    config = transformers.LlamaConfig(**SMALL, **UNTIED)
+    transformers.LlamaModel(config).save_pretrained(tmp_path)
+    model = transformers.LlamaForCausalLM.from_pretrained(tmp_path)
+    if resize:
+        model.resize_token_embeddings(103)
+    with pytest.warns(UntrainedWarning, match="^'lm_head' of LlamaForCausalLM is frozen"):
+        LoraModel(model).freeze_module()
+
+
+class Own(nn.Module):
+    """A body with trained values, and a head as `draw` made it."""
+
+    def __init__(self, draw=lambda head: None, head=None):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8), nn.Linear(8, 8))
+        self.head = head or nn.Linear(8, 3)
+        draw(self.head)
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+    def loaded(self, whole=False):
+        given = Own(head=copy.deepcopy(self.head)).state_dict()
+        given = {key: value for key, value in given.items() if whole or "head" not in key}
+        self.load_state_dict(given, strict=False)
+        return self
+
+
+DRAWS = {
+    "trunc_normal": lambda head: nn.init.trunc_normal_(head.weight, std=0.02),
+    "xavier": lambda head: nn.init.xavier_uniform_(head.weight),
+    "orthogonal": lambda head: nn.init.orthogonal_(head.weight),
+    "twice": lambda head: [nn.init.normal_(head.weight) for _ in range(2)],
+}
+
+
+def told(model):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        LoraModel(model, modified_modules=["body.0"]).freeze_module()
+    return [str(each.message) for each in caught if each.category is UntrainedWarning]
+
+
+@pytest.mark.parametrize("bias", [None, 0])
+@pytest.mark.parametrize("draw", DRAWS)
+def test_a_head_that_its_own_class_draws_is_named(draw, bias):
+    model = Own(DRAWS[draw]).loaded()
+    if bias is not None:
+        nn.init.zeros_(model.head.bias)
+    (text,) = told(model)
+    assert text.startswith("'head' of Own is frozen")
+    assert opendelta.check(model).untrained == ["head"]
+
+
+def test_a_head_of_convolutions_is_named():
+    head = nn.Sequential(nn.Unflatten(-1, (8, 1)), nn.Conv1d(8, 5, 1), nn.Flatten())
+    (text,) = told(Own(head=head).loaded())
+    assert text.startswith("'head' of Own is frozen")
+
+
+@pytest.mark.parametrize("wrap", [lambda m: m, lambda m: nn.Sequential(nn.LayerNorm(8), m)])
+def test_a_head_of_a_copied_model_is_named_by_its_bias(wrap):
+    head = nn.Linear(8, 3)
+    nn.init.zeros_(head.bias)
+    (text,) = told(copy.deepcopy(Own(head=wrap(head)).loaded()))
+    assert text.startswith("'head")
+
+
+def zero_shot(model):
+    model.head.weight = nn.Parameter(torch.randn(3, 8))
+    model.head.bias = nn.Parameter(torch.zeros(3))
+
+
+def empty(model):
+    nn.init.zeros_(model.head.weight)
+    nn.init.zeros_(model.head.bias)
+
+
+def probe(model):
+    optimizer = torch.optim.SGD(model.head.parameters(), 0.1)
+    model(torch.randn(2, 8)).sum().backward()
+    optimizer.step()
+
+
+OTHERS = {
+    "trained": probe,
+    "of values": zero_shot,
+    "of zeros": empty,  # it has no random values
+    "loaded": lambda model: model.head.load_state_dict(Own().head.state_dict()),
+}
+LIKE_RANDOM = ("of values", True)
+
+
+@pytest.mark.parametrize(
+    ("how", "copied"),  # in a copied model nothing tells values of one's own from random ones
+    [(how, copied) for how in OTHERS for copied in (False, True) if (how, copied) != LIKE_RANDOM],
+)
+def test_a_head_with_other_values_is_not_named(how, copied):
+    model = Own().loaded()
+    OTHERS[how](model)
+    assert told(copy.deepcopy(model) if copied else model) == []
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_biases_of_zeros_are_no_sign_where_most_layers_have_them(copied):
+    model = Own().loaded(whole=True)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+    assert told(copy.deepcopy(model) if copied else model) == []

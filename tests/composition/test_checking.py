@@ -196,6 +196,55 @@ def test_deltas_that_train_with_a_scale_of_0_are_named():
     assert opendelta.check(model, x).scaled_to_0 == []
 
 
+NOTHING = {
+    "lora": (LoraModel, {"lora_alpha": 0}),
+    "adapter": (AdapterModel, {"scaling": 0.0}),
+    "loha": (opendelta.LohaModel, {"alpha": 0}),
+    "lokr": (opendelta.LokrModel, {"alpha": 0}),
+    "fourierft": (opendelta.FourierFTModel, {"scaling": 0.0}),
+}
+
+
+@pytest.mark.parametrize("method", NOTHING)
+def test_a_delta_that_an_option_multiplies_by_0_is_named(method):
+    kind, options = NOTHING[method]
+    model = tower()
+    kind(model, modified_modules=["fc"], name="one", **options).freeze_module()
+    report = opendelta.check(model.train(), vectors(3, 8))
+    assert report.scaled_to_0 == ["one"]
+    assert "lora_alpha" in str(report)
+
+
+def test_layers_that_a_pattern_multiplies_by_0_are_named_and_dora_trains_its_magnitudes():
+    model = tower()
+    LoraModel(model, modified_modules=["fc"], alpha_pattern={"1.fc": 0}, name="x").freeze_module()
+    assert opendelta.check(model.train(), vectors(3, 8)).scaled_to_0 == ["blocks.1.fc.deltas.x"]
+    model = tower()
+    LoraModel(model, modified_modules=["fc"], lora_alpha=0, use_dora=True).freeze_module()
+    assert opendelta.check(model.train(), vectors(3, 8)).scaled_to_0 == []
+
+
+class Losing(nn.Module):
+    """Gives a loss, which is no number where all labels are left out."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(8, 3)
+
+    def forward(self, x, labels):
+        return {"loss": nn.functional.cross_entropy(self.fc(x), labels), "logits": self.fc(x)}
+
+
+@pytest.mark.parametrize("label", [1, -100])
+def test_a_loss_that_is_no_number_is_named(label):
+    model = Losing().train()
+    batch = {"x": torch.randn(2, 8), "labels": torch.tensor([1, 1])}
+    LoraModel(model, modified_modules=["fc"], sample_inputs=batch).freeze_module()
+    report = opendelta.check(model, batch | {"labels": torch.full((2,), label)})
+    assert report.not_finite == ([] if label == 1 else ["loss = nan"])
+    assert bool(report) == (label == 1)
+
+
 def test_deltas_that_are_all_frozen_are_named():
     model, x = tower(), vectors(2, 8)
     one = LoraModel(model, modified_modules=["fc"], name="one")

@@ -1,0 +1,143 @@
+"""Layers that training leaves out at random are no mistake; layers that no run reaches are one."""
+
+import warnings
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import opendelta
+from opendelta import LoraModel
+from opendelta.errors import UnreachedWarning
+
+pytestmark = pytest.mark.covers("check", "UnreachedWarning")
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc, self.side = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return x + self.fc(x)
+
+
+class Dropping(nn.Module):
+    """Leaves out the blocks in `plan` in one forward after another; in eval mode, the `dead`."""
+
+    def __init__(self, plan, dead=()):
+        super().__init__()
+        self.blocks = nn.ModuleList([Block() for _ in range(4)])
+        self.plan, self.dead, self.forwards = plan, dead, 0
+
+    def forward(self, x):
+        away = {*self.dead}
+        if self.training:
+            away |= {*self.plan[self.forwards % len(self.plan)]}
+            self.forwards += 1
+        for number, block in enumerate(self.blocks):
+            x = x if number in away else block(x)
+        return x
+
+
+def attached(plan, dead=(), modules=("fc",)):
+    model = Dropping(plan, dead).train()
+    LoraModel(model, modified_modules=[*modules], name="x").freeze_module()
+    return model
+
+
+def told(model, forwards, train=True):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(forwards):
+            model.train(train)(torch.randn(2, 8))
+    return [str(each.message) for each in caught if each.category is UnreachedWarning]
+
+
+def test_a_layer_that_a_later_forward_reaches_is_not_told():
+    assert told(attached([[1], [1, 2], [0], []]), 8) == []
+
+
+def test_a_layer_that_no_forward_reaches_is_told_once_after_some():
+    model = attached([[1], [2], [0]], dead=[3])
+    assert told(model, 5) == []
+    (text,) = told(model, 5)
+    assert "1 delta layers did not run in the first 6 forwards of Dropping" in text
+    assert "blocks.3.fc.deltas.x" in text
+
+
+def test_a_forward_in_eval_mode_tells_at_once():
+    model = attached([[1], [2], [0]], dead=[3])
+    assert told(model, 1) == []
+    (text,) = told(model, 2, train=False)
+    assert "blocks.3.fc.deltas.x" in text
+    (text,) = told(attached([[]], dead=[3]), 1, train=False)
+    assert "1 delta layers did not run in the first forward of Dropping" in text
+
+
+def test_layers_of_which_none_ran_are_told_at_once_and_the_others_later():
+    model = attached([[1], [2], [0]], dead=[3], modules=("fc", "side"))
+    (text,) = told(model, 1)
+    assert "4 delta layers did not run in the first forward" in text
+    assert ".side." in text
+    assert ".fc." not in text
+    (text,) = told(model, 6)
+    assert "1 delta layers did not run in the first 6 forwards" in text
+
+
+def test_check_looks_again():
+    model = attached([[1], [1, 2], [0]])
+    report = opendelta.check(model, torch.randn(2, 8))
+    assert report, report
+    assert all(module.training for module in model.modules())
+
+
+def test_check_names_what_no_run_reaches():
+    model = attached([[1], [1, 2], [0]], dead=[3])
+    report = opendelta.check(model, torch.randn(2, 8))
+    assert report.unreached == ["blocks.3.fc.deltas.x"]
+    assert report.no_gradient == [f"blocks.3.fc.deltas.x.lora_{half}" for half in "AB"]
+
+
+def test_check_runs_no_more_often_where_eval_mode_reaches_nothing_else():
+    model = attached([[]], dead=[3])
+    assert opendelta.check(model, torch.randn(2, 8)).unreached == ["blocks.3.fc.deltas.x"]
+    assert model.forwards == 1
+
+
+def test_check_names_a_layer_that_runs_in_eval_mode_alone():
+    report = opendelta.check(attached([[2]]), torch.randn(2, 8))
+    assert report.unreached == []
+    assert report.no_gradient == [f"blocks.2.fc.deltas.x.lora_{half}" for half in "AB"]
+
+
+class TrainsAlone(Dropping):
+    def forward(self, x):
+        if not self.training:
+            raise ValueError("no targets")
+        return super().forward(x)
+
+
+def test_check_needs_no_eval_mode():
+    model = TrainsAlone([[1], [1, 2], [0]]).train()
+    LoraModel(model, modified_modules=["fc"], sample_inputs=torch.randn(2, 8)).freeze_module()
+    assert opendelta.check(model, torch.randn(2, 8))
+
+
+@pytest.mark.parametrize("kind", ["Wav2Vec2", "Hubert", "WavLM"])
+def test_speech_models_drop_layers(kind, recwarn):
+    config = getattr(transformers, f"{kind}Config")(
+        hidden_size=16, num_hidden_layers=6, num_attention_heads=2, intermediate_size=32,
+        vocab_size=20, conv_dim=(16, 16), conv_stride=(5, 4), conv_kernel=(10, 8), layerdrop=0.3,
+        num_feat_extract_layers=2, num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2,
+        mask_time_prob=0.0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{kind}ForCTC")(config).train()
+    LoraModel(model, modified_modules=["q_proj"], modules_to_save=["lm_head"]).freeze_module()
+    batch = {"input_values": torch.randn(2, 2000)}
+    assert opendelta.check(model, batch)
+    for _ in range(6):
+        model(**batch)
+    assert [str(each.message) for each in recwarn if each.category is UnreachedWarning] == []
