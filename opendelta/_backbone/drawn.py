@@ -16,6 +16,7 @@ from .._modules.tensors import is_plain
 from ..names import ancestors, join, parent
 from .apart import apart
 from .backbone import Backbone
+from .embeddings import embeddings_of
 
 VALUES = 2**14
 LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
@@ -88,9 +89,7 @@ def resized(backbone: Backbone, loaded: bool) -> set[int]:
     """
     found = set[int]()
     for model in filter(is_pretrained, backbone.modules.values()):
-        head: Any = None
-        with contextlib.suppress(Exception):  # some models raise that they have none
-            head = model.get_output_embeddings()  # type: ignore[operator]
+        head = embeddings_of(model).get("output")
         if not isinstance(head, nn.Linear) or not _is_initialised(head):
             continue
         classes = getattr(getattr(model, "config", None), "architectures", None) or [""]

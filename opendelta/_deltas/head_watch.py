@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 
 from .._backbone.backbone import Backbone
+from .._backbone.embeddings import embeddings_of
 from .._backbone.shapes import PROBING
 from .._modules.calls import every
 from .._sites import swap
@@ -19,7 +20,6 @@ from .._sites.stack import Stack, acting_on
 from .._texts.arguments import is_beside_text
 from ..errors import UnreachedWarning, listed, warn
 from ..names import SLOT, dotted, is_inside, join
-from .resizing import embeddings_of
 
 
 class HeadWatch:

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from .._backbone.backbone import Backbone
+from .._backbone.embeddings import TOKENS, embeddings_of
 from .._layers.base import Acts, DeltaLayer, Passive
 from .._layers.site import Site
 from .._modules import tensors
@@ -27,23 +28,10 @@ from .._sites.stack import Stack, stack_of
 from ..errors import DeltaError, quoted
 from ..names import ancestors, is_inside, relative
 from .base import HANDLES
+from .head_watch import watch_heads
 from .taking import sizes_for
 
-TOKENS, *_, LABELS = swap.RESIZING
-
-
-def embeddings_of(model: nn.Module) -> dict[str, nn.Module]:
-    """Return a transformers model's embeddings of inputs and outputs, as "input" and "output"."""
-    if not hasattr(type(model), TOKENS):
-        return {}
-    found: dict[str, Any] = {}
-    for which in ("input", "output"):
-        try:
-            with own_parts():
-                found[which] = getattr(model, f"get_{which}_embeddings")()
-        except Exception:  # models without one raise whatever they like
-            continue
-    return {which: module for which, module in found.items() if isinstance(module, nn.Module)}
+LABELS = swap.RESIZING[-1]
 
 
 # -------------------------------------------------------------------------------------- who watches
@@ -160,6 +148,7 @@ def resize(
         before.check(verb, model, head)
         if head is not None:
             _follow(model, head, embeddings_of(model)["output"])
+            watch_heads(Backbone.of(model))
     except BaseException:
         remembered.put_back()
         raise
