@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.autograd import Variable
 
 from .._backbone.backbone import Backbone
 from .._backbone.embeddings import embeddings_of
 from .._backbone.shapes import PROBING
-from .._modules.calls import every
 from .._sites import swap
-from .._sites.showing import was_read
+from .._sites.noting import of_gradients, uses_of
 from .._sites.stack import Stack, acting_on
 from .._texts.arguments import is_beside_text
 from ..errors import UnreachedWarning, listed, warn
@@ -34,10 +32,9 @@ class HeadWatch:
     """
 
     def __init__(self, stack: Stack, where: str) -> None:
-        self.stack, self.where, self.called = stack, where, False
+        self.stack, self.where = stack, where
         self.ran: set[str] | None = None
         self.told: set[str] = set()
-        self.reached: Counter[str] = Counter()  # the gradients that came to their calls
 
     def __call__(self, model: nn.Module, _args: Any, *output: Any) -> None:
         if torch.compiler.is_compiling() or PROBING.get():
@@ -95,51 +92,25 @@ class PartWatch:
         watch = self.watch
         if watch is None or torch.compiler.is_compiling() or PROBING.get() or not _trains(part):
             return
-        names, given = watch.acting() - watch.told, _of_gradients(output)
+        names, given = watch.acting() - watch.told, of_gradients(output)
         if given is None or not names or is_compiled(self.chain):
             return
-        before = watch.reached.copy()
+        uses = uses_of(watch.stack)
+        before = uses.reached.copy()
 
         def look() -> None:
-            silent = {name for name in names - watch.told if watch.reached[name] == before[name]}
-            if silent and (was_read(self.chain[0]) or not watch.called):
+            missed = {name for name, layer in watch.stack.in_order() if layer.missed}
+            silent = {n for n in names - watch.told - missed if uses.reached[n] == before[n]}
+            if silent and (uses.read or not uses.called):
                 watch.tell(silent, "got no gradient in a backward pass through", part)
+            at_the_end(lambda: vars(uses).update(read=False))
 
         given.register_hook(lambda _: at_the_end(look))
 
 
-class CallWatch:
-    """Hooks of the head: they count the gradients that come to its calls, and no read inside one.
-
-    Args:
-        watch: that of the head.
-    """
-
-    def __init__(self, watch: HeadWatch) -> None:
-        self.watch, self.before = watch, True
-
-    def __call__(self, head: nn.Module, _args: Any, *output: Any) -> None:
-        if not torch.compiler.is_exporting():
-            self.watch.called = True
-        if torch.compiler.is_compiling():
-            return
-        if output:
-            was_read(head, now=self.before)
-        else:
-            self.before = was_read(head)
-        if (given := _of_gradients(output)) is not None:
-            names = self.watch.acting()
-            given.register_hook(lambda _: self.watch.reached.update(names))
-
-
 def at_the_end(function: Callable[[], None]) -> None:
-    """Run a function at the end of this backward pass."""
+    """Run a function at the end of this backward pass, after those that are to run there."""
     Variable._execution_engine.queue_callback(function)
-
-
-def _of_gradients(output: Any) -> Tensor | None:
-    """Return the first tensor in an output that gradients come back to."""
-    return next((t for t in every(Tensor, output, objects=True) if t.requires_grad), None)
 
 
 def _trains(model: nn.Module) -> bool:
@@ -151,7 +122,7 @@ def is_compiled(chain: Iterable[nn.Module]) -> bool:
     return any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in chain)
 
 
-HOOKS = HeadWatch, PartWatch, CallWatch
+HOOKS = HeadWatch, PartWatch
 
 
 def watch_heads(backbone: Backbone) -> None:
@@ -168,10 +139,7 @@ def watch_heads(backbone: Backbone) -> None:
             if swap.weight_is_read(backbone.modules[name], False):
                 continue
             watch = HeadWatch(backbone.stacks[name], name)
-            called, head_calls = backbone.modules[name], CallWatch(watch)
-            called.register_forward_pre_hook(head_calls)
-            called.register_forward_hook(head_calls)
-            swap.note_reads(called)
+            swap.note_uses(backbone.modules[name])
             run_before = parts
             if name in heads:
                 model.register_forward_pre_hook(watch)

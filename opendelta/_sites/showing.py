@@ -16,7 +16,6 @@ from .._modules import tensors
 from ..names import SLOT
 from .stack import Stack, shown_on, stack_of
 
-READ = "was_read?"  # no delta can have this name
 OWN: ContextVar[bool] = ContextVar("own", default=False)
 
 
@@ -59,31 +58,6 @@ def of_copy(name: str) -> property:
         return found.to(own.dtype) if isinstance(found, Tensor) and found is not own else found
 
     return _shown(name, show)
-
-
-def noted() -> property:
-    """Return a property `weight` that notes that other code reads it."""
-
-    def show(stack: Stack, _: nn.Module, own: Any) -> Any:
-        if not torch.compiler.is_compiling():
-            stack.__dict__[READ] = True
-        return own
-
-    return _shown("weight", show)
-
-
-def was_read(module: nn.Module, now: bool | None = None) -> bool:
-    """True if other code may have read the weight of a site.
-
-    Args:
-        now: what is to be said of it from now on; None: the same.
-    """
-    stack = stack_of(module)
-    if stack is None or not getattr(type(module), "_site_notes", False):
-        return True
-    if now is not None:
-        stack.__dict__[READ] = now
-    return stack.__dict__.get(READ, False)
 
 
 def _shown(name: str, show: Callable[[Stack, nn.Module, Any], Any]) -> property:

@@ -20,7 +20,7 @@ from .._modules import calls, kinds, probing, tensors, trials, wrappers
 from .._sequences import prefix
 from ..errors import SiteError, quoted
 from ..names import SLOT, join, last
-from . import compile_limit, intact, nested, one_tensor, showing, tables
+from . import compile_limit, intact, nested, noting, one_tensor, showing, tables
 from .blocks import note_blocks
 from .split import Split, divide
 from .stack import Stack, acting_on, stack_of
@@ -159,18 +159,17 @@ def site_class(
         folds: `.weight` and `.bias` show the folded values, for a parent that reads them instead of
             calling the module.
         copied: the attributes that show those of a delta's own copy while it acts.
-        notes: `showing.was_read` tells if other code reads `.weight`.
+        notes: `noting.uses_of` tells how the site is used.
     """
     body: dict[str, Any] = {
         "forward": _forward(base, folds, bool(copied)),
         "register_parameter": _registering(base),
-        "__reduce_ex__": _reducing(base, folds, copied),
+        "__reduce_ex__": _reducing(base, folds, copied, notes),
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
         "_site_of": base,
         "_site_reads": folds or bool(copied),
-        "_site_notes": notes,
         "_site_copied": copied,
         **tables.counting(base),
     }
@@ -182,7 +181,7 @@ def site_class(
     if folds:
         body |= {"weight": showing.folded("weight"), "bias": showing.folded("bias")}
     if notes:
-        body["weight"] = showing.noted()
+        body |= noting.noting(body["forward"])
     if prefix.uses_interface(base) or hasattr(base, "config_class"):
         body["config"] = _showing_config()
     if hasattr(base, "config_class"):  # a transformers model
@@ -203,8 +202,10 @@ def _of_own(call: Any, module: nn.Module, stack: Stack) -> tuple[Any, Any]:
     return call, functools.partial(intact.around, stack) if needed else stack.around
 
 
-def _unpickle(base: type[nn.Module], folds: bool, copied: tuple[str, ...] = ()) -> nn.Module:
-    cls = site_class(base, folds, copied)
+def _unpickle(
+    base: type[nn.Module], folds: bool, copied: tuple[str, ...] = (), notes: bool = False
+) -> nn.Module:
+    cls = site_class(base, folds, copied, notes)
     return cls.__new__(cls)
 
 
@@ -246,8 +247,8 @@ def weight_is_read(module: nn.Module, asked: bool) -> bool:
     return asked or known or getattr(type(module), "_site_reads", False)
 
 
-def note_reads(module: nn.Module) -> None:
-    """Let `showing.was_read` tell from now on if other code reads the weight of a site."""
+def note_uses(module: nn.Module) -> None:
+    """Let `noting.uses_of` tell from now on how a site is used."""
     base, own = plain_class(module), type(module)
     if base is not None and "weight" in module._parameters and not vars(own)["_site_reads"]:
         wrappers.set_class(module, site_class(base, False, (), notes=True))

@@ -521,7 +521,22 @@ def by_a_compiled_head(model):
     head(model.model(IDS).last_hidden_state).sum().backward()
 
 
-LOSSES = [beside_its_loss, before_its_loss, after_its_loss, of_its_states_alone, by_a_compiled_head]
+def by_the_forward_of_the_head(model):
+    model.lm_head.forward(model.model(IDS).last_hidden_state).sum().backward()
+
+
+def after_looks(model):
+    size = model.lm_head.weight.shape[0] + model.lm_head.weight.norm().item()
+    with torch.no_grad():
+        size += model.lm_head.weight.abs().sum()
+    assert size
+    after_its_loss(model)
+
+
+LOSSES = [
+    beside_its_loss, before_its_loss, after_its_loss, of_its_states_alone, by_a_compiled_head,
+    by_the_forward_of_the_head, after_looks,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("step", LOSSES)
@@ -529,6 +544,51 @@ def test_a_loss_of_hidden_states_is_not_told_of_a_head_that_nobody_reads(step):
     model = tiny_llama().train()
     LoraModel(model, modified_modules=["q_proj", "lm_head"]).freeze_module()
     assert not told_of(lambda: [step(model) for _ in range(2)])
+
+
+def test_a_weight_that_was_read_in_one_step_is_not_told_in_the_next():
+    model = tiny_llama().train()
+    delta = LoraModel(model, modified_modules=["q_proj", "lm_head"])
+    delta.freeze_module(exclude=["deltas", "norm"])
+    with delta.disabled():
+        by_parts(model, reading)
+    assert not told_of(lambda: after_its_loss(model))
+
+
+def test_a_head_that_reads_its_weight_s_dtype_in_its_model_is_not_told_of():
+    config = transformers.MambaConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=1, state_size=4, time_step_rank=2,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    model = transformers.MambaForCausalLM(config).train()
+    LoraModel(model, modified_modules=["in_proj", "lm_head"]).freeze_module()
+
+    def steps():
+        model(IDS, labels=IDS).loss.backward()
+        model.backbone(IDS).last_hidden_state.sum().backward()
+
+    assert not told_of(steps)
+
+
+class TwoTasks(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bert = bert().bert
+        self.a, self.b = torch.nn.Linear(16, 2), torch.nn.Linear(16, 3)
+
+    @property
+    def base_model(self):
+        return self.bert
+
+    def forward(self, input_ids, task):
+        return getattr(self, task)(self.bert(input_ids).pooler_output)
+
+
+def test_heads_of_tasks_in_turn_are_told_of_once():
+    model = TwoTasks().train()
+    LoraModel(model, modified_modules=["query"], modules_to_save=["a", "b"]).freeze_module()
+    told = told_of(lambda: [model(IDS, task).sum().backward() for task in "abab"])
+    assert len(told) == 1
 
 
 def test_a_head_that_is_watched_is_copied_pickled_and_left_as_it_was():
