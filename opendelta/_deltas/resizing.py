@@ -26,7 +26,7 @@ from .._sites import swap, tables
 from .._sites.showing import own_parts
 from .._sites.stack import Stack, stack_of
 from ..errors import DeltaError, quoted
-from ..names import ancestors, is_inside, relative
+from ..names import NUMBER, ancestors, is_inside, relative
 from .base import HANDLES
 from .head_watch import watch_heads
 from .taking import sizes_for
@@ -67,13 +67,14 @@ def _needs(
 ) -> dict[str, list[str]]:
     """Return {full name of a module that a resize may change: the sites in `made` that need it}.
 
-    These are tables, heads, what shares their weights, and what has the size of the vocabulary.
+    These are tables, heads, what shares their weights, and what has the size of the vocabulary
+    outside of numbered blocks.
     """
     ends = [part for model in models for part in embeddings_of(model).values()]
     parts = [module for part in ends for module in part.modules()]
     weights = [weight for weight in map(_weight_of, parts) if weight is not None]
     rows = {size for weight in weights for size in tensors.shape(weight)[:1]}
-    needs = {n: [n] for n in made if _has(backbone.modules[n], rows)}
+    needs = {n: [n] for n in made if not NUMBER.search(n) and _has(backbone.modules[n], rows)}
     parts += [m for m in backbone.modules.values() if isinstance(m, nn.Embedding)]
     known = {id(weight) for weight in map(_weight_of, parts) if weight is not None}
     users: dict[int, list[str]] = defaultdict(list)
