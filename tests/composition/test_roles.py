@@ -228,13 +228,16 @@ def test_the_flow_tells_what_names_do_not():
 
 
 class FeedForward(nn.Module):
-    """Linears of these names: two in a row, or a pair of which one gates, and the last."""
+    """Linears of these names: two in a row, or a pair of which one gates, and the last.
 
-    def __init__(self, names, width):
+    They run in the order of `names`; `written` is the order in which they are written.
+    """
+
+    def __init__(self, names, width, written=None):
         super().__init__()
         self.names = names.split()
-        for number, name in enumerate(self.names, 1):
-            end = number == len(self.names)
+        for name in (written or names).split():
+            end = name == self.names[-1]
             setattr(self, name, nn.Linear(*((width, 8) if end else (8, width))))
 
     def forward(self, x):
@@ -317,11 +320,108 @@ def test_numbers_say_the_order_and_no_width_makes_a_gate_of_a_first_linear(parts
         ("w1 w3 w2", "gate w1 w2"),
         ("w1 w2 w3", "gate w1 w2"),
         ("a b c", "gate w1 w2"),
+        ("gate value out", "gate w1 w2"),
+        ("gate hidden out", "gate w1 w2"),
+        ("gate dense out", "gate w1 w2"),
+        ("gate lin lin_out", "gate w1 w2"),
+        ("gate lift down", "gate w1 w2"),
+        ("to_gate to_hidden to_out", "gate w1 w2"),
+        ("gate_layer value_layer output_layer", "gate w1 w2"),
+        ("w1 v w2", "gate w1 w2"),
     ],
 )
 def test_a_square_feed_forward_has_the_roles_of_a_wide_one(names, parts, width):
     expected = dict(zip(names.split(), parts.split(), strict=True))
     assert ff_roles(lambda: FeedForward(names, width)) == expected
+
+
+@pytest.mark.parametrize("width", [8, 24])
+@pytest.mark.parametrize(
+    ("run", "written"),
+    [
+        ("inner outer", "outer inner"),
+        ("d c", "c d"),
+        ("t s r", "r s t"),
+        ("alpha beta omega", "alpha omega beta"),
+        ("out value gate", "gate out value"),
+    ],
+)
+def test_the_order_of_the_run_decides_not_that_in_which_it_is_written(run, written, width):
+    parts = ("gate", "w1", "w2")[-len(run.split()) :]
+    expected = dict(zip(run.split(), parts, strict=True))
+    assert ff_roles(lambda: FeedForward(run, width, written)) == expected
+
+
+class ThreeInARow(nn.Module):
+    """Three linears that are written in the opposite order."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.c, self.b, self.a = nn.Linear(width, 8), nn.Linear(width, width), nn.Linear(8, width)
+
+    def forward(self, x):
+        return self.c(F.silu(self.b(F.silu(self.a(x)))))
+
+
+@pytest.mark.parametrize("width", [8, 24])
+def test_the_order_of_the_run_decides_for_three_in_a_row(width):
+    assert ff_roles(lambda: ThreeInARow(width)) == {"a": "w1", "c": "w2"}
+
+
+class Channels(FeedForward):
+    """RWKV's: the gate, whose output no other linear takes, acts on what the last one gives."""
+
+    def __init__(self):
+        super().__init__("key value", 24, "value key")
+        self.gate = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return torch.sigmoid(self.gate(x)) * super().forward(x)
+
+
+def test_a_gate_may_act_on_what_the_last_linear_gives():
+    assert ff_roles(Channels) == {"gate": "gate", "key": "w1", "value": "w2"}
+
+
+class Unreadable(FeedForward):
+    """A feed-forward that runs on tensors only."""
+
+    def forward(self, x):
+        if len(x.shape) != 3:
+            raise ValueError(x.shape)
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("width", [8, 24])
+@pytest.mark.parametrize(
+    "names",
+    ["gate value out", "gate hidden out", "gate dense out", "gate lift down", "gate up down"],
+)
+def test_without_a_run_a_linear_of_the_size_of_the_gate_is_what_it_gates(names, width):
+    expected = dict(zip(names.split(), ("gate", "w1", "w2"), strict=True))
+    assert ff_roles(lambda: Unreadable(names, width)) == expected
+
+
+class Bare(WithFeedForward):
+    """A block whose feed-forward has no module of its own."""
+
+    def __init__(self, names, width):
+        super().__init__(None)
+        self.names = names.split()
+        for name, child in FeedForward(names, width).named_children():
+            setattr(self, name, child)
+        del self.ff
+
+    def ff(self, x):
+        return FeedForward.forward(self, x)
+
+
+@pytest.mark.parametrize("width", [8, 24])
+@pytest.mark.parametrize("names", ["w1 v w2", "fc1 gate fc2", "gate up down", "a b c"])
+def test_a_feed_forward_in_the_block_itself_has_all_its_roles(names, width):
+    found = opendelta.roles(nn.Sequential(Bare(names, width), Bare(names, width)))
+    expected = dict(zip(names.split(), ("ff.gate", "ff.w1", "ff.w2"), strict=True))
+    assert {name: found.get(f"1.{name}") for name in expected} == expected
 
 
 def test_a_square_patchtst_has_no_gate():

@@ -14,7 +14,7 @@ from ..._modules.kinds import Kind, kind_of
 from ...names import dotted, join, parent
 from . import naming
 from .blocks import Tree, class_of
-from .flow import Flow, Node, holds_many, is_node, is_norm, outputs, trace, walk
+from .flow import Flow, Node, holds_many, is_node, is_norm, outputs, trace, upstream, walk
 
 Decision = tuple[str, str]  # a role, the reason
 INNER = {"q", "k", "v", "qkv", "kv", "in", "w1", "gate", "gate_up"}
@@ -23,6 +23,8 @@ HIDDEN = re.compile(
     r"hidden|input|^x$|^h$|embed|state|src|tgt|query|memory|latent|output|feat", re.I
 )
 PLACED = re.compile(r"rope|rotary|cos|sin|freq|position|mask", re.I)
+# What a feed-forward has not between its linears: attention, and weights that are bare parameters.
+MIXING = re.compile(r"matmul|mm$|einsum|^linear$|attention|attn")
 ROUTER = {"router", "gate", "gating"}
 
 
@@ -82,6 +84,19 @@ class Block:
     def flow_of(self, *names: str) -> Flow | None:
         """Return a flow that calls all the named modules; None if there is none."""
         return next((f for f in self.flows if all(name in f.calls for name in names)), None)
+
+    def keeps_state(self, node: Node) -> bool:
+        """True if a step only reshapes, weighs or normalises: an operation, or a normalisation."""
+        if node.op == "call":
+            return node.name in self.modules and is_norm(self.modules[node.name])
+        return node.op not in ("input", "weight")
+
+    def fed_by(self, flow: Flow, name: str) -> set[str]:
+        """Return the names of what gives the input of a module, past norms but no products."""
+        before = upstream(
+            flow.calls[name][0], lambda n: self.keeps_state(n) and not MIXING.search(n.op)
+        )
+        return {node.name for node in before}
 
     def give(self, name: str, role: str, reason: str) -> None:
         """Decide the role of a module, unless it is decided already."""
@@ -231,17 +246,14 @@ def parts_of_feed_forward(block: Block, names: dict[str, str | None], scope: Sco
     """
     if not names:
         return
-    why = f"in {scope.label}: {scope.reason}"
-    last = [n for n, part in names.items() if part == "last"]
-    unknown = [n for n, part in names.items() if part is None]
-    if not last and len(names) > 1:
-        last = [list(names)[-1]]
-    if len(last) == 1:  # as the third of w1, w2 and w3, which may gate or not
-        last = [n for n in names if names[n] == "first" and _feeds(block, last[0], n)][-1:] or last
-    first = [n for n, part in names.items() if part and n not in last]
-    first += [n for n in unknown if n not in last and not first]
+    flow, ends = block.flow_of(*names), None
+    if flow is not None:
+        names = {name: names[name] for name in sorted(names, key=flow.place)}
+        ends = _ends_in_flow(block, names, flow)
+    last, first = ends or _ends_by_names(block, names)
     if not last or not first:
         return
+    why = f"in {scope.label}: {scope.reason}"
     for name in last:
         block.give(name, "ff.w2", f"{block.own_name(name, scope)!r} {why}")
     width = block.size(last[0])[0]
@@ -260,6 +272,46 @@ def parts_of_feed_forward(block: Block, names: dict[str, str | None], scope: Sco
         wide.remove(gate)
     for name in wide:
         block.give(name, "ff.w1", f"{block.own_name(name, scope)!r} {why}")
+
+
+def _ends_in_flow(
+    block: Block, names: dict[str, str | None], flow: Flow
+) -> tuple[list[str], list[str]] | None:
+    """Return the last linear of a feed-forward and those before it, as the flow of data shows.
+
+    None if it is not so that one of the linears takes what one or two others give. A gate that the
+    last one does not take gates what that one gives.
+    """
+    taken = {name: block.fed_by(flow, name) & names.keys() for name in names}
+    ends = [name for name in names if taken[name]]
+    if len(ends) != 1 or len(taken[ends[0]]) > 2:
+        return None
+    starts = taken[ends[0]]
+    return ends, [n for n in names if n in starts or (names[n] == "gate" and n not in ends)]
+
+
+def _ends_by_names(block: Block, names: dict[str, str | None]) -> tuple[list[str], list[str]]:
+    """Return the last linears of a feed-forward and those before them, as their names show."""
+    last = [n for n, part in names.items() if part == "last"]
+    unknown = [n for n, part in names.items() if part is None]
+    if not last and len(names) > 1:
+        last = [list(names)[-1]]
+    beside = _beside_gate(block, names, last[-1:])
+    last = [n for n in last if n not in beside]
+    if len(last) == 1:  # as the third of w1, w2 and w3, which may gate or not
+        last = [n for n in names if names[n] == "first" and _feeds(block, last[0], n)][-1:] or last
+    first = [n for n, part in names.items() if (part or n in beside) and n not in last]
+    first += [n for n in unknown if n not in last and not first]
+    return last, first
+
+
+def _beside_gate(block: Block, names: dict[str, str | None], last: list[str]) -> list[str]:
+    """Return the linears that a gate gates, if no name says which: those of the gate's sizes."""
+    sizes = {block.size(n) for n, part in names.items() if part == "gate"}
+    if "first" in names.values():
+        return []
+    others = (n for n, part in names.items() if part != "gate" and n not in last)
+    return [n for n in others if block.size(n) in sizes]
 
 
 def _feeds(block: Block, one: str, other: str) -> bool:
@@ -308,11 +360,24 @@ def _bare(block: Block) -> None:
         scope = Scope(
             "ff", parent or block.where, "names like those of a feed-forward", None, linears
         )
-        names = {n: naming.feed_forward_part(n.rpartition(".")[2]) for n in linears}
         if _fit(block, linears):
+            linears += _beside(block, linears)
+            names = {n: naming.feed_forward_part(n.rpartition(".")[2]) for n in linears}
             for name in linears:
                 block.scope_of[name] = scope
             parts_of_feed_forward(block, names, scope)
+
+
+def _beside(block: Block, linears: list[str]) -> list[str]:
+    """Return the other linears that feed the last of some linears, of the size of one of these."""
+    flow = block.flow_of(*linears)
+    if flow is None:
+        return []
+    before = block.fed_by(flow, max(linears, key=flow.place))
+    sizes = {block.size(name) for name in linears if name in before}
+    others = (n for n in block.modules if n in before and n not in linears)
+    free = (n for n in others if n not in block.scope_of and is_linear(block.modules[n]))
+    return [name for name in free if block.size(name) in sizes]
 
 
 def _fit(block: Block, linears: Iterable[str]) -> bool:

@@ -86,6 +86,10 @@ class Flow:
             self.calls.setdefault(name, []).append(node)
         return Value(self, node)
 
+    def place(self, name: str) -> int:
+        """Return the number of the step that first calls the named module."""
+        return self.calls[name][0].number
+
     def reaches_output(self, node: Node) -> bool:
         """True if the block returns the result of `node` without passing it through a module."""
         after = walk(node, outputs, lambda n: n.op != "call")

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 
 from .deciding import ACTIVATED, PLACED, Block, Scope, is_linear, parts_of_feed_forward
-from .flow import Flow, Node, downstream, is_norm, outputs, upstream, walk
+from .flow import Flow, Node, downstream, outputs, upstream, walk
 from .naming import tokens
 
 PRODUCTS = {"matmul", "bmm", "einsum", "baddbmm", "rmatmul", "__matmul__", "__rmatmul__"}
@@ -64,14 +64,8 @@ def _linears(block: Block, flow: Flow, start: Node) -> list[Node]:
     """Return the step itself if it is a linear; else the nearest linears before it, past norms."""
     if _is_linear(block, start):
         return [start]
-    before = upstream(start, lambda n: _keeps_state(block, n))
+    before = upstream(start, block.keeps_state)
     return [n for n in before if _is_linear(block, n) and "router" not in tokens(n.name)]
-
-
-def _keeps_state(block: Block, node: Node) -> bool:
-    if node.op == "call":
-        return node.name in block.modules and is_norm(block.modules[node.name])
-    return node.op not in ("input", "weight")
 
 
 def _is_linear(block: Block, node: Node) -> bool:
@@ -90,9 +84,7 @@ def _feed_forward(block: Block, flow: Flow) -> None:
     for name, calls in flow.calls.items():
         if name in block.roles or name not in block.modules or not _is_linear(block, calls[0]):
             continue
-        for node in downstream(
-            calls[0], lambda n: n.op != "call" or is_norm(block.modules[n.name])
-        ):
+        for node in downstream(calls[0], block.keeps_state):
             fits = _is_linear(block, node) and node.name not in block.roles
             if fits and block.size(name)[0] == block.size(node.name)[1]:
                 starts[node.name].append(name)
