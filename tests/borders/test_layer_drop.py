@@ -141,3 +141,40 @@ def test_speech_models_drop_layers(kind, recwarn):
     for _ in range(6):
         model(**batch)
     assert [str(each.message) for each in recwarn if each.category is UnreachedWarning] == []
+
+
+@pytest.mark.parametrize("blocks", [[1], [1, 2]])
+def test_deltas_on_few_blocks_are_not_told_when_a_forward_leaves_all_of_them_out(blocks):
+    modules = [f"blocks.{number}.fc" for number in blocks]
+    assert told(attached([blocks, []], modules=modules), 6) == []
+    assert opendelta.check(attached([blocks, []], modules=modules), torch.randn(2, 8))
+
+
+def test_a_single_block_that_no_forward_reaches_is_told_after_some():
+    model = attached([[0]], dead=[3], modules=["blocks.3.fc"])
+    assert told(model, 5) == []
+    (text,) = told(model, 1)
+    assert "blocks.3.fc.deltas.x" in text
+    report = opendelta.check(attached([[]], dead=[3], modules=["blocks.3.fc"]), torch.randn(2, 8))
+    assert report.unreached == ["blocks.3.fc.deltas.x"]
+
+
+def test_a_layer_of_a_block_that_ran_is_told_at_once():
+    (text,) = told(attached([[1]], modules=["blocks.0.fc", "blocks.0.side", "blocks.1.side"]), 1)
+    assert "2 delta layers did not run in the first forward" in text
+
+
+class Reading(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+
+    def forward(self, x):
+        return x @ self.body[0].weight + self.body[1].bias
+
+
+def test_what_is_in_a_sequential_is_told_at_once():
+    model = Reading().train()
+    LoraModel(model, modified_modules=["0"]).freeze_module()
+    (text,) = told(model, 1)
+    assert "body.0.deltas" in text
