@@ -88,6 +88,11 @@ def replaced(backbone: Backbone) -> list[tuple[Record, str]]:
     ]
 
 
+def not_called(backbone: Backbone) -> list[str]:
+    """Return the full names of the silent layers in blocks, where layers of alike blocks ran."""
+    return _full(_passed_over(backbone))
+
+
 def left_out(backbone: Backbone) -> set[tuple[str, str]]:
     """Return (site, delta) of the silent layers in blocks that training may leave out at random.
 
@@ -99,18 +104,18 @@ def left_out(backbone: Backbone) -> set[tuple[str, str]]:
     ran = {_block(backbone, where) for where, stack in backbone.stacks.items() if stack.ran}
     # Where a block ran without a layer, the blocks are not the reason.
     skipped = {(_pattern(backbone, w), n) for w, n in silent if _block(backbone, w) in ran}
-    return passed_over(backbone) | {
+    return {*_passed_over(backbone)} | {
         (where, name)
         for where, name in silent
         if _block(backbone, where) and (_pattern(backbone, where), name) not in skipped
     }
 
 
-def passed_over(backbone: Backbone) -> set[tuple[str, str]]:
-    """Return (site, delta) of the silent layers in blocks, where layers of alike blocks ran."""
+def _passed_over(backbone: Backbone) -> list[tuple[str, str]]:
+    """Return (site, delta) of the layers of `not_called`."""
     stacks = backbone.stacks.items()
     alike = {(_pattern(backbone, where), n) for where, stack in stacks for n in stack.ran}
-    return {(w, n) for w, n in _silent(backbone) if (_pattern(backbone, w), n) in alike}
+    return [(w, n) for w, n in _silent(backbone) if (_pattern(backbone, w), n) in alike]
 
 
 def _pattern(backbone: Backbone, where: str) -> str:

@@ -1,6 +1,7 @@
 """Layers that training leaves out at random are no mistake; layers that no run reaches are one."""
 
 import warnings
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -178,3 +179,49 @@ def test_what_is_in_a_sequential_is_told_at_once():
     LoraModel(model, modified_modules=["0"]).freeze_module()
     (text,) = told(model, 1)
     assert "body.0.deltas" in text
+
+
+class Experts(nn.Module):
+    """Calls the experts `chosen` of a list or a dictionary."""
+
+    def __init__(self, experts, chosen):
+        super().__init__()
+        self.experts, self.chosen = experts, chosen
+
+    def forward(self, x):
+        return sum(self.experts[key](x) for key in self.chosen)
+
+
+def expert():
+    return nn.Sequential(OrderedDict(up=nn.Linear(8, 8), act=nn.ReLU(), down=nn.Linear(8, 8)))
+
+
+PARTS = ["up", "down"]
+EXPERTS = {
+    "list": (lambda: nn.ModuleList([expert(), expert()]), [0], "experts.1"),
+    "dictionary": (lambda: nn.ModuleDict({"a": expert(), "b": expert()}), ["b"], "experts.a"),
+}
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("method", [LoraModel, opendelta.AdapterModel])
+@pytest.mark.parametrize("kind", EXPERTS)
+def test_check_says_of_experts_that_were_not_called_that_a_larger_batch_tells_more(
+    kind, method, train
+):
+    make, chosen, away = EXPERTS[kind]
+    model = Experts(make(), chosen).train(train)
+    method(model, modified_modules=PARTS, name="x").freeze_module()
+    report = opendelta.check(model, torch.randn(2, 8))
+    assert report.not_called == report.unreached == [f"{away}.{n}.deltas.x" for n in PARTS]
+    assert report.no_gradient
+    told = [text for text in report.problems if away in text]
+    assert len(told) == 1
+    assert "larger" in told[0]
+    assert "reads=True" not in str(report)
+
+
+def test_check_keeps_its_advice_for_layers_of_which_none_ran():
+    report = opendelta.check(attached([[]], modules=["side"]), torch.randn(2, 8))
+    assert not report.not_called
+    assert "reads=True" in str(report)
