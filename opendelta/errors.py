@@ -228,8 +228,8 @@ class UnreachedWarning(DeltaWarning):
     """An active delta layer that did not run in a whole forward of the backbone.
 
     On a head, also in a training loop that calls the model beneath it, and reads the head's weight.
-    Of a layer in one of several blocks, others of which ran, it is told after six forwards that
-    train, or after one in eval mode: layer drop leaves out blocks at random.
+    Layer drop leaves out blocks of a list at random. Of a layer in such a block it is told after
+    six forwards that train, or after one in eval mode, unless the block ran without the layer.
 
     Cause:
         Code around the module reads its weight instead of calling it, the module was replaced after

@@ -23,9 +23,9 @@ LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 
 
 def replayed(backbone: Backbone, names: Collection[str]) -> dict[str, int]:
-    """Return {parameter: how often `_init_weights` of the models around writes into it}.
+    """Return {parameter: in how many writes the models around it have given it its start}.
 
-    The modules are copies with tensors of their own.
+    `_init_weights` runs on copies. A model that is not from a folder had the start of torch before.
 
     Args:
         names: full names of parameters. Those of modules that transformers has not initialised are
@@ -39,12 +39,21 @@ def replayed(backbone: Backbone, names: Collection[str]) -> dict[str, int]:
             return {}
         _take_values(twin, drawn)
         for where in {around for name in drawn for around in [*ancestors(parent(name)), ""]}:
-            models = (twin.modules[around] for around in [*ancestors(where), ""])
-            owner: Any = next((m for m in models if is_pretrained(m)), None)
             with contextlib.suppress(Exception):  # of whoever wrote it; the writes before it count
-                owner._init_weights(twin.modules[where])
-        own = twin.parameters()
-        return {name: own[name]._version for name in drawn if name in own}
+                _owner(twin, where)._init_weights(twin.modules[where])
+        own, before = twin.parameters(), {n: int(_is_built(_owner(twin, parent(n)))) for n in drawn}
+        return {name: own[name]._version + before[name] for name in drawn if name in own}
+
+
+def _owner(backbone: Backbone, where: str) -> Any:
+    """Return the innermost model of transformers at a module or around it, or None."""
+    models = (backbone.modules[around] for around in [*ancestors(where), ""])
+    return next(filter(is_pretrained, models), None)
+
+
+def _is_built(model: Any) -> bool:
+    """True for a model of transformers that no folder gave, as those of two models together."""
+    return not getattr(model, "name_or_path", "unknown")
 
 
 def _take_values(backbone: Backbone, names: Collection[str]) -> None:

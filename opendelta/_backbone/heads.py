@@ -53,10 +53,8 @@ def untrained(backbone: Backbone) -> list[str]:
         return []
     old = resized(backbone, loaded)
     fresh = {name for name in fresh if id(own[name]) not in old}
-    # A model without a head may have a pooler that its checkpoint lacked, and that nobody uses.
-    alone = {n for n in pretrained if not _around(n) & pretrained or not n}
-    bases = {name for name in alone if _has_no_head(backbone.modules[name])}
-    fresh = {name for name in fresh if not _around(name) & bases}
+    bases = _bases(backbone, pretrained)
+    fresh = {n for n in fresh if not any(_is_spare(n, bases[b]) for b in _around(n) & bases.keys())}
     untrained_copies = [
         join(where, SLOT, layer.record.name) for where, layer in copies.items()
         if _is_untrained(layer.stand_in, {n: own[n] for n in fresh if is_inside(n, where)}, where)
@@ -77,9 +75,24 @@ def _beside_biases(backbone: Backbone, fresh: set[str]) -> set[str]:
     return {name for name in found & own.keys() if len(users[id(own[name])]) == 1}
 
 
-def _has_no_head(module: nn.Module) -> bool:
-    """True for a model of transformers that is the base of others."""
-    return getattr(module, "base_model", None) is module and "For" not in type(module).__name__
+def _bases(backbone: Backbone, pretrained: set[str]) -> dict[str, nn.Module]:
+    """Return the models of transformers that are the base of others, and hold no other model.
+
+    Not those in a model for a task, which may use the pooler.
+    """
+    models = {name: backbone.modules[name] for name in pretrained}
+    tasks = {n for n, m in models.items() if getattr(m, "base_model", None) is not m}
+    tasks |= {name for name, m in models.items() if "For" in type(m).__name__}
+    composites = {around for name in pretrained if name for around in _around(name)}
+    return {n: m for n, m in models.items() if not {n, *_around(n)} & tasks and n not in composites}
+
+
+def _is_spare(name: str, base: nn.Module) -> bool:
+    """True for a parameter that the checkpoint of a base model may lack, as nobody uses it.
+
+    Such is a pooler. A base model of one's own may have a head.
+    """
+    return type(base).__module__.startswith("transformers.") or "pooler" in name
 
 
 def _copies(backbone: Backbone) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from .._backbone.backbone import Backbone
 from .._backbone.shapes import PROBING
 from .._layers.record import Record
 from ..errors import UnreachedWarning, listed, warn
-from ..names import SLOT, join, unwrapped
+from ..names import SLOT, ancestors, join, last, parent, unwrapped
 from .head_watch import HOOKS, is_compiled, take_away, watch_heads
 from .state_dict import state_hook
 
@@ -88,19 +88,56 @@ def replaced(backbone: Backbone) -> list[tuple[Record, str]]:
     ]
 
 
+def not_called(backbone: Backbone) -> list[str]:
+    """Return the full names of the silent layers in blocks, where layers of alike blocks ran."""
+    return _full(_passed_over(backbone))
+
+
 def left_out(backbone: Backbone) -> set[tuple[str, str]]:
     """Return (site, delta) of the silent layers in blocks that training may leave out at random.
 
-    Layer drop does so: each such layer is in a block with a number, others of which ran.
+    Layer drop does so. Alike blocks ran, or none of them that has a delta did.
     """
-    alike = {(_pattern(where), n) for where, stack in backbone.stacks.items() for n in stack.ran}
-    silent = _silent(backbone) if backbone.model.training else []
-    return {(where, name) for where, name in silent if (_pattern(where), name) in alike}
+    if not backbone.model.training:
+        return set()
+    silent = _silent(backbone)
+    ran = {_block(backbone, where) for where, stack in backbone.stacks.items() if stack.ran}
+    # Where a block ran without a layer, the blocks are not the reason.
+    skipped = {(_pattern(backbone, w), n) for w, n in silent if _block(backbone, w) in ran}
+    return {*_passed_over(backbone)} | {
+        (where, name)
+        for where, name in silent
+        if _block(backbone, where) and (_pattern(backbone, where), name) not in skipped
+    }
 
 
-def _pattern(where: str) -> str:
-    """Return a full name without the numbers in it."""
-    return join(*("*" if step.isdigit() else step for step in where.split(".")))
+def _passed_over(backbone: Backbone) -> list[tuple[str, str]]:
+    """Return (site, delta) of the layers of `not_called`."""
+    stacks = backbone.stacks.items()
+    alike = {(_pattern(backbone, where), n) for where, stack in stacks for n in stack.ran}
+    return [(w, n) for w, n in _silent(backbone) if (_pattern(backbone, w), n) in alike]
+
+
+def _pattern(backbone: Backbone, where: str) -> str:
+    """Return a full name with "*" for the steps at which the module is one of many."""
+    around = reversed([*ancestors(where)])
+    return join(*("*" if _is_one_of_many(backbone, name) else last(name) for name in around))
+
+
+def _is_one_of_many(backbone: Backbone, name: str) -> bool:
+    return last(name).isdigit() or isinstance(backbone.modules.get(parent(name)), nn.ModuleDict)
+
+
+def _block(backbone: Backbone, where: str) -> str:
+    """Return the full name of the innermost block around a site, which a forward may leave out.
+
+    nn.Sequential calls all that it holds.
+    """
+    for name in ancestors(where):
+        within = type(backbone.modules.get(parent(name)))
+        if _is_one_of_many(backbone, name) and within is not nn.Sequential:
+            return name
+    return ""
 
 
 class FirstForward:
@@ -121,7 +158,7 @@ class FirstForward:
         backbone = Backbone.of(model)
         silent, before = _silent(backbone, compiled=False), self.waits
         self.count += 1
-        self.waits = left_out(backbone) if self.count < FORWARDS else set()
+        self.waits = left_out(backbone) & {*silent} if self.count < FORWARDS else set()
         if not self.waits:
             take_away(backbone, FirstForward)
         if self.count > 1:  # the others were told after the first

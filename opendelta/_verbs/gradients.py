@@ -43,11 +43,22 @@ def missing(output: Any, trainable: dict[str, nn.Parameter]) -> tuple[list[str],
 
 
 def not_finite(output: Any) -> list[str]:
-    """Return the losses in an output that are infinite or no number, such as "loss = nan"."""
-    items = (items_of(output) or {}).items()
-    losses = {name: t for name, t in items if "loss" in str(name) and isinstance(t, Tensor)}
-    single = {name: t.detach() for name, t in losses.items() if t.numel() == 1 and not t.is_meta}
-    return [f"{name} = {t.item()}" for name, t in single.items() if not t.isfinite().all()]
+    """Return the losses in an output that are infinite or no number, such as "loss = nan".
+
+    A single number is a loss, alone or before other outputs. A loss may have a value per sample.
+    """
+    if isinstance(output, Tensor | tuple | list):
+        first = output if isinstance(output, Tensor) else next(iter(output), None)
+        items = {"loss": first} if isinstance(first, Tensor) and first.ndim == 0 else {}
+    else:
+        items = {n: value for n, value in (items_of(output) or {}).items() if "loss" in str(n)}
+    found = []
+    for name, loss in items.items():
+        if isinstance(loss, Tensor) and not loss.is_meta:
+            wrong = loss.detach()[~loss.detach().isfinite()]
+            some = f" in {len(wrong)} of {loss.numel()} values" if loss.numel() > 1 else ""
+            found += [f"{name} = {wrong[0].item()}{some}"] if len(wrong) else []
+    return found
 
 
 def _recomputes(end: Tensor) -> bool:

@@ -19,16 +19,15 @@ from .._backbone.heads import advice, untrained
 from .._backbone.inputs import Samples, of_samples
 from .._backbone.shapes import PROBING
 from .._deltas import buffers
-from .._deltas.first_forward import unreached_in
-from .._layers.dtypes import BACKBONE, dtype_for
+from .._deltas.first_forward import not_called, unreached_in
 from .._layers.seen import Seen, together
 from .._layers.selection import OpenBlock
 from .._modules.process import eager
-from .._modules.tensors import HALVES, lasting, size
+from .._modules.tensors import lasting, size
 from .._show.notebooks import InNotebooks
 from ..errors import DeltaError, listed
-from ..names import SLOT, join, parent
-from . import gradients
+from ..names import ancestors
+from . import gradients, settings
 from .optimized import at_rest_in, held_by
 from .put_back import put_back
 from .reruns import until_all_ran
@@ -43,6 +42,8 @@ class CheckReport(InNotebooks):
     Attributes:
         model: the class of the backbone.
         unreached: active delta layers that did not run.
+        not_called: those of `unreached` where the same layer of an alike module in a list ran, such
+            as experts that no token chose.
         unchosen: deltas in blocks that no token of the batch chose, on no module.
         no_gradient: trainable parameters that got no gradient in a backward.
         not_finite: the losses of the batch that are no finite numbers, such as "loss = nan".
@@ -71,6 +72,7 @@ class CheckReport(InNotebooks):
 
     model: str
     unreached: list[str]
+    not_called: list[str] = field(default_factory=list)
     unchosen: list[str] = field(default_factory=list)
     no_gradient: list[str] = field(default_factory=list)
     not_finite: list[str] = field(default_factory=list)
@@ -100,12 +102,14 @@ class CheckReport(InNotebooks):
         """Return the problems: what is wrong, where, and what to do."""
         inside = [f"{name} in {mode} mode" for name, mode in self.mixed_modes.items()]
         found = [
-            (self.unreached, "delta layers did not run", "if the module around one reads its "
-             "weight instead of calling it, choose that module, or pass reads=True"),
+            (_outside(self.unreached, self.not_called), "delta layers did not run", "if the module "
+             "around one reads its weight instead of calling it, choose that, or pass reads=True"),
+            (self.not_called, "delta layers did not run, but alike ones did", "check with a larger "
+             "batch if this one chose other experts; leave out of the delta what none will call"),
             (self.unchosen, "deltas are in a block whose tokens all chose others", "if other "
              "batches do so too, train with balance_loss(), or with noise= or a larger top_k="),
-            (self.no_gradient, "trainable parameters got no gradient", "what they belong to is "
-             "disabled, merged, not reached or behind a detach; freeze it, or let it act"),
+            (_outside(self.no_gradient, self.not_called), "trainable parameters got no gradient",
+             "what holds them is disabled, merged, unreached or behind a detach; use or freeze it"),
             (self.not_finite, "losses are no finite numbers", "look at the batch (are all labels "
              "-100?) and at values too large for 16 bits"),
             (self.not_optimized, "trainable parameters are not in the optimizer", "make it after "
@@ -132,10 +136,9 @@ class CheckReport(InNotebooks):
             (inside, "modules are in another mode than what is around them", "call model.train() "
              "or model.eval() after attaching, and delta.train() for a delta alone"),
         ]  # fmt: skip
-        told = [
+        return [
             f"{len(n)} {what}: {listed(n, SHOWN)}. To do: {todo}" for n, what, todo in found if n
-        ]
-        return told + self._others()
+        ] + self._others()
 
     def _others(self) -> list[str]:
         told = []
@@ -215,30 +218,31 @@ def check(
     held = None if optimizer is None else held_by(optimizer)
     at_rest = at_rest_in(optimizer)
     changed, seen, losses = set[str](), Seen(), list[str]()
-    missed, no_gradient, not_checked = _run(backbone, batch, trainable, changed, seen, losses)
+    (missed, passed), without, skipped = _run(backbone, batch, trainable, changed, seen, losses)
     names = {id(p): name for name, p in plain.named_parameters()}
     return CheckReport(
         model=type(plain).__name__,
         unreached=missed,
+        not_called=passed,
         unchosen=_unchosen(seen),
-        no_gradient=no_gradient,
+        no_gradient=without,
         not_finite=losses,
         not_optimized=[n for n, p in trainable.items() if held is not None and id(p) not in held],
         optimized_twice=[names[i] for i, n in (held or {}).items() if n > 1 and i in names],
         strangers=len((held or {}).keys() - names.keys()),
         at_rest=[n for n, p in trainable.items() if id(p) in at_rest],
-        scaled_to_0=_scaled_to_0(backbone),
+        scaled_to_0=settings.scaled_to_0(backbone),
         unsynchronised=engines.unsynchronised(backbone),
         untrained=untrained(backbone),
-        frozen=_all_frozen(backbone),
-        no_dropout=_without_dropout(backbone),
-        narrow=_narrow(backbone),
+        frozen=settings.all_frozen(backbone),
+        no_dropout=settings.without_dropout(backbone),
+        narrow=settings.narrow(backbone),
         moving=_moving(backbone, changed),
-        mixed_modes=_mixed_modes(backbone),
+        mixed_modes=settings.mixed_modes(backbone),
         trainable_parameters=sum(size(p) for p in trainable.values()),
         total_parameters=sum(size(p) for p in plain.parameters()),
         all_train=all(p.requires_grad for p in backbone.parameters().values()),
-        not_checked=not_checked,
+        not_checked=skipped,
     )
 
 
@@ -285,8 +289,8 @@ def _run(
     changed: set[str],
     seen: Seen,
     losses: list[str],
-) -> tuple[list[str], list[str], list[str]]:
-    """Return layers that did not run, parameters without gradient, and checks left out.
+) -> tuple[tuple[list[str], list[str]], list[str], list[str]]:
+    """Return what `_silent` does, parameters without gradient, and checks left out.
 
     Args:
         changed: gets the names of the modules whose tensors the forward changed.
@@ -300,7 +304,7 @@ def _run(
     results: list[Any] = []
 
     def look(output: Any, backbone: Backbone = backbone) -> None:
-        results[:] = [unreached_in(backbone)]
+        results[:] = [_silent(backbone)]
         own = dict(backbone.model.named_parameters())
         now = {name: own.get(name, parameter) for name, parameter in trainable.items()}
         results.append(([], f"gradients: {why}") if why else gradients.missing(output, now))
@@ -339,7 +343,18 @@ def _settle(
         return results[1][0]
 
     without = until_all_ran(backbone, run, without, trained)
-    return [unreached_in(backbone), (without, problem)]
+    return [_silent(backbone), (without, problem)]
+
+
+def _silent(backbone: Backbone) -> tuple[list[str], list[str]]:
+    """Return the layers that did not run, and those of them where alike layers ran."""
+    return unreached_in(backbone), not_called(backbone)
+
+
+def _outside(names: list[str], layers: list[str]) -> list[str]:
+    """Return the names of layers and parameters that are none of `layers`, nor inside one."""
+    around = {*layers}
+    return [name for name in names if around.isdisjoint(ancestors(name))]
 
 
 def _unchosen(seen: Seen) -> list[str]:
@@ -356,70 +371,7 @@ def _unchosen(seen: Seen) -> list[str]:
     return [f"{name} in {block}" for (block, name), chosen in used.items() if not chosen]
 
 
-def _all_frozen(backbone: Backbone) -> list[str]:
-    """Return the names of the active deltas with parameters, if no parameter of them trains."""
-    trains: dict[str, bool] = {}
-    for _, name, layer in backbone.delta_layers():
-        for parameter in layer.parameters() if layer.record.active else ():
-            trains[name] = trains.get(name, False) or parameter.requires_grad
-    return [] if any(trains.values()) else list(trains)
-
-
-def _scaled_to_0(backbone: Backbone) -> list[str]:
-    """Return the active deltas whose layers train, multiplied by 0: by name, or some by layer."""
-    still: dict[str, dict[str, bool]] = {}
-    for where, name, layer in backbone.delta_layers():
-        if (
-            layer.scales
-            and layer.record.active
-            and any(p.requires_grad for p in layer.parameters())
-        ):
-            # A layer that sees the weight, as DoRA's, trains more than what is scaled.
-            factor = 1 if layer.sees_module else getattr(layer, "scaling", 1)
-            own = still.setdefault(name, {})
-            own[join(where, SLOT, name)] = layer.record.scale == 0 or factor == 0
-    named = [
-        ([name] if all(own.values()) else [n for n in own if own[n]]) for name, own in still.items()
-    ]
-    return [name for names in named for name in names]
-
-
-def _without_dropout(backbone: Backbone) -> list[str]:
-    """Return the delta layers with dropout, if none of them drops."""
-    found: dict[str, bool] = {}
-    for where, name, layer in backbone.delta_layers():
-        parts = [layer.training] if getattr(layer, "dropout", 0) else []
-        parts += [part.training for part in layer.modules() if getattr(part, "p", 0)]
-        if parts:
-            found[join(where, SLOT, name)] = any(parts)
-    return [] if any(found.values()) else list(found)
-
-
 def _moving(backbone: Backbone, changed: set[str]) -> list[str]:
     """Return the frozen modules in train() whose tensors a forward changes."""
     names = buffers.moving(backbone, changed)
     return [name or "the root" for name in names if backbone.modules[name].training]
-
-
-def _narrow(backbone: Backbone) -> list[str]:
-    """Return the trainable 16-bit tensors of deltas that are meant to be wider."""
-    return [
-        join(where, SLOT, name, key)
-        for where, name, layer in backbone.delta_layers()
-        if (asked := layer.record.config.dtype) != BACKBONE
-        for key, p in layer.named_parameters()
-        if p.requires_grad and p.dtype in HALVES and dtype_for(asked, p.dtype) not in HALVES
-    ]
-
-
-def _mixed_modes(backbone: Backbone) -> dict[str, str]:
-    mixed = {}
-    for name, module in backbone.modules.items():
-        around = backbone.modules.get(parent(name), backbone.model)
-        if module.training and not around.training:
-            mixed[name] = "train"
-    for where, name, layer in backbone.delta_layers():
-        modes = {part.training for part in layer.modules()}
-        if modes != {backbone.modules[where].training}:
-            mixed[join(where, SLOT, name)] = "train" if True in modes else "eval"
-    return mixed

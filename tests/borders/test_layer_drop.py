@@ -1,6 +1,7 @@
 """Layers that training leaves out at random are no mistake; layers that no run reaches are one."""
 
 import warnings
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -141,3 +142,86 @@ def test_speech_models_drop_layers(kind, recwarn):
     for _ in range(6):
         model(**batch)
     assert [str(each.message) for each in recwarn if each.category is UnreachedWarning] == []
+
+
+@pytest.mark.parametrize("blocks", [[1], [1, 2]])
+def test_deltas_on_few_blocks_are_not_told_when_a_forward_leaves_all_of_them_out(blocks):
+    modules = [f"blocks.{number}.fc" for number in blocks]
+    assert told(attached([blocks, []], modules=modules), 6) == []
+    assert opendelta.check(attached([blocks, []], modules=modules), torch.randn(2, 8))
+
+
+def test_a_single_block_that_no_forward_reaches_is_told_after_some():
+    model = attached([[0]], dead=[3], modules=["blocks.3.fc"])
+    assert told(model, 5) == []
+    (text,) = told(model, 1)
+    assert "blocks.3.fc.deltas.x" in text
+    report = opendelta.check(attached([[]], dead=[3], modules=["blocks.3.fc"]), torch.randn(2, 8))
+    assert report.unreached == ["blocks.3.fc.deltas.x"]
+
+
+def test_a_layer_of_a_block_that_ran_is_told_at_once():
+    (text,) = told(attached([[1]], modules=["blocks.0.fc", "blocks.0.side", "blocks.1.side"]), 1)
+    assert "2 delta layers did not run in the first forward" in text
+
+
+class Reading(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+
+    def forward(self, x):
+        return x @ self.body[0].weight + self.body[1].bias
+
+
+def test_what_is_in_a_sequential_is_told_at_once():
+    model = Reading().train()
+    LoraModel(model, modified_modules=["0"]).freeze_module()
+    (text,) = told(model, 1)
+    assert "body.0.deltas" in text
+
+
+class Experts(nn.Module):
+    """Calls the experts `chosen` of a list or a dictionary."""
+
+    def __init__(self, experts, chosen):
+        super().__init__()
+        self.experts, self.chosen = experts, chosen
+
+    def forward(self, x):
+        return sum(self.experts[key](x) for key in self.chosen)
+
+
+def expert():
+    return nn.Sequential(OrderedDict(up=nn.Linear(8, 8), act=nn.ReLU(), down=nn.Linear(8, 8)))
+
+
+PARTS = ["up", "down"]
+EXPERTS = {
+    "list": (lambda: nn.ModuleList([expert(), expert()]), [0], "experts.1"),
+    "dictionary": (lambda: nn.ModuleDict({"a": expert(), "b": expert()}), ["b"], "experts.a"),
+}
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("method", [LoraModel, opendelta.AdapterModel])
+@pytest.mark.parametrize("kind", EXPERTS)
+def test_check_says_of_experts_that_were_not_called_that_a_larger_batch_tells_more(
+    kind, method, train
+):
+    make, chosen, away = EXPERTS[kind]
+    model = Experts(make(), chosen).train(train)
+    method(model, modified_modules=PARTS, name="x").freeze_module()
+    report = opendelta.check(model, torch.randn(2, 8))
+    assert report.not_called == report.unreached == [f"{away}.{n}.deltas.x" for n in PARTS]
+    assert report.no_gradient
+    told = [text for text in report.problems if away in text]
+    assert len(told) == 1
+    assert "larger" in told[0]
+    assert "reads=True" not in str(report)
+
+
+def test_check_keeps_its_advice_for_layers_of_which_none_ran():
+    report = opendelta.check(attached([[]], modules=["side"]), torch.randn(2, 8))
+    assert not report.not_called
+    assert "reads=True" in str(report)

@@ -1,6 +1,7 @@
 """A head with random values that is frozen is named when it is frozen, saved and checked."""
 
 import copy
+import re
 import warnings
 
 import pytest
@@ -24,6 +25,13 @@ HEADS = {
     "DistilBertForSequenceClassification": ["pre_classifier", "classifier"],
     "LlamaForSequenceClassification": ["score"],
 }
+CROSS = [f"decoder.bert.encoder.layer.{number}.crossattention" for number in range(2)]
+COMPOSITES = [
+    ("VisionTextDualEncoder", "ViTModel", "BertModel", ["visual_projection", "text_projection"]),
+    ("VisionEncoderDecoder", "ViTModel", "BertForMaskedLM", CROSS),
+    ("EncoderDecoder", "BertForMaskedLM", "BertForMaskedLM", CROSS),
+    ("EncoderDecoder", "BertModel", "BertModel", [*CROSS, "decoder.cls.predictions.transform"]),
+]
 
 
 def made(name):
@@ -32,6 +40,8 @@ def made(name):
     config = SMALL
     if "Distil" in name:
         config = {"dim": 16, "hidden_dim": 24, "n_layers": 2, "n_heads": 2, "vocab_size": 99}
+    if "ViT" in name:
+        config = SMALL | {"image_size": 16, "patch_size": 8}
     return kind(kind.config_class(**config))
 
 
@@ -215,6 +225,78 @@ def test_a_pooler_of_a_base_model_that_its_checkpoint_lacks_is_not_named(kind, t
         delta.freeze_module()
         delta.save_finetuned(tmp_path / "delta")
     assert not opendelta.check(model, {"input_ids": torch.tensor([[5, 6]])}).untrained
+
+
+class Holding(transformers.PreTrainedModel):
+    """A model of one's own, as transformers wants it, with a base model inside."""
+
+    config_class = transformers.BertConfig
+
+    def __init__(self, config, folder):
+        super().__init__(config)
+        self.encoder = transformers.AutoModel.from_pretrained(folder)
+        self.head = nn.Linear(16, 3, bias=False)
+
+    def forward(self, input_ids):
+        return self.head(self.encoder(input_ids).last_hidden_state)
+
+
+class Initialising(Holding):
+    def __init__(self, config, folder):
+        super().__init__(config, folder)
+        self.post_init()
+
+
+class WithHead(transformers.BertModel):
+    """A base model of one's own that has a head."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.head = nn.Linear(16, 3, bias=False)
+
+
+def named(model):
+    """The heads that `freeze_module` names."""
+    delta = LoraModel(model, modified_modules=["query"])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        delta.freeze_module()
+    delta.detach()
+    texts = [str(each.message) for each in caught if each.category is UntrainedWarning]
+    return {name for text in texts for name in re.findall("'([^']+)'", text.partition(" of ")[0])}
+
+
+@pytest.mark.parametrize("kind", [Holding, Initialising])
+@pytest.mark.parametrize("source", ["BertModel", "BertForMaskedLM"])
+def test_a_head_on_a_base_model_inside_is_named(kind, source, tmp_path):
+    made(source).save_pretrained(tmp_path)
+    model = kind(transformers.BertConfig(**SMALL), tmp_path)
+    assert named(model) == {"head"}
+    model.head.load_state_dict(nn.Linear(16, 3, bias=False).state_dict())
+    assert not named(model)
+
+
+def test_a_head_in_a_base_model_of_one_s_own_is_named_but_not_its_pooler(tmp_path):
+    made("BertForMaskedLM").save_pretrained(tmp_path)
+    assert named(WithHead.from_pretrained(tmp_path)) == {"head"}
+
+
+def composite(kind, folder, left, right):
+    paths = [folder / "left", folder / "right"]
+    for name, path in zip((left, right), paths, strict=True):
+        made(name).save_pretrained(path)
+    if kind == "VisionTextDualEncoder":
+        return transformers.VisionTextDualEncoderModel.from_vision_text_pretrained(*paths)
+    model = getattr(transformers, f"{kind}Model")
+    return model.from_encoder_decoder_pretrained(*paths)
+
+
+@pytest.mark.parametrize(("kind", "left", "right", "random"), COMPOSITES)
+def test_what_is_new_between_two_pretrained_models_is_named(kind, left, right, random, tmp_path):
+    model = composite(kind, tmp_path, left, right)
+    assert named(model) == {*random}
+    model.save_pretrained(tmp_path / "whole")
+    assert not named(type(model).from_pretrained(tmp_path / "whole"))
 
 
 def test_the_head_of_a_model_that_names_no_base_is_named(tmp_path):

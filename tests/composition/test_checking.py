@@ -245,6 +245,38 @@ def test_a_loss_that_is_no_number_is_named(label):
     assert bool(report) == (label == 1)
 
 
+OUTPUTS = {
+    "alone": (lambda x: x.sum() / 0, ["loss = inf"]),
+    "finite": (lambda x: x.sum(), []),
+    "first": (lambda x: (x.sum() / 0, x), ["loss = inf"]),
+    "per sample": (
+        lambda x: {"loss": x / torch.tensor([[1], [0]])},
+        ["loss = inf in 3 of 6 values"],
+    ),
+    "with masked scores": (lambda x: {"loss": x.sum(), "scores": x / 0}, []),
+    "scores": (lambda x: x / 0, []),
+    "scores first": (lambda x: (x / 0, x), []),
+    "none": (lambda x: {"loss": None, "logits": x}, []),
+}
+
+
+class Giving(nn.Module):
+    def __init__(self, give):
+        super().__init__()
+        self.fc, self.give = nn.Linear(8, 3), give
+
+    def forward(self, x):
+        return self.give(self.fc(x).square())
+
+
+@pytest.mark.parametrize("case", OUTPUTS)
+def test_a_loss_that_is_no_number_is_named_in_all_forms(case):
+    give, expected = OUTPUTS[case]
+    model = Giving(give).train()
+    LoraModel(model, modified_modules=["fc"], sample_inputs=torch.randn(2, 8)).freeze_module()
+    assert opendelta.check(model, torch.randn(2, 8)).not_finite == expected
+
+
 def test_deltas_that_are_all_frozen_are_named():
     model, x = tower(), vectors(2, 8)
     one = LoraModel(model, modified_modules=["fc"], name="one")
