@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -13,7 +15,7 @@ from .._backbone.backbone import Backbone
 from .._backbone.embeddings import embeddings_of
 from .._backbone.shapes import PROBING
 from .._sites import swap
-from .._sites.noting import of_gradients, uses_of
+from .._sites.noting import uses_of, when_gradients_come
 from .._sites.stack import Stack, acting_on
 from .._texts.arguments import is_beside_text
 from ..errors import UnreachedWarning, listed, warn
@@ -75,7 +77,8 @@ class PartWatch:
     """A hook of the model beneath the head: a loss may call it, and read the head's weight.
 
     When gradients come back to what it gave, they come to a call of the head in the same backward
-    pass, or not. A copy of the part alone has no head, so that it takes nothing along.
+    pass, or not. A copy of the part alone has no head, so that it takes nothing along; nor does a
+    pickled one.
 
     Args:
         watch: that of the head, or None.
@@ -88,28 +91,33 @@ class PartWatch:
     def __reduce__(self) -> tuple[type, tuple]:
         return PartWatch, ()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> PartWatch:
+        if not any(id(module) in memo for module in self.chain[1:]):
+            return PartWatch()
+        return PartWatch(copy.deepcopy(self.watch, memo), copy.deepcopy(self.chain, memo))
+
     def __call__(self, part: nn.Module, _args: Any, output: Any) -> None:
         watch = self.watch
         if watch is None or torch.compiler.is_compiling() or PROBING.get() or not _trains(part):
             return
-        names, given = watch.acting() - watch.told, of_gradients(output)
-        if given is None or not names or is_compiled(self.chain):
+        names = watch.acting() - watch.told
+        if not names or is_compiled(self.chain):
             return
         uses = uses_of(watch.stack)
-        before = uses.reached.copy()
+        before, reads = uses.reached.copy(), uses.reads if uses.trained else 0
+        uses.trained = True
 
         def look() -> None:
             missed = {name for name, layer in watch.stack.in_order() if layer.missed}
             silent = {n for n in names - watch.told - missed if uses.reached[n] == before[n]}
-            if silent and (uses.read or not uses.called):
+            if silent and (uses.reads > reads or not uses.called):
                 watch.tell(silent, "got no gradient in a backward pass through", part)
-            at_the_end(lambda: vars(uses).update(read=False))
 
-        given.register_hook(lambda _: at_the_end(look))
+        when_gradients_come(output, functools.partial(at_the_end, look))
 
 
 def at_the_end(function: Callable[[], None]) -> None:
-    """Run a function at the end of this backward pass, after those that are to run there."""
+    """Run a function at the end of this backward pass."""
     Variable._execution_engine.queue_callback(function)
 
 
@@ -139,15 +147,14 @@ def watch_heads(backbone: Backbone) -> None:
             if swap.weight_is_read(backbone.modules[name], False):
                 continue
             watch = HeadWatch(backbone.stacks[name], name)
-            swap.note_uses(backbone.modules[name])
-            run_before = parts
+            notes, run_before = swap.note_uses(backbone.modules[name]), parts
             if name in heads:
                 model.register_forward_pre_hook(watch)
                 model.register_forward_hook(watch)
                 run_before = [
                     m for n, m in inner.items() if not is_inside(name, n) and not is_beside_text(m)
                 ]
-            for part in run_before:
+            for part in run_before if notes else ():
                 part.register_forward_hook(PartWatch(watch, [*backbone.chain(name)]))
 
 

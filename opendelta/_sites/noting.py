@@ -7,14 +7,13 @@ import functools
 import itertools
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import CodeType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .._modules import tensors
 from .._modules.calls import every
 from .stack import Stack, acting_on, stack_of
 
@@ -22,31 +21,33 @@ KEY = "uses?"  # no delta can have this name
 LOOKS = {  # what code asks of a weight that it does not compute with
     "data_ptr", "device", "dim", "dtype", "element_size", "grad", "is_contiguous", "is_cuda",
     "is_meta", "layout", "ndim", "norm", "numel", "requires_grad", "requires_grad_", "shape",
-    "size", "stride",
+    "size", "std", "stride",
 }  # fmt: skip
+CALLS = ("PRECALL", "CALL", "CACHE")
 
 
 class Uses:
     """The uses of a site.
 
     Attributes:
-        read: other code has read its weight, with gradients on.
+        reads: how often other code has read its weight, with gradients on.
         called: it has been called.
         reached: how often gradients came to what a delta gave in a call.
+        trained: a model that may come before it has run in a step that trains.
     """
 
     def __init__(self) -> None:
-        self.read = self.called = False
+        self.reads, self.called, self.trained = 0, False, False
         self.reached: Counter[str] = Counter()
 
 
 def uses_of(stack: Stack) -> Uses:
-    """Return the uses of a site; a site whose class does not note them has none."""
+    """Return the uses of a site, as far as its class notes them."""
     return stack.__dict__.setdefault(KEY, Uses())
 
 
-def noting(forward: Callable[..., Any]) -> dict[str, Any]:
-    """Return the forward of a site, and its property `weight`, that note each use."""
+def noting(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the forward of a site that notes its calls."""
 
     @functools.wraps(forward)
     def noted(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -58,37 +59,57 @@ def noting(forward: Callable[..., Any]) -> dict[str, Any]:
             uses.called = True
         if torch.compiler.is_compiling():
             return forward(self, *args, **kwargs)
-        before = uses.read
+        before = uses.reads
         output = forward(self, *args, **kwargs)
-        uses.read = before
-        if (given := of_gradients(output)) is not None:
-            names = {layer.record.name for layer in acting_on(stack)}
-            given.register_hook(lambda _: uses.reached.update(names))
+        uses.reads = before
+        when_gradients_come(output, _count(stack, uses))
         return output
 
-    def read(self: nn.Module) -> Tensor | None:
-        stack = stack_of(self)
-        if stack is not None and not torch.compiler.is_compiling() and torch.is_grad_enabled():
-            frame = sys._getframe(1)
-            if _asked(frame.f_code, frame.f_lasti) not in LOOKS:
-                uses_of(stack).read = True
-        return tensors.stored(self, "weight")
+    return noted
 
-    def write(self: nn.Module, value: Tensor) -> None:
-        self.__dict__["weight"] = value  # of a replica
 
-    return {"forward": noted, "weight": property(read, write)}
+def _count(stack: Stack, uses: Uses) -> Callable[[], None]:
+    names = {layer.record.name for layer in acting_on(stack)}
+    return lambda: uses.reached.update(names)
+
+
+class Reading:
+    """The attribute `weight` of a site's class: it gives the parameter, and notes that it is read.
+
+    It stands behind what the module itself has under this name, as pruning and old norms put there.
+    """
+
+    def __get__(self, module: Any, _: Any = None) -> Any:
+        if module is None:
+            return self
+        if "weight" not in module._parameters:
+            raise AttributeError("weight")  # then torch looks at the buffers
+        if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+            frame, stack = sys._getframe(1), stack_of(module)
+            if stack is not None and not _only_looks(frame.f_code, frame.f_lasti):
+                uses_of(stack).reads += 1
+        return module._parameters["weight"]
 
 
 @functools.lru_cache(maxsize=1024)
-def _asked(code: CodeType, at: int) -> str:
-    """Return the name of the attribute that code asks of what its step `at` gives; or ""."""
-    steps = itertools.dropwhile(lambda step: step.offset <= at, dis.get_instructions(code))
-    after = next(steps, None)
-    asks = after is not None and after.opname in ("LOAD_ATTR", "LOAD_METHOD")
-    return after.argval if after is not None and asks else ""
+def _only_looks(code: CodeType, at: int) -> bool:
+    """True if code asks what its step `at` gives for one of `LOOKS`, maybe by other attributes."""
+    after = itertools.dropwhile(lambda step: step.offset <= at, dis.get_instructions(code))
+    for step in after:
+        if step.opname in CALLS:
+            continue
+        if step.opname not in ("LOAD_ATTR", "LOAD_METHOD"):
+            return False
+        if step.argval in LOOKS:
+            return True
+    return False
 
 
-def of_gradients(output: Any) -> Tensor | None:
-    """Return the first tensor in an output that gradients come back to."""
-    return next((t for t in every(Tensor, output, objects=True) if t.requires_grad), None)
+def when_gradients_come(output: Any, function: Callable[[], None]) -> None:
+    """Run a function whenever gradients come back to the tensors of an output."""
+    for node in {tensor.grad_fn for tensor in _computed(output)}:
+        node.register_prehook(lambda _: function())
+
+
+def _computed(output: Any) -> Iterator[Any]:
+    return (t for t in every(Tensor, output, objects=True) if t.grad_fn is not None)

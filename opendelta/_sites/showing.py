@@ -63,6 +63,8 @@ def of_copy(name: str) -> property:
 def _shown(name: str, show: Callable[[Stack, nn.Module, Any], Any]) -> property:
     def read(self: nn.Module) -> Any:
         own: Any = self._modules[name] if name in self._modules else tensors.stored(self, name)
+        if own is None and name not in self._parameters:
+            raise AttributeError(name)  # it was deleted
         stack = stack_of(self)
         if not stack or tensors.is_sharded(own):  # FSDP2 reads the parameter while it shards it
             return own
@@ -74,7 +76,10 @@ def _shown(name: str, show: Callable[[Stack, nn.Module, Any], Any]) -> property:
         # nn.Module stores Parameters elsewhere; only plain tensors of a replica come here.
         self.__dict__[name] = value
 
-    return property(read, write)
+    def delete(self: nn.Module) -> None:
+        del self.__dict__[name]
+
+    return property(read, write, delete)
 
 
 def parts_of(module: nn.Module) -> tuple[str, ...]:

@@ -171,6 +171,7 @@ def site_class(
         "_site_of": base,
         "_site_reads": folds or bool(copied),
         "_site_copied": copied,
+        "_site_notes": notes,
         **tables.counting(base),
     }
     if issubclass(base, nn.Sequential):  # its items are its own modules, without the stack
@@ -181,7 +182,9 @@ def site_class(
     if folds:
         body |= {"weight": showing.folded("weight"), "bias": showing.folded("bias")}
     if notes:
-        body |= noting.noting(body["forward"])
+        body["forward"] = noting.noting(body["forward"])
+    if notes and "weight" not in body:
+        body["weight"] = noting.Reading()
     if prefix.uses_interface(base) or hasattr(base, "config_class"):
         body["config"] = _showing_config()
     if hasattr(base, "config_class"):  # a transformers model
@@ -247,11 +250,12 @@ def weight_is_read(module: nn.Module, asked: bool) -> bool:
     return asked or known or getattr(type(module), "_site_reads", False)
 
 
-def note_uses(module: nn.Module) -> None:
-    """Let `noting.uses_of` tell from now on how a site is used."""
+def note_uses(module: nn.Module) -> bool:
+    """Let `noting.uses_of` tell from now on how a site is used; False: its class cannot."""
     base, own = plain_class(module), type(module)
-    if base is not None and "weight" in module._parameters and not vars(own)["_site_reads"]:
+    if base is not None and not vars(own)["_site_reads"]:
         wrappers.set_class(module, site_class(base, False, (), notes=True))
+    return getattr(type(module), "_site_notes", False)
 
 
 def shows_weight(module: nn.Module) -> bool:

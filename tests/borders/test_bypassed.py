@@ -13,6 +13,7 @@ from support.nets import shake
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 import opendelta
 from opendelta import LoraModel, SiteError, UnreachedWarning
@@ -526,11 +527,12 @@ def by_the_forward_of_the_head(model):
 
 
 def after_looks(model):
-    size = model.lm_head.weight.shape[0] + model.lm_head.weight.norm().item()
+    size = model.lm_head.weight.shape[0] + model.lm_head.weight.detach().norm().item()
     with torch.no_grad():
         size += model.lm_head.weight.abs().sum()
-    assert size
     after_its_loss(model)
+    assert isinstance(model.lm_head.weight, nn.Parameter)
+    assert size
 
 
 LOSSES = [
@@ -582,6 +584,99 @@ class TwoTasks(torch.nn.Module):
 
     def forward(self, input_ids, task):
         return getattr(self, task)(self.bert(input_ids).pooler_output)
+
+
+def roberta():
+    config = transformers.RobertaConfig(**SMALL, intermediate_size=24)
+    return transformers.RobertaForSequenceClassification(config)
+
+
+def deep(model):
+    model.classifier = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 2))
+    return model
+
+
+def normed(model):
+    torch.nn.utils.parametrizations.weight_norm(model.classifier)
+    return model
+
+
+HEADS = {
+    "roberta": roberta,
+    "deep": lambda: deep(bert()),
+    "weight_norm": lambda: normed(bert()),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_copied_head_of_any_kind_is_not_told_of_in_plain_training(name):
+    model = HEADS[name]().train()
+    LoraModel(model, modified_modules=["query"], modules_to_save=["classifier"]).freeze_module()
+    assert not told_of(lambda: [model(IDS).logits.sum().backward() for _ in range(2)])
+
+
+def by_weight_norm(head):
+    torch.nn.utils.weight_norm(head)
+    torch.nn.utils.remove_weight_norm(head)
+
+
+def by_parametrizing(head):
+    torch.nn.utils.parametrizations.weight_norm(head)
+    torch.nn.utils.parametrize.remove_parametrizations(head, "weight")
+
+
+def by_deleting(head):
+    weight = head.weight
+    del head.weight
+    assert not hasattr(head, "weight")
+    head.weight = weight
+
+
+def by_pruning(head):
+    prune.random_unstructured(head, "weight", 0.5)
+    prune.remove(head, "weight")
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("change", [by_weight_norm, by_parametrizing, by_deleting, by_pruning])
+@pytest.mark.parametrize(("copied", "reads"), [(False, False), (True, False), (True, True)])
+def test_the_weight_of_a_watched_head_can_be_changed(copied, reads, change):
+    model = tiny_llama().train()
+    places = {"modules_to_save": ["lm_head"]} if copied else {"modified_modules": ["lm_head"]}
+    shake(LoraModel(model, reads=reads, **places))
+    change(model.lm_head)
+    assert model(IDS).logits.requires_grad
+    assert isinstance(model.lm_head.weight, torch.Tensor)
+
+
+def by_an_early_exit(model):
+    states = model(IDS, output_hidden_states=True).hidden_states[0]
+    reading(model, model.model.norm(states)).sum().backward()
+
+
+def test_a_loss_on_any_hidden_state_that_reads_the_head_is_told():
+    model = tiny_llama().train()
+    LoraModel(model, modified_modules=["lm_head"])
+    model.requires_grad_(True)
+    model(IDS).logits.sum().backward()
+    assert len(told_of(lambda: [by_an_early_exit(model) for _ in range(2)])) == 1
+
+
+def test_a_copy_of_the_whole_model_is_watched_too():
+    model = tiny_llama().train()
+    LoraModel(model, modified_modules=["lm_head"])
+    model(IDS)
+    twin = copy.deepcopy(model)
+    assert len(told_of(lambda: [by_parts(twin, reading) for _ in range(2)])) == 1
+    assert not told_of(lambda: by_parts(model, calling))
+
+
+def test_outputs_of_a_watched_head_are_plain_tensors(tmp_path):
+    model = tiny_llama().train()
+    LoraModel(model, modified_modules=["lm_head"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.save(model(IDS).logits, tmp_path / "logits.pt")
 
 
 def test_heads_of_tasks_in_turn_are_told_of_once():
