@@ -183,7 +183,7 @@ def site_class(
         body |= {"weight": showing.folded("weight"), "bias": showing.folded("bias")}
     if notes:
         body["forward"] = noting.noting(body["forward"])
-    if notes and "weight" not in body:
+    if notes and "weight" not in body and not hasattr(base, "weight"):  # as a parametrization has
         body["weight"] = noting.Reading()
     if prefix.uses_interface(base) or hasattr(base, "config_class"):
         body["config"] = _showing_config()
