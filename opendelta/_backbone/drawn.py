@@ -138,6 +138,11 @@ def zero_biased(backbone: Backbone, may_be: Set[str], loaded: bool) -> set[str]:
     return found if sum(not _is_zero(b) for b in rest if b is not None) > zeros else set()
 
 
+def has_bias(module: nn.Module) -> bool:
+    """True for a layer with a bias, which tells of a head that is new."""
+    return module._parameters.get("bias") is not None and isinstance(module, LAYERS)
+
+
 def _before_number(name: str) -> str:
     """Return a module's full name up to its first step that is a number."""
     return join(*itertools.takewhile(lambda step: not step.isdigit(), name.split(".")))

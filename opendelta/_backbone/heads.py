@@ -15,7 +15,7 @@ from .._modules.tensors import is_plain
 from ..errors import UntrainedWarning, warn
 from ..names import SLOT, ancestors, is_inside, join, last, parent
 from .backbone import Backbone
-from .drawn import LAYERS, is_pretrained, replayed, resized, zero_biased
+from .drawn import LAYERS, has_bias, is_pretrained, replayed, resized, zero_biased
 
 TWICE = 2
 MOST = 8  # writes that give a parameter the values of its start: `trunc_normal_` alone has several
@@ -35,6 +35,8 @@ def untrained(backbone: Backbone) -> list[str]:
     loaded = any(map(_is_loaded, own.values()))
     # A copy of a model has no marks of transformers, and nothing was written into it.
     least = 1 if loaded or any(map(_writes, own.values())) else 0
+    if not least and not any(map(has_bias, backbone.modules.values())):
+        return []
     young = {name for name, p in own.items() if _is_fresh(p, MOST, least)}
     if not young:
         return []

@@ -71,8 +71,11 @@ def may_write(module: nn.Module) -> bool:
     forward = getattr(cls, "forward", None)  # a script's class has none
     if module.__dict__.get("inplace", False) or _class_may_write(cls, forward):
         return True
-    inside = [child for key, child in module._modules.items() if key != SLOT and child is not None]
-    return any(_is_changed(child) or may_write(child) for child in inside)
+    return any(
+        _is_changed(child) or may_write(child)
+        for key, child in module._modules.items()
+        if key != SLOT and child is not None
+    )
 
 
 @functools.cache
