@@ -3,11 +3,13 @@
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 
 import pytest
 import tokenizers
+import torch
 import transformers
 from support import ROOT
 from support.nets import shake, untouched
@@ -25,6 +27,7 @@ WORDS = ["good", "fine", "bad", "poor", "film", "plot", "the", "a"]
 def folder(tmp_path_factory):
     """A small BERT and a small Llama with a tokenizer, and texts that are easy to tell apart."""
     root = tmp_path_factory.mktemp("compare")
+    torch.manual_seed(0)
     vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", *WORDS])}
     split = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
     split.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
@@ -124,7 +127,9 @@ RECIPES = (ROOT / "docs" / "how-to" / "command_line.md").read_text()
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
-def test_the_recipes_for_the_shell_run(folder, monkeypatch, capsys):
+def test_the_recipes_for_the_shell_run(folder, tmp_path, monkeypatch, capsys):
+    others = shutil.ignore_patterns("trained*", "out*")
+    folder = shutil.copytree(folder, tmp_path / "own", ignore=others)
     monkeypatch.chdir(folder)
     monkeypatch.setenv("COLUMNS", "110")
     rows = map(json.loads, (folder / "films.jsonl").read_text().splitlines())
