@@ -62,15 +62,12 @@ def noting(forward: Callable[..., Any]) -> Callable[..., Any]:
         before = uses.reads
         output = forward(self, *args, **kwargs)
         uses.reads = before
-        when_gradients_come(output, _count(stack, uses))
+        if torch.is_grad_enabled():
+            names = {layer.record.name for layer in acting_on(stack)}
+            when_gradients_come(output, lambda: uses.reached.update(names))
         return output
 
     return noted
-
-
-def _count(stack: Stack, uses: Uses) -> Callable[[], None]:
-    names = {layer.record.name for layer in acting_on(stack)}
-    return lambda: uses.reached.update(names)
 
 
 class Reading:

@@ -676,9 +676,11 @@ def test_a_copy_of_the_whole_model_is_watched_too():
 def test_outputs_of_a_watched_head_are_plain_tensors(tmp_path):
     model = tiny_llama().train()
     LoraModel(model, modified_modules=["lm_head"])
+    logits = model(IDS).logits
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        torch.save(model(IDS).logits, tmp_path / "logits.pt")
+        torch.save(logits, tmp_path / "logits.pt")
+    assert torch.equal(torch.load(tmp_path / "logits.pt"), logits)
 
 
 def test_heads_of_tasks_in_turn_are_told_of_once():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers
+from support.models import RESIZED
 from torch import nn
 
 import opendelta
@@ -10,18 +11,11 @@ from opendelta import DeltaError, LoraModel, SiteError
 
 pytestmark = pytest.mark.covers("Delta.attach", "DeltaError", "SiteError")
 
-SIZES = {
-    "hidden_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-    "vocab_size": 40,
-}
 IDS = torch.tensor([[3, 4, 5]])
 
 
 def llama():
-    config = transformers.LlamaConfig(**SIZES, tie_word_embeddings=False)
+    config = transformers.LlamaConfig(**RESIZED, tie_word_embeddings=False)
     return transformers.LlamaForCausalLM(config).eval()
 
 
@@ -38,16 +32,16 @@ class Policy(nn.Module):
 
 def pair():
     config = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(
-        transformers.BertConfig(**SIZES),
+        transformers.BertConfig(**RESIZED),
         transformers.BertConfig(
-            **SIZES, is_decoder=True, add_cross_attention=True, tie_word_embeddings=False
+            **RESIZED, is_decoder=True, add_cross_attention=True, tie_word_embeddings=False
         ),
     )
     return transformers.EncoderDecoderModel(config).eval()
 
 
 def bert():
-    config = transformers.BertConfig(**SIZES)
+    config = transformers.BertConfig(**RESIZED)
     return transformers.BertForSequenceClassification(config).eval()
 
 
@@ -160,7 +154,7 @@ def marian(tied):
 
 def lxmert():
     layers = {f"{which}_layers": 1 for which in "lxr"}
-    sizes = {**SIZES, **layers, "num_qa_labels": 5, "visual_feat_dim": 8}
+    sizes = {**RESIZED, **layers, "num_qa_labels": 5, "visual_feat_dim": 8}
     return transformers.LxmertForQuestionAnswering(transformers.LxmertConfig(**sizes)).eval()
 
 

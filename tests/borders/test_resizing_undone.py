@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import transformers
+from support.models import RESIZED
 from support.nets import shake
 from transformers.models.bark.configuration_bark import BarkFineConfig
 from transformers.models.bark.modeling_bark import BarkFineModel
@@ -17,18 +18,11 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::opendelta.TiedWeightWarning"),
 ]
 
-SIZES = {
-    "hidden_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-    "vocab_size": 40,
-}
 IDS = torch.tensor([[3, 4, 5]])
 
 
 def llama(tied=True, cls=transformers.LlamaForCausalLM):
-    return cls(transformers.LlamaConfig(**SIZES, tie_word_embeddings=tied))
+    return cls(transformers.LlamaConfig(**RESIZED, tie_word_embeddings=tied))
 
 
 def gpt2():
@@ -37,12 +31,12 @@ def gpt2():
 
 
 def bert():
-    return transformers.BertForMaskedLM(transformers.BertConfig(**SIZES))
+    return transformers.BertForMaskedLM(transformers.BertConfig(**RESIZED))
 
 
 def mobilebert(tied=True):
     own = {"embedding_size": 16, "intra_bottleneck_size": 16, "true_hidden_size": 16}
-    sizes = {**SIZES, "hidden_size": 32, "tie_word_embeddings": tied}
+    sizes = {**RESIZED, "hidden_size": 32, "tie_word_embeddings": tied}
     return transformers.MobileBertForMaskedLM(transformers.MobileBertConfig(**sizes, **own))
 
 
@@ -52,7 +46,7 @@ def gemma3n():
         "num_key_value_heads": 1, "head_dim": 8, "layer_types": ["full_attention"],
         "num_kv_shared_layers": 0, "activation_sparsity_pattern": [0.0],
     }  # fmt: skip
-    config = transformers.Gemma3nTextConfig(**{**SIZES, "intermediate_size": [32]}, **own)
+    config = transformers.Gemma3nTextConfig(**{**RESIZED, "intermediate_size": [32]}, **own)
     return transformers.Gemma3nForCausalLM(config)
 
 

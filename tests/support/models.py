@@ -126,6 +126,11 @@ FAMILIES = {
 FIVE = ["bert", "gpt2", "llama", "t5", "bart"]
 GENERATORS = ["gpt2", "llama", "t5", "bart"]
 
+RESIZED = {  # the sizes of models whose vocabulary is resized
+    "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32,
+    "vocab_size": 40,
+}  # fmt: skip
+
 
 # -------------------------------------------------------------------------------- models and inputs
 def build(name):
