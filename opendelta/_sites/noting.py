@@ -7,7 +7,7 @@ import functools
 import itertools
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import CodeType
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .._modules.calls import every
+from ..names import SLOT
 from .stack import Stack, acting_on, stack_of
 
 KEY = "uses?"  # no delta can have this name
@@ -30,7 +31,7 @@ class Uses:
     """The uses of a site.
 
     Attributes:
-        reads: how often other code has read its weight, with gradients on.
+        reads: how often other code has read its weight, or a module inside it, with gradients on.
         called: it has been called.
         reached: how often gradients came to what a delta gave in a call.
         trained: a model that may come before it has run in a step that trains.
@@ -71,21 +72,62 @@ def noting(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Reading:
-    """The attribute `weight` of a site's class: it gives the parameter, and notes that it is read.
+    """An attribute of a site's class: it gives a parameter or a child, and notes that it is read.
 
     It stands behind what the module itself has under this name, as pruning and old norms put there.
+
+    Args:
+        name: that of the attribute.
     """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
 
     def __get__(self, module: Any, _: Any = None) -> Any:
         if module is None:
             return self
-        if "weight" not in module._parameters:
-            raise AttributeError("weight")  # then torch looks at the buffers
-        if not torch.compiler.is_compiling() and torch.is_grad_enabled():
-            frame, stack = sys._getframe(1), stack_of(module)
-            if stack is not None and not _only_looks(frame.f_code, frame.f_lasti):
-                uses_of(stack).reads += 1
-        return module._parameters["weight"]
+        for parts in (module._parameters, module._modules):
+            if self.name in parts:
+                _note_read(module)
+                return parts[self.name]
+        raise AttributeError(self.name)  # then torch looks at the buffers
+
+
+def readings(module: nn.Module, base: type[nn.Module]) -> tuple[str, ...]:
+    """Return the attributes of a module, of the class `base`, that `Reading` can note.
+
+    Those are the weight, unless the class has one of its own, as a parametrization gives it, and
+    the modules inside, whose weights a loss may read.
+    """
+    names = ["weight", *(name for name, child in module._modules.items() if child is not None)]
+    return tuple(name for name in names if name != SLOT and not hasattr(base, name))
+
+
+def attributes(base: Any, forward: Callable[..., Any], names: Sequence[str]) -> dict[str, Any]:
+    """Return the attributes of a site's class, under which is `base`, that note its uses.
+
+    Args:
+        forward: that of the class.
+        names: those of its attributes of which to note who reads them.
+    """
+
+    def __getitem__(self: nn.Module, index: Any) -> Any:
+        _note_read(self)
+        return base.__getitem__(self, index)
+
+    items = {"__getitem__": __getitem__} if issubclass(base, nn.Sequential) else {}
+    return {"forward": noting(forward), **items, **{name: Reading(name) for name in names}}
+
+
+def _note_read(module: nn.Module) -> None:
+    """Count that code, which called the function that calls this, reads a site.
+
+    It does not count if that code only looks at what it gets.
+    """
+    if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+        frame, stack = sys._getframe(2), stack_of(module)
+        if stack is not None and not _only_looks(frame.f_code, frame.f_lasti):
+            uses_of(stack).reads += 1
 
 
 @functools.lru_cache(maxsize=1024)

@@ -151,7 +151,10 @@ def _forward(base: type[nn.Module], folds: bool, copied: bool) -> Callable[..., 
 
 @_cache
 def site_class(
-    base: type[nn.Module], folds: bool, copied: tuple[str, ...], notes: bool = False
+    base: type[nn.Module],
+    folds: bool,
+    copied: tuple[str, ...],
+    notes: tuple[str, ...] | None = None,
 ) -> type[nn.Module]:
     """Return the subclass of `base` whose forward runs the stack; other code sees it as `base`.
 
@@ -159,7 +162,8 @@ def site_class(
         folds: `.weight` and `.bias` show the folded values, for a parent that reads them instead of
             calling the module.
         copied: the attributes that show those of a delta's own copy while it acts.
-        notes: `noting.uses_of` tells how the site is used.
+        notes: the attributes of which `noting.uses_of` tells who reads them, as it does of calls;
+            None: it tells nothing.
     """
     body: dict[str, Any] = {
         "forward": _forward(base, folds, bool(copied)),
@@ -181,10 +185,8 @@ def site_class(
     body |= {name: showing.of_copy(name) for name in copied}
     if folds:
         body |= {"weight": showing.folded("weight"), "bias": showing.folded("bias")}
-    if notes:
-        body["forward"] = noting.noting(body["forward"])
-    if notes and "weight" not in body and not hasattr(base, "weight"):  # as a parametrization has
-        body["weight"] = noting.Reading()
+    if notes is not None:
+        body |= noting.attributes(base, body["forward"], notes)
     if prefix.uses_interface(base) or hasattr(base, "config_class"):
         body["config"] = _showing_config()
     if hasattr(base, "config_class"):  # a transformers model
@@ -206,7 +208,7 @@ def _of_own(call: Any, module: nn.Module, stack: Stack) -> tuple[Any, Any]:
 
 
 def _unpickle(
-    base: type[nn.Module], folds: bool, copied: tuple[str, ...] = (), notes: bool = False
+    base: type[nn.Module], folds: bool, copied: tuple[str, ...], notes: tuple[str, ...] | None
 ) -> nn.Module:
     cls = site_class(base, folds, copied, notes)
     return cls.__new__(cls)
@@ -254,8 +256,9 @@ def note_uses(module: nn.Module) -> bool:
     """Let `noting.uses_of` tell from now on how a site is used; False: its class cannot."""
     base, own = plain_class(module), type(module)
     if base is not None and not vars(own)["_site_reads"]:
-        wrappers.set_class(module, site_class(base, False, (), notes=True))
-    return getattr(type(module), "_site_notes", False)
+        names = noting.readings(module, base)
+        wrappers.set_class(module, site_class(base, False, (), names))
+    return getattr(type(module), "_site_notes", None) is not None
 
 
 def shows_weight(module: nn.Module) -> bool:

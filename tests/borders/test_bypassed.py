@@ -617,6 +617,70 @@ def test_a_head_of_any_kind_is_not_told_of_in_plain_training(name):
     assert not told_of(lambda: [model(IDS).logits.sum().backward() for _ in range(2)])
 
 
+def masked(kind, **settings):
+    config = getattr(transformers, f"{kind}Config")(
+        **SMALL, intermediate_size=24, tie_word_embeddings=False, **settings
+    )
+    return getattr(transformers, f"{kind}ForMaskedLM")(config)
+
+
+class OfALanguageModel(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lm = tiny_llama().model
+        self.head = nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 50))
+
+    @property
+    def base_model(self):
+        return self.lm
+
+    def forward(self, input_ids):
+        return self.head(self.lm(input_ids).last_hidden_state)
+
+
+OF_PARTS = {  # {name: (model, its head, the part whose weight a loss reads)}
+    "bert": (lambda: masked("Bert"), "cls", lambda m: m.get_output_embeddings()),
+    "its part": (lambda: masked("Bert"), "cls.predictions", lambda m: m.cls.predictions.decoder),
+    "roberta": (lambda: masked("Roberta"), "lm_head", lambda m: m.get_output_embeddings()),
+    "sequential": (OfALanguageModel, "head", lambda m: m.head[-1]),
+}
+
+
+def outputs(model):
+    return getattr(out := model(IDS), "logits", out)
+
+
+@pytest.mark.parametrize("name", OF_PARTS)
+@pytest.mark.parametrize("reads", [False, True])
+def test_a_loss_that_reads_a_part_of_a_copied_head_is_told(name, reads):
+    make, head, part = OF_PARTS[name]
+    torch.manual_seed(0)
+    model = make().train()
+    delta = LoraModel(model, modified_modules=[], modules_to_save=[head], reads=reads)
+    model.requires_grad_(True)
+
+    def by_calling():
+        states = model.base_model(IDS)[0]
+        model.get_submodule(head)(states).square().sum().backward()
+
+    def by_reading():
+        (model.base_model(IDS)[0] @ part(model).weight.T).square().sum().backward()
+
+    def plain():
+        outputs(model).square().sum().backward()
+
+    assert not told_of(lambda: [step() for step in (plain, by_calling) * 2])
+    assert part(model).weight.shape[0] == 50
+    told = told_of(lambda: [by_reading() for _ in range(2)])
+    assert len(told) == (not reads)
+    assert all(f"{head}.deltas.lora" in text and "reads=True" in text for text in told)
+    assert not told_of(lambda: [plain(), by_calling()])
+    with delta.disabled():
+        model.eval()
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        assert torch.equal(outputs(compiled), outputs(model))
+
+
 def by_weight_norm(head):
     torch.nn.utils.weight_norm(head)
     torch.nn.utils.remove_weight_norm(head)
