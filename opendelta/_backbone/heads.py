@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -42,15 +43,10 @@ def untrained(backbone: Backbone) -> list[str]:
         return []
     copies = _copies(backbone)
     pretrained = {name for name, m in backbone.modules.items() if is_pretrained(m)}
-    fresh = {name for name in young if _is_fresh(own[name], 1)}
-    more = {n for n in young - fresh if _writes(own[n]) > 1}
-    if loaded:
-        asked = {n for n in more if not own[n].requires_grad or _around(n) & copies.keys()}
-        fresh |= {n for n, most in replayed(backbone, asked).items() if own[n]._version <= most}
-    else:  # transformers draws the values that the layers drew before, too
-        fresh |= {n for n in more if own[n]._version == TWICE and _around(n) & pretrained}
-    fresh |= _beside_biases(backbone, fresh) & young
-    fresh |= zero_biased(backbone, young, loaded)
+    fresh = zero_biased(backbone, young, loaded)
+    # pickle keeps the marks of transformers, and gives each parameter the count of one write.
+    if not loaded or any(_writes(p) != 1 for p in own.values() if _is_loaded(p)):
+        fresh |= _as_written(backbone, young, None if loaded else pretrained, copies.keys())
     if not fresh or 2 * len(fresh) >= len(own):
         return []
     old = resized(backbone, loaded)
@@ -68,6 +64,26 @@ def untrained(backbone: Backbone) -> list[str]:
     heads = {where for name in linear for where in _around(f"{name}.weight")} & found
     outermost = [n for n in backbone.modules if n in heads and parent(n) not in heads]
     return outermost + untrained_copies
+
+
+def _as_written(
+    backbone: Backbone, young: set[str], built: set[str] | None, copied: Set[str]
+) -> set[str]:
+    """Return those of the `young` parameters that have as many writes as their start took.
+
+    Args:
+        built: the models of transformers, if no checkpoint gave them values; None: one did.
+        copied: the modules of which deltas have copies.
+    """
+    own = backbone.parameters()
+    fresh = {name for name in young if _is_fresh(own[name], 1)}
+    more = {n for n in young - fresh if _writes(own[n]) > 1}
+    if built is None:
+        asked = {n for n in more if not own[n].requires_grad or _around(n) & copied}
+        fresh |= {n for n, most in replayed(backbone, asked).items() if own[n]._version <= most}
+    else:  # transformers draws the values that the layers drew before, too
+        fresh |= {n for n in more if own[n]._version == TWICE and _around(n) & built}
+    return fresh | (_beside_biases(backbone, fresh) & young)
 
 
 def _beside_biases(backbone: Backbone, fresh: set[str]) -> set[str]:

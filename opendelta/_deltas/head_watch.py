@@ -31,10 +31,11 @@ class HeadWatch:
     Args:
         stack: that of the head.
         where: the head's full name.
+        notes: `uses_of` tells who reads the head. Where nobody does, it is for another task.
     """
 
-    def __init__(self, stack: Stack, where: str) -> None:
-        self.stack, self.where = stack, where
+    def __init__(self, stack: Stack, where: str, notes: bool) -> None:
+        self.stack, self.where, self.notes = stack, where, notes
         self.ran: set[str] | None = None
         self.told: set[str] = set()
 
@@ -48,7 +49,9 @@ class HeadWatch:
         if self.ran is None:
             return
         own, self.stack.ran, self.ran = self.stack.ran, self.stack.ran | self.ran, None
-        names = self.acting() - own - self.told
+        names, uses = self.acting() - own - self.told, uses_of(self.stack)
+        if self.notes and uses.reads == uses.judged:
+            return
         if names and not is_compiled(Backbone.of(model).chain(self._inside(model))):
             self.tell(names, "did not run in a forward of", model)
 
@@ -104,14 +107,14 @@ class PartWatch:
         if not names or is_compiled(self.chain):
             return
         uses = uses_of(watch.stack)
-        before, reads = uses.reached.copy(), uses.reads if uses.trained else 0
-        uses.trained = True
+        before, reads = uses.reached.copy(), uses.judged
 
         def look() -> None:
             missed = {name for name, layer in watch.stack.in_order() if layer.missed}
             silent = {n for n in names - watch.told - missed if uses.reached[n] == before[n]}
             if silent and (uses.reads > reads or not uses.called):
                 watch.tell(silent, "got no gradient in a backward pass through", part)
+            uses.judged = uses.reads
 
         when_gradients_come(output, functools.partial(at_the_end, look))
 
@@ -146,8 +149,8 @@ def watch_heads(backbone: Backbone) -> None:
         for name in dict.fromkeys([*beside, *heads]):
             if swap.weight_is_read(backbone.modules[name], False):
                 continue
-            watch = HeadWatch(backbone.stacks[name], name)
             notes, run_before = swap.note_uses(backbone.modules[name]), parts
+            watch = HeadWatch(backbone.stacks[name], name, notes)
             if name in heads:
                 model.register_forward_pre_hook(watch)
                 model.register_forward_hook(watch)

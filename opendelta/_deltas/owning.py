@@ -35,7 +35,7 @@ def owned(backbone: Backbone, config: DeltaConfig, values: str) -> dict[str, Del
     if count is not None and count != labels.count_of(backbone.model):
         heads = [n for n, own in copied.items() if labels.is_head(own, backbone.model)]
         copied = {name: labels.resized(own, backbone.model, count) for name, own in copied.items()}
-        more[""] = labels.LabelsLayer(backbone.model, count, heads)
+        more[""] = labels.LabelsLayer(count, heads)
     return {**{name: OwnedModule(module) for name, module in copied.items()}, **more}
 
 

@@ -121,11 +121,11 @@ class LabelsLayer(Passive):
 
     shows_config = True
 
-    def __init__(self, model: nn.Module, count: int, heads: Sequence[str]) -> None:
+    def __init__(self, count: int, heads: Sequence[str]) -> None:
         super().__init__()
         self.count = self.labels = count
         self.heads = list(heads)  # the full names of the modules in whose place the delta's act
-        self.view: Any = _view_of(model.__dict__["config"], count)
+        self.view: Any = None
 
     def shows(self, module: nn.Module) -> bool:
         """True if the layer acts, and no later delta's copy is in the place of its head."""

@@ -16,7 +16,14 @@ from .._layers.site import Site
 from .._texts.arguments import EMBEDDED
 from .._texts.documents import BESIDE, else_say, latest
 from .._texts.masks import NUMBERED, marks, numbers_documents, shown
-from .._texts.saying import PLACES, STARTS, counts_tokens, says_else, tells_lengths
+from .._texts.saying import (
+    PLACES,
+    STARTS,
+    counts_tokens,
+    says_else,
+    tells_lengths,
+    tells_one_length,
+)
 from .._texts.states import CACHES
 from ..errors import SiteError, quoted
 from ..names import ancestors, join
@@ -235,7 +242,9 @@ def _counts(name: str, value: Any, batch: int, length: int) -> bool:
     """True if an argument of a module of somebody's own may count the tokens."""
     known = name in KNOWN or name in CACHES
     return not known and (
-        tells_lengths(name, value, batch) or counts_tokens(name, value, batch, length)
+        tells_lengths(name, value, batch)
+        or tells_one_length(name, value, length)
+        or counts_tokens(name, value, batch, length)
     )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from .._layers.base import DeltaLayer
 from .._modules import calls
 from .._texts import running
+from .rows import ALONE
 
 
 def is_nested(value: Any) -> bool:
@@ -47,7 +48,11 @@ def run(
         alone = documents
         if documents is not None and documents.batch == rows:  # without padding nothing is unsaid
             alone = None if documents.doubt else documents.unpadded(index)
-        outputs.append(running.during(alone, call, *own, **named))
+        token = ALONE.set((index, rows))
+        try:
+            outputs.append(running.during(alone, call, *own, **named))
+        finally:
+            ALONE.reset(token)
         for handover, values in zip(handovers, left, strict=True):
             values.append(handover.take())
     for handover, values in zip(handovers, left, strict=True):

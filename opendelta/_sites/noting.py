@@ -7,7 +7,7 @@ import functools
 import itertools
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from types import CodeType
 from typing import Any
 
@@ -20,9 +20,9 @@ from .stack import Stack, acting_on, stack_of
 
 KEY = "uses?"  # no delta can have this name
 LOOKS = {  # what code asks of a weight that it does not compute with
-    "data_ptr", "device", "dim", "dtype", "element_size", "grad", "is_contiguous", "is_cuda",
-    "is_meta", "layout", "ndim", "norm", "numel", "requires_grad", "requires_grad_", "shape",
-    "size", "std", "stride",
+    "data", "data_ptr", "detach", "device", "dim", "dtype", "element_size", "grad", "is_contiguous",
+    "is_cuda", "is_meta", "layout", "ndim", "norm", "numel", "requires_grad", "requires_grad_",
+    "shape", "size", "std", "stride",
 }  # fmt: skip
 CALLS = ("PRECALL", "CALL", "CACHE")
 
@@ -31,14 +31,15 @@ class Uses:
     """The uses of a site.
 
     Attributes:
-        reads: how often other code has read its weight, or a module inside it, with gradients on.
+        reads: how often other code has read its weight, or a module inside it, while deltas act and
+            gradients are on.
+        judged: the reads up to the end of the last backward pass.
         called: it has been called.
         reached: how often gradients came to what a delta gave in a call.
-        trained: a model that may come before it has run in a step that trains.
     """
 
     def __init__(self) -> None:
-        self.reads, self.called, self.trained = 0, False, False
+        self.reads, self.judged, self.called = 0, 0, False
         self.reached: Counter[str] = Counter()
 
 
@@ -88,7 +89,7 @@ class Reading:
             return self
         for parts in (module._parameters, module._modules):
             if self.name in parts:
-                _note_read(module)
+                note_read(module)
                 return parts[self.name]
         raise AttributeError(self.name)  # then torch looks at the buffers
 
@@ -103,30 +104,14 @@ def readings(module: nn.Module, base: type[nn.Module]) -> tuple[str, ...]:
     return tuple(name for name in names if name != SLOT and not hasattr(base, name))
 
 
-def attributes(base: Any, forward: Callable[..., Any], names: Sequence[str]) -> dict[str, Any]:
-    """Return the attributes of a site's class, under which is `base`, that note its uses.
-
-    Args:
-        forward: that of the class.
-        names: those of its attributes of which to note who reads them.
-    """
-
-    def __getitem__(self: nn.Module, index: Any) -> Any:
-        _note_read(self)
-        return base.__getitem__(self, index)
-
-    items = {"__getitem__": __getitem__} if issubclass(base, nn.Sequential) else {}
-    return {"forward": noting(forward), **items, **{name: Reading(name) for name in names}}
-
-
-def _note_read(module: nn.Module) -> None:
+def note_read(module: nn.Module) -> None:
     """Count that code, which called the function that calls this, reads a site.
 
     It does not count if that code only looks at what it gets.
     """
     if not torch.compiler.is_compiling() and torch.is_grad_enabled():
         frame, stack = sys._getframe(2), stack_of(module)
-        if stack is not None and not _only_looks(frame.f_code, frame.f_lasti):
+        if stack is not None and not _only_looks(frame.f_code, frame.f_lasti) and acting_on(stack):
             uses_of(stack).reads += 1
 
 

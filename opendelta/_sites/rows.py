@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,8 @@ from .._modules import calls
 from ..errors import SiteError, quoted
 
 MOST_KEPT = 16
+# the row that runs by itself, as those of nested tensors do: its index, the number of rows
+ALONE: ContextVar[tuple[int, int] | None] = ContextVar("alone", default=None)
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,11 @@ class Groups:
     groups: list[Group]
     of_row: list[int]
     order: Tensor | None
+
+    def of_one(self, row: int) -> Groups:
+        """Return the groups of a batch that is one of the rows."""
+        group = self.groups[self.of_row[row]]
+        return Groups([Group(group.path, slice(0, 1), 1)], [0], None)
 
 
 class Rows:
@@ -94,13 +102,15 @@ class Rows:
         names = [layer.record.name for layer in acting]
         if torch.compiler.is_compiling():
             return self._grouped(names, x.size(0), x.device, where)
-        key = (x.size(0), x.device, *names)
+        alone = ALONE.get() if x.size(0) == 1 else None
+        batch = x.size(0) if alone is None else alone[1]
+        key = (batch, x.device, *names)
         found = self.found.get(key)
         if found is None:
             if len(self.found) > MOST_KEPT:  # tokens may come as rows, each time in another number
                 self.found.clear()
-            found = self.found[key] = self._grouped(names, x.size(0), x.device, where)
-        return found
+            found = self.found[key] = self._grouped(names, batch, x.device, where)
+        return found if alone is None else found.of_one(alone[0])
 
     def _grouped(
         self, names: Sequence[str], batch: int, device: torch.device, where: str

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from types import FrameType
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from .._modules import tensors
 from ..names import SLOT
 from .stack import Stack, shown_on, stack_of
 
+BY_NAMES = ("torch.nn.utils._named_member_accessor", "accelerate.")
 OWN: ContextVar[bool] = ContextVar("own", default=False)
 
 
@@ -60,6 +63,14 @@ def of_copy(name: str) -> property:
     return _shown(name, show)
 
 
+def _goes_by_names(frame: FrameType) -> bool:
+    """True if code is torch's or accelerate's that finds a tensor by its full name, to replace it.
+
+    It looks for the module beside which the copy lies.
+    """
+    return frame.f_globals.get("__name__", "").startswith(BY_NAMES)
+
+
 def _shown(name: str, show: Callable[[Stack, nn.Module, Any], Any]) -> property:
     def read(self: nn.Module) -> Any:
         own: Any = self._modules[name] if name in self._modules else tensors.stored(self, name)
@@ -68,7 +79,7 @@ def _shown(name: str, show: Callable[[Stack, nn.Module, Any], Any]) -> property:
         stack = stack_of(self)
         if not stack or tensors.is_sharded(own):  # FSDP2 reads the parameter while it shards it
             return own
-        if not torch.compiler.is_compiling() and OWN.get():
+        if not torch.compiler.is_compiling() and (OWN.get() or _goes_by_names(sys._getframe(1))):
             return own
         return show(stack, self, own)
 
@@ -93,22 +104,12 @@ def parts_of(module: nn.Module) -> tuple[str, ...]:
     return tuple(name for name in (*own, *children, *computed) if name != SLOT)
 
 
-def items_of_copy(base: Any) -> dict[str, Callable[..., Any]]:
-    """Return the methods by which a Sequential, of the class `base`, gives the copy's items."""
-
-    def shown(site: nn.Module) -> nn.Module:
-        stack = stack_of(site)
-        if not stack or (not torch.compiler.is_compiling() and OWN.get()):
-            return site
-        return _copy_of(shown_on(stack)) or site
-
-    def __iter__(self: nn.Module) -> Iterator[Any]:
-        return iter([m for n, m in shown(self)._modules.items() if n != SLOT])
-
-    def __getitem__(self: nn.Module, index: Any) -> Any:
-        return base.__getitem__(shown(self), index)
-
-    return {"__iter__": __iter__, "__getitem__": __getitem__}
+def copy_of(site: nn.Module) -> nn.Module | None:
+    """Return the copy of a site that acts and shows in its place; None: the site does."""
+    stack = stack_of(site)
+    if not stack or (not torch.compiler.is_compiling() and OWN.get()):
+        return None
+    return _copy_of(shown_on(stack))
 
 
 def _copy_of(layers: list[DeltaLayer]) -> nn.Module | None:

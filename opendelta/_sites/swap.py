@@ -20,7 +20,7 @@ from .._modules import calls, kinds, probing, tensors, trials, wrappers
 from .._sequences import prefix
 from ..errors import SiteError, quoted
 from ..names import SLOT, join, last
-from . import compile_limit, intact, nested, noting, one_tensor, showing, tables
+from . import compile_limit, intact, items, nested, noting, one_tensor, showing, tables
 from .blocks import note_blocks
 from .split import Split, divide
 from .stack import Stack, acting_on, stack_of
@@ -178,15 +178,13 @@ def site_class(
         "_site_notes": notes,
         **tables.counting(base),
     }
-    if issubclass(base, nn.Sequential):  # its items are its own modules, without the stack
-        body["__iter__"] = lambda self: iter([m for n, m in self._modules.items() if n != SLOT])
-        body["__len__"] = lambda self: len(self._modules) - (SLOT in self._modules)
-        body |= showing.items_of_copy(base) if copied else {}
+    body |= items.methods(base, bool(copied), notes is not None)
     body |= {name: showing.of_copy(name) for name in copied}
     if folds:
         body |= {"weight": showing.folded("weight"), "bias": showing.folded("bias")}
     if notes is not None:
-        body |= noting.attributes(base, body["forward"], notes)
+        body["forward"] = noting.noting(body["forward"])
+        body |= {name: noting.Reading(name) for name in notes}
     if prefix.uses_interface(base) or hasattr(base, "config_class"):
         body["config"] = _showing_config()
     if hasattr(base, "config_class"):  # a transformers model

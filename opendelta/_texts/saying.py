@@ -197,6 +197,15 @@ def tells_lengths(name: str, value: Any, batch: int, own: str = "") -> bool:
     return one_each or (value.ndim == 1 and bool(ENDS.search(name)))
 
 
+def tells_one_length(name: str, value: Any, length: int) -> bool:
+    """True if an argument may be one number of tokens for all rows, as `prefix_len=4` is."""
+    if not LENGTHS.search(name) or name.startswith(("max", "min")):
+        return False
+    if isinstance(value, Tensor):
+        return value.ndim == 0 and not value.is_floating_point() and value.dtype != torch.bool
+    return type(value) is int and 0 < value <= length
+
+
 @functools.cache
 def takes_state(cls: type) -> bool:
     """True if modules of a class may be given a state of earlier tokens."""

@@ -528,11 +528,46 @@ def by_the_forward_of_the_head(model):
 
 def after_looks(model):
     size = model.lm_head.weight.shape[0] + model.lm_head.weight.detach().norm().item()
+    size += model.lm_head.weight.detach().cpu().sum() + model.lm_head.weight.data.sum()
     with torch.no_grad():
         size += model.lm_head.weight.abs().sum()
     after_its_loss(model)
     assert isinstance(model.lm_head.weight, nn.Parameter)
     assert size
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_weight_that_is_fetched_before_the_body_runs_is_told(copied):
+    model = tiny_llama().train()
+    places = {"modules_to_save": ["lm_head"]} if copied else {"modified_modules": ["lm_head"]}
+    LoraModel(model, **places)
+    model.requires_grad_(True)
+    model(IDS, labels=IDS).loss.item()  # a look, without a step
+    assert not told_of(lambda: [model(IDS, labels=IDS).loss.backward() for _ in range(2)])
+    assert len(told_of(lambda: [by_a_weight_kept(model) for _ in range(2)])) == 1
+
+
+class InTurns(transformers.LlamaForCausalLM):
+    """A model with two heads, of which each step trains one."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.score = nn.Linear(16, 2)
+        self.post_init()
+
+    def forward(self, input_ids, score=False):
+        states = self.model(input_ids).last_hidden_state
+        return self.score(states) if score else self.lm_head(states)
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_heads_that_train_in_turns_are_told_of_in_the_first_forward_alone(copied):
+    model = InTurns(tiny_llama().config).train()
+    heads = ["lm_head", "score"]
+    places = {"modules_to_save": heads} if copied else {"modified_modules": heads}
+    LoraModel(model, **places).freeze_module()
+    (text,) = told_of(lambda: [model(IDS, score=n % 2).sum().backward() for n in range(6)])
+    assert "did not run in the first forward of InTurns: score.deltas.lora" in text
 
 
 LOSSES = [
@@ -643,6 +678,7 @@ OF_PARTS = {  # {name: (model, its head, the part whose weight a loss reads)}
     "its part": (lambda: masked("Bert"), "cls.predictions", lambda m: m.cls.predictions.decoder),
     "roberta": (lambda: masked("Roberta"), "lm_head", lambda m: m.get_output_embeddings()),
     "sequential": (OfALanguageModel, "head", lambda m: m.head[-1]),
+    "iterated": (OfALanguageModel, "head", lambda m: [*m.head][-1]),
 }
 
 

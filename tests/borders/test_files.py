@@ -9,10 +9,12 @@ import operator
 import os
 import stat
 import sys
+import tracemalloc
 import warnings
 
 import pytest
 import torch
+import transformers
 from support import corpus
 from support.nets import shake
 from torch import nn
@@ -547,6 +549,23 @@ def test_every_command_refuses_such_a_config(verb, folder, tmp_path, capsys, mon
     }[verb]  # fmt: skip
     said = said_by(monkeypatch, capsys, verb, *words)
     assert "its config has text_config.num_hidden_layers=1,000,000,000,000" in said
+
+
+def test_a_delta_s_number_of_labels_takes_no_memory_before_its_shapes_are_compared(tmp_path):
+    config = transformers.BertConfig(**{k: v for k, v in BERT.items() if k != "model_type"})
+    model = transformers.BertForSequenceClassification(config)
+    model.requires_grad_(False)
+    LoraModel(model, modules_to_save=["classifier"], num_labels=5).save_finetuned(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(path.read_text().replace('"num_labels": 5', '"num_labels": 1000000'))
+    fresh = transformers.BertForSequenceClassification(config)
+    tracemalloc.start()
+    try:
+        with pytest.raises(DeltaLoadError, match=r"\[5\] instead of \[1000000\]"):
+            opendelta.load(tmp_path, fresh)
+        assert tracemalloc.get_traced_memory()[1] < 2**26
+    finally:
+        tracemalloc.stop()
 
 
 def test_labels_of_a_config_are_no_counts(tmp_path):

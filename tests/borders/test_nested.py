@@ -116,3 +116,31 @@ def test_positions_inside_a_model_with_a_mask_are_those_of_the_row(places, optio
     with torch.no_grad():
         out = model(**inputs)
     assert torch.allclose(out * mask[..., None], wanted * mask[..., None], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("method", "places"),
+    [
+        *(("LoraModel", [place]) for place in ("linear1", "linear2")),
+        *(("AdapterModel", [place]) for place in ("norm1", "self_attn", "layers.0")),
+        *(("BitFitModel", [place]) for place in ("linear1", "norm1")),
+    ],
+)
+def test_each_row_takes_its_own_deltas(method, places):
+    model = encoder()
+    for n, name in enumerate("ab"):
+        shake(put(model, method, places, name=name), n)
+    only = opendelta.composition(model).only
+    with torch.no_grad():
+        with only("a"):
+            first = model(X[:1, :3])[0]
+        with only("b"):
+            second = model(X[1:])[0]
+        for rows in (["a", "b"], [["a"], "b"]):
+            with opendelta.route(model, rows):
+                out = model(X, src_key_padding_mask=PADDING)
+            assert torch.allclose(out[0, :3], first, atol=1e-5)
+            assert torch.allclose(out[1], second, atol=1e-5)
+        both = opendelta.parallel(model, ["a", "b"], src=X, src_key_padding_mask=PADDING)
+    assert torch.allclose(both[0][0, :3], first, atol=1e-5)
+    assert torch.allclose(both[1][1], second, atol=1e-5)

@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import accelerate
 import pytest
 import torch
 import transformers
@@ -239,3 +240,58 @@ def test_a_delta_may_be_a_copy_alone(reads, tmp_path):
 def test_a_delta_of_no_layers_at_all_is_refused():
     with pytest.raises(opendelta.AddressError, match=r"empty list.*copies alone"):
         LoraModel(Tied(), modified_modules=[])
+
+
+class WithHead(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3))
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+
+def of_parts(name):
+    """A model, the head of several modules that a delta has a copy of, and an input."""
+    torch.manual_seed(0)
+    if name == "sequential":
+        return WithHead(), "head", torch.randn(2, 8)
+    kind = transformers.RobertaForSequenceClassification if name == "roberta" else None
+    kind = kind or transformers.BertForMaskedLM
+    config = kind.config_class(
+        vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=8, pad_token_id=0,
+    )  # fmt: skip
+    return kind(config), "classifier" if name == "roberta" else "cls", IDS
+
+
+def logits(model, x):
+    return getattr(out := model(x), "logits", out)
+
+
+@pytest.mark.parametrize("reads", [False, True])
+@pytest.mark.parametrize("name", ["sequential", "roberta", "bert"])
+def test_a_functional_call_leaves_the_backbone_and_the_copy_where_they_are(name, reads):
+    model, head, x = of_parts(name)
+    model.eval()
+    shake(LoraModel(model, modified_modules=[], modules_to_save=[head], reads=reads))
+    held = [*map(id, model.parameters())]
+    expected = logits(model, x)
+    own = {key: p.detach() for key, p in model.named_parameters()}
+    for tensors in (own, {key: t for key, t in own.items() if "deltas" in key}):
+        out = torch.func.functional_call(model, tensors, (x,))
+        assert torch.equal(getattr(out, "logits", out), expected)
+        assert torch.equal(logits(model, x), expected)
+    halved = {key: t / 2 if ".deltas." in key else t for key, t in own.items()}
+    out = torch.func.functional_call(model, halved, (x,))
+    assert not torch.equal(getattr(out, "logits", out), expected)
+    assert [*map(id, model.parameters())] == held
+
+
+@pytest.mark.parametrize("reads", [False, True])
+def test_accelerate_offloads_a_copy_of_several_modules(reads):
+    model, head, x = of_parts("sequential")
+    shake(LoraModel(model, modified_modules=[], modules_to_save=[head], reads=reads))
+    expected = model(x)
+    accelerate.cpu_offload(model, execution_device="cpu")
+    assert torch.equal(model(x), expected)

@@ -141,6 +141,17 @@ def test_a_prompt_is_not_put_beside_numbers_that_may_tell_of_the_tokens(given):
         model(IDS, genre=given)
 
 
+@pytest.mark.parametrize("value", [4, torch.tensor(4)])
+@pytest.mark.parametrize("name", ["prefix_len", "num_tokens", "query_length"])
+def test_a_prompt_is_not_put_beside_one_number_of_tokens(name, value):
+    model = Net()
+    SoftPromptModel(model, soft_token_num=2)
+    with pytest.raises(SiteError, match=rf"'{name}'.*model.beside_tokens"):
+        model(IDS, **{name: value})
+    for passes in ({name: 0}, {name: 99}, {name: 0.5}, {f"max_{name}": 4}, {f"min_{name}": 4}):
+        torch.testing.assert_close(model(IDS, **passes), model(IDS))
+
+
 @pytest.mark.parametrize("names", [["genre"], "genre"])
 @pytest.mark.parametrize("put", [with_ends, lambda model: SoftPromptModel(model, soft_token_num=2)])
 def test_a_model_says_that_an_argument_tells_nothing_of_its_tokens(put, names):

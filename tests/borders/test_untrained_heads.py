@@ -1,6 +1,7 @@
 """A head with random values that is frozen is named when it is frozen, saved and checked."""
 
 import copy
+import pickle
 import re
 import warnings
 
@@ -441,6 +442,31 @@ def test_a_head_of_convolutions_is_named():
     head = nn.Sequential(nn.Unflatten(-1, (8, 1)), nn.Conv1d(8, 5, 1), nn.Flatten())
     (text,) = told(Own(head=head).loaded())
     assert text.startswith("'head' of Own is frozen")
+
+
+def by_pickle(model, _):
+    return pickle.loads(pickle.dumps(model))
+
+
+def by_torch_save(model, folder):
+    torch.save(model, folder / "model.pt")
+    return torch.load(folder / "model.pt", weights_only=False)
+
+
+@pytest.mark.parametrize("keep", [by_pickle, by_torch_save])
+@pytest.mark.parametrize("kind", ["Bert", "Llama"])
+def test_a_head_of_a_pickled_model_is_named_by_its_bias(kind, keep, tmp_path, recwarn):
+    name = f"{kind}ForSequenceClassification"
+    model = by_from_pretrained(name, tmp_path)
+    if kind == "Bert":
+        random = keep(model, tmp_path)
+        delta = LoraModel(random)
+        with pytest.warns(UntrainedWarning, match="^'classifier' of Bert"):
+            delta.freeze_module()
+        recwarn.clear()
+    model = keep(trained(model, HEADS[name]), tmp_path)
+    LoraModel(model).freeze_module()
+    assert [str(each.message) for each in recwarn if each.category is UntrainedWarning] == []
 
 
 @pytest.mark.parametrize("wrap", [lambda m: m, lambda m: nn.Sequential(nn.LayerNorm(8), m)])

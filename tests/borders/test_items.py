@@ -1,0 +1,200 @@
+"""The items of a Sequential, ModuleList or ModuleDict with deltas are its own, not its deltas."""
+
+import copy
+import operator
+
+import pytest
+import torch
+from support.nets import shake
+from torch import nn
+
+import opendelta
+from opendelta import AdapterModel, LoraModel, SiteError, composition
+
+pytestmark = pytest.mark.covers("DeltaConfig.modules_to_save")
+X = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+
+
+class AList(nn.ModuleList):
+    def forward(self, x):
+        for module in self:
+            x = module(x)
+        return x
+
+
+class ADict(nn.ModuleDict):
+    def forward(self, x):
+        return torch.stack([module(x) for module in self.values()]).sum(0)
+
+
+class Classes(nn.Sequential):
+    """A Sequential of one's own, that gives its items by their classes, too."""
+
+    def __getitem__(self, key):
+        if isinstance(key, type):
+            return [module for module in self if isinstance(module, key)]
+        return super().__getitem__(key)
+
+
+def layers():
+    return [nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)]
+
+
+MADE = {
+    "Sequential": lambda: nn.Sequential(*layers()),
+    "Classes": lambda: Classes(*layers()),
+    "ModuleList": lambda: AList(layers()),
+    "ModuleDict": lambda: ADict(dict(zip("abc", layers(), strict=True))),
+}
+LISTS = [name for name in MADE if name != "ModuleDict"]
+
+
+class Net(nn.Module):
+    def __init__(self, name):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head = nn.Linear(8, 8), MADE[name]()
+
+    def forward(self, x):
+        return self.head(self.body(x))
+
+
+def by_adapter(model):
+    return shake(AdapterModel(model, modified_modules=["head"], sample_inputs=(X,)))
+
+
+def by_copy(model):
+    return shake(LoraModel(model, modified_modules=["body"], modules_to_save=["head"]))
+
+
+def both(name):
+    model = Net(name)
+    return model, copy.deepcopy(model)
+
+
+GETS = {
+    "without the last": lambda head: [*head[:-1]],
+    "the last two": lambda head: [*head[-2:]],
+    "the last": lambda head: [head[-1]],
+    "from the second": lambda head: [*head[1:]],
+    "all": list,
+    "backwards": lambda head: [head[i] for i in range(len(head) - 1, -1, -1)],
+    "a sum": lambda head: [*(head + head)],
+}
+
+
+@pytest.mark.parametrize("attach", [by_adapter, by_copy])
+@pytest.mark.parametrize("name", LISTS)
+def test_slices_and_places_are_those_of_the_plain_list(name, attach):
+    model, plain = both(name)
+    delta = attach(model)
+    for get in GETS.values():
+        found, expected = get(model.head), get(plain.head)
+        assert [*map(str, found)] == [*map(str, expected)]
+        for mine, own in zip(found, expected, strict=True):
+            assert torch.equal(mine(X), own(X))
+    with pytest.raises(IndexError):
+        model.head[3]
+    if name == "Classes":
+        assert len(model.head[nn.Linear]) == 2
+    assert type(model.head[:1]) is type(plain.head)
+    with delta.disabled():
+        assert torch.equal(model(X), plain(X))
+
+
+@pytest.mark.parametrize("attach", [by_adapter, by_copy])
+def test_keys_and_values_are_those_of_the_plain_dict(attach):
+    model, plain = both("ModuleDict")
+    delta = attach(model)
+    head = model.head
+    assert [*head] == [*head.keys()] == [key for key, _ in head.items()] == [*"abc"]
+    assert (len(head), "a" in head, "deltas" in head) == (3, True, False)
+    assert all(torch.equal(head[key](X), plain.head[key](X)) for key in head)
+    with delta.disabled():
+        assert torch.equal(model(X), plain(X))
+
+
+CHANGES = {
+    "append": lambda head: head.append(nn.ReLU()),
+    "insert": lambda head: head.insert(1, nn.ReLU()),
+    "extend": lambda head: head.extend([nn.ReLU(), nn.Tanh()]),
+    "pop": lambda head: head.pop(-1),
+    "set": lambda head: operator.setitem(head, -1, nn.ReLU()),
+    "delete": lambda head: operator.delitem(head, -1),
+    "delete two": lambda head: operator.delitem(head, slice(-2, None)),
+    "add": lambda head: operator.iadd(head, nn.Sequential(nn.ReLU())),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("name", LISTS)
+def test_a_list_with_deltas_is_changed_as_the_plain_one(name, change):
+    model, plain = both(name)
+    delta = by_adapter(model)
+    change(model.head)
+    change(plain.head)
+    model.head.append(nn.Identity())
+    plain.head.append(nn.Identity())
+    kept = [key for key, _ in model.head.named_children() if key != "deltas"]
+    assert kept == [key for key, _ in plain.head.named_children()]
+    assert [*map(str, model.head)] == [*map(str, plain.head)]
+    changed = model(X)
+    delta.detach()
+    assert torch.equal(model(X), plain(X))
+    assert not torch.equal(changed, plain(X))
+
+
+def test_a_dict_with_deltas_is_changed_as_the_plain_one():
+    model, plain = both("ModuleDict")
+    delta = by_adapter(model)
+    for head in (model.head, plain.head):
+        head["d"] = nn.Identity()
+        head.update({"e": nn.Tanh()})
+        del head["a"]
+        head.pop("b")
+    assert not torch.equal(model(X), plain(X))
+    delta.detach()
+    assert torch.equal(model(X), plain(X))
+    assert [*model.head] == [*"cde"]
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_list_of_which_a_delta_has_a_copy_is_not_changed(change):
+    model, plain = both("Sequential")
+    by_copy(model)
+    with pytest.raises(SiteError, match=r"'lora' has a copy of this Sequential, whose items would"):
+        change(model.head)
+    assert [*map(str, model.head)] == [*map(str, plain.head)]
+
+
+@pytest.mark.parametrize("reads", [False, True])
+def test_with_reads_the_items_are_the_copy_s(reads):
+    model, plain = both("Sequential")
+    delta = LoraModel(model, modified_modules=[], modules_to_save=["head"], reads=reads)
+    shake(delta)
+    shown = nn.Sequential(*[model.head[i] for i in range(3)])(X)
+    assert torch.equal(shown, model.head[2](model.head[:2](X)))
+    assert torch.equal(shown, model.head(X)) == reads
+    with composition(model).only():
+        assert torch.equal(model.head[2](model.head[:2](X)), plain.head(X))
+
+
+@pytest.mark.parametrize("attach", [by_adapter, by_copy])
+@pytest.mark.parametrize("name", LISTS)
+def test_slices_are_compiled_into_one_graph(name, attach):
+    model, _ = both(name)
+    attach(model)
+
+    def features(x):
+        return model.head[2](model.head[1](model.head[0](x))) + model.head(x) * len(model.head)
+
+    assert torch.allclose(torch.compile(features, backend="eager", fullgraph=True)(X), features(X))
+
+
+def test_all_that_was_changed_is_pristine_after_the_deltas_left():
+    model, plain = both("Sequential")
+    delta = by_adapter(model)
+    model.head[:2](X)
+    delta.detach()
+    opendelta.assert_pristine(model)
+    assert [*map(str, model.head)] == [*map(str, plain.head)]
