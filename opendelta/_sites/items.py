@@ -1,9 +1,11 @@
-"""The items of a Sequential, or of another list of modules, that carries deltas."""
+"""Show the children of a module that carries deltas, as a list of modules or a loop takes them."""
 
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
+from types import CodeType
 from typing import Any
 
 from torch import nn
@@ -19,6 +21,8 @@ CHANGE = (
     "__setitem__", "__delitem__", "__iadd__", "__imul__", "append", "extend", "insert", "pop",
     "update", "clear", "popitem",
 )  # fmt: skip
+
+LOOPS = {"children", "named_children", "modules", "named_modules", "_modules"}
 
 
 def methods(base: Any, copied: bool, notes: bool) -> dict[str, Callable[..., Any]]:
@@ -63,6 +67,40 @@ def _changing(base: Any, verb: str) -> Callable[..., Any]:
                 self._modules[SLOT] = stack
 
     return change
+
+
+def loops(base: Any) -> bool:
+    """True if the forward of a class, or a method that it names, goes over children."""
+    code = _code_of(base.forward)
+    if code is None or issubclass(base, LISTS):
+        return False
+    named = [name for name in code.co_names if not hasattr(nn.Module, name)]
+    codes = [code, *filter(None, (_code_of(getattr(base, name, None)) for name in named))]
+    inner = [each for own in codes for each in own.co_consts if isinstance(each, CodeType)]
+    return any(LOOPS & {*each.co_names} for each in (*codes, *inner))
+
+
+def _code_of(function: Any) -> CodeType | None:
+    return getattr(inspect.unwrap(function), "__code__", None) if callable(function) else None
+
+
+def without_stack(base: Any, module: nn.Module) -> Callable[..., Any]:
+    """Return the forward of a module, of the class `base`, in which its stack is no child.
+
+    What it sets as attributes is set on the module.
+    """
+
+    @functools.wraps(base.forward)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        plain = _without_stack(module, base)
+        before = dict(plain.__dict__)
+        try:
+            return base.forward(plain, *args, **kwargs)
+        finally:
+            after = plain.__dict__
+            module.__dict__.update({k: v for k, v in after.items() if before.get(k) is not v})
+
+    return forward
 
 
 def _without_stack(module: nn.Module, base: type[nn.Module]) -> nn.Module:

@@ -125,6 +125,7 @@ def _forward(base: type[nn.Module], folds: bool, copied: bool) -> Callable[..., 
     """Return the forward of a site, which runs the stack; see `site_class`."""
     raw: Any = kinds.raw_forward(base, folds)
     own, known, names = base.forward, raw is not None, calls.names_of(base.forward)
+    loops = not known and items.loops(base)
 
     # It is in the class body, because transformers' checkpointing layers look there. It is wrapped,
     # because Trainer and generate() read its signature. It does not use super(), because other code
@@ -135,6 +136,8 @@ def _forward(base: type[nn.Module], folds: bool, copied: bool) -> Callable[..., 
         call: Callable[..., Any] = functools.partial(raw if folds else base.forward, self)
         stack: Any = self._modules.get(SLOT)
         if stack is not None:
+            if loops:
+                call = items.without_stack(base, self)
             if copied and not folds and stack.routed is not None:  # for rows without the copy
                 call = functools.partial(base.forward, showing.itself(self, base))
             kwargs = calls.in_order(names, args, kwargs)

@@ -198,3 +198,45 @@ def test_all_that_was_changed_is_pristine_after_the_deltas_left():
     delta.detach()
     opendelta.assert_pristine(model)
     assert [*map(str, model.head)] == [*map(str, plain.head)]
+
+
+class Branches(nn.Module):
+    """A module whose forward goes over its children, and keeps what it saw."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.calls, self.last = 0, None
+
+    def each(self):
+        return [part for _, part in self.named_children()]
+
+    def forward(self, x):
+        self.calls, self.last = self.calls + 1, x
+        return sum(part(x) for part in self.children()) + self.each()[-1](x)
+
+
+class ByParts(Branches):
+    def forward(self, x):
+        self.calls, self.last = self.calls + 1, x
+        return torch.stack([part(x) for part in self._modules.values()]).prod(0)
+
+
+@pytest.mark.parametrize("kind", [Branches, ByParts])
+def test_a_forward_that_goes_over_its_children_meets_no_deltas_there(kind):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), kind())
+    expected = model(X)
+    delta = AdapterModel(model, modified_modules=["1"], sample_inputs=(X,))
+    calls = model[1].calls
+    assert torch.equal(model(X), expected)
+    assert model[1].calls == calls + 1
+    assert model[1].last.shape == X.shape
+    shake(delta)
+    with torch.no_grad():
+        changed = model(X)
+        assert not torch.allclose(changed, expected)
+        compiled = torch.compile(model, backend="eager")
+        assert torch.allclose(compiled(X), changed)
+    delta.detach()
+    assert torch.equal(model(X), expected)
