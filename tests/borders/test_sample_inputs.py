@@ -9,6 +9,7 @@ import torch
 import transformers as T
 from support.nets import shake
 from torch import nn
+from transformers.models.phi4_multimodal import modeling_phi4_multimodal
 
 import opendelta
 from opendelta import (
@@ -22,6 +23,7 @@ from opendelta import (
 )
 from opendelta._backbone.backbone import Backbone
 from opendelta._backbone.shapes import widths
+from opendelta._sequences.prefix import eager_function
 
 SIZES = {
     "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32,
@@ -159,6 +161,36 @@ def test_default_places_are_found_run_and_act(name, cls):
         assert not opendelta.unreached(model)
     delta.detach()
     opendelta.assert_pristine(model, like=before)
+
+
+@pytest.mark.filterwarnings("ignore:To copy construct from a tensor")  # TimesFM does
+def test_a_prefix_acts_where_the_eager_function_has_another_name():
+    """TimesFM has another one than its kin, and so has a part of Phi-4."""
+    torch.manual_seed(0)
+    config = T.TimesFmConfig(
+        patch_length=4, context_length=16, horizon_length=4, num_hidden_layers=1, head_dim=8,
+        hidden_size=16, intermediate_size=16, num_attention_heads=2,
+    )  # fmt: skip
+    model = T.TimesFmModelForPrediction(config).eval()
+    inputs = {"past_values": [torch.randn(16), torch.randn(12)], "freq": torch.tensor([0, 0])}
+    plain = outputs(model, inputs)[0]
+    delta = PrefixModel(model)
+    shake(delta)
+    fused = outputs(model, inputs)[0]
+    model.set_attn_implementation("eager")
+    assert torch.allclose(fused, outputs(model, inputs)[0], atol=1e-5)
+    assert not torch.allclose(fused, plain, atol=1e-2)
+    delta.detach()
+    assert torch.allclose(plain, outputs(model, inputs)[0], atol=1e-5)
+    names = {"Phi4MultimodalVisionAttention": "simple_", "Phi4MultimodalAttention": ""}
+    for name, word in names.items():
+        cls = getattr(modeling_phi4_multimodal, name)
+        assert eager_function(cls).__name__ == f"{word}eager_attention_forward"
+
+
+def test_a_class_without_an_eager_function_is_refused_by_path():
+    with pytest.raises(SiteError, match=r"'a\.b' .Linear. names no .*choose other modules"):
+        eager_function(nn.Linear, "a.b")
 
 
 @pytest.mark.parametrize("name", ["clip", "whisper", "wav2vec2", "ast", "timeseries"])
