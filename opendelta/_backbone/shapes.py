@@ -68,9 +68,11 @@ def _run(
     """Run a module on shapes in its own dtype, or else in bfloat16; give `look` the output.
 
     Some of torch's operations, such as products of grouped experts, find shapes only in bfloat16.
+    At last it runs in eval mode.
 
     Args:
-        values: at last, run it with values, if it has them: its forward may go by them.
+        values: before, run it with values, if it has them: its forward may go by them. If it has
+            none, the whole numbers that it is given have theirs.
 
     Raises:
         _Failed: the module raised an error each time; it holds the first error.
@@ -78,8 +80,11 @@ def _run(
     failure: Exception | None = None
     runs: list[Callable[..., Any]]
     runs = [functools.partial(_run_as, dtype) for dtype in (None, torch.bfloat16)]
-    if values and not any(p.is_meta for p in backbone.modules[where].parameters()):
+    module = backbone.modules[where]
+    if values and not any(p.is_meta for p in module.parameters()):
         runs.append(_run_with_values)
+    if values or module.training:  # in train() RT-DETR looks for infinite values
+        runs.append(functools.partial(_run_as, None, at_rest=True, numbers=values))
     for run in runs:
         with untouched(backbone):
             try:
@@ -107,14 +112,28 @@ def _run_as(
     args: tuple,
     kwargs: dict[str, Any],
     grad: bool,
+    at_rest: bool = False,
+    numbers: bool = False,
 ) -> Any:
+    """Run a module on shapes.
+
+    Args:
+        at_rest: in eval mode.
+        numbers: inputs of whole numbers, such as lengths, have their values.
+    """
     module = backbone.modules[where]
+    for part in module.modules() if at_rest else ():
+        if not isinstance(part, torch.jit.ScriptModule):
+            part.training = False
     cast = dtype
     device, own = device_and_dtype([module])
+    device = torch.device("cpu") if device.type == "meta" else device  # numbers have values there
     dtype = cast or (torch.float32 if own == torch.float16 else own)
     with on_shapes() as mode, torch.set_grad_enabled(grad):
 
         def fake(value: Tensor) -> Tensor:
+            if numbers and not value.is_floating_point():
+                return value.to(device)
             kind = dtype if value.is_floating_point() else value.dtype
             return mode.empty(value.shape, kind, device)
 
