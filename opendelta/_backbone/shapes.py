@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
+from types import CodeType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .._layers.site import Heads, Widths
-from .._modules import calls, trials
+from .._modules import calls, hooks, trials
 from .._modules.devices import device_and_dtype
 from .._modules.faking import Restoring, on_shapes
 from .._modules.process import eager, kept_random
@@ -34,7 +36,7 @@ PROBING: ContextVar[bool] = ContextVar("opendelta_probing", default=False)
 
 @contextlib.contextmanager
 def untouched(backbone: Backbone) -> Iterator[None]:
-    """Put back all that a forward may change: attributes, tensors, hooks, and notes."""
+    """Put back all that a forward may change: attributes, tensors, notes, and what hooks keep."""
     own: list[dict[str, Any]] = []
     for module in backbone.model.modules():
         if not isinstance(module, torch.jit.ScriptModule):  # its tables are views
@@ -47,7 +49,8 @@ def untouched(backbone: Backbone) -> Iterator[None]:
         stack.ran = set(stack.ran)
     token = PROBING.set(True)
     try:
-        yield
+        with hooks.putting_back([*backbone.model.modules()]):
+            yield
     finally:
         PROBING.reset(token)
         for table, before in zip(own, kept, strict=True):
@@ -68,7 +71,7 @@ def _run(
     """Run a module on shapes in its own dtype, or else in bfloat16; give `look` the output.
 
     Some of torch's operations, such as products of grouped experts, find shapes only in bfloat16.
-    At last it runs in eval mode.
+    At last it runs in eval mode. Users' hooks in which an error was raised are left out.
 
     Args:
         values: before, run it with values, if it has them: its forward may go by them. If it has
@@ -78,20 +81,25 @@ def _run(
         _Failed: the module raised an error each time; it holds the first error.
     """
     failure: Exception | None = None
-    runs: list[Callable[..., Any]]
-    runs = [functools.partial(_run_as, dtype) for dtype in (None, torch.bfloat16)]
     module = backbone.modules[where]
+    parts, off = [*module.modules()], set[CodeType]()
+    runs = deque[Callable[..., Any]](functools.partial(_run_as, d) for d in (None, torch.bfloat16))
     if values and not any(p.is_meta for p in module.parameters()):
         runs.append(_run_with_values)
     if values or module.training:  # in train() RT-DETR looks for infinite values
         runs.append(functools.partial(_run_as, None, at_rest=True, numbers=values))
-    for run in runs:
+    while runs:
         with untouched(backbone):
+            hooks.take_off(parts, off)
             try:
-                output = run(backbone, where, args, kwargs, grad)
+                output = runs[0](backbone, where, args, kwargs, grad)
             except SiteError:
                 raise
             except Exception as error:  # a model's forward may raise anything
+                if found := hooks.raising(parts, error):
+                    off |= found  # once more, without them
+                    continue
+                runs.popleft()
                 if failure is None:  # without the frames, which hold this one and a new delta
                     failure = error.with_traceback(None)
                     failure.__cause__ = failure.__context__ = None
@@ -288,12 +296,13 @@ def _observe(
 
     def attempt(where: str, args: tuple, kwargs: dict[str, Any], values: bool) -> list[str]:
         """Return why the run failed, in at most one text."""
-        with untouched(backbone), sharding.whole(backbone.model), contextlib.ExitStack() as hooks:
+        enough = contextlib.suppress(_Enough)  # all that is wanted is known
+        with untouched(backbone), sharding.whole(backbone.model), enough:
             for name in names:
-                prepare(backbone.modules[name])
-                hook = backbone.modules[name].register_forward_hook(hook_of(name), with_kwargs=True)
-                hooks.callback(hook.remove)
-            hooks.enter_context(contextlib.suppress(_Enough))  # all that is wanted is known
+                module = backbone.modules[name]
+                prepare(module)
+                # before others, as deltas act
+                module.register_forward_hook(hook_of(name), with_kwargs=True, prepend=True)
             try:
                 _run(backbone, where, args, kwargs, values=values)
             except _Failed as failed:

@@ -18,7 +18,7 @@ from ..names import SLOT
 from .copies import copied
 from .facts import facts, parts, remembered
 from .faking import Restoring, Shapes
-from .process import kept_random, seed_all, silent_fakes
+from .process import kept_random, kept_random_beside, seed_all, silent_fakes
 from .tensors import is_dense, is_plain, lasting, size
 from .tensors import shape as shape_of
 
@@ -164,7 +164,7 @@ def own_axis(module: nn.Module) -> tuple[int, int] | None:
 
 
 def _axis(module: nn.Module, width: int) -> int | None:
-    with silent_fakes(), Shapes() as mode:
+    with silent_fakes(), kept_random_beside(), Shapes() as mode:
         made = without_values(module, mode)
         return common_axis(functools.partial(_runs, made, mode, width))
 
