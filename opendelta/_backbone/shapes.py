@@ -173,7 +173,7 @@ def _put_stand_ins(
     mode: Any,
     dtype: torch.dtype | None = None,
     for_meta: torch.device | None = None,
-    made: dict[int, nn.Parameter] | None = None,
+    made: dict[int, Tensor] | None = None,
 ) -> None:
     """Replace the tensors that a run would change or load.
 
@@ -199,10 +199,12 @@ def _put_stand_ins(
             if tensor is None:
                 continue
             to = device or (tensor.is_meta and for_meta) or tensor.device
-            if dtype is not None and tensor.is_floating_point():
-                table[name] = mode.from_tensor(tensor).to(to, dtype)
-            elif tensor.is_meta and to.type != "meta":
-                table[name] = mode.empty(tensor.shape, tensor.dtype, to)
+            cast = dtype if tensor.is_floating_point() else None
+            if tensor.is_meta and to.type != "meta":
+                new = mode.empty(tensor.shape, cast or tensor.dtype, to)
+                table[name] = made.setdefault(id(tensor), new.requires_grad_(tensor.requires_grad))
+            elif cast is not None:
+                table[name] = mode.from_tensor(tensor).to(to, cast)
             elif tensor.dtype == torch.float16:
                 table[name] = mode.from_tensor(
                     tensor
