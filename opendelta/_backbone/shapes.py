@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
+from types import CodeType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .._layers.site import Heads, Widths
-from .._modules import calls, trials
+from .._modules import calls, hooks, trials
 from .._modules.devices import device_and_dtype
 from .._modules.faking import Restoring, on_shapes
 from .._modules.process import eager, kept_random
@@ -34,7 +36,7 @@ PROBING: ContextVar[bool] = ContextVar("opendelta_probing", default=False)
 
 @contextlib.contextmanager
 def untouched(backbone: Backbone) -> Iterator[None]:
-    """Put back all that a forward may change: attributes, tensors, hooks, and notes."""
+    """Put back all that a forward may change: attributes, tensors, notes, and what hooks keep."""
     own: list[dict[str, Any]] = []
     for module in backbone.model.modules():
         if not isinstance(module, torch.jit.ScriptModule):  # its tables are views
@@ -47,7 +49,8 @@ def untouched(backbone: Backbone) -> Iterator[None]:
         stack.ran = set(stack.ran)
     token = PROBING.set(True)
     try:
-        yield
+        with hooks.putting_back([*backbone.model.modules()]):
+            yield
     finally:
         PROBING.reset(token)
         for table, before in zip(own, kept, strict=True):
@@ -68,25 +71,35 @@ def _run(
     """Run a module on shapes in its own dtype, or else in bfloat16; give `look` the output.
 
     Some of torch's operations, such as products of grouped experts, find shapes only in bfloat16.
+    At last it runs in eval mode. Users' hooks in which an error was raised are left out.
 
     Args:
-        values: at last, run it with values, if it has them: its forward may go by them.
+        values: before, run it with values, if it has them: its forward may go by them. If it has
+            none, the whole numbers that it is given have theirs.
 
     Raises:
         _Failed: the module raised an error each time; it holds the first error.
     """
     failure: Exception | None = None
-    runs: list[Callable[..., Any]]
-    runs = [functools.partial(_run_as, dtype) for dtype in (None, torch.bfloat16)]
-    if values and not any(p.is_meta for p in backbone.modules[where].parameters()):
+    module = backbone.modules[where]
+    parts, off = [*module.modules()], set[CodeType]()
+    runs = deque[Callable[..., Any]](functools.partial(_run_as, d) for d in (None, torch.bfloat16))
+    if values and not any(p.is_meta for p in module.parameters()):
         runs.append(_run_with_values)
-    for run in runs:
+    if values or module.training:  # in train() RT-DETR looks for infinite values
+        runs.append(functools.partial(_run_as, None, at_rest=True, numbers=values))
+    while runs:
         with untouched(backbone):
+            hooks.take_off(parts, off)
             try:
-                output = run(backbone, where, args, kwargs, grad)
+                output = runs[0](backbone, where, args, kwargs, grad)
             except SiteError:
                 raise
             except Exception as error:  # a model's forward may raise anything
+                if found := hooks.raising(parts, error):
+                    off |= found  # once more, without them
+                    continue
+                runs.popleft()
                 if failure is None:  # without the frames, which hold this one and a new delta
                     failure = error.with_traceback(None)
                     failure.__cause__ = failure.__context__ = None
@@ -107,14 +120,28 @@ def _run_as(
     args: tuple,
     kwargs: dict[str, Any],
     grad: bool,
+    at_rest: bool = False,
+    numbers: bool = False,
 ) -> Any:
+    """Run a module on shapes.
+
+    Args:
+        at_rest: in eval mode.
+        numbers: inputs of whole numbers, such as lengths, have their values.
+    """
     module = backbone.modules[where]
+    for part in module.modules() if at_rest else ():
+        if not isinstance(part, torch.jit.ScriptModule):
+            part.training = False
     cast = dtype
     device, own = device_and_dtype([module])
+    device = torch.device("cpu") if device.type == "meta" else device  # numbers have values there
     dtype = cast or (torch.float32 if own == torch.float16 else own)
     with on_shapes() as mode, torch.set_grad_enabled(grad):
 
         def fake(value: Tensor) -> Tensor:
+            if numbers and not value.is_floating_point():
+                return value.to(device)
             kind = dtype if value.is_floating_point() else value.dtype
             return mode.empty(value.shape, kind, device)
 
@@ -146,7 +173,7 @@ def _put_stand_ins(
     mode: Any,
     dtype: torch.dtype | None = None,
     for_meta: torch.device | None = None,
-    made: dict[int, nn.Parameter] | None = None,
+    made: dict[int, Tensor] | None = None,
 ) -> None:
     """Replace the tensors that a run would change or load.
 
@@ -172,10 +199,12 @@ def _put_stand_ins(
             if tensor is None:
                 continue
             to = device or (tensor.is_meta and for_meta) or tensor.device
-            if dtype is not None and tensor.is_floating_point():
-                table[name] = mode.from_tensor(tensor).to(to, dtype)
-            elif tensor.is_meta and to.type != "meta":
-                table[name] = mode.empty(tensor.shape, tensor.dtype, to)
+            cast = dtype if tensor.is_floating_point() else None
+            if tensor.is_meta and to.type != "meta":
+                new = mode.empty(tensor.shape, cast or tensor.dtype, to)
+                table[name] = made.setdefault(id(tensor), new.requires_grad_(tensor.requires_grad))
+            elif cast is not None:
+                table[name] = mode.from_tensor(tensor).to(to, cast)
             elif tensor.dtype == torch.float16:
                 table[name] = mode.from_tensor(
                     tensor
@@ -269,12 +298,13 @@ def _observe(
 
     def attempt(where: str, args: tuple, kwargs: dict[str, Any], values: bool) -> list[str]:
         """Return why the run failed, in at most one text."""
-        with untouched(backbone), sharding.whole(backbone.model), contextlib.ExitStack() as hooks:
+        enough = contextlib.suppress(_Enough)  # all that is wanted is known
+        with untouched(backbone), sharding.whole(backbone.model), enough:
             for name in names:
-                prepare(backbone.modules[name])
-                hook = backbone.modules[name].register_forward_hook(hook_of(name), with_kwargs=True)
-                hooks.callback(hook.remove)
-            hooks.enter_context(contextlib.suppress(_Enough))  # all that is wanted is known
+                module = backbone.modules[name]
+                prepare(module)
+                # before others, as deltas act
+                module.register_forward_hook(hook_of(name), with_kwargs=True, prepend=True)
             try:
                 _run(backbone, where, args, kwargs, values=values)
             except _Failed as failed:

@@ -56,7 +56,8 @@ def _check_parameters(name: str, module: nn.Module) -> None:
 def other_axis(kind: Kind | None, config: DeltaConfig, layer_class: type[DeltaLayer]) -> str | None:
     """Return in words why the layer does not act on the axis of a normalisation, or None."""
     if isinstance(kind, Norm) and not kind.settled:
-        return "an axis that depends on how many axes its input has, so that no delta knows it"
+        how = "how many axes its input has, or on their sizes"
+        return f"an axis that depends on {how}, so that no delta knows it"
     if isinstance(kind, Norm) and kind.axis != -1 and not layer_class.any_axis:
         axis = f"axis {kind.axis} of its input"
         return f"{axis}, and {config.delta_type!r} acts on the last axis"

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 
-from .process import eager, silent_fakes
+from .process import eager, kept_random_beside, silent_fakes
 from .tensors import is_dense, memory_of
 
 MOST = 2**22  # values of a tensor that a run makes
@@ -97,10 +97,11 @@ def on_shapes() -> Iterator[Shapes]:
     """Let tensors have no values inside; yield torch's mode of fake tensors.
 
     A forward may keep what it makes from numbers alone, such as positions, in a cache that other
-    models and threads use: such tensors have their values. Nothing is drawn at random, and tensors
-    from before do not change.
+    models and threads use: such tensors have their values. Torch draws nothing at random, what is
+    drawn by Python and numpy is put back, and tensors from before do not change.
     """
-    with silent_fakes(), eager(), Shapes() as mode:  # the compiler takes no such mode
+    # eager: the compiler takes no such mode
+    with silent_fakes(), kept_random_beside(), eager(), Shapes() as mode:
         yield mode
 
 

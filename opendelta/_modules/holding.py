@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import weakref
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from types import CellType, FunctionType, MemberDescriptorType, MethodType
 from typing import Any
@@ -64,7 +65,7 @@ def walk(values: Iterable[Any], simple: bool = False) -> Iterator[Any]:
         seen.add(id(value))
         yield value
         if not isinstance(value, nn.Module | nn.Parameter):
-            todo += taken(_held_in(value))
+            todo += taken(held_in(value))
 
 
 def _telling(values: Iterable[Any]) -> list[Any]:
@@ -80,11 +81,11 @@ def is_foreign(value: Any) -> bool:
     return type(value).__module__.partition(".")[0] not in ours
 
 
-def _held_in(value: Any) -> Collection[Any]:
+def held_in(value: Any) -> Collection[Any]:
     """Return what a container, a callable or an object of somebody's own holds."""
     if isinstance(value, dict):
         return list(value.values())
-    if isinstance(value, list | tuple | set):
+    if isinstance(value, list | tuple | set | deque):
         return value
     if isinstance(value, MethodType):
         return [value.__self__, value.__func__]

@@ -83,18 +83,26 @@ def _generators() -> list[torch.Generator]:
 
 
 @contextlib.contextmanager
-def _drawn() -> Iterator[None]:
+def _drawn_beside() -> Iterator[None]:
     numpy: Any = sys.modules.get("numpy")
     before = random.getstate(), numpy.random.get_state() if numpy else None
-    states = [(generator, generator.get_state()) for generator in _generators()]
     try:
         yield
     finally:
-        for generator, state in states:
-            generator.set_state(state)
         random.setstate(before[0])
         if numpy:
             numpy.random.set_state(before[1])
+
+
+@contextlib.contextmanager
+def _drawn() -> Iterator[None]:
+    states = [(generator, generator.get_state()) for generator in _generators()]
+    with _drawn_beside():
+        try:
+            yield
+        finally:
+            for generator, state in states:
+                generator.set_state(state)
 
 
 def seed_all(seed: int = 0) -> None:
@@ -118,6 +126,7 @@ def _as_written() -> Iterator[None]:
 
 _eager = Together(_as_written)
 kept_random = Together(_drawn)  # the states of all random number generators
+kept_random_beside = Together(_drawn_beside)  # of those of Python and numpy, but not of torch
 ignored_warnings = Together(_ignored)
 silent_fakes = Together(_silent)  # torch logs each operation that fails on shapes
 

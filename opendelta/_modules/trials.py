@@ -18,7 +18,7 @@ from ..names import SLOT
 from .copies import copied
 from .facts import facts, parts, remembered
 from .faking import Restoring, Shapes
-from .process import kept_random, seed_all, silent_fakes
+from .process import kept_random, kept_random_beside, seed_all, silent_fakes
 from .tensors import is_dense, is_plain, lasting, size
 from .tensors import shape as shape_of
 
@@ -27,6 +27,7 @@ CLEAR = 0.1  # the share of a change that may be by chance
 PROBES = 4  # of a narrow weight
 WIDE = 512
 MOST_AXES = 5  # of an input that is tried
+IMAGE = 4  # axes
 SIZES = (2, 3, 5, 7, 11, 13)  # of the other axes, with two to spare
 _found: dict[tuple, int | None] = {}
 _scaling: dict[tuple, bool] = {}
@@ -138,7 +139,7 @@ def at_rest(module: nn.Module, writes: bool = False) -> nn.Module:
 
 
 def norm_axis(module: nn.Module, width: int) -> int | None:
-    """Return the axis that a normalisation of `width` channels works on; None: it is not one.
+    """Return the axis that a normalisation of `width` channels works on; None: no fixed one.
 
     It counts from the end, or from the front if that holds for inputs of any number of axes. A
     forward is run once for its class, on shapes alone; see `facts`. -1 if it runs on no shape.
@@ -164,9 +165,11 @@ def own_axis(module: nn.Module) -> tuple[int, int] | None:
 
 
 def _axis(module: nn.Module, width: int) -> int | None:
-    with silent_fakes(), Shapes() as mode:
-        made = without_values(module, mode)
-        return common_axis(functools.partial(_runs, made, mode, width))
+    with silent_fakes(), kept_random_beside(), Shapes() as mode:
+        takes = functools.partial(_runs, without_values(module, mode), mode, width)
+        axis = common_axis(takes)
+        taken = sum(takes(IMAGE, at) for at in range(IMAGE))
+        return None if 1 < taken < IMAGE else axis  # one that is not that of all goes by sizes
 
 
 def common_axis(takes: Callable[[int, int], bool]) -> int | None:

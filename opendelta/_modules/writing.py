@@ -85,7 +85,7 @@ def _class_may_write(cls: Any, forward: Any) -> bool:
     Args:
         forward: that of the class now.
     """
-    package = "" if forward is None else _package(inspect.unwrap(forward))
+    package = "" if forward is None else package_of(inspect.unwrap(forward))
     if package not in LIBRARIES:
         return True
     return package != "torch" and any(map(_code_writes, codes_of(cls, entries=ENTRIES)))
@@ -96,15 +96,16 @@ def _is_changed(child: nn.Module) -> bool:
     own, cls = child.__dict__, type(child)
     if "forward" in own:
         return True
-    if cls.__call__ is not CALL and _package(cls.__call__) not in LIBRARIES:
+    if cls.__call__ is not CALL and package_of(cls.__call__) not in LIBRARIES:
         return True
-    if cls._call_impl is not CALL_IMPL and _package(cls._call_impl) not in LIBRARIES:
+    if cls._call_impl is not CALL_IMPL and package_of(cls._call_impl) not in LIBRARIES:
         return True
     hooks = (*own["_forward_pre_hooks"].values(), *own["_forward_hooks"].values())
-    return any(_package(hook) not in (*LIBRARIES, "opendelta") for hook in hooks)
+    return any(package_of(hook) not in (*LIBRARIES, "opendelta") for hook in hooks)
 
 
-def _package(function: Any) -> str:
+def package_of(function: Any) -> str:
+    """Return the first word of the name of the module in which a function is, or a class."""
     while isinstance(function, functools.partial):
         function = function.func
     return (getattr(function, "__module__", None) or "").partition(".")[0]

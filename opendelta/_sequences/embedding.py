@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .._layers.runs import is_watched
 from .._layers.site import Site
+from .._modules import hooks
 from .._modules.kinds import kind_of
 from .._modules.probing import is_known
 from .._modules.process import kept_random
@@ -163,8 +164,8 @@ def _looked_up(table: nn.Module, index: Tensor) -> Tensor:
     weight: Any = stored(table, "weight")
     changed = is_watched(vars(table)) or not is_known(type(table)) or not is_plain(weight)
     if changed and not is_sharded(weight):
-        with kept_random():
-            made = table if SLOT not in table._modules else alone(table)
+        made = table if SLOT not in table._modules else alone(table)
+        with kept_random(), hooks.putting_back(made.modules()):
             return made(index.to(computing_device(table) or weight.device)[None])[0]
     kind: Any = kind_of(table)
     return full(weight).detach()[index.to(weight.device)] * kind.scale

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import inspect
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -31,6 +32,7 @@ from .places import names_in_forward, places_for
 
 NAME = "opendelta|"  # before the name of transformers' own function
 SUPPORTED = ("eager", "sdpa")
+EAGER = "eager_attention_forward"  # in transformers' files, or with a word before it
 looking = threading.RLock()  # to hold while `observed` is set
 observed: dict[int, Heads] | None = None  # {id(module): sizes} found by a run on shapes alone
 noted: list[Tensor] | None = None  # the keys of all attention in a trial
@@ -72,7 +74,7 @@ class PrefixLayer(DeltaLayer):
             raise SiteError(_refusal(type(site.module).__name__, used), where=site.name)
         self.heads = site.heads
         self.gate_width = site.heads.hidden
-        self.eager = eager_function(type(site.module))
+        self.eager = eager_function(type(site.module), site.name)
         self.open = Handover()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -123,17 +125,28 @@ def _hidden_states(args: tuple, kwargs: dict[str, Any]) -> Tensor:
     return kwargs["hidden_states"] if "hidden_states" in kwargs else first_input(args, kwargs)
 
 
-def eager_function(cls: type) -> Callable[..., Any]:
-    """Return the eager attention function in the file that defines `cls` or a base class of it.
+def eager_function(cls: type, where: str | None = None) -> Callable[..., Any]:
+    """Return the eager attention function that the forward of `cls` names.
+
+    Or the one in the file that defines `cls` or a base class of it.
+
+    Args:
+        where: the full name of a module of this class, for the message.
 
     Raises:
         SiteError: there is no such function.
     """
-    for base in cls.__mro__:
-        found = getattr(sys.modules.get(base.__module__), "eager_attention_forward", None)
-        if found is not None:
-            return found
-    raise SiteError(f"{cls.__name__}: no eager_attention_forward beside it, as transformers has")
+    around = getattr(inspect.unwrap(cls.forward), "__globals__", {})  # type: ignore[attr-defined]
+    named = (around.get(n) for n in names_in_forward(cls) if n.endswith(EAGER))
+    beside = (getattr(sys.modules.get(base.__module__), EAGER, None) for base in cls.__mro__)
+    found = next(filter(callable, (*named, *beside)), None)
+    if found is None:
+        raise SiteError(
+            f"{where!r} ({cls.__name__}) names no function *{EAGER} in its forward, and none is "
+            "beside it, as transformers has: give it one, or choose other modules",
+            where=where,
+        )
+    return found
 
 
 def _refusal(where: str, used: str | None) -> str:

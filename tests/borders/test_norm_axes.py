@@ -268,10 +268,23 @@ def test_an_axis_counted_from_the_front_is_that_of_inputs_of_any_rank(cls, dim, 
         assert torch.allclose(model(x), wanted)
 
 
+class BySize(nn.LayerNorm):
+    """Channels last, or else at axis 1."""
+
+    def forward(self, x):
+        if x.shape[-1] == self.normalized_shape[0]:
+            return super().forward(x)
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
 @pytest.mark.parametrize("cls", [BitFitModel, LNTuningModel, AdapterModel])
-def test_an_axis_that_depends_on_the_rank_is_refused_by_name(cls):
-    with pytest.raises(SiteError, match=r"'0' \(ByRank\) normalises an axis that depends on how"):
-        cls(nn.Sequential(ByRank(6)), modified_modules=["0"])
+@pytest.mark.parametrize("norm", [ByRank, BySize])
+def test_an_axis_that_depends_on_the_input_is_refused_by_name(cls, norm):
+    says = (
+        rf"'0' \({norm.__name__}\) normalises an axis that depends on how many .*or on their sizes"
+    )
+    with pytest.raises(SiteError, match=says):
+        cls(nn.Sequential(norm(6)), modified_modules=["0"])
 
 
 class OfTime(nn.LayerNorm):

@@ -9,6 +9,7 @@ import torch
 import transformers as T
 from support.nets import shake
 from torch import nn
+from transformers.models.phi4_multimodal import modeling_phi4_multimodal
 
 import opendelta
 from opendelta import (
@@ -22,6 +23,7 @@ from opendelta import (
 )
 from opendelta._backbone.backbone import Backbone
 from opendelta._backbone.shapes import widths
+from opendelta._sequences.prefix import eager_function
 
 SIZES = {
     "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32,
@@ -161,6 +163,88 @@ def test_default_places_are_found_run_and_act(name, cls):
     opendelta.assert_pristine(model, like=before)
 
 
+def windows():
+    """Return a model whose attention on images goes by the lengths that it is given."""
+    vision = {"depth": 2, "hidden_size": 16, "num_heads": 2, "intermediate_size": 32,
+              "out_hidden_size": 16, "patch_size": 4, "window_size": 16}  # fmt: skip
+    text = {**SIZES, **TOKENS, "num_key_value_heads": 2, "rope_parameters": ROPE}
+    return T.Qwen2_5_VLForConditionalGeneration(
+        T.Qwen2_5_VLConfig(text_config=text, vision_config=vision)
+    )
+
+
+def rt_detr():
+    """Return a model that looks for infinite values while it trains."""
+    backbone = T.RTDetrResNetConfig(
+        embedding_size=8, hidden_sizes=[8] * 4, depths=[1] * 4, layer_type="basic",
+        out_features=["stage2", "stage3", "stage4"],
+    )  # fmt: skip
+    return T.RTDetrModel(T.RTDetrConfig(
+        backbone_config=backbone, encoder_hidden_dim=32, encoder_in_channels=[8] * 3,
+        encoder_ffn_dim=16, encoder_attention_heads=2, d_model=32, num_queries=5,
+        decoder_in_channels=[32] * 3, decoder_ffn_dim=16, decoder_n_points=2, decoder_layers=2,
+        decoder_attention_heads=2,
+    ))  # fmt: skip
+
+
+ON_META = {  # in train() or eval()
+    "windows": windows,
+    "rt_detr": rt_detr,
+    "moshi": lambda: T.MoshiModel(T.MoshiConfig(
+        **SIZES, vocab_size=64, ffn_dim=32, num_key_value_heads=2, head_dim=8, num_codebooks=2)),
+    "layoutlmv3": lambda: T.LayoutLMv3Model(T.LayoutLMv3Config(
+        **SIZES, **TOKENS, coordinate_size=2, shape_size=4, input_size=16, patch_size=8,
+        max_2d_position_embeddings=32, max_position_embeddings=20)),
+    "wavlm": MODELS["wavlm"][0],
+}  # fmt: skip
+
+
+@pytest.mark.covers("plan")
+@pytest.mark.parametrize("config", [opendelta.PrefixConfig, opendelta.ParallelAdapterConfig])
+@pytest.mark.parametrize("name", ON_META)
+def test_a_plan_on_the_meta_device_finds_what_one_with_weights_does(name, config):
+    if config is opendelta.PrefixConfig and name in ("layoutlmv3", "wavlm"):
+        pytest.skip("its attention does not use the attention interface: refused by name")
+    with torch.device("meta"):
+        bare = ON_META[name]()
+    model = ON_META[name]().eval()
+    plan = str(opendelta.plan(model, [config()]))
+    assert str(opendelta.plan(bare, [config()])) == plan
+    assert str(opendelta.plan(bare.eval(), [config()])) == plan
+    assert str(opendelta.plan(model.train(), [config()])) == plan
+    assert all(part.training for part in model.modules())
+
+
+@pytest.mark.filterwarnings("ignore:To copy construct from a tensor")  # TimesFM does
+def test_a_prefix_acts_where_the_eager_function_has_another_name():
+    """TimesFM has another one than its kin, and so has a part of Phi-4."""
+    torch.manual_seed(0)
+    config = T.TimesFmConfig(
+        patch_length=4, context_length=16, horizon_length=4, num_hidden_layers=1, head_dim=8,
+        hidden_size=16, intermediate_size=16, num_attention_heads=2,
+    )  # fmt: skip
+    model = T.TimesFmModelForPrediction(config).eval()
+    inputs = {"past_values": [torch.randn(16), torch.randn(12)], "freq": torch.tensor([0, 0])}
+    plain = outputs(model, inputs)[0]
+    delta = PrefixModel(model)
+    shake(delta)
+    fused = outputs(model, inputs)[0]
+    model.set_attn_implementation("eager")
+    assert torch.allclose(fused, outputs(model, inputs)[0], atol=1e-5)
+    assert not torch.allclose(fused, plain, atol=1e-2)
+    delta.detach()
+    assert torch.allclose(plain, outputs(model, inputs)[0], atol=1e-5)
+    names = {"Phi4MultimodalVisionAttention": "simple_", "Phi4MultimodalAttention": ""}
+    for name, word in names.items():
+        cls = getattr(modeling_phi4_multimodal, name)
+        assert eager_function(cls).__name__ == f"{word}eager_attention_forward"
+
+
+def test_a_class_without_an_eager_function_is_refused_by_path():
+    with pytest.raises(SiteError, match=r"'a\.b' .Linear. names no .*choose other modules"):
+        eager_function(nn.Linear, "a.b")
+
+
 @pytest.mark.parametrize("name", ["clip", "whisper", "wav2vec2", "ast", "timeseries"])
 def test_a_check_without_a_batch_runs(name):
     model = MODELS[name][0]().eval()
@@ -193,6 +277,16 @@ class Inner(nn.Module):
 
 
 SAMPLES = {"x": torch.randn(5, 4), "length": torch.tensor(3)}
+
+
+@pytest.mark.covers("plan")
+def test_on_the_meta_device_whole_numbers_in_sample_inputs_have_their_values():
+    with torch.device("meta"):
+        model = ByValues()
+    config = opendelta.AdapterConfig(modified_modules=["inner"], bottleneck_dim=2)
+    with pytest.raises(SiteError, match="sample_inputs"):
+        opendelta.plan(model, [config])
+    assert "inner" in str(opendelta.plan(model, [config], sample_inputs=SAMPLES))
 
 
 @pytest.mark.covers("plan", "check", "AutoDeltaModel", "load")
