@@ -1,0 +1,138 @@
+"""Models of somebody's own: what the flow of data says of their roles, whatever their names are."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import opendelta
+from opendelta import AdapterModel, LoraModel
+
+pytestmark = pytest.mark.covers("roles")
+
+WIDTH = 8
+
+
+def heads(t):
+    return t.unflatten(-1, (2, -1)).transpose(1, 2)
+
+
+def merged(t):
+    return t.transpose(1, 2).flatten(2)
+
+
+def attended(q, k, v):
+    return merged(F.scaled_dot_product_attention(q, k, v))
+
+
+def split_by(z, size):
+    return [heads(t) for t in z.split(size, -1)]
+
+
+class FeedForward(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 16), nn.Linear(16, WIDTH)
+
+    def forward(self, x):
+        return self.down(F.gelu(self.up(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm; its attention and its feed-forward are given, and called in a neutral way."""
+
+    def __init__(self, one, other):
+        super().__init__()
+        self.n1, self.n2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.one, self.other = one, other
+
+    def forward(self, x):
+        x = x + self.one(self.n1(x))
+        return x + self.other(self.n2(x))
+
+
+def net(make):
+    """Two blocks between an embedding and a head."""
+    return nn.Sequential(nn.Embedding(9, WIDTH), nn.Sequential(make(), make()), nn.Linear(WIDTH, 3))
+
+
+def found(model, where="1.0."):
+    """{module inside the block: role}, without norms."""
+    roles = opendelta.roles(model).items()
+    return {n.removeprefix(where): r for n, r in roles if n.startswith(where) and "norm" not in r}
+
+
+# -------------------------------------------------------------------------- one projection for all
+def by_map(self, x):
+    q, k, v = map(heads, self.qkv(x).chunk(3, -1))
+    return attended(q, k, v)
+
+
+def by_map_of_sizes(self, x):
+    q, k, v = map(heads, self.qkv(x).split(WIDTH, -1))
+    return attended(q, k, v)
+
+
+def by_comprehension(self, x):
+    q, k, v = [heads(t) for t in self.qkv(x).split(WIDTH, -1)]
+    return attended(q, k, v)
+
+
+def by_generator(self, x):
+    q, k, v = (heads(t) for t in torch.chunk(self.qkv(x), dim=-1, chunks=3))
+    return attended(q, k, v)
+
+
+def by_a_function(self, x):
+    q, k, v = split_by(self.qkv(x), WIDTH)
+    return attended(q, k, v)
+
+
+def by_a_loop(self, x):
+    parts = []
+    for t in self.qkv(x).split(WIDTH, -1):
+        parts.append(heads(t))
+    q, k, v = parts
+    return attended(q, k, v)
+
+
+def by_arguments(self, x):
+    return attended(*map(heads, self.qkv(x).chunk(3, dim=-1)))
+
+
+def by_number(self, x):
+    parts = [heads(t) for t in self.qkv(x).split([WIDTH, WIDTH, WIDTH], -1)]
+    return attended(parts[0], parts[1], parts[2])
+
+
+def by_name(self, x):
+    parts = {name: heads(t) for name, t in zip("qkv", self.qkv(x).chunk(3, -1), strict=True)}
+    return attended(parts["q"], parts["k"], parts["v"])
+
+
+SPLITS = (
+    by_map, by_map_of_sizes, by_comprehension, by_generator, by_a_function, by_a_loop,
+    by_arguments, by_number, by_name,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("name", ["MHSA", "MultiHead", "SA", "TokenMixer"])
+def test_a_fused_projection_is_found_however_its_heads_are_split(name, split):
+    class Fused(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv, self.proj = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x):
+            return self.proj(split(self, x))
+
+    Fused.__name__ = name
+    model = net(lambda: Block(Fused(), FeedForward()))
+    model(torch.zeros(1, 4, dtype=torch.long))  # the code is right
+    roles = found(model)
+    assert roles["one.qkv"] in ("attn.qkv", "mixer.in")  # a mixer, by the name of its class
+    assert roles["one.proj"] == "attn.proj"
+    ends = ["1.0.one.proj", "1.0.other.down", "1.1.one.proj", "1.1.other.down"]
+    assert AdapterModel(model, bottleneck_dim=2).modified_modules == ends
+    assert LoraModel(model).modified_modules == ["1.0.one.qkv", "1.1.one.qkv"]
