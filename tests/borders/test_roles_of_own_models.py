@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import opendelta
-from opendelta import AdapterModel, LoraModel
+from opendelta import AdapterModel, LoraModel, ParallelAdapterModel
 
 pytestmark = pytest.mark.covers("roles")
 
@@ -136,3 +136,52 @@ def test_a_fused_projection_is_found_however_its_heads_are_split(name, split):
     ends = ["1.0.one.proj", "1.0.other.down", "1.1.one.proj", "1.1.other.down"]
     assert AdapterModel(model, bottleneck_dim=2).modified_modules == ends
     assert LoraModel(model).modified_modules == ["1.0.one.qkv", "1.1.one.qkv"]
+
+
+# --------------------------------------------------------------------- blocks that stand in no list
+class Attention(nn.Module):
+    """Attention with Llama's names; `end` is around its output."""
+
+    def __init__(self, end=lambda linear: linear):
+        super().__init__()
+        self.wq, self.wk, self.wv = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.wo = end(nn.Linear(WIDTH, WIDTH))
+
+    def forward(self, x):
+        return self.wo(attended(heads(self.wq(x)), heads(self.wk(x)), heads(self.wv(x))))
+
+
+class Lone(nn.Module):
+    """An embedding, blocks as attributes, a head."""
+
+    def __init__(self, **blocks):
+        super().__init__()
+        self.embed = nn.Embedding(9, WIDTH)
+        self.order = list(blocks)
+        for name, block in blocks.items():
+            setattr(self, name, block)
+        self.head = nn.Linear(WIDTH, 3)
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        for name in self.order:
+            x = getattr(self, name)(x)
+        return self.head(x)
+
+
+ENDS = (
+    lambda linear: linear,
+    lambda linear: nn.Sequential(linear, nn.Dropout(0.0)),
+    lambda linear: nn.Sequential(linear, nn.LayerNorm(WIDTH)),
+)
+
+
+@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("names", [["block"], ["encoder", "decoder"]])
+def test_a_branch_around_attention_needs_no_list_of_blocks(names, end):
+    model = Lone(**{name: Block(Attention(end), FeedForward()) for name in names})
+    model(torch.zeros(1, 4, dtype=torch.long))
+    around = [name for name in names for _ in range(2)]
+    expected = [f"{name}.one" for name in around]
+    expected += [f"{name}.other.{part}" for name in names for part in ("up", "down")]
+    assert ParallelAdapterModel(model, bottleneck_dim=2).modified_modules == expected

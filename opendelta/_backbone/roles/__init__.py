@@ -204,8 +204,8 @@ def _sublayers(backbone: Backbone, known: dict[str, str], wanted: str) -> list[s
     for name, role in known.items():
         if role.partition(".")[0] == wanted and not role.endswith(".layer_norm"):
             block = next((a for a in ancestors(name) if a in blocks), None)
-            if block is None:  # the model has a list of attentions and a list of feed-forwards
-                block = re.sub(r"(?<![^.])(\d+)\..*", r"\1", name)
+            if block is None:  # the whole model is one block
+                block = _around_whole(known, name, wanted)
             holders.setdefault(block, []).append(name)
     chosen = []
     for parts in holders.values():
@@ -213,6 +213,23 @@ def _sublayers(backbone: Backbone, known: dict[str, str], wanted: str) -> list[s
         held = {known[n].partition(".")[0] for n in known if n.startswith(f"{around}.")}
         chosen += [around] if held == {wanted} else parts
     return chosen
+
+
+def _around_whole(known: dict[str, str], name: str, sublayer: str) -> str:
+    """Return the module around `name`, where no list holds blocks, that has all of its sublayer.
+
+    It is the item of a list, such as a list of attentions and one of feed-forwards has; or else the
+    innermost module around the end of the sublayer and another part.
+    """
+    item = re.sub(r"(?<![^.])(\d+)\..*", r"\1", name)
+    if item != name:
+        return item
+    parts = {n: r for n, r in known.items() if r.startswith(f"{sublayer}.")}
+    for around in [*ancestors(name)][1:]:
+        held = {last(r) for n, r in parts.items() if n.startswith(f"{around}.")} - {"layer_norm"}
+        if held & {"proj", "w2", "out"} and len(held) > 1:
+            return around
+    return ""
 
 
 def with_roles(
