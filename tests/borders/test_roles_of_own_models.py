@@ -185,3 +185,109 @@ def test_a_branch_around_attention_needs_no_list_of_blocks(names, end):
     expected = [f"{name}.one" for name in around]
     expected += [f"{name}.other.{part}" for name in names for part in ("up", "down")]
     assert ParallelAdapterModel(model, bottleneck_dim=2).modified_modules == expected
+
+
+# ------------------------------------------------------------------------- wrappers of one sublayer
+class GEGLU(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.proj = nn.Linear(WIDTH, 32)
+
+    def forward(self, x):
+        x, gate = self.proj(x).chunk(2, -1)
+        return x * F.gelu(gate)
+
+
+class Gated(nn.Module):
+    """As diffusers has it, in a class whose name says nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(GEGLU(), nn.Dropout(0.0), nn.Linear(16, WIDTH))
+
+    def forward(self, x):
+        return self.net(x)
+
+
+class Square(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.c, self.a = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        return self.c(F.silu(self.a(x)))
+
+
+class PreNorm(nn.Module):
+    def __init__(self, fn):
+        super().__init__()
+        self.norm, self.fn = nn.LayerNorm(WIDTH), fn
+
+    def forward(self, x):
+        return self.fn(self.norm(x))
+
+
+class Residual(nn.Module):
+    def __init__(self, fn):
+        super().__init__()
+        self.fn = fn
+
+    def forward(self, x):
+        return x + self.fn(x)
+
+
+class Pairs(nn.Module):
+    """Lists of two, as lucidrains has them."""
+
+    def __init__(self, wrapped):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.ModuleList(wrapped()) for _ in range(2))
+
+    def forward(self, x):
+        for attn, ff in self.layers:
+            x = x + attn(x)
+            x = x + ff(x)
+        return x
+
+
+LAYOUTS = {
+    "pairs": lambda pair: Pairs(lambda: map(PreNorm, pair())),
+    "pairs of residuals": lambda pair: Pairs(lambda: [Residual(PreNorm(m)) for m in pair()]),
+    "in a row": lambda pair: nn.Sequential(*(PreNorm(m) for _ in range(2) for m in pair())),
+    "in rows": lambda pair: nn.Sequential(
+        *(nn.Sequential(*(Residual(PreNorm(m)) for m in pair())) for _ in range(2))
+    ),
+    "a norm in a row": lambda pair: nn.Sequential(
+        *(Residual(nn.Sequential(nn.LayerNorm(WIDTH), m)) for _ in range(2) for m in pair())
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("make", "parts"),
+    [(Gated, {"net.0.proj": "gate_up", "net.2": "w2"}), (Square, {"a": "w1", "c": "w2"})],
+)
+def test_a_feed_forward_is_found_in_a_wrapper_beside_that_of_its_attention(layout, make, parts):
+    model = LAYOUTS[layout](lambda: (Attention(), make()))
+    model(torch.zeros(1, 4, WIDTH))
+    roles = found(model, "")
+    ends = [{n: r[3:] for n, r in roles.items() if r.startswith("ff.") and n.endswith(f".{part}")}
+            for part in parts]  # fmt: skip
+    assert [list(end.values()) for end in ends] == [[role] * 2 for role in parts.values()]
+    assert len([role for role in roles.values() if role.startswith("ff.")]) == 2 * len(parts)
+    norms = [role for role in opendelta.roles(model).values() if role.endswith("layer_norm")]
+    assert sorted(norms) == ["attn.layer_norm"] * 2 + ["ff.layer_norm"] * 2
+
+
+def test_linears_without_attention_beside_them_are_no_feed_forward():
+    model = nn.Sequential(*(PreNorm(make()) for make in (Gated, Square)))
+    assert opendelta.roles(model) == {}
+
+
+@pytest.mark.parametrize("make", [FeedForward, Gated])
+def test_a_branch_around_a_feed_forward_needs_no_list_of_blocks(make):
+    model = Lone(block=Block(Attention(), make()))
+    places = {"modified_modules": ["ff", "ff"], "common_structure": True}
+    around = "block.other.net" if make is Gated else "block.other"
+    assert ParallelAdapterModel(model, bottleneck_dim=2, **places).modified_modules == [around] * 2

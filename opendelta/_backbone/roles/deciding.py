@@ -98,6 +98,11 @@ class Block:
         )
         return {node.name for node in before}
 
+    @property
+    def attends(self) -> bool:
+        """Whether modules of an attention or a mixer are known in the block."""
+        return any(role.startswith(("attn.", "mixer.")) for role, _ in self.roles.values())
+
     def give(self, name: str, role: str, reason: str) -> None:
         """Decide the role of a module, unless it is decided already."""
         self.roles.setdefault(name, (role, reason))

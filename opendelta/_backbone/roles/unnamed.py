@@ -19,8 +19,13 @@ def give_by_flow(block: Block) -> None:
     if not held & {"attn.q", "attn.qkv", "mixer.in"} or not held & {"attn.proj", "mixer.out"}:
         for flow in block.flows:
             _attention(block, flow)
-    sublayers = {role.partition(".")[0] for role, _ in block.roles.values()}
-    if "ff" not in sublayers and sublayers & {"attn", "mixer"}:
+    if block.attends:
+        give_feed_forward(block)
+
+
+def give_feed_forward(block: Block) -> None:
+    """Decide the roles in a feed-forward by the flow of data, if the block has none yet."""
+    if not any(role.startswith("ff.") for role, _ in block.roles.values()):
         for flow in block.flows:
             _feed_forward(block, flow)
 
