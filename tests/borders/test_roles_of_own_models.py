@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import opendelta
-from opendelta import AdapterModel, LoraModel, ParallelAdapterModel
+from opendelta import AdapterModel, IA3Model, LoraModel, ParallelAdapterModel
 
 pytestmark = pytest.mark.covers("roles")
 
@@ -291,3 +291,75 @@ def test_a_branch_around_a_feed_forward_needs_no_list_of_blocks(make):
     places = {"modified_modules": ["ff", "ff"], "common_structure": True}
     around = "block.other.net" if make is Gated else "block.other"
     assert ParallelAdapterModel(model, bottleneck_dim=2, **places).modified_modules == [around] * 2
+
+
+# ------------------------------------------------------------------ all of a block in one module
+class Flat(nn.Module):
+    """Linears of these names: queries, keys, values, the output, and a feed-forward."""
+
+    def __init__(self, names, hidden):
+        super().__init__()
+        self.names = names.split()
+        self.n1, self.n2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        *attention, up, down = self.names
+        for name in attention:
+            setattr(self, name, nn.Linear(WIDTH, WIDTH))
+        setattr(self, up, nn.Linear(WIDTH, hidden))
+        setattr(self, down, nn.Linear(hidden, WIDTH))
+
+    def forward(self, x):
+        q, k, v, *out, up, down = (getattr(self, name) for name in self.names)
+        h = self.n1(x)
+        h = attended(heads(q(h)), heads(k(h)), heads(v(h)))
+        x = x + (out[0](h) if out else h)
+        return x + down(F.gelu(up(self.n2(x))))
+
+
+@pytest.mark.parametrize("hidden", [8, 16])
+@pytest.mark.parametrize(
+    "names",
+    [f"{attention} {ff}"
+     for attention in ("wq wk wv wo", "q_proj k_proj v_proj o_proj", "w1 w2 w3 fc", "wq wk wv")
+     for ff in ("fc1 fc2", "wi wf", "up down", "a b")],
+)  # fmt: skip
+def test_the_flow_of_a_flat_block_tells_its_attention_from_its_feed_forward(names, hidden):
+    *attention, up, down = names.split()
+    expected = dict(zip(attention, ("attn.q", "attn.k", "attn.v", "attn.proj"), strict=False))
+    expected |= {up: "ff.w1", down: "ff.w2"}
+    model = net(lambda: Flat(names, hidden))
+    assert found(model) == expected
+    assert IA3Model(model).modified_modules[:3] == [
+        f"1.0.{name}" for name in (*attention[1:3], down)
+    ]
+    assert ParallelAdapterModel(model, bottleneck_dim=2).modified_modules[-2:] == [
+        f"1.1.{up}", f"1.1.{down}"
+    ]  # fmt: skip
+
+
+# -------------------------------------------------------------------------- relative positions
+class Relative(nn.Module):
+    """Keys of relative positions beside those of the tokens; `first`: they come first."""
+
+    def __init__(self, first, table):
+        super().__init__()
+        self.r, self.a, self.b, self.c, self.d = (nn.Linear(WIDTH, WIDTH) for _ in range(5))
+        self.first, self.table = first, nn.Parameter(torch.zeros(4, WIDTH)) if table else None
+
+    def forward(self, x):
+        places = torch.ones_like(x) if self.table is None else self.table[None]
+        q = heads(self.a(x))
+        keys = [self.r(places), self.b(x)] if self.first else [self.b(x), self.r(places)]
+        scores = q @ heads(keys[0]).mT + q @ heads(keys[1]).mT
+        return self.d(merged(scores.softmax(-1) @ heads(self.c(x))))
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("table", [True, False])
+def test_keys_of_relative_positions_are_not_the_keys(first, table):
+    model = net(lambda: Block(Relative(first, table), FeedForward()))
+    model(torch.zeros(1, 4, dtype=torch.long))
+    roles = {n: r for n, r in found(model).items() if n.startswith("one.")}
+    assert roles == {
+        f"one.{name}": f"attn.{part}"
+        for name, part in zip("abcd", ("q", "k", "v", "proj"), strict=True)
+    }
