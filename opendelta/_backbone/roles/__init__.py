@@ -13,14 +13,14 @@ from torch import nn
 from ..._modules.kinds import Embedding, kind_of
 from ..._sites.showing import own_parts
 from ...errors import AddressError, OptionError, nearest
-from ...names import ancestors, computes_weight, join, last
+from ...names import ancestors, computes_weight, join, last, parent
 from ..backbone import Backbone
 from ..patterns import repeated, select, warn_unused
 from .blocks import Tree, units
-from .deciding import Decision, by_names, is_linear
+from .deciding import Block, Decision, by_names, is_linear
 from .flow import is_norm
 from .norms import give_norms
-from .unnamed import give_by_flow
+from .unnamed import give_by_flow, give_feed_forward
 
 SUBLAYERS = ("attn", "cross_attn")
 ROLES = (
@@ -132,17 +132,25 @@ def _in_blocks(tree: Tree) -> dict[str, Decision]:
     """Return the roles inside all blocks; of blocks that are built alike, only one is examined."""
     looks: dict[Hashable, int] = {}
     seen: dict[str, int] = {}
-    known: dict[int, dict[str, Decision]] = {}
-    decided: dict[str, Decision] = {}
+    known: dict[int, Block] = {}
+    placed: dict[str, Block] = {}
     for where in units(tree):
         look = tree.look(where, looks, seen)
         if look not in known:
-            block = by_names(tree, where)
-            give_by_flow(block)
-            give_norms(block)
-            known[look] = block.roles
-        decided |= {join(where, name): decision for name, decision in known[look].items()}
-    return decided
+            known[look] = by_names(tree, where)
+            give_by_flow(known[look])
+        placed[where] = known[look]
+    lists = {parent(where) for where, block in placed.items() if block.attends}
+    for where, block in placed.items():
+        if parent(where) in lists:  # a feed-forward may stand beside its attention
+            give_feed_forward(block)
+    for block in known.values():
+        give_norms(block)
+    return {
+        join(where, name): decision
+        for where, block in placed.items()
+        for name, decision in block.roles.items()
+    }
 
 
 def _embeddings(backbone: Backbone) -> dict[str, str]:
@@ -204,8 +212,8 @@ def _sublayers(backbone: Backbone, known: dict[str, str], wanted: str) -> list[s
     for name, role in known.items():
         if role.partition(".")[0] == wanted and not role.endswith(".layer_norm"):
             block = next((a for a in ancestors(name) if a in blocks), None)
-            if block is None:  # the model has a list of attentions and a list of feed-forwards
-                block = re.sub(r"(?<![^.])(\d+)\..*", r"\1", name)
+            if block is None:  # the whole model is one block
+                block = _around_whole(known, name, wanted)
             holders.setdefault(block, []).append(name)
     chosen = []
     for parts in holders.values():
@@ -213,6 +221,21 @@ def _sublayers(backbone: Backbone, known: dict[str, str], wanted: str) -> list[s
         held = {known[n].partition(".")[0] for n in known if n.startswith(f"{around}.")}
         chosen += [around] if held == {wanted} else parts
     return chosen
+
+
+def _around_whole(known: dict[str, str], name: str, sublayer: str) -> str:
+    """Return the module around `name`, where no list holds blocks, that has all of its sublayer.
+
+    It is the item of a list, such as a list of attentions and one of feed-forwards has; or else the
+    innermost module with the end of the sublayer and another part.
+    """
+    item = re.sub(r"(?<![^.])(\d+)\..*", r"\1", name)
+    parts = {n: r for n, r in known.items() if r.startswith(f"{sublayer}.")}
+    for around in (item, *ancestors(name)):
+        held = {last(r) for n, r in parts.items() if n.startswith(f"{around}.")} - {"layer_norm"}
+        if held & {"proj", "w2", "out"} and len(held) > 1:
+            return around
+    return "" if item == name else item
 
 
 def with_roles(

@@ -14,7 +14,7 @@ from ..._sites.swap import plain_class
 from ...names import ancestors, computes_weight, last, parent
 from ..backbone import Backbone
 from . import naming
-from .flow import is_node
+from .flow import is_node, is_norm
 
 LISTS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
@@ -66,7 +66,8 @@ def units(tree: Tree) -> list[str]:
 
     A list may be inside another list. If all items of the inner list are of one class, they are
     blocks, as in Swin's stages; else they are the parts of a block, as in T5. A module outside of
-    lists is a block if it is of a block's class. A model without lists is one block.
+    lists is a block if it is of a block's class. A model without lists is one block, and so is one
+    whose lists hold only items with a single layer, such as the GEGLU in a feed-forward.
     """
     places = [name for name in tree.backbone.modules if not computes_weight(name)]
     items = [name for name in places if _is_item(tree, name)]
@@ -82,7 +83,15 @@ def units(tree: Tree) -> list[str]:
     classes = {type(tree.backbone.modules[name]) for name in blocks}
     once = [n for n, m in tree.backbone.modules.items() if type(m) in classes and n not in known]
     blocks += [n for n in once if not any(a in known for a in ancestors(n))]
-    return [n for n in tree.backbone.modules if n in set(blocks)] if blocks else [""]
+    if not any(_holds_several(tree, name) for name in blocks):
+        return [""]
+    return [n for n in tree.backbone.modules if n in set(blocks)]
+
+
+def _holds_several(tree: Tree, name: str) -> bool:
+    """True if a module has two layers with weights in it, norms aside."""
+    inside = (tree.backbone.modules[n] for n in tree.below(name))
+    return sum(is_node(module) and not is_norm(module) for module in inside) > 1
 
 
 def _is_item(tree: Tree, name: str) -> bool:

@@ -98,6 +98,11 @@ class Block:
         )
         return {node.name for node in before}
 
+    @property
+    def attends(self) -> bool:
+        """Whether modules of an attention or a mixer are known in the block."""
+        return any(role.startswith(("attn.", "mixer.")) for role, _ in self.roles.values())
+
     def give(self, name: str, role: str, reason: str) -> None:
         """Decide the role of a module, unless it is decided already."""
         self.roles.setdefault(name, (role, reason))
@@ -182,7 +187,6 @@ def by_names(tree: Tree, where: str) -> Block:
             _mixer(block, scope)
         elif scope.kind == "ff":
             _feed_forward(block, scope)
-    _bare(block)
     return block
 
 
@@ -348,13 +352,14 @@ def _after(node: Node) -> set[Node]:
     return {*walk(node, outputs, lambda n: n.op != "call")}
 
 
-def _bare(block: Block) -> None:
+def give_bare(block: Block) -> None:
     """Decide the roles of feed-forwards without a module of their own, such as fc1 and fc2."""
     groups: dict[str, list[str]] = defaultdict(list)
     for name, module in block.modules.items():
         parent, _, key = name.rpartition(".")
         scope = block.scope_of.get(name)
-        if scope is None and is_linear(module) and naming.BARE.fullmatch(key):
+        free = scope is None and name not in block.roles and is_linear(module)
+        if free and naming.BARE.fullmatch(key):
             groups[parent].append(name)
     for parent, linears in groups.items():
         scope = Scope(
@@ -375,7 +380,7 @@ def _beside(block: Block, linears: list[str]) -> list[str]:
         return []
     before = block.fed_by(flow, max(linears, key=flow.place))
     sizes = {block.size(name) for name in linears if name in before}
-    others = (n for n in block.modules if n in before and n not in linears)
+    others = (n for n in block.modules if n in before and n not in {*linears, *block.roles})
     free = (n for n in others if n not in block.scope_of and is_linear(block.modules[n]))
     return [name for name in free if block.size(name) in sizes]
 

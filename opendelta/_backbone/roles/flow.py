@@ -14,7 +14,7 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Iterator
-from types import CodeType
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -150,12 +150,35 @@ def _unpackings(code: CodeType) -> dict[int, int]:
     }  # fmt: skip
 
 
+def _unpacked(frame: FrameType | None) -> int:
+    """Return how many names the next unpacking has, in the code that runs in `frame` or around it.
+
+    So many items has `q, k, v = map(heads, qkv)`, which iterates over `qkv` first; 2 if nothing is
+    unpacked.
+    """
+    while frame is not None and frame.f_code.co_filename != __file__:
+        for offset, count in _unpackings(frame.f_code).items():
+            if offset >= frame.f_lasti:
+                return count
+        frame = frame.f_back
+    return 2
+
+
+def _pieces(name: str, args: tuple, kwargs: dict[str, Any]) -> int:
+    """Return in how many pieces an operation cuts a tensor; 0 if its arguments do not say."""
+    if name == "chunk":
+        number = kwargs.get("chunks", *args[:1])
+        return number if isinstance(number, int) else 0
+    sizes = (*args, *kwargs.values()) if name == "split" else ()
+    return next((len(each) for each in sizes if isinstance(each, list | tuple)), 0)
+
+
 class Value:
     """A stand-in for a tensor, for a number made from a tensor, or for a collection of them."""
 
     def __init__(self, flow: Flow, node: Node, attribute: str = "") -> None:
         self.flow, self.node, self.attribute = flow, node, attribute
-        self.truth = False
+        self.truth, self.pieces = False, 0
 
     def op(self, name: str, *given: Any) -> Value:
         """Return the result of an operation on this stand-in and `given`."""
@@ -173,7 +196,9 @@ class Value:
         found = next(every(Value, (args, kwargs or {})))
         name = getattr(function, "__name__", "op")
         given = () if SIZES.fullmatch(name) else (args, kwargs or {})
-        return found.flow.step(name, "", given)
+        result = found.flow.step(name, "", given)
+        result.pieces = _pieces(name, args[1:], kwargs or {})
+        return result
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -196,13 +221,13 @@ class Value:
         if self.attribute in LIKE:
             return self.op(self.attribute)
         result = self.op(self.attribute or "call_value", args, kwargs)
+        result.pieces = _pieces(self.attribute, args, kwargs)
         if self.attribute.endswith("_") and not self.attribute.endswith("__"):
             self.node = result.node
         return result
 
     def __iter__(self) -> Iterator[Value]:
-        frame = sys._getframe(1)
-        count = _unpackings(frame.f_code).get(frame.f_lasti, 2)
+        count = self.pieces or _unpacked(sys._getframe(1))
         return iter([self.op("item") for _ in range(count)])
 
     def __getitem__(self, key: Any) -> Value:
@@ -212,7 +237,7 @@ class Value:
         self.node = self.op("setitem", value).node
 
     def __len__(self) -> int:
-        return 2
+        return self.pieces or 2
 
     def __contains__(self, item: Any) -> bool:
         return False

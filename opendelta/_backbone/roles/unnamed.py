@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 
-from .deciding import ACTIVATED, PLACED, Block, Scope, is_linear, parts_of_feed_forward
-from .flow import Flow, Node, downstream, outputs, upstream, walk
+from .deciding import ACTIVATED, PLACED, Block, Scope, give_bare, is_linear, parts_of_feed_forward
+from .flow import Flow, Node, downstream, inputs, outputs, upstream, walk
 from .naming import tokens
 
 PRODUCTS = {"matmul", "bmm", "einsum", "baddbmm", "rmatmul", "__matmul__", "__rmatmul__"}
@@ -14,13 +14,19 @@ LETTERS = {"q": "q", "k": "k", "v": "v", "qkv": "qkv", "kv": "kv", "qk": "q"}
 
 
 def give_by_flow(block: Block) -> None:
-    """Decide the roles in attention and feed-forward that names do not show."""
+    """Decide the roles in attention and feed-forward that the names of sublayers do not show."""
     held = {role for role, _ in block.roles.values()}
     if not held & {"attn.q", "attn.qkv", "mixer.in"} or not held & {"attn.proj", "mixer.out"}:
         for flow in block.flows:
             _attention(block, flow)
-    sublayers = {role.partition(".")[0] for role, _ in block.roles.values()}
-    if "ff" not in sublayers and sublayers & {"attn", "mixer"}:
+    give_bare(block)
+    if block.attends:
+        give_feed_forward(block)
+
+
+def give_feed_forward(block: Block) -> None:
+    """Decide the roles in a feed-forward by the flow of data, if the block has none yet."""
+    if not any(role.startswith("ff.") for role, _ in block.roles.values()):
         for flow in block.flows:
             _feed_forward(block, flow)
 
@@ -37,9 +43,20 @@ def _attention(block: Block, flow: Flow) -> None:
             if found in LETTERS:
                 why = f"its output is the attention's {', '.join(found)}"
                 block.give(name, f"{sub}.{LETTERS[found]}", why)
-        for node in downstream(out, lambda n: not _is_linear(block, n)):
-            if letters and node.name not in letters:
+        for node in _first_after(block, out, queries) if letters else ():
+            if node.name not in letters:
                 block.give(node.name, f"{sub}.proj", "it is the first after the attention")
+
+
+def _first_after(block: Block, out: Node, queries: Node) -> Iterator[Node]:
+    """Yield the first linears after an attention, before the residual connection around it."""
+    before = {queries, *walk(queries, inputs, lambda _: True)}
+
+    def ends(node: Node) -> bool:
+        adds_to_old = node.op.startswith("add") and not before.isdisjoint(node.inputs)
+        return adds_to_old or _is_linear(block, node)
+
+    return (n for n in downstream(out, lambda n: not ends(n)) if _is_linear(block, n))
 
 
 def _attentions(block: Block, flow: Flow) -> Iterator[tuple[Node, Node, Node, Node]]:
@@ -48,11 +65,25 @@ def _attentions(block: Block, flow: Flow) -> Iterator[tuple[Node, Node, Node, No
         if node.op == "scaled_dot_product_attention" and len(node.inputs) > 2:
             yield node.inputs[0], node.inputs[1], node.inputs[2], node
         elif node.op.lower() == "softmax":
-            scores = [n for n in upstream(node, _keeps) if n.op in PRODUCTS]
+            scores = [n for n in upstream(node, _keeps) if n.op in PRODUCTS and n.inputs[1:]]
             sums = [n for n in downstream(node, _keeps) if n.op in PRODUCTS]
-            if scores and sums and len(scores[0].inputs) > 1 and len(sums[0].inputs) > 1:
-                product = max(scores, key=lambda n: n.number)
-                yield product.inputs[0], product.inputs[1], sums[0].inputs[1], sums[0]
+            if scores and sums and sums[0].inputs[1:]:
+                values = sums[0].inputs[1]
+                product = _of_keys(block, flow, scores, values)
+                yield product.inputs[0], product.inputs[1], values, sums[0]
+
+
+def _of_keys(block: Block, flow: Flow, scores: list[Node], values: Node) -> Node:
+    """Return the last of the products in the scores whose keys come from where the values do.
+
+    The keys of others are of relative positions. It is the last of all if there is no such product.
+    """
+
+    def origin(start: Node) -> set[str]:
+        return {n for node in _linears(block, flow, start) for n in _asked(flow, node.name)}
+
+    own = [n for n in scores if origin(n.inputs[1]) & origin(values)]
+    return max(own or scores, key=lambda n: n.number)
 
 
 def _keeps(node: Node) -> bool:

@@ -1,0 +1,365 @@
+"""Models of somebody's own: what the flow of data says of their roles, whatever their names are."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import opendelta
+from opendelta import AdapterModel, IA3Model, LoraModel, ParallelAdapterModel
+
+pytestmark = pytest.mark.covers("roles")
+
+WIDTH = 8
+
+
+def heads(t):
+    return t.unflatten(-1, (2, -1)).transpose(1, 2)
+
+
+def merged(t):
+    return t.transpose(1, 2).flatten(2)
+
+
+def attended(q, k, v):
+    return merged(F.scaled_dot_product_attention(q, k, v))
+
+
+def split_by(z, size):
+    return [heads(t) for t in z.split(size, -1)]
+
+
+class FeedForward(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 16), nn.Linear(16, WIDTH)
+
+    def forward(self, x):
+        return self.down(F.gelu(self.up(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm; its attention and its feed-forward are given, and called in a neutral way."""
+
+    def __init__(self, one, other):
+        super().__init__()
+        self.n1, self.n2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.one, self.other = one, other
+
+    def forward(self, x):
+        x = x + self.one(self.n1(x))
+        return x + self.other(self.n2(x))
+
+
+def net(make):
+    """Two blocks between an embedding and a head."""
+    return nn.Sequential(nn.Embedding(9, WIDTH), nn.Sequential(make(), make()), nn.Linear(WIDTH, 3))
+
+
+def found(model, where="1.0."):
+    """{module inside the block: role}, without norms."""
+    roles = opendelta.roles(model).items()
+    return {n.removeprefix(where): r for n, r in roles if n.startswith(where) and "norm" not in r}
+
+
+# -------------------------------------------------------------------------- one projection for all
+def by_map(self, x):
+    q, k, v = map(heads, self.qkv(x).chunk(3, -1))
+    return attended(q, k, v)
+
+
+def by_map_of_sizes(self, x):
+    q, k, v = map(heads, self.qkv(x).split(WIDTH, -1))
+    return attended(q, k, v)
+
+
+def by_comprehension(self, x):
+    q, k, v = [heads(t) for t in self.qkv(x).split(WIDTH, -1)]
+    return attended(q, k, v)
+
+
+def by_generator(self, x):
+    q, k, v = (heads(t) for t in torch.chunk(self.qkv(x), dim=-1, chunks=3))
+    return attended(q, k, v)
+
+
+def by_a_function(self, x):
+    q, k, v = split_by(self.qkv(x), WIDTH)
+    return attended(q, k, v)
+
+
+def by_a_loop(self, x):
+    parts = []
+    for t in self.qkv(x).split(WIDTH, -1):
+        parts.append(heads(t))
+    q, k, v = parts
+    return attended(q, k, v)
+
+
+def by_arguments(self, x):
+    return attended(*map(heads, self.qkv(x).chunk(3, dim=-1)))
+
+
+def by_number(self, x):
+    parts = [heads(t) for t in self.qkv(x).split([WIDTH, WIDTH, WIDTH], -1)]
+    return attended(parts[0], parts[1], parts[2])
+
+
+def by_name(self, x):
+    parts = {name: heads(t) for name, t in zip("qkv", self.qkv(x).chunk(3, -1), strict=True)}
+    return attended(parts["q"], parts["k"], parts["v"])
+
+
+SPLITS = (
+    by_map, by_map_of_sizes, by_comprehension, by_generator, by_a_function, by_a_loop,
+    by_arguments, by_number, by_name,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("name", ["MHSA", "MultiHead", "SA", "TokenMixer"])
+def test_a_fused_projection_is_found_however_its_heads_are_split(name, split):
+    class Fused(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv, self.proj = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x):
+            return self.proj(split(self, x))
+
+    Fused.__name__ = name
+    model = net(lambda: Block(Fused(), FeedForward()))
+    model(torch.zeros(1, 4, dtype=torch.long))  # the code is right
+    roles = found(model)
+    assert roles["one.qkv"] in ("attn.qkv", "mixer.in")  # a mixer, by the name of its class
+    assert roles["one.proj"] == "attn.proj"
+    ends = ["1.0.one.proj", "1.0.other.down", "1.1.one.proj", "1.1.other.down"]
+    assert AdapterModel(model, bottleneck_dim=2).modified_modules == ends
+    assert LoraModel(model).modified_modules == ["1.0.one.qkv", "1.1.one.qkv"]
+
+
+# --------------------------------------------------------------------- blocks that stand in no list
+class Attention(nn.Module):
+    """Attention with Llama's names; `end` is around its output."""
+
+    def __init__(self, end=lambda linear: linear):
+        super().__init__()
+        self.wq, self.wk, self.wv = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.wo = end(nn.Linear(WIDTH, WIDTH))
+
+    def forward(self, x):
+        return self.wo(attended(heads(self.wq(x)), heads(self.wk(x)), heads(self.wv(x))))
+
+
+class Lone(nn.Module):
+    """An embedding, blocks as attributes, a head."""
+
+    def __init__(self, **blocks):
+        super().__init__()
+        self.embed = nn.Embedding(9, WIDTH)
+        self.order = list(blocks)
+        for name, block in blocks.items():
+            setattr(self, name, block)
+        self.head = nn.Linear(WIDTH, 3)
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        for name in self.order:
+            x = getattr(self, name)(x)
+        return self.head(x)
+
+
+ENDS = (
+    lambda linear: linear,
+    lambda linear: nn.Sequential(linear, nn.Dropout(0.0)),
+    lambda linear: nn.Sequential(linear, nn.LayerNorm(WIDTH)),
+)
+
+
+@pytest.mark.parametrize("end", ENDS)
+@pytest.mark.parametrize("names", [["block"], ["encoder", "decoder"]])
+def test_a_branch_around_attention_needs_no_list_of_blocks(names, end):
+    model = Lone(**{name: Block(Attention(end), FeedForward()) for name in names})
+    model(torch.zeros(1, 4, dtype=torch.long))
+    around = [name for name in names for _ in range(2)]
+    expected = [f"{name}.one" for name in around]
+    expected += [f"{name}.other.{part}" for name in names for part in ("up", "down")]
+    assert ParallelAdapterModel(model, bottleneck_dim=2).modified_modules == expected
+
+
+# ------------------------------------------------------------------------- wrappers of one sublayer
+class GEGLU(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.proj = nn.Linear(WIDTH, 32)
+
+    def forward(self, x):
+        x, gate = self.proj(x).chunk(2, -1)
+        return x * F.gelu(gate)
+
+
+class Gated(nn.Module):
+    """As diffusers has it, in a class whose name says nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(GEGLU(), nn.Dropout(0.0), nn.Linear(16, WIDTH))
+
+    def forward(self, x):
+        return self.net(x)
+
+
+class Square(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.c, self.a = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        return self.c(F.silu(self.a(x)))
+
+
+class PreNorm(nn.Module):
+    def __init__(self, fn):
+        super().__init__()
+        self.norm, self.fn = nn.LayerNorm(WIDTH), fn
+
+    def forward(self, x):
+        return self.fn(self.norm(x))
+
+
+class Residual(nn.Module):
+    def __init__(self, fn):
+        super().__init__()
+        self.fn = fn
+
+    def forward(self, x):
+        return x + self.fn(x)
+
+
+class Pairs(nn.Module):
+    """Lists of two, as lucidrains has them."""
+
+    def __init__(self, wrapped):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.ModuleList(wrapped()) for _ in range(2))
+
+    def forward(self, x):
+        for attn, ff in self.layers:
+            x = x + attn(x)
+            x = x + ff(x)
+        return x
+
+
+LAYOUTS = {
+    "pairs": lambda pair: Pairs(lambda: map(PreNorm, pair())),
+    "pairs of residuals": lambda pair: Pairs(lambda: [Residual(PreNorm(m)) for m in pair()]),
+    "in a row": lambda pair: nn.Sequential(*(PreNorm(m) for _ in range(2) for m in pair())),
+    "in rows": lambda pair: nn.Sequential(
+        *(nn.Sequential(*(Residual(PreNorm(m)) for m in pair())) for _ in range(2))
+    ),
+    "a norm in a row": lambda pair: nn.Sequential(
+        *(Residual(nn.Sequential(nn.LayerNorm(WIDTH), m)) for _ in range(2) for m in pair())
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("make", "parts"),
+    [(Gated, {"net.0.proj": "gate_up", "net.2": "w2"}), (Square, {"a": "w1", "c": "w2"})],
+)
+def test_a_feed_forward_is_found_in_a_wrapper_beside_that_of_its_attention(layout, make, parts):
+    model = LAYOUTS[layout](lambda: (Attention(), make()))
+    model(torch.zeros(1, 4, WIDTH))
+    roles = found(model, "")
+    ends = [{n: r[3:] for n, r in roles.items() if r.startswith("ff.") and n.endswith(f".{part}")}
+            for part in parts]  # fmt: skip
+    assert [list(end.values()) for end in ends] == [[role] * 2 for role in parts.values()]
+    assert len([role for role in roles.values() if role.startswith("ff.")]) == 2 * len(parts)
+    norms = [role for role in opendelta.roles(model).values() if role.endswith("layer_norm")]
+    assert sorted(norms) == ["attn.layer_norm"] * 2 + ["ff.layer_norm"] * 2
+
+
+def test_linears_without_attention_beside_them_are_no_feed_forward():
+    model = nn.Sequential(*(PreNorm(make()) for make in (Gated, Square)))
+    assert opendelta.roles(model) == {}
+
+
+@pytest.mark.parametrize("make", [FeedForward, Gated])
+def test_a_branch_around_a_feed_forward_needs_no_list_of_blocks(make):
+    model = Lone(block=Block(Attention(), make()))
+    places = {"modified_modules": ["ff", "ff"], "common_structure": True}
+    around = "block.other.net" if make is Gated else "block.other"
+    assert ParallelAdapterModel(model, bottleneck_dim=2, **places).modified_modules == [around] * 2
+
+
+# ------------------------------------------------------------------ all of a block in one module
+class Flat(nn.Module):
+    """Linears of these names: queries, keys, values, the output, and a feed-forward."""
+
+    def __init__(self, names, hidden):
+        super().__init__()
+        self.names = names.split()
+        self.n1, self.n2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        *attention, up, down = self.names
+        for name in attention:
+            setattr(self, name, nn.Linear(WIDTH, WIDTH))
+        setattr(self, up, nn.Linear(WIDTH, hidden))
+        setattr(self, down, nn.Linear(hidden, WIDTH))
+
+    def forward(self, x):
+        q, k, v, *out, up, down = (getattr(self, name) for name in self.names)
+        h = self.n1(x)
+        h = attended(heads(q(h)), heads(k(h)), heads(v(h)))
+        x = x + (out[0](h) if out else h)
+        return x + down(F.gelu(up(self.n2(x))))
+
+
+@pytest.mark.parametrize("hidden", [8, 16])
+@pytest.mark.parametrize(
+    "names",
+    [f"{attention} {ff}"
+     for attention in ("wq wk wv wo", "q_proj k_proj v_proj o_proj", "w1 w2 w3 fc", "wq wk wv")
+     for ff in ("fc1 fc2", "wi wf", "up down", "a b")],
+)  # fmt: skip
+def test_the_flow_of_a_flat_block_tells_its_attention_from_its_feed_forward(names, hidden):
+    *attention, up, down = names.split()
+    expected = dict(zip(attention, ("attn.q", "attn.k", "attn.v", "attn.proj"), strict=False))
+    expected |= {up: "ff.w1", down: "ff.w2"}
+    model = net(lambda: Flat(names, hidden))
+    assert found(model) == expected
+    assert IA3Model(model).modified_modules[:3] == [
+        f"1.0.{name}" for name in (*attention[1:3], down)
+    ]
+    assert ParallelAdapterModel(model, bottleneck_dim=2).modified_modules[-2:] == [
+        f"1.1.{up}", f"1.1.{down}"
+    ]  # fmt: skip
+
+
+# -------------------------------------------------------------------------- relative positions
+class Relative(nn.Module):
+    """Keys of relative positions beside those of the tokens; `first`: they come first."""
+
+    def __init__(self, first, table):
+        super().__init__()
+        self.r, self.a, self.b, self.c, self.d = (nn.Linear(WIDTH, WIDTH) for _ in range(5))
+        self.first, self.table = first, nn.Parameter(torch.zeros(4, WIDTH)) if table else None
+
+    def forward(self, x):
+        places = torch.ones_like(x) if self.table is None else self.table[None]
+        q = heads(self.a(x))
+        keys = [self.r(places), self.b(x)] if self.first else [self.b(x), self.r(places)]
+        scores = q @ heads(keys[0]).mT + q @ heads(keys[1]).mT
+        return self.d(merged(scores.softmax(-1) @ heads(self.c(x))))
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("table", [True, False])
+def test_keys_of_relative_positions_are_not_the_keys(first, table):
+    model = net(lambda: Block(Relative(first, table), FeedForward()))
+    model(torch.zeros(1, 4, dtype=torch.long))
+    roles = {n: r for n, r in found(model).items() if n.startswith("one.")}
+    assert roles == {
+        f"one.{name}": f"attn.{part}"
+        for name, part in zip("abcd", ("q", "k", "v", "proj"), strict=True)
+    }
