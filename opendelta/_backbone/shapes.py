@@ -213,8 +213,19 @@ def _put_stand_ins(
                 table[name] = mode.from_tensor(tensor)
             elif type(tensor) is nn.Parameter:
                 table[name] = made.setdefault(id(tensor), trials.twin_of(tensor))
+    _stand_in_attributes(module.__dict__, device or for_meta, mode, dtype)
     for child in module.children():
         _put_stand_ins(child, device, mode, dtype, for_meta, made)
+
+
+def _stand_in_attributes(
+    own: dict[str, Any], to: torch.device | None, mode: Any, dtype: torch.dtype | None
+) -> None:
+    """Replace tensors on the meta device that are no buffers, such as the angles of rotations."""
+    for name, value in list(own.items()) if to is not None else ():
+        if isinstance(value, Tensor) and value.is_meta:
+            cast = dtype if value.is_floating_point() else None
+            own[name] = mode.empty(value.shape, cast or value.dtype, to)
 
 
 def widths(backbone: Backbone, names: Sequence[str]) -> dict[str, Widths]:

@@ -204,7 +204,7 @@ def _owner(module: nn.Module) -> Record | None:
 
 
 def _layers(module: nn.Module) -> list[Any]:
-    stack = module._modules.get(SLOT)
+    stack = module.__dict__["_modules"].get(SLOT)
     return [] if stack is None else list(stack._modules.values())
 
 

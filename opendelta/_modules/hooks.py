@@ -1,8 +1,8 @@
 """Let hooks of somebody's own run in a trial, and leave what they keep as it was.
 
-A hook may record activations, or count calls. What it changes in the process is put back: lists and
-other containers, attributes of objects, variables of a closure and of its file. What it prints or
-writes to a file is not.
+A hook may record activations, count calls, or remove itself. What it changes in the process is put
+back: lists and other containers, arrays, attributes of objects and classes, variables of a closure
+and of its file. What it prints or writes to a file is not.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import dis
 import functools
 import inspect
 import itertools
+import sys
 import traceback
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator
@@ -20,6 +21,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules import module as of_all
+from torch.utils.hooks import RemovableHandle
 
 from .holding import SIMPLE, TABLES, held_in, is_foreign
 from .writing import LIBRARIES, package_of
@@ -42,6 +44,11 @@ def putting_back(modules: Iterable[nn.Module]) -> Iterator[None]:
     contents = [(each, _items(each)) for each in map(_contents, reached) if each is not None]
     cells = [(cell, cell.cell_contents) for cell in reached if _is_full(cell)]
     named = [(v.__globals__, _named(v)) for v in reached if isinstance(v, FunctionType)]
+    classes = [
+        (cls, dict(vars(cls))) for cls in reached if isinstance(cls, type) and _is_users(cls)
+    ]
+    numpy: Any = sys.modules.get("numpy")
+    arrays = [(a, a.copy()) for a in reached if numpy and isinstance(a, numpy.ndarray)]
     try:
         yield
     finally:
@@ -50,6 +57,11 @@ def putting_back(modules: Iterable[nn.Module]) -> Iterator[None]:
                 _fill(value, items)
         for cell, was in cells:
             cell.cell_contents = was
+        for array, had in arrays:
+            array[...] = had
+        for cls, before in classes:
+            for name in [k for k, v in before.items() if vars(cls).get(k) is not v]:
+                setattr(cls, name, before[name])
         for around, before in named:
             around.update({k: v for k, v in before.items() if around.get(k) is not v})
 
@@ -97,6 +109,9 @@ def _reached(hooks: Iterable[Any]) -> Iterator[Any]:
 def _inside(value: Any) -> Iterable[Any]:
     if isinstance(value, FunctionType):
         return [*(value.__closure__ or ()), *_named(value).values(), *held_in(value)]
+    if isinstance(value, RemovableHandle):  # a hook may remove itself
+        refs = (value.hooks_dict_ref, *value.extra_dict_ref)
+        return [table for ref in refs if (table := ref()) is not None]
     if isinstance(value, type):
         return [each for each in vars(value).values() if isinstance(each, CONTAINERS)]
     if isinstance(value, nn.Module):

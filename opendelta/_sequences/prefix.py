@@ -222,7 +222,7 @@ def _attend(
     for layer in prefixes:
         keys, values = layer.keys_and_values()
         (logit,) = layer.open.value
-        router: Any = module._modules[SLOT].routed  # type: ignore[union-attr]
+        router: Any = module.__dict__["_modules"][SLOT].routed
         if router is not None:
             logit = router.opened(layer, logit, key)
         rows = key.size(0)
@@ -238,7 +238,7 @@ def _attend(
 
 def _function(name: str, module: nn.Module) -> tuple[Callable[..., Any], list[PrefixLayer]]:
     """Return transformers' own function, and the prefixes around this call, in their order."""
-    stack: Any = module._modules.get(SLOT)
+    stack: Any = module.__dict__["_modules"].get(SLOT)
     on_it = () if stack is None else stack._modules.values()
     prefixes = [ly for ly in on_it if isinstance(ly, PrefixLayer) and ly.open.value is not None]
     if name == "eager":

@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from types import CodeType
+from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import nn
 
+from .._modules.writing import LIBRARIES, package_of
 from ..errors import SiteError
 from ..names import SLOT
 from . import noting, showing
@@ -23,6 +25,7 @@ CHANGE = (
 )  # fmt: skip
 
 LOOPS = {"children", "named_children", "modules", "named_modules", "_modules"}
+RUNNING: ContextVar[frozenset[int]] = ContextVar("running", default=frozenset())
 
 
 def methods(base: Any, copied: bool, notes: bool) -> dict[str, Callable[..., Any]]:
@@ -59,46 +62,70 @@ def _changing(base: Any, verb: str) -> Callable[..., Any]:
                 f"{', '.join(map(repr, owners))} has a copy of this {base.__name__}, whose items "
                 "would stay: detach it, change the items, then make a new delta"
             )
-        self._modules.pop(SLOT, None)
+        self.__dict__["_modules"].pop(SLOT, None)
         try:
             return getattr(base, verb)(self, *args, **kwargs)
         finally:
             if stack is not None:
-                self._modules[SLOT] = stack
+                self.__dict__["_modules"][SLOT] = stack
 
     return change
 
 
-def loops(base: Any) -> bool:
-    """True if the forward of a class, or a method that it names, goes over children."""
-    code = _code_of(base.forward)
-    if code is None or issubclass(base, LISTS):
-        return False
-    named = [name for name in code.co_names if not hasattr(nn.Module, name)]
-    codes = [code, *filter(None, (_code_of(getattr(base, name, None)) for name in named))]
-    inner = [each for own in codes for each in own.co_consts if isinstance(each, CodeType)]
-    return any(LOOPS & {*each.co_names} for each in (*codes, *inner))
+# ------------------------------------------------------------------------------------- in a forward
+class Shown(dict[str, Any]):
+    """The children of a module but its stack; what is written goes to the module."""
+
+    def __init__(self, own: dict[str, Any]) -> None:
+        super().__init__((name, part) for name, part in own.items() if name != SLOT)
+        self.own = own
+
+    def __setitem__(self, name: str, part: Any) -> None:
+        super().__setitem__(name, part)
+        self.own[name] = part
+
+    def __delitem__(self, name: str) -> None:
+        super().__delitem__(name)
+        del self.own[name]
 
 
-def _code_of(function: Any) -> CodeType | None:
-    return getattr(inspect.unwrap(function), "__code__", None) if callable(function) else None
+def shown_children() -> property:
+    """Return the property `_modules` of a site's class: its forward finds no stack there."""
+
+    def read(self: nn.Module) -> dict[str, Any]:
+        own = self.__dict__["_modules"]
+        if torch.compiler.is_compiling():
+            return {name: part for name, part in own.items() if name != SLOT}
+        return Shown(own) if id(self) in RUNNING.get() else own
+
+    def write(self: nn.Module, value: dict[str, Any]) -> None:
+        self.__dict__["_modules"] = value
+
+    return property(read, write)
 
 
-def without_stack(base: Any, module: nn.Module) -> Callable[..., Any]:
-    """Return the forward of a module, of the class `base`, in which its stack is no child.
+def is_hidden_from(base: Any) -> bool:
+    """True if a class has a forward of somebody's own, which may go over the children.
 
-    What it sets as attributes is set on the module.
+    Of libraries only those that name the children do.
     """
+    forward = inspect.unwrap(base.forward)
+    named = LOOPS & {*getattr(getattr(forward, "__code__", None), "co_names", ())}
+    return bool(named) or package_of(forward) not in LIBRARIES
+
+
+def hidden(base: Any, module: nn.Module) -> Callable[..., Any]:
+    """Return the forward of a module, of the class `base`, in which its stack is no child."""
 
     @functools.wraps(base.forward)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        plain = _without_stack(module, base)
-        before = dict(plain.__dict__)
+        if torch.compiler.is_compiling():
+            return base.forward(module, *args, **kwargs)
+        token = RUNNING.set(RUNNING.get() | {id(module)})
         try:
-            return base.forward(plain, *args, **kwargs)
+            return base.forward(module, *args, **kwargs)
         finally:
-            after = plain.__dict__
-            module.__dict__.update({k: v for k, v in after.items() if before.get(k) is not v})
+            RUNNING.reset(token)
 
     return forward
 
@@ -106,6 +133,6 @@ def without_stack(base: Any, module: nn.Module) -> Callable[..., Any]:
 def _without_stack(module: nn.Module, base: type[nn.Module]) -> nn.Module:
     """Return another object with the parts of a module, of the class `base`, but its stack."""
     plain = object.__new__(base)
-    parts = {name: part for name, part in module._modules.items() if name != SLOT}
+    parts = {name: part for name, part in module.__dict__["_modules"].items() if name != SLOT}
     object.__setattr__(plain, "__dict__", {**module.__dict__, "_modules": parts})
     return plain

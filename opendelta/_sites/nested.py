@@ -56,7 +56,7 @@ def run(
         for handover, values in zip(handovers, left, strict=True):
             values.append(handover.take())
     for handover, values in zip(handovers, left, strict=True):
-        handover.put(None if values[0] is None else values)
+        handover.put(None if all(value is None for value in values) else values)
     return calls.joined(outputs, functools.partial(_joined, args[0]))
 
 

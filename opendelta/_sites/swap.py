@@ -125,7 +125,7 @@ def _forward(base: type[nn.Module], folds: bool, copied: bool) -> Callable[..., 
     """Return the forward of a site, which runs the stack; see `site_class`."""
     raw: Any = kinds.raw_forward(base, folds)
     own, known, names = base.forward, raw is not None, calls.names_of(base.forward)
-    loops = not known and items.loops(base)
+    hides = not known and items.is_hidden_from(base)
 
     # It is in the class body, because transformers' checkpointing layers look there. It is wrapped,
     # because Trainer and generate() read its signature. It does not use super(), because other code
@@ -134,10 +134,10 @@ def _forward(base: type[nn.Module], folds: bool, copied: bool) -> Callable[..., 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         # Asked each time, as other code may replace a class's forward.
         call: Callable[..., Any] = functools.partial(raw if folds else base.forward, self)
-        stack: Any = self._modules.get(SLOT)
+        stack: Any = self.__dict__["_modules"].get(SLOT)
         if stack is not None:
-            if loops:
-                call = items.without_stack(base, self)
+            if hides:
+                call = items.hidden(base, self)
             if copied and not folds and stack.routed is not None:  # for rows without the copy
                 call = functools.partial(base.forward, showing.itself(self, base))
             kwargs = calls.in_order(names, args, kwargs)
@@ -182,6 +182,8 @@ def site_class(
         **tables.counting(base),
     }
     body |= items.methods(base, bool(copied), notes is not None)
+    if items.is_hidden_from(base):
+        body["_modules"] = items.shown_children()
     body |= {name: showing.of_copy(name) for name in copied}
     if folds:
         body |= {"weight": showing.folded("weight"), "bias": showing.folded("bias")}

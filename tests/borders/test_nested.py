@@ -144,3 +144,15 @@ def test_each_row_takes_its_own_deltas(method, places):
         both = opendelta.parallel(model, ["a", "b"], src=X, src_key_padding_mask=PADDING)
     assert torch.allclose(both[0][0, :3], first, atol=1e-5)
     assert torch.allclose(both[1][1], second, atol=1e-5)
+
+
+def test_a_branch_over_two_modules_takes_its_own_rows():
+    model = encoder()
+    for n, name in enumerate("ab"):
+        shake(put(model, "ParallelAdapterModel", ["linear2"], name=name), n)
+    with torch.no_grad():
+        with opendelta.composition(model).only("b"):
+            alone = model(X[1:])[0]
+        with opendelta.route(model, [None, "b"]):
+            out = model(X, src_key_padding_mask=PADDING)
+    assert torch.allclose(out[1], alone, atol=1e-5)

@@ -289,6 +289,36 @@ def test_on_the_meta_device_whole_numbers_in_sample_inputs_have_their_values():
     assert "inner" in str(opendelta.plan(model, [config], sample_inputs=SAMPLES))
 
 
+class Turned(nn.Module):
+    """A block that gets angles, which the model keeps as a plain attribute."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+
+    def forward(self, x, angles):
+        return x + self.inner(x) * angles.real
+
+
+class Angles(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table, self.block = nn.Embedding(9, 8), Turned()
+        self.angles = torch.polar(torch.ones(16, 8), torch.rand(16, 8))
+
+    def forward(self, input_ids):
+        return self.block(self.table(input_ids), self.angles[: input_ids.shape[1]])
+
+
+@pytest.mark.covers("plan")
+def test_on_the_meta_device_tensors_that_are_no_buffers_are_on_one_device_with_the_rest():
+    with torch.device("meta"):
+        model = Angles()
+    config = opendelta.AdapterConfig(modified_modules=["block"], bottleneck_dim=2)
+    assert str(opendelta.plan(model, [config])) == str(opendelta.plan(Angles(), [config]))
+    assert model.angles.is_meta
+
+
 @pytest.mark.covers("plan", "check", "AutoDeltaModel", "load")
 def test_sample_inputs_are_taken_by_each_verb(tmp_path):
     model = ByValues()

@@ -237,3 +237,29 @@ def test_a_prompt_of_words_leaves_nothing_in_a_recorder():
     model.embed_tokens.register_forward_hook(lambda m, a, o: seen.append(o))
     SoftPromptModel(model, soft_token_num=2, token_init=[1, 2])
     assert not seen
+
+
+class Counts:
+    number = 0
+
+
+@pytest.mark.parametrize("verb", ["attach", "samples", "plan", "bias"])
+def test_counts_in_classes_and_arrays_stay_and_a_hook_that_removes_itself_is_there(verb):
+    model, counts, seen = net(), numpy.zeros(3, int), []
+
+    def count(module, args, output):
+        Counts.number += 1
+        counts[0] += 1
+
+    def once(module, args, output):
+        seen.append(output.detach())
+        handle.remove()
+
+    before = Counts.number
+    model.table.register_forward_hook(count)
+    handle = model.table.register_forward_hook(once)
+    VERBS[verb](model)
+    assert (Counts.number, counts[0], len(seen)) == (before, 0, 0)
+    for _ in range(2):
+        model(IDS)
+    assert (Counts.number, counts[0], len(seen)) == (before + 2, 2, 1)
