@@ -36,7 +36,7 @@ PROBING: ContextVar[bool] = ContextVar("opendelta_probing", default=False)
 
 @contextlib.contextmanager
 def untouched(backbone: Backbone) -> Iterator[None]:
-    """Put back all that a forward may change: attributes, tensors, notes, and what hooks keep."""
+    """Put back all that a forward may change: attributes, tensors, hooks, and notes."""
     own: list[dict[str, Any]] = []
     for module in backbone.model.modules():
         if not isinstance(module, torch.jit.ScriptModule):  # its tables are views
@@ -49,8 +49,7 @@ def untouched(backbone: Backbone) -> Iterator[None]:
         stack.ran = set(stack.ran)
     token = PROBING.set(True)
     try:
-        with hooks.putting_back([*backbone.model.modules()]):
-            yield
+        yield
     finally:
         PROBING.reset(token)
         for table, before in zip(own, kept, strict=True):
@@ -89,7 +88,7 @@ def _run(
     if values or module.training:  # in train() RT-DETR looks for infinite values
         runs.append(functools.partial(_run_as, None, at_rest=True, numbers=values))
     while runs:
-        with untouched(backbone):
+        with untouched(backbone), hooks.putting_back(parts):
             hooks.take_off(parts, off)
             try:
                 output = runs[0](backbone, where, args, kwargs, grad)
