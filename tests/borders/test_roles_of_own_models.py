@@ -363,3 +363,83 @@ def test_keys_of_relative_positions_are_not_the_keys(first, table):
         f"one.{name}": f"attn.{part}"
         for name, part in zip("abcd", ("q", "k", "v", "proj"), strict=True)
     }
+
+
+# ------------------------------------------------------------------------------ a list of heads
+class Head(nn.Module):
+    """One head: it gives `size` channels. Its linears are called `names`."""
+
+    def __init__(self, names, size):
+        super().__init__()
+        self.names = names
+        for name in names:
+            setattr(self, name, nn.Linear(WIDTH, size, bias=False))
+
+    def forward(self, x):
+        q, k, v = (getattr(self, name)(x) for name in self.names)
+        scores = (q @ k.mT).masked_fill(torch.ones_like(q @ k.mT).tril() == 0, float("-inf"))
+        return scores.softmax(-1) @ v
+
+
+class ManyHeads(nn.Module):
+    def __init__(self, count=2, names=("query", "key", "value"), size=4):
+        super().__init__()
+        self.heads = nn.ModuleList(Head(names, size) for _ in range(count))
+        self.proj = nn.Linear(size * count, WIDTH)
+
+    def forward(self, x):
+        return self.proj(torch.cat([head(x) for head in self.heads], -1))
+
+
+class Net(nn.Module):
+    """A feed-forward in a row."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Linear(WIDTH, 16), nn.ReLU(), nn.Linear(16, WIDTH), nn.Dropout(0.0)
+        )
+
+    def forward(self, x):
+        return self.net(x)
+
+
+@pytest.mark.parametrize("size", [4, WIDTH])
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("names", ["query key value", "W_q W_k W_v"])
+@pytest.mark.parametrize("blocks", ["in a row", "alone"])
+def test_the_items_of_a_list_of_heads_are_no_blocks(blocks, names, count, size):
+    def make():
+        return Block(ManyHeads(count, names.split(), size), Net())
+
+    model = net(make) if blocks == "in a row" else Lone(block=make())
+    model(torch.zeros(1, 4, dtype=torch.long))
+    where = "1.0." if blocks == "in a row" else "block."
+    expected = {
+        f"one.heads.{i}.{name}": f"attn.{part}"
+        for i in range(count)
+        for name, part in zip(names.split(), "qkv", strict=True)
+    }
+    expected |= {"one.proj": "attn.proj", "other.net.0": "ff.w1", "other.net.2": "ff.w2"}
+    assert found(model, where) == expected
+    ends = [f"{where}one.proj", f"{where}other.net.2"]
+    assert AdapterModel(model, bottleneck_dim=2).modified_modules[:2] == ends
+    model = net(make) if blocks == "in a row" else Lone(block=make())
+    places = ParallelAdapterModel(model, bottleneck_dim=2).modified_modules
+    assert places[:2] == [f"{where}one"] * 2
+
+
+def test_layers_with_only_queries_keys_and_values_are_blocks():
+    class Layers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(Head(("query", "key", "value"), WIDTH) for _ in range(2))
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = x + layer(x)
+            return x
+
+    model = Layers()
+    roles = {f"layers.{i}.{n}": f"attn.{n[0]}" for i in range(2) for n in ("query", "key", "value")}
+    assert opendelta.roles(model) == roles
