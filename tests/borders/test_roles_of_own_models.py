@@ -365,6 +365,75 @@ def test_keys_of_relative_positions_are_not_the_keys(first, table):
     }
 
 
+# ------------------------------------------------------- queries, keys and values are given apart
+class Given(nn.Module):
+    """An attention that takes three inputs, in this order; its linears are called `names`."""
+
+    def __init__(self, names, order):
+        super().__init__()
+        self.names, self.order = names, order
+        for name in names:
+            setattr(self, name, nn.Linear(WIDTH, WIDTH))
+
+    def forward(self, *given, mask=None):
+        given = dict(zip(self.order, given, strict=True))
+        q, k, v = (
+            heads(getattr(self, n)(given[p])) for n, p in zip(self.names, "qkv", strict=False)
+        )
+        scores = q @ k.mT if mask is None else (q @ k.mT).masked_fill(mask == 0, -1e9)
+        return getattr(self, self.names[3])(merged(scores.softmax(-1) @ v))
+
+
+class ByValueKeyQuery(nn.Module):
+    def __init__(self, names, cls):
+        super().__init__()
+        self.one, self.other = type(cls, (Given,), {})(names, "vkq"), FeedForward()
+        self.n1, self.n2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+
+    def forward(self, value, key, query, mask):
+        x = self.n1(self.one(value, key, query, mask=mask) + query)
+        return self.n2(self.other(x) + x)
+
+
+class ByQueryKeyValue(ByValueKeyQuery):
+    def __init__(self, names, cls):
+        super().__init__(names, cls)
+        self.one.order = "qkv"
+
+    def forward(self, q, k, v, mask=None):
+        x = self.n1(self.one(q, k, v, mask=mask) + q)
+        return self.n2(self.other(x) + x)
+
+
+class Threefold(nn.Module):
+    def __init__(self, make, *given):
+        super().__init__()
+        self.layers = nn.ModuleList(make(*given) for _ in range(2))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x, x, x, None)
+        return x
+
+
+@pytest.mark.parametrize("cls", ["SelfAttention", "Neutral"])
+@pytest.mark.parametrize("make", [ByValueKeyQuery, ByQueryKeyValue])
+@pytest.mark.parametrize("names", ["queries keys values fc_out", "q k v end", "a b c d"])
+def test_all_of_one_attention_is_of_one_sublayer(names, make, cls):
+    model = Threefold(make, names.split(), cls)
+    model(torch.zeros(1, 4, WIDTH))
+    q, k, v, out = (f"one.{name}" for name in names.split())
+    expected = {q: "attn.q", k: "attn.k", v: "attn.v", out: "attn.proj"}
+    roles = found(model, "layers.0.")
+    assert {n: r for n, r in roles.items() if n.startswith("one.")} == expected
+    assert opendelta.roles(model)["layers.1.n1"] == "attn.layer_norm"
+    ends = [f"layers.{i}.{end}" for i in range(2) for end in (out, "other.down")]
+    assert AdapterModel(model, bottleneck_dim=2).modified_modules == ends
+    model = Threefold(make, names.split(), cls)
+    places = ParallelAdapterModel(model, bottleneck_dim=2).modified_modules
+    assert places[:2] == ["layers.0.one"] * 2
+
+
 # ------------------------------------------------------------------------------ a list of heads
 class Head(nn.Module):
     """One head: it gives `size` channels. Its linears are called `names`."""
