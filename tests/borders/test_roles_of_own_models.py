@@ -512,3 +512,29 @@ def test_layers_with_only_queries_keys_and_values_are_blocks():
     model = Layers()
     roles = {f"layers.{i}.{n}": f"attn.{n[0]}" for i in range(2) for n in ("query", "key", "value")}
     assert opendelta.roles(model) == roles
+
+
+# ------------------------------------------------------------------ two attentions in one block
+class Twice(nn.Module):
+    """Two attentions of one class."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.attn1, self.attn2, self.ff = make(), make(), FeedForward()
+        self.n1, self.n2, self.n3 = (nn.LayerNorm(WIDTH) for _ in range(3))
+
+    def forward(self, x):
+        x = x + self.attn1(self.n1(x))
+        x = x + self.attn2(self.n2(x))
+        return x + self.ff(self.n3(x))
+
+
+@pytest.mark.parametrize("make", [Attention, lambda: Attention(ENDS[1]), ManyHeads])
+def test_each_of_two_attentions_gets_one_branch(make):
+    model = net(lambda: Twice(make))
+    before = model(torch.zeros(1, 4, dtype=torch.long))
+    places = ParallelAdapterModel(model, bottleneck_dim=2).modified_modules
+    block = ["attn1", "attn1", "attn2", "attn2"]
+    expected = [f"1.{i}.{name}" for i in range(2) for name in block]
+    assert [name for name in places if ".ff." not in name] == expected
+    assert torch.equal(model(torch.zeros(1, 4, dtype=torch.long)), before)
