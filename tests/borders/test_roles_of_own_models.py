@@ -363,3 +363,178 @@ def test_keys_of_relative_positions_are_not_the_keys(first, table):
         f"one.{name}": f"attn.{part}"
         for name, part in zip("abcd", ("q", "k", "v", "proj"), strict=True)
     }
+
+
+# ------------------------------------------------------- queries, keys and values are given apart
+class Given(nn.Module):
+    """An attention that takes three inputs, in this order; its linears are called `names`."""
+
+    def __init__(self, names, order):
+        super().__init__()
+        self.names, self.order = names, order
+        for name in names:
+            setattr(self, name, nn.Linear(WIDTH, WIDTH))
+
+    def forward(self, *given, mask=None):
+        given = dict(zip(self.order, given, strict=True))
+        q, k, v = (
+            heads(getattr(self, n)(given[p])) for n, p in zip(self.names, "qkv", strict=False)
+        )
+        scores = q @ k.mT if mask is None else (q @ k.mT).masked_fill(mask == 0, -1e9)
+        return getattr(self, self.names[3])(merged(scores.softmax(-1) @ v))
+
+
+class ByValueKeyQuery(nn.Module):
+    def __init__(self, names, cls):
+        super().__init__()
+        self.one, self.other = type(cls, (Given,), {})(names, "vkq"), FeedForward()
+        self.n1, self.n2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+
+    def forward(self, value, key, query, mask):
+        x = self.n1(self.one(value, key, query, mask=mask) + query)
+        return self.n2(self.other(x) + x)
+
+
+class ByQueryKeyValue(ByValueKeyQuery):
+    def __init__(self, names, cls):
+        super().__init__(names, cls)
+        self.one.order = "qkv"
+
+    def forward(self, q, k, v, mask=None):
+        x = self.n1(self.one(q, k, v, mask=mask) + q)
+        return self.n2(self.other(x) + x)
+
+
+class Threefold(nn.Module):
+    def __init__(self, make, *given):
+        super().__init__()
+        self.layers = nn.ModuleList(make(*given) for _ in range(2))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x, x, x, None)
+        return x
+
+
+@pytest.mark.parametrize("cls", ["SelfAttention", "Neutral"])
+@pytest.mark.parametrize("make", [ByValueKeyQuery, ByQueryKeyValue])
+@pytest.mark.parametrize("names", ["queries keys values fc_out", "q k v end", "a b c d"])
+def test_all_of_one_attention_is_of_one_sublayer(names, make, cls):
+    model = Threefold(make, names.split(), cls)
+    model(torch.zeros(1, 4, WIDTH))
+    q, k, v, out = (f"one.{name}" for name in names.split())
+    expected = {q: "attn.q", k: "attn.k", v: "attn.v", out: "attn.proj"}
+    roles = found(model, "layers.0.")
+    assert {n: r for n, r in roles.items() if n.startswith("one.")} == expected
+    assert opendelta.roles(model)["layers.1.n1"] == "attn.layer_norm"
+    ends = [f"layers.{i}.{end}" for i in range(2) for end in (out, "other.down")]
+    assert AdapterModel(model, bottleneck_dim=2).modified_modules == ends
+    model = Threefold(make, names.split(), cls)
+    places = ParallelAdapterModel(model, bottleneck_dim=2).modified_modules
+    assert places[:2] == ["layers.0.one"] * 2
+
+
+# ------------------------------------------------------------------------------ a list of heads
+class Head(nn.Module):
+    """One head: it gives `size` channels. Its linears are called `names`."""
+
+    def __init__(self, names, size):
+        super().__init__()
+        self.names = names
+        for name in names:
+            setattr(self, name, nn.Linear(WIDTH, size, bias=False))
+
+    def forward(self, x):
+        q, k, v = (getattr(self, name)(x) for name in self.names)
+        scores = (q @ k.mT).masked_fill(torch.ones_like(q @ k.mT).tril() == 0, float("-inf"))
+        return scores.softmax(-1) @ v
+
+
+class ManyHeads(nn.Module):
+    def __init__(self, count=2, names=("query", "key", "value"), size=4):
+        super().__init__()
+        self.heads = nn.ModuleList(Head(names, size) for _ in range(count))
+        self.proj = nn.Linear(size * count, WIDTH)
+
+    def forward(self, x):
+        return self.proj(torch.cat([head(x) for head in self.heads], -1))
+
+
+class Net(nn.Module):
+    """A feed-forward in a row."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Linear(WIDTH, 16), nn.ReLU(), nn.Linear(16, WIDTH), nn.Dropout(0.0)
+        )
+
+    def forward(self, x):
+        return self.net(x)
+
+
+@pytest.mark.parametrize("size", [4, WIDTH])
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("names", ["query key value", "W_q W_k W_v"])
+@pytest.mark.parametrize("blocks", ["in a row", "alone"])
+def test_the_items_of_a_list_of_heads_are_no_blocks(blocks, names, count, size):
+    def make():
+        return Block(ManyHeads(count, names.split(), size), Net())
+
+    model = net(make) if blocks == "in a row" else Lone(block=make())
+    model(torch.zeros(1, 4, dtype=torch.long))
+    where = "1.0." if blocks == "in a row" else "block."
+    expected = {
+        f"one.heads.{i}.{name}": f"attn.{part}"
+        for i in range(count)
+        for name, part in zip(names.split(), "qkv", strict=True)
+    }
+    expected |= {"one.proj": "attn.proj", "other.net.0": "ff.w1", "other.net.2": "ff.w2"}
+    assert found(model, where) == expected
+    ends = [f"{where}one.proj", f"{where}other.net.2"]
+    assert AdapterModel(model, bottleneck_dim=2).modified_modules[:2] == ends
+    model = net(make) if blocks == "in a row" else Lone(block=make())
+    places = ParallelAdapterModel(model, bottleneck_dim=2).modified_modules
+    assert places[:2] == [f"{where}one"] * 2
+
+
+def test_layers_with_only_queries_keys_and_values_are_blocks():
+    class Layers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(Head(("query", "key", "value"), WIDTH) for _ in range(2))
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = x + layer(x)
+            return x
+
+    model = Layers()
+    roles = {f"layers.{i}.{n}": f"attn.{n[0]}" for i in range(2) for n in ("query", "key", "value")}
+    assert opendelta.roles(model) == roles
+
+
+# ------------------------------------------------------------------ two attentions in one block
+class Twice(nn.Module):
+    """Two attentions of one class."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.attn1, self.attn2, self.ff = make(), make(), FeedForward()
+        self.n1, self.n2, self.n3 = (nn.LayerNorm(WIDTH) for _ in range(3))
+
+    def forward(self, x):
+        x = x + self.attn1(self.n1(x))
+        x = x + self.attn2(self.n2(x))
+        return x + self.ff(self.n3(x))
+
+
+@pytest.mark.parametrize("make", [Attention, lambda: Attention(ENDS[1]), ManyHeads])
+def test_each_of_two_attentions_gets_one_branch(make):
+    model = net(lambda: Twice(make))
+    before = model(torch.zeros(1, 4, dtype=torch.long))
+    places = ParallelAdapterModel(model, bottleneck_dim=2).modified_modules
+    block = ["attn1", "attn1", "attn2", "attn2"]
+    expected = [f"1.{i}.{name}" for i in range(2) for name in block]
+    assert [name for name in places if ".ff." not in name] == expected
+    assert torch.equal(model(torch.zeros(1, 4, dtype=torch.long)), before)

@@ -10,6 +10,7 @@ from typing import Any, Literal, overload
 import torch
 from torch import nn
 
+from ..._modules.calls import has_forward
 from ..._modules.kinds import Embedding, kind_of
 from ..._sites.showing import own_parts
 from ...errors import AddressError, OptionError, nearest
@@ -206,6 +207,7 @@ def _sublayers(backbone: Backbone, known: dict[str, str], wanted: str) -> list[s
     """Return the modules that hold a sublayer such as `attn`; else the parts of the sublayer.
 
     A module holds a sublayer if it is around all its parts, and around no part of another sublayer.
+    Of several attentions in one block, each child of the block that has a whole one holds it.
     """
     blocks = set(units(Tree.of(backbone)))
     holders: dict[str, list[str]] = {}
@@ -216,11 +218,31 @@ def _sublayers(backbone: Backbone, known: dict[str, str], wanted: str) -> list[s
                 block = _around_whole(known, name, wanted)
             holders.setdefault(block, []).append(name)
     chosen = []
-    for parts in holders.values():
+    for block, parts in holders.items():
         around = backbone.innermost_around(parts)
-        held = {known[n].partition(".")[0] for n in known if n.startswith(f"{around}.")}
-        chosen += [around] if held == {wanted} else parts
+        if _holds_only(known, around, wanted):
+            chosen.append(around)
+        elif wanted in SUBLAYERS:
+            chosen += dict.fromkeys(
+                _attention_around(backbone, known, block, part) for part in parts
+            )
+        else:
+            chosen += parts
     return chosen
+
+
+def _holds_only(known: dict[str, str], around: str, sublayer: str) -> bool:
+    """True if all roles inside a module are of one sublayer."""
+    held = {role.partition(".")[0] for n, role in known.items() if n.startswith(f"{around}.")}
+    return held == {sublayer}
+
+
+def _attention_around(backbone: Backbone, known: dict[str, str], block: str, part: str) -> str:
+    """Return the child of `block` with all of the attention of `part`; else `part` itself."""
+    child = next(a for a in ancestors(part) if parent(a) == block or "." not in a)
+    held = {last(role) for n, role in known.items() if n.startswith(f"{child}.")}
+    whole = "proj" in held and held & {"q", "qkv"} and has_forward(backbone.modules[child])
+    return child if whole and _holds_only(known, child, known[part].partition(".")[0]) else part
 
 
 def _around_whole(known: dict[str, str], name: str, sublayer: str) -> str:

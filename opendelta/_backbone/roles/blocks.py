@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..._modules.calls import has_forward
-from ..._modules.kinds import kind_of
+from ..._modules.kinds import Kind, kind_of
 from ..._sites.swap import plain_class
 from ...names import ancestors, computes_weight, last, parent
 from ..backbone import Backbone
@@ -65,7 +65,8 @@ def units(tree: Tree) -> list[str]:
     """Return the names of the blocks: items of lists that hold sublayers and are no sublayers.
 
     A list may be inside another list. If all items of the inner list are of one class, they are
-    blocks, as in Swin's stages; else they are the parts of a block, as in T5. A module outside of
+    blocks, as in Swin's stages; else they are the parts of a block, as in T5. The heads of an
+    attention are no blocks, whether there is a list around their list or not. A module outside of
     lists is a block if it is of a block's class. A model without lists is one block, and so is one
     whose lists hold only items with a single layer, such as the GEGLU in a feed-forward.
     """
@@ -106,4 +107,21 @@ def _is_item(tree: Tree, name: str) -> bool:
     for step in names:
         if naming.sublayer(step, class_of(module))[0] is not None:
             return False
-    return any(not last(child).isdigit() for child in tree.below(name))
+    named = any(not last(child).isdigit() for child in tree.below(name))
+    return named and not _is_head(tree, name)
+
+
+def _is_head(tree: Tree, name: str) -> bool:
+    """True if an item of a list is one head of an attention.
+
+    It has only linears of queries, keys and values, and its list is one of heads, or the values
+    have fewer channels than the input, so that it cannot be a layer among others.
+    """
+    modules = tree.backbone.modules
+    kinds = {n: kind for n in tree.below(name) if (kind := kind_of(modules[n])) is not None}
+    linears = {last(n): kind for n, kind in kinds.items() if kind.name == Kind.name}
+    parts = {naming.attention_part(n, linears): kind for n, kind in linears.items()}
+    if not parts or not parts.keys() <= {"q", "k", "v", "qkv", "kv"}:
+        return False
+    narrow = "v" in parts and parts["v"].out_features < parts["v"].in_features
+    return narrow or "heads" in naming.tokens(last(parent(name)))

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from .deciding import ACTIVATED, PLACED, Block, Scope, give_bare, is_linear, parts_of_feed_forward
 from .flow import Flow, Node, downstream, inputs, outputs, upstream, walk
-from .naming import tokens
+from .naming import attention_part, tokens
 
 PRODUCTS = {"matmul", "bmm", "einsum", "baddbmm", "rmatmul", "__matmul__", "__rmatmul__"}
 LETTERS = {"q": "q", "k": "k", "v": "v", "qkv": "qkv", "kv": "kv", "qk": "q"}
@@ -37,8 +37,7 @@ def _attention(block: Block, flow: Flow) -> None:
         for letter, start in (("q", queries), ("k", keys), ("v", values)):
             for node in _linears(block, flow, start):
                 letters[node.name] += letter if letter not in letters[node.name] else ""
-        asked = {n for name in letters for n in _asked(flow, name) if "k" in letters[name]}
-        sub = "attn" if not asked or flow.first in asked else "cross_attn"
+        sub = _kind(block, flow, letters)
         for name, found in letters.items():
             if found in LETTERS:
                 why = f"its output is the attention's {', '.join(found)}"
@@ -46,6 +45,20 @@ def _attention(block: Block, flow: Flow) -> None:
         for node in _first_after(block, out, queries) if letters else ():
             if node.name not in letters:
                 block.give(node.name, f"{sub}.proj", "it is the first after the attention")
+
+
+def _kind(block: Block, flow: Flow, letters: dict[str, str]) -> str:
+    """Return attn or cross_attn, for the {name of a linear: those of "qkv" that it gives}.
+
+    It is what the names said of some of these linears; else cross_attn if the keys are of another
+    input than the block's first, and the block does not take queries, keys and values apart.
+    """
+    known = {block.roles[name][0].partition(".")[0] for name in letters if name in block.roles}
+    if len(known) == 1 and known <= {"attn", "cross_attn"}:
+        return known.pop()
+    asked = {n for name in letters for n in _asked(flow, name) if "k" in letters[name]}
+    apart = all(attention_part(name, ()) in ("q", "k", "v") for name in (flow.first, *asked))
+    return "attn" if apart or not asked or flow.first in asked else "cross_attn"
 
 
 def _first_after(block: Block, out: Node, queries: Node) -> Iterator[Node]:
