@@ -5,8 +5,18 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 
-from .deciding import ACTIVATED, PLACED, Block, Scope, give_bare, is_linear, parts_of_feed_forward
-from .flow import Flow, Node, downstream, inputs, outputs, upstream, walk
+from ..._modules.kinds import kind_of
+from .deciding import (
+    ACTIVATED,
+    MIXING,
+    PLACED,
+    Block,
+    Scope,
+    give_bare,
+    is_linear,
+    parts_of_feed_forward,
+)
+from .flow import Flow, Node, downstream, inputs, is_norm, outputs, upstream, walk
 from .naming import tokens
 
 PRODUCTS = {"matmul", "bmm", "einsum", "baddbmm", "rmatmul", "__matmul__", "__rmatmul__"}
@@ -37,8 +47,7 @@ def _attention(block: Block, flow: Flow) -> None:
         for letter, start in (("q", queries), ("k", keys), ("v", values)):
             for node in _linears(block, flow, start):
                 letters[node.name] += letter if letter not in letters[node.name] else ""
-        asked = {n for name in letters for n in _asked(flow, name) if "k" in letters[name]}
-        sub = "attn" if not asked or flow.first in asked else "cross_attn"
+        sub = "cross_attn" if _is_cross(block, flow, letters) else "attn"
         for name, found in letters.items():
             if found in LETTERS:
                 why = f"its output is the attention's {', '.join(found)}"
@@ -46,6 +55,34 @@ def _attention(block: Block, flow: Flow) -> None:
         for node in _first_after(block, out, queries) if letters else ():
             if node.name not in letters:
                 block.give(node.name, f"{sub}.proj", "it is the first after the attention")
+
+
+def _is_cross(block: Block, flow: Flow, letters: dict[str, str]) -> bool:
+    """True if keys come from another source than queries, or if a name beside another says so."""
+    queries, keys = (
+        {node for name in names for node in _sources(block, flow, name)}
+        for names in ([n for n, found in letters.items() if letter in found] for letter in "qk")
+    )
+    if queries and keys and queries.isdisjoint(keys):
+        return True
+    kinds = [s.kind for s in block.scopes.values() if s.kind in ("attn", "cross_attn")]
+    scopes = (block.scope_of.get(name) for name in letters)
+    return len(kinds) > 1 and any(scope and scope.kind == "cross_attn" for scope in scopes)
+
+
+def _sources(block: Block, flow: Flow, name: str) -> set[Node]:
+    """Return the calls and inputs that what the named linear takes comes from.
+
+    What an attention gives comes from where its queries do, its first input.
+    """
+
+    def before(node: Node) -> list[Node]:
+        mixes = MIXING.search(node.op) or (node.op == "call" and node.name not in layers)
+        return node.inputs[:1] if mixes else node.inputs
+
+    layers = {n for n, m in block.modules.items() if kind_of(m) is not None or is_norm(m)}
+    found = {n for call in flow.calls[name] for n in walk(call, before, lambda _: True)}
+    return {n for n in found if n.op == "call" or (n.op == "input" and not PLACED.search(n.name))}
 
 
 def _first_after(block: Block, out: Node, queries: Node) -> Iterator[Node]:
