@@ -538,3 +538,164 @@ def test_each_of_two_attentions_gets_one_branch(make):
     expected = [f"1.{i}.{name}" for i in range(2) for name in block]
     assert [name for name in places if ".ff." not in name] == expected
     assert torch.equal(model(torch.zeros(1, 4, dtype=torch.long)), before)
+
+
+# ------------------------------------------------------------------- self- and cross-attention
+class Nameless(nn.Module):
+    """Attention of linears without names; `convolved`: other convolutions for queries and keys."""
+
+    def __init__(self, convolved=False):
+        super().__init__()
+        self.linears = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(4))
+        make = (lambda: nn.Conv1d(WIDTH, WIDTH, 1)) if convolved else nn.Identity
+        self.before = nn.ModuleList(make() for _ in range(3))
+
+    def forward(self, x, memory=None):
+        memory = x if memory is None else memory
+        given = [c(t.mT).mT for c, t in zip(self.before, (x, memory, memory), strict=True)]
+        q, k, v = (heads(linear(t)) for linear, t in zip(self.linears[:3], given, strict=True))
+        return self.linears[-1](attended(q, k, v))
+
+
+class Sublayer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+
+    def forward(self, x, sublayer):
+        return x + sublayer(self.norm(x))
+
+
+class Layer(nn.Module):
+    """As the Annotated Transformer has it; its attentions have the given names, the self's first.
+
+    Args:
+        listed: the residual connections are in a list.
+    """
+
+    def __init__(self, names, listed=True, convolved=False):
+        super().__init__()
+        self.names = names.split()
+        for name in self.names:
+            setattr(self, name, Nameless(convolved))
+        self.feed_forward = FeedForward()
+        parts = [Sublayer() for _ in range(3)]
+        self.sublayer = nn.ModuleList(parts) if listed else None
+        self.s0, self.s1, self.s2 = (None,) * 3 if listed else parts
+
+    def forward(self, x, memory=None):
+        first, second, third = self.sublayer or (self.s0, self.s1, self.s2)
+        attns = [getattr(self, name) for name in self.names]
+        x = first(x, lambda x: attns[0](x))
+        if len(attns) > 1:
+            x = second(x, lambda x: attns[1](x, memory))
+        return third(x, self.feed_forward)
+
+
+class Swapped(Layer):
+    """The memory is the first argument."""
+
+    def forward(self, memory, x):
+        return super().forward(x, memory)
+
+
+class Translator(nn.Module):
+    """An encoder and a decoder of `number` layers; without lists if it is 1."""
+
+    def __init__(self, names, number, listed=True, convolved=False, decoder=Layer):
+        super().__init__()
+        self.src, self.tgt = nn.Embedding(9, WIDTH), nn.Embedding(9, WIDTH)
+        one, two = names.split()
+        encoders = [Layer(one, listed, convolved) for _ in range(number)]
+        decoders = [decoder(f"{one} {two}", listed, convolved) for _ in range(number)]
+        self.swapped = decoder is Swapped
+        several = nn.ModuleList if number > 1 else lambda items: items[0]
+        self.encoder, self.decoder = several(encoders), several(decoders)
+
+    def forward(self, src, tgt):
+        lists = [s if isinstance(s, nn.ModuleList) else [s] for s in (self.encoder, self.decoder)]
+        memory, x = self.src(src), self.tgt(tgt)
+        for layer in lists[0]:
+            memory = layer(memory)
+        for layer in lists[1]:
+            x = layer(memory, x) if self.swapped else layer(x, memory)
+        return x
+
+
+@pytest.mark.parametrize("decoder", [Layer, Swapped])
+@pytest.mark.parametrize("convolved", [False, True])
+@pytest.mark.parametrize("listed", [True, False])
+@pytest.mark.parametrize("number", [1, 2])
+@pytest.mark.parametrize("names", ["self_attn src_attn", "attn_a attn_b", "mha1 mha2", "a b"])
+def test_cross_attention_is_that_whose_keys_come_from_elsewhere(
+    names, number, listed, convolved, decoder
+):
+    model = Translator(names, number, listed, convolved, decoder)
+    model(*torch.ones(2, 1, 4, dtype=torch.long))
+    one, two = names.split()
+    parts = ("q", "k", "v", "proj")
+    roles = {n: r for n, r in opendelta.roles(model).items() if ".linears." in n}
+    for name, role in roles.items():
+        sub = "cross_attn" if f".{two}." in name else "attn"
+        assert role == f"{sub}.{parts[int(name[-1])]}", name
+    assert len(roles) == 12 * number
+    selves = [n for n in dict(model.named_modules()) if n.endswith(f".{one}")]
+    assert LoraModel(model).modified_modules == [
+        f"{name}.linears.{n}" for name in selves for n in (0, 2)
+    ]
+
+
+def test_each_layer_of_a_decoder_gets_the_same_deltas():
+    model = Translator("self_attn src_attn", 2)
+    for cls in (AdapterModel, ParallelAdapterModel):
+        places = cls(model, bottleneck_dim=2).modified_modules
+        first, second = ([n[10:] for n in places if n.startswith(f"decoder.{i}.")] for i in (0, 1))
+        assert first == second
+        assert any("self_attn" in name for name in first)
+        assert not any("src_attn" in name for name in places)
+
+
+class Towers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.patches, self.tokens = nn.Conv2d(3, WIDTH, 4, 4), nn.Embedding(9, WIDTH)
+        self.image, self.text = (Block(Nameless(), FeedForward()) for _ in range(2))
+
+    def forward(self, pixels, ids):
+        image = self.image(self.patches(pixels).flatten(2).mT).mean(1)
+        return image @ self.text(self.tokens(ids)).mean(1).T
+
+
+def test_each_of_two_towers_attends_to_itself():
+    model = Towers()
+    model(torch.zeros(1, 3, 8, 8), torch.ones(1, 4, dtype=torch.long))
+    roles = opendelta.roles(model)
+    for tower in ("image", "text"):
+        got = [roles[f"{tower}.one.linears.{n}"] for n in range(4)]
+        assert got == ["attn.q", "attn.k", "attn.v", "attn.proj"]
+    assert AdapterModel(model, bottleneck_dim=2).modified_modules == [
+        f"{tower}.{part}" for tower in ("image", "text") for part in ("one.linears.3", "other.down")
+    ]
+
+
+class Optional(nn.Module):
+    """As Whisper has it: keys may come from elsewhere, by an argument whose name says nothing."""
+
+    def __init__(self, *names):
+        super().__init__()
+        self.names = names
+        for name in names:
+            setattr(self, name, Nameless())
+        self.mlp = FeedForward()
+
+    def forward(self, x, xa=None):
+        for name in self.names:
+            x = x + getattr(self, name)(x, xa if "cross" in name else None)
+        return x + self.mlp(x)
+
+
+@pytest.mark.parametrize("names", [("attn", "cross_attn"), ("multihead_attn",)])
+def test_a_name_beside_another_attention_says_that_it_is_cross_attention(names):
+    roles = found(net(lambda: Optional(*names)))
+    subs = {n.split(".")[0]: r.split(".")[0] for n, r in roles.items() if ".linears." in n}
+    assert subs == dict(zip(names, ("attn", "cross_attn"), strict=False))

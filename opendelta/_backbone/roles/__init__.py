@@ -70,7 +70,8 @@ def roles(
 
     - attention: `attn.q`, `attn.k`, `attn.v`, `attn.qkv` (one projection for all), `attn.kv` (one
       projection for keys and values, or for their latents), `attn.proj` and `attn.layer_norm`;
-      cross-attention: the same under `cross_attn.`
+      cross-attention, whose keys come from another source than its queries: the same under
+      `cross_attn.`
     - feed-forward: `ff.w1` (up), `ff.gate` (the activated branch), `ff.gate_up` (both in one),
       `ff.w2` (down), `ff.layer_norm`, `ff.experts` and `ff.router`
     - state-space and linear-attention mixers: `mixer.in` and `mixer.out`

@@ -64,11 +64,12 @@ class Tree:
 def units(tree: Tree) -> list[str]:
     """Return the names of the blocks: items of lists that hold sublayers and are no sublayers.
 
-    A list may be inside another list. If all items of the inner list are of one class, they are
-    blocks, as in Swin's stages; else they are the parts of a block, as in T5. The heads of an
-    attention are no blocks, whether there is a list around their list or not. A module outside of
-    lists is a block if it is of a block's class. A model without lists is one block, and so is one
-    whose lists hold only items with a single layer, such as the GEGLU in a feed-forward.
+    A list may be inside another list. If all items of the inner list are of one class, and not each
+    with a single layer, they are blocks, as in Swin's stages; else they are the parts of a block,
+    as in T5. The heads of an attention are no blocks, whether there is a list around their list or
+    not. A module outside of lists is a block if it is of a block's class. A model without lists is
+    one block, and so is one whose lists hold only items with a single layer, such as the GEGLU in a
+    feed-forward.
     """
     places = [name for name in tree.backbone.modules if not computes_weight(name)]
     items = [name for name in places if _is_item(tree, name)]
@@ -79,7 +80,9 @@ def units(tree: Tree) -> list[str]:
         if around is not None:
             siblings = tree.children[parent(name)]
             kinds = {type(tree.backbone.modules[s]) for s in siblings}
-            inner |= {around} if len(kinds) == 1 and len(siblings) > 1 else {name}
+            alike = len(kinds) == 1 and len(siblings) > 1
+            several = alike and any(_holds_several(tree, s) for s in siblings)
+            inner |= {around} if several else {name}
     blocks = [name for name in items if name not in inner]
     classes = {type(tree.backbone.modules[name]) for name in blocks}
     once = [n for n, m in tree.backbone.modules.items() if type(m) in classes and n not in known]

@@ -5,8 +5,18 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 
-from .deciding import ACTIVATED, PLACED, Block, Scope, give_bare, is_linear, parts_of_feed_forward
-from .flow import Flow, Node, downstream, inputs, outputs, upstream, walk
+from ..._modules.kinds import kind_of
+from .deciding import (
+    ACTIVATED,
+    MIXING,
+    PLACED,
+    Block,
+    Scope,
+    give_bare,
+    is_linear,
+    parts_of_feed_forward,
+)
+from .flow import Flow, Node, downstream, inputs, is_norm, outputs, upstream, walk
 from .naming import attention_part, tokens
 
 PRODUCTS = {"matmul", "bmm", "einsum", "baddbmm", "rmatmul", "__matmul__", "__rmatmul__"}
@@ -50,15 +60,45 @@ def _attention(block: Block, flow: Flow) -> None:
 def _kind(block: Block, flow: Flow, letters: dict[str, str]) -> str:
     """Return attn or cross_attn, for the {name of a linear: those of "qkv" that it gives}.
 
-    It is what the names said of some of these linears; else cross_attn if the keys are of another
-    input than the block's first, and the block does not take queries, keys and values apart.
+    It is what the names said of some of these linears; else what the flow of data says.
     """
     known = {block.roles[name][0].partition(".")[0] for name in letters if name in block.roles}
     if len(known) == 1 and known <= {"attn", "cross_attn"}:
         return known.pop()
+    return "cross_attn" if _is_cross(block, flow, letters) else "attn"
+
+
+def _is_cross(block: Block, flow: Flow, letters: dict[str, str]) -> bool:
+    """True if keys come from another source than queries, or if a name beside another says so.
+
+    It is no proof that the block takes queries, keys and values apart, by these names.
+    """
+    queries, keys = (
+        {node for name in names for node in _sources(block, flow, name)}
+        for names in ([n for n, found in letters.items() if letter in found] for letter in "qk")
+    )
     asked = {n for name in letters for n in _asked(flow, name) if "k" in letters[name]}
     apart = all(attention_part(name, ()) in ("q", "k", "v") for name in (flow.first, *asked))
-    return "attn" if apart or not asked or flow.first in asked else "cross_attn"
+    if queries and keys and queries.isdisjoint(keys):
+        return not (apart and asked)
+    kinds = [s.kind for s in block.scopes.values() if s.kind in ("attn", "cross_attn")]
+    scopes = (block.scope_of.get(name) for name in letters)
+    return len(kinds) > 1 and any(scope and scope.kind == "cross_attn" for scope in scopes)
+
+
+def _sources(block: Block, flow: Flow, name: str) -> set[Node]:
+    """Return the calls and inputs that what the named linear takes comes from.
+
+    What an attention gives comes from where its queries do, its first input.
+    """
+
+    def before(node: Node) -> list[Node]:
+        mixes = MIXING.search(node.op) or (node.op == "call" and node.name not in layers)
+        return node.inputs[:1] if mixes else node.inputs
+
+    layers = {n for n, m in block.modules.items() if kind_of(m) is not None or is_norm(m)}
+    found = {n for call in flow.calls[name] for n in walk(call, before, lambda _: True)}
+    return {n for n in found if n.op == "call" or (n.op == "input" and not PLACED.search(n.name))}
 
 
 def _first_after(block: Block, out: Node, queries: Node) -> Iterator[Node]:
