@@ -699,3 +699,80 @@ def test_a_name_beside_another_attention_says_that_it_is_cross_attention(names):
     roles = found(net(lambda: Optional(*names)))
     subs = {n.split(".")[0]: r.split(".")[0] for n, r in roles.items() if ".linears." in n}
     assert subs == dict(zip(names, ("attn", "cross_attn"), strict=False))
+
+
+# ---------------------------------------------------------------------- lists beside lists
+class Spatial(nn.Module):
+    """Attention over an image: a list of transformer blocks, which may have one item."""
+
+    def __init__(self, count):
+        super().__init__()
+        self.proj_in, self.proj_out = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.transformer_blocks = nn.ModuleList(
+            Block(Attention(), FeedForward()) for _ in range(count)
+        )
+
+    def forward(self, x):
+        h = self.proj_in(x)
+        for block in self.transformer_blocks:
+            h = block(h)
+        return x + self.proj_out(h)
+
+
+class Resnet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv1d(WIDTH, WIDTH, 1), nn.Conv1d(WIDTH, WIDTH, 1)
+
+    def forward(self, x):
+        return x + self.conv2(self.conv1(x.mT).relu()).mT
+
+
+class Stage(nn.Module):
+    """A stage of a U-Net: a list of attentions beside one of resnets."""
+
+    def __init__(self, count):
+        super().__init__()
+        self.attentions = nn.ModuleList(Spatial(count) for _ in range(2))
+        self.resnets = nn.ModuleList(Resnet() for _ in range(2))
+
+    def forward(self, x):
+        for resnet, attention in zip(self.resnets, self.attentions, strict=True):
+            x = attention(resnet(x))
+        return x
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_blocks_are_found_in_each_stage_though_another_list_is_beside_theirs(count):
+    stages = nn.Sequential(Stage(count), Stage(count))
+    model = nn.ModuleDict({"down_blocks": stages, "mid_block": Stage(count)})
+    places = [f"{stage}.attentions.{n}.transformer_blocks.{m}"
+              for stage in ("down_blocks.0", "down_blocks.1", "mid_block")
+              for n in range(2) for m in range(count)]  # fmt: skip
+    roles = opendelta.roles(model)
+    for place in places:
+        assert [roles[f"{place}.one.{part}"] for part in ("wq", "wo")] == ["attn.q", "attn.proj"]
+        assert roles[f"{place}.other.down"] == "ff.w2"
+    assert sum(role == "attn.q" for role in roles.values()) == len(places)
+
+
+class WithLanguages(Block):
+    """A block that holds a list of small modules beside its attention."""
+
+    def __init__(self, count):
+        super().__init__(Attention(), FeedForward())
+        self.attn, self.one = self.one, None
+        self.languages = nn.ModuleList(FeedForward() for _ in range(count))
+
+    def forward(self, x):
+        x = x + self.attn(self.n1(x))
+        x = x + self.other(self.n2(x))
+        return x + self.languages[0](x)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_list_in_a_block_with_an_attention_holds_no_blocks(count):
+    roles = opendelta.roles(net(lambda: WithLanguages(count)))
+    assert [roles[f"1.{n}.attn.{part}"] for n in range(2) for part in ("wq", "wo")] == [
+        "attn.q", "attn.proj", "attn.q", "attn.proj",
+    ]  # fmt: skip

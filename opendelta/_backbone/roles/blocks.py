@@ -65,11 +65,11 @@ def units(tree: Tree) -> list[str]:
     """Return the names of the blocks: items of lists that hold sublayers and are no sublayers.
 
     A list may be inside another list. If all items of the inner list are of one class, and not each
-    with a single layer, they are blocks, as in Swin's stages; else they are the parts of a block,
-    as in T5. The heads of an attention are no blocks, whether there is a list around their list or
-    not. A module outside of lists is a block if it is of a block's class. A model without lists is
-    one block, and so is one whose lists hold only items with a single layer, such as the GEGLU in a
-    feed-forward.
+    with a single layer, they are blocks, as in Swin's stages, unless an attention stands beside the
+    list; else they are the parts of a block, as in T5, unless what is around them is no block. The
+    heads of an attention are no blocks, whether there is a list around their list or not. A module
+    outside of lists is a block if it is of a block's class. A model without lists is one block, and
+    so is one whose lists hold only items with a single layer, such as the GEGLU in a feed-forward.
     """
     places = [name for name in tree.backbone.modules if not computes_weight(name)]
     items = [name for name in places if _is_item(tree, name)]
@@ -82,8 +82,12 @@ def units(tree: Tree) -> list[str]:
             kinds = {type(tree.backbone.modules[s]) for s in siblings}
             alike = len(kinds) == 1 and len(siblings) > 1
             several = alike and any(_holds_several(tree, s) for s in siblings)
+            several = several and not _attends(tree, around)
             inner |= {around} if several else {name}
     blocks = [name for name in items if name not in inner]
+    kept = {around for name in blocks for around in ancestors(name)}
+    # beside other blocks in an item that is none, as the attentions of a U-Net beside its resnets
+    blocks += [n for n in items if n in inner - kept and not {*ancestors(n)} & {*blocks}]
     classes = {type(tree.backbone.modules[name]) for name in blocks}
     once = [n for n, m in tree.backbone.modules.items() if type(m) in classes and n not in known]
     blocks += [n for n in once if not any(a in known for a in ancestors(n))]
@@ -96,6 +100,14 @@ def _holds_several(tree: Tree, name: str) -> bool:
     """True if a module has two layers with weights in it, norms aside."""
     inside = (tree.backbone.modules[n] for n in tree.below(name))
     return sum(is_node(module) and not is_norm(module) for module in inside) > 1
+
+
+def _attends(tree: Tree, around: str) -> bool:
+    """True if a part of a module is an attention by its name, and no list of them."""
+    parts = {n: tree.backbone.modules[n] for n in tree.children[around]}
+    alone = {n: m for n, m in parts.items() if not isinstance(m, LISTS)}
+    kinds = (naming.sublayer(last(n), class_of(m))[0] for n, m in alone.items())
+    return any(kind in ("attn", "cross_attn") for kind in kinds)
 
 
 def _is_item(tree: Tree, name: str) -> bool:
