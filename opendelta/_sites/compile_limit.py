@@ -9,6 +9,7 @@ from ..errors import CompileLimitError
 from ..names import SLOT
 
 CLASS = re.compile(r"___check_type_id\(\S*_modules\['[^']*'\], (\d+)\)")
+STACK = re.compile(rf"_modules('\])?\['{SLOT}'\]")
 SITE_CLASSES: set[int] = set()  # ids of the classes of sites, and of their plain classes
 
 
@@ -37,7 +38,9 @@ class LimitFilter(logging.Filter):
 def _is_ours(changed: str) -> bool:
     """True if the change that torch names is a stack, or a module that became a site or plain."""
     found = CLASS.search(changed)
-    return f"_modules['{SLOT}']" in changed or (found is not None and int(found[1]) in SITE_CLASSES)
+    if STACK.search(changed):
+        return True
+    return found is not None and int(found[1]) in SITE_CLASSES
 
 
 _filter = LimitFilter()

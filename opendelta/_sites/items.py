@@ -94,7 +94,7 @@ def shown_children() -> property:
 
     def read(self: nn.Module) -> dict[str, Any]:
         own = self.__dict__["_modules"]
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             return {name: part for name, part in own.items() if name != SLOT}
         return Shown(own) if id(self) in RUNNING.get() else own
 
@@ -119,7 +119,7 @@ def hidden(base: Any, module: nn.Module) -> Callable[..., Any]:
 
     @functools.wraps(base.forward)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             return base.forward(module, *args, **kwargs)
         token = RUNNING.set(RUNNING.get() | {id(module)})
         try:

@@ -368,8 +368,8 @@ RESERVED = frozenset(name for name in dir(Stack()) if NAME.fullmatch(name))
 
 def stack_of(module: nn.Module) -> Stack | None:
     """Return the stack that `module` carries, or None. A stack may be empty."""
-    children: Any = module.__dict__.get("_modules", {})  # a ScriptModule has none there
-    child = children.get(SLOT)
+    children: Any = module.__dict__["_modules"]  # what a site shows in its forward lacks the stack
+    child = children[SLOT] if SLOT in children else None  # noqa: SIM401  a ScriptModule has no get
     return child if isinstance(child, Stack) else None
 
 

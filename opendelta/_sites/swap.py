@@ -134,7 +134,7 @@ def _forward(base: type[nn.Module], folds: bool, copied: bool) -> Callable[..., 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         # Asked each time, as other code may replace a class's forward.
         call: Callable[..., Any] = functools.partial(raw if folds else base.forward, self)
-        stack: Any = self.__dict__["_modules"].get(SLOT)
+        stack: Any = (self.__dict__["_modules"] if hides else self._modules).get(SLOT)
         if stack is not None:
             if hides:
                 call = items.hidden(base, self)
