@@ -46,7 +46,9 @@ def _giving(base: Any, verb: str, copied: bool, notes: bool) -> Callable[..., An
     def give(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if notes and verb != "__len__":
             noting.note_read(self)
-        shown = (showing.copy_of(self) if copied else None) or _without_stack(self, base)
+        shown = showing.copy_of(self) if copied else None
+        if shown is None:  # a copy without items is false
+            shown = _without_stack(self, base)
         return getattr(base, verb)(shown, *args, **kwargs)
 
     return give
@@ -114,11 +116,11 @@ def is_hidden_from(base: Any) -> bool:
     return bool(named) or package_of(forward) not in LIBRARIES
 
 
-def hidden(base: Any, module: nn.Module) -> Callable[..., Any]:
-    """Return the forward of a module, of the class `base`, in which its stack is no child."""
+def hiding(base: Any) -> Callable[..., Any]:
+    """Return the forward of the modules of a class, in which their stack is no child."""
 
     @functools.wraps(base.forward)
-    def forward(*args: Any, **kwargs: Any) -> Any:
+    def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_dynamo_compiling():
             return base.forward(module, *args, **kwargs)
         token = RUNNING.set(RUNNING.get() | {id(module)})

@@ -125,7 +125,7 @@ def _forward(base: type[nn.Module], folds: bool, copied: bool) -> Callable[..., 
     """Return the forward of a site, which runs the stack; see `site_class`."""
     raw: Any = kinds.raw_forward(base, folds)
     own, known, names = base.forward, raw is not None, calls.names_of(base.forward)
-    hides = not known and items.is_hidden_from(base)
+    hiding: Any = None if known or not items.is_hidden_from(base) else items.hiding(base)
 
     # It is in the class body, because transformers' checkpointing layers look there. It is wrapped,
     # because Trainer and generate() read its signature. It does not use super(), because other code
@@ -134,10 +134,10 @@ def _forward(base: type[nn.Module], folds: bool, copied: bool) -> Callable[..., 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         # Asked each time, as other code may replace a class's forward.
         call: Callable[..., Any] = functools.partial(raw if folds else base.forward, self)
-        stack: Any = (self.__dict__["_modules"] if hides else self._modules).get(SLOT)
+        stack: Any = (self.__dict__["_modules"] if hiding else self._modules).get(SLOT)
         if stack is not None:
-            if hides:
-                call = items.hidden(base, self)
+            if hiding is not None:
+                call = functools.partial(hiding, self)
             if copied and not folds and stack.routed is not None:  # for rows without the copy
                 call = functools.partial(base.forward, showing.itself(self, base))
             kwargs = calls.in_order(names, args, kwargs)
