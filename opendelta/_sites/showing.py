@@ -118,10 +118,10 @@ def _copy_of(layers: list[DeltaLayer]) -> nn.Module | None:
 
 
 def itself(module: nn.Module, base: type[nn.Module]) -> nn.Module:
-    """Return another object with all that `module` holds, which shows none of its deltas.
+    """Return another object with all that `module` holds, which shows no copy's parts.
 
     Args:
-        base: the class of the module, without deltas.
+        base: the class of a site that shows none.
     """
     plain = object.__new__(base)
     object.__setattr__(plain, "__dict__", module.__dict__)

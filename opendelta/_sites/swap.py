@@ -139,7 +139,8 @@ def _forward(base: type[nn.Module], folds: bool, copied: bool) -> Callable[..., 
             if hiding is not None:
                 call = functools.partial(hiding, self)
             if copied and not folds and stack.routed is not None:  # for rows without the copy
-                call = functools.partial(base.forward, showing.itself(self, base))
+                plain = showing.itself(self, site_class(base, False, ()))
+                call = functools.partial(hiding or base.forward, plain)
             kwargs = calls.in_order(names, args, kwargs)
             around = stack.around
             if not known:

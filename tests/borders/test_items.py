@@ -321,3 +321,17 @@ def test_a_forward_that_goes_over_its_children_meets_no_deltas_there(kind, attac
     assert "deltas" in dict(model.head.named_children())
     delta.detach()
     assert torch.equal(model(X), expected)
+
+
+# what hooks of `Noted` keep is of all rows, so that it is refused
+@pytest.mark.parametrize("kind", [kind for kind in LOOPS if kind is not Noted])
+@pytest.mark.parametrize("reads", [False, True])
+def test_rows_without_the_copy_meet_no_deltas_either(kind, reads):
+    model = Net("Sequential")
+    model.head = kind()
+    expected = model(X)
+    shake(LoraModel(model, modified_modules=[], modules_to_save=["head"], reads=reads))
+    with opendelta.route(model, ["lora", None, None]):
+        out = model(X)
+    assert torch.allclose(out[1:], expected[1:], atol=1e-6)
+    assert not torch.allclose(out[:1], expected[:1])
