@@ -16,7 +16,7 @@ demo: .venv/.demo  ## Train, save and share small deltas on a small real model
 	$(BIN)/opendelta demo
 
 test: .venv/.dev  ## Run the tests of the library; extra pytest arguments through ARGS='-k lora'
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m 'not distributed' --ignore=tests/examples --ignore=tests/benchmarks $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m 'not distributed' --ignore=tests/examples --ignore=tests/benchmarks $(ARGS)
 
 examples: .venv/.dev  ## Run the scripts in examples/ and benchmarks/, the recipes and the demo on little data
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 tests/examples tests/benchmarks $(ARGS)
