@@ -12,7 +12,7 @@ from ._layers.block import BlockLayer, Chosen
 from ._layers.forms import BranchLayer, InputLayer, OutputLayer, WeightLayer
 from ._layers.site import Heads, Site
 from ._modules.arithmetic import GLOROT, activation, linear, widened
-from ._modules.calls import change_hidden, first_input, hidden, replace_input
+from ._modules.calls import change_hidden, dense, first_input, hidden, replace_input
 from ._modules.kinds import KINDS, Kind, Norm
 from .errors import OptionError, SiteError
 
@@ -42,6 +42,7 @@ __all__ = [
     "activation",
     "as_scaling",
     "change_hidden",
+    "dense",
     "first_input",
     "hidden",
     "linear",

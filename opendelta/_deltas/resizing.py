@@ -32,6 +32,7 @@ from .head_watch import watch_heads
 from .taking import sizes_for
 
 LABELS = swap.RESIZING[-1]
+MERGED, ROUTED = "is merged", "is routed"
 
 
 # -------------------------------------------------------------------------------------- who watches
@@ -234,17 +235,19 @@ class Before:
 def _why_not(stack: Stack, layer: DeltaLayer) -> str:
     """Return why a layer on an untied head cannot follow it; or ""."""
     if stack.steps:
-        return "is merged"
+        return MERGED
     if stack.routed is not None:
-        return "is routed"
+        return ROUTED
     grows = layer.grows and (layer.gate is None or layer.gate.on_input)
     return "" if grows else f"({type(layer).__name__}) cannot grow"
 
 
 def _refusal(verb: str, name: str, where: str, why: str) -> DeltaError:
+    again = f"Resize first, then attach; or detach {name!r}, resize, and attach a new delta"
+    way = {MERGED: "Call unmerge() first, then resize", ROUTED: "Resize outside of route()"}
     return DeltaError(
-        f"{verb}: {name!r} on {quoted(where)} {why}, and would not fit the new size. Resize first, "
-        f"then attach; or detach {name!r}, resize, and attach a new delta"
+        f"{verb}: {name!r} on {quoted(where)} {why}, and would not fit the new size. "
+        f"{way.get(why, again)}"
     )
 
 

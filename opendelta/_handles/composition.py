@@ -120,28 +120,30 @@ class Composition(InNotebooks, Generic[Model]):
             yield self
 
     def switches(self) -> dict[str, Tensor]:
-        """Return `active` and `scale` of each delta as tensors, which no `state_dict()` holds.
+        """Return the order, `active` and `scale` of the deltas, which no `state_dict()` holds.
 
         Save them beside a checkpoint of the model, or hand them to its average (EMA), and give them
         to `load_switches` there.
 
         Returns:
-            {"<name>.active": a bool, "<name>.scale": a float64}, without dimensions.
+            {"<name>.active": a bool, "<name>.scale": a float64, "<name>.position": an int64}, each
+            a tensor without dimensions; a delta at position 0 acts first.
         """
         found: dict[str, Tensor] = {}
-        for delta in self:
+        for position, delta in enumerate(self):
+            found[f"{delta.name}.position"] = torch.tensor(position)
             found[f"{delta.name}.active"] = torch.tensor(delta.active)
             found[f"{delta.name}.scale"] = torch.tensor(delta.scale, dtype=torch.float64)
         return found
 
     def load_switches(self, switches: Mapping[str, Tensor]) -> None:
-        """Set `active` and `scale` of each delta to those that `switches()` returned.
+        """Set the order, `active` and `scale` of the deltas to those that `switches()` returned.
 
         Raises:
             DeltaError: they are those of other deltas, or a delta that is merged would change.
                 Nothing is changed then.
-            OptionError: they are no tensors by key, or a scale is none for its delta. Nothing is
-                changed then.
+            OptionError: they are no tensors by key, a scale is none for its delta, or the positions
+                are no order. Nothing is changed then.
         """
         if not isinstance(switches, Mapping):
             raise OptionError(f"switches={shown(switches)} must be what switches() returned")
@@ -159,6 +161,13 @@ class Composition(InNotebooks, Generic[Model]):
             raise
 
     def _set(self, switches: Mapping[str, Tensor]) -> None:
+        places = {name: _number(f"{name}.position", switches) for name in self.names}
+        if sorted(places.values()) != [*range(len(places))]:
+            raise OptionError(
+                f"the positions {places} are no order: they must be 0 to {len(places) - 1}, each "
+                "once"
+            )
+        self.reorder(sorted(places, key=places.__getitem__))
         for delta in self:
             delta.scale = _number(f"{delta.name}.scale", switches)
             active = _number(f"{delta.name}.active", switches)

@@ -16,7 +16,7 @@ from torch.utils import checkpoint
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from .._modules.arithmetic import widened
-from .._modules.calls import first_input
+from .._modules.calls import dense, first_input
 from ..errors import DeltaError
 
 ENABLED = True  # False: compute each layer's own equation, for tests to compare with
@@ -149,7 +149,7 @@ def _composed(out: Tensor, x: Tensor, run: Sequence[LowRank]) -> Tensor:
     """Compute the sum by torch's own operations, which torch can compile and transform."""
     for part in _segments([pair.dropout for pair in run], False):
         whole = side_by_side(run[part.start : part.end], x.dtype)
-        dropped = F.dropout(x, part.dropout) if part.dropout else x
+        dropped = F.dropout(dense(x), part.dropout) if part.dropout else x
         change = F.linear(F.linear(dropped, like(whole.A, x)), like(whole.B, x))
         out = out + (whole.scale * change).type_as(out)
     return out
@@ -177,7 +177,7 @@ def _scaled(h: Tensor, scales: Sequence[float], A: Sequence[Tensor]) -> Tensor:
 
 
 def _dropped(x: Tensor, part: Segment) -> Tensor:
-    return _mask(x, part).mul_(x) if part.dropout else x
+    return _mask(x, part).mul_(dense(x)) if part.dropout else x
 
 
 def _mask(x: Tensor, part: Segment) -> Tensor:

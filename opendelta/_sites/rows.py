@@ -157,7 +157,7 @@ class Rows:
 def cut(value: Any, batch: int, rows: slice | Tensor) -> Any:
     """Return `value` with only `rows` of each tensor in it that has `batch` rows."""
     if isinstance(value, Tensor):
-        return value[rows] if value.ndim and value.size(0) == batch else value
+        return calls.dense(value)[rows] if value.ndim and value.size(0) == batch else value
     items = calls.items_of(value)
     if items is None:
         return value

@@ -13,7 +13,7 @@ from .._layers import low_rank
 from .._layers.base import params_beneath
 from .._layers.low_rank import LowRank
 from .._layers.starts import plain_weight
-from ..author import Acts, Params, Site, first_input, widened
+from ..author import Acts, Params, Site, dense, first_input, widened
 from ._lora_layer import LoraConfig, LoraLayer
 
 
@@ -61,7 +61,7 @@ class DoraLayer(LoraLayer):
             weight, bias = self.kind.matrix(params["weight"]), params.get("bias")
             return low_rank.rescaled(call, x, change, self._scale(params), weight, bias)
         out = call(*args, **kwargs)
-        x = F.dropout(x, self.dropout, self.training) if self.dropout else x
+        x = F.dropout(dense(x), self.dropout, self.training) if self.dropout else x
         scale = self._scale(params)
         more = self.kind.per_channel(scale - 1, out).type_as(out)  # exactly 0 at the start
         scale = self.kind.per_channel(scale, out).type_as(out)

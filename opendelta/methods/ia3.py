@@ -15,6 +15,7 @@ from ..author import (
     DeltaLayer,
     Params,
     Site,
+    dense,
     first_input,
     option,
     replace_input,
@@ -51,7 +52,7 @@ class IA3Layer(DeltaLayer):
         if self.acts is Acts.AFTER:
             out = call(*args, **kwargs)
             return out * self.ia3_l.type_as(out)
-        x = first_input(args, kwargs)
+        x = dense(first_input(args, kwargs))
         args, kwargs = replace_input(args, kwargs, x * self.ia3_l.type_as(x))
         return call(*args, **kwargs)
 

@@ -6,8 +6,9 @@ from support.nets import shake
 from torch import nn
 
 import opendelta
-from opendelta import AdapterModel, LoraModel, ParallelAdapterModel, SiteError
+from opendelta import AdapterModel, IA3Model, LoraModel, ParallelAdapterModel, SiteError
 
+SPARSE = "ignore:Sparse .* tensor support is in beta state:UserWarning"
 OPTIONS = {
     "LokrModel": {"r": 2},
     "VeraModel": {"r": 4},
@@ -26,7 +27,7 @@ def put(model, method, **more):
     return getattr(opendelta, method)(model, modified_modules=places, **options, **more)
 
 
-@pytest.mark.filterwarnings("ignore:Sparse .* tensor support is in beta state:UserWarning")
+@pytest.mark.filterwarnings(SPARSE)
 @pytest.mark.parametrize("more", [{}, {"gate": True}], ids=["", "gate"])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_sparse_input_computes_what_the_dense_one_does(method, more):
@@ -38,6 +39,42 @@ def test_a_sparse_input_computes_what_the_dense_one_does(method, more):
         assert torch.allclose(out, wanted, atol=1e-5)
         out.sum().backward()
     assert all(p.grad is not None for p in delta.parameters())
+
+
+@pytest.mark.filterwarnings(SPARSE)
+@pytest.mark.parametrize(
+    ("method", "more"),
+    [
+        ("LoraModel", {"lora_dropout": 0.5}),
+        ("LoraModel", {"lora_dropout": 0.5, "use_dora": True}),
+        ("VeraModel", {"vera_dropout": 0.5}),
+    ],
+    ids=["lora", "dora", "vera"],
+)
+def test_what_is_dropped_of_a_sparse_input_is_that_of_the_dense_one(method, more):
+    model = nn.Sequential(nn.Linear(8, 8))
+    shake(put(model, method, **more))
+    outputs = []
+    for x in (X, X.to_sparse(), X.to_sparse_csr()):
+        torch.manual_seed(0)
+        outputs.append(model(x))
+        outputs[-1].sum().backward()
+    assert not torch.allclose(outputs[0], model.eval()(X))
+    assert all(torch.allclose(out, outputs[0], atol=1e-5) for out in outputs)
+
+
+@pytest.mark.filterwarnings(SPARSE)
+def test_a_sparse_input_is_rescaled_and_routed_like_the_dense_one():
+    model = nn.Sequential(nn.Linear(8, 8))
+    shake(IA3Model(model, modified_modules=["0"], feedforward_modules=["0"]))
+    shake(LoraModel(model, modified_modules=["0"]))
+    whole = model(X)
+    with opendelta.route(model, ["ia3", None, "lora"]):
+        rows = model(X)
+    for sparse in (X.to_sparse(), X.to_sparse_csr()):
+        assert torch.allclose(model(sparse), whole, atol=1e-5)
+        with opendelta.route(model, ["ia3", None, "lora"]):
+            assert torch.allclose(model(sparse), rows, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", METHODS)

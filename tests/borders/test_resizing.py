@@ -138,12 +138,21 @@ def test_others_refuse_the_resize_before_it_happens(name):
     assert model(IDS).logits.size(-1) == 56
 
 
-def test_a_merged_head_is_refused():
+def test_a_merged_or_routed_head_is_refused_until_it_is_neither():
     model = build()
     shake(LoraModel(model, modified_modules=["lm_head"]))
+    before = model(IDS).logits
     opendelta.composition(model).merge()
-    with pytest.raises(DeltaError, match="'lora' on 'lm_head' is merged"):
+    with pytest.raises(DeltaError, match=r"'lora' on 'lm_head' is merged, .* unmerge\(\) first"):
         model.resize_token_embeddings(56)
+    opendelta.composition(model).unmerge()
+    with (
+        opendelta.route(model, ["lora"]),
+        pytest.raises(DeltaError, match=r"'lora' on 'lm_head' is routed, .* outside of route\(\)"),
+    ):
+        model.resize_token_embeddings(56)
+    model.resize_token_embeddings(56, mean_resizing=False)
+    assert torch.allclose(model(IDS).logits[..., :50], before)
 
 
 def test_deltas_elsewhere_do_not_care():

@@ -1,5 +1,7 @@
 """`switches` and `load_switches` bring along what no state dict holds."""
 
+import itertools
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -46,6 +48,19 @@ def test_an_average_follows_the_switches(model):
     torch.testing.assert_close(ema(IDS), model(IDS))
 
 
+def test_the_order_comes_along_in_a_file_and_to_an_average(model, tmp_path):
+    IA3Model(model, modified_modules=["linear"])
+    shake(composition(model)["ia3"], seed=2)
+    ema = torch.optim.swa_utils.AveragedModel(model)
+    for order in itertools.permutations(("lora", "adapter", "ia3")):
+        composition(model).reorder(order)
+        expected = model(IDS)
+        save_file(composition(model).switches(), tmp_path / "switches.safetensors")
+        composition(ema.module).load_switches(load_file(tmp_path / "switches.safetensors"))
+        assert composition(ema.module).names == [*order]
+        assert torch.equal(ema(IDS), expected)
+
+
 def test_switches_that_do_not_fit_change_nothing(model):
     composed = composition(model)
     IA3Model(model, modified_modules=["linear"])
@@ -54,12 +69,14 @@ def test_switches_that_do_not_fit_change_nothing(model):
     for key, value, error in (
         ("ia3.scale", 0.5, opendelta.OptionError),
         ("adapter.scale", float("nan"), opendelta.OptionError),
+        ("adapter.position", 0, opendelta.OptionError),
+        ("adapter.position", 0.5, opendelta.OptionError),
     ):
         with pytest.raises(error):
             composed.load_switches({**good, key: torch.tensor(value)})
         assert composed.switches() == before
     with pytest.raises(
-        opendelta.DeltaError, match=r"missing are \['ia3.scale'\], .* \['x.scale'\]"
+        opendelta.DeltaError, match=r"missing are \['ia3\.scale'\], .* \['x\.scale'\]"
     ):
         composed.load_switches(
             {k.replace("ia3.scale", "x.scale"): value for k, value in good.items()}
@@ -71,6 +88,10 @@ def test_switches_that_do_not_fit_change_nothing(model):
     composed.load_switches(switches)
     with pytest.raises(opendelta.DeltaError, match="merged"):
         composed.load_switches({**switches, "lora.active": torch.tensor(False)})
+    with pytest.raises(opendelta.DeltaError, match="cannot move deltas"):
+        composed.load_switches(
+            {**switches, "lora.position": torch.tensor(1), "adapter.position": torch.tensor(0)}
+        )
     assert composed.switches() == switches
 
 
