@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .._layers.site import Heads, Widths
-from .._modules import calls, hooks, trials
+from .._modules import calls, hooks, kept, trials
 from .._modules.devices import device_and_dtype
 from .._modules.faking import Restoring, on_shapes
 from .._modules.process import eager, kept_random
@@ -88,7 +88,7 @@ def _run(
     if values or module.training:  # in train() RT-DETR looks for infinite values
         runs.append(functools.partial(_run_as, None, at_rest=True, numbers=values))
     while runs:
-        with untouched(backbone), hooks.putting_back(parts):
+        with untouched(backbone), kept.putting_back(parts):
             hooks.take_off(parts, off)
             try:
                 output = runs[0](backbone, where, args, kwargs, grad)

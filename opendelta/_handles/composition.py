@@ -167,7 +167,7 @@ class Composition(InNotebooks, Generic[Model]):
                 f"the positions {places} are no order: they must be 0 to {len(places) - 1}, each "
                 "once"
             )
-        self.reorder(sorted(places, key=places.__getitem__))
+        self.reorder([name for _, name in sorted((place, name) for name, place in places.items())])
         for delta in self:
             delta.scale = _number(f"{delta.name}.scale", switches)
             active = _number(f"{delta.name}.active", switches)

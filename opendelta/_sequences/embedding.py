@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .._layers.runs import is_watched
 from .._layers.site import Site
-from .._modules import hooks
+from .._modules import kept
 from .._modules.kinds import kind_of
 from .._modules.probing import is_known
 from .._modules.process import kept_random
@@ -165,7 +165,7 @@ def _looked_up(table: nn.Module, index: Tensor) -> Tensor:
     changed = is_watched(vars(table)) or not is_known(type(table)) or not is_plain(weight)
     if changed and not is_sharded(weight):
         made = table if SLOT not in table._modules else alone(table)
-        with kept_random(), hooks.putting_back(made.modules()):
+        with kept_random(), kept.putting_back(made.modules()):
             return made(index.to(computing_device(table) or weight.device)[None])[0]
     kind: Any = kind_of(table)
     return full(weight).detach()[index.to(weight.device)] * kind.scale

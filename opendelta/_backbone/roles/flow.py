@@ -24,6 +24,7 @@ from torch.nn.parameter import is_lazy
 from ..._modules.calls import every, has_forward
 from ..._modules.copies import copied
 from ..._modules.faking import Restoring
+from ..._modules.kept import putting_back
 from ..._modules.kinds import ACROSS_CHANNELS, Norm, kind_of
 from ..._modules.process import ignored_warnings, kept_random
 from ..._sites.swap import plain_class
@@ -367,13 +368,14 @@ def trace(block: nn.Module) -> list[Flow]:
     """Return the flows of data through `block`, for one choice of arguments after another.
 
     It stops at the first run that ends and calls each normalisation. Runs that ended come first.
-    The state of the random number generators stays as it was, and so does what the modules hold.
+    The state of the random number generators stays as it was, and so does what the modules hold and
+    what their code keeps elsewhere.
     """
     flows = []
     made = copied(block, layers=False) or block
     for choose in (_likely, _needed, _all):
         flow = Flow()
-        with kept_random(), ignored_warnings(), Restoring():
+        with kept_random(), ignored_warnings(), Restoring(), putting_back(made.modules()):
             try:
                 flow.outputs = _run(made, flow, choose)
             except Exception as error:  # code may do anything with stand-ins

@@ -1,0 +1,167 @@
+"""Put back what code of somebody's own keeps outside the modules while it runs in a trial.
+
+A hook may record activations, count calls, or remove itself; a forward may keep a table that it has
+computed in a variable of its file, in a class, or in `functools.cache`. What they change in the
+process is put back: lists and other containers, arrays, attributes of objects and classes,
+variables of a closure and of a file. What they print or write to a file is not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import sys
+from collections import deque
+from collections.abc import Iterable, Iterator
+from types import CellType, CodeType, FunctionType, ModuleType
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules import module as of_all
+from torch.utils.hooks import RemovableHandle
+
+from .holding import SIMPLE, TABLES, held_in, is_foreign
+from .hooks import OTHERS, is_users, tables_of
+from .writing import LIBRARIES, package_of
+
+DEEP = 4  # steps from a hook or a class to what it keeps: a function, its file's variable, a list
+MOST = 10_000  # things that are looked at
+CONTAINERS = dict | list | set | deque
+CACHED = type(functools.cache(lambda: None))
+KNOWN = frozenset({*sys.stdlib_module_names, *LIBRARIES, *OTHERS, "numpy"} - {"__main__"})
+Names = tuple[dict[str, Any], dict[str, Any], set[str]]
+
+
+@contextlib.contextmanager
+def putting_back(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Put back, at the end, what users' hooks and forwards of `modules` keep, and hooks on all."""
+    reached = [*_reached(_roots([*modules]))]
+    contents = [(each, _items(each)) for each in map(_contents, reached) if each is not None]
+    cells = [(cell, cell.cell_contents) for cell in reached if _is_full(cell)]
+    named = [each for v in reached if isinstance(v, FunctionType) for each in _named(v)]
+    classes = [(c, dict(vars(c))) for c in reached if isinstance(c, type) and _is_own(c)]
+    caches = [(v, v.cache_info().misses) for v in reached if isinstance(v, CACHED)]
+    numpy: Any = sys.modules.get("numpy")
+    arrays = [(a, a.copy()) for a in reached if numpy and isinstance(a, numpy.ndarray)]
+    try:
+        yield
+    finally:
+        for value, items in contents:
+            if [*map(id, _items(value))] != [*map(id, items)]:
+                _fill(value, items)
+        for cell, was in cells:
+            cell.cell_contents = was
+        for array, had in arrays:
+            array[...] = had
+        for cls, before in classes:
+            for name in [k for k, v in before.items() if vars(cls).get(k) is not v]:
+                setattr(cls, name, before[name])
+            for name in [k for k in vars(cls) if k not in before and not k.startswith("__")]:
+                delattr(cls, name)
+        for around, had, names in named:
+            around.update({k: v for k, v in had.items() if around.get(k) is not v})
+            for name in [k for k in names if k in around and k not in had]:
+                del around[name]
+        for cache, misses in caches:
+            if cache.cache_info().misses != misses:
+                cache.cache_clear()
+
+
+def _roots(modules: list[nn.Module]) -> list[Any]:
+    """Return users' hooks, and the classes and attributes of modules of somebody's own."""
+    hooks: list[Any] = [hook for m in modules for table in tables_of(m) for hook in table.values()]
+    hooks += [own for m in modules if (own := m.__dict__.get("forward")) is not None]  # wrappers
+    hooks += [*of_all._global_forward_pre_hooks.values(), *of_all._global_forward_hooks.values()]
+    classes = dict.fromkeys(cls for kind in {*map(type, modules)} for cls in kind.__mro__)
+    held = [value for m in modules if _is_own(type(m)) for value in _attributes(m)]
+    return [*filter(is_users, hooks), *filter(_is_own, classes), *held]
+
+
+def _reached(roots: Iterable[Any]) -> Iterator[Any]:
+    """Yield what `roots` hold, the nearest first, without what is inside modules and tensors."""
+    todo, seen = deque((root, 0) for root in roots), set[int]()
+    while todo and len(seen) < MOST:
+        value, depth = todo.popleft()
+        if id(value) in seen or type(value) in SIMPLE or isinstance(value, Tensor):
+            continue
+        seen.add(id(value))
+        yield value
+        if depth < DEEP:
+            todo += [(each, depth + 1) for each in [*_inside(value)]]  # threads may change it
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    if isinstance(value, FunctionType):
+        found = [each for _, had, _ in _named(value) for each in had.values()]
+        return [*(value.__closure__ or ()), *found, *held_in(value)]
+    if isinstance(value, CACHED | staticmethod | classmethod):
+        return [value.__wrapped__]
+    if isinstance(value, property):
+        return [value.fget]
+    if isinstance(value, RemovableHandle):  # a hook may remove itself
+        refs = (value.hooks_dict_ref, *value.extra_dict_ref)
+        return [table for ref in refs if (table := ref()) is not None]
+    if isinstance(value, type):
+        return [*vars(value).values()] if _is_own(value) else []
+    if isinstance(value, nn.Module):
+        return _attributes(value)
+    called = [type(value).__call__] if is_foreign(value) and callable(value) else []
+    return [*called, *held_in(value)]
+
+
+def _attributes(module: nn.Module) -> list[Any]:
+    own = module.__dict__.items()
+    return [value for key, value in own if key not in TABLES and "_hooks" not in key]
+
+
+def _contents(value: Any) -> Any:
+    """Return the container that a value is, or that has its attributes, or None."""
+    if isinstance(value, CONTAINERS):
+        return value
+    own = isinstance(value, FunctionType | nn.Module) or is_foreign(value)
+    attributes = getattr(value, "__dict__", None) if own else None
+    return attributes if type(attributes) is dict else None  # of a class it is a view
+
+
+def _named(function: FunctionType) -> list[Names]:
+    """Return the variables that the code of a user's function names in its file and in others.
+
+    Returns:
+        Of each file its variables, those that the code names, and all names.
+    """
+    if not _is_own(function):
+        return []
+    codes = [function.__code__]
+    codes += [const for const in function.__code__.co_consts if isinstance(const, CodeType)]
+    names = {name for code in codes for name in code.co_names}
+    files = [function.__globals__]
+    for file in files:  # it grows: a file may name others
+        named = [file[name] for name in names if isinstance(file.get(name), ModuleType)]
+        new = [vars(each) for each in named if _is_own(each)]
+        files += [each for each in new if all(each is not known for known in files)]
+    return [(file, {n: file[n] for n in names if n in file}, names) for file in files]
+
+
+def _is_own(value: Any) -> bool:
+    """True if a function, a class or a file is of nobody whose code is known."""
+    of = value.__name__.partition(".")[0] if isinstance(value, ModuleType) else package_of(value)
+    return of not in KNOWN
+
+
+def _is_full(cell: Any) -> bool:
+    return isinstance(cell, CellType) and cell != CellType()
+
+
+def _items(value: Any) -> list[Any]:
+    """Return what a container has; of a dictionary keys and values in turn."""
+    pairs = [*value.items()] if isinstance(value, dict) else [(each,) for each in [*value]]
+    return [*itertools.chain.from_iterable(pairs)]
+
+
+def _fill(value: Any, items: list[Any]) -> None:
+    value.clear()
+    if isinstance(value, dict):
+        value.update(zip(items[::2], items[1::2], strict=True))
+    else:
+        value.update(items) if isinstance(value, set) else value.extend(items)
