@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .devices import device_and_dtype
 from .faking import Restoring
+from .kept import putting_back
 from .kinds import Kind, Norm, is_conv1d, kind_of, reads_plainly
 from .process import kept_random, seed_all
 from .tensors import in_full, is_plain, stored, stored_params
@@ -94,7 +95,7 @@ def factor_of(module: nn.Module) -> float | None:
         for mode in (False, True) if "weight" in module._parameters else (False,):
             for part in module.modules():
                 part.training = mode
-            with kept_random(), Restoring() as written, _in_full_precision(module):
+            with _put_back(module) as written, _in_full_precision(module):
                 if module.training > was_training and _is_random(module, kind):
                     continue  # as dropout is: nobody expects a merge to keep it
                 seed_all()
@@ -160,6 +161,13 @@ def _is_random(module: nn.Module, kind: Kind) -> bool:
     """True if a forward gives another output each time."""
     x = next(_inputs(module, kind))
     return not torch.equal(run(module, x), run(module, x))
+
+
+@contextlib.contextmanager
+def _put_back(module: nn.Module) -> Iterator[Restoring]:
+    """Put back what the code of a module changes in the process, and draws at random."""
+    with kept_random(), Restoring() as written, putting_back(module.modules()):
+        yield written
 
 
 @contextlib.contextmanager
@@ -277,7 +285,7 @@ def acts_by_channel(module: nn.Module, key: str) -> bool:
         for mode in (False, True):
             for part in module.modules():
                 part.training = mode
-            with kept_random(), Restoring() as written, _in_full_precision(module):
+            with _put_back(module) as written, _in_full_precision(module):
                 seed_all()
                 given = list(_of_norms(module))
                 with _other_values(module):

@@ -17,10 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 
 from .._modules.calls import every, map_tensors
-from .._modules.faking import Restoring
-from .._modules.process import eager, ignored_warnings, kept_random
 from .._modules.tensors import is_sharded, lasting
-from .rehearsal import ROWS, some_ids, watched
+from .rehearsal import ROWS, leaving_nothing, some_ids, watched
 
 SOURCES = 16  # of the first tensors of positions of each kind: embeddings; tables, angles
 # The outputs of sites by full name, and those of the model.
@@ -55,7 +53,7 @@ def sees_later(
     """
     if any(p.is_meta or is_sharded(p) for p in module.parameters()):
         return {}
-    with eager(), kept_random(), ignored_warnings(), Restoring():
+    with leaving_nothing(module):
         try:
             return _tried(module, sites, args, kwargs)
         except Exception:  # whatever a forward of somebody's own raises on such an input

@@ -16,10 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from .._modules.calls import names_of
-from .._modules.faking import Restoring
-from .._modules.process import eager, ignored_warnings, kept_random
 from .._modules.tensors import is_sharded, lasting
-from .rehearsal import LENGTH, ROWS, differ, is_own, some_ids, special_ids, watched
+from .rehearsal import (
+    LENGTH,
+    ROWS,
+    differ,
+    is_own,
+    leaving_nothing,
+    some_ids,
+    special_ids,
+    watched,
+)
 
 ROW, TOKENS = "rows", "tokens"  # what is moved
 PAD = 2  # tokens of padding
@@ -48,7 +55,7 @@ def _on_ids(module: nn.Module, sites: Sequence[str]) -> dict[str, str]:
     names = names_of(getattr(type(module), "forward", None))
     for ids in some_ids(module):
         for call in _calls(names) if names else ():
-            with eager(), kept_random(), ignored_warnings(), Restoring():
+            with leaving_nothing(module):
                 try:
                     return _tried(module, sites, ids, call)
                 except Exception:  # whatever a forward of somebody's own raises on such an input

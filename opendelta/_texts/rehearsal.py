@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from .._modules.calls import every, hidden
 from .._modules.devices import device_and_dtype
 from .._modules.faking import Restoring
+from .._modules.kept import putting_back
 from .._modules.process import eager, ignored_warnings, kept_random, seed_all
 from .._modules.tensors import is_plain, is_sharded, lasting
 from .._modules.trials import at_rest
@@ -282,7 +283,7 @@ def _outputs(module: nn.Module, runs: Runs, gradients: bool = False) -> list[lis
     if any(p.is_meta or is_sharded(p) for p in module.parameters()):
         return []
     for ids in some_ids(module):
-        with torch.set_grad_enabled(gradients), _apart(), Restoring():
+        with torch.set_grad_enabled(gradients), leaving_nothing(module):
             try:
                 return _run(module, ids, runs)
             except Exception:  # whatever a forward of somebody's own raises on such an input
@@ -291,8 +292,9 @@ def _outputs(module: nn.Module, runs: Runs, gradients: bool = False) -> list[lis
 
 
 @contextlib.contextmanager
-def _apart() -> Iterator[None]:
-    with eager(), kept_random(), ignored_warnings():
+def leaving_nothing(module: nn.Module) -> Iterator[None]:
+    """Run a module as it was written inside, and put back what its code changes in the process."""
+    with eager(), kept_random(), ignored_warnings(), Restoring(), putting_back(module.modules()):
         yield
 
 

@@ -108,6 +108,11 @@ def state():
     return *own, hasattr(Later, "table"), {**in_an_argument.__defaults__[0]}, {**vars(Attention)}
 
 
+def assert_same(now, before):
+    for a, b in zip(now, before, strict=True):
+        assert a is b or (type(a) is not torch.Tensor and str(a) == str(b))
+
+
 class Attention(nn.Module):
     shared = None
 
@@ -197,13 +202,28 @@ def test_a_trial_leaves_nothing_in_what_a_forward_keeps(table, method, before):
         model(IDS[:, :1])
     known = state()
     delta = getattr(opendelta, method)(model)
-    same = [
-        a is b or (type(a) is dict and a.items() == b.items())
-        for a, b in zip(state(), known, strict=True)
-    ]
-    assert all(same), same
+    assert_same(state(), known)
     delta.disable()
     out = model(IDS)
     torch.manual_seed(0)
     plain = GPT(made).eval()
     assert torch.equal(out, plain(IDS))
+
+
+@pytest.mark.parametrize(
+    "table", TABLES, ids=lambda t: getattr(t, "__qualname__", type(t).__name__)
+)
+def test_a_run_with_values_leaves_nothing_either(table):
+    """LoReFT looks if a model moves its tokens, `route` if it moves its rows; `check` runs it."""
+    torch.manual_seed(0)
+    model = GPT(table).eval()
+    model(IDS[:, :1])
+    known = state()
+    delta = opendelta.LoReftModel(model, first=1)
+    assert_same(state(), known)
+    opendelta.check(model, {"input_ids": IDS})
+    assert_same(state(), known)
+    with opendelta.route(model, [delta, None]):
+        out = model(IDS)
+    torch.manual_seed(0)
+    assert torch.equal(out[1], GPT(made).eval()(IDS)[1])
