@@ -12,7 +12,7 @@ import contextlib
 import functools
 import itertools
 import sys
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
 from types import CellType, CodeType, FunctionType, ModuleType
 from typing import Any
@@ -28,6 +28,7 @@ from .writing import LIBRARIES, package_of
 DEEP = 4  # steps from a hook or a class to what it keeps: a function, its file's variable, a list
 MOST = 10_000  # things that are looked at
 CONTAINERS = dict | list | set | deque
+PLAIN: tuple[Any, ...] = (OrderedDict, dict, list, set, deque)
 CACHED = type(functools.cache(lambda: None))
 KNOWN = frozenset({*sys.stdlib_module_names, *LIBRARIES, *OTHERS, "numpy"} - {"__main__"})
 Names = tuple[dict[str, Any], dict[str, Any], set[str]]
@@ -155,13 +156,21 @@ def _is_full(cell: Any) -> bool:
 
 def _items(value: Any) -> list[Any]:
     """Return what a container has; of a dictionary keys and values in turn."""
-    pairs = [*value.items()] if isinstance(value, dict) else [(each,) for each in [*value]]
-    return [*itertools.chain.from_iterable(pairs)]
+    if isinstance(value, dict):
+        return [*itertools.chain.from_iterable([*_plain(value).items(value)])]
+    return [*_plain(value).__iter__(value)]
 
 
 def _fill(value: Any, items: list[Any]) -> None:
-    value.clear()
+    plain = _plain(value)
+    plain.clear(value)
     if isinstance(value, dict):
-        value.update(zip(items[::2], items[1::2], strict=True))
+        for key, each in zip(items[::2], items[1::2], strict=True):
+            plain.__setitem__(value, key, each)
     else:
-        value.update(items) if isinstance(value, set) else value.extend(items)
+        plain.update(value, items) if isinstance(value, set) else plain.extend(value, items)
+
+
+def _plain(value: Any) -> Any:
+    """Return Python's own class of a container, as one of somebody's own may do more, or else."""
+    return next(kind for kind in PLAIN if isinstance(value, kind))

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .._layers import recomputing
 from .._modules.writing import LIBRARIES, package_of
 from ..errors import SiteError
 from ..names import SLOT
@@ -90,6 +91,19 @@ class Shown(dict[str, Any]):
         super().__delitem__(name)
         del self.own[name]
 
+    def pop(self, name: str, *default: Any) -> Any:
+        self.own.pop(name, *default)
+        return super().pop(name, *default)
+
+    def update(self, *parts: Any, **named: Any) -> None:
+        for name, part in dict(*parts, **named).items():
+            self[name] = part
+
+    def setdefault(self, name: str, part: Any = None) -> Any:
+        if name not in self:
+            self[name] = part
+        return self[name]
+
 
 def shown_children() -> property:
     """Return the property `_modules` of a site's class: its forward finds no stack there."""
@@ -118,6 +132,7 @@ def is_hidden_from(base: Any) -> bool:
 
 def hiding(base: Any) -> Callable[..., Any]:
     """Return the forward of the modules of a class, in which their stack is no child."""
+    recomputing.keep(of_now)
 
     @functools.wraps(base.forward)
     def forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -130,6 +145,20 @@ def hiding(base: Any) -> Callable[..., Any]:
             RUNNING.reset(token)
 
     return forward
+
+
+def of_now(again: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `again`, which checkpointing runs in the backward, with the forwards around it now."""
+    running = RUNNING.get()
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        token = RUNNING.set(running)
+        try:
+            return again(*args, **kwargs)
+        finally:
+            RUNNING.reset(token)
+
+    return run if running else again
 
 
 def _without_stack(module: nn.Module, base: type[nn.Module]) -> nn.Module:

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 import torch
 
 from .._backbone.backbone import Backbone
-from .._modules.kept import putting_back
 from .._modules.process import kept_random
 
 PACKED = 2**20  # a larger buffer of whole numbers holds packed weights: no forward changes them
@@ -16,14 +15,14 @@ PACKED = 2**20  # a larger buffer of whole numbers holds packed weights: no forw
 
 @contextlib.contextmanager
 def put_back(backbone: Backbone) -> Iterator[None]:
-    """Put back the buffers, generators and what code keeps that the block changes."""
+    """Put back the buffers and random number generators that the block changes."""
     tables = [(m._buffers, k, b) for m in backbone.model.modules() for k, b in m._buffers.items()]
     copies = {
         id(b): (b, b.detach().clone())
         for _, _, b in tables
         if b is not None and (b.is_floating_point() or b.numel() <= PACKED) and not b.is_meta
     }
-    with kept_random(), putting_back(backbone.model.modules()):
+    with kept_random():
         try:
             yield
         finally:

@@ -22,6 +22,7 @@ from .._deltas import buffers
 from .._deltas.first_forward import not_called, unreached_in
 from .._layers.seen import Seen, together
 from .._layers.selection import OpenBlock
+from .._modules.kept import putting_back
 from .._modules.process import eager
 from .._modules.tensors import lasting, size
 from .._show.notebooks import InNotebooks
@@ -319,7 +320,8 @@ def _run(
                 stack.ran.clear()
             before = buffers.copies(backbone)
             seen.begin()
-            with put_back(backbone), torch.set_grad_enabled(why is None), eager(), watched:
+            kept = putting_back(backbone.model.modules())
+            with put_back(backbone), kept, torch.set_grad_enabled(why is None), eager(), watched:
                 args, kwargs = of_samples(batch)
                 run = functools.partial(backbone.model, *args, **kwargs)
                 look(output := run())

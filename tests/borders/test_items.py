@@ -7,6 +7,7 @@ import pytest
 import torch
 from support.nets import shake
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import opendelta
 from opendelta import AdapterModel, LoraModel, SiteError, composition
@@ -321,6 +322,65 @@ def test_a_forward_that_goes_over_its_children_meets_no_deltas_there(kind, attac
     assert "deltas" in dict(model.head.named_children())
     delta.detach()
     assert torch.equal(model(X), expected)
+
+
+class Again(Branches):
+    """Its loop is run once more in the backward, outside of its forward."""
+
+    reentrant = True
+
+    def forward(self, x):
+        return checkpoint(super().forward, x, use_reentrant=self.reentrant)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("attach", [by_adapter, by_copy])
+def test_a_loop_that_checkpointing_runs_again_meets_no_deltas(attach, reentrant, monkeypatch):
+    monkeypatch.setattr(Again, "reentrant", reentrant)
+    model = Net("Sequential")
+    model.head = Again()
+    delta = attach(model)
+
+    def gradients(x):
+        model.zero_grad()
+        model(x).pow(2).sum().backward()
+        return [p.grad for p in model.parameters()]
+
+    x = X.clone().requires_grad_()
+    found, found_x = gradients(x), x.grad
+    monkeypatch.setattr(Again, "forward", Branches.forward)
+    plain_x = X.clone().requires_grad_()
+    expected = gradients(plain_x)
+    torch.testing.assert_close(found_x, plain_x.grad)
+    torch.testing.assert_close(found, expected)
+    assert any(g is not None and g.any() for g in [p.grad for p in delta.parameters()])
+
+
+class Rebuilds(Branches):
+    """It changes its table of children in its forward."""
+
+    def forward(self, x):
+        if "late" not in self._modules:
+            torch.manual_seed(1)
+            self._modules.update(late=nn.Linear(8, 8))
+            self._modules.setdefault("later", nn.Linear(8, 8))
+            self._modules.setdefault("late", nn.Identity())
+            gone = self._modules.pop("a", None)
+            self._modules["b2"] = gone
+        return sum(part(x) for part in self.children())
+
+
+def test_children_that_a_forward_changes_are_those_of_the_module():
+    model = Net("Sequential")
+    model.head = Rebuilds()
+    plain = copy.deepcopy(model)
+    delta = by_adapter(model)
+    with delta.disabled():
+        assert torch.equal(model(X), plain(X))
+        assert torch.equal(model(X), plain(X))
+    delta.detach()
+    assert [*model.state_dict()] == [*plain.state_dict()]
 
 
 # what hooks of `Noted` keep is of all rows, so that it is refused

@@ -1,6 +1,7 @@
 """What hooks of somebody's own record is theirs: a trial leaves nothing in it, and needs none."""
 
 import collections
+import copy
 import functools
 import random
 from typing import ClassVar
@@ -263,3 +264,31 @@ def test_counts_in_classes_and_arrays_stay_and_a_hook_that_removes_itself_is_the
     for _ in range(2):
         model(IDS)
     assert (Counts.number, counts[0], len(seen)) == (before + 2, 2, 1)
+
+
+class Once(list):
+    def extend(self, values):
+        raise NotImplementedError
+
+    def clear(self):
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("verb", ["attach", "samples"])
+@pytest.mark.parametrize(
+    ("kept", "note"),
+    [
+        (collections.Counter(a=2), lambda kept: kept.update(["a", "b"])),
+        (collections.OrderedDict(b=1, a=2), lambda kept: kept.move_to_end("b")),
+        (Once([3]), lambda kept: kept.append(4)),
+        (collections.deque([1, 2], maxlen=2), lambda kept: kept.append(3)),
+    ],
+    ids=["Counter", "OrderedDict", "list of one's own", "deque"],
+)
+def test_containers_of_every_class_are_filled_as_they_were(kept, note, verb):
+    model, kept, before = net(), copy.deepcopy(kept), kept
+    model.table.register_forward_hook(lambda module, args, output: note(kept))
+    VERBS[verb](model)
+    assert kept == before
+    model(IDS)
+    assert kept != before
