@@ -3,7 +3,8 @@
 A hook may record activations, count calls, or remove itself; a forward may keep a table that it has
 computed in a variable of its file, in a class, or in `functools.cache`. What they change in the
 process is put back: lists and other containers, arrays, attributes of objects and classes,
-variables of a closure and of a file. What they print or write to a file is not.
+variables of a closure and of a file. What they print or write to a file is not; nor is what a
+forward counts.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ import functools
 import itertools
 import sys
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import CellType, CodeType, FunctionType, ModuleType
 from typing import Any
 
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as of_all
 from torch.utils.hooks import RemovableHandle
 
@@ -29,6 +31,9 @@ DEEP = 4  # steps from a hook or a class to what it keeps: a function, its file'
 MOST = 10_000  # things that are looked at
 CONTAINERS = dict | list | set | deque
 PLAIN: tuple[Any, ...] = (OrderedDict, dict, list, set, deque)
+SHARED = {  # objects of these are what threads and tasks meet in: a waiting one would be lost
+    "_queue", "_thread", "asyncio", "concurrent", "multiprocessing", "queue", "threading",
+}  # fmt: skip
 CACHED = type(functools.cache(lambda: None))
 KNOWN = frozenset({*sys.stdlib_module_names, *LIBRARIES, *OTHERS, "numpy"} - {"__main__"})
 Names = tuple[dict[str, Any], dict[str, Any], set[str]]
@@ -36,47 +41,92 @@ Names = tuple[dict[str, Any], dict[str, Any], set[str]]
 
 @contextlib.contextmanager
 def putting_back(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Put back, at the end, what users' hooks and forwards of `modules` keep, and hooks on all."""
-    reached = [*_reached(_roots([*modules]))]
-    contents = [(each, _items(each)) for each in map(_contents, reached) if each is not None]
-    cells = [(cell, cell.cell_contents) for cell in reached if _is_full(cell)]
-    named = [each for v in reached if isinstance(v, FunctionType) for each in _named(v)]
-    classes = [(c, dict(vars(c))) for c in reached if isinstance(c, type) and _is_own(c)]
-    caches = [(v, v.cache_info().misses) for v in reached if isinstance(v, CACHED)]
-    numpy: Any = sys.modules.get("numpy")
-    arrays = [(a, a.copy()) for a in reached if numpy and isinstance(a, numpy.ndarray)]
+    """Put back, at the end, what users' hooks on `modules` and on all modules keep.
+
+    Other threads may run their forwards meanwhile: of what those keep, stand-ins alone leave.
+    """
+    modules = [*modules]
+    by_hooks = {id(value): value for value in _reached(_hooks(modules))}
+    by_forwards = [value for value in _reached(_own(modules)) if id(value) not in by_hooks]
+    before = _Before([*by_hooks.values()], lambda _: True), _Before(by_forwards, _is_stand_in)
     try:
         yield
     finally:
-        for value, items in contents:
-            if [*map(id, _items(value))] != [*map(id, items)]:
+        for each in before:
+            each.put_back()
+
+
+class _Before:
+    """The contents of some objects at one moment.
+
+    Args:
+        reached: the objects.
+        is_wrong: true of what is there later, if it has to leave.
+    """
+
+    def __init__(self, reached: list[Any], is_wrong: Callable[[Any], bool]) -> None:
+        self.is_wrong = is_wrong
+        self.contents = [(c, _items(c)) for c in map(_contents, reached) if c is not None]
+        self.cells = [(cell, cell.cell_contents) for cell in reached if _is_full(cell)]
+        self.named = [n for v in reached if isinstance(v, FunctionType) for n in _named(v)]
+        self.classes = [(c, dict(vars(c))) for c in reached if isinstance(c, type) and _is_own(c)]
+        self.caches = [(v, v.cache_info().misses) for v in reached if isinstance(v, CACHED)]
+        numpy: Any = sys.modules.get("numpy")
+        arrays = [a for a in reached if numpy and isinstance(a, numpy.ndarray)]
+        self.arrays = [(a, a.copy()) for a in arrays]
+
+    def put_back(self) -> None:
+        wrong = self.is_wrong
+        for value, items in self.contents:
+            now = _items(value)
+            if [*map(id, now)] != [*map(id, items)] and (wrong(None) or any(map(wrong, now))):
                 _fill(value, items)
-        for cell, was in cells:
-            cell.cell_contents = was
-        for array, had in arrays:
-            array[...] = had
-        for cls, before in classes:
-            for name in [k for k, v in before.items() if vars(cls).get(k) is not v]:
+        for cell, was in self.cells:
+            if wrong(cell.cell_contents):
+                cell.cell_contents = was
+        for array, had in self.arrays:
+            if wrong(array):
+                array[...] = had
+        for cls, before in self.classes:
+            own = [k for k, v in before.items() if (n := vars(cls).get(k)) is not v and wrong(n)]
+            for name in own:
                 setattr(cls, name, before[name])
-            for name in [k for k in vars(cls) if k not in before and not k.startswith("__")]:
+            new = [k for k in vars(cls) if k not in before and not k.startswith("__")]
+            for name in filter(lambda name: wrong(vars(cls)[name]), new):
                 delattr(cls, name)
-        for around, had, names in named:
-            around.update({k: v for k, v in had.items() if around.get(k) is not v})
-            for name in [k for k in names if k in around and k not in had]:
-                del around[name]
-        for cache, misses in caches:
+        for file, had, names in self.named:
+            file.update(
+                {k: v for k, v in had.items() if file.get(k) is not v and wrong(file.get(k))}
+            )
+            for name in [k for k in names if k in file and k not in had and wrong(file[k])]:
+                del file[name]
+        for cache, misses in self.caches:
             if cache.cache_info().misses != misses:
                 cache.cache_clear()
 
 
-def _roots(modules: list[nn.Module]) -> list[Any]:
-    """Return users' hooks, and the classes and attributes of modules of somebody's own."""
+def _is_stand_in(value: Any) -> bool:
+    """True if a value is, or holds, something without values, as a run on shapes computes it."""
+    if isinstance(value, Tensor):
+        return value.is_meta or isinstance(value, FakeTensor)
+    if isinstance(value, dict | list | tuple):
+        return any(map(_is_stand_in, value.values() if isinstance(value, dict) else value))
+    return type(value).__module__.startswith("opendelta._backbone.")
+
+
+def _hooks(modules: list[nn.Module]) -> list[Any]:
+    """Return users' hooks, and what stands in a module's forward."""
     hooks: list[Any] = [hook for m in modules for table in tables_of(m) for hook in table.values()]
     hooks += [own for m in modules if (own := m.__dict__.get("forward")) is not None]  # wrappers
     hooks += [*of_all._global_forward_pre_hooks.values(), *of_all._global_forward_hooks.values()]
+    return [*filter(is_users, hooks)]
+
+
+def _own(modules: list[nn.Module]) -> list[Any]:
+    """Return the classes and attributes of modules of somebody's own."""
     classes = dict.fromkeys(cls for kind in {*map(type, modules)} for cls in kind.__mro__)
     held = [value for m in modules if _is_own(type(m)) for value in _attributes(m)]
-    return [*filter(is_users, hooks), *filter(_is_own, classes), *held]
+    return [*filter(_is_own, classes), *held]
 
 
 def _reached(roots: Iterable[Any]) -> Iterator[Any]:
@@ -85,6 +135,8 @@ def _reached(roots: Iterable[Any]) -> Iterator[Any]:
     while todo and len(seen) < MOST:
         value, depth = todo.popleft()
         if id(value) in seen or type(value) in SIMPLE or isinstance(value, Tensor):
+            continue
+        if type(value).__module__.partition(".")[0] in SHARED:
             continue
         seen.add(id(value))
         yield value

@@ -3,7 +3,10 @@
 import collections
 import copy
 import functools
+import queue
 import random
+import threading
+import time
 from typing import ClassVar
 
 import numpy
@@ -292,3 +295,23 @@ def test_containers_of_every_class_are_filled_as_they_were(kept, note, verb):
     assert kept == before
     model(IDS)
     assert kept != before
+
+
+def test_a_thread_that_waits_at_a_hook_s_queue_is_not_forgotten():
+    """It began to wait while a trial ran."""
+    model, things, got, inside = net(), queue.Queue(), [], threading.Event()
+
+    def hook(module, args, output):
+        if not inside.is_set():
+            inside.set()
+            thread.start()
+            while not things.not_empty._waiters:
+                time.sleep(0.001)
+
+    thread = threading.Thread(target=lambda: got.append(things.get(timeout=30)))
+    model.table.register_forward_hook(hook)
+    VERBS["attach"](model)
+    assert inside.is_set()
+    things.put(1)
+    thread.join()
+    assert got == [1]
