@@ -11,10 +11,12 @@ from torch import nn
 from .._backbone.backbone import Backbone
 from .._backbone.shapes import PROBING
 from .._layers.record import Record
+from .._sites import swap
 from ..errors import UnreachedWarning, listed, warn
 from ..names import SLOT, ancestors, join, last, parent, unwrapped
-from .head_watch import HOOKS, is_compiled, take_away, watch_heads
+from .head_watch import HOOKS, is_compiled, take_away, trains, watch_heads
 from .state_dict import state_hook
+from .training_watch import TrainingWatch
 
 FORWARDS = 6  # after so many, a layer that layer drop leaves out now and then has run
 
@@ -158,29 +160,50 @@ class FirstForward:
         backbone = Backbone.of(model)
         silent, before = _silent(backbone, compiled=False), self.waits
         self.count += 1
-        self.waits = left_out(backbone) & {*silent} if self.count < FORWARDS else set()
+        shown = {(w, n) for w, n in silent if swap.weight_is_read(backbone.modules[w], False)}
+        # A loss may read a weight that is shown.
+        self.waits = (left_out(backbone) | shown) & {*silent} if self.count < FORWARDS else set()
+        if self.count == 1 and not trains(model):
+            watch_training(backbone)
         if not self.waits:
             take_away(backbone, FirstForward)
         if self.count > 1:  # the others were told after the first
-            self.tell(model, _full([e for e in silent if e in before and e not in self.waits]))
+            told = [e for e in silent if e in before - self.waits]
+            self.tell(model, _full(told), shown={*told} <= shown)
             return
         for where, name in silent:
             backbone.stacks[where][name].__dict__["missed"] = True
         self.tell(model, _names([e for e in silent if e not in self.waits], backbone))
 
-    def tell(self, model: nn.Module, unrun: list[str]) -> None:
-        """Warn of layers that did not run, if there are any."""
+    def tell(self, model: nn.Module, unrun: list[str], shown: bool = False) -> None:
+        """Warn of layers that did not run, if there are any.
+
+        Args:
+            shown: their modules show them in the weight.
+        """
         if not unrun:
             return
         when = "first forward" if self.count == 1 else f"first {self.count} forwards"
+        reads = (
+            "Nothing called the module or read its weight: choose one that is used"
+            if shown
+            else "If other code, such as a loss of TRL's, reads the module's weight instead of "
+            "calling it, attach with reads=True, or choose the parent"
+        )
         warn(
             f"{len(unrun)} delta layers did not run in the {when} of {type(model).__name__}: "
-            f"{listed(unrun)}. If other code, such as a loss of TRL's, reads the module's weight "
-            "instead of calling it, attach with reads=True, or choose the parent; if the module "
-            "was replaced since, attach anew; if this forward skipped it (experts, layer drop), "
-            "all is well",
+            f"{listed(unrun)}. {reads}; if the module was replaced since, attach anew; if this "
+            "forward skipped it (experts, layer drop), all is well",
             UnreachedWarning,
         )
+
+
+def watch_training(backbone: Backbone) -> None:
+    """Check the first forwards that train, as others come before."""
+    if not any(isinstance(h, TrainingWatch) for h in backbone.model._forward_hooks.values()):
+        watch = TrainingWatch()
+        backbone.model.register_forward_pre_hook(watch)
+        backbone.model.register_forward_hook(watch)
 
 
 def watch_forward(backbone: Backbone) -> None:
@@ -192,4 +215,4 @@ def watch_forward(backbone: Backbone) -> None:
 
 def unwatch_forward(backbone: Backbone) -> None:
     """Take the hooks away."""
-    take_away(backbone, FirstForward, *HOOKS)
+    take_away(backbone, FirstForward, TrainingWatch, *HOOKS)

@@ -43,7 +43,7 @@ class HeadWatch:
         if torch.compiler.is_compiling() or PROBING.get():
             return
         if not output:
-            if _trains(model):
+            if trains(model):
                 self.ran, self.stack.ran = self.stack.ran, set()
             return
         if self.ran is None:
@@ -101,7 +101,7 @@ class PartWatch:
 
     def __call__(self, part: nn.Module, _args: Any, output: Any) -> None:
         watch = self.watch
-        if watch is None or torch.compiler.is_compiling() or PROBING.get() or not _trains(part):
+        if watch is None or torch.compiler.is_compiling() or PROBING.get() or not trains(part):
             return
         names = watch.acting() - watch.told
         if not names or is_compiled(self.chain):
@@ -124,7 +124,8 @@ def at_the_end(function: Callable[[], None]) -> None:
     Variable._execution_engine.queue_callback(function)
 
 
-def _trains(model: nn.Module) -> bool:
+def trains(model: nn.Module) -> bool:
+    """True if a forward of the model, which is no replica, trains."""
     return model.training and torch.is_grad_enabled() and "_is_replica" not in model.__dict__
 
 
