@@ -284,16 +284,18 @@ class UncheckedWarning(DeltaWarning):
 
 
 class TiedWeightWarning(DeltaWarning):
-    """A delta on one module whose weight other modules use too.
+    """A delta on one module whose weight other modules, or other code, use too.
 
     Cause:
-        The weight is tied, as that of the embeddings and the head of a language model. The delta
-        changes one use of it. Or a plain model has weights apart that its config, once loaded, says
-        to tie, as T5's.
+        The weight is tied, as that of the embeddings and the head of a language model, or the code
+        around reads it besides calling its module, as recommenders do with their table of items.
+        The delta changes one use of it. Or a plain model has weights apart that its config, once
+        loaded, says to tie, as T5's.
 
     Cure:
-        If one use was meant, nothing is wrong. Else put a delta on each of the modules. Such a
-        plain model is not to be tied anew, by `tie_weights()` or `resize_token_embeddings()`.
+        If one use was meant, nothing is wrong. Else put a delta on each of the modules, or attach
+        with reads=True. Such a plain model is not to be tied anew, by `tie_weights()` or
+        `resize_token_embeddings()`.
     """
 
 

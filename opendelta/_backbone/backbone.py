@@ -51,8 +51,8 @@ class Backbone:
         samples: the user's inputs for a run on shapes: a mapping, a sequence or a tensor; or None.
         before: inputs that the user gave for the model earlier, after `recall`; they are tried
             first where there are no `samples`.
-        read: {facts of a module: names of its children whose weight it reads and that it does not
-            call}, as far as somebody asked.
+        read: {facts of a module: {child whose weight a run of it reads: it is called too}}, as far
+            as somebody asked.
         widths: {full name of a module: its widths}, as far as runs on shapes have found them.
         heads: {full name of a module: its attention heads}, likewise.
         roles: {full name of a module: (its role, the reason)}; None: not looked for yet.
@@ -63,7 +63,7 @@ class Backbone:
     stacks: dict[str, Stack] = field(default_factory=dict)
     samples: Any = None
     before: Any = None
-    read: dict[tuple, set[str]] = field(default_factory=dict)
+    read: dict[tuple, dict[str, bool]] = field(default_factory=dict)
     widths: dict[str, Widths] = field(default_factory=dict)
     heads: dict[str, Heads] = field(default_factory=dict)
     roles: dict[str, tuple[str, str]] | None = None

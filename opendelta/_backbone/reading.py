@@ -42,20 +42,33 @@ def weight_is_read(backbone: Backbone, where: str) -> bool:
     """
     if not where:
         return False
+    read, used = _uses(_class_of(backbone.modules[parent(where)]))
+    if last(where) not in read & used:
+        return last(where) in read
+    return _run_around(backbone, where).get(last(where)) is False
+
+
+def is_called_and_read(backbone: Backbone, where: str) -> bool:
+    """True if a run on shapes of the module around calls the module `where`, and reads its weight.
+
+    Code tells whether such a run is needed.
+    """
+    read, used = _uses(_class_of(backbone.modules[parent(where)])) if where else (set(), set())
+    return last(where) in read & used and _run_around(backbone, where).get(last(where), False)
+
+
+def _run_around(backbone: Backbone, where: str) -> dict[str, bool]:
+    """Run the module around `where` on shapes; return {child that is read: it is called too}."""
     around = backbone.modules[parent(where)]
     read, used = _uses(_class_of(around))
-    name = last(where)
-    if name not in read & used:
-        return name in read
 
-    def ask() -> set[str]:
+    def ask() -> dict[str, bool]:
         both = sorted(read & used & {*around._modules})
         watch = watching.of_children(backbone, [join(parent(where), each) for each in both])
         found = set() if watch is None else {n for n, k in watch.read if k == "weight"}
-        found -= set() if watch is None else watch.called
-        return set(map(last, found))
+        return {last(name): watch is not None and name in watch.called for name in found}
 
-    return name in remembered(backbone.read, facts(around), ask)
+    return remembered(backbone.read, facts(around), ask)
 
 
 def _class_of(module: nn.Module) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -25,13 +25,14 @@ from .._modules.kinds import is_packed, kind_of
 from .._modules.tensors import TENSOR_CLASSES, lasting
 from .._sites import swap
 from .._sites.stack import acting_on
-from ..errors import LostGradientWarning, OptionError, SiteError, TiedWeightWarning, warn
+from ..errors import LostGradientWarning, OptionError, SiteError, warn
 from . import resizing
 from .base import BaseDelta
 from .choosing import Choice
 from .options import DeltaConfig
 from .owning import owned
 from .taking import check_copies, check_kind, sizes_for
+from .uses import warn_if_read, warn_if_tied
 
 # Where the values of layers come from. "new": the layers set their start values. "saved": a file
 # will give them, and until then they have no memory. "never": the layers are only looked at.
@@ -79,6 +80,8 @@ def make(
     for name, layer in delta.layers.items():
         layer.record = delta.record
         layer.__dict__["made_for"] = sizes_for(backbone, name, layer)
+    if values == "new":
+        warn_if_read(backbone, delta)
     return delta
 
 
@@ -91,7 +94,7 @@ def _layers(backbone: Backbone, choice: Choice, values: Values) -> dict[str, Del
     starts = {n: s for n, s in sites.items() if s.end is not None or not layer_class.paired}
     _warn_of_lost_gradients(backbone)
     if layer_class.can_fold():
-        _warn_if_tied(backbone, list(sites), config.delta_type)
+        warn_if_tied(backbone, list(sites), config.delta_type)
     needed = layer_class.check_written()
     shared = make_shared([*starts.values()], config) if make_shared and starts else None
     made: dict[str, DeltaLayer] = {}
@@ -279,26 +282,3 @@ def _warn_of_lost_gradients(backbone: Backbone) -> None:
                 "before it will not train right. Use a weight-only kind of quantisation",
                 LostGradientWarning,
             )
-
-
-def tied(backbone: Backbone, targets: Sequence[str]) -> dict[str, list[str]]:
-    """Return {target: the modules that share a weight with it and are no targets}."""
-    users = backbone.users()
-    chosen = {id(backbone.modules[name]) for name in targets}
-    shared: dict[str, list[str]] = {}
-    for name in targets:
-        for parameter in backbone.modules[name]._parameters.values():
-            by_id = {id(backbone.modules[n]): n for n in users.get(id(parameter), ())}
-            if others := [other for module, other in by_id.items() if module not in chosen]:
-                shared[name] = [*shared.get(name, []), *others]
-    return shared
-
-
-def _warn_if_tied(backbone: Backbone, targets: Sequence[str], delta_type: str) -> None:
-    """Warn of a target whose weight other modules use too: a delta changes only one use."""
-    for name, others in tied(backbone, targets).items():
-        warn(
-            f"{delta_type!r} on {name!r} changes one use of a weight that "
-            f"{', '.join(map(repr, others))} uses too",
-            TiedWeightWarning,
-        )

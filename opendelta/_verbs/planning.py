@@ -14,11 +14,12 @@ from .._backbone.inputs import Samples
 from .._backbone.roles import roles_of
 from .._deltas.base import BaseDelta
 from .._deltas.choosing import choose
-from .._deltas.making import make, tied
+from .._deltas.making import make
 from .._deltas.options import DeltaConfig
 from .._deltas.order import known_records
 from .._deltas.placing import place
 from .._deltas.registry import method
+from .._deltas.uses import tied
 from .._layers.base import DeltaLayer
 from .._layers.costs import Flops
 from .._modules import tensors

@@ -10,9 +10,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import opendelta
-from opendelta import LoraModel, UnreachedWarning
+from opendelta import AdapterModel, LoraModel, TiedWeightWarning, UnreachedWarning
 
-pytestmark = pytest.mark.covers("unreached")
+pytestmark = pytest.mark.covers("unreached", "TiedWeightWarning")
 
 IDS = torch.arange(12).view(2, 6)
 
@@ -175,3 +175,74 @@ def test_a_shown_weight_that_nobody_reads_is_told_after_some_forwards(copied):
     assert [bool(text) for text in texts] == [False] * 5 + [True] + [False] * 2
     assert "Nothing called the module or read its weight" in texts[5]
     assert "reads=True" not in texts[5]
+
+
+class Items(nn.Module):
+    """A recommender: it looks items up in a table, and scores all of them by the same table."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.body = nn.Embedding(40, 16), nn.Linear(16, 16)
+
+    def forward(self, ids):
+        return self.body(self.table(ids)) @ self.table.weight.T
+
+
+class Symmetric(nn.Module):
+    """It multiplies by a weight, and by the transposed one."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.emb, self.body, self.table = nn.Embedding(40, 16), nn.Linear(16, 16), nn.Linear(16, 16)
+
+    def forward(self, ids):
+        return self.table(self.body(self.emb(ids))) @ self.table.weight.T
+
+
+def told_when_attaching(attach):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        attach()
+    return [str(each.message) for each in caught if each.category is TiedWeightWarning]
+
+
+COPY = {"modified_modules": ["body"], "modules_to_save": ["table"]}
+BOTH = {
+    Items: {**COPY, "reads": True},
+    Symmetric: {"modified_modules": ["table"], "reads": True},
+}
+
+
+@pytest.mark.parametrize("cls", BOTH)
+def test_a_weight_that_one_forward_calls_and_reads_is_told_when_attaching(cls):
+    (text,) = told_when_attaching(lambda: LoraModel(cls(), modified_modules=["table"]))
+    assert f"'lora' on 'table' acts in calls of it alone, and {cls.__name__} reads" in text
+    assert ("modules_to_save=['table'] and reads=True" in text) == (cls is Items)
+    (text,) = told_when_attaching(lambda: LoraModel(cls(), **COPY))
+    assert "attach with reads=True" in text
+
+
+@pytest.mark.parametrize(("cls", "options"), [*BOTH.items(), (Symmetric, BOTH[Items])])
+def test_the_way_that_the_message_names_changes_both_uses(cls, options):
+    model = cls()
+    assert told_when_attaching(lambda: LoraModel(model, **options)) == []
+    site, before = model.table, model.table.weight.detach().clone()
+    own = getattr(site.deltas.lora, "module", None)
+    with torch.no_grad():
+        if own is None:
+            site.deltas.lora.lora_B.fill_(0.1)
+        else:
+            own.weight.mul_(2)
+    plain = cls()
+    changed = before * 2 if own is not None else site.weight.detach()
+    plain.table.weight.data.copy_(changed)
+    assert not torch.equal(changed, before)
+    torch.testing.assert_close(model(IDS), plain(IDS))
+
+
+def test_an_adapter_and_modules_that_are_called_alone_are_not_told_of():
+    adapter = lambda: AdapterModel(Symmetric(), modified_modules=["table"])  # noqa: E731
+    assert told_when_attaching(adapter) == []
+    assert told_when_attaching(lambda: LoraModel(Symmetric(), modified_modules=["body"])) == []

@@ -760,6 +760,7 @@ def input_of(net):
     return torch.tensor([[1, 4, 2]]) if net is FromAbove else X
 
 
+@pytest.mark.filterwarnings("ignore::opendelta.TiedWeightWarning")
 @pytest.mark.parametrize("verb", ["merge", "to_backbone"])
 @pytest.mark.parametrize("ran", [True, False])
 @pytest.mark.parametrize("net", READ)
