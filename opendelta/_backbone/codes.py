@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dis
-import functools
 from collections.abc import Iterator
 from types import CodeType
 
@@ -14,12 +13,6 @@ ANY = {*ALL, "forward"}  # a class's, as in `nn.Linear.forward(module, x)`
 RAW = {*ALL, "_parameters", "functional_call", "__getattr__", "parameters_to_vector"}
 READ = {*RAW, "weight", "bias"}
 LOOKS = {"dtype", "device", "shape", "size", "requires_grad", "is_meta", "ndim"}  # no values
-
-
-@functools.cache
-def words_of(code: CodeType) -> set[str]:
-    inner = [const for const in code.co_consts if isinstance(const, CodeType)]
-    return {*code.co_names, *map(str, code.co_consts)}.union(*map(words_of, inner))
 
 
 def chains_in(code: CodeType) -> Iterator[tuple[str, str | None, int]]:

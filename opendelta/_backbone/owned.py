@@ -14,12 +14,13 @@ from typing import Any
 from torch import nn
 
 from .._modules.holding import beside_tables, is_foreign, walk
+from .._modules.writing import words_of
 from .._sites.swap import plain_class
 from ..errors import library_folders
 from ..names import last, parent
 from .backbone import Backbone
 from .branches import LIBRARIES
-from .codes import RAW, chains_in, reads_unnamed, words_of
+from .codes import RAW, chains_in, reads_unnamed
 
 OTHERS = {*LIBRARIES, "builtins", "bitsandbytes", "torchao", "accelerate", "hqq", "optimum"}
 # What runs without being named.

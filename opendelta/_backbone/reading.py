@@ -14,13 +14,13 @@ from torch import nn
 from .._modules.calls import has_forward
 from .._modules.facts import facts, remembered
 from .._modules.holding import beside_tables, held_by, others_among
-from .._modules.writing import codes_of
+from .._modules.writing import codes_of, words_of
 from .._sites import swap
 from .._sites.swap import plain_class
 from ..names import join, last, parent
 from . import watching
 from .backbone import Backbone
-from .codes import ANY, LOOK, RAW, READ, chains_in, reads_unnamed, words_of
+from .codes import ANY, LOOK, RAW, READ, chains_in, reads_unnamed
 from .owned import KEYS, OwnCode, is_of_library, own_code
 
 # The files of torch's modules.

@@ -116,8 +116,13 @@ def _attributes(value: Any) -> list[Any]:
 
 def in_slots(value: Any) -> list[Any]:
     """Return what an object has in each slot of its classes, None where that is nothing."""
-    slots = [vars(cls).get(name) for cls in type(value).__mro__ for name in _slots(cls)]
-    return [_in_slot(slot, value) for slot in slots]
+    return [_in_slot(slot, value) for slot in slots_of(value)]
+
+
+def slots_of(value: Any) -> list[MemberDescriptorType]:
+    """Return the slots of an object's classes."""
+    found = [vars(cls).get(name) for cls in type(value).__mro__ for name in _slots(cls)]
+    return [slot for slot in found if isinstance(slot, MemberDescriptorType)]
 
 
 def _slots(cls: type) -> Collection[str]:
@@ -125,10 +130,8 @@ def _slots(cls: type) -> Collection[str]:
     return (names,) if isinstance(names, str) else names
 
 
-def _in_slot(slot: Any, value: Any) -> Any:
+def _in_slot(slot: MemberDescriptorType, value: Any) -> Any:
     """Return what an object has in a slot, None if nothing, without a `__getattr__` of its own."""
-    if not isinstance(slot, MemberDescriptorType):
-        return None
     try:
         return slot.__get__(value)
     except AttributeError:

@@ -3,57 +3,74 @@
 A hook may record activations, count calls, or remove itself; a forward may keep a table that it has
 computed in a variable of its file, in a class, or in `functools.cache`. What they change in the
 process is put back: lists and other containers, arrays, attributes of objects and classes,
-variables of a closure and of a file. What they print or write to a file is not; nor is what a
-forward counts.
+variables of a closure and of a file. What they print or write to a file is not.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
+import gc
 import itertools
 import sys
+import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
-from types import CellType, CodeType, FunctionType, ModuleType
+from contextvars import ContextVar
+from types import CellType, FrameType, FunctionType
 from typing import Any
 
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.nn.modules import module as of_all
-from torch.utils.hooks import RemovableHandle
+from torch import nn
 
-from .holding import SIMPLE, TABLES, held_in, is_foreign
-from .hooks import OTHERS, is_users, tables_of
-from .writing import LIBRARIES, package_of
+from .holding import is_foreign, slots_of
+from .reached import CACHED, by_forwards, by_hooks, is_own, leads_to_stand_in, named
 
-DEEP = 4  # steps from a hook or a class to what it keeps: a function, its file's variable, a list
-MOST = 10_000  # things that are looked at
 CONTAINERS = dict | list | set | deque
 PLAIN: tuple[Any, ...] = (OrderedDict, dict, list, set, deque)
-SHARED = {  # objects of these are what threads and tasks meet in: a waiting one would be lost
-    "_queue", "_thread", "asyncio", "concurrent", "multiprocessing", "queue", "threading",
-}  # fmt: skip
-CACHED = type(functools.cache(lambda: None))
-KNOWN = frozenset({*sys.stdlib_module_names, *LIBRARIES, *OTHERS, "numpy"} - {"__main__"})
-Names = tuple[dict[str, Any], dict[str, Any], set[str]]
+# Their threads run no forward of somebody's own.
+ASIDE = ("IPython", "concurrent.futures.process", "debugpy", "execnet", "ipykernel", "tensorboard",
+    "multiprocessing.queues", "torch._inductor", "torch.utils.data", "tqdm", "wandb", "zmq",
+)  # fmt: skip
+Wrong = Callable[[Any], bool]
+_UNSET: Any = object()
 
 
 @contextlib.contextmanager
 def putting_back(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Put back, at the end, what users' hooks on `modules` and on all modules keep.
 
-    Other threads may run their forwards meanwhile: of what those keep, stand-ins alone leave.
+    So it is with what forwards keep, in the only thread. Where others may run forwards meanwhile,
+    of what those keep stand-ins alone leave.
     """
     modules = [*modules]
-    by_hooks = {id(value): value for value in _reached(_hooks(modules))}
-    by_forwards = [value for value in _reached(_own(modules)) if id(value) not in by_hooks]
-    before = _Before([*by_hooks.values()], lambda _: True), _Before(by_forwards, _is_stand_in)
+    hooked, own = by_hooks(modules), by_forwards(modules)
+    kept = _Before([*hooked.values()]), _Before([v for key, v in own.items() if key not in hooked])
+    alone = _is_alone()
     try:
         yield
     finally:
-        for each in before:
-            each.put_back()
+        kept[0].put_back(_always)
+        kept[1].put_back(_always if alone and _is_alone() else leads_to_stand_in)
+
+
+def _always(_: Any) -> bool:
+    return True
+
+
+def _is_alone() -> bool:
+    """True if no other thread may run forwards."""
+    frames = sys._current_frames()
+    frames.pop(threading.get_ident(), None)
+    return all(map(_is_aside, frames.values()))
+
+
+def _is_aside(frame: FrameType | None) -> bool:
+    """True if the first function that a thread has run is of a library whose threads are known."""
+    files = []
+    while frame is not None:
+        files.append(frame.f_globals.get("__name__") or "")
+        frame = frame.f_back
+    first = next((file for file in reversed(files) if file != "threading"), "threading")
+    return any(f"{first}.".startswith(f"{known}.") for known in ASIDE)
 
 
 class _Before:
@@ -61,111 +78,68 @@ class _Before:
 
     Args:
         reached: the objects.
-        is_wrong: true of what is there later, if it has to leave.
     """
 
-    def __init__(self, reached: list[Any], is_wrong: Callable[[Any], bool]) -> None:
-        self.is_wrong = is_wrong
+    def __init__(self, reached: list[Any]) -> None:
         self.contents = [(c, _items(c)) for c in map(_contents, reached) if c is not None]
+        self.slots = [(v, s, _in_slot(s, v)) for v in reached if is_foreign(v) for s in slots_of(v)]
         self.cells = [(cell, cell.cell_contents) for cell in reached if _is_full(cell)]
-        self.named = [n for v in reached if isinstance(v, FunctionType) for n in _named(v)]
-        self.classes = [(c, dict(vars(c))) for c in reached if isinstance(c, type) and _is_own(c)]
-        self.caches = [(v, v.cache_info().misses) for v in reached if isinstance(v, CACHED)]
+        self.named = [n for v in reached if isinstance(v, FunctionType) for n in named(v)]
+        self.classes = [(c, dict(vars(c))) for c in reached if isinstance(c, type) and is_own(c)]
+        self.caches = [(v, _misses(v), {*_table(v)}) for v in reached if isinstance(v, CACHED)]
+        self.variables = [(v, _value(v)) for v in reached if isinstance(v, ContextVar)]
         numpy: Any = sys.modules.get("numpy")
         arrays = [a for a in reached if numpy and isinstance(a, numpy.ndarray)]
         self.arrays = [(a, a.copy()) for a in arrays]
 
-    def put_back(self) -> None:
-        wrong = self.is_wrong
+    def put_back(self, wrong: Wrong) -> None:
+        """Put back what has changed since.
+
+        Args:
+            wrong: true of a new value that has to leave.
+        """
         for value, items in self.contents:
             now = _items(value)
-            if [*map(id, now)] != [*map(id, items)] and (wrong(None) or any(map(wrong, now))):
-                _fill(value, items)
+            if [*map(id, now)] != [*map(id, items)]:
+                _fill(value, items if wrong is _always else _without(value, now, items, wrong))
+        for value, slot, was in self.slots:
+            now = _in_slot(slot, value)
+            if now != was and wrong(now[0] if now else None):
+                slot.__set__(value, *was) if was else slot.__delete__(value)
         for cell, was in self.cells:
-            if wrong(cell.cell_contents):
+            if cell.cell_contents is not was and wrong(cell.cell_contents):
                 cell.cell_contents = was
-        for array, had in self.arrays:
-            if wrong(array):
-                array[...] = had
-        for cls, before in self.classes:
-            own = [k for k, v in before.items() if (n := vars(cls).get(k)) is not v and wrong(n)]
-            for name in own:
-                setattr(cls, name, before[name])
-            new = [k for k in vars(cls) if k not in before and not k.startswith("__")]
-            for name in filter(lambda name: wrong(vars(cls)[name]), new):
-                delattr(cls, name)
+        for variable, was in self.variables:
+            now = _value(variable)
+            if now is not was is not _UNSET and wrong(now):  # nothing makes it unset again
+                variable.set(was)
+        for array, had in self.arrays if wrong is _always else ():
+            array[...] = had
+        for cls, had in self.classes:
+            _put_back_names(cls, dict(vars(cls)), had, wrong)
         for file, had, names in self.named:
-            file.update(
-                {k: v for k, v in had.items() if file.get(k) is not v and wrong(file.get(k))}
-            )
-            for name in [k for k in names if k in file and k not in had and wrong(file[k])]:
-                del file[name]
-        for cache, misses in self.caches:
-            if cache.cache_info().misses != misses:
+            _put_back_names(file, {k: file[k] for k in names if k in file}, had, wrong)
+        for cache, misses, keys in self.caches:
+            if not _table(cache) and _misses(cache) != misses:
                 cache.cache_clear()
+            for key in [k for k, v in _table(cache).items() if k not in keys and wrong(v)]:
+                del _table(cache)[key]
 
 
-def _is_stand_in(value: Any) -> bool:
-    """True if a value is, or holds, something without values, as a run on shapes computes it."""
-    if isinstance(value, Tensor):
-        return value.is_meta or isinstance(value, FakeTensor)
-    if isinstance(value, dict | list | tuple):
-        return any(map(_is_stand_in, value.values() if isinstance(value, dict) else value))
-    return type(value).__module__.startswith("opendelta._backbone.")
-
-
-def _hooks(modules: list[nn.Module]) -> list[Any]:
-    """Return users' hooks, and what stands in a module's forward."""
-    hooks: list[Any] = [hook for m in modules for table in tables_of(m) for hook in table.values()]
-    hooks += [own for m in modules if (own := m.__dict__.get("forward")) is not None]  # wrappers
-    hooks += [*of_all._global_forward_pre_hooks.values(), *of_all._global_forward_hooks.values()]
-    return [*filter(is_users, hooks)]
-
-
-def _own(modules: list[nn.Module]) -> list[Any]:
-    """Return the classes and attributes of modules of somebody's own."""
-    classes = dict.fromkeys(cls for kind in {*map(type, modules)} for cls in kind.__mro__)
-    held = [value for m in modules if _is_own(type(m)) for value in _attributes(m)]
-    return [*filter(_is_own, classes), *held]
-
-
-def _reached(roots: Iterable[Any]) -> Iterator[Any]:
-    """Yield what `roots` hold, the nearest first, without what is inside modules and tensors."""
-    todo, seen = deque((root, 0) for root in roots), set[int]()
-    while todo and len(seen) < MOST:
-        value, depth = todo.popleft()
-        if id(value) in seen or type(value) in SIMPLE or isinstance(value, Tensor):
+def _put_back_names(owner: Any, now: dict[str, Any], had: dict[str, Any], wrong: Wrong) -> None:
+    """Put back the variables of a file, or the attributes of a class."""
+    is_class = isinstance(owner, type)
+    for name, value in now.items():
+        if name in had and had[name] is value:
             continue
-        if type(value).__module__.partition(".")[0] in SHARED:
+        if not wrong(value) or (is_class and name.startswith("__")):
             continue
-        seen.add(id(value))
-        yield value
-        if depth < DEEP:
-            todo += [(each, depth + 1) for each in [*_inside(value)]]  # threads may change it
-
-
-def _inside(value: Any) -> Iterable[Any]:
-    if isinstance(value, FunctionType):
-        found = [each for _, had, _ in _named(value) for each in had.values()]
-        return [*(value.__closure__ or ()), *found, *held_in(value)]
-    if isinstance(value, CACHED | staticmethod | classmethod):
-        return [value.__wrapped__]
-    if isinstance(value, property):
-        return [value.fget]
-    if isinstance(value, RemovableHandle):  # a hook may remove itself
-        refs = (value.hooks_dict_ref, *value.extra_dict_ref)
-        return [table for ref in refs if (table := ref()) is not None]
-    if isinstance(value, type):
-        return [*vars(value).values()] if _is_own(value) else []
-    if isinstance(value, nn.Module):
-        return _attributes(value)
-    called = [type(value).__call__] if is_foreign(value) and callable(value) else []
-    return [*called, *held_in(value)]
-
-
-def _attributes(module: nn.Module) -> list[Any]:
-    own = module.__dict__.items()
-    return [value for key, value in own if key not in TABLES and "_hooks" not in key]
+        if name in had:
+            setattr(owner, name, had[name]) if is_class else owner.update({name: had[name]})
+        else:
+            delattr(owner, name) if is_class else owner.pop(name)
+    for name in had.keys() - now.keys() if wrong is _always else ():
+        setattr(owner, name, had[name]) if is_class else owner.update({name: had[name]})
 
 
 def _contents(value: Any) -> Any:
@@ -177,33 +151,51 @@ def _contents(value: Any) -> Any:
     return attributes if type(attributes) is dict else None  # of a class it is a view
 
 
-def _named(function: FunctionType) -> list[Names]:
-    """Return the variables that the code of a user's function names in its file and in others.
-
-    Returns:
-        Of each file its variables, those that the code names, and all names.
-    """
-    if not _is_own(function):
-        return []
-    codes = [function.__code__]
-    codes += [const for const in function.__code__.co_consts if isinstance(const, CodeType)]
-    names = {name for code in codes for name in code.co_names}
-    files = [function.__globals__]
-    for file in files:  # it grows: a file may name others
-        named = [file[name] for name in names if isinstance(file.get(name), ModuleType)]
-        new = [vars(each) for each in named if _is_own(each)]
-        files += [each for each in new if all(each is not known for known in files)]
-    return [(file, {n: file[n] for n in names if n in file}, names) for file in files]
+def _value(variable: ContextVar[Any]) -> Any:
+    try:
+        return variable.get()
+    except LookupError:
+        return _UNSET
 
 
-def _is_own(value: Any) -> bool:
-    """True if a function, a class or a file is of nobody whose code is known."""
-    of = value.__name__.partition(".")[0] if isinstance(value, ModuleType) else package_of(value)
-    return of not in KNOWN
+def _misses(cache: Any) -> int:
+    return cache.cache_info().misses
+
+
+def _table(cache: Any) -> dict[Any, Any]:
+    """Return the table of a `functools.cache`; of one that has a limit, {}: it is in links."""
+    if cache.cache_info().maxsize is not None:
+        return {}
+    own = vars(cache)
+    return next(v for v in gc.get_referents(cache) if isinstance(v, dict) and v is not own)
 
 
 def _is_full(cell: Any) -> bool:
     return isinstance(cell, CellType) and cell != CellType()
+
+
+def _in_slot(slot: Any, value: Any) -> list[Any]:
+    """Return a list of what an object has in a slot."""
+    try:
+        return [slot.__get__(value)]
+    except AttributeError:
+        return []
+
+
+def _without(value: Any, now: list[Any], items: list[Any], wrong: Wrong) -> list[Any]:
+    """Return the items that a container has now, those before in the place of wrong ones."""
+    if isinstance(value, dict):
+        had, new = (dict(zip(i[::2], i[1::2], strict=True)) for i in (items, now))
+        for key in [k for k, v in new.items() if had.get(k, had) is not v and wrong(v)]:
+            if key in had:
+                new[key] = had[key]
+            else:
+                del new[key]
+        return [*itertools.chain.from_iterable(new.items())]
+    known = {*map(id, items)}
+    kept = [v for v in now if id(v) in known or not wrong(v)]
+    same = len(kept) < len(now) == len(items)
+    return items if same else kept
 
 
 def _items(value: Any) -> list[Any]:

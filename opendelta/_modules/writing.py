@@ -104,6 +104,13 @@ def _is_changed(child: nn.Module) -> bool:
     return any(package_of(hook) not in (*LIBRARIES, "opendelta") for hook in hooks)
 
 
+@functools.cache
+def words_of(code: CodeType) -> set[str]:
+    """Return the names and the constants in a code, as texts, with those of functions inside."""
+    inner = [const for const in code.co_consts if isinstance(const, CodeType)]
+    return {*code.co_names, *map(str, code.co_consts)}.union(*map(words_of, inner))
+
+
 def package_of(function: Any) -> str:
     """Return the first word of the name of the module in which a function is, or a class."""
     while isinstance(function, functools.partial):
