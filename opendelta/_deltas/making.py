@@ -26,6 +26,7 @@ from .._modules.tensors import TENSOR_CLASSES, lasting
 from .._sites import swap
 from .._sites.stack import acting_on
 from ..errors import LostGradientWarning, OptionError, SiteError, TiedWeightWarning, warn
+from ..names import is_inside
 from . import resizing
 from .base import BaseDelta
 from .choosing import Choice
@@ -287,8 +288,12 @@ def tied(backbone: Backbone, targets: Sequence[str]) -> dict[str, list[str]]:
     chosen = {id(backbone.modules[name]) for name in targets}
     shared: dict[str, list[str]] = {}
     for name in targets:
-        for parameter in backbone.modules[name]._parameters.values():
-            by_id = {id(backbone.modules[n]): n for n in users.get(id(parameter), ())}
+        for key, parameter in backbone.modules[name]._parameters.items():
+            by_id = {
+                id(backbone.modules[n]): n
+                for n in users.get(id(parameter), ())
+                if key != "bias" or not is_inside(name, n)  # an attribute around it, as BERT's
+            }
             if others := [other for module, other in by_id.items() if module not in chosen]:
                 shared[name] = [*shared.get(name, []), *others]
     return shared
