@@ -3,8 +3,8 @@
 A hook may record activations, count calls, or remove itself; a forward may keep a table that it has
 computed in a variable of its file, in a class, or in `functools.cache`. What they change in the
 process is put back: lists and other containers, arrays, attributes of objects and classes,
-variables of a closure and of a file. What they print or write to a file is not; nor is what a
-forward counts.
+variables of a closure and of a file, random generators. What they print or write to a file is not;
+nor is what a forward counts.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import itertools
 import sys
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
-from types import CellType, CodeType, FunctionType, ModuleType
+from types import BuiltinMethodType, CellType, CodeType, FunctionType, ModuleType
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as of_all
 from torch.utils.hooks import RemovableHandle
 
+from .drawing import as_drawn
 from .holding import SIMPLE, TABLES, held_in, is_foreign
 from .hooks import OTHERS, is_users, tables_of
 from .writing import LIBRARIES, package_of
@@ -43,15 +44,19 @@ Names = tuple[dict[str, Any], dict[str, Any], set[str]]
 def putting_back(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Put back, at the end, what users' hooks on `modules` and on all modules keep.
 
-    Other threads may run their forwards meanwhile: of what those keep, stand-ins alone leave.
+    Other threads may run their forwards meanwhile: of what those keep, stand-ins alone leave. But
+    random generators are put back, whoever holds them, as those of the process are.
     """
     modules = [*modules]
     by_hooks = {id(value): value for value in _reached(_hooks(modules))}
     by_forwards = [value for value in _reached(_own(modules)) if id(value) not in by_hooks]
     before = _Before([*by_hooks.values()], lambda _: True), _Before(by_forwards, _is_stand_in)
+    drawn = as_drawn([*by_hooks.values(), *by_forwards])
     try:
         yield
     finally:
+        for put_back in drawn:
+            put_back()
         for each in before:
             each.put_back()
 
@@ -152,6 +157,8 @@ def _inside(value: Any) -> Iterable[Any]:
         return [value.__wrapped__]
     if isinstance(value, property):
         return [value.fget]
+    if isinstance(value, BuiltinMethodType):  # such as a generator's
+        return [value.__self__]
     if isinstance(value, RemovableHandle):  # a hook may remove itself
         refs = (value.hooks_dict_ref, *value.extra_dict_ref)
         return [table for ref in refs if (table := ref()) is not None]
