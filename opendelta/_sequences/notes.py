@@ -59,6 +59,7 @@ class Notes(DeltaLayer):
 
     acts = Acts.SERVES
     routes_itself = True
+    only_notes = True
 
     def __init__(self, module: nn.Module, where: str, asks: Asks) -> None:
         super().__init__()
