@@ -30,7 +30,7 @@ def plain_copy(backbone: Backbone, name: str, memo: dict[int, Any]) -> nn.Module
         if id(module) in parts and wrappers.closes_over(module, parts):
             raise SiteError(
                 f"{quoted(where)} ({type(module).__name__}) had its forward replaced by "
-                f"{module.__dict__['forward']!r}, which keeps the module: a copy would run this "
+                f"{wrappers.replacement(module)}, which keeps the module: a copy would run this "
                 "one, with its deltas. Copy before that replacement, or remove it",
                 where=where,
             )

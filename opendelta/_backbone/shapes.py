@@ -21,7 +21,7 @@ from .._layers.site import Heads, Widths
 from .._modules import calls, hooks, kept, trials
 from .._modules.devices import device_and_dtype
 from .._modules.faking import Restoring, on_shapes
-from .._modules.process import eager, kept_random
+from .._modules.process import eager, ignored_warnings, kept_random
 from .._modules.tensors import is_lazy
 from .._modules.wrappers import computing_device, placing_hooks
 from .._sequences import prefix
@@ -162,7 +162,8 @@ def _run_with_values(
         for name, buffer in part._buffers.items():
             part._buffers[name] = None if buffer is None else buffer.clone()
     trials.share_parameters(module)
-    with eager(), kept_random(), Restoring(), torch.set_grad_enabled(grad):
+    drawn = kept_random()
+    with eager(), ignored_warnings(), drawn, Restoring(), torch.set_grad_enabled(grad):
         return module(*calls.map_tensors(moved, args), **calls.map_tensors(moved, kwargs))
 
 

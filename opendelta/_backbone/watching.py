@@ -170,7 +170,7 @@ def of_part(backbone: Backbone, names: list[str]) -> Watch | None:
     """
     around = backbone.modules[parent(names[0])]
     for args, kwargs in inputs.of_module(around):
-        with torch.no_grad(), on_shapes() as mode:
+        with torch.no_grad(), on_shapes(around) as mode:
             try:
                 made = trials.without_values(around, mode)
                 fake = functools.partial(_fake, mode, device_and_dtype([around])[0])

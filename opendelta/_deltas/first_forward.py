@@ -13,7 +13,7 @@ from .._backbone.shapes import PROBING
 from .._layers.record import Record
 from .._sites import swap
 from ..errors import UnreachedWarning, listed, warn
-from ..names import SLOT, ancestors, join, last, parent, unwrapped
+from ..names import SLOT, ancestors, is_inside, join, last, parent, unwrapped
 from .head_watch import HOOKS, is_compiled, take_away, trains, watch_heads
 from .state_dict import state_hook
 from .training_watch import TrainingWatch
@@ -50,9 +50,16 @@ def _silent(backbone: Backbone, compiled: bool = True) -> list[tuple[str, str]]:
         (where, name)
         for where, name, layer in backbone.delta_layers()
         if layer.computes and layer.record.active and name not in backbone.stacks[where].ran
-        if not backbone.stacks[where].holds(name)
+        if not backbone.stacks[where].holds(name) and not _is_noted(backbone, where, name)
         if compiled or not is_compiled(backbone.chain(where))
     ]
+
+
+def _is_noted(backbone: Backbone, where: str, name: str) -> bool:
+    """True if a layer only notes what a call says, and one of its delta inside has noted it."""
+    inside = (stack for n, stack in backbone.stacks.items() if is_inside(n, where))
+    ran = (stack[name] for stack in inside if name in stack.ran)
+    return backbone.stacks[where][name].only_notes and any(layer.only_notes for layer in ran)
 
 
 def _lost(backbone: Backbone) -> Iterator[tuple[Record, str]]:

@@ -13,7 +13,7 @@ from .._layers.base import DeltaLayer
 from .._modules import tensors
 from .._sites import swap
 from ..errors import TiedWeightWarning, warn
-from ..names import parent
+from ..names import is_inside, parent
 from .base import BaseDelta
 
 
@@ -23,8 +23,12 @@ def tied(backbone: Backbone, targets: Sequence[str]) -> dict[str, list[str]]:
     chosen = {id(backbone.modules[name]) for name in targets}
     shared: dict[str, list[str]] = {}
     for name in targets:
-        for parameter in backbone.modules[name]._parameters.values():
-            by_id = {id(backbone.modules[n]): n for n in users.get(id(parameter), ())}
+        for key, parameter in backbone.modules[name]._parameters.items():
+            by_id = {
+                id(backbone.modules[n]): n
+                for n in users.get(id(parameter), ())
+                if key != "bias" or not is_inside(name, n)  # an attribute around it, as BERT's
+            }
             if others := [other for module, other in by_id.items() if module not in chosen]:
                 shared[name] = [*shared.get(name, []), *others]
     return shared

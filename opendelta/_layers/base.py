@@ -121,6 +121,7 @@ class DeltaLayer(nn.Module):
         why_not: for messages, why a layer with a `fold` may not fold.
         computes: False for a layer that only holds tensors or facts.
         watches: it has no place in what users are shown: it only watches over its module.
+        only_notes: it only notes what a call says of its tokens, for layers inside the module.
         stands_alone: no other delta on the same module may choose its rows of a batch.
         routes_itself: it finds by itself the rows of a batch that take it.
         extra_positions: number of positions that it adds to each sequence.
@@ -156,6 +157,7 @@ class DeltaLayer(nn.Module):
     why_not: ClassVar[str] = ""
     computes: ClassVar[bool] = True
     watches: ClassVar[bool] = False
+    only_notes: ClassVar[bool] = False
     stands_alone: ClassVar[bool] = False
     routes_itself: ClassVar[bool] = False
     extra_positions: int = 0

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._modules.tensors import is_plain
+from .._modules.tensors import is_dtensor, is_plain
 from ..errors import SiteError
 from .site import Site
 
@@ -26,10 +26,16 @@ def plain_weight(site: Site, reason: str) -> Tensor:
     """
     weight = site.module._parameters.get("weight")
     offloaded = weight is not None and weight.is_meta and site.device.type != "meta"
+    here = f"{site.name!r} ({type(site.module).__name__}): {reason} needs the module's weight"
+    if is_dtensor(weight):
+        raise SiteError(
+            f"{here} whole, and it is sharded: attach before fully_shard; in tensor parallelism, "
+            "choose LoRA without it",
+            where=site.name,
+        )
     if weight is None or not is_plain(weight) or offloaded:
         raise SiteError(
-            f"{site.name!r} ({type(site.module).__name__}): {reason} needs the module's weight as "
-            "a plain floating tensor, not quantised, sparse, sharded or offloaded",
+            f"{here} as a plain floating tensor, not quantised, sparse, sharded or offloaded",
             where=site.name,
         )
     values = weight.detach().to("meta") if site.device.type == "meta" else weight.detach()

@@ -8,12 +8,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 
-from .process import eager, kept_random_beside, silent_fakes
+from .kept import putting_back
+from .process import eager, ignored_warnings, kept_random_beside, silent_fakes
 from .tensors import is_dense, memory_of
 
 MOST = 2**22  # values of a tensor that a run makes
@@ -93,15 +94,19 @@ def _makes_new(func: Any, args: Any, given: dict[str, Any]) -> bool:
 
 
 @contextlib.contextmanager
-def on_shapes() -> Iterator[Shapes]:
+def on_shapes(*modules: nn.Module) -> Iterator[Shapes]:
     """Let tensors have no values inside; yield torch's mode of fake tensors.
 
     A forward may keep what it makes from numbers alone, such as positions, in a cache that other
     models and threads use: such tensors have their values. Torch draws nothing at random, what is
     drawn by Python and numpy is put back, and tensors from before do not change.
+
+    Args:
+        modules: those whose code runs; what it keeps elsewhere is put back, see `putting_back`.
     """
+    kept = putting_back(part for module in modules for part in module.modules())
     # eager: the compiler takes no such mode
-    with silent_fakes(), kept_random_beside(), eager(), Shapes() as mode:
+    with silent_fakes(), ignored_warnings(), kept_random_beside(), kept, eager(), Shapes() as mode:
         yield mode
 
 

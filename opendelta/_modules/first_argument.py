@@ -77,7 +77,7 @@ class _Watch(TorchFunctionMode):
 def _multiplied(
     module: nn.Module, forward: Callable[..., Any], kind: Kind, names: list[str]
 ) -> str | None:
-    with on_shapes() as mode:
+    with on_shapes(module) as mode:
         try:
             made = without_values(module, mode)
             weight = made._parameters["weight"]

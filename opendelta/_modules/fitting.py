@@ -95,7 +95,7 @@ def _other_shape(output: Any, plain: Tensor, kind: Kind, needs: Needs) -> str | 
 @torch.no_grad()
 def _tried(module: nn.Module, forward: Callable[..., Any], kind: Kind) -> _Run | None:
     """Return a run of a forward on shapes; None: it fails."""
-    with on_shapes() as mode:
+    with on_shapes(module) as mode:
         try:
             made = without_values(module, mode)
         except Exception:  # some tensors of other libraries have no such twin

@@ -3,7 +3,7 @@
 A hook may record activations, count calls, or remove itself; a forward may keep a table that it has
 computed in a variable of its file, in a class, or in `functools.cache`. What they change in the
 process is put back: lists and other containers, arrays, attributes of objects and classes,
-variables of a closure and of a file. What they print or write to a file is not.
+variables of a closure and of a file, random generators. What they print or write to a file is not.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 
 from torch import nn
 
+from .drawing import as_drawn
 from .holding import is_foreign, slots_of
 from .reached import CACHED, by_forwards, by_hooks, is_own, leads_to_stand_in, named
 
@@ -39,15 +40,18 @@ def putting_back(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Put back, at the end, what users' hooks on `modules` and on all modules keep.
 
     So it is with what forwards keep, in the only thread. Where others may run forwards meanwhile,
-    of what those keep stand-ins alone leave.
+    of what those keep stand-ins alone leave. But random generators are put back, whoever holds
+    them, as those of the process are.
     """
     modules = [*modules]
     hooked, own = by_hooks(modules), by_forwards(modules)
     kept = _Before([*hooked.values()]), _Before([v for key, v in own.items() if key not in hooked])
-    alone = _is_alone()
+    drawn, alone = as_drawn([*hooked.values(), *own.values()]), _is_alone()
     try:
         yield
     finally:
+        for put_back in drawn:
+            put_back()
         kept[0].put_back(_always)
         kept[1].put_back(_always if alone and _is_alone() else leads_to_stand_in)
 

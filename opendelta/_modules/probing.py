@@ -17,7 +17,7 @@ from .devices import device_and_dtype
 from .faking import Restoring
 from .kept import putting_back
 from .kinds import Kind, Norm, is_conv1d, kind_of, reads_plainly
-from .process import kept_random, seed_all
+from .process import ignored_warnings, kept_random, seed_all
 from .tensors import in_full, is_plain, stored, stored_params
 from .trials import alone, at_rest, run
 
@@ -166,7 +166,8 @@ def _is_random(module: nn.Module, kind: Kind) -> bool:
 @contextlib.contextmanager
 def _put_back(module: nn.Module) -> Iterator[Restoring]:
     """Put back what the code of a module changes in the process, and draws at random."""
-    with kept_random(), Restoring() as written, putting_back(module.modules()):
+    kept = putting_back(module.modules())
+    with ignored_warnings(), kept_random(), Restoring() as written, kept:
         yield written
 
 

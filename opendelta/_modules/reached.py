@@ -8,7 +8,7 @@ import sys
 import threading
 from collections import UserDict, UserList, deque
 from collections.abc import Iterable, Iterator
-from types import FunctionType, ModuleType
+from types import BuiltinMethodType, FunctionType, ModuleType
 from typing import Any
 
 from torch import Tensor, nn
@@ -100,6 +100,8 @@ def _inside(value: Any) -> Iterable[Any]:
         return [value.fget]
     if isinstance(value, UserDict | UserList):
         return [value.data]
+    if isinstance(value, BuiltinMethodType):  # such as a generator's
+        return [value.__self__]
     if isinstance(value, RemovableHandle):  # a hook may remove itself
         refs = (value.hooks_dict_ref, *value.extra_dict_ref)
         return [table for ref in refs if (table := ref()) is not None]

@@ -17,8 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from ..names import SLOT
 from .copies import copied
 from .facts import facts, parts, remembered
-from .faking import Restoring, Shapes
-from .process import kept_random, kept_random_beside, seed_all, silent_fakes
+from .faking import Restoring, Shapes, on_shapes
+from .kept import putting_back
+from .process import ignored_warnings, kept_random, seed_all
 from .tensors import is_dense, is_plain, lasting, size
 from .tensors import shape as shape_of
 
@@ -165,7 +166,7 @@ def own_axis(module: nn.Module) -> tuple[int, int] | None:
 
 
 def _axis(module: nn.Module, width: int) -> int | None:
-    with silent_fakes(), kept_random_beside(), Shapes() as mode:
+    with on_shapes(module) as mode:
         takes = functools.partial(_runs, without_values(module, mode), mode, width)
         axis = common_axis(takes)
         taken = sum(takes(IMAGE, at) for at in range(IMAGE))
@@ -232,12 +233,20 @@ def _is_known_turned(module: nn.Module, weight: Any) -> bool:
     known, now = _turned.get(module), facts(module)
     now = None if now is None else (*now, weight.dtype, *_flags(module, weight))
     if known is None or known[0] is not weight or now is None or known[1] != now:
-        with lasting(), kept_random(), Restoring(), _device_of(weight):  # not the default one
+        device = _device_of(weight)  # not the default one
+        with lasting(), _leaving_nothing(module), device:
             turned = remembered(_turning, now, lambda: _is_turned(alone(module), weight))
             if turned is None:
                 turned = _multiplies_by(alone(module), weight)
             _turned[module] = known = weight, now, turned
     return known[2]
+
+
+@contextlib.contextmanager
+def _leaving_nothing(module: nn.Module) -> Iterator[None]:
+    """Put back what the code of a module changes in the process, and show no warnings of it."""
+    with ignored_warnings(), kept_random(), Restoring(), putting_back(module.modules()):
+        yield
 
 
 def _flags(module: nn.Module, weight: Tensor) -> Iterator[Any]:
@@ -382,7 +391,7 @@ def _scales(module: nn.Module, shape: tuple[int, ...], axis: int) -> bool:
     made = alone(module)
     own: Any = made._parameters
     after = (1,) * (-1 - axis)
-    with lasting(), kept_random(), Restoring(), torch.device("cpu"):
+    with lasting(), _leaving_nothing(module), torch.device("cpu"):
         seed_all()
         own.update({k: torch.randn(p.shape) for k, p in own.items() if p is not None})
         x, by = torch.randn(shape), torch.linspace(-1.5, 2.5, len(own["weight"]))

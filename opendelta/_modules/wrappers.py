@@ -16,7 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..errors import printable
+
 ATTRIBUTES = ("forward", "_old_forward")
+LONGEST = 200  # characters of a name in a message
 Setter = Callable[[Any], None]
 
 
@@ -55,6 +58,16 @@ def holders(module: nn.Module) -> list[Setter]:
 def hides_forward(module: nn.Module) -> bool:
     """True if a wrapper on the instance would keep a forward of the class from ever running."""
     return "forward" in module.__dict__ and not holders(module)
+
+
+def replacement(module: nn.Module) -> str:
+    """Return the name of the function in the place of a module's own forward, for messages."""
+    own = module.__dict__["forward"]
+    while isinstance(own, functools.partial):
+        own = own.func
+    own = own if hasattr(own, "__qualname__") else getattr(own, "__func__", type(own))
+    name = getattr(own, "__qualname__", type(own).__qualname__)
+    return printable(f"{getattr(own, '__module__', None) or '?'}.{name}", LONGEST)
 
 
 def closes_over(module: nn.Module, modules: Collection[int]) -> bool:

@@ -32,6 +32,7 @@ from .._texts.running import (
     earlier_in,
     noting,
     of_now,
+    of_one_during,
     unheard_during,
     unsaid,
     unsaid_during,
@@ -43,6 +44,7 @@ from ..names import ancestors, join, relative
 from .tokens import beside_input, noted
 
 TORCHS = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+ENDS = "cu_seqlens"  # where each image ends
 TOKENS_FIRST = ("FSMTEncoder", "FSMTDecoder", "XLNetModel")
 
 
@@ -57,6 +59,7 @@ class Notes(DeltaLayer):
 
     acts = Acts.SERVES
     routes_itself = True
+    only_notes = True
 
     def __init__(self, module: nn.Module, where: str, asks: Asks) -> None:
         super().__init__()
@@ -122,9 +125,11 @@ class Apart(Listens):
     """Lets modules inside know of no text, as images and sounds have tokens of their own."""
 
     def forward(self, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        name = _packed(self.told(args, kwargs))
-        why = f"is given several images as one row ({name!r})" if name else ""
-        return unsaid_during(why, during, None, call, *args, **kwargs)
+        counts = _packed(self.told(args, kwargs))
+        name = next((name for name, count in counts.items() if count > 1), "")
+        why = f"is given several images or sounds as one row ({name!r})" if name else ""
+        one = bool(counts) and not name
+        return of_one_during(one, unsaid_during, why, during, None, call, *args, **kwargs)
 
 
 class Continued(Listens):
@@ -147,14 +152,29 @@ def after_earlier(told: Mapping[str, Any], args: tuple, kwargs: dict[str, Any], 
     return f"runs after earlier tokens ({name!r}), which nothing counts; {advice}" if name else ""
 
 
-def _packed(given: Mapping[str, Any]) -> str:
-    """Return the name of an argument that says that several images are one row; or ""."""
-    sizes = {
-        name: value for name, value in given.items() if isinstance(value, Tensor) and value.ndim
+def _beside_text(outer: list[str], takes: list[str], modules: Mapping[str, nn.Module]) -> list[str]:
+    """Return the outermost module of images or sounds, if text or several images may be there.
+
+    Args:
+        outer: the modules around a layer, the innermost first.
+        takes: those of them that take token ids.
+    """
+    inner = outer[: outer.index(takes[0])] if takes else outer
+    found = [o for o in inner if is_beside_text(modules[o])]
+    return [o for o in found if takes or any(map(_may_pack, arguments(modules[o])))][-1:]
+
+
+def _packed(given: Mapping[str, Any]) -> dict[str, int]:
+    """Return how many images or sounds are one row, by the name of the argument that says it."""
+    return {
+        name: value.size(0) - (name == ENDS)
+        for name, value in given.items()
+        if isinstance(value, Tensor) and value.ndim and _may_pack(name)
     }
-    grids = (name for name, value in sizes.items() if "grid" in name and value.size(0) > 1)
-    ends = (name for name, value in sizes.items() if name == "cu_seqlens" and len(value) > 2)
-    return next(grids, next(ends, ""))
+
+
+def _may_pack(name: str) -> bool:
+    return "grid" in name or name in (ENDS, "feature_lens")
 
 
 def notes_at_ends(
@@ -198,13 +218,12 @@ def notes_for(
                 f"{asks.instead}",
                 where=name,
             )
-        inner = outer[: outer.index(takes[0])] if takes else ()
         own_root = not takes and is_own(modules[""])
         states = [] if takes else _given_states(name, modules)
         for where in states:
             if where or not own_root:
                 put(where, Continued)
-        for where in [o for o in inner if is_beside_text(modules[o])][-1:]:
+        for where in _beside_text(outer, takes, modules):
             put(where, Apart)
         for around in dict.fromkeys((*takes[:1], *takes[-1:])):
             two = around != takes[0] and "decoder_input_ids" in arguments(modules[around])

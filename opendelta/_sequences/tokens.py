@@ -32,6 +32,7 @@ from .._texts.returned import RETURNED, Watch
 from .._texts.running import (
     earlier_in,
     meets,
+    of_one,
     running,
     unheard,
     unsaid,
@@ -203,8 +204,8 @@ class Tokens:
         args: tuple,
         kwargs: dict[str, Any],
     ) -> Tensor:
-        rows = u if u.ndim == 3 else u[None]
-        found = function(self._documents(rows, args, kwargs, SEQUENCE), rows)
+        documents = self._documents(u, args, kwargs, SEQUENCE)
+        found = function(documents, u if u.ndim == 3 else u[None])
         return found if u.ndim == 3 else found[0]
 
     def _documents(self, h: Tensor, args: tuple, kwargs: dict[str, Any], asks: Asks) -> Documents:
@@ -216,17 +217,19 @@ class Tokens:
             self._refuse(asks, "reads another text, of which nothing here says where rows begin")
         if documents is not None and documents.doubt:
             self._refuse(asks, f"{documents.doubt}; or choose {asks.instead}")
+        guess = None
         if documents is not None and documents.guessed and documents.says_nothing:
             self._check_flat(asks, h, documents)
-            documents = None
+            guess, documents = documents, None
         if documents is None:
             if unsaid():
                 self._refuse(asks, unsaid())
             if h.ndim > 2 and (name := unheard_in(unheard(), h.size(0), h.size(-2))):
                 self._refuse(asks, _may_say(name, ""))
             self._check_bare(asks, args, kwargs, h)
+            self._check_single(asks, h, guess)
             documents = Documents({}, 1, h.size(-2), h.device)
-        elif h.size(-2) != documents.length or (h.ndim > 2 and h.size(0) != documents.batch):
+        elif (_rows(h), h.size(-2)) != (documents.batch, documents.length):
             whole = h.ndim > 2 and h.size(0) == documents.batch  # blocks have this length too
             self._refuse(
                 asks,
@@ -246,6 +249,21 @@ class Tokens:
                 asks,
                 f"has an output of the shape {tuple(h.shape)} for {batch} rows of {length} tokens, "
                 f"which does not show the rows: choose {_block(self.where)}{asks.instead}",
+            )
+
+    def _check_single(self, asks: Asks, h: Tensor, guess: Documents | None) -> None:
+        """Raise if a module's output [n, width] may be rows without tokens.
+
+        Args:
+            guess: what the arguments of the call may say of its tokens by their form alone.
+        """
+        known = guess is not None and (guess.batch, guess.length) == (1, h.size(0))
+        if h.ndim == 2 and not known and not of_one():
+            self._refuse(
+                asks,
+                f"has an output of the shape {tuple(h.shape)}, and nothing says that these are the "
+                "tokens of one row, and no rows: give a single row an axis [1, ...] before its "
+                f"tokens; choose {_block(self.where)}{asks.instead}",
             )
 
     def _check_bare(self, asks: Asks, args: tuple, kwargs: dict[str, Any], h: Tensor) -> None:
@@ -271,6 +289,11 @@ class Tokens:
 
     def _refuse(self, asks: Asks, why: str) -> None:
         raise SiteError(f"{asks.option}: {self.where!r} {why}", where=self.where)
+
+
+def _rows(h: Tensor) -> int:
+    """Return how many rows a module's output has: [length, width] is that of a single one."""
+    return h.size(0) if h.ndim > 2 else 1
 
 
 def _block(where: str) -> str:

@@ -174,6 +174,22 @@ def _new_values(
     return {key: (tensor, [tensor]) for key, tensor in rounded.items()}
 
 
+@torch.no_grad()
+def changed_by(where: str, module: nn.Module, run: list[Named], factor: float) -> set[str]:
+    """Return the names of the parameters that `fold_into` would change.
+
+    Args:
+        factor: the result of `factor_of`.
+    """
+    layers = [layer for _, layer in run]
+    if any(parameter.is_meta for parameter in module._parameters.values() if parameter is not None):
+        return {"weight", "bias"}
+    if factor == 1 and _low_rank(module, layers):
+        return {"weight"}
+    exact, folded = folded_params(where, module, layers, factor)
+    return {key for key in folded if folded[key] is not exact[key]}
+
+
 def folded_params(
     where: str, module: nn.Module, layers: list[Any], factor: float
 ) -> tuple[Params, Params]:

@@ -315,7 +315,7 @@ def check(
         stack: the stack that the module will have before the layer, or None.
         asked: only the option `reads` says that it does.
     """
-    here = f"{where!r} ({(plain_class(module) or type(module)).__name__})"
+    here = f"{quoted(where)} ({(plain_class(module) or type(module)).__name__})"
     if isinstance(module, torch.jit.ScriptModule):
         raise SiteError(
             f"{here} is compiled by TorchScript; attach before torch.jit.script", where=where
@@ -332,7 +332,7 @@ def check(
         raise SiteError(f"{here} carries a delta {name!r} already; pass another name=", where=where)
     if wrappers.hides_forward(module):
         raise SiteError(
-            f"{here} had its forward replaced by {module.__dict__['forward']!r}: the delta would "
+            f"{here} had its forward replaced by {wrappers.replacement(module)}: the delta would "
             "never run. Attach before that replacement, or remove it",
             where=where,
         )

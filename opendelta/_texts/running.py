@@ -19,6 +19,7 @@ class _Running(threading.local):
         # In each thread from the start: a compiled graph's guard must not see it come.
         self.documents: Documents | None = None
         self.unsaid = ""  # why nothing says where rows begin in the running call
+        self.of_one = False  # the tokens of the running call are those of one image, or one sound
         self.unheard: Mapping[str, Any] = {}  # what a call is given whose tokens nobody knows
         # What holds no earlier tokens, as it was empty in the running call; None: nobody looks.
         self.begun: tuple[Any, ...] | None = None
@@ -35,6 +36,11 @@ def running() -> Documents | None:
 def unsaid() -> str:
     """Return why nothing says where rows begin in the running call; or ""."""
     return _running.unsaid
+
+
+def of_one() -> bool:
+    """Return whether the tokens of the running call are known to be those of one image or sound."""
+    return _running.of_one
 
 
 def unheard() -> Mapping[str, Any]:
@@ -122,3 +128,12 @@ def unsaid_during(why: str, call: Callable[..., Any], *args: Any, **kwargs: Any)
         return call(*args, **kwargs)
     finally:
         _running.unsaid = before
+
+
+def of_one_during(one: bool, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Run `call`; modules inside find whether its tokens are those of one image or sound."""
+    before, _running.of_one = _running.of_one, one
+    try:
+        return call(*args, **kwargs)
+    finally:
+        _running.of_one = before

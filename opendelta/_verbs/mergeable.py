@@ -17,7 +17,7 @@ from .._modules import wrappers
 from .._modules.tensors import is_plain
 from .._sites import swap
 from .._sites.blocks import in_block
-from .._sites.merged import Named, check_kinds, factor_of
+from .._sites.merged import Named, changed_by, check_kinds, factor_of
 from .._sites.stack import Stack, Step
 from ..errors import SiteError
 from ..names import ancestors
@@ -104,7 +104,8 @@ def check_module(
     for key, parameter in module._parameters.items():
         if parameter is None or key not in ("weight", "bias"):
             continue
-        if (other := _other_user(backbone, module, parameter, users)) is not None:
+        other = _other_user(backbone, module, parameter, users)
+        if other is not None and key in changed_by(where, module, run, factor):
             raise SiteError(
                 f"{what}: its {key} is tied to that of {other}, which would change too. Let "
                 f"the delta act unmerged; or train a copy, modules_to_save=[{where!r}]; or "

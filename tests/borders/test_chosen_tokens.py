@@ -531,6 +531,6 @@ def test_first_tokens_of_images_that_are_one_row_are_refused():
     model = T.Qwen2VLModel(T.Qwen2VLConfig(text_config=text, vision_config=vision)).eval()
     put(model, [r"[r]visual\.blocks\.0\.mlp\.fc2"])
     pixels, grid = torch.randn(32, 96), torch.tensor([[1, 4, 4]] * 2)
-    with pytest.raises(SiteError, match=r"several images as one row \('grid_thw'\)"):
+    with pytest.raises(SiteError, match=r"several images or sounds as one row \('grid_thw'\)"):
         model.visual(pixels, grid)
     assert model.visual(pixels[:16], grid[:1]).last_hidden_state.shape[0] == 16

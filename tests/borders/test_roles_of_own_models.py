@@ -776,3 +776,75 @@ def test_a_list_in_a_block_with_an_attention_holds_no_blocks(count):
     assert [roles[f"1.{n}.attn.{part}"] for n in range(2) for part in ("wq", "wo")] == [
         "attn.q", "attn.proj", "attn.q", "attn.proj",
     ]  # fmt: skip
+
+
+class Scored(nn.Module):
+    """Additive attention, whose scores are those of a linear."""
+
+    def __init__(self):
+        super().__init__()
+        self.attn, self.v = nn.Linear(2 * WIDTH, WIDTH), nn.Linear(WIDTH, 1, bias=False)
+
+    def forward(self, x, memory):
+        both = torch.cat([x[:, None].expand_as(memory), memory], -1)
+        return self.v(self.attn(both).tanh()).squeeze(-1).softmax(-1)
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention, self.out = Scored(), nn.Linear(2 * WIDTH, WIDTH)
+
+    def forward(self, x, memory):
+        read = (self.attention(x, memory)[:, None] @ memory)[:, 0]
+        return self.out(torch.cat([x, read], -1))
+
+
+def test_the_scorer_of_additive_attention_gives_no_values():
+    assert not any(opendelta.roles(Recurrent()).values())
+
+
+class Timed(nn.Module):
+    """A residual block that is told the time, as in a U-Net."""
+
+    def __init__(self, activated):
+        super().__init__()
+        linear = nn.Linear(WIDTH, WIDTH)
+        self.emb = nn.Sequential(nn.SiLU(), linear) if activated else linear
+        self.one, self.two = nn.Conv1d(WIDTH, WIDTH, 1), nn.Conv1d(WIDTH, WIDTH, 1)
+
+    def forward(self, x, time):
+        h = self.one(torch.nn.functional.silu(x)) + self.emb(time)[..., None]
+        return x + self.two(torch.nn.functional.silu(h))
+
+
+class Attending(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.to_q, self.to_k, self.to_v, self.to_out = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+
+    def forward(self, x):
+        x = x.mT
+        h = torch.nn.functional.scaled_dot_product_attention(
+            self.to_q(x), self.to_k(x), self.to_v(x)
+        )
+        return (x + self.to_out(h)).mT
+
+
+class UNet(nn.Module):
+    def __init__(self, activated):
+        super().__init__()
+        self.time = nn.Sequential(nn.Linear(1, WIDTH), nn.SiLU(), nn.Linear(WIDTH, WIDTH))
+        self.down, self.mid, self.up = (Timed(activated) for _ in range(3))
+        self.attend = Attending()
+
+    def forward(self, x, t):
+        t = self.time(t.float()[:, None])
+        return self.up(self.attend(self.mid(self.down(x, t), t)), t)
+
+
+@pytest.mark.parametrize("activated", [False, True])
+def test_the_projections_of_a_time_are_no_feed_forwards(activated):
+    found = {name: role for name, role in opendelta.roles(UNet(activated)).items() if role}
+    parts = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out": "proj"}
+    assert found == {f"attend.{name}": f"attn.{part}" for name, part in parts.items()}

@@ -10,7 +10,7 @@ from support.models import build, logits
 from support.nets import shake
 from torch import nn
 
-from opendelta import LoraModel, SiteError, TiedWeightWarning, composition
+from opendelta import BitFitModel, IA3Model, LoraModel, SiteError, TiedWeightWarning, composition
 from opendelta._modules.holding import walk
 
 pytestmark = pytest.mark.covers("Composition.merge", "Composition.to_backbone")
@@ -272,3 +272,63 @@ def test_a_tied_module_without_an_acting_copy_still_hinders_a_plain_model():
     LoraModel(model, modified_modules=["mid"], modules_to_save=["head"], name="copy").disable()
     with pytest.raises(SiteError, match="would change too"):
         composition(model).to_backbone()
+
+
+def untied_bert():
+    """A BERT whose decoder has a weight of its own, and its bias is an attribute around it, too."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.BertConfig(
+        vocab_size=20, intermediate_size=24, tie_word_embeddings=False, **sizes
+    )
+    model = transformers.BertForMaskedLM(config).eval()
+    model.resize_token_embeddings(24, mean_resizing=False)
+    assert model.cls.predictions.decoder.bias is model.cls.predictions.bias
+    return model
+
+
+TIED_BIAS = "its bias is tied to that of 'cls.predictions', which would change too"
+
+
+@pytest.mark.parametrize("verb", ["merge", "to_backbone"])
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}])
+def test_a_tied_bias_hinders_no_merge_that_leaves_it_as_it_is(options, verb):
+    model, ids = untied_bert(), torch.arange(20)[None]
+    bias = model.cls.predictions.bias.detach().normal_().clone()
+    shake(LoraModel(model, modified_modules=["decoder"], **options))
+    expected = model(ids).logits
+    made = getattr(composition(model), verb)()
+    made = model if verb == "merge" else made
+    torch.testing.assert_close(made(ids).logits, expected)
+    assert torch.equal(made.cls.predictions.bias, bias)
+    assert torch.equal(made.cls.predictions.decoder.bias, bias)
+
+
+@pytest.mark.parametrize("verb", ["merge", "to_backbone"])
+@pytest.mark.parametrize("method", [BitFitModel, IA3Model])
+def test_a_tied_bias_hinders_a_merge_that_changes_it(method, verb):
+    model, ids = untied_bert(), torch.arange(20)[None]
+    shake(method(model, modified_modules=["decoder"]))
+    before = model(ids).logits
+    with pytest.raises(SiteError, match=TIED_BIAS):
+        getattr(composition(model), verb)()
+    assert torch.equal(model(ids).logits, before)
+
+
+class Sharing(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.two.bias = self.one.bias
+
+    def forward(self, x):
+        return self.two(torch.tanh(self.one(x)))
+
+
+def test_two_layers_with_one_bias_warn_and_merge_what_leaves_it():
+    model, x = Sharing(), torch.randn(3, 8)
+    with pytest.warns(TiedWeightWarning, match="'two' uses too"):
+        shake(LoraModel(model, modified_modules=["one"]))
+    expected = model(x)
+    composition(model).merge()
+    torch.testing.assert_close(model(x), expected)

@@ -368,3 +368,17 @@ def test_a_refused_delta_leaves_its_name_free(mesh: DeviceMesh) -> None:
         LoraModel(model, modified_modules=["q"], reads=True)
     assert refusal.traceback  # whoever holds the error holds what was refused, too
     assert LoraModel(model, modified_modules=["o"]).name == "lora"
+
+
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"init": "pissa"}, {"init": "olora"}])
+def test_what_needs_the_whole_weight_is_attached_before_sharding(
+    mesh: DeviceMesh, options: dict
+) -> None:
+    model = shard(network(), mesh)
+    with pytest.raises(SiteError, match="weight whole, and it is sharded: attach before fully_sh"):
+        LoraModel(model, modified_modules=["q"], **options)
+    opendelta.assert_pristine(model)
+    early = network()
+    LoraModel(early, modified_modules=["q"], **options)
+    shard(early, mesh)
+    early(batch(0))

@@ -195,7 +195,7 @@ def _attention(block: Block, scope: Scope) -> None:
     names = {name: block.own_name(name, scope) for name in block.linears(scope)}
     for name, own in names.items():
         part = naming.attention_part(own, list(names.values()))
-        if part is not None:
+        if part is not None and block.size(name)[1] > 1:  # one output is a score
             block.give(name, f"{scope.kind}.{part}", f"{own!r} in {scope.label}: {scope.reason}")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 
 from ..._modules.kinds import kind_of
@@ -163,7 +163,10 @@ def _asked(flow: Flow, name: str) -> set[str]:
 
 
 def _feed_forward(block: Block, flow: Flow) -> None:
-    """Decide the roles of linears whose output is activated, and of the linear that takes it."""
+    """Decide the roles of linears whose output is activated, and of the linear that takes it.
+
+    What goes into several linears is no part of a feed-forward, as an embedding of the time.
+    """
     starts: dict[str, list[str]] = defaultdict(list)
     for name, calls in flow.calls.items():
         if name in block.roles or name not in block.modules or not _is_linear(block, calls[0]):
@@ -172,14 +175,17 @@ def _feed_forward(block: Block, flow: Flow) -> None:
             fits = _is_linear(block, node) and node.name not in block.roles
             if fits and block.size(name)[0] == block.size(node.name)[1]:
                 starts[node.name].append(name)
+    taken = Counter(name for names in starts.values() for name in names)
     for end, names in starts.items():
-        activated = any(ACTIVATED.search(n.op) for s in names for n in _between(flow, s, end))
+        names = [name for name in names if taken[name] == 1]
+        between = (n for s in names for n in _between(block, flow, s, end))
+        activated = any(ACTIVATED.search(n.op) for n in between)
         if activated and end not in names:
             scope = Scope("ff", "", f"its output is activated and goes into {end!r}")
             parts_of_feed_forward(block, {**dict.fromkeys(names, "first"), end: "last"}, scope)
 
 
-def _between(flow: Flow, start: str, end: str) -> Iterator[Node]:
-    last = flow.calls[end][0].number
-    after = walk(flow.calls[start][0], outputs, lambda node: node.number < last)
-    return (node for node in after if node.number < last)
+def _between(block: Block, flow: Flow, start: str, end: str) -> set[Node]:
+    """Return the steps by which what a linear gives goes into another one."""
+    after = walk(flow.calls[start][0], outputs, block.keeps_state)
+    return {*after}.intersection(walk(flow.calls[end][0], inputs, block.keeps_state))
