@@ -57,9 +57,10 @@ def _silent(backbone: Backbone, compiled: bool = True) -> list[tuple[str, str]]:
 
 def _is_noted(backbone: Backbone, where: str, name: str) -> bool:
     """True if a layer only notes what a call says, and one of its delta inside has noted it."""
-    inside = (stack for n, stack in backbone.stacks.items() if is_inside(n, where))
-    ran = (stack[name] for stack in inside if name in stack.ran)
-    return backbone.stacks[where][name].only_notes and any(layer.only_notes for layer in ran)
+    stacks = backbone.stacks
+    layer: Any = stacks[where][name]
+    ran: Any = (s[name] for n, s in stacks.items() if name in s.ran and is_inside(n, where))
+    return layer.only_notes and any(inner.only_notes for inner in ran)
 
 
 def _lost(backbone: Backbone) -> Iterator[tuple[Record, str]]:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import nn
+from torch._guards import TracingContext
+from torch.utils import checkpoint
 
 from .._layers import recomputing
 from .._modules.writing import LIBRARIES, package_of
@@ -22,10 +26,13 @@ LISTS = nn.Sequential, nn.ModuleList, nn.ModuleDict
 GIVE = ("__iter__", "__len__", "__getitem__", "__contains__", "keys", "values", "items")
 CHANGE = (
     "__setitem__", "__delitem__", "__iadd__", "__imul__", "append", "extend", "insert", "pop",
-    "update", "clear", "popitem",
+    "update", "clear", "popitem", "add_module",
 )  # fmt: skip
 
 LOOPS = {"children", "named_children", "modules", "named_modules", "_modules"}
+WHOLE = ("_apply", "train", "state_dict", "load_state_dict")
+# Their code means the deltas too, when it asks for the modules in a forward.
+MEAN_ALL = LIBRARIES | {"opendelta", "accelerate", "deepspeed", "lightning", "pytorch_lightning"}
 RUNNING: ContextVar[frozenset[int]] = ContextVar("running", default=frozenset())
 
 
@@ -39,6 +46,7 @@ def methods(base: Any, copied: bool, notes: bool) -> dict[str, Callable[..., Any
     if not issubclass(base, LISTS):
         return {}
     given = {verb: _giving(base, verb, copied, notes) for verb in GIVE if hasattr(base, verb)}
+    given |= {verb: _naming(base, verb) for verb in ("__setattr__", "__delattr__")}
     return given | {verb: _changing(base, verb) for verb in CHANGE if hasattr(base, verb)}
 
 
@@ -60,7 +68,7 @@ def _changing(base: Any, verb: str) -> Callable[..., Any]:
     def change(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         stack = stack_of(self)
         owners = [name for name, ly in stack.in_order() if ly.stand_in is not None] if stack else []
-        if owners:
+        if owners and id(self) not in RUNNING.get():  # its own forward changes the copy's too
             raise SiteError(
                 f"{', '.join(map(repr, owners))} has a copy of this {base.__name__}, whose items "
                 "would stay: detach it, change the items, then make a new delta"
@@ -73,6 +81,22 @@ def _changing(base: Any, verb: str) -> Callable[..., Any]:
                 self.__dict__["_modules"][SLOT] = stack
 
     return change
+
+
+def _naming(base: Any, verb: str) -> Callable[..., Any]:
+    """Return the method that sets or deletes an attribute, which may be an item."""
+    plain, change = getattr(base, verb), _changing(base, verb)
+
+    @functools.wraps(plain)
+    def changed(self: nn.Module, name: str, *values: Any) -> Any:
+        item, own = isinstance(next(iter(values), None), nn.Module), self.__dict__["_modules"]
+        if name == SLOT or not (item or name in own):
+            return plain(self, name, *values)
+        if item and any(part is own.get(name) for part in values[0].modules()):
+            return plain(self, name, *values)  # a wrapper of what was there
+        return change(self, name, *values)
+
+    return changed
 
 
 # ------------------------------------------------------------------------------------- in a forward
@@ -120,6 +144,21 @@ def shown_children() -> property:
     return property(read, write)
 
 
+def in_forwards(base: Any, made: dict[str, Any]) -> dict[str, Any]:
+    """Return what shows a site, of the class `base`, to forwards: its own, and others' around it.
+
+    Args:
+        made: the methods that the site's class has already.
+    """
+    shown: dict[str, Any] = {}
+    if base.named_modules is nn.Module.named_modules:
+        shown["named_modules"] = named_modules
+    if is_hidden_from(base):
+        shown["_modules"] = shown_children()
+        shown |= {verb: on_all(verb, made.get(verb, getattr(base, verb))) for verb in WHOLE}
+    return shown
+
+
 def is_hidden_from(base: Any) -> bool:
     """True if a class has a forward of somebody's own, which may go over the children.
 
@@ -147,6 +186,25 @@ def hiding(base: Any) -> Callable[..., Any]:
     return forward
 
 
+def on_all(verb: str, method: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a method of `WHOLE`, which takes the stack along in the module's own forward too."""
+
+    @functools.wraps(method)
+    def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling():  # what it finds lacks the stack
+            stack: Any = stack_of(self)
+            if stack is not None and verb in ("_apply", "train"):
+                getattr(stack, verb)(*args, **kwargs)
+            return method(self, *args, **kwargs)
+        token = RUNNING.set(RUNNING.get() - {id(self)})
+        try:
+            return method(self, *args, **kwargs)
+        finally:
+            RUNNING.reset(token)
+
+    return run
+
+
 def of_now(again: Callable[..., Any]) -> Callable[..., Any]:
     """Return `again`, which checkpointing runs in the backward, with the forwards around it now."""
     running = RUNNING.get()
@@ -159,6 +217,64 @@ def of_now(again: Callable[..., Any]) -> Callable[..., Any]:
             RUNNING.reset(token)
 
     return run if running else again
+
+
+# ------------------------------------------------------------------------------------ all modules
+def named_modules(
+    self: nn.Module,
+    memo: set[nn.Module] | None = None,
+    prefix: str = "",
+    remove_duplicate: bool = True,
+) -> Iterator[tuple[str, nn.Module]]:
+    """Yield (name, module) of a site and all modules inside; a loop in a forward gets no layers."""
+    memo = set() if memo is None else memo
+    if self in memo:
+        return
+    if remove_duplicate:
+        memo.add(self)
+    yield prefix, self
+    for name, part in self.__dict__["_modules"].items():
+        if name == SLOT:
+            compiled = torch.compiler.is_dynamo_compiling()
+            if _loops_in_compiled() if compiled else _loops_in_forward(sys._getframe(1)):
+                continue
+        if part is not None:
+            inside = f"{prefix}.{name}" if prefix else name
+            yield from part.named_modules(memo, inside, remove_duplicate)
+
+
+@torch.compiler.assume_constant_result
+def _loops_in_compiled() -> bool:
+    """True if code that is compiled asks for the modules, and not for their parameters."""
+    names = [each.name for each in TracingContext.extract_stack()]
+    return nn.Module._named_members.__name__ not in names
+
+
+def _loops_in_forward(frame: FrameType | None) -> bool:
+    """True if the code that asks for the modules is somebody's own, and runs in a forward."""
+    while frame is not None and frame.f_code in WALKS:
+        frame = frame.f_back
+    if frame is None or _package(frame) in MEAN_ALL:
+        return False
+    if RUNNING.get():
+        return True
+    while frame is not None and frame.f_code is not CALL:
+        if frame.f_code.co_name == "forward" and _package(frame) not in MEAN_ALL:
+            given = frame.f_locals.get(next(iter(frame.f_code.co_varnames), ""))
+            if isinstance(given, nn.Module):
+                return True
+        if frame.f_globals is vars(checkpoint):
+            return True  # it may run a part of a forward again
+        frame = frame.f_back
+    return False
+
+
+def _package(frame: FrameType) -> str:
+    return frame.f_globals.get("__name__", "").partition(".")[0]
+
+
+WALKS = {each.__code__ for each in (nn.Module.modules, nn.Module.named_modules, named_modules)}
+CALL = nn.Module._call_impl.__code__  # hooks run there too, which are in no forward
 
 
 def _without_stack(module: nn.Module, base: type[nn.Module]) -> nn.Module:

@@ -183,8 +183,6 @@ def site_class(
         **tables.counting(base),
     }
     body |= items.methods(base, bool(copied), notes is not None)
-    if items.is_hidden_from(base):
-        body["_modules"] = items.shown_children()
     body |= {name: showing.of_copy(name) for name in copied}
     if folds:
         body |= {"weight": showing.folded("weight"), "bias": showing.folded("bias")}
@@ -199,6 +197,7 @@ def site_class(
     for verb in ("tie_weights", *(("_apply", "__setstate__") if copied else ())):
         if hasattr(base, verb):
             body[verb] = showing.with_own_parts(base, verb)
+    body |= items.in_forwards(base, body)
     made = _site_meta(type(base))(base.__name__, (base,), body)
     compile_limit.SITE_CLASSES.update((id(base), id(made)))
     return made

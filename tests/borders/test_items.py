@@ -124,6 +124,13 @@ CHANGES = {
     "delete": lambda head: operator.delitem(head, -1),
     "delete two": lambda head: operator.delitem(head, slice(-2, None)),
     "add": lambda head: operator.iadd(head, nn.Sequential(nn.ReLU())),
+    "add by name": lambda head: head.add_module("3", module=nn.ReLU()),
+    "register": lambda head: head.register_module("1", nn.ReLU()),
+    "set by name": lambda head: setattr(head, "1", nn.ReLU()),
+    "set anew": lambda head: setattr(head, "3", nn.ReLU()),
+    "set to none": lambda head: setattr(head, "2", None) or head.pop(2),
+    "delete by name": lambda head: delattr(head, "2"),
+    "set inside": lambda head: head.set_submodule("1", nn.ReLU()),
 }
 
 
@@ -166,6 +173,34 @@ def test_a_list_of_which_a_delta_has_a_copy_is_not_changed(change):
     with pytest.raises(SiteError, match=r"'lora' has a copy of this Sequential, whose items would"):
         change(model.head)
     assert [*map(str, model.head)] == [*map(str, plain.head)]
+
+
+class Grows(nn.Sequential):
+    """Its forward makes its last item; other attributes come and go."""
+
+    def forward(self, x):
+        if len(self) < 2:
+            torch.manual_seed(1)
+            self.add_module("1", nn.Linear(8, 8))
+        self.seen = x.shape
+        del self.seen
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("reads", [False, True])
+def test_a_forward_may_still_make_items_and_other_code_wrap_them(reads):
+    model = Net("Sequential")
+    model.head = Grows(nn.Linear(8, 8))
+    plain = copy.deepcopy(model)
+    delta = LoraModel(model, modified_modules=[], modules_to_save=["head"], reads=reads)
+    with delta.disabled():
+        assert torch.equal(model(X), plain(X))
+    assert torch.equal(model(X), plain(X))
+    model.head.note, model.head.none = "a note", None
+    del model.head.note
+    setattr(model.head, "0", nn.Sequential(model.head._modules["0"]))
+    with delta.disabled():
+        assert torch.equal(model(X), plain(X))
 
 
 @pytest.mark.parametrize("reads", [False, True])
