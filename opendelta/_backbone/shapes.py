@@ -88,7 +88,7 @@ def _run(
     if values or module.training:  # in train() RT-DETR looks for infinite values
         runs.append(functools.partial(_run_as, None, at_rest=True, numbers=values))
     while runs:
-        with untouched(backbone), kept.putting_back(parts):
+        with untouched(backbone), ignored_warnings(), kept.putting_back(parts):
             hooks.take_off(parts, off)
             try:
                 output = runs[0](backbone, where, args, kwargs, grad)
@@ -163,7 +163,7 @@ def _run_with_values(
             part._buffers[name] = None if buffer is None else buffer.clone()
     trials.share_parameters(module)
     drawn = kept_random()
-    with eager(), ignored_warnings(), drawn, Restoring(), torch.set_grad_enabled(grad):
+    with eager(), drawn, Restoring(), torch.set_grad_enabled(grad):
         return module(*calls.map_tensors(moved, args), **calls.map_tensors(moved, kwargs))
 
 
