@@ -200,11 +200,21 @@ HANDLES = Handles()
 
 
 def tensors_of(delta: BaseDelta, named: str | None = None) -> dict[str, Tensor]:
-    """Return a delta's tensors themselves, by the names that `state_dict` gives them."""
+    """Return a delta's tensors themselves, by the names that `state_dict` gives them.
+
+    Raises:
+        DeltaError: something else is among them, as other code has quantised a copy.
+    """
     state: dict[str, Tensor] = {}
     for where, layer in delta.layers.items():
         prefix = delta.prefix(where, named)
         layer.state_dict(destination=state, prefix=prefix, keep_vars=True)
+    other = next((name for name, each in state.items() if not isinstance(each, Tensor)), None)
+    if other is not None:
+        raise DeltaError(
+            f"{other!r} of {delta.name!r} is no tensor but a {type(state[other]).__name__}, as in "
+            "a module that was quantised: save the delta of the model before"
+        )
     return state
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
-from types import FrameType
 from typing import Any
 
 import torch
@@ -20,13 +19,12 @@ from .._modules import calls, kinds, probing, tensors, trials, wrappers
 from .._sequences import prefix
 from ..errors import SiteError, quoted
 from ..names import SLOT, join, last
-from . import compile_limit, intact, items, nested, noting, one_tensor, showing, tables
+from . import compile_limit, intact, items, nested, noting, one_tensor, showing, tables, taken
 from .blocks import note_blocks
 from .split import Split, divide
 from .stack import Stack, acting_on, stack_of
 
 _cache: Any = functools.cache  # Any: its annotation allows no class of a module as argument
-FUSES = "torch.nn.utils.fusion"  # its functions write new weights into a copy of a module
 
 
 def _showing_config() -> property:
@@ -81,20 +79,11 @@ def _registering(base: type[nn.Module]) -> Callable[..., None]:
     return register_parameter
 
 
-def _check_unfused(base: type, copier: FrameType | None) -> None:
-    """Raise if the code that copies a site would write new weights under the deltas."""
-    if copier is not None and copier.f_globals.get("__name__") == FUSES:
-        raise SiteError(
-            f"{FUSES} would write new weights into a copy of this {base.__name__}, under its "
-            "deltas: fuse a plain model, composition(model).to_backbone()"
-        )
-
-
 def _reducing(base: type[nn.Module], *shows: Any) -> Callable[..., tuple]:
     """Return the method by which pickle and deepcopy take a site."""
 
     def __reduce_ex__(self: nn.Module, protocol: object) -> tuple:
-        _check_unfused(base, sys._getframe(1).f_back)
+        taken.check_copier(base, stack_of(self), sys._getframe(1))
         state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
         return _unpickle, (base, *shows), state
 
@@ -181,6 +170,7 @@ def site_class(
         "_site_copied": copied,
         "_site_notes": notes,
         **tables.counting(base),
+        **taken.refusals(base),
     }
     body |= items.methods(base, bool(copied), notes is not None)
     body |= {name: showing.of_copy(name) for name in copied}

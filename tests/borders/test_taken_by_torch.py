@@ -1,0 +1,125 @@
+"""Functions of torch's that make new modules of sites refuse, or leave the deltas as they are."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from support.nets import shake
+from torch import nn
+from torch.nn.utils import fuse_conv_bn_eval, fuse_linear_bn_eval
+
+import opendelta
+from opendelta import DeltaError, LoraModel, SiteError
+
+pytestmark = pytest.mark.covers("Delta.attach")
+X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.bn, self.fc = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 4)
+        self.last = nn.BatchNorm1d(4)
+        for norm in (self.bn, self.last):
+            norm.running_mean.uniform_()
+            norm.running_var.uniform_(1, 2)
+
+    def forward(self, x):
+        return self.last(self.fc(self.bn(self.conv(x)).relu().mean((2, 3))))
+
+
+def copied(model, **options):
+    return LoraModel(model, modified_modules=["fc"], modules_to_save=["bn", "last"], **options)
+
+
+ATTACH = {
+    "a copy": copied,
+    "a copy that shows": lambda model: copied(model, reads=True),
+}
+
+
+@pytest.mark.parametrize("way", ATTACH)
+def test_a_conversion_to_synchronous_norms_is_refused_over_deltas(way):
+    model = Net().eval()
+    delta = shake(ATTACH[way](model))
+    output = model(X)
+    with pytest.raises(SiteError, match=r"BatchNorm2d, without its deltas: convert the mo"):
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    assert torch.equal(model(X), output)
+    delta.detach()
+    plain = model(X)
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    assert torch.allclose(converted(X), plain, atol=1e-6)
+    shake(ATTACH[way](converted))
+    assert not torch.allclose(converted(X), plain, atol=1e-3)
+
+
+def test_a_conversion_beside_deltas_on_other_modules_keeps_them():
+    model = Net().eval()
+    shake(LoraModel(model, modified_modules=["conv", "fc"]))
+    output = model(X)
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    assert type(converted.bn) is nn.SyncBatchNorm
+    assert torch.allclose(converted(X), output, atol=1e-6)
+
+
+@pytest.mark.parametrize("way", ATTACH)
+def test_fusing_with_a_norm_that_has_deltas_is_refused(way):
+    model = Net().eval()
+    shake(ATTACH[way](model))
+    plain_linear = nn.Linear(8, 4).eval()
+    for first, norm, fuse in (
+        (model.conv, model.bn, fuse_conv_bn_eval),
+        (plain_linear, model.last, fuse_linear_bn_eval),
+    ):
+        with pytest.raises(SiteError, match=r"fuse a plain model, composition\(model\)"):
+            fuse(first, norm)
+    plain = opendelta.composition(model).to_backbone()
+    fused = fuse_conv_bn_eval(plain.conv, plain.bn)
+    assert torch.allclose(fused(X), plain.bn(plain.conv(X)), atol=1e-5)
+
+
+@pytest.mark.parametrize("way", ATTACH)
+def test_statistics_are_read_written_and_compiled_as_without_a_delta(way):
+    torch._dynamo.reset()
+    model, other = Net(), Net()
+    ATTACH[way](model)
+    assert model.bn.num_features == 8
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert torch.allclose(compiled(X), other(X), atol=1e-5)
+    ones = torch.ones(8)
+    model.bn.running_mean = ones
+    assert model.bn.running_mean is ones or way == "a copy that shows"
+    assert "running_mean" in dict(model.bn.named_buffers())
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, pickle.dumps], ids=["deepcopy", "pickle"])
+def test_a_copy_inside_a_route_is_refused_as_it_would_not_know_the_rows(how):
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3))
+    delta = shake(LoraModel(model, modified_modules=["0"]))
+    with opendelta.route(model, [delta, None]):
+        with pytest.raises(DeltaError, match=r"cannot copy inside opendelta.route\(\)"):
+            how(model)
+        opendelta.shared_copy(model)
+        model(torch.randn(2, 6))
+    with opendelta.composition(model).only():
+        how(model)
+
+
+@pytest.mark.filterwarnings("ignore:torch.* deprecated")
+def test_a_copy_that_was_quantised_is_not_saved(tmp_path):
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3)).eval()
+    shake(LoraModel(model, modified_modules=["0"], modules_to_save=["1"])).freeze_module()
+    x = torch.randn(2, 6)
+    small = torch.ao.quantization.quantize_dynamic(model, {nn.Linear}, dtype=torch.qint8)
+    assert torch.allclose(small(x), model(x), atol=0.1)
+    for save in (
+        lambda: opendelta.composition(small).save(tmp_path / "a"),
+        lambda: opendelta.composition(small)["lora"].save_finetuned(tmp_path / "b"),
+    ):
+        with pytest.raises(DeltaError, match=r"'1.*' of 'lora' is no tensor but a dtype"):
+            save()
+    assert not [*tmp_path.iterdir()]
+    opendelta.composition(model).save(tmp_path / "c")
