@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 
 from .._backbone.backbone import Backbone
 from .._backbone.patterns import excluded_by
+from .._backbone.roles import SUBLAYERS
 from ..errors import AddressError
+from ..names import parent
+
+Select = Callable[[Backbone, Sequence[str]], list[str]]
 
 
 def in_pairs(
     backbone: Backbone,
     wanted: Sequence[str],
-    select_all: Callable[[Backbone, Sequence[str]], list[str]],
+    select_all: Select,
     excluded: Sequence[str],
 ) -> list[str]:
     """Return full names in pairs: the start and the end of a branch, of the next branch, ...
@@ -35,6 +40,8 @@ def in_pairs(
             [name for name in select_all(backbone, [pattern]) if name not in out]
             for pattern in (one, other)
         )
+        if one == other and one in SUBLAYERS:
+            starts, ends = _around(backbone, starts, one, select_all)
         if len(starts) != len(ends):
             raise AddressError(
                 f"modified_modules: {one!r} selects {len(starts)} modules and {other!r} "
@@ -52,6 +59,29 @@ def in_pairs(
     if not chosen:
         raise AddressError(f"exclude_modules={list(excluded)} leaves no pair of modules")
     return chosen
+
+
+def _around(
+    backbone: Backbone, names: list[str], sublayer: str, select_all: Select
+) -> tuple[list[str], list[str]]:
+    """Return where branches around an attention start and end.
+
+    That is at the module that holds it; or else at its queries and its output projection, which
+    take and give what such a module would.
+    """
+
+    def playing(part: str) -> set[str]:
+        with contextlib.suppress(AddressError):
+            return {*select_all(backbone, [f"{sublayer}.{part}"])}
+        return set()
+
+    asking, giving = playing("q"), playing("proj")
+    first = {parent(name): name for name in reversed(names) if name in asking}
+    last = {parent(name): name for name in names if name in giving}
+    parts = asking | giving | playing("k") | playing("v")
+    inside = [n for n in names if n in parts and parent(n) in first.keys() & last.keys()]
+    starts = dict.fromkeys(first[parent(n)] if n in inside else n for n in names)
+    return [*starts], [last[parent(n)] if n in inside else n for n in starts]
 
 
 def _once(backbone: Backbone, chosen: list[str]) -> list[str]:

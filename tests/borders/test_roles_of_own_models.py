@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from support.nets import shake
 from torch import nn
 
 import opendelta
@@ -848,3 +849,107 @@ def test_the_projections_of_a_time_are_no_feed_forwards(activated):
     found = {name: role for name, role in opendelta.roles(UNet(activated)).items() if role}
     parts = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out": "proj"}
     assert found == {f"attend.{name}": f"attn.{part}" for name, part in parts.items()}
+
+
+def called(model):
+    return {name: role for name, role in opendelta.roles(model).items() if role}
+
+
+class Classifier(nn.Module):
+    """Its attention has no projection of its own: the head is the first linear after it."""
+
+    def __init__(self, width, pooled):
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.fc, self.pooled = nn.Linear(WIDTH, width), pooled
+
+    def forward(self, x):
+        read = F.scaled_dot_product_attention(self.query(x), self.key(x), self.value(x))
+        return self.fc(read.mean(1) if self.pooled else read)
+
+
+@pytest.mark.parametrize(("width", "pooled"), [(3, True), (3, False), (WIDTH, True)])
+def test_a_head_behind_attention_is_no_projection_of_it(width, pooled):
+    parts = {"query": "attn.q", "key": "attn.k", "value": "attn.v"}
+    assert called(Classifier(width, pooled)) == parts
+    assert called(Classifier(WIDTH, pooled=False)) == {**parts, "fc": "attn.proj"}
+
+
+@pytest.mark.parametrize("width", [1, 3, 2 * WIDTH])
+def test_a_tower_that_ends_in_logits_is_no_feed_forward(width):
+    class Tower(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mlp = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, width))
+
+        def forward(self, x):
+            return self.mlp(x)
+
+    found = called(Tower())
+    assert found == ({"mlp.0": "ff.w1", "mlp.2": "ff.w2"} if width == 16 else {})
+
+
+class Slots(nn.Module):
+    """Slot attention (arXiv 2006.15055): the slots compete for the inputs."""
+
+    def __init__(self, keys_first):
+        super().__init__()
+        self.slots, self.keys_first = nn.Parameter(torch.randn(1, 3, WIDTH)), keys_first
+        self.to_q, self.to_k, self.to_v = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+        self.gru = nn.GRUCell(WIDTH, WIDTH)
+
+    def forward(self, x):
+        k, v, slots = self.to_k(x), self.to_v(x), self.slots.expand(len(x), -1, -1)
+        for _ in range(2):
+            q = self.to_q(slots)
+            if self.keys_first:
+                weights = (k @ q.mT).softmax(-1)
+                read = (weights / weights.sum(1, keepdim=True)).mT @ v
+            else:
+                weights = torch.einsum("bid,bjd->bij", q, k).softmax(1)
+                weights = weights / weights.sum(-1, keepdim=True)
+                read = torch.einsum("bjd,bij->bid", v, weights)
+            slots = self.gru(read.flatten(0, 1), slots.flatten(0, 1)).view(slots.shape)
+        return slots
+
+
+@pytest.mark.parametrize("keys_first", [False, True])
+def test_slots_that_compete_have_the_roles_that_their_names_say(keys_first):
+    assert called(Slots(keys_first)) == {"to_q": "attn.q", "to_k": "attn.k", "to_v": "attn.v"}
+
+
+class Direct(nn.Module):
+    """A block that holds its projections itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+        self.ln1, self.ln2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.fc1, self.fc2 = nn.Linear(WIDTH, 32), nn.Linear(32, WIDTH)
+
+    def forward(self, x):
+        h = self.ln1(x)
+        x = x + self.o(F.scaled_dot_product_attention(self.q(h), self.k(h), self.v(h)))
+        return x + self.fc2(F.relu(self.fc1(self.ln2(x))))
+
+
+def test_a_branch_around_an_attention_without_a_module_goes_from_queries_to_projection():
+    torch.manual_seed(0)
+    model, plain = nn.Sequential(Direct(), Direct()), nn.Sequential(Direct(), Direct())
+    plain.load_state_dict(model.state_dict())
+    delta = ParallelAdapterModel(model)
+    pairs = [(f"{n}.{a}", f"{n}.{b}") for n in (0, 1) for a, b in (("q", "o"), ("fc1", "fc2"))]
+    found = delta.modified_modules
+    assert sorted(zip(found[::2], found[1::2], strict=True)) == sorted(pairs)
+    shake(delta)
+    x = torch.randn(2, 3, WIDTH)
+    branch = model[0].q.deltas.parallel_adapter
+    h = plain[0].ln1(x)
+    given = []
+    model[0].o.register_forward_hook(lambda module, args, output: given.append(output))
+    model(x)
+    read = F.scaled_dot_product_attention(plain[0].q(h), plain[0].k(h), plain[0].v(h))
+    assert not torch.allclose(given[0], plain[0].o(read), atol=1e-3)
+    with torch.no_grad():
+        own = branch.up_proj(branch.non_linearity(branch.down_proj(h)))
+    torch.testing.assert_close(given[0], plain[0].o(read) + own)

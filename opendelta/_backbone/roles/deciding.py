@@ -255,8 +255,8 @@ def parts_of_feed_forward(block: Block, names: dict[str, str | None], scope: Sco
         names = {name: names[name] for name in sorted(names, key=flow.place)}
         ends = _ends_in_flow(block, names, flow)
     last, first = ends or _ends_by_names(block, names)
-    if not last or not first:
-        return
+    if not last or not first or block.size(last[0])[1] not in {block.size(n)[0] for n in first}:
+        return  # else it gives logits, or goes to another width
     why = f"in {scope.label}: {scope.reason}"
     for name in last:
         block.give(name, "ff.w2", f"{block.own_name(name, scope)!r} {why}")

@@ -6,6 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 
 from ..._modules.kinds import kind_of
+from ...names import last
 from .deciding import (
     ACTIVATED,
     MIXING,
@@ -20,6 +21,7 @@ from .flow import Flow, Node, downstream, inputs, is_norm, outputs, upstream, wa
 from .naming import attention_part, tokens
 
 PRODUCTS = {"matmul", "bmm", "einsum", "baddbmm", "rmatmul", "__matmul__", "__rmatmul__"}
+POOLS = {"mean", "max", "amax", "logsumexp"}  # of all tokens: what follows is a head
 LETTERS = {"q": "q", "k": "k", "v": "v", "qkv": "qkv", "kv": "kv", "qk": "q"}
 
 
@@ -47,14 +49,27 @@ def _attention(block: Block, flow: Flow) -> None:
         for letter, start in (("q", queries), ("k", keys), ("v", values)):
             for node in _linears(block, flow, start):
                 letters[node.name] += letter if letter not in letters[node.name] else ""
+        said = {name: attention_part(last(name), ()) or "" for name in letters}
+        if sorted(said.values()) == sorted(letters.values()) == ["k", "q", "v"]:
+            letters |= said  # a softmax over the queries looks like one of swapped products
         sub = _kind(block, flow, letters)
         for name, found in letters.items():
             if found in LETTERS:
                 why = f"its output is the attention's {', '.join(found)}"
                 block.give(name, f"{sub}.{LETTERS[found]}", why)
+        asked = [n for n, found in letters.items() if "q" in found]
         for node in _first_after(block, out, queries) if letters else ():
-            if node.name not in letters:
+            if node.name not in letters and _gives_back(block, node.name, asked):
                 block.give(node.name, f"{sub}.proj", "it is the first after the attention")
+
+
+def _gives_back(block: Block, name: str, asked: list[str]) -> bool:
+    """True if a linear gives as many values as those that give the queries take, or none is known.
+
+    Else it is a head, as of a classifier.
+    """
+    widths = {block.size(each)[0] for each in asked}
+    return not widths or block.size(name)[1] in widths
 
 
 def _kind(block: Block, flow: Flow, letters: dict[str, str]) -> str:
@@ -107,7 +122,7 @@ def _first_after(block: Block, out: Node, queries: Node) -> Iterator[Node]:
 
     def ends(node: Node) -> bool:
         adds_to_old = node.op.startswith("add") and not before.isdisjoint(node.inputs)
-        return adds_to_old or _is_linear(block, node)
+        return adds_to_old or node.op in POOLS or _is_linear(block, node)
 
     return (n for n in downstream(out, lambda n: not ends(n)) if _is_linear(block, n))
 
@@ -119,9 +134,11 @@ def _attentions(block: Block, flow: Flow) -> Iterator[tuple[Node, Node, Node, No
             yield node.inputs[0], node.inputs[1], node.inputs[2], node
         elif node.op.lower() == "softmax":
             scores = [n for n in upstream(node, _keeps) if n.op in PRODUCTS and n.inputs[1:]]
-            sums = [n for n in downstream(node, _keeps) if n.op in PRODUCTS]
+            after = [node, *walk(node, outputs, _keeps)]
+            sums = [n for n in after if n.op in PRODUCTS]
             if scores and sums and sums[0].inputs[1:]:
-                values = sums[0].inputs[1]
+                weighed = [n for n in sums[0].inputs[:2] if n not in after]
+                values = weighed[0] if weighed else sums[0].inputs[1]
                 product = _of_keys(block, flow, scores, values)
                 yield product.inputs[0], product.inputs[1], values, sums[0]
 
