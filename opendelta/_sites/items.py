@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._guards import TracingContext
 from torch.utils import checkpoint
 
 from .._layers import recomputing
@@ -243,11 +242,15 @@ def named_modules(
             yield from part.named_modules(memo, inside, remove_duplicate)
 
 
-@torch.compiler.assume_constant_result
 def _loops_in_compiled() -> bool:
     """True if code that is compiled asks for the modules, and not for their parameters."""
-    names = [each.name for each in TracingContext.extract_stack()]
+    guards: Any = sys.modules["torch._guards"]  # the compiler has imported it; it is slow to import
+    names = [each.name for each in guards.TracingContext.extract_stack()]
     return nn.Module._named_members.__name__ not in names
+
+
+# As torch.compiler.assume_constant_result does, which imports the compiler.
+_loops_in_compiled._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _loops_in_forward(frame: FrameType | None) -> bool:

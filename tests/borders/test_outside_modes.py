@@ -84,6 +84,7 @@ class ReadsTheTable(Around):
         return self.out(F.linear(x, self.q._parameters["weight"]) + self.q(x))
 
 
+@pytest.mark.filterwarnings("ignore::opendelta.TiedWeightWarning")
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_weight_that_is_read_in_the_other_mode_is_not_merged(verb):
     for training in (False, True):
@@ -114,6 +115,7 @@ def test_reads_of_the_attribute_are_merged_as_ever():
     torch.testing.assert_close(model(X), changed)
 
 
+@pytest.mark.filterwarnings("ignore::opendelta.TiedWeightWarning")
 @pytest.mark.covers("DeltaConfig.modules_to_save")
 def test_a_copy_of_a_module_whose_weight_is_read_is_in_no_plain_model():
     model = CallsAndReads()

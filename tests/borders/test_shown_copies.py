@@ -221,6 +221,7 @@ def test_without_a_copy_what_cannot_show_is_refused():
         AdapterModel(Tied(), modified_modules=["mid"], reads=True)
 
 
+@pytest.mark.filterwarnings("ignore::opendelta.TiedWeightWarning")
 @pytest.mark.parametrize("reads", [False, True])
 def test_a_delta_may_be_a_copy_alone(reads, tmp_path):
     net = Tied()

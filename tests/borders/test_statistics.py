@@ -256,6 +256,7 @@ class ByData(Momentum):
         slow.data = slow.data * 0.9 + fast.data * 0.1
 
 
+@pytest.mark.filterwarnings("ignore::opendelta.TiedWeightWarning")
 @pytest.mark.parametrize("cls", [Momentum, ByData])
 def test_weights_that_follow_others_are_told(cls):
     model, x = cls(), torch.randn(2, 4)

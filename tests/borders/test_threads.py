@@ -415,10 +415,17 @@ def test_a_run_on_shapes_is_not_seen_by_requests_in_other_threads(verb):
             answers.append(model(x))
 
     ASKED.append(request)
-    if verb == "attach":
-        AdapterModel(model, modified_modules=["1"], sample_inputs=x).detach()
-    else:
-        opendelta.check(model, sample_inputs=x)
+    ends = threading.Event()
+    server = threading.Thread(target=ends.wait)  # it gives requests to threads of their own
+    server.start()
+    try:
+        if verb == "attach":
+            AdapterModel(model, modified_modules=["1"], sample_inputs=x).detach()
+        else:
+            opendelta.check(model, sample_inputs=x)
+    finally:
+        ends.set()
+        server.join()
     (answer,) = answers
     torch.testing.assert_close(answer, wanted)
     for key, value in model.state_dict().items():
