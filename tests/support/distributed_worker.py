@@ -796,9 +796,9 @@ def split_modules_take_deltas_from_before(pair: Pair) -> None:
 def split_modules_refuse_what_reads_the_weight(pair: Pair) -> None:
     model = parallel(network(), pair.mesh)
     before = opendelta.snapshot(model)
-    with pytest.raises(SiteError, match="use_dora needs the module's weight as a plain"):
+    with pytest.raises(SiteError, match="use_dora needs the module's weight whole"):
         LoraModel(model, modified_modules=["q"], use_dora=True)
-    with pytest.raises(SiteError, match="init='pissa' needs the module's weight as a plain"):
+    with pytest.raises(SiteError, match="init='pissa' needs the module's weight whole"):
         LoraModel(model, modified_modules=["q"], init="pissa")
     with pytest.raises(SiteError, match=r"its parent reads \.weight"):
         LoraModel(model, modified_modules=["q"], reads=True)
