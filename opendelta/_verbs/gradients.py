@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .._backbone.backbone import Backbone
 from .._modules.calls import every, items_of
@@ -38,7 +39,10 @@ def missing(output: Any, trainable: dict[str, nn.Parameter]) -> tuple[list[str],
         # backward() would write into .grad, and let optimizers step that are hooked there.
         grads = torch.autograd.grad(total, list(trainable.values()), allow_unused=True)
     except RuntimeError as error:
-        return [], f"gradients: the backward failed: {str(error).strip().splitlines()[0]}"
+        failed = (
+            "failed on shapes; give check a batch" if isinstance(total, FakeTensor) else "failed"
+        )
+        return [], f"gradients: the backward {failed}: {str(error).strip().splitlines()[0]}"
     return [name for name, grad in zip(trainable, grads, strict=True) if grad is None], None
 
 

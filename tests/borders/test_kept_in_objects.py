@@ -362,3 +362,13 @@ def test_a_hook_on_gradients_has_nothing_of_a_check(name, batch):
     assert norms == []
     model(IDS).sum().backward()
     assert [type(norm) for norm in norms] == [torch.Tensor]
+
+
+def test_a_hook_on_gradients_that_needs_values_asks_check_for_a_batch():
+    model, norms = Net(), []
+    opendelta.LoraModel(model, modified_modules=["attn.0.q"]).freeze_module()
+    HOOKS["full backward"](model, lambda grad: norms.append(grad.norm().item()))
+    (why,) = opendelta.check(model).not_checked
+    assert "the backward failed on shapes; give check a batch" in why
+    assert opendelta.check(model, {"input_ids": IDS}).not_checked == []
+    assert norms == []
