@@ -158,20 +158,24 @@ class FirstForward:
     """
 
     def __init__(self) -> None:
-        self.count = 0
+        self.count = self.trained = 0
         self.waits: set[tuple[str, str]] = set()
 
     def __call__(self, model: nn.Module, _args: Any, _output: Any) -> None:
         replica = "_is_replica" in model.__dict__  # its thread does not know which deltas act
         if torch.compiler.is_compiling() or PROBING.get() or replica:
             return
+        if self.count >= FORWARDS and not trains(model):
+            return
         backbone = Backbone.of(model)
         silent, before = _silent(backbone, compiled=False), self.waits
         self.count += 1
         shown = {(w, n) for w, n in silent if swap.weight_is_read(backbone.modules[w], False)}
-        # A loss may read a weight that is shown.
-        self.waits = (left_out(backbone) | shown) & {*silent} if self.count < FORWARDS else set()
-        if self.count == 1 and not trains(model):
+        self.waits = left_out(backbone) & {*silent} if self.count < FORWARDS else set()
+        self.trained += trains(model)
+        if self.trained < FORWARDS:  # a loss may read a weight that is shown
+            self.waits |= shown
+        if self.count == 1:
             watch_training(backbone)
         if not self.waits:
             take_away(backbone, FirstForward)

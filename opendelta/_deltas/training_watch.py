@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -10,24 +11,26 @@ from torch import nn
 from .._backbone.backbone import Backbone
 from .._backbone.shapes import PROBING
 from .._sites import swap
-from .._sites.noting import Uses, uses_of
+from .._sites.noting import uses_of, when_gradients_come
 from .._sites.stack import Stack, acting_on
 from ..errors import UnreachedWarning, listed, warn
 from ..names import SLOT, join
 from .head_watch import is_compiled, take_away, trains
 
-FORWARDS = 6  # code beside the model may read a weight now and then
+FORWARDS = 6  # that train, in which a layer that ran before may be missed
+LAST = 12  # in which a module that was missed may be read
 
 
 class TrainingWatch:
-    """Hooks on a model that look at its first forwards that train, where others came before.
+    """Hooks on a model that look at its first forwards that train.
 
-    The first of them tells the sites whose layers ran before, and do not run now. From then on they
-    note whether code reads them.
+    They find the sites whose layers ran before, and not in such a forward. From then on these note
+    whether code reads them, in the forward or before gradients come back to its output.
     """
 
     def __init__(self) -> None:
         self.count = 0
+        self.without = False  # the last output takes no gradients, as if nothing trained
         self.ran: dict[str, set[str]] = {}
         self.silent: dict[str, tuple[int, int]] = {}  # {site: reads and gradients that are known}
 
@@ -38,22 +41,31 @@ class TrainingWatch:
         if not output:
             self._begin(backbone)
             return
-        self._judge(backbone, called=True) if self.count else self._find(backbone)
         self.count += 1
+        for where in [w for w in self.silent if uses_of(backbone.stacks[w]).called]:
+            del self.silent[where]
+        judge = functools.partial(self._judge, model)
+        self.without = bool(self.silent) and not when_gradients_come(output, judge)
+        if self.without:
+            judge()
+        if self.count <= FORWARDS:
+            self._find(backbone)
 
     def _begin(self, backbone: Backbone) -> None:
-        """Look at what came since the last forward that trained; begin the next one."""
+        """Begin a forward; what has been read since the last backward pass does not count."""
         stacks = backbone.stacks
-        self._judge(backbone)
-        if not self.count:
-            self._restore(backbone)
+        self._restore(backbone)
+        if self.without:
+            self._judge(backbone.model)
+        self.silent = {where: _known(stacks[where]) for where in self.silent if where in stacks}
+        for where in self.silent:
+            uses_of(stacks[where]).called = False
+        if self.count < FORWARDS:
             self.ran = {where: set(stack.ran) for where, stack in stacks.items()}
             for stack in stacks.values():
                 stack.ran.clear()
-        elif self.count == FORWARDS or not self.silent:
+        elif self.count == LAST or not self.silent:
             take_away(backbone, TrainingWatch)
-        for where in self.silent:
-            uses_of(stacks[where]).called = False
 
     def _restore(self, backbone: Backbone) -> None:
         for where, names in self.ran.items():
@@ -69,37 +81,33 @@ class TrainingWatch:
             site = backbone.modules[where]
             noted = swap.weight_is_read(site, False) or getattr(type(site), "_site_notes", None)
             if before.get(where) and where not in now and not noted and swap.note_uses(site):
-                self.silent[where] = _known(uses_of(stack))
+                self.silent[where] = _known(stack)
 
-    def _judge(self, backbone: Backbone, called: bool = False) -> None:
-        """Warn of sites that have been read.
-
-        Args:
-            called: a forward has ended, and those that it called use their layers.
-        """
+    def _judge(self, model: nn.Module) -> None:
+        """Warn of sites that have been read, and got no gradient in calls."""
+        backbone = Backbone.of(model)
         read: list[str] = []
+        shown = True
         for where, (reads, reached) in [*self.silent.items()]:
             stack = backbone.stacks.get(where)
-            uses = Uses() if stack is None else uses_of(stack)
-            used = uses.called if called else uses.reached.total() > reached
-            if stack is None or used or is_compiled(backbone.chain(where)):
-                del self.silent[where]
-            elif uses.reads > reads:
-                read += [join(where, SLOT, name) for name in _acting(stack)]
+            if stack is None or is_compiled(backbone.chain(where)):
+                continue
+            uses, acting = uses_of(stack), [each for each in acting_on(stack) if each.computes]
+            if uses.reads > reads and uses.reached.total() == reached:
+                read += [join(where, SLOT, each.record.name) for each in acting]
+                shown = shown and all(each.stand_in or each.shows_in_weight for each in acting)
                 del self.silent[where]
         if read:
+            ways = "reads=True" if shown else "a method that folds into the weight, and reads=True"
             warn(
                 f"{len(read)} delta layers ran before, but not in a forward of "
-                f"{type(backbone.model).__name__} that trains, where code reads the module's "
-                f"weight instead of calling it: {listed(read)}. Attach with reads=True, so that "
-                "they act there too",
+                f"{type(model).__name__} that trains, where code reads the module's weight instead "
+                f"of calling it: {listed(read)}. Attach with {ways}, so that they act there too; "
+                "if that code only looks at the weight, as a penalty does, all is well",
                 UnreachedWarning,
             )
 
 
-def _known(uses: Uses) -> tuple[int, int]:
+def _known(stack: Stack) -> tuple[int, int]:
+    uses = uses_of(stack)
     return uses.reads, uses.reached.total()
-
-
-def _acting(stack: Stack) -> list[str]:
-    return [layer.record.name for layer in acting_on(stack) if layer.computes]

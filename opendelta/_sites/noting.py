@@ -129,10 +129,12 @@ def _only_looks(code: CodeType, at: int) -> bool:
     return False
 
 
-def when_gradients_come(output: Any, function: Callable[[], None]) -> None:
-    """Run a function whenever gradients come back to the tensors of an output."""
-    for node in {tensor.grad_fn for tensor in _computed(output)}:
+def when_gradients_come(output: Any, function: Callable[[], None]) -> bool:
+    """Run a function whenever gradients come back to the tensors of an output; False: none can."""
+    nodes = {tensor.grad_fn for tensor in _computed(output)}
+    for node in nodes:
         node.register_prehook(lambda _: function())
+    return bool(nodes)
 
 
 def _computed(output: Any) -> Iterator[Any]:

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import DeltaError, SiteError
-from .stack import Stack, stack_of
+from ..errors import SiteError
+from .stack import stack_of
 
 FUSES = "torch.nn.utils.fusion"  # its functions write new weights into a copy of a module
-COPIERS = ("copy", "pickle", "copyreg", "dill", "cloudpickle")  # files that copy whatever they get
 # {attribute of a normalisation: {function that asks for it: what to do instead}}
 TAKERS = {
     "running_mean": {
@@ -24,26 +23,17 @@ TAKERS = {
 }
 
 
-def check_copier(base: type, stack: Stack | None, copier: FrameType | None) -> None:
-    """Raise if the code that copies a site would lose its deltas, or what acts on which rows.
+def check_copier(base: type, copier: FrameType | None) -> None:
+    """Raise if the code that copies a site would write new weights under its deltas.
 
     Args:
         base: the class under the site's.
-        copier: the frame that asks for its state.
+        copier: the frame that asks `copy.deepcopy` or pickle for a copy.
     """
-    while copier is not None and copier.f_globals.get("__name__") in COPIERS:
-        copier = copier.f_back
-    name = copier.f_globals.get("__name__") if copier is not None else None
-    if name == FUSES:
+    if copier is not None and copier.f_globals.get("__name__") == FUSES:
         raise SiteError(
             f"{FUSES} would write new weights into a copy of this {base.__name__}, under its "
             "deltas: fuse a plain model, composition(model).to_backbone()"
-        )
-    routed = stack is not None and stack.routed is not None
-    if routed and f"{name}.".partition(".")[0] != "opendelta":
-        raise DeltaError(
-            "cannot copy inside opendelta.route(), whose rows the copy would not know: do so "
-            "before or after its block"
         )
 
 

@@ -107,6 +107,74 @@ def test_a_weight_that_training_reads_is_told_after_an_evaluation(name, copied):
 
 @pytest.mark.parametrize("copied", [False, True])
 @pytest.mark.parametrize("name", READING)
+def test_it_is_told_after_a_first_forward_in_training_mode_too(name, copied):
+    """A module is made in training mode, and its user may look at its output first."""
+    model, step = READING[name][0](), READING[name][1]
+    attached(model, copied)
+    model(IDS)
+    (text,) = told_in(model, step)
+    assert "lm_head.deltas.lora" in text
+
+
+@pytest.mark.parametrize("name", READING)
+def test_it_is_told_where_nothing_else_trains(name):
+    model, step = READING[name][0](), READING[name][1]
+    LoraModel(model, modified_modules=["lm_head"]).freeze_module()
+
+    def ends(model):
+        loss = step(model)
+        return loss if loss.requires_grad else torch.ones((), requires_grad=True)
+
+    (text,) = told_in(model, ends)
+    assert "lm_head.deltas.lora" in text
+
+
+def test_an_adapter_is_told_of_with_a_way_that_works():
+    model = Chunked()
+    AdapterModel(model, modified_modules=["mlp", "lm_head"]).freeze_module()
+    (text,) = told_in(model, by_itself)
+    assert "Attach with a method that folds into the weight, and reads=True" in text
+
+
+LOOKS = {
+    "a mean": lambda weight: weight.abs().mean().item(),
+    "a norm": torch.norm,
+    "its class": lambda weight: isinstance(weight, nn.Parameter),
+    "its id": id,
+    "zeros like it": torch.zeros_like,
+}
+
+
+@pytest.mark.parametrize("look", LOOKS.values(), ids=LOOKS)
+def test_a_look_at_a_weight_between_steps_is_no_use_of_it(look):
+    model = InTurns()
+    attached(model, copied=False)
+
+    def step(model):
+        look(model.lm_head.weight)
+        loss = by_itself(model)
+        loss.register_hook(lambda grad: None)
+        return loss
+
+    texts = []
+    for _ in range(4):
+        texts += told_in(model, step, steps=1)
+        look(model.lm_head.weight)
+    assert texts == []
+
+
+def test_a_shown_weight_is_waited_for_until_the_model_trains():
+    model, step = Features(), read_beside
+    attached(model, copied=False, reads=True)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("error")
+        for _ in range(10):
+            model.eval()(IDS, IDS)
+    assert told_in(model, step) == []
+
+
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize("name", READING)
 def test_with_reads_it_trains_and_nothing_is_told(name, copied):
     model, step = READING[name][0](), READING[name][1]
     attached(model, copied, reads=True)
@@ -153,7 +221,7 @@ def test_copies_are_told_too_and_a_detach_leaves_no_hook(way):
 def test_the_watch_ends_after_some_steps():
     model = InTurns()
     attached(model, copied=False)
-    assert told_in(model, by_itself, steps=8) == []
+    assert told_in(model, by_itself, steps=14) == []
     assert not model._forward_hooks
     assert not model._forward_pre_hooks
 

@@ -953,3 +953,22 @@ def test_a_branch_around_an_attention_without_a_module_goes_from_queries_to_proj
     with torch.no_grad():
         own = branch.up_proj(branch.non_linearity(branch.down_proj(h)))
     torch.testing.assert_close(given[0], plain[0].o(read) + own)
+
+
+class Matcher(nn.Module):
+    """Its feed-forward takes what attention gives along with the states, as in LightGlue."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+        self.attn = nn.ModuleDict({"q": self.q, "k": self.k, "v": self.v, "out": self.out})
+        self.mlp = nn.Sequential(nn.Linear(16, 16), nn.GELU(), nn.Linear(16, WIDTH))
+
+    def forward(self, x):
+        read = self.out(F.scaled_dot_product_attention(self.q(x), self.k(x), self.v(x)))
+        return x + self.mlp(torch.cat([x, read], -1))
+
+
+def test_a_feed_forward_may_take_what_attention_gives_beside_the_states():
+    found = called(nn.ModuleList([Matcher(), Matcher()]))
+    assert {found["0.mlp.0"], found["1.mlp.2"]} == {"ff.w1", "ff.w2"}

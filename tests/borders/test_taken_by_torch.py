@@ -1,8 +1,5 @@
 """Functions of torch's that make new modules of sites refuse, or leave the deltas as they are."""
 
-import copy
-import pickle
-
 import pytest
 import torch
 from support.nets import shake
@@ -93,19 +90,6 @@ def test_statistics_are_read_written_and_compiled_as_without_a_delta(way):
     model.bn.running_mean = ones
     assert model.bn.running_mean is ones or way == "a copy that shows"
     assert "running_mean" in dict(model.bn.named_buffers())
-
-
-@pytest.mark.parametrize("how", [copy.deepcopy, pickle.dumps], ids=["deepcopy", "pickle"])
-def test_a_copy_inside_a_route_is_refused_as_it_would_not_know_the_rows(how):
-    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3))
-    delta = shake(LoraModel(model, modified_modules=["0"]))
-    with opendelta.route(model, [delta, None]):
-        with pytest.raises(DeltaError, match=r"cannot copy inside opendelta.route\(\)"):
-            how(model)
-        opendelta.shared_copy(model)
-        model(torch.randn(2, 6))
-    with opendelta.composition(model).only():
-        how(model)
 
 
 @pytest.mark.filterwarnings("ignore:torch.* deprecated")

@@ -255,8 +255,8 @@ def parts_of_feed_forward(block: Block, names: dict[str, str | None], scope: Sco
         names = {name: names[name] for name in sorted(names, key=flow.place)}
         ends = _ends_in_flow(block, names, flow)
     last, first = ends or _ends_by_names(block, names)
-    if not last or not first or block.size(last[0])[1] not in {block.size(n)[0] for n in first}:
-        return  # else it gives logits, or goes to another width
+    if not last or not first or not _gives_back(block, last[0], first):
+        return  # it gives logits, or goes to another width
     why = f"in {scope.label}: {scope.reason}"
     for name in last:
         block.give(name, "ff.w2", f"{block.own_name(name, scope)!r} {why}")
@@ -276,6 +276,16 @@ def parts_of_feed_forward(block: Block, names: dict[str, str | None], scope: Sco
         wide.remove(gate)
     for name in wide:
         block.give(name, "ff.w1", f"{block.own_name(name, scope)!r} {why}")
+
+
+def _gives_back(block: Block, last: str, first: list[str]) -> bool:
+    """True if a linear gives the width that the first ones take, or that an attention beside takes.
+
+    The first ones may take what an attention gives along with the states, as in LightGlue.
+    """
+    beside = [s for s in block.scopes.values() if s.kind in ("attn", "cross_attn")]
+    taking = [*first, *(name for scope in beside for name in block.linears(scope))]
+    return block.size(last)[1] in {block.size(name)[0] for name in taking}
 
 
 def _ends_in_flow(
