@@ -31,6 +31,7 @@ PLAIN: tuple[Any, ...] = (OrderedDict, dict, list, set, deque)
 ASIDE = ("IPython", "concurrent.futures.process", "debugpy", "execnet", "ipykernel", "tensorboard",
     "multiprocessing.queues", "torch._inductor", "torch.utils.data", "tqdm", "wandb", "zmq",
 )  # fmt: skip
+LARGEST = 2**24  # bytes of an array that may count: a larger one is data
 Wrong = Callable[[Any], bool]
 _UNSET: Any = object()
 
@@ -94,7 +95,8 @@ class _Before:
         self.variables = [(v, _value(v)) for v in reached if isinstance(v, ContextVar)]
         numpy: Any = sys.modules.get("numpy")
         arrays = [a for a in reached if numpy and isinstance(a, numpy.ndarray)]
-        self.arrays = [(a, a.copy()) for a in arrays]
+        small = [a for a in arrays if a.flags.writeable and a.nbytes <= LARGEST]
+        self.arrays = [(a, a.copy()) for a in small]
 
     def put_back(self, wrong: Wrong) -> None:
         """Put back what has changed since.

@@ -9,6 +9,7 @@ import warnings
 import weakref
 from collections import UserDict
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -372,3 +373,21 @@ def test_a_hook_on_gradients_that_needs_values_asks_check_for_a_batch():
     assert "the backward failed on shapes; give check a batch" in why
     assert opendelta.check(model, {"input_ids": IDS}).not_checked == []
     assert norms == []
+
+
+def test_arrays_that_cannot_be_written_or_are_data_are_let_be():
+    class Holding(Net):
+        def __init__(self):
+            super().__init__()
+            self.fixed, self.counts = numpy.arange(3), numpy.zeros(3)
+            self.fixed.flags.writeable = False
+            self.data = numpy.lib.stride_tricks.as_strided(self.counts[:1], (2**30,), (0,))
+
+        def forward(self, input_ids):
+            self.counts[1] += 1
+            return super().forward(input_ids)
+
+    model = Holding()
+    opendelta.ParallelAdapterModel(model).freeze_module()
+    opendelta.check(model, {"input_ids": IDS})
+    assert model.counts.tolist() == [0, 0, 0]
