@@ -99,6 +99,11 @@ def hidden_key(output: Any, width: int | None = None) -> Any:
     for key, value in items.items():
         if _is_hidden(value, width, axes=1 if key is None else 2):
             return key
+    if isinstance(output, torch.fx.Proxy):
+        raise SiteError(
+            "torch.fx cannot trace deltas around a module whose output it does not know: "
+            "torch.export.export can, and so can fx a plain model, composition(model).to_backbone()"
+        )
     raise SiteError(
         f"no floating tensor [..., {'width' if width is None else width}] in the module's output, "
         f"a {type(output).__name__}; choose a module that returns one"

@@ -25,7 +25,7 @@ LISTS = nn.Sequential, nn.ModuleList, nn.ModuleDict
 GIVE = ("__iter__", "__len__", "__getitem__", "__contains__", "keys", "values", "items")
 CHANGE = (
     "__setitem__", "__delitem__", "__iadd__", "__imul__", "append", "extend", "insert", "pop",
-    "update", "clear", "popitem", "add_module",
+    "update", "clear", "popitem",
 )  # fmt: skip
 
 LOOPS = {"children", "named_children", "modules", "named_modules", "_modules"}
@@ -45,7 +45,7 @@ def methods(base: Any, copied: bool, notes: bool) -> dict[str, Callable[..., Any
     if not issubclass(base, LISTS):
         return {}
     given = {verb: _giving(base, verb, copied, notes) for verb in GIVE if hasattr(base, verb)}
-    given |= {verb: _naming(base, verb) for verb in ("__setattr__", "__delattr__")}
+    given |= {verb: _naming(base, verb) for verb in ("__setattr__", "__delattr__", "add_module")}
     return given | {verb: _changing(base, verb) for verb in CHANGE if hasattr(base, verb)}
 
 
@@ -65,8 +65,7 @@ def _giving(base: Any, verb: str, copied: bool, notes: bool) -> Callable[..., An
 def _changing(base: Any, verb: str) -> Callable[..., Any]:
     @functools.wraps(getattr(base, verb))
     def change(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        stack = stack_of(self)
-        owners = [name for name, ly in stack.in_order() if ly.stand_in is not None] if stack else []
+        stack, owners = stack_of(self), _owners(self)
         if owners and id(self) not in RUNNING.get():  # its own forward changes the copy's too
             raise SiteError(
                 f"{', '.join(map(repr, owners))} has a copy of this {base.__name__}, whose items "
@@ -82,18 +81,28 @@ def _changing(base: Any, verb: str) -> Callable[..., Any]:
     return change
 
 
+def _owners(module: nn.Module) -> list[str]:
+    """Return the names of the deltas that have a copy of a site."""
+    stack = stack_of(module)
+    return [n for n, layer in stack.in_order() if layer.stand_in is not None] if stack else []
+
+
 def _naming(base: Any, verb: str) -> Callable[..., Any]:
-    """Return the method that sets or deletes an attribute, which may be an item."""
+    """Return the method that sets or deletes an attribute or a child, which may be an item."""
     plain, change = getattr(base, verb), _changing(base, verb)
 
     @functools.wraps(plain)
-    def changed(self: nn.Module, name: str, *values: Any) -> Any:
-        item, own = isinstance(next(iter(values), None), nn.Module), self.__dict__["_modules"]
+    def changed(self: nn.Module, name: str, *values: Any, **named: Any) -> Any:
+        value: Any = next(iter((*values, *named.values())), None)
+        own = self.__dict__["_modules"]
+        item = isinstance(value, nn.Module)
         if name == SLOT or not (item or name in own):
-            return plain(self, name, *values)
-        if item and any(part is own.get(name) for part in values[0].modules()):
-            return plain(self, name, *values)  # a wrapper of what was there
-        return change(self, name, *values)
+            return plain(self, name, *values, **named)
+        if item and any(part is own.get(name) for part in value.modules()):
+            return plain(self, name, *values, **named)  # a wrapper of what was there
+        if item and name in own and not _owners(self):
+            return plain(self, name, *values, **named)  # in the old one's place, as loops do
+        return change(self, name, *values, **named)
 
     return changed
 

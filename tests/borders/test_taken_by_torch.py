@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.utils import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 import opendelta
-from opendelta import DeltaError, LoraModel, SiteError
+from opendelta import AdapterModel, DeltaError, LoraModel, SiteError
 
 pytestmark = pytest.mark.covers("Delta.attach")
 X = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -107,3 +107,45 @@ def test_a_copy_that_was_quantised_is_not_saved(tmp_path):
             save()
     assert not [*tmp_path.iterdir()]
     opendelta.composition(model).save(tmp_path / "c")
+
+
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("where", ["head", "head.0"])
+def test_a_sequential_with_a_delta_is_converted(where, norm):
+    torch.manual_seed(0)
+    inner = [nn.Linear(8, 8), *([nn.BatchNorm1d(8)] if norm else []), nn.Linear(8, 8)]
+    model = nn.ModuleDict({"head": nn.Sequential(*inner)}).eval()
+    shake(AdapterModel(model, modified_modules=[where]))
+    x = torch.randn(4, 8)
+    output = model["head"](x)
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    assert type(converted["head"][1]) is (nn.SyncBatchNorm if norm else nn.Linear)
+    torch.testing.assert_close(converted["head"](x), output)
+    assert "deltas" not in dict(converted["head"].named_children()) or where == "head"
+
+
+@pytest.mark.parametrize("verb", ["add_module", "register_module"])
+def test_a_loop_may_give_a_list_its_children_back(verb):
+    for layer in (nn.Sequential(nn.Linear(4, 4), nn.ReLU()), nn.ModuleList([nn.Linear(4, 4)])):
+        model = nn.ModuleDict({"layer": layer})
+        delta = shake(LoraModel(model, modified_modules=["layer.0"]))
+        if isinstance(layer, nn.Sequential):
+            shake(AdapterModel(model, modified_modules=["layer"]))
+        x = torch.randn(2, 4)
+        run = model["layer"][0] if isinstance(layer, nn.ModuleList) else model["layer"]
+        output = run(x)
+        for name, child in model["layer"].named_children():
+            getattr(model["layer"], verb)(name, child)
+        assert torch.equal(run(x), output)
+        delta.detach()
+
+
+def test_tracing_by_fx_around_a_block_names_what_can():
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), nn.Linear(4, 2))
+    delta = AdapterModel(model, modified_modules=["0"])
+    with pytest.raises(SiteError, match=r"torch.fx cannot trace .* torch.export.export can"):
+        torch.fx.symbolic_trace(model)
+    delta.detach()
+    shake(LoraModel(model, modified_modules=["0.0"]))
+    x = torch.randn(3, 4)
+    assert torch.allclose(torch.fx.symbolic_trace(model)(x), model(x))
