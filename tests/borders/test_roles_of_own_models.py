@@ -970,5 +970,27 @@ class Matcher(nn.Module):
 
 
 def test_a_feed_forward_may_take_what_attention_gives_beside_the_states():
+    found = called(Matcher())
+    assert (found["mlp.0"], found["mlp.2"]) == ("ff.w1", "ff.w2")
     found = called(nn.ModuleList([Matcher(), Matcher()]))
-    assert {found["0.mlp.0"], found["1.mlp.2"]} == {"ff.w1", "ff.w2"}
+    assert (found["0.mlp.0"], found["1.mlp.2"]) == ("ff.w1", "ff.w2")
+
+
+class Widening(Direct):
+    """A block whose feed-forward goes to the width of the next stage, as in MViT."""
+
+    def __init__(self, width):
+        super().__init__()
+        del self.fc1, self.fc2
+        self.mlp = nn.Sequential(nn.Linear(WIDTH, 32), nn.ReLU(), nn.Linear(32, width))
+        self.proj = nn.Linear(WIDTH, width)
+
+    def forward(self, x):
+        h = self.ln1(x)
+        x = x + self.o(F.scaled_dot_product_attention(self.q(h), self.k(h), self.v(h)))
+        return self.proj(x) + self.mlp(self.ln2(x))
+
+
+def test_blocks_in_a_list_may_go_to_another_width():
+    found = called(nn.Sequential(Direct(), Widening(2 * WIDTH)))
+    assert (found["0.fc2"], found["1.mlp.0"], found["1.mlp.2"]) == ("ff.w2", "ff.w1", "ff.w2")

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from ..._modules.kinds import Kind, kind_of
-from ...names import dotted, join, parent
+from ...names import dotted, join, last, parent
 from . import naming
 from .blocks import Tree, class_of
 from .flow import Flow, Node, holds_many, is_node, is_norm, outputs, trace, upstream, walk
@@ -278,14 +278,18 @@ def parts_of_feed_forward(block: Block, names: dict[str, str | None], scope: Sco
         block.give(name, "ff.w1", f"{block.own_name(name, scope)!r} {why}")
 
 
-def _gives_back(block: Block, last: str, first: list[str]) -> bool:
+def _gives_back(block: Block, end: str, first: list[str]) -> bool:
     """True if a linear gives the width that the first ones take, or that an attention beside takes.
 
-    The first ones may take what an attention gives along with the states, as in LightGlue.
+    The first ones may take what an attention gives along with the states, as in LightGlue. The
+    items of a list may go to another width, as between the stages of a vision model.
     """
+    out = block.size(end)[1]
+    if last(block.where).isdigit():
+        return out > 1
     beside = [s for s in block.scopes.values() if s.kind in ("attn", "cross_attn")]
     taking = [*first, *(name for scope in beside for name in block.linears(scope))]
-    return block.size(last)[1] in {block.size(name)[0] for name in taking}
+    return out in {block.size(name)[0] for name in taking}
 
 
 def _ends_in_flow(
