@@ -83,7 +83,7 @@ def _reducing(base: type[nn.Module], *shows: Any) -> Callable[..., tuple]:
     """Return the method by which pickle and deepcopy take a site."""
 
     def __reduce_ex__(self: nn.Module, protocol: object) -> tuple:
-        taken.check_copier(base, sys._getframe(1).f_back)
+        taken.check_copier(base, sys._getframe(1))
         state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
         return _unpickle, (base, *shows), state
 

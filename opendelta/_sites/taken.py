@@ -12,7 +12,16 @@ from torch import nn
 from ..errors import SiteError
 from .stack import stack_of
 
-FUSES = "torch.nn.utils.fusion"  # its functions write new weights into a copy of a module
+COPIERS = {  # {file whose functions copy modules: what they would do}
+    "torch.nn.utils.fusion": (
+        "write new weights into a copy of this {}, under its deltas: fuse a plain model, "
+        "composition(model).to_backbone()"
+    ),
+    "peft.utils.other": (
+        "copy this {} for its modules_to_save, with deltas that no detach() reaches: attach them "
+        "after get_peft_model, or name the module in modules_to_save of a delta"
+    ),
+}
 # {attribute of a normalisation: {function that asks for it: what to do instead}}
 TAKERS = {
     "running_mean": {
@@ -24,17 +33,17 @@ TAKERS = {
 
 
 def check_copier(base: type, copier: FrameType | None) -> None:
-    """Raise if the code that copies a site would write new weights under its deltas.
+    """Raise if the code that copies a site would lose its deltas, or write under them.
 
     Args:
         base: the class under the site's.
-        copier: the frame that asks `copy.deepcopy` or pickle for a copy.
+        copier: the frame that asks for its state.
     """
-    if copier is not None and copier.f_globals.get("__name__") == FUSES:
-        raise SiteError(
-            f"{FUSES} would write new weights into a copy of this {base.__name__}, under its "
-            "deltas: fuse a plain model, composition(model).to_backbone()"
-        )
+    while copier is not None and copier.f_globals.get("__name__") == "copy":
+        copier = copier.f_back
+    name = copier.f_globals.get("__name__") if copier is not None else None
+    if name in COPIERS:
+        raise SiteError(f"{name} would {COPIERS[name].format(base.__name__)}")
 
 
 def refusing(name: str) -> property:

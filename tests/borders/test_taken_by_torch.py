@@ -1,5 +1,6 @@
-"""Functions of torch's that make new modules of sites refuse, or leave the deltas as they are."""
+"""Functions of others that make new modules of sites refuse, or leave the deltas as they are."""
 
+import peft
 import pytest
 import torch
 from support.nets import shake
@@ -149,3 +150,32 @@ def test_tracing_by_fx_around_a_block_names_what_can():
     shake(LoraModel(model, modified_modules=["0.0"]))
     x = torch.randn(3, 4)
     assert torch.allclose(torch.fx.symbolic_trace(model)(x), model(x))
+
+
+@pytest.mark.parametrize("head", [nn.Linear, nn.Sequential], ids=lambda head: head.__name__)
+def test_peft_s_copy_of_a_module_with_a_delta_is_refused(head):
+    def model():
+        torch.manual_seed(0)
+        last = nn.Linear(8, 3)
+        return nn.ModuleDict(
+            {"a": nn.Linear(8, 8), "head": last if head is nn.Linear else head(last)}
+        )
+
+    config = peft.LoraConfig(target_modules=["a"], modules_to_save=["head"])
+    site = "head" if head is nn.Linear else "head.0"
+    carrying = model()
+    shake(LoraModel(carrying, modified_modules=[site]))
+    with pytest.raises(SiteError, match=r"peft.utils.other would copy this Linear .* attach"):
+        peft.get_peft_model(carrying, config)
+    beside = model()
+    shake(LoraModel(beside, modified_modules=["a"]))
+    peft.get_peft_model(beside, config)
+    wrapped = peft.get_peft_model(model(), config)
+    x, inner = torch.randn(2, 8), wrapped.base_model.model["head"]
+    plain = inner(x)
+    where = next(n for n, m in wrapped.named_modules() if m is inner.modules_to_save["default"])
+    name = where if head is nn.Linear else f"{where}.0"
+    delta = shake(LoraModel(wrapped, modified_modules=[name]))
+    assert not torch.allclose(inner(x), plain)
+    delta.detach()
+    assert torch.equal(inner(x), plain)
