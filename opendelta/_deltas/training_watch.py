@@ -10,6 +10,7 @@ from torch import nn
 
 from .._backbone.backbone import Backbone
 from .._backbone.shapes import PROBING
+from .._layers.base import DeltaLayer
 from .._sites import swap
 from .._sites.noting import uses_of, when_gradients_come
 from .._sites.stack import Stack, acting_on
@@ -80,7 +81,9 @@ class TrainingWatch:
         for where, stack in backbone.stacks.items():
             site = backbone.modules[where]
             noted = swap.weight_is_read(site, False) or getattr(type(site), "_site_notes", None)
-            if before.get(where) and where not in now and not noted and swap.note_uses(site):
+            noted = noted or is_compiled(backbone.chain(where))
+            acts = before.get(where) and where not in now and _acting(stack)
+            if acts and not noted and swap.note_uses(site):
                 self.silent[where] = _known(stack)
 
     def _judge(self, model: nn.Module) -> None:
@@ -90,9 +93,9 @@ class TrainingWatch:
         shown = True
         for where, (reads, reached) in [*self.silent.items()]:
             stack = backbone.stacks.get(where)
-            if stack is None or is_compiled(backbone.chain(where)):
+            if stack is None:
                 continue
-            uses, acting = uses_of(stack), [each for each in acting_on(stack) if each.computes]
+            uses, acting = uses_of(stack), _acting(stack)
             if uses.reads > reads and uses.reached.total() == reached:
                 read += [join(where, SLOT, each.record.name) for each in acting]
                 shown = shown and all(each.stand_in or each.shows_in_weight for each in acting)
@@ -106,6 +109,10 @@ class TrainingWatch:
                 "if that code only looks at the weight, as a penalty does, all is well",
                 UnreachedWarning,
             )
+
+
+def _acting(stack: Stack) -> list[DeltaLayer]:
+    return [layer for layer in acting_on(stack) if layer.computes]
 
 
 def _known(stack: Stack) -> tuple[int, int]:
