@@ -24,7 +24,7 @@ from .._texts.arguments import (
     with_mask,
 )
 from .._texts.documents import Asks, else_say, of_ends
-from .._texts.moved import moved_before
+from .._texts.moved import LATENTS, moved_before
 from .._texts.rehearsal import is_own
 from .._texts.running import (
     beginning,
@@ -234,7 +234,7 @@ def notes_for(
         if takes or own_root:
             innermost.setdefault(takes[0] if takes else "", []).append(name)
     for around, names in innermost.items():
-        _check_order(modules[around], around, names, asks)
+        _check_order(modules[around], around, {name: made[name] for name in names}, asks)
     return found
 
 
@@ -248,11 +248,17 @@ def _check_axes(name: str, around: list[nn.Module], asks: Asks) -> None:
         )
 
 
-def _check_order(module: nn.Module, around: str, names: list[str], asks: Asks) -> None:
-    """Raise if a module puts the tokens of its call in another order before one of these inside."""
-    moved = moved_before(module, [relative(name, around) for name in names])
-    for name in names:
-        if what := moved.get(relative(name, around)):
+def _check_order(module: nn.Module, around: str, made: Mapping[str, Any], asks: Asks) -> None:
+    """Raise if a module puts the tokens of its call in another order before a layer inside.
+
+    Layers on latents that the module computes of the tokens learn that they are there.
+    """
+    moved = moved_before(module, [relative(name, around) for name in made])
+    for name, layer in made.items():
+        what = moved.get(relative(name, around))
+        if what == LATENTS:
+            layer.tokens.of_latents = True
+        elif what:
             raise SiteError(
                 f"{asks.option}: {type(module).__name__} puts the {what} of its call in another "
                 f"order before {name!r}, as a run on a few tokens shows: choose {asks.instead}",

@@ -144,11 +144,14 @@ class Tokens:
     Args:
         module: the module, which is not kept.
         where: its full name.
+
+    Attributes:
+        of_latents: it gives as many positions in rows of any length, and no tokens.
     """
 
     def __init__(self, module: nn.Module, where: str) -> None:
         own = arguments(module)
-        self.where, self.names = where, own
+        self.where, self.names, self.of_latents = where, own, False
         self.arguments = own if set(own) >= READS else None
         self.padding, self.beside_text = padding_id(module), is_beside_text(module)
         self.said = stated(module)
@@ -218,7 +221,8 @@ class Tokens:
         if documents is not None and documents.doubt:
             self._refuse(asks, f"{documents.doubt}; or choose {asks.instead}")
         guess = None
-        if documents is not None and documents.guessed and documents.says_nothing:
+        may_be_others = self.of_latents or (documents is not None and documents.guessed)
+        if documents is not None and may_be_others and documents.says_nothing:
             self._check_flat(asks, h, documents)
             guess, documents = documents, None
         if documents is None:
@@ -229,6 +233,13 @@ class Tokens:
             self._check_bare(asks, args, kwargs, h)
             self._check_single(asks, h, guess)
             documents = Documents({}, 1, h.size(-2), h.device)
+        elif self.of_latents:
+            self._refuse(
+                asks,
+                f"gives {h.size(-2)} positions in rows of any length, as a run on a few tokens "
+                "showed, so that what the call says of padding and of earlier tokens tells nothing "
+                f"of them: leave that out, or choose {asks.instead}",
+            )
         elif (_rows(h), h.size(-2)) != (documents.batch, documents.length):
             whole = h.ndim > 2 and h.size(0) == documents.batch  # blocks have this length too
             self._refuse(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -22,6 +23,8 @@ BESIDE_TEXT = (
     "pixel_values", "input_features", "input_values", "audio_values", "flattened_patches",
     "patch_embeds", "query_embeds", "grid_thw",
 )  # fmt: skip
+LATENTS = re.compile(r"latents|latent_query$|query$")  # parameters [..., number, width]
+OF_LATENTS = {"PerceiverEncoder", "PerceiverAbstractDecoder"}  # classes that are given latents
 # {class that takes the token of this id for padding, if a call has no mask: the attribute}
 HIDDEN_BY_ID = {
     "XLMModel": "pad_index",
@@ -73,9 +76,25 @@ def with_mask(given: dict[str, Any], padding: int | None) -> dict[str, Any]:
 
 
 def is_beside_text(module: nn.Module) -> bool:
-    """True if a module takes images or sounds, and no token ids."""
+    """True if a module takes images or sounds, or has latents, and takes no token ids."""
     own = arguments(module)
-    return "input_ids" not in own and any(name.startswith(BESIDE_TEXT) for name in own)
+    if "input_ids" in own:
+        return False
+    return any(name.startswith(BESIDE_TEXT) for name in own) or _has_latents(module)
+
+
+def _has_latents(module: nn.Module) -> bool:
+    """True if a module of transformers computes latents of its own in place of its input's tokens.
+
+    In a module of somebody's own, what is called a query may be a matrix.
+    """
+    if is_own(module):
+        return False
+    if not OF_LATENTS.isdisjoint(base.__name__ for base in type(module).__mro__):
+        return True
+    tables = [t for name, t in module._parameters.items() if t is not None and LATENTS.match(name)]
+    several = any(t.ndim > 1 and t.size(-2) > 1 for t in tables)
+    return several and any(isinstance(part, nn.Linear) for part in module.modules())
 
 
 class Stated(NamedTuple):

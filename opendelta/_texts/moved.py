@@ -1,8 +1,9 @@
-"""Find whether a model puts its rows, or their tokens, in another order before a module.
+"""Find whether a model puts its rows, or their tokens, in another order before a module, or none.
 
-A model of somebody's own is run on a few token ids with padding, without layers, twice: one token
-of a row is another one in the second run, and what changes at the module shows where it went. The
-runs change nothing of the model. Where they fail, nothing is known.
+A model of somebody's own is run on a few token ids, or embeddings, with padding, without layers,
+twice: one token of a row is another one in the second run, and what changes at the module shows
+where it went. It is run on longer rows, too: what gives as many positions as before has latents,
+and no tokens. The runs change nothing of the model. Where they fail, nothing is known.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from .._modules.calls import names_of
+from .._modules.devices import device_and_dtype
 from .._modules.tensors import is_sharded, lasting
+from .arguments import EMBEDDED
 from .rehearsal import (
     LENGTH,
     ROWS,
@@ -29,13 +32,20 @@ from .rehearsal import (
 )
 
 ROW, TOKENS = "rows", "tokens"  # what is moved
+LATENTS = "latents"  # what a site has instead of tokens
 PAD = 2  # tokens of padding
+WIDTHS = 3  # that embeddings may have
+LONGER = 97, 23, LENGTH - 1  # lengths of other rows, as far as a table of positions reaches
 LENGTHS = re.compile(r"(^|_)len(gth)?s?$")
+# The arguments of rows and of booleans that are false for padding.
+Call = Callable[[Tensor, Tensor], dict[str, Any]]
 _found: Any = WeakKeyDictionary()  # {module: (its forward, the sites, what was found)}
 
 
 def moved_before(module: nn.Module, sites: Sequence[str]) -> dict[str, str]:
     """Return `ROW` or `TOKENS` for sites that are given them in another order than the module.
+
+    And `LATENTS` for those whose output has as many positions in rows of any length.
 
     Args:
         module: the model.
@@ -47,36 +57,46 @@ def moved_before(module: nn.Module, sites: Sequence[str]) -> dict[str, str]:
     if _found.get(module, (None,))[:2] != key:
         if any(p.is_meta or is_sharded(p) for p in module.parameters()):
             return {}
-        _found[module] = *key, _on_ids(module, sites)
+        _found[module] = *key, _on_few(module, sites)
     return _found[module][2]
 
 
-def _on_ids(module: nn.Module, sites: Sequence[str]) -> dict[str, str]:
+def _on_few(module: nn.Module, sites: Sequence[str]) -> dict[str, str]:
     names = names_of(getattr(type(module), "forward", None))
-    for ids in some_ids(module):
+    for rows in (*some_ids(module), *_some_embedded(module)):
         for call in _calls(names) if names else ():
             with leaving_nothing(module):
                 try:
-                    return _tried(module, sites, ids, call)
+                    return _tried(module, sites, rows, call)
                 except Exception:  # whatever a forward of somebody's own raises on such an input
                     continue
     return {}
 
 
-def _calls(names: tuple[str, ...]) -> Iterator[Callable[[Tensor, Tensor], dict[str, Any]]]:
-    """Yield functions that make a call's arguments of ids and of what shows where tokens are.
+def _some_embedded(module: nn.Module) -> Iterator[Tensor]:
+    """Yield rows [rows, length, width], for the first widths in a module."""
+    parts = [*module.modules()]
+    device, dtype = device_and_dtype(parts)
+    widths = [part.in_features for part in parts if isinstance(part, nn.Linear)]
+    for width in [*dict.fromkeys(widths)][:WIDTHS]:
+        generator = torch.Generator().manual_seed(0)
+        yield torch.randn(ROWS, LENGTH, width, generator=generator).to(device, dtype)
+
+
+def _calls(names: tuple[str, ...]) -> Iterator[Call]:
+    """Yield functions that make a call's arguments of rows and of what shows where tokens are.
 
     Masks are numbers first, then booleans.
     """
-    text = "input_ids" if "input_ids" in names else names[0]
+    text = next((name for name in EMBEDDED if name in names), names[0])
     masks = [name for name in names if "mask" in name]
     counts = [name for name in names if LENGTHS.search(name) and not name.startswith("max")]
     for kind in (torch.long, torch.bool)[: 1 + bool(masks)]:
 
-        def call(ids: Tensor, shown: Tensor, kind: torch.dtype = kind) -> dict[str, Any]:
+        def call(rows: Tensor, shown: Tensor, kind: torch.dtype = kind) -> dict[str, Any]:
             as_masks = {name: (shown ^ ("pad" in name)).to(kind) for name in masks}
             lengths = dict.fromkeys(counts, shown.sum(1).cpu())  # as pack_padded_sequence wants
-            return {**as_masks, **lengths, text: ids}
+            return {**as_masks, **lengths, text: rows}
 
         yield call
 
@@ -86,25 +106,49 @@ def _calls(names: tuple[str, ...]) -> Iterator[Callable[[Tensor, Tensor], dict[s
 def _tried(
     module: nn.Module,
     sites: Sequence[str],
-    ids: Tensor,
-    call: Callable[[Tensor, Tensor], dict[str, Any]],
+    rows: Tensor,
+    call: Call,
 ) -> dict[str, str]:
-    padding = max(special_ids(module) & {*range(int(ids.max()) + 1)}, default=0)
+    padding = 0
+    if not rows.is_floating_point():
+        padding = max(special_ids(module) & {*range(int(rows.max()) + 1)}, default=0)
     found: dict[str, str] = {}
     with watched(module, sites) as run:
         for short, at_end in ((0, True), (1, False)):  # sorts of both directions, pads at both ends
             hidden = slice(LENGTH - PAD, None) if at_end else slice(PAD)
-            shown = torch.ones_like(ids, dtype=torch.bool)
+            shown = rows.new_ones(ROWS, LENGTH, dtype=torch.bool)
             shown[short, hidden] = False
             begin = 0 if at_end else PAD
-            given = torch.where(shown, ids, padding)
+            given = rows.clone()
+            given[~shown] = padding
             other = given.clone()
-            other[short, begin] = ids[short, -1 - begin]
+            other[short, begin] = rows[short, -1 - begin]
             before, after = (run((), call(each, shown))[0] for each in (given, other))
             for name in before.keys() & after.keys():
                 what = _what(before[name], after[name], short, begin)
                 found.update({name: what} if what and found.get(name) != ROW else {})
-    return found
+        latents = _latents(before, rows, call, run)
+        return found | {name: what for name, what in latents.items() if found.get(name) != ROW}
+
+
+def _latents(
+    before: dict[str, Tensor], rows: Tensor, call: Call, run: Callable[..., Any]
+) -> dict[str, str]:
+    """Return `LATENTS` for sites of several positions, as many in rows of another length."""
+    several = {n: out for n, out in before.items() if out.ndim > 2 and out.size(1) > 1}
+    own = {name: out for name, out in several.items() if out.size(0) == ROWS}
+    for length in LONGER if own else ():
+        longer = torch.cat([rows] * (1 + length // LENGTH), 1)[:, :length]
+        try:
+            after, _ = run((), call(longer, longer.new_ones(longer.shape[:2], dtype=torch.bool)))
+        except Exception:  # as a table of positions ends before
+            continue
+        return {
+            name: LATENTS
+            for name in own.keys() & after.keys()
+            if after[name].shape == own[name].shape
+        }
+    return {}
 
 
 def _what(one: Tensor, other: Tensor, row: int, place: int) -> str:
