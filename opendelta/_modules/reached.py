@@ -73,11 +73,14 @@ def leads_to_stand_in(value: Any) -> bool:
 
 
 def _reached(roots: Iterable[Any]) -> Iterator[Any]:
-    """Yield what `roots` hold, the nearest first, without what is inside modules and tensors."""
+    """Yield what `roots` hold, the nearest first, without what is inside modules and tensors.
+
+    Of files it is what code names in them.
+    """
     todo, seen = deque((root, 0) for root in roots), set[int]()
     while todo and len(seen) < MOST:
         value, depth = todo.popleft()
-        if id(value) in seen or type(value) in SIMPLE or isinstance(value, Tensor):
+        if id(value) in seen or type(value) in SIMPLE or isinstance(value, Tensor | ModuleType):
             continue
         of = type(value).__module__.partition(".")[0]
         if of in SHARED and not isinstance(value, threading.local):

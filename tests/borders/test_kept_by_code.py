@@ -5,9 +5,11 @@ import types
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import opendelta
+from opendelta._modules.reached import by_forwards
 
 pytestmark = pytest.mark.covers("Delta.attach")
 WIDTH = 16
@@ -220,3 +222,13 @@ def test_a_run_with_values_leaves_values(table):
         out = model(IDS)
     torch.manual_seed(0)
     assert torch.equal(out[1], GPT(made).eval()(IDS)[1])
+
+
+def test_packages_that_a_forward_names_are_not_looked_through():
+    """transformers has thousands of names, and each trial would pass them all."""
+
+    class Naming(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) if transformers.__version__ else x
+
+    assert len(by_forwards([Naming(4, 4)])) < 50

@@ -18,6 +18,7 @@ from opendelta._picker import session
 
 DOCS = ROOT / "docs"
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.M | re.S)
+SCORE = re.compile(r"\b[01]\.\d\d\b")  # of a training, which differs a little between machines
 PRINTED = re.compile(r"^```(python|text)\n(.*?)^```$", re.M | re.S)
 
 
@@ -67,7 +68,9 @@ def test_the_examples_run_and_print_what_the_page_says(page, tmp_path, offline, 
             exec(compile(code, page, "exec"), names)
             printed = capsys.readouterr().out
         else:
-            assert code.strip() == printed.strip()
+            assert SCORE.sub("_", code.strip()) == SCORE.sub("_", printed.strip())
+            shown, scores = ([*map(float, SCORE.findall(text))] for text in (code, printed))
+            assert scores == pytest.approx(shown, abs=0.05)
             printed = ""
     assert not printed, f"the page does not show this: {printed}"
 
