@@ -994,3 +994,29 @@ class Widening(Direct):
 def test_blocks_in_a_list_may_go_to_another_width():
     found = called(nn.Sequential(Direct(), Widening(2 * WIDTH)))
     assert (found["0.fc2"], found["1.mlp.0"], found["1.mlp.2"]) == ("ff.w2", "ff.w1", "ff.w2")
+
+
+class Excited(nn.Module):
+    """Channels, each times a gate from the means, and perhaps the maxima, of all (CBAM)."""
+
+    def __init__(self, maxima, bare):
+        super().__init__()
+        self.conv, self.maxima, self.bare = nn.Conv2d(16, 16, 3, padding=1), maxima, bare
+        if bare:
+            self.fc1, self.fc2 = nn.Linear(16, 4), nn.Linear(4, 16)
+        else:
+            self.mlp = nn.Sequential(nn.Linear(16, 4), nn.ReLU(), nn.Linear(4, 16))
+
+    def gate(self, means):
+        return self.fc2(F.relu(self.fc1(means))) if self.bare else self.mlp(means)
+
+    def forward(self, x):
+        gate = self.gate(x.mean((2, 3)))
+        gate = gate + self.gate(x.amax((2, 3))) if self.maxima else gate
+        return x + self.conv(x) * gate.sigmoid()[..., None, None]
+
+
+@pytest.mark.parametrize("maxima", [False, True])
+@pytest.mark.parametrize("bare", [False, True])
+def test_squeeze_and_excitation_is_no_feed_forward(maxima, bare):
+    assert called(nn.Sequential(*[Excited(maxima, bare) for _ in range(2)])) == {}

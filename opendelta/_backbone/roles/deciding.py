@@ -26,6 +26,7 @@ PLACED = re.compile(r"rope|rotary|cos|sin|freq|position|mask", re.I)
 # What a feed-forward has not between its linears: attention, and weights that are bare parameters.
 MIXING = re.compile(r"matmul|mm$|einsum|^linear$|attention|attn")
 ROUTER = {"router", "gate", "gating"}
+SHARES = re.compile(r"sigmoid|softmax", re.I)  # what makes a gate, or shares, of values
 
 
 @dataclass
@@ -257,6 +258,8 @@ def parts_of_feed_forward(block: Block, names: dict[str, str | None], scope: Sco
     last, first = ends or _ends_by_names(block, names)
     if not last or not first or not _gives_back(block, last[0], first):
         return  # it gives logits, or goes to another width
+    if any(_is_gate(block, name) for name in last):
+        return
     why = f"in {scope.label}: {scope.reason}"
     for name in last:
         block.give(name, "ff.w2", f"{block.own_name(name, scope)!r} {why}")
@@ -290,6 +293,21 @@ def _gives_back(block: Block, end: str, first: list[str]) -> bool:
     beside = [s for s in block.scopes.values() if s.kind in ("attn", "cross_attn")]
     taking = [*first, *(name for scope in beside for name in block.linears(scope))]
     return out in {block.size(name)[0] for name in taking}
+
+
+def _is_gate(block: Block, name: str) -> bool:
+    """True if what a linear gives becomes a gate, as in squeeze and excitation (arXiv:1709.01507).
+
+    It does before it meets what others give.
+    """
+    flow = block.flow_of(name)
+
+    def alone(node: Node) -> bool:
+        before = upstream(node, lambda n: n.op not in ("call", "input"))
+        return node.op != "call" and all(n.name == name for n in before)
+
+    after = () if flow is None else walk(flow.calls[name][0], outputs, alone)
+    return any(SHARES.search(node.op) and alone(node) for node in after)
 
 
 def _ends_in_flow(
