@@ -110,7 +110,7 @@ class _Before:
                 _fill(value, items if wrong is _always else _without(value, now, items, wrong))
         for value, slot, was in self.slots:
             now = _in_slot(slot, value)
-            if now != was and wrong(now[0] if now else None):
+            if [*map(id, now)] != [*map(id, was)] and wrong(now[0] if now else None):
                 slot.__set__(value, *was) if was else slot.__delete__(value)
         for cell, was in self.cells:
             if cell.cell_contents is not was and wrong(cell.cell_contents):

@@ -127,9 +127,11 @@ def at_rest(module: nn.Module, writes: bool = False) -> nn.Module:
     """Return what `alone` does, in eval mode and without hooks.
 
     Args:
-        writes: see `alone`.
+        writes: see `alone`. Else its parameters are others of the same memory.
     """
     made = alone(module, writes)
+    if not writes:
+        share_parameters(made)
     for part in made.modules():
         own = part.__dict__
         own.pop("forward", None)  # a wrapper of another library, around the module itself

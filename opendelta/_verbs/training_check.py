@@ -185,10 +185,10 @@ def check(
 
     Inside a block such as `only("a")` the deltas that do not act are left out: others train them.
     A compiled model runs eagerly. One that leaves out layers at random, by layer drop, runs a few
-    times more. Gradients, buffers such as BatchNorm's statistics, random number generators and
-    modes are afterwards as they were, and so is what the forward and hooks keep beside them, unless
-    another thread may run forwards. With a batch, what the forward itself writes into parameters
-    stays, as a momentum encoder's values do.
+    times more. Gradients, buffers such as BatchNorm's statistics, random number generators, modes
+    and parts of modules are afterwards as they were, and so is what the forward and hooks keep
+    beside them, unless another thread may run forwards. With a batch, what the forward itself
+    writes into parameters stays, as a momentum encoder's values do.
 
     Args:
         batch: the arguments of the forward: by keyword in a mapping, by position in a sequence, or
