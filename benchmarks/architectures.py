@@ -41,6 +41,7 @@ from opendelta.names import ancestors
 
 HERE = Path(__file__).parent
 COVERED = HERE / "architectures.txt"
+REFUSED = {"ibert"}  # its linears return pairs, which no delta but the adapter takes
 PAGE = HERE.parent / "docs" / "reference" / "architectures.md"
 METHODS = {
     "LoRA": opendelta.LoraModel,
@@ -264,7 +265,7 @@ def failures(results: list[Result], covered: set[str]) -> list[str]:
         wrong += [
             f"{r.name}: {title} reaches {r.methods[title]}"
             for title in METHODS
-            if not r.complete.get(title, True)
+            if r.name not in REFUSED and not r.complete.get(title, True)
         ]
     return wrong
 

@@ -204,8 +204,8 @@ class FirstForward:
         )
         warn(
             f"{len(unrun)} delta layers did not run in the {when} of {type(model).__name__}: "
-            f"{listed(unrun)}. {reads}; if the module was replaced since, attach anew; if this "
-            "forward skipped it (experts, layer drop), all is well",
+            f"{listed(unrun)}. {reads}; if the module was replaced since, attach anew; if other "
+            "code calls it, or this forward skipped it (experts, layer drop), all is well",
             UnreachedWarning,
         )
 
@@ -215,7 +215,7 @@ def watch_training(backbone: Backbone) -> None:
     if not any(isinstance(h, TrainingWatch) for h in backbone.model._forward_hooks.values()):
         watch = TrainingWatch()
         backbone.model.register_forward_pre_hook(watch)
-        backbone.model.register_forward_hook(watch)
+        backbone.model.register_forward_hook(watch, prepend=True)  # before `FirstForward`
 
 
 def watch_forward(backbone: Backbone) -> None:

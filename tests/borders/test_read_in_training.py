@@ -173,12 +173,13 @@ def test_a_shown_weight_is_waited_for_until_the_model_trains():
     assert told_in(model, step) == []
 
 
+@pytest.mark.parametrize("evaluations", [0, 1])
 @pytest.mark.parametrize("copied", [False, True])
 @pytest.mark.parametrize("name", READING)
-def test_with_reads_it_trains_and_nothing_is_told(name, copied):
+def test_with_reads_it_trains_and_nothing_is_told(name, copied, evaluations):
     model, step = READING[name][0](), READING[name][1]
     attached(model, copied, reads=True)
-    assert told_in(model, step) == []
+    assert told_in(model, step, 15, evaluations) == []
     mine = [p for n, p in model.named_parameters() if p.requires_grad and "lm_head" in n]
     assert mine
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in mine[-1:])
@@ -314,3 +315,46 @@ def test_an_adapter_and_modules_that_are_called_alone_are_not_told_of():
     adapter = lambda: AdapterModel(Symmetric(), modified_modules=["table"])  # noqa: E731
     assert told_when_attaching(adapter) == []
     assert told_when_attaching(lambda: LoraModel(Symmetric(), modified_modules=["body"])) == []
+
+
+class Recommender(nn.Module):
+    """Its table gives the items of a row; the scores of all items are read from it."""
+
+    def __init__(self):
+        super().__init__()
+        self.items, self.mlp = nn.Embedding(40, 16), nn.Linear(16, 16)
+
+    def forward(self, ids):
+        return self.mlp(self.items(ids)).relu()
+
+
+def scores(model):
+    return F.cross_entropy((model(IDS) @ model.items.weight.T).flatten(0, 1), IDS.flatten())
+
+
+def looked_at(model):
+    model.items.weight.norm()
+    return model(IDS).to(model.items.weight.device).square().mean()
+
+
+@pytest.mark.parametrize(
+    ("step", "options", "told"),
+    [
+        (scores, {"modified_modules": ["items"]}, 1),
+        (scores, {"modified_modules": ["items", "mlp"]}, 1),
+        (scores, {"modified_modules": ["mlp"], "modules_to_save": ["items"], "reads": True}, 0),
+        (scores, {"modified_modules": ["mlp"]}, 0),
+        (looked_at, {"modified_modules": ["items"]}, 0),
+    ],
+)
+def test_a_table_that_a_loss_beside_the_forward_reads_is_told_once(step, options, told):
+    model = Recommender()
+    LoraModel(model, **options).freeze_module()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(15):
+            step(model).backward()
+    assert [each.category for each in caught] == [TiedWeightWarning] * told
+    assert not model._forward_hooks
+    for each in caught:
+        assert "attach with modules_to_save=['items'] and reads=True" in str(each.message)
