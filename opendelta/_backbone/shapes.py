@@ -344,6 +344,11 @@ def _check_shapes(backbone: Backbone, names: Sequence[str] = ()) -> None:
             raise SiteError(
                 f"{name!r} is compiled by TorchScript; attach before torch.jit.script", where=name
             )
+    require_sizes(backbone)
+
+
+def require_sizes(backbone: Backbone) -> None:
+    """Raise if a module of the model is lazy, and has not run."""
     for name, module in backbone.modules.items():
         if any(map(is_lazy, module._parameters.values())):
             raise SiteError(

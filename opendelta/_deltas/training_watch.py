@@ -75,7 +75,7 @@ class TrainingWatch:
         """Begin a forward; what has been read since the last backward pass does not count."""
         stacks = backbone.stacks
         self._restore(backbone)
-        if self.without:
+        if self.without or any(uses_of(stacks[w]).again for w in self.silent if w in stacks):
             self._judge(backbone.model)
         self.silent = {where: _known(stacks[where]) for where in self.silent if where in stacks}
         for where in self.silent:

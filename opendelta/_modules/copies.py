@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..names import SLOT
-from .holding import is_foreign, walk
+from .holding import beside_tables, is_foreign, walk
 
 TRIES = 3
 MOST = 10_000  # objects that one on a module may hold, to be copied
@@ -92,11 +92,11 @@ def _is_simple(value: Any, memo: dict[int, Any]) -> bool:
 
 
 def computed_in(module: nn.Module) -> dict[int, Any]:
-    """Return {id: copy} of the computed tensors that modules hold as attributes, for a deep copy.
+    """Return {id: copy} of the computed tensors that modules hold beside others, for a deep copy.
 
-    The old weight_norm holds such, and torch copies none.
+    The old weight_norm holds such, and lists of losses; torch copies none.
     """
-    held = [v for part in module.modules() for v in part.__dict__.values()]
+    held = walk(beside_tables(module.modules()))
     computed = [v for v in held if isinstance(v, Tensor) and not v.is_leaf]
     return {id(tensor): tensor.detach().clone() for tensor in computed}
 

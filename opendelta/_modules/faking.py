@@ -123,8 +123,8 @@ class Restoring(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = [t for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)]
-        if func._schema.is_mutable:
-            for tensor in given:
+        if func._schema.is_mutable or "batch_norm" in func._schema.name:
+            for tensor in given:  # of a batch norm's statistics the schema does not tell
                 self._keep(tensor)
         out = func(*args, **(kwargs or {}))
         known = {memory_of(tensor) for tensor in given}

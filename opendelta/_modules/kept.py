@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import itertools
+import os
 import sys
 import threading
 from collections import OrderedDict, deque
@@ -19,6 +20,7 @@ from contextvars import ContextVar
 from types import CellType, FrameType, FunctionType
 from typing import Any
 
+import torch
 from torch import nn
 
 from .drawing import as_drawn
@@ -37,24 +39,38 @@ _UNSET: Any = object()
 
 
 @contextlib.contextmanager
-def putting_back(modules: Iterable[nn.Module]) -> Iterator[None]:
+def putting_back(modules: Iterable[nn.Module], others: bool = False) -> Iterator[None]:
     """Put back, at the end, what users' hooks on `modules` and on all modules keep.
 
     So it is with what forwards keep, in the only thread. Where others may run forwards meanwhile,
     of what those keep stand-ins alone leave. But random generators are put back, whoever holds
-    them, as those of the process are.
+    them, as those of the process are; so are torch's default dtype and its grad mode.
+
+    Args:
+        others: attributes of modules of nobody's own are put back, too.
     """
     modules = [*modules]
-    hooked, own = by_hooks(modules), by_forwards(modules)
+    hooked, own = by_hooks(modules), by_forwards(modules, others)
     kept = _Before([*hooked.values()]), _Before([v for key, v in own.items() if key not in hooked])
     drawn, alone = as_drawn([*hooked.values(), *own.values()]), _is_alone()
+    settings = torch.get_default_dtype(), torch.is_grad_enabled(), dict(os.environ)
     try:
         yield
     finally:
+        _put_back_settings(*settings)
         for put_back in drawn:
             put_back()
         kept[0].put_back(_always)
         kept[1].put_back(_always if alone and _is_alone() else leads_to_stand_in)
+
+
+def _put_back_settings(dtype: torch.dtype, gradients: bool, environ: dict[str, str]) -> None:
+    if torch.get_default_dtype() != dtype:
+        torch.set_default_dtype(dtype)
+    torch.set_grad_enabled(gradients)
+    if _is_alone() and environ != os.environ:
+        os.environ.clear()
+        os.environ.update(environ)
 
 
 def _always(_: Any) -> bool:

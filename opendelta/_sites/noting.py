@@ -34,12 +34,13 @@ class Uses:
         reads: how often other code has read its weight, or a module inside it, while deltas act and
             gradients are on.
         judged: the reads up to the end of the last backward pass.
+        again: the reads of code that runs a second time, inside a backward pass.
         called: it has been called.
         reached: how often gradients came to what a delta gave in a call.
     """
 
     def __init__(self) -> None:
-        self.reads, self.judged, self.called = 0, 0, False
+        self.reads, self.judged, self.again, self.called = 0, 0, 0, False
         self.reached: Counter[str] = Counter()
 
 
@@ -112,7 +113,9 @@ def note_read(module: nn.Module) -> None:
     if not torch.compiler.is_compiling() and torch.is_grad_enabled():
         frame, stack = sys._getframe(2), stack_of(module)
         if stack is not None and not _only_looks(frame.f_code, frame.f_lasti) and acting_on(stack):
-            uses_of(stack).reads += 1
+            uses = uses_of(stack)
+            uses.reads += 1
+            uses.again += torch._C._current_graph_task_id() != -1
 
 
 @functools.lru_cache(maxsize=1024)

@@ -1,4 +1,4 @@
-"""Put back what a forward changes in a model: buffers, parts, modes and hooks, but no weights."""
+"""Put back what a forward changes in a model: buffers, parts, modes, hooks, and whole weights."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import contextlib
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .._backbone.backbone import Backbone
 from .._modules.hooks import is_users
 from .._modules.process import kept_random
-from .._modules.tensors import is_lazy
+from .._modules.tensors import is_partitioned
 
 PACKED = 2**20  # a larger buffer of whole numbers holds packed weights: no forward changes them
 
@@ -20,9 +20,10 @@ PACKED = 2**20  # a larger buffer of whole numbers holds packed weights: no forw
 def put_back(backbone: Backbone) -> Iterator[None]:
     """Put back what the block changes in a model, and random number generators.
 
-    Of its parameters it is whether they train. A lazy module that gets its weights stays so.
+    What is written into a parameter stays.
     """
-    before = [_remembered(module) for module in backbone.model.modules()]
+    modules = [m for m in backbone.model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+    before = [_remembered(module) for module in modules]
     tables = [(m._buffers, k, b) for m in backbone.model.modules() for k, b in m._buffers.items()]
     copies = {
         id(b): (b, b.detach().clone())
@@ -49,7 +50,8 @@ def _remembered(module: nn.Module) -> Callable[[], None]:
     own = module.__dict__
     children, training = dict(module._modules), module.training
     parameters = [p for p in module._parameters.values() if p is not None]
-    trains = [p.requires_grad for p in parameters]
+    had = [(p.requires_grad, p.grad, p.data) for p in parameters]
+    tables = [(table, {*table}) for table in (module._parameters, module._buffers)]
     hooks = [
         (table, {*table})
         for key, table in own.items()
@@ -61,11 +63,24 @@ def _remembered(module: nn.Module) -> Callable[[], None]:
             module._modules.clear()
             module._modules.update(children)
         own["training"] = training
-        for parameter, trained in zip(parameters, trains, strict=True):
+        for parameter, (trained, grad, data) in zip(parameters, had, strict=True):
+            if _is_replaced(parameter, data):
+                parameter.data = data
             if parameter.requires_grad != trained:
                 parameter.requires_grad_(trained)
+            if parameter.grad is not grad:
+                parameter.grad = grad
+        for table, known in tables:
+            for key in [key for key in table if key not in known]:
+                del table[key]
         for table, known in hooks:
             for key in [key for key in table if key not in known and is_users(table[key])]:
                 del table[key]
 
-    return undo if not any(map(is_lazy, parameters)) else lambda: None
+    return undo
+
+
+def _is_replaced(parameter: nn.Parameter, data: Tensor) -> bool:
+    """True if a parameter has other memory than its `data` before, and nobody shards it."""
+    plain = type(parameter) is nn.Parameter and not is_partitioned(parameter)
+    return plain and parameter.data_ptr() != data.data_ptr()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +23,7 @@ from .._deltas import buffers
 from .._deltas.first_forward import not_called, unreached_in
 from .._layers.seen import Seen, together
 from .._layers.selection import OpenBlock
+from .._modules.faking import Restoring
 from .._modules.kept import putting_back
 from .._modules.process import eager
 from .._modules.tensors import lasting, size
@@ -187,8 +189,8 @@ def check(
     A compiled model runs eagerly. One that leaves out layers at random, by layer drop, runs a few
     times more. Gradients, buffers such as BatchNorm's statistics, random number generators, modes
     and parts of modules are afterwards as they were, and so is what the forward and hooks keep
-    beside them, unless another thread may run forwards. With a batch, what the forward itself
-    writes into parameters stays, as a momentum encoder's values do.
+    beside them, unless another thread may run forwards. With a batch, what the forward of a sharded
+    model itself writes into parameters stays.
 
     Args:
         batch: the arguments of the forward: by keyword in a mapping, by position in a sequence, or
@@ -201,7 +203,8 @@ def check(
     Raises:
         DeltaError: `model` carries no delta, or `optimizer` is no optimizer.
         OptionError: `batch` or `sample_inputs` are no arguments.
-        SiteError: FSDP2 will refuse the model: a group trains parameters of two dtypes.
+        SiteError: a lazy module has not run, or FSDP2 will refuse the model: a group trains
+            parameters of two dtypes.
 
     Example:
         >>> import torch
@@ -300,6 +303,7 @@ def _run(
         losses: gets the losses that are no numbers.
     """
     buffers.require_values(backbone)
+    shapes.require_sizes(backbone)
     watched = OpenBlock(watchers={record.shared: seen for record in backbone.records()})
     check_inputs("batch", batch)
     why = gradients.no_backward(backbone)
@@ -321,8 +325,7 @@ def _run(
                 stack.ran.clear()
             before = buffers.copies(backbone)
             seen.begin()
-            kept = putting_back(backbone.model.modules())
-            with put_back(backbone), kept, torch.set_grad_enabled(why is None), eager(), watched:
+            with _leaving_all(backbone), torch.set_grad_enabled(why is None), eager(), watched:
                 args, kwargs = of_samples(batch)
                 run = functools.partial(backbone.model, *args, **kwargs)
                 look(output := run())
@@ -333,6 +336,15 @@ def _run(
         PROBING.reset(token)
     missed, (without, problem) = results
     return missed, without, [problem] if problem else []
+
+
+@contextlib.contextmanager
+def _leaving_all(backbone: Backbone) -> Iterator[None]:
+    """Put back all that a forward of the model changes; but FSDP2 writes to its parameters."""
+    kept = putting_back(backbone.model.modules(), others=True)
+    written = contextlib.nullcontext() if sharding.has_units(backbone) else Restoring()
+    with put_back(backbone), kept, written:
+        yield
 
 
 def _settle(

@@ -1,5 +1,7 @@
 """What a forward changes in its modules, their parts and modes is after a trial as it was."""
 
+import os
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -28,6 +30,7 @@ class Net(nn.Module):
         super().__init__()
         self.embed, self.head = nn.Embedding(50, WIDTH), nn.Linear(WIDTH, 50)
         self.q, self.k, self.v, self.o = (nn.Linear(WIDTH, WIDTH) for _ in "qkvo")
+        self.center, self.held = torch.zeros(WIDTH), [nn.BatchNorm1d(WIDTH)]
 
     def forward(self, ids):
         x = self.embed(ids)
@@ -74,7 +77,39 @@ class Showing(Net):
         self.last.seen = x
 
 
-KINDS = [Growing, Replacing, Hooking, Switching, Freezing, Normalising, Showing]
+class Writing(Net):
+    def change(self, x):
+        with torch.no_grad():
+            self.head.weight.lerp_(self.head.weight.flip(0), 0.5)
+            self.center.mul_(0.9).add_(x.mean((0, 1)))
+            self.held[0].running_mean.add_(1)
+
+
+class Normed(Net):
+    """Its BatchNorm is in a list, and so in training mode."""
+
+    def change(self, x):
+        self.held[0](x.mT)
+
+
+class Counting(Net):
+    def change(self, x):
+        self.head.calls = getattr(self.head, "calls", 0) + 1
+        self.head.register_buffer("seen", x.detach())
+        self.head.extra = nn.Parameter(torch.zeros(2))
+        self.head.weight.grad = torch.ones_like(self.head.weight)
+
+
+class Setting(Net):
+    def change(self, x):
+        torch.set_default_dtype(torch.float64)
+        os.environ["OF_A_FORWARD"] = "1"
+
+
+KINDS = [
+    Growing, Replacing, Hooking, Switching, Freezing, Normalising, Showing, Writing, Normed,
+    Counting, Setting,
+]  # fmt: skip
 
 
 def state(model):
@@ -82,7 +117,13 @@ def state(model):
     parts = dict(model.named_modules())
     return {
         **{name: (id(m), m.training, len(m._forward_hooks)) for name, m in parts.items()},
-        **{name: (id(p), p.requires_grad) for name, p in model.named_parameters()},
+        **{name: (id(p), p.requires_grad, p.grad) for name, p in model.named_parameters()},
+        "buffers": [name for name, _ in model.named_buffers()],
+        "calls": getattr(model.head, "calls", 0),
+        "center": model.center.tolist(),
+        "mean": model.held[0].running_mean.tolist(),
+        "batches": int(model.held[0].num_batches_tracked),
+        "process": (torch.get_default_dtype(), os.environ.get("OF_A_FORWARD")),
         **{f"{name} values": p.tolist() for name, p in model.named_parameters()},
         "last": id(Net.last.seen),
     }
@@ -101,12 +142,37 @@ def test_attaching_leaves_no_change_in_modules(kind, method):
 
 
 @pytest.mark.parametrize("batch", [None, {"ids": IDS}], ids=["shapes", "batch"])
-@pytest.mark.parametrize("kind", [each for each in KINDS if each is not Normalising])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_check_leaves_no_change_in_modules(kind, batch):
-    """Of weights it is told: a check with a batch lets what the forward writes there stay."""
     torch.manual_seed(0)
     model = kind()
     opendelta.LoraModel(model, modified_modules=["q"])
     before = state(model)
     opendelta.check(model, batch)
     assert state(model) == before
+
+
+@pytest.mark.covers("Composition.to_backbone", "shared_copy")
+@pytest.mark.parametrize("verb", ["to_backbone", "shared_copy"])
+def test_losses_that_a_forward_keeps_in_a_list_hinder_no_copy(verb):
+    class Keeping(Net):
+        def change(self, x):
+            vars(self).setdefault("losses", []).append({"mean": x.mean()})
+
+    model = Keeping()
+    opendelta.LoraModel(model, modified_modules=["q"])
+    model(IDS)
+    kept = model.losses[0]["mean"]
+    made = opendelta.shared_copy(model)
+    if verb == "to_backbone":
+        made = opendelta.composition(model).to_backbone()
+    assert torch.equal(made.losses[0]["mean"], kept)
+    assert model.losses[0]["mean"] is kept
+
+
+def test_a_check_of_a_model_with_a_lazy_module_says_what_to_do():
+    model = nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(2))
+    opendelta.LoraModel(model, modified_modules=["0"])
+    for batch in (None, torch.ones(2, 4)):
+        with pytest.raises(opendelta.SiteError, match=r"'1' \(LazyLinear\) .* run the model once"):
+            opendelta.check(model, batch)

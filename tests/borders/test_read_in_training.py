@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import opendelta
 from opendelta import AdapterModel, LoraModel, TiedWeightWarning, UnreachedWarning
@@ -358,3 +359,31 @@ def test_a_table_that_a_loss_beside_the_forward_reads_is_told_once(step, options
     assert not model._forward_hooks
     for each in caught:
         assert "attach with modules_to_save=['items'] and reads=True" in str(each.message)
+
+
+class Recomputing(Chunked):
+    """Its loss is computed again in the backward, where gradients are on for the first time."""
+
+    def forward(self, ids, targets=None):
+        hidden = self.mlp(self.wte(ids)).relu()
+        if targets is None:
+            return self.lm_head(hidden)
+        return checkpoint(self.loss, hidden, targets, use_reentrant=True)
+
+    def loss(self, hidden, targets):
+        return F.cross_entropy(
+            F.linear(hidden, self.lm_head.weight).flatten(0, 1), targets.flatten()
+        )
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_a_read_that_is_computed_again_in_the_backward_is_told(copied):
+    model = Recomputing()
+    attached(model, copied)
+    texts = told_in(model, by_itself, 6)
+    assert len(texts) == 1
+    assert "lm_head" in texts[0]
+    assert "reads=True" in texts[0]
+    model = Recomputing()
+    attached(model, copied, reads=True)
+    assert told_in(model, by_itself, 6) == []
