@@ -1020,3 +1020,127 @@ class Excited(nn.Module):
 @pytest.mark.parametrize("bare", [False, True])
 def test_squeeze_and_excitation_is_no_feed_forward(maxima, bare):
     assert called(nn.Sequential(*[Excited(maxima, bare) for _ in range(2)])) == {}
+
+
+class Projected(nn.Module):
+    """Attention of four linears; what its class and its linears are called says nothing of it."""
+
+    def __init__(self, mask="tuple"):
+        super().__init__()
+        self.wq, self.wk, self.wv, self.wo = (nn.Linear(WIDTH, WIDTH) for _ in range(4))
+        self.mask = mask
+
+    def forward(self, x, memory=None):
+        memory = x if memory is None else memory
+        q, k, v = self.wq(x), self.wk(memory), self.wv(memory)
+        scores = q @ k.mT
+        n = x.shape[1]
+        if self.mask == "ones":
+            scores = scores.masked_fill(torch.tril(torch.ones(n, n)) == 0, -1e9)
+        if self.mask == "zeros":
+            scores = scores + torch.zeros(n, n, device=x.device).fill_(-1e9).triu(1)
+        return self.wo(scores.softmax(-1) @ v)
+
+
+class MultiHeadAttention(Projected):
+    pass
+
+
+class CrossAttention(Projected):
+    pass
+
+
+class Having(nn.Module):
+    """A block with attentions of a class, called by names, and a feed-forward."""
+
+    def __init__(self, cls, *names):
+        super().__init__()
+        self.attentions = names
+        for name in names:
+            self.add_module(name, cls())
+        self.norm, self.mlp = nn.LayerNorm(WIDTH), FeedForward()
+
+    def forward(self, x, memory=None):
+        for name in self.attentions:
+            given = (memory,) if name == self.attentions[-1] and name[-1] == "2" else ()
+            x = x + self.get_submodule(name)(self.norm(x), *given)
+        return x + self.mlp(x)
+
+
+@pytest.mark.parametrize("mask", ["ones", "zeros"])
+def test_sizes_that_torch_takes_one_by_one_are_read(mask):
+    found = called(nn.Sequential(*[nn.Sequential(Projected(mask)) for _ in range(2)]))
+    parts = {"wq": "attn.q", "wk": "attn.k", "wv": "attn.v", "wo": "attn.proj"}
+    assert found == {f"{n}.0.{name}": role for n in range(2) for name, role in parts.items()}
+    assert torch.ones is torch._C._VariableFunctions.ones
+
+
+@pytest.mark.parametrize(
+    ("cls", "names", "kinds"),
+    [
+        (Projected, ["attn", "temporal"], ["attn", "attn"]),
+        (Projected, ["self_attn", "cross"], ["attn", "cross_attn"]),
+        (MultiHeadAttention, ["multihead_attn"], ["attn"]),
+        (MultiHeadAttention, ["self_attn", "multihead_attn"], ["attn", "cross_attn"]),
+        (CrossAttention, ["attn1", "attn2"], ["attn", "cross_attn"]),
+        (CrossAttention, ["attn"], ["cross_attn"]),
+    ],
+)
+def test_attentions_of_one_class_are_known_beside_each_other(cls, names, kinds):
+    found = called(nn.ModuleList([Having(cls, *names) for _ in range(2)]))
+    for name, kind in zip(names, kinds, strict=True):
+        assert [found[f"1.{name}.{part}"] for part in ("wq", "wo")] == [f"{kind}.q", f"{kind}.proj"]
+
+
+class Encoder(nn.Module):
+    def __init__(self, name):
+        super().__init__()
+        self.name = name
+        self.add_module(name, nn.ModuleList([Having(Projected, "attn") for _ in range(2)]))
+
+    def forward(self, x):
+        for layer in self.get_submodule(self.name):
+            x = layer(x)
+        return x
+
+
+@pytest.mark.parametrize("name", ["attn_layers", "attention_blocks"])
+def test_a_list_of_layers_holds_blocks_whatever_else_its_name_says(name):
+    found = called(nn.ModuleDict({"encoder": Encoder(name), "decoder": Encoder("layers")}))
+    assert found[f"encoder.{name}.1.attn.wq"] == found["decoder.layers.1.attn.wq"] == "attn.q"
+    assert found[f"encoder.{name}.1.mlp.down"] == "ff.w2"
+
+
+class OfTime(Having):
+    def __init__(self, name):
+        super().__init__(Projected, "attn")
+        made = nn.Sequential(nn.Linear(4, WIDTH), nn.SiLU(), nn.Linear(WIDTH, WIDTH))
+        self.name = name
+        self.add_module(name, made)
+
+    def forward(self, x, t=None):
+        return super().forward(x + self.get_submodule(self.name)(t))
+
+
+@pytest.mark.parametrize("name", ["time_mlp", "pos_mlp", "head_mlp"])
+def test_an_mlp_of_times_or_positions_is_no_feed_forward(name):
+    found = called(nn.ModuleList([OfTime(name) for _ in range(2)]))
+    assert not [where for where in found if name in where]
+    assert found["1.mlp.down"] == "ff.w2"
+
+
+class MambaBlock(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.in_proj, self.out_proj = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        x, gate = self.in_proj(x).chunk(2, -1)
+        return self.out_proj(x.cumsum(1) * F.silu(gate))
+
+
+def test_a_mamba_called_mixer_is_one():
+    found = called(nn.ModuleList([Having(MambaBlock, "mixer"), Having(Projected, "attn")]))
+    assert found["0.mixer.in_proj"] == "mixer.in"
+    assert found["0.mixer.out_proj"] == "mixer.out"
+    assert found["1.attn.wq"] == "attn.q"

@@ -117,7 +117,7 @@ def _is_item(tree: Tree, name: str) -> bool:
         return False
     if isinstance(module, LISTS) and not isinstance(module, nn.Sequential):
         return False
-    held = last(around)
+    held = naming.of_list(last(around))
     names = (held, key) if not key.isdigit() else (held,)
     for step in names:
         if naming.sublayer(step, class_of(module))[0] is not None:

@@ -13,7 +13,7 @@ from torch import nn
 from ..._modules.kinds import Kind, kind_of
 from ...names import dotted, join, last, parent
 from . import naming
-from .blocks import Tree, class_of
+from .blocks import LISTS, Tree, class_of
 from .flow import Flow, Node, holds_many, is_node, is_norm, outputs, trace, upstream, walk
 
 Decision = tuple[str, str]  # a role, the reason
@@ -123,6 +123,34 @@ class Block:
                 kinds[name] = self.scopes.setdefault(scope.name, scope)
             if kinds[name] is not None:
                 self.scope_of[name] = kinds[name]  # type: ignore[assignment]
+        self._find_more_attentions()
+        self._look_at_crosses()
+
+    def _find_more_attentions(self) -> None:
+        """Let modules of the class of an attention be attentions too, whatever their names are."""
+        own = [s for s in self.scopes.values() if s.kind in ("attn", "cross_attn")]
+        first = {type(self.modules[s.name]): s for s in reversed(own) if s.name in self.modules}
+        for name, module in [*self.modules.items()][1:]:
+            like = None if name in self.scope_of else first.get(type(module))
+            if like is None or is_node(module) or isinstance(module, LISTS):
+                continue
+            kind = "cross_attn" if naming.CROSS.search(name) else "attn"
+            scope = Scope(kind, name, f"its class is that of {like.name!r}")
+            self.scopes[name] = scope
+            for each in (name, *self.inside(name)):
+                self.scope_of[each] = scope
+                scope.linears += [each] if kind_of(self.modules[each]) is not None else []
+
+    def _look_at_crosses(self) -> None:
+        """Correct what a name says of an attention that is alone, and a class that all have."""
+        own = [s for s in self.scopes.values() if s.kind in ("attn", "cross_attn")]
+        names = [s for s in own if naming.CROSS.search(s.name)]
+        of_class = {s.name: class_of(self.modules[s.name]) for s in own if s.name in self.modules}
+        if not own or names or own[0].kind == "attn":
+            return
+        alone = len(own) == 1 and not naming.CROSS_CLASS.search(of_class.get(own[0].name, ""))
+        if alone or (len(own) > 1 and len({*of_class.values()}) == 1):
+            own[0].kind = "attn"
 
     def _scope(self, name: str, module: nn.Module, around: Scope | None) -> Scope | None:
         """Return the scope that a module itself begins; None if it begins none."""

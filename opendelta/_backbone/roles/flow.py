@@ -8,11 +8,13 @@ has all attributes of its module but the weights.
 
 from __future__ import annotations
 
+import contextlib
 import dis
 import functools
 import inspect
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from types import CodeType, FrameType
 from typing import Any
@@ -34,6 +36,8 @@ LIMIT = 40_000  # steps of one run; a longer run is a loop that does not end on 
 SIZES = re.compile(r"size|dim|numel|stride|new_.*|(?:zeros|ones|empty|full|rand|randn)_like")
 LIKE = {"type_as", "to", "view_as", "expand_as", "reshape_as"}  # their arguments are no inputs
 OPTIONAL = re.compile(r"past|cache|state_dict|mask|output_|return_|use_|labels|_state$|params|bias")
+FACTORIES = ("empty", "ones", "rand", "randn", "zeros")  # that take sizes one by one
+_PATCHED = threading.RLock()
 FED = re.compile(r"hidden|embed|state|query|key|value|memory|rotary|rope|freq|cos|sin|position|seq")
 
 
@@ -375,7 +379,8 @@ def trace(block: nn.Module) -> list[Flow]:
     made = copied(block, layers=False) or block
     for choose in (_likely, _needed, _all):
         flow = Flow()
-        with kept_random(), ignored_warnings(), Restoring(), putting_back(made.modules()):
+        kept = putting_back(made.modules())
+        with kept_random(), ignored_warnings(), Restoring(), kept, _taking_sizes():
             try:
                 flow.outputs = _run(made, flow, choose)
             except Exception as error:  # code may do anything with stand-ins
@@ -384,6 +389,32 @@ def trace(block: nn.Module) -> list[Flow]:
         if not flow.failure and _has_all(flow, made):
             break
     return sorted(flows, key=lambda flow: bool(flow.failure))
+
+
+@contextlib.contextmanager
+def _taking_sizes() -> Iterator[None]:
+    """Let `torch.ones(n, n)` and the like take stand-ins for sizes, as `torch.ones((n, n))` does.
+
+    Torch looks at the first size before it asks a stand-in. For all others they are as they were.
+    """
+
+    def taking(make: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(make)
+        def made(*args: Any, **kwargs: Any) -> Any:
+            several = len(args) > 1 and any(isinstance(each, Value) for each in args)
+            return make(args, **kwargs) if several else make(*args, **kwargs)
+
+        return made
+
+    with _PATCHED:
+        own = {name: getattr(torch, name) for name in FACTORIES}
+        try:
+            for name, make in own.items():
+                setattr(torch, name, taking(make))
+            yield
+        finally:
+            for name, make in own.items():
+                setattr(torch, name, make)
 
 
 def _has_all(flow: Flow, block: nn.Module) -> bool:

@@ -21,7 +21,8 @@ BESIDE = OUT | {
     "head", "in", "latent", "layer", "layout", "lin", "linear", "mqa", "project", "rope", "text",
     "to", "up", "vision", "w", "with", "2",
 }  # fmt: skip
-CROSS = re.compile(r"cross|encoder_?attn|enc_?dec|multihead_attn|(?:src|context|memory)_att", re.I)
+CROSS = re.compile(r"cross|encoder_?attn|enc_?dec|(?:src|context|memory)_att", re.I)
+BESIDE_ANOTHER = "multihead_attn"  # a cross-attention, where another attention is beside it
 CROSS_CLASS = re.compile(r"Cross(?!Encoder)|EncDec|EncoderDecoderAtt")
 MIXER = re.compile(
     r"(?:Mixer|GatedDelta(?:Net)?|DeltaAttention|DeltaNet|LinearAttention|LightningAttention|"
@@ -40,6 +41,8 @@ OTHER = {
     "laurel", "ple", "aligner", "merger", "sampler", "ada", "adaln", "modulation", "adapter",
     "pooler", "conditioning",
 }  # fmt: skip
+OF_ALL = {"time", "timestep", "temb", "pos", "cond", "head"}  # an mlp of these is of no tokens
+LISTED = {"layers", "blocks"}
 FIRST = {"1", "0", "in", "up", "wi", "intermediate", "inter", "fc", "key"}
 LAST = {"2", "out", "down", "wo", "output", "proj", "value"}
 BARE = re.compile(
@@ -56,7 +59,12 @@ def tokens(name: str) -> list[str]:
 
 def is_cross(name: str, cls: str) -> bool:
     """True if an attention is a cross-attention, by its name and class."""
-    return bool(CROSS.search(name) or CROSS_CLASS.search(cls))
+    return bool(CROSS.search(name) or CROSS_CLASS.search(cls) or BESIDE_ANOTHER in name)
+
+
+def of_list(name: str) -> str:
+    """Return what the name of a list says of its items: nothing if it says that they are blocks."""
+    return "" if {*tokens(name)[-1:]} & LISTED else name
 
 
 def common_words(one: list[str], other: list[str]) -> int:
@@ -96,6 +104,10 @@ def sublayer(
     if kind[-1:] in (["layer"], ["block"]) and {*kind[-2:-1]} & FEED_FORWARD:
         return "ff", by_class
     by_name = f"its name {name!r}"
+    if "mixer" in words and {"mamba", "ssm"} & {*kind}:
+        return "mixer", by_class
+    if words & {"mlp", "mlps"} and words & OF_ALL:
+        return "other", by_name
     if {"linear", "attn"} <= words or words & {"mamba", "ssm", "mlstm"}:
         return "mixer", by_name
     if words & ATTENTION and not words & {"norm", "dropout"}:
