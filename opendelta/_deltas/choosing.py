@@ -280,6 +280,8 @@ def _acting_sites(
     """
     sites = (_acting_at(backbone, name, config, layer_class) for name in names)
     acting = [site for site in sites if site is not None]
+    if not acting and not any(kinds_of(backbone, n) & {*layer_class.kinds} for n in names):
+        return names  # they are refused by their kind
     if not acting:
         raise AddressError(
             f"the modules that {list(wanted)} selects are never called, or return something else "

@@ -6,15 +6,15 @@ import functools
 import re
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 
 from torch import nn
 
 from ..._modules.kinds import Kind, kind_of
 from ...names import dotted, join, last, parent
 from . import naming
-from .blocks import LISTS, Tree, class_of
+from .blocks import Tree, class_of
 from .flow import Flow, Node, holds_many, is_node, is_norm, outputs, trace, upstream, walk
+from .scopes import Scope, find_more_attentions, look_at_crosses
 
 Decision = tuple[str, str]  # a role, the reason
 INNER = {"q", "k", "v", "qkv", "kv", "in", "w1", "gate", "gate_up"}
@@ -27,36 +27,6 @@ PLACED = re.compile(r"rope|rotary|cos|sin|freq|position|mask", re.I)
 MIXING = re.compile(r"matmul|mm$|einsum|^linear$|attention|attn")
 ROUTER = {"router", "gate", "gating"}
 SHARES = re.compile(r"sigmoid|softmax", re.I)  # what makes a gate, or shares, of values
-
-
-@dataclass
-class Scope:
-    """A module that holds one sublayer.
-
-    Attributes:
-        kind: attn, cross_attn, ff, mixer or other.
-        name: its name, relative to the block. For a sublayer without a module of its own: the
-            common part of its modules' names with a "*", such as "*" in BERT.
-        reason: the evidence for `kind`.
-        outer: the scope around it.
-        linears: its linear modules, without the linear modules of a scope inside it.
-    """
-
-    kind: str
-    name: str
-    reason: str
-    outer: Scope | None = None
-    linears: list[str] = field(default_factory=list)
-
-    @property
-    def label(self) -> str:
-        """Return the scope's name in messages."""
-        return self.name.rstrip("*") or "the block"
-
-    @property
-    def sublayer(self) -> str:
-        """Return the kind of the sublayer that the scope is a part of."""
-        return self.kind if self.kind != "other" or self.outer is None else self.outer.sublayer
 
 
 class Block:
@@ -123,34 +93,8 @@ class Block:
                 kinds[name] = self.scopes.setdefault(scope.name, scope)
             if kinds[name] is not None:
                 self.scope_of[name] = kinds[name]  # type: ignore[assignment]
-        self._find_more_attentions()
-        self._look_at_crosses()
-
-    def _find_more_attentions(self) -> None:
-        """Let modules of the class of an attention be attentions too, whatever their names are."""
-        own = [s for s in self.scopes.values() if s.kind in ("attn", "cross_attn")]
-        first = {type(self.modules[s.name]): s for s in reversed(own) if s.name in self.modules}
-        for name, module in [*self.modules.items()][1:]:
-            like = None if name in self.scope_of else first.get(type(module))
-            if like is None or is_node(module) or isinstance(module, LISTS):
-                continue
-            kind = "cross_attn" if naming.CROSS.search(name) else "attn"
-            scope = Scope(kind, name, f"its class is that of {like.name!r}")
-            self.scopes[name] = scope
-            for each in (name, *self.inside(name)):
-                self.scope_of[each] = scope
-                scope.linears += [each] if kind_of(self.modules[each]) is not None else []
-
-    def _look_at_crosses(self) -> None:
-        """Correct what a name says of an attention that is alone, and a class that all have."""
-        own = [s for s in self.scopes.values() if s.kind in ("attn", "cross_attn")]
-        names = [s for s in own if naming.CROSS.search(s.name)]
-        of_class = {s.name: class_of(self.modules[s.name]) for s in own if s.name in self.modules}
-        if not own or names or own[0].kind == "attn":
-            return
-        alone = len(own) == 1 and not naming.CROSS_CLASS.search(of_class.get(own[0].name, ""))
-        if alone or (len(own) > 1 and len({*of_class.values()}) == 1):
-            own[0].kind = "attn"
+        find_more_attentions(self)
+        look_at_crosses(self)
 
     def _scope(self, name: str, module: nn.Module, around: Scope | None) -> Scope | None:
         """Return the scope that a module itself begins; None if it begins none."""

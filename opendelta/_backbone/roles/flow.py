@@ -31,14 +31,13 @@ from ..._modules.kinds import ACROSS_CHANNELS, Norm, kind_of
 from ..._modules.process import ignored_warnings, kept_random
 from ..._sites.swap import plain_class
 from ...names import SLOT, computes_weight, join
+from . import given
 
 LIMIT = 40_000  # steps of one run; a longer run is a loop that does not end on stand-ins
 SIZES = re.compile(r"size|dim|numel|stride|new_.*|(?:zeros|ones|empty|full|rand|randn)_like")
 LIKE = {"type_as", "to", "view_as", "expand_as", "reshape_as"}  # their arguments are no inputs
-OPTIONAL = re.compile(r"past|cache|state_dict|mask|output_|return_|use_|labels|_state$|params|bias")
 FACTORIES = ("empty", "ones", "rand", "randn", "zeros")  # that take sizes one by one
 _PATCHED = threading.RLock()
-FED = re.compile(r"hidden|embed|state|query|key|value|memory|rotary|rope|freq|cos|sin|position|seq")
 
 
 class Node:
@@ -377,7 +376,7 @@ def trace(block: nn.Module) -> list[Flow]:
     """
     flows = []
     made = copied(block, layers=False) or block
-    for choose in (_likely, _needed, _all):
+    for choose in (given.likely, given.needed, given.every_one):
         flow = Flow()
         kept = putting_back(made.modules())
         with kept_random(), ignored_warnings(), Restoring(), kept, _taking_sizes():
@@ -420,22 +419,6 @@ def _taking_sizes() -> Iterator[None]:
 def _has_all(flow: Flow, block: nn.Module) -> bool:
     norms = (n for n, m in block.named_modules() if is_norm(m) and not computes_weight(n))
     return all(name in flow.calls for name in norms)
-
-
-def _likely(parameter: inspect.Parameter, first: bool) -> bool:
-    """True for an argument that a block usually gets: hidden states, positions; no cache, mask."""
-    name, needed = parameter.name, parameter.default is parameter.empty
-    if OPTIONAL.search(name):
-        return first
-    return needed or first or (parameter.default is None and FED.search(name) is not None)
-
-
-def _needed(parameter: inspect.Parameter, first: bool) -> bool:
-    return first or parameter.default is parameter.empty
-
-
-def _all(parameter: inspect.Parameter, first: bool) -> bool:
-    return first or not isinstance(parameter.default, bool | str)
 
 
 def _run(block: nn.Module, flow: Flow, choose: Callable[..., bool]) -> set[Node]:
