@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,14 +11,12 @@ from torch import nn
 from .._backbone.backbone import Backbone
 from .._backbone.shapes import PROBING
 from .._layers.base import DeltaLayer
-from .._modules.kinds import Embedding, kind_of
 from .._sites import swap
 from .._sites.noting import uses_of, when_gradients_come
 from .._sites.stack import Stack, acting_on
 from ..errors import UnreachedWarning, listed, warn
 from ..names import SLOT, join
 from .head_watch import is_compiled, take_away, trains
-from .uses import tell_of_reader
 
 FORWARDS = 6  # that train, in which a layer that ran before may be missed
 LAST = 12  # in which a module that was missed may be read
@@ -29,8 +26,7 @@ class TrainingWatch:
     """Hooks on a model that look at its first forwards that train.
 
     They find the sites whose layers ran before, and not in such a forward. From then on these note
-    whether code reads them, in the forward or before gradients come back to its output. Embeddings
-    that are called note whether a loss reads them then, too.
+    whether code reads them, in the forward or before gradients come back to its output.
     """
 
     def __init__(self) -> None:
@@ -38,8 +34,6 @@ class TrainingWatch:
         self.without = False  # the last output takes no gradients, as if nothing trained
         self.ran: dict[str, set[str]] = {}
         self.silent: dict[str, tuple[int, int]] = {}  # {site: reads and gradients that are known}
-        self.tables: dict[str, int] = {}  # {embedding: reads that are known}
-        self.told: set[str] = set()  # embeddings
 
     def __call__(self, model: nn.Module, _args: Any, *output: Any) -> None:
         if torch.compiler.is_compiling() or PROBING.get() or not trains(model):
@@ -51,25 +45,12 @@ class TrainingWatch:
         self.count += 1
         for where in [w for w in self.silent if uses_of(backbone.stacks[w]).called]:
             del self.silent[where]
-        if self.count <= FORWARDS:
-            self.tables = {
-                where: _known(stack)[0] for where, stack in self._called_tables(backbone)
-            }
         judge = functools.partial(self._judge, model)
-        gradients = bool(self.silent or self.tables) and when_gradients_come(output, judge)
-        self.without = bool(self.silent) and not gradients
+        self.without = bool(self.silent) and not when_gradients_come(output, judge)
         if self.without:
             judge()
         if self.count <= FORWARDS:
             self._find(backbone)
-
-    def _called_tables(self, backbone: Backbone) -> Iterator[tuple[str, Stack]]:
-        """Yield the embeddings with layers that act; from now on they note who reads them."""
-        for where, stack in backbone.stacks.items():
-            site = backbone.modules[where]
-            fits = isinstance(kind_of(site), Embedding) and not swap.weight_is_read(site, False)
-            if fits and where not in self.told and _acting(stack) and swap.note_uses(site):
-                yield where, stack
 
     def _begin(self, backbone: Backbone) -> None:
         """Begin a forward; what has been read since the last backward pass does not count."""
@@ -108,7 +89,6 @@ class TrainingWatch:
     def _judge(self, model: nn.Module) -> None:
         """Warn of sites that have been read, and got no gradient in calls."""
         backbone = Backbone.of(model)
-        self._judge_tables(backbone)
         read: list[str] = []
         shown = True
         for where, (reads, reached) in [*self.silent.items()]:
@@ -129,17 +109,6 @@ class TrainingWatch:
                 "if that code only looks at the weight, as a penalty does, all is well",
                 UnreachedWarning,
             )
-
-    def _judge_tables(self, backbone: Backbone) -> None:
-        """Warn of embeddings that have been read since their forward."""
-        stacks = backbone.stacks
-        read = [w for w, n in self.tables.items() if w in stacks and _known(stacks[w])[0] > n]
-        for where in read:
-            del self.tables[where]
-            self.told.add(where)
-            reader = f"code beside the forward of {type(backbone.model).__name__}, such as a loss,"
-            for layer in _acting(stacks[where])[-1:]:
-                tell_of_reader(where, backbone.modules[where], layer, reader)
 
 
 def _acting(stack: Stack) -> list[DeltaLayer]:

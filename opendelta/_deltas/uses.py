@@ -50,26 +50,16 @@ def warn_if_read(backbone: Backbone, delta: BaseDelta) -> None:
         module = backbone.modules[name]
         if delta.config.reads or swap.weight_is_read(module, False):
             continue
-        if reading.is_called_and_read(backbone, name):
-            tell_of_reader(name, module, layer, type(backbone.modules[parent(name)]).__name__)
-
-
-def tell_of_reader(name: str, module: nn.Module, layer: DeltaLayer, reader: str) -> None:
-    """Warn that other code reads the weight of a module that a layer changes in calls of it.
-
-    Args:
-        name: the full name of the module.
-        reader: what reads it, in words.
-    """
-    if not _changes_weight(layer, module):
-        return
-    shown = layer.stand_in is not None or swap.shows_weight(module)
-    ways = "reads=True" if shown else f"modules_to_save=[{name!r}] and reads=True"
-    warn(
-        f"{layer.record.name!r} on {name!r} acts in calls of it alone, and {reader} reads its "
-        f"weight too: attach with {ways} to change both uses; if one use was meant, all is well",
-        TiedWeightWarning,
-    )
+        if not reading.is_called_and_read(backbone, name) or not _changes_weight(layer, module):
+            continue
+        shown = layer.stand_in is not None or swap.shows_weight(module)
+        ways = "reads=True" if shown else f"modules_to_save=[{name!r}] and reads=True"
+        warn(
+            f"{delta.name!r} on {name!r} acts in calls of it alone, and "
+            f"{type(backbone.modules[parent(name)]).__name__} reads its weight too: attach with "
+            f"{ways} to change both uses; if one use was meant, all is well",
+            TiedWeightWarning,
+        )
 
 
 def _changes_weight(layer: DeltaLayer, module: nn.Module) -> bool:

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 
-from .kept import putting_back
+from .kept import kept_on_parameters, putting_back
 from .process import eager, ignored_warnings, kept_random_beside, silent_fakes
 from .tensors import is_dense, memory_of
 
@@ -104,9 +104,13 @@ def on_shapes(*modules: nn.Module) -> Iterator[Shapes]:
     Args:
         modules: those whose code runs; what it keeps elsewhere is put back, see `putting_back`.
     """
-    kept = putting_back(part for module in modules for part in module.modules())
+    parts = [part for module in modules for part in module.modules()]
+    kept = putting_back(parts)
     # eager: the compiler takes no such mode
-    with silent_fakes(), ignored_warnings(), kept_random_beside(), kept, eager(), Shapes() as mode:
+    with (
+        silent_fakes(), ignored_warnings(), kept_random_beside(), kept, kept_on_parameters(parts),
+        eager(), Shapes() as mode,
+    ):  # fmt: skip
         yield mode
 
 
@@ -123,9 +127,11 @@ class Restoring(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = [t for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)]
-        if func._schema.is_mutable or "batch_norm" in func._schema.name:
-            for tensor in given:  # of a batch norm's statistics the schema does not tell
-                self._keep(tensor)
+        written = given if func._schema.is_mutable else []
+        if "batch_norm" in func._schema.name:  # of its statistics the schema does not tell
+            written = [t for t in args[3:5] if isinstance(t, Tensor)]
+        for tensor in written:
+            self._keep(tensor)
         out = func(*args, **(kwargs or {}))
         known = {memory_of(tensor) for tensor in given}
         for tensor in tree_iter(out):

@@ -39,18 +39,15 @@ _UNSET: Any = object()
 
 
 @contextlib.contextmanager
-def putting_back(modules: Iterable[nn.Module], others: bool = False) -> Iterator[None]:
+def putting_back(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Put back, at the end, what users' hooks on `modules` and on all modules keep.
 
     So it is with what forwards keep, in the only thread. Where others may run forwards meanwhile,
     of what those keep stand-ins alone leave. But random generators are put back, whoever holds
     them, as those of the process are; so are torch's default dtype and its grad mode.
-
-    Args:
-        others: attributes of modules of nobody's own are put back, too.
     """
     modules = [*modules]
-    hooked, own = by_hooks(modules), by_forwards(modules, others)
+    hooked, own = by_hooks(modules), by_forwards(modules)
     kept = _Before([*hooked.values()]), _Before([v for key, v in own.items() if key not in hooked])
     drawn, alone = as_drawn([*hooked.values(), *own.values()]), _is_alone()
     settings = torch.get_default_dtype(), torch.is_grad_enabled(), dict(os.environ)
@@ -62,6 +59,21 @@ def putting_back(modules: Iterable[nn.Module], others: bool = False) -> Iterator
             put_back()
         kept[0].put_back(_always)
         kept[1].put_back(_always if alone and _is_alone() else leads_to_stand_in)
+
+
+@contextlib.contextmanager
+def kept_on_parameters(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Put back what runs of copies of modules change in attributes of parameters that they share.
+
+    A parameter of bitsandbytes gives its numbers to the first module that runs.
+    """
+    own = [p for m in modules for p in m._parameters.values() if p is not None]
+    special = [(p, dict(vars(p))) for p in own if type(p) is not nn.Parameter and vars(p)]
+    try:
+        yield
+    finally:
+        for parameter, had in special:
+            vars(parameter).update(had)
 
 
 def _put_back_settings(dtype: torch.dtype, gradients: bool, environ: dict[str, str]) -> None:

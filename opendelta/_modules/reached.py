@@ -16,7 +16,6 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as of_all
 from torch.utils.hooks import RemovableHandle
 
-from ..names import SLOT
 from .holding import SIMPLE, TABLES, held_in, is_foreign
 from .hooks import OTHERS, is_users
 from .writing import LIBRARIES, package_of, words_of
@@ -46,19 +45,11 @@ def by_hooks(modules: list[nn.Module]) -> dict[int, Any]:
     return {id(value): value for value in _reached(filter(is_users, hooks))}
 
 
-def by_forwards(modules: list[nn.Module], others: bool = False) -> dict[int, Any]:
-    """Return {id: value} of what the forwards of modules of somebody's own reach.
-
-    Args:
-        others: the attributes of all modules but ours too, as code around them may set those.
-    """
+def by_forwards(modules: list[nn.Module]) -> dict[int, Any]:
+    """Return {id: value} of what the forwards of modules of somebody's own reach."""
     classes = dict.fromkeys(cls for kind in {*map(type, modules)} for cls in kind.__mro__)
-    own = [m for m in modules if is_own(type(m)) or (others and not _is_ours(m))]
+    own = [module for module in modules if is_own(type(module))]
     return {id(value): value for value in _reached([*filter(is_own, classes), *own])}
-
-
-def _is_ours(module: nn.Module) -> bool:
-    return type(module).__module__.startswith("opendelta.") and SLOT not in module._modules
 
 
 def leads_to_stand_in(value: Any) -> bool:

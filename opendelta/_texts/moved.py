@@ -35,7 +35,6 @@ ROW, TOKENS = "rows", "tokens"  # what is moved
 LATENTS = "latents"  # what a site has instead of tokens
 PAD = 2  # tokens of padding
 WIDTHS = 3  # that embeddings may have
-LONGER = 97, 23, LENGTH - 1  # lengths of other rows, as far as a table of positions reaches
 LENGTHS = re.compile(r"(^|_)len(gth)?s?$")
 # The arguments of rows and of booleans that are false for padding.
 Call = Callable[[Tensor, Tensor], dict[str, Any]]
@@ -134,21 +133,29 @@ def _tried(
 def _latents(
     before: dict[str, Tensor], rows: Tensor, call: Call, run: Callable[..., Any]
 ) -> dict[str, str]:
-    """Return `LATENTS` for sites of several positions, as many in rows of another length."""
+    """Return `LATENTS` for sites of several positions, as many in rows of one token more.
+
+    That token counts there: it does not where a model cuts its rows. One that makes rows longer, up
+    to a multiple or to its longest, has more positions then, or does not run.
+    """
     several = {n: out for n, out in before.items() if out.ndim > 2 and out.size(1) > 1}
-    own = {name: out for name, out in several.items() if out.size(0) == ROWS}
-    for length in LONGER if own else ():
-        longer = torch.cat([rows] * (1 + length // LENGTH), 1)[:, :length]
+    own = {name: out.size(1) for name, out in several.items() if out.size(0) == ROWS}
+    found: dict[str, str] = {}
+    for count in {*own.values()}:
+        longer = torch.cat([rows] * (2 + count // LENGTH), 1)[:, : count + 1]
+        shown = longer.new_ones(longer.shape[:2], dtype=torch.bool)
         try:
-            after, _ = run((), call(longer, longer.new_ones(longer.shape[:2], dtype=torch.bool)))
+            one, other = (run((), call(longer[:, :n], shown[:, :n]))[0] for n in (count, count + 1))
         except Exception:  # as a table of positions ends before
             continue
-        return {
-            name: LATENTS
-            for name in own.keys() & after.keys()
-            if after[name].shape == own[name].shape
-        }
-    return {}
+        both = [n for n in one.keys() & other.keys() if own.get(n) == count == one[n].size(1)]
+        found |= {n: LATENTS for n in both if _has_as_many(one[n], other[n])}
+    return found
+
+
+def _has_as_many(one: Tensor, other: Tensor) -> bool:
+    """True if results have the same form, and other values."""
+    return one.shape == other.shape and differ(one, other)
 
 
 def _what(one: Tensor, other: Tensor, row: int, place: int) -> str:

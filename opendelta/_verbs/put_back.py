@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .._backbone.backbone import Backbone
 from .._modules.hooks import is_users
 from .._modules.process import kept_random
-from .._modules.tensors import is_partitioned
+from .._modules.tensors import is_dense, is_partitioned
 
 PACKED = 2**20  # a larger buffer of whole numbers holds packed weights: no forward changes them
 
@@ -24,7 +24,7 @@ def put_back(backbone: Backbone) -> Iterator[None]:
     """
     modules = [m for m in backbone.model.modules() if not isinstance(m, torch.jit.ScriptModule)]
     before = [_remembered(module) for module in modules]
-    tables = [(m._buffers, k, b) for m in backbone.model.modules() for k, b in m._buffers.items()]
+    tables = [(m._buffers, k, b) for m in modules for k, b in m._buffers.items()]
     copies = {
         id(b): (b, b.detach().clone())
         for _, _, b in tables
@@ -36,7 +36,7 @@ def put_back(backbone: Backbone) -> Iterator[None]:
         finally:
             with torch.no_grad():
                 for buffer, copy in copies.values():
-                    if not torch.equal(buffer, copy):
+                    if buffer.layout is not torch.strided or not torch.equal(buffer, copy):
                         buffer.copy_(copy)
             for table, key, was in tables:
                 if table.get(key) is not was:
@@ -50,6 +50,7 @@ def _remembered(module: nn.Module) -> Callable[[], None]:
     own = module.__dict__
     children, training = dict(module._modules), module.training
     parameters = [p for p in module._parameters.values() if p is not None]
+    parameters = [p for p in parameters if p.is_leaf]  # others are given by functional_call
     had = [(p.requires_grad, p.grad, p.data) for p in parameters]
     tables = [(table, {*table}) for table in (module._parameters, module._buffers)]
     hooks = [
@@ -82,5 +83,8 @@ def _remembered(module: nn.Module) -> Callable[[], None]:
 
 def _is_replaced(parameter: nn.Parameter, data: Tensor) -> bool:
     """True if a parameter has other memory than its `data` before, and nobody shards it."""
-    plain = type(parameter) is nn.Parameter and not is_partitioned(parameter)
-    return plain and parameter.data_ptr() != data.data_ptr()
+    if type(parameter) is not nn.Parameter or is_partitioned(parameter) or not is_dense(data):
+        return False
+    now = parameter.data
+    same = now.data_ptr() == data.data_ptr() and now.stride() == data.stride()
+    return not same or now.shape != data.shape

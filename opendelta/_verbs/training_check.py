@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +22,6 @@ from .._deltas import buffers
 from .._deltas.first_forward import not_called, unreached_in
 from .._layers.seen import Seen, together
 from .._layers.selection import OpenBlock
-from .._modules.faking import Restoring
 from .._modules.kept import putting_back
 from .._modules.process import eager
 from .._modules.tensors import lasting, size
@@ -189,8 +187,8 @@ def check(
     A compiled model runs eagerly. One that leaves out layers at random, by layer drop, runs a few
     times more. Gradients, buffers such as BatchNorm's statistics, random number generators, modes
     and parts of modules are afterwards as they were, and so is what the forward and hooks keep
-    beside them, unless another thread may run forwards. With a batch, what the forward of a sharded
-    model itself writes into parameters stays.
+    beside them, unless another thread may run forwards. With a batch, what the forward itself
+    writes into parameters stays, as a momentum encoder's values do.
 
     Args:
         batch: the arguments of the forward: by keyword in a mapping, by position in a sequence, or
@@ -257,6 +255,8 @@ def _settled(plain: nn.Module, sample_inputs: Samples | None) -> Backbone:
         raise DeltaError(f"{type(plain).__name__} carries no delta, so there is nothing to check")
     sharding.settle(backbone)  # a gathered tensor has the dtype in which the model computes
     sharding.check_uniform(backbone)
+    buffers.require_values(backbone)
+    shapes.require_sizes(backbone)
     return backbone
 
 
@@ -302,8 +302,6 @@ def _run(
         seen: gets the weights of blocks.
         losses: gets the losses that are no numbers.
     """
-    buffers.require_values(backbone)
-    shapes.require_sizes(backbone)
     watched = OpenBlock(watchers={record.shared: seen for record in backbone.records()})
     check_inputs("batch", batch)
     why = gradients.no_backward(backbone)
@@ -325,7 +323,8 @@ def _run(
                 stack.ran.clear()
             before = buffers.copies(backbone)
             seen.begin()
-            with _leaving_all(backbone), torch.set_grad_enabled(why is None), eager(), watched:
+            kept = putting_back(backbone.model.modules())
+            with put_back(backbone), kept, torch.set_grad_enabled(why is None), eager(), watched:
                 args, kwargs = of_samples(batch)
                 run = functools.partial(backbone.model, *args, **kwargs)
                 look(output := run())
@@ -336,15 +335,6 @@ def _run(
         PROBING.reset(token)
     missed, (without, problem) = results
     return missed, without, [problem] if problem else []
-
-
-@contextlib.contextmanager
-def _leaving_all(backbone: Backbone) -> Iterator[None]:
-    """Put back all that a forward of the model changes; but FSDP2 writes to its parameters."""
-    kept = putting_back(backbone.model.modules(), others=True)
-    written = contextlib.nullcontext() if sharding.has_units(backbone) else Restoring()
-    with put_back(backbone), kept, written:
-        yield
 
 
 def _settle(

@@ -45,7 +45,7 @@ class WithPlaces(Reader):
 
     def __init__(self, latents):
         super().__init__(latents)
-        self.places = nn.Embedding(LENGTH, 16)
+        self.places = nn.Embedding(2 * LENGTH, 16)
 
     def forward(self, x, attention_mask=None):
         places = torch.arange(x.size(1), device=x.device)
@@ -121,9 +121,18 @@ def test_gates_mean_latents_without_the_mask_of_tokens(form, latents):
         model(rows, mask)
 
 
+class Cut(Padded):
+    """Makes all its rows as long."""
+
+    def forward(self, input_ids, attention_mask=None):
+        ids = nn.functional.pad(input_ids, (0, LENGTH))[:, :LENGTH]
+        return self.fc(self.embed(ids))
+
+
 @pytest.mark.covers("LoReftModel")
-def test_rows_that_a_model_makes_longer_are_tokens():
-    model = Padded().eval()
+@pytest.mark.parametrize("form", [Padded, Cut])
+def test_rows_that_a_model_makes_longer_or_shorter_are_tokens(form):
+    model = form().eval()
     delta = LoReftModel(model, modified_modules=["fc"], last=1)
     with torch.no_grad():
         delta.layers["fc"].learned_source.bias.fill_(1.0)

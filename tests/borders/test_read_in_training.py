@@ -318,49 +318,6 @@ def test_an_adapter_and_modules_that_are_called_alone_are_not_told_of():
     assert told_when_attaching(lambda: LoraModel(Symmetric(), modified_modules=["body"])) == []
 
 
-class Recommender(nn.Module):
-    """Its table gives the items of a row; the scores of all items are read from it."""
-
-    def __init__(self):
-        super().__init__()
-        self.items, self.mlp = nn.Embedding(40, 16), nn.Linear(16, 16)
-
-    def forward(self, ids):
-        return self.mlp(self.items(ids)).relu()
-
-
-def scores(model):
-    return F.cross_entropy((model(IDS) @ model.items.weight.T).flatten(0, 1), IDS.flatten())
-
-
-def looked_at(model):
-    model.items.weight.norm()
-    return model(IDS).to(model.items.weight.device).square().mean()
-
-
-@pytest.mark.parametrize(
-    ("step", "options", "told"),
-    [
-        (scores, {"modified_modules": ["items"]}, 1),
-        (scores, {"modified_modules": ["items", "mlp"]}, 1),
-        (scores, {"modified_modules": ["mlp"], "modules_to_save": ["items"], "reads": True}, 0),
-        (scores, {"modified_modules": ["mlp"]}, 0),
-        (looked_at, {"modified_modules": ["items"]}, 0),
-    ],
-)
-def test_a_table_that_a_loss_beside_the_forward_reads_is_told_once(step, options, told):
-    model = Recommender()
-    LoraModel(model, **options).freeze_module()
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for _ in range(15):
-            step(model).backward()
-    assert [each.category for each in caught] == [TiedWeightWarning] * told
-    assert not model._forward_hooks
-    for each in caught:
-        assert "attach with modules_to_save=['items'] and reads=True" in str(each.message)
-
-
 class Recomputing(Chunked):
     """Its loss is computed again in the backward, where gradients are on for the first time."""
 

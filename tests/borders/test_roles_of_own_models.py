@@ -1144,3 +1144,20 @@ def test_a_mamba_called_mixer_is_one():
     assert found["0.mixer.in_proj"] == "mixer.in"
     assert found["0.mixer.out_proj"] == "mixer.out"
     assert found["1.attn.wq"] == "attn.q"
+
+
+class SelfGated(nn.Module):
+    """What its feed-forward gives has an activation at the end, written out."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(WIDTH, 16), nn.Linear(16, WIDTH)
+
+    def forward(self, x):
+        y = self.fc2(self.fc1(x).relu())
+        return x + y * torch.sigmoid(y)
+
+
+def test_an_activation_behind_a_feed_forward_is_no_gate():
+    found = called(nn.ModuleList([SelfGated(), SelfGated()]))
+    assert (found["1.fc1"], found["1.fc2"]) == ("ff.w1", "ff.w2")

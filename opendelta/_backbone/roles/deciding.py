@@ -26,7 +26,7 @@ PLACED = re.compile(r"rope|rotary|cos|sin|freq|position|mask", re.I)
 # What a feed-forward has not between its linears: attention, and weights that are bare parameters.
 MIXING = re.compile(r"matmul|mm$|einsum|^linear$|attention|attn")
 ROUTER = {"router", "gate", "gating"}
-SHARES = re.compile(r"sigmoid|softmax", re.I)  # what makes a gate, or shares, of values
+GATES = re.compile(r"(hard_?)?sigmoid_?", re.I)
 
 
 class Block:
@@ -270,7 +270,7 @@ def _gives_back(block: Block, end: str, first: list[str]) -> bool:
 def _is_gate(block: Block, name: str) -> bool:
     """True if what a linear gives becomes a gate, as in squeeze and excitation (arXiv:1709.01507).
 
-    It does before it meets what others give.
+    That is a factor of what others give; or they are shares of a router.
     """
     flow = block.flow_of(name)
 
@@ -279,7 +279,10 @@ def _is_gate(block: Block, name: str) -> bool:
         return node.op != "call" and all(n.name == name for n in before)
 
     after = () if flow is None else walk(flow.calls[name][0], outputs, alone)
-    return any(SHARES.search(node.op) and alone(node) for node in after)
+    own = [node for node in after if alone(node)]
+    gates = [node for node in own if GATES.fullmatch(node.op)]
+    met = (node for gate in gates for node in walk(gate, outputs, alone) if not alone(node))
+    return any(node.op.lower() == "softmax" for node in own) or any("mul" in n.op for n in met)
 
 
 def _ends_in_flow(
