@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..names import SLOT
-from .holding import beside_tables, is_foreign, walk
+from .holding import LARGEST, beside_tables, is_foreign, walk
 
 TRIES = 3
 MOST = 10_000  # objects that one on a module may hold, to be copied
@@ -82,13 +82,19 @@ def _kept(modules: list[nn.Module]) -> dict[int, Any]:
 def _is_simple(value: Any, memo: dict[int, Any]) -> bool:
     """True if an object can be copied and its copy deleted, which puts it into `memo`."""
     held = list(itertools.islice(walk([value], simple=True), MOST + 1))
-    if len(held) > MOST or any(hasattr(type(each), "__del__") for each in held):
+    if len(held) > MOST or any(hasattr(type(each), "__del__") or _is_data(each) for each in held):
         return False
     try:
         copy.deepcopy(value, memo)
     except Exception:  # such as a lock
         return False
     return True
+
+
+def _is_data(value: Any) -> bool:
+    """True for a large array of numpy's, which may lie in a file."""
+    large = getattr(value, "nbytes", 0) > LARGEST if is_foreign(value) else False
+    return large and not isinstance(value, Tensor)
 
 
 def computed_in(module: nn.Module) -> dict[int, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 TABLES = ("_modules", "_parameters", "_buffers")
+LARGEST = 2**24  # bytes of an array that may count: a larger one is data
 SIMPLE = frozenset({bool, int, float, str, bytes, type(None)})
 
 

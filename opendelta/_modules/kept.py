@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from .drawing import as_drawn
-from .holding import is_foreign, slots_of
+from .holding import LARGEST, is_foreign, slots_of
 from .reached import CACHED, by_forwards, by_hooks, is_own, leads_to_stand_in, named
 
 CONTAINERS = dict | list | set | deque
@@ -33,7 +33,6 @@ PLAIN: tuple[Any, ...] = (OrderedDict, dict, list, set, deque)
 ASIDE = ("IPython", "concurrent.futures.process", "debugpy", "execnet", "ipykernel", "tensorboard",
     "multiprocessing.queues", "torch._inductor", "torch.utils.data", "tqdm", "wandb", "zmq",
 )  # fmt: skip
-LARGEST = 2**24  # bytes of an array that may count: a larger one is data
 Wrong = Callable[[Any], bool]
 _UNSET: Any = object()
 
