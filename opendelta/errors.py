@@ -434,8 +434,13 @@ def shown(value: Any, longest: int = 200) -> str:
 
 
 def reason(error: BaseException, longest: int = 500) -> str:
-    """Return the text of a library's error as one line, and its class if the text may be bare."""
+    """Return the text of a library's error as one line, and its class if the text may be bare.
+
+    transformers asks to run the code of a folder, which opendelta never does.
+    """
     text = " ".join(str(error).split())
+    if "trust_remote_code" in text:
+        return "it has code of its own, which is never run here; load it in Python"
     kind = "" if text and isinstance(error, ValueError | OSError) else type(error).__name__
     return printable(": ".join(filter(None, (kind, text))), longest)
 

@@ -98,7 +98,7 @@ def copies(backbone: Backbone) -> dict[str, dict[str, Tensor]]:
 def _values(tensor: Tensor) -> Tensor | None:
     """Return the values of a buffer, or a few of a frozen parameter; None: it is of no use here."""
     own = tensor.detach()
-    if own.is_meta or not own.is_floating_point():
+    if own.is_meta or not own.is_floating_point() or own.layout is not torch.strided:
         return None
     if not isinstance(tensor, nn.Parameter):
         return own

@@ -93,8 +93,8 @@ def _is_simple(value: Any, memo: dict[int, Any]) -> bool:
 
 def _is_data(value: Any) -> bool:
     """True for a large array of numpy's, which may lie in a file."""
-    large = getattr(value, "nbytes", 0) > LARGEST if is_foreign(value) else False
-    return large and not isinstance(value, Tensor)
+    is_array = is_foreign(value) and not isinstance(value, Tensor)
+    return is_array and getattr(value, "nbytes", 0) > LARGEST
 
 
 def computed_in(module: nn.Module) -> dict[int, Any]:

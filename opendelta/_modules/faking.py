@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map_only
 
-from .kept import kept_on_parameters, putting_back
+from .kept import around_copies
 from .process import eager, ignored_warnings, kept_random_beside, silent_fakes
 from .tensors import is_dense, memory_of
 
@@ -102,15 +102,11 @@ def on_shapes(*modules: nn.Module) -> Iterator[Shapes]:
     drawn by Python and numpy is put back, and tensors from before do not change.
 
     Args:
-        modules: those whose code runs; what it keeps elsewhere is put back, see `putting_back`.
+        modules: those whose code runs; what it keeps elsewhere is put back, see `around_copies`.
     """
-    parts = [part for module in modules for part in module.modules()]
-    kept = putting_back(parts)
+    kept = around_copies(part for module in modules for part in module.modules())
     # eager: the compiler takes no such mode
-    with (
-        silent_fakes(), ignored_warnings(), kept_random_beside(), kept, kept_on_parameters(parts),
-        eager(), Shapes() as mode,
-    ):  # fmt: skip
+    with silent_fakes(), ignored_warnings(), kept_random_beside(), kept, eager(), Shapes() as mode:
         yield mode
 
 

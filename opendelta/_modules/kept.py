@@ -61,15 +61,18 @@ def putting_back(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def kept_on_parameters(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Put back what runs of copies of modules change in attributes of parameters that they share.
+def around_copies(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Do what `putting_back` does around runs of copies of modules that share their parameters.
 
-    A parameter of bitsandbytes gives its numbers to the first module that runs.
+    Attributes of parameters are put back, too: one of bitsandbytes gives its numbers to the first
+    module that runs.
     """
+    modules = [*modules]
     own = [p for m in modules for p in m._parameters.values() if p is not None]
     special = [(p, dict(vars(p))) for p in own if type(p) is not nn.Parameter and vars(p)]
     try:
-        yield
+        with putting_back(modules):
+            yield
     finally:
         for parameter, had in special:
             vars(parameter).update(had)

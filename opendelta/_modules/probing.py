@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .devices import device_and_dtype
 from .faking import Restoring
-from .kept import putting_back
+from .kept import around_copies
 from .kinds import Kind, Norm, is_conv1d, kind_of, reads_plainly
 from .process import ignored_warnings, kept_random, seed_all
 from .tensors import in_full, is_plain, stored, stored_params
@@ -166,7 +166,7 @@ def _is_random(module: nn.Module, kind: Kind) -> bool:
 @contextlib.contextmanager
 def _put_back(module: nn.Module) -> Iterator[Restoring]:
     """Put back what the code of a module changes in the process, and draws at random."""
-    kept = putting_back(module.modules())
+    kept = around_copies(module.modules())
     with ignored_warnings(), kept_random(), Restoring() as written, kept:
         yield written
 

@@ -18,7 +18,7 @@ from ..names import SLOT
 from .copies import copied
 from .facts import facts, parts, remembered
 from .faking import Restoring, Shapes, on_shapes
-from .kept import putting_back
+from .kept import around_copies
 from .process import ignored_warnings, kept_random, seed_all
 from .tensors import is_dense, is_plain, lasting, size
 from .tensors import shape as shape_of
@@ -247,7 +247,7 @@ def _is_known_turned(module: nn.Module, weight: Any) -> bool:
 @contextlib.contextmanager
 def _leaving_nothing(module: nn.Module) -> Iterator[None]:
     """Put back what the code of a module changes in the process, and show no warnings of it."""
-    with ignored_warnings(), kept_random(), Restoring(), putting_back(module.modules()):
+    with ignored_warnings(), kept_random(), Restoring(), around_copies(module.modules()):
         yield
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .._modules.calls import every, hidden
 from .._modules.devices import device_and_dtype
 from .._modules.faking import Restoring
-from .._modules.kept import kept_on_parameters, putting_back
+from .._modules.kept import around_copies
 from .._modules.process import eager, ignored_warnings, kept_random, seed_all
 from .._modules.tensors import is_plain, is_sharded, lasting
 from .._modules.trials import at_rest
@@ -294,9 +294,7 @@ def _outputs(module: nn.Module, runs: Runs, gradients: bool = False) -> list[lis
 @contextlib.contextmanager
 def leaving_nothing(module: nn.Module) -> Iterator[None]:
     """Run a module as it was written inside, and put back what its code changes in the process."""
-    parts = [*module.modules()]
-    kept = kept_on_parameters(parts), putting_back(parts)
-    with eager(), kept_random(), ignored_warnings(), Restoring(), kept[0], kept[1]:
+    with eager(), kept_random(), ignored_warnings(), Restoring(), around_copies(module.modules()):
         yield
 
 

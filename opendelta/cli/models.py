@@ -46,7 +46,7 @@ def without_weights(model: str, class_name: str | None = None, saved_from: str =
                 return _transformers().AutoModel.from_config(config, trust_remote_code=False)
             return cls._from_config(config)
     except Exception as error:  # whatever a config makes a model raise
-        raise DeltaError(f"no model can be made of {model!r}: {_why(error)}") from None
+        raise DeltaError(f"no model can be made of {model!r}: {reason(error)}") from None
 
 
 @contextlib.contextmanager
@@ -77,7 +77,7 @@ def with_weights(model: str, class_name: str | None = None, saved_from: str = ""
     try:
         return cls.from_pretrained(model, trust_remote_code=False).eval()
     except Exception as error:  # whatever stands in a file of weights
-        raise DeltaError(f"the weights of {model!r} cannot be read: {_why(error)}") from None
+        raise DeltaError(f"the weights of {model!r} cannot be read: {reason(error)}") from None
 
 
 def is_config(model: str) -> bool:
@@ -113,7 +113,7 @@ def _config(model: str) -> Any:
         return _transformers().AutoConfig.from_pretrained(model, trust_remote_code=False)
     except Exception as error:  # whatever stands in a config
         what = "" if there else "there is no such folder or file here, and the hub says: "
-        raise DeltaError(f"no model {model!r}: {what}{_why(error)}") from None
+        raise DeltaError(f"no model {model!r}: {what}{reason(error)}") from None
 
 
 def _check_json(path: Path) -> None:
@@ -157,9 +157,3 @@ def _no_model(class_name: str, what: str) -> DeltaError:
     near = nearest(class_name, [name for name in alike if not NO_MODEL.search(name)])
     hint = f"; nearest: {', '.join(near)}" if near else "; give one such as BertForMaskedLM"
     return DeltaError(f"--class {class_name!r}: {what}{hint}")
-
-
-def _why(error: Exception) -> str:
-    if "trust_remote_code" in str(error):
-        return "it has code of its own, which the command never runs; load it in Python"
-    return reason(error)

@@ -66,11 +66,12 @@ def tokenizer_of(model: nn.Module | str | os.PathLike) -> Any:
         if where.is_file():
             where, options = where.parent, {"gguf_file": where.name}
     try:
-        return AutoTokenizer.from_pretrained(where, trust_remote_code=False, **options)
+        with quiet_libraries():
+            return AutoTokenizer.from_pretrained(where, trust_remote_code=False, **options)
     except Exception as error:  # whatever stands in its files
         raise DeltaError(
-            f"no tokenizer for {str(where) or type(model).__name__!r}: give Texts(tokenizer=...); "
-            f"{reason(error)}"
+            f"no tokenizer for {str(where) or type(model).__name__!r}: {reason(error)}; in Python, "
+            "give Texts(tokenizer=...)"
         ) from None
 
 

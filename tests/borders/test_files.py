@@ -126,14 +126,28 @@ def test_the_command_reads_no_config_of_any_size(monkeypatch, capsys, tmp_path):
     assert (code, "more than 16,777,216" in line) == (2, True)
 
 
-def test_the_command_never_runs_code_of_a_folder(monkeypatch, capsys, tmp_path):
+TRAINED = ("--task", "task.csv", "--text", "text", "--label", "label", "--delta", "lora", "--out")
+
+
+@pytest.mark.parametrize("tokenizer", ["evil.T", ""])
+@pytest.mark.parametrize("command", ["tree", "train", "compare"])
+def test_the_command_never_runs_code_of_a_folder(command, tokenizer, monkeypatch, capsys, tmp_path):
     auto = {"AutoConfig": "evil.C", "AutoModel": "evil.M"}
+    names = {"auto_map": {"AutoTokenizer": [tokenizer, None]}} if tokenizer else {}
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "T" if tokenizer else "BertTokenizer", **names})
+    )
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    (tmp_path / "task.csv").write_text("text,label\n" + "good,1\nbad,0\n" * 12)
+    monkeypatch.chdir(tmp_path)
     folder = config(tmp_path, model_type="evil", auto_map=auto, architectures=["M"])
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'RAN')!r}, 'w').close()\n")
     monkeypatch.setattr("builtins.input", lambda *_: "y")
-    code, line = run(monkeypatch, capsys, "tree", folder)
+    given = (folder,) if command == "tree" else ("--model", folder, *TRAINED, tmp_path / "out")
+    code, line = run(monkeypatch, capsys, command, *given)
     assert code == 2
-    assert "code of its own, which the command never runs" in line
+    assert "code of its own, which is never run here" in line
     assert not (tmp_path / "RAN").exists()
 
 

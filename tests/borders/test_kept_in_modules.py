@@ -2,6 +2,7 @@
 
 import os
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -204,3 +205,32 @@ def test_an_8_bit_linear_has_its_numbers_after_a_trial():
     opendelta.LoReftModel(model, modified_modules=["fc"], first=1).detach()
     with torch.no_grad():
         torch.testing.assert_close(model(x), plain(x), atol=0.05, rtol=0.05)
+
+
+class Reading(nn.Module):
+    """It computes in place with what it is given, and has buffers of many sorts."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.fc = nn.BatchNorm1d(WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.scripted = torch.jit.trace(nn.BatchNorm1d(WIDTH), torch.ones(2, WIDTH))
+        self.links = nn.Parameter(torch.eye(WIDTH).to_sparse(), requires_grad=False)
+        self.register_buffer("others", torch.eye(WIDTH).to_sparse())
+
+    def forward(self, x):
+        y = self.fc(self.norm(x))
+        y += x
+        return self.scripted(torch.sparse.mm(self.links, y.T).T)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:The given NumPy array")
+def test_a_check_reads_batches_that_cannot_be_written(tmp_path):
+    path = tmp_path / "batch.npy"
+    numpy.save(path, numpy.ones((4, WIDTH), numpy.float32))
+    batch = torch.from_numpy(numpy.load(path, mmap_mode="r"))
+    model = Reading()
+    opendelta.LoraModel(model, modified_modules=["fc"])
+    assert opendelta.check(model, batch)
+    assert model.norm.running_mean.count_nonzero() == 0
+    assert batch.sum() == 4 * WIDTH

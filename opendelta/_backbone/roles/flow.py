@@ -26,12 +26,12 @@ from torch.nn.parameter import is_lazy
 from ..._modules.calls import every, has_forward
 from ..._modules.copies import copied
 from ..._modules.faking import Restoring
-from ..._modules.kept import putting_back
+from ..._modules.kept import around_copies
 from ..._modules.kinds import ACROSS_CHANNELS, Norm, kind_of
 from ..._modules.process import ignored_warnings, kept_random
 from ..._sites.swap import plain_class
 from ...names import SLOT, computes_weight, join
-from . import given
+from . import choices
 
 LIMIT = 40_000  # steps of one run; a longer run is a loop that does not end on stand-ins
 SIZES = re.compile(r"size|dim|numel|stride|new_.*|(?:zeros|ones|empty|full|rand|randn)_like")
@@ -376,9 +376,9 @@ def trace(block: nn.Module) -> list[Flow]:
     """
     flows = []
     made = copied(block, layers=False) or block
-    for choose in (given.likely, given.needed, given.every_one):
+    for choose in (choices.likely, choices.needed, choices.every_one):
         flow = Flow()
-        kept = putting_back(made.modules())
+        kept = around_copies(made.modules())
         with kept_random(), ignored_warnings(), Restoring(), kept, _taking_sizes():
             try:
                 flow.outputs = _run(made, flow, choose)

@@ -42,7 +42,7 @@ OTHER = {
     "pooler", "conditioning",
 }  # fmt: skip
 OF_ALL = {"time", "timestep", "temb", "pos", "cond", "head"}  # an mlp of these is of no tokens
-LISTED = {"layers", "blocks"}
+LISTED = {"layers", "blocks"}  # the last word of a list's name
 FIRST = {"1", "0", "in", "up", "wi", "intermediate", "inter", "fc", "key"}
 LAST = {"2", "out", "down", "wo", "output", "proj", "value"}
 BARE = re.compile(
